@@ -1,0 +1,44 @@
+# `make demo` and `make test` are all that a fresh machine needs; both build .venv from our own files first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+export HF_HUB_OFFLINE := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test test-gpu check startup recipes install clean
+
+install: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed; set PYTHON=...") if sys.version_info < (3, 11) else 0'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $(READY)
+
+demo: $(READY)  ## the main job on a CPU, without network: train, compare, merge
+	$(BIN)/peftcli train quickstart --output-dir runs/demo --overwrite
+	$(BIN)/peftcli merge runs/demo
+	$(BIN)/peftcli generate runs/demo "Oat Milk" "Frozen Peas"
+
+test: $(READY)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m 'not gpu'
+
+test-gpu: $(READY)
+	$(BIN)/python -m pytest -m gpu
+
+check: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --config .importlinter
+
+startup: $(READY)  ## seconds of the light commands beside bare Python
+	$(BIN)/python scripts/startup.py
+
+recipes: $(READY)  ## every shipped recipe is valid
+	@for recipe in recipes/*.yaml; do $(BIN)/peftcli validate $$recipe || exit 1; done
+
+clean:
+	rm -rf $(VENV) runs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,1 @@
+"""The commands: read flags, call the rooms below, print."""

@@ -1,0 +1,185 @@
+"""The commands of peftcli; each imports its rooms in its body, so that the light ones stay quick."""
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.main import get_command
+
+from peftcli.errors import PeftcliError
+
+app = typer.Typer(
+    name="peftcli",
+    help="Fine-tune a language model from one recipe, and see in numbers what it did.",
+    epilog="Begin: peftcli validate RECIPE, peftcli train RECIPE --smoke, peftcli train RECIPE, peftcli merge runs/NAME",
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
+    add_completion=True,
+)
+
+RecipeArgument = Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped one such as quickstart.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe; may be repeated.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on stdout; all else on stderr.")]
+SmokeOption = Annotated[
+    bool, typer.Option("--smoke", help="Rehearse on a CPU without network: a tiny stand-in, a few rows and steps.")
+]
+RunArgument = Annotated[Path, typer.Argument(help="A run folder.")]
+
+
+@app.command()
+def validate(recipe: RecipeArgument, set_: SetOption = None, as_json: JsonOption = False) -> None:
+    """Check a recipe: every problem at once, with its line. Nothing is loaded."""
+    from peftcli.cli.recipes import find_recipe
+    from peftcli.recipe.load import load_recipe
+
+    loaded = load_recipe(find_recipe(recipe), set_ or ())
+    if as_json:
+        _print_json({"recipe": str(loaded.path), "valid": True, "notices": list(loaded.notices)})
+        return
+    for notice in loaded.notices:
+        typer.echo(f"note: {notice}", err=True)
+    typer.echo(f"{loaded.path}: valid")
+
+
+@app.command()
+def plan(recipe: RecipeArgument, set_: SetOption = None, smoke: SmokeOption = False, as_json: JsonOption = False) -> None:
+    """Say what will happen: device, precision, targets, parameters, each choice with its reason. No weight is loaded."""
+    from peftcli.cli.commands import plan_command
+
+    plan_command(recipe, set_ or (), smoke=smoke, as_json=as_json)
+
+
+@app.command()
+def train(
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    output_dir: Annotated[Path | None, typer.Option(help="The run folder; runs/NAME when left out.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest whole checkpoint, or fail.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Remove the run that is there first.")] = False,
+    smoke: SmokeOption = False,
+    max_time: Annotated[
+        str | None, typer.Option(metavar="8h30m", help="Stop with a checkpoint and a report within this time.")
+    ] = None,
+    num_processes: Annotated[
+        int | None, typer.Option(min=1, help="Processes to start through accelerate, one for each GPU.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Train: plan, data, baseline, training, evaluation, report. The same command again goes on where it stopped."""
+    from peftcli.cli.launch import launch_if_asked
+
+    launch_if_asked(num_processes)
+    from peftcli.cli.commands import TrainFlags, train_command
+
+    overrides = [*(set_ or ()), *([f"budget.wall_clock={max_time}"] if max_time else [])]
+    train_command(recipe, overrides, TrainFlags(output_dir, resume, overwrite, smoke, as_json))
+
+
+@app.command("eval")
+def eval_(
+    target: Annotated[str, typer.Argument(help="A run, an adapter, a merged model, or a base model with --recipe.")],
+    recipe: Annotated[str | None, typer.Option(help="The recipe whose test rows count; a run has its own.")] = None,
+    set_: SetOption = None,
+    base: Annotated[bool, typer.Option(help="Measure the base behind an adapter too.")] = True,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure a model on the whole test split."""
+    from peftcli.cli.commands import eval_command
+
+    eval_command(target, recipe, set_ or (), with_base=base, as_json=as_json)
+
+
+@app.command()
+def merge(
+    run: RunArgument,
+    into: Annotated[
+        str,
+        typer.Option(help="dequantized: the base as it was trained on; original: its full precision; best: the better."),
+    ] = "dequantized",
+    output_dir: Annotated[Path | None, typer.Option(help="Folder of the merged model; RUN/merged when left out.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Stored as float32, bfloat16 or float16; the dtype of the run when left out.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a stand-alone model and measure its drift from the adapter; above the tolerance nothing is kept."""
+    from peftcli.cli.commands import merge_command
+
+    merge_command(run, into, output_dir, dtype, as_json=as_json)
+
+
+@app.command()
+def generate(
+    target: Annotated[str, typer.Argument(help="A run, an adapter or a merged model.")],
+    prompts: Annotated[list[str] | None, typer.Argument(help="Prompts; standard input when none is given.")] = None,
+    file: Annotated[Path | None, typer.Option(help="A file with one prompt a line.")] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Take each prompt as it is, without the run's template.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the most likely token each time.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of the probability drawn from.")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the draw, with a temperature.")] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Answer prompts with the run's own template."""
+    from peftcli.cli.commands import GenerateFlags, generate_command
+
+    flags = GenerateFlags(raw, max_new_tokens, temperature, top_p, seed, as_json)
+    generate_command(target, prompts or [], file, flags)
+
+
+@app.command()
+def report(run: RunArgument, as_json: JsonOption = False) -> None:
+    """Write report.md and report.html of a run again, from its JSON files."""
+    from peftcli.report.write import write_report
+    from peftcli.rundir import RunDir, read_json
+
+    folder = RunDir(run)
+    write_report(folder)
+    if as_json:
+        _print_json(read_json(folder.metrics))
+        return
+    typer.echo(str(folder.report_html))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line and return its exit code.
+
+    Args:
+        argv: the words after the program's name; those of this process when None.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    show_trace = "--traceback" in words or os.environ.get("PEFTCLI_TRACEBACK") == "1"
+    words = [word for word in words if word != "--traceback"]
+    try:
+        get_command(app)(words, prog_name="peftcli")
+    except SystemExit as ended:
+        return ended.code if isinstance(ended.code, int) else 0
+    except PeftcliError as error:
+        if show_trace:
+            traceback.print_exc()
+        typer.echo(f"error: {error}", err=True)
+        return error.exit_code
+    except Exception:
+        traceback.print_exc()
+        typer.echo(
+            "error: this is a bug of peftcli; report it with the lines above and the output of `pip list`", err=True
+        )
+        return 1
+    return 0
+
+
+def entry() -> None:
+    """The console script."""
+    raise SystemExit(main())
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    typer.echo(json.dumps(value, ensure_ascii=False))

@@ -1,0 +1,281 @@
+"""The bodies of the heavy commands: call the rooms, print what they return."""
+
+import json
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peftcli.cli.quiet import Streams, quiet
+from peftcli.cli.recipes import find_recipe
+from peftcli.cli.show import Shown, console, metric_table, plan_lines, sample_table
+from peftcli.errors import GateNotMet, RecipeError, Stopped
+from peftcli.plan.smoke import smoke_recipe
+from peftcli.recipe.load import Loaded, load_recipe
+from peftcli.recipe.schema import Recipe
+from peftcli.report.write import write_report
+from peftcli.rundir import RunDir, read_json, write_json
+from peftcli.summary import unmet, write_metrics
+from peftcli.train.begin import begin, write_recipe
+from peftcli.train.stops import StopRequests, is_first_process
+
+
+@dataclass(frozen=True)
+class TrainFlags:
+    """The flags of `train` that are no part of the recipe."""
+
+    output_dir: Path | None
+    resume: bool
+    overwrite: bool
+    smoke: bool
+    as_json: bool
+
+
+@dataclass(frozen=True)
+class GenerateFlags:
+    """The flags of `generate`."""
+
+    raw: bool
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    seed: int
+    as_json: bool
+
+
+def plan_command(name: str, overrides: Sequence[str], *, smoke: bool, as_json: bool) -> None:
+    """Print the plan of a recipe."""
+    loaded = _load(name, overrides, smoke=smoke)
+    with _shown(None) as (shown, streams):
+        from peftcli.cli.steps import plan_recipe
+
+        plan = plan_recipe(loaded, shown, smoke=smoke).plan
+        if as_json:
+            _print_json(streams, plan.as_json())
+            return
+        out = console(streams.out)
+        width = max(len(decision.key) for decision in plan.decisions)
+        for decision in plan.decisions:
+            out.print(f"{decision.key:<{width}}  {decision.value}: {decision.reason}")
+        for notice in plan.notices:
+            out.print(f"note: {notice}")
+
+
+def train_command(name: str, overrides: Sequence[str], flags: TrainFlags) -> None:
+    """Train a recipe, or go on with its run."""
+    loaded = _load(name, overrides, smoke=flags.smoke)
+    run = RunDir(flags.output_dir or Path(loaded.recipe.output_dir or Path("runs") / loaded.recipe.name))
+    with StopRequests(run.path, loaded.recipe.budget.wall_clock) as stops:
+        beginning = begin(run, loaded.recipe, overwrite=flags.overwrite, resume=flags.resume)
+        if not beginning.finished:
+            run.path.mkdir(parents=True, exist_ok=True)
+            write_recipe(run, loaded.recipe)
+        with _shown(run.library_log if not beginning.finished else None) as (shown, streams):
+            for line in beginning.notes:
+                shown.note(line)
+            reason = None
+            if not beginning.finished:
+                reason = _train(loaded, run, shown, stops, beginning.resume_from, smoke=flags.smoke)
+            if is_first_process():
+                metrics = _finish(run, loaded.recipe)
+                _show_result(run, metrics, streams, as_json=flags.as_json)
+                _raise_unless_good(run, metrics, reason)
+
+
+def _train(
+    loaded: Loaded, run: RunDir, shown: Shown, stops: StopRequests, resume_from: Path | None, *, smoke: bool
+) -> str | None:
+    """The heavy part of `train`; returns why it stopped early, if it did."""
+    from peftcli.cli.steps import plan_recipe, prepare_data
+    from peftcli.model.probe import describe_environment
+    from peftcli.train.run import train
+
+    planned = plan_recipe(loaded, shown, smoke=smoke)
+    plan = planned.plan
+    tokenizer, data = prepare_data(plan)
+    if is_first_process():
+        write_json(run.plan, plan.as_json())
+        write_json(run.environment, describe_environment(planned.machine, _command()))
+        write_json(run.data, data.facts)
+    for line in [*plan_lines(plan.as_json(), data.facts), *(f"  note: {notice}" for notice in plan.notices)]:
+        shown.note(line)
+    shown.note(f"  run folder {run.path}")
+    return train(plan, run, data, tokenizer, shown, stops, resume_from).stop_reason
+
+
+def eval_command(name: str, recipe: str | None, overrides: Sequence[str], *, with_base: bool, as_json: bool) -> None:
+    """Measure a target and print the table; a run folder's `eval.json` is written again."""
+    with _shown(None) as (shown, streams):
+        from peftcli.cli.steps import plan_recipe, prepare_data
+        from peftcli.evaluate import evaluate
+        from peftcli.model.target import open_target
+
+        target = open_target(name) if recipe is None else None
+        loaded = _recipe_for(recipe, target.run if target is not None else None, overrides)
+        smoke = bool(target is not None and target.identity.get("smoke"))
+        plan = plan_recipe(loaded, shown, smoke=smoke).plan
+        if target is None:
+            target = open_target(name, plan.base)
+        _, data = prepare_data(plan, target.adapter)
+        value = evaluate(
+            target,
+            data,
+            plan.evaluation,
+            batch_rows=plan.evaluation_batch,
+            seed=plan.seed,
+            with_base=with_base,
+            progress=shown,
+        )
+        run = target.run
+        if run is not None and target.kind == "adapter" and not overrides and recipe is None:
+            before = read_json(run.eval) if run.eval.is_file() else {}
+            value["base"] = value["base"] or before.get("base")
+            write_json(run.eval, value)
+            _finish(run, loaded.recipe)
+        if as_json:
+            _print_json(streams, value)
+            return
+        out = console(streams.out)
+        out.print(metric_table({key: value.get(key) for key in ("base", "adapter", "merged")}))
+
+
+def merge_command(path: Path, into: str, output_dir: Path | None, dtype: str | None, *, as_json: bool) -> None:
+    """Merge the adapter of a run and print what was measured."""
+    for flag, value, known in (
+        ("--into", into, ("dequantized", "original", "best")),
+        ("--dtype", dtype or "float32", ("float32", "bfloat16", "float16")),
+    ):
+        if value not in known:
+            raise RecipeError(f"{flag} {value}: may be {', '.join(known)}")
+    run = RunDir(path)
+    if not run.recipe.is_file():
+        raise RecipeError(f"{path}: no run folder (recipe.yaml is missing); `peftcli train` makes one")
+    with _shown(run.library_log) as (shown, streams):
+        from peftcli.cli.steps import plan_recipe, prepare_data
+        from peftcli.merge.run import DriftTooLarge, MergeSettings, merge
+        from peftcli.model.target import open_target
+
+        target = open_target(str(path))
+        loaded = load_recipe(run.recipe)
+        plan = plan_recipe(loaded, shown, smoke=bool(target.identity.get("smoke"))).plan
+        _, data = prepare_data(plan, target.adapter)
+        settings = MergeSettings(into, dtype, plan.gates, plan.evaluation, plan.evaluation_batch, plan.seed)
+        try:
+            found = merge(target, data, output_dir or run.merged, settings, shown)
+        except DriftTooLarge as problem:
+            write_json(run.merge, problem.merge)
+            _finish(run, loaded.recipe)
+            raise
+        write_json(run.merge, found)
+        metrics = _finish(run, loaded.recipe)
+        if as_json:
+            _print_json(streams, found)
+        else:
+            _show_merge(found, metrics, output_dir or run.merged, streams)
+        _raise_unmet(metrics)
+
+
+def generate_command(name: str, prompts: list[str], file: Path | None, flags: GenerateFlags) -> None:
+    """Answer prompts."""
+    from peftcli.generate import read_prompts
+
+    if file is not None and not file.is_file():
+        raise RecipeError(f"--file {file}: no such file")
+    lines = prompts or (file.read_text(encoding="utf-8").splitlines() if file is not None else sys.stdin)
+    asked = prompts or read_prompts(lines)
+    with _shown(None) as (shown, streams):
+        from peftcli.generate import generate
+        from peftcli.model.answer import Decoding
+        from peftcli.model.target import open_target
+
+        target = open_target(name)
+        decoding = Decoding(flags.max_new_tokens, flags.temperature, flags.top_p, flags.seed)
+        rows = int(target.identity.get("evaluation_batch", 16))
+        made = generate(target, asked, decoding, raw=flags.raw, batch_rows=rows, progress=shown)
+        if flags.as_json:
+            _print_json(streams, {"answers": [vars(one) for one in made]})
+            return
+        for one in made:
+            streams.out.write((f"{one.asked}\t" if len(made) > 1 else "") + one.answer.strip() + "\n")
+
+
+def _load(name: str, overrides: Sequence[str], *, smoke: bool) -> Loaded:
+    loaded = load_recipe(find_recipe(name), overrides)
+    return Loaded(smoke_recipe(loaded.recipe), loaded.notices, loaded.path) if smoke else loaded
+
+
+def _recipe_for(name: str | None, run: RunDir | None, overrides: Sequence[str]) -> Loaded:
+    if name is not None:
+        return load_recipe(find_recipe(name), overrides)
+    if run is not None and run.recipe.is_file():
+        return load_recipe(run.recipe, overrides)
+    raise RecipeError("this target stands alone; name the recipe whose test rows count with --recipe")
+
+
+def _finish(run: RunDir, recipe: Recipe) -> dict[str, Any]:
+    metrics = write_metrics(run, recipe.gates)
+    write_report(run)
+    return metrics
+
+
+def _show_result(run: RunDir, metrics: dict[str, Any], streams: Streams, *, as_json: bool) -> None:
+    if as_json:
+        _print_json(streams, metrics)
+        return
+    out = console(streams.out)
+    if metrics["smoke"]:
+        out.print("smoke run: a tiny random stand-in; the numbers say nothing about the real model")
+    if metrics["base"] or metrics["adapter"]:
+        out.print(metric_table({name: metrics[name] for name in ("base", "adapter", "merged")}))
+    if run.eval.is_file():
+        samples = read_json(run.eval)["samples"]
+        if samples:
+            out.print()
+            out.print(sample_table(samples))
+    out.print()
+    out.print(f"report  {run.report_html}")
+
+
+def _show_merge(found: dict[str, Any], metrics: dict[str, Any], folder: Path, streams: Streams) -> None:
+    out = console(streams.out)
+    out.print(
+        f"merged into the {found['into']} base ({found['dtype']}): top-1 agreement {found['top1_agreement']:.4%} over "
+        f"{found['positions']:,} positions, largest logit difference {found['max_abs_logit_difference']:.2g}, "
+        f"KL {found['kl_nats']:.2g} nats"
+    )
+    out.print(metric_table({name: metrics[name] for name in ("base", "adapter", "merged")}))
+    out.print(f"merged model  {folder}")
+
+
+def _raise_unless_good(run: RunDir, metrics: dict[str, Any], stop_reason: str | None) -> None:
+    if stop_reason is not None:
+        steps = metrics["train"]["steps"]
+        raise Stopped(
+            f"stopped at step {steps} by {stop_reason}; a whole checkpoint is in {run.checkpoints}; "
+            "the same command goes on"
+        )
+    _raise_unmet(metrics)
+
+
+def _raise_unmet(metrics: dict[str, Any]) -> None:
+    missed = unmet(metrics)
+    if missed:
+        raise GateNotMet("; ".join(missed))
+
+
+@contextmanager
+def _shown(log: Path | None) -> Iterator[tuple[Shown, Streams]]:
+    with quiet(log) as streams:
+        yield Shown(console(streams.err), speaks=is_first_process()), streams
+
+
+def _command() -> str:
+    return "peftcli " + shlex.join(sys.argv[1:]) if sys.argv[1:] else "peftcli"
+
+
+def _print_json(streams: Streams, value: dict[str, Any]) -> None:
+    streams.out.write(json.dumps(value, ensure_ascii=False) + "\n")
+    streams.out.flush()

@@ -1,0 +1,1 @@
+"""What will be trained: sources, joins, formats, splits and tokens, with every row counted."""

@@ -1,0 +1,53 @@
+"""`eval`: a run, an adapter, a merged model or a base, measured on the test split of a recipe."""
+
+import time
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from peftcli.data.prepare import PreparedData
+from peftcli.model.measure import Measured, decoding_for, evaluation_json, measure
+from peftcli.model.target import Target
+from peftcli.progress import Progress
+from peftcli.recipe.schema import EvaluationSection
+
+
+def evaluate(
+    target: Target,
+    data: PreparedData,
+    evaluation: EvaluationSection,
+    *,
+    batch_rows: int,
+    seed: int,
+    with_base: bool,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Measure a target on all test rows.
+
+    Args:
+        target: what to measure.
+        data: of the target's recipe, tokenized by the target's tokenizer.
+        batch_rows: rows at once; the metrics do not depend on it.
+        seed: for sampled answers.
+        with_base: measure the base behind an adapter too.
+
+    Returns:
+        The content of `eval.json`; its metrics stand under the kind of the target.
+    """
+    begun = time.monotonic()
+    model, tokenizer = target.load()
+    decoding = decoding_for(evaluation, data, tokenizer, seed)
+    measured: dict[str, Measured | None] = {}
+
+    def run(what: str, tokenizer: PreTrainedTokenizerBase) -> Measured:
+        return measure(
+            model, tokenizer, data, evaluation, decoding, batch_rows=batch_rows, progress=progress, what=what
+        )
+
+    if with_base and target.adapter is not None:
+        with model.disable_adapter():
+            measured["base"] = run("base", tokenizer)
+    measured[target.kind] = run(target.kind, tokenizer)
+    value = {"base": None, "adapter": None} | evaluation_json(data, evaluation.samples, decoding, measured)
+    value["seconds"] = round(time.monotonic() - begun, 3)
+    return value

@@ -1,0 +1,107 @@
+"""`generate`: answers to prompts, written in the form that the model was trained on."""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from peftcli.data.tokens import stop_ids
+from peftcli.errors import DataError, RecipeError
+from peftcli.model.answer import Decoding, answer
+from peftcli.model.target import Target
+from peftcli.progress import Progress
+from peftcli.recipe.template import render, template_columns
+
+
+@dataclass(frozen=True)
+class Generated:
+    """A prompt as the model saw it, and its answer."""
+
+    asked: str
+    prompt: str
+    answer: str
+    finished: bool
+
+
+def generate(
+    target: Target, asked: Sequence[str], decoding: Decoding, *, raw: bool, batch_rows: int, progress: Progress
+) -> list[Generated]:
+    """Answer prompts.
+
+    Args:
+        target: the model.
+        asked: values for the one column of the prompt template, JSON objects for several columns, messages of a user
+            for a chat model, or text to go on from.
+        raw: take each as the whole prompt, without a template.
+
+    Raises:
+        RecipeError: a value does not fit the template.
+    """
+    model, tokenizer = target.load()
+    prompts = [text if raw else write_prompt(text, target.identity, tokenizer) for text in asked]
+    is_chat = target.identity.get("format") == "messages" and not raw
+    encoded = tokenizer(prompts, add_special_tokens=not is_chat)["input_ids"]
+    ends = frozenset(target.identity.get("stop_ids") or ()) or stop_ids(tokenizer)
+    answers = answer(
+        model,
+        tokenizer,
+        encoded,
+        stop_ids=ends,
+        decoding=decoding,
+        batch_rows=batch_rows,
+        progress=progress,
+        what="answers",
+    )
+    rows = zip(asked, prompts, answers, strict=True)
+    return [Generated(text, prompt, one.text, one.finished) for text, prompt, one in rows]
+
+
+def write_prompt(text: str, identity: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
+    """Put what was asked into the form of the training prompts.
+
+    Raises:
+        RecipeError: the template has several columns and the text is no JSON object with them.
+    """
+    if identity.get("format") == "messages":
+        turns = [{"role": "user", "content": text}]
+        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+    template = identity.get("prompt")
+    if template is None:
+        return text
+    columns = template_columns(template)
+    if len(columns) == 1 and not text.lstrip().startswith("{"):
+        return render(template, {columns[0]: text})
+    try:
+        row = json.loads(text)
+    except json.JSONDecodeError:
+        row = None
+    missing = [name for name in columns if not isinstance(row, dict) or name not in row]
+    if missing:
+        example = json.dumps({name: "..." for name in columns})
+        raise RecipeError(f"the prompt template is {template!r}; give a JSON object such as {example}, or --raw")
+    return render(template, row)
+
+
+def read_prompts(lines: Iterable[str]) -> list[str]:
+    """Prompts from lines; a line that is a JSON string stands for its text, so that it may hold line breaks.
+
+    Raises:
+        DataError: there is none.
+    """
+    prompts = []
+    for line in lines:
+        text = line.rstrip("\r\n")
+        if not text.strip():
+            continue
+        if text.startswith('"') and text.endswith('"') and len(text) > 1:
+            try:
+                text = str(json.loads(text))
+            except json.JSONDecodeError:
+                prompts.append(text)
+                continue
+        prompts.append(text)
+    if not prompts:
+        raise DataError("no prompt given: name some as arguments, in a file with --file, or on standard input")
+    return prompts

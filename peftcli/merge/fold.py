@@ -1,0 +1,165 @@
+"""Fold an adapter into float weights one tensor at a time, so that no second copy of the model is ever in memory."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from peftcli.errors import MachineError
+from peftcli.plan.plan import Base
+
+Source = Callable[[str], Tensor]
+"""Gives the base's tensor of a name."""
+
+
+@dataclass(frozen=True)
+class Folded:
+    """The tensors of a merged model, made as they are asked for.
+
+    Attributes:
+        sizes: number of elements by name, in the order of `tensors`.
+        tensors: makes the pairs of name and float tensor.
+        unties: a tied embedding or output layer was trained alone, so the two differ now.
+    """
+
+    sizes: dict[str, int]
+    tensors: Callable[[], Iterator[tuple[str, Tensor]]]
+    unties: bool
+
+
+def dequantized_weights(model: PreTrainedModel) -> Source:
+    """The weights that a loaded base computes with: its 4-bit layers unpacked, the others as they are."""
+    import bitsandbytes.functional as bnb
+
+    modules = dict(model.named_modules())
+    state = model.state_dict(keep_vars=True)
+
+    def read(name: str) -> Tensor:
+        owner, _, leaf = name.rpartition(".")
+        packed = getattr(modules.get(owner), leaf, None)
+        if getattr(packed, "quant_state", None) is not None:
+            return bnb.dequantize_4bit(packed.data, packed.quant_state)
+        return state[name].detach()
+
+    return read
+
+
+def original_weights(base: Base) -> Source:
+    """The weights as they lie in the base's safetensors files, read one by one.
+
+    Raises:
+        MachineError: a weight is not there under its name.
+    """
+    folder = Path(base.path)
+    if not folder.is_dir():
+        folder = Path(snapshot_download(base.path, revision=base.revision, allow_patterns=["*.safetensors*"]))
+    files: dict[str, Path] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(str(file), framework="pt") as stream:
+            files.update(dict.fromkeys(stream.keys(), file))
+
+    def read(name: str) -> Tensor:
+        if name not in files:
+            raise MachineError(f"{base.path}: its files hold no weight named {name}; merge with --into dequantized")
+        with safe_open(str(files[name]), framework="pt") as stream:
+            tensor: Tensor = stream.get_tensor(name)
+        return tensor
+
+    return read
+
+
+def fold(base: PreTrainedModel, adapter: Path, source: Source) -> Folded:
+    """Prepare the merge of an adapter, using PEFT's own arithmetic layer by layer.
+
+    The structure is built a second time on the meta device, where it weighs nothing; only the layer at hand gets real
+    weights, in float32, is merged, read and emptied.
+
+    Args:
+        base: the loaded base, whose names and ties count; its weights are not touched.
+        adapter: the adapter's folder.
+        source: of the base's weights.
+
+    Raises:
+        MachineError: this adapter cannot be merged.
+    """
+    config = type(base.config).from_dict(base.config.to_dict())
+    config.quantization_config = None
+    del config.quantization_config
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config)
+    wrapped = PeftModel.from_pretrained(skeleton, str(adapter), low_cpu_mem_usage=True, torch_device="cpu")
+    layers = _layers(wrapped)
+    names = [name for name in skeleton_names(base)]
+    embedding, output = base.get_input_embeddings(), base.get_output_embeddings()
+    tied = output is not None and getattr(output, "weight", None) is getattr(embedding, "weight", 0)
+    saved = {name for name, layer in layers.items() if isinstance(layer, ModulesToSaveWrapper)}
+    paths = {module: name for name, module in base.named_modules()}
+    ends = [paths[module] for module in (embedding, output) if module in paths]
+    unties = tied and any(name in saved for name in ends) and not all(name in saved for name in ends)
+    if tied and not unties and output in paths:
+        names = [name for name in names if name != f"{paths[output]}.weight"]
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for name in names:
+            owner, _, leaf = name.rpartition(".")
+            layer = layers.get(owner)
+            origin = f"{paths[embedding]}.weight" if tied and name == f"{paths.get(output)}.weight" else name
+            if layer is None:
+                yield name, source(origin)
+            elif isinstance(layer, ModulesToSaveWrapper):
+                yield name, getattr(layer.modules_to_save[layer.active_adapters[0]], leaf).detach()
+            else:
+                yield name, _merge_layer(layer, owner, leaf, source)
+
+    state = dict(base.state_dict(keep_vars=True))
+    sizes = {name: _elements(state[name]) for name in names}
+    return Folded(sizes, tensors, unties)
+
+
+def skeleton_names(model: PreTrainedModel) -> list[str]:
+    """Names of the tensors that a float copy of this model would save."""
+    aside = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", ".SCB")
+    return [
+        name
+        for name in model.state_dict()
+        if not name.endswith(aside) and ".quant_state." not in name and ".weight_format" not in name
+    ]
+
+
+def _layers(wrapped: PeftModel) -> dict[str, BaseTunerLayer | ModulesToSaveWrapper]:
+    inner = wrapped.get_base_model()
+    return {
+        name: module
+        for name, module in inner.named_modules()
+        if isinstance(module, (BaseTunerLayer, ModulesToSaveWrapper))
+    }
+
+
+def _merge_layer(layer: BaseTunerLayer, owner: str, leaf: str, source: Source) -> Tensor:
+    inner = layer.get_base_layer()
+    empty = {name: parameter for name, parameter in inner.named_parameters(recurse=False)}
+    for name in empty:
+        real = source(f"{owner}.{name}").to("cpu", torch.float32)
+        setattr(inner, name, torch.nn.Parameter(real.clone(), requires_grad=False))
+    try:
+        layer.merge(safe_merge=True)
+    except (NotImplementedError, ValueError) as problem:
+        raise MachineError(f"this adapter cannot be merged: {owner}: {problem or type(problem).__name__}") from problem
+    merged: Tensor = getattr(inner, leaf).detach()
+    layer.merged_adapters.clear()
+    for name, parameter in empty.items():
+        setattr(inner, name, parameter)
+    return merged
+
+
+def _elements(tensor: Tensor) -> int:
+    shape = getattr(getattr(tensor, "quant_state", None), "shape", None)
+    return int(torch.Size(shape).numel()) if shape is not None else int(tensor.numel())

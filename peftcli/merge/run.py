@@ -1,0 +1,233 @@
+"""`merge`: fold, write, load what was written, compare, and keep it only if it holds."""
+
+import gc
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from peftcli.data.prepare import PreparedData
+from peftcli.errors import GateNotMet
+from peftcli.merge.drift import Drift, compare, rows_to_compare, trained_logits
+from peftcli.merge.fold import dequantized_weights, fold, original_weights
+from peftcli.merge.write import write_config, write_weights
+from peftcli.model.adapter import IDENTITY, replace_folder, write_companions
+from peftcli.model.load import DTYPES, load_base
+from peftcli.model.measure import Measured, decoding_for, measure
+from peftcli.model.target import Target
+from peftcli.progress import Progress
+from peftcli.recipe.schema import EvaluationSection
+from peftcli.recipe.values import Gate
+from peftcli.rundir import write_json
+
+DEFAULT_LIMITS = (Gate("merge_top1_agreement", ">=", 0.98),)
+"""Held against the drift where the recipe's gates say nothing about the merge."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One merged model that was written and measured."""
+
+    into: str
+    folder: Path
+    drift: Drift
+    measured: Measured
+    bytes: int
+
+
+@dataclass(frozen=True)
+class MergeSettings:
+    """What the user asked for.
+
+    Attributes:
+        into: `dequantized`, `original` or `best` (both are made, the one with the lower test loss is kept).
+        dtype: of the stored weights, None for the dtype of the run.
+        gates: those of the recipe.
+        batch_rows: rows measured at once.
+        seed: for sampled answers.
+    """
+
+    into: str
+    dtype: str | None
+    gates: tuple[Gate, ...]
+    evaluation: EvaluationSection
+    batch_rows: int
+    seed: int
+
+
+def merge(
+    target: Target, data: PreparedData, final: Path, settings: MergeSettings, progress: Progress
+) -> dict[str, Any]:
+    """Write a stand-alone model of an adapter and measure its drift from it.
+
+    Args:
+        target: an adapter.
+        data: whose test rows serve for the measuring.
+        final: folder of the merged model; it appears when all is well, and not before.
+
+    Returns:
+        The content of `merge.json`.
+
+    Raises:
+        GateNotMet: the merged model is too far from the adapter; nothing is left of it, and the exception's `merge`
+            holds what was measured.
+    """
+    begun = time.monotonic()
+    assert target.adapter is not None
+    model, tokenizer = target.load()
+    rows = rows_to_compare(data.test, model.config.get_text_config().vocab_size)
+    reference = trained_logits(model, rows, batch_rows=settings.batch_rows, progress=progress, what="adapter: logits")
+    written = _write_all(target, model, tokenizer, data, final, settings)
+    del model
+    _forget()
+    try:
+        candidates = [
+            _measure(target, into, folder, size, rows, reference, data, tokenizer, settings, progress)
+            for into, folder, size in written
+        ]
+        kept = min(candidates, key=lambda one: one.measured.metrics.loss or 0.0)
+        value = _merge_json(kept, candidates, data, settings, time.monotonic() - begun, target)
+        if not value["met"]:
+            _fail(kept, value)
+        replace_folder(kept.folder, final)
+    finally:
+        for _, folder, _ in written:
+            shutil.rmtree(folder, ignore_errors=True)
+    return value
+
+
+class DriftTooLarge(GateNotMet):
+    """The tolerance was not met; `merge` holds the content of `merge.json`."""
+
+    def __init__(self, message: str, merge: dict[str, Any]) -> None:
+        super().__init__(message)
+        self.merge = merge
+
+
+def _fail(kept: Candidate, value: dict[str, Any]) -> None:
+    crossed = [
+        f"{name} is {value[name]:.4g}, the limit is {limit}"
+        for name, limit in value["limit"].items()
+        if not value["limits_met"][name]
+    ]
+    other = "dequantized" if kept.into == "original" else "original"
+    raise DriftTooLarge(
+        f"the model merged into the {kept.into} base is too far from the adapter: {'; '.join(crossed)}; nothing was "
+        f"kept; try --into {other}, a wider --dtype, or set the limit in gates",
+        value,
+    )
+
+
+def _write_all(
+    target: Target,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: PreparedData,
+    final: Path,
+    settings: MergeSettings,
+) -> list[tuple[str, Path, int]]:
+    """Write each candidate beside the final folder: its kind, folder and bytes."""
+    assert target.adapter is not None
+    quantized = target.base.quantization is not None
+    wanted: Sequence[str] = ("dequantized", "original") if settings.into == "best" else (settings.into,)
+    if not quantized:
+        wanted = ("original",)
+    dtype = DTYPES[settings.dtype or target.base.dtype]
+    base = model.get_base_model()
+    written = []
+    # The wrapped base names its layers with PEFT's prefixes; a bare one of the same weights is what is folded.
+    bare = model.unload() if hasattr(model, "unload") else base
+    for into in wanted:
+        folder = final.with_name(f"{final.name}.{into}.staging")
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        source = dequantized_weights(bare) if into == "dequantized" else original_weights(target.base)
+        folded = fold(bare, target.adapter, source)
+        size = write_weights(folded, dtype, folder)
+        write_config(bare, dtype, folded.unties, folder)
+        write_companions(bare, tokenizer, data.stop_ids, folder)
+        stored = settings.dtype or target.base.dtype
+        identity = target.identity | {"kind": "merged", "base": target.identity["base"] | {"dtype": stored}}
+        write_json(folder / IDENTITY, identity)
+        written.append((into, folder, size))
+    return written
+
+
+def _measure(
+    target: Target,
+    into: str,
+    folder: Path,
+    size: int,
+    rows: Any,
+    reference: list[torch.Tensor],
+    data: PreparedData,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: MergeSettings,
+    progress: Progress,
+) -> Candidate:
+    """Load what was written, as anybody would, and hold it against the adapter."""
+    stored = settings.dtype or target.base.dtype
+    model = load_base(replace(target.base, path=str(folder), revision=None, quantization=None, dtype=stored))
+    model.eval()
+    what = f"merged into {into}"
+    logits = trained_logits(model, rows, batch_rows=settings.batch_rows, progress=progress, what=f"{what}: logits")
+    decoding = decoding_for(settings.evaluation, data, tokenizer, settings.seed)
+    measured = measure(
+        model,
+        tokenizer,
+        data,
+        settings.evaluation,
+        decoding,
+        batch_rows=settings.batch_rows,
+        progress=progress,
+        what=what,
+    )
+    del model
+    _forget()
+    return Candidate(into, folder, compare(reference, logits), measured, size)
+
+
+def _merge_json(
+    kept: Candidate,
+    candidates: list[Candidate],
+    data: PreparedData,
+    settings: MergeSettings,
+    seconds: float,
+    target: Target,
+) -> dict[str, Any]:
+    drift = asdict(kept.drift)
+    limits = tuple(gate for gate in settings.gates if gate.name.startswith("merge_")) or DEFAULT_LIMITS
+    met = {gate.name.removeprefix("merge_"): gate.met(drift[gate.name.removeprefix("merge_")]) for gate in limits}
+    shown = min(settings.evaluation.samples, len(kept.measured.answers))
+    return {
+        "schema": 1,
+        "into": kept.into,
+        "dtype": settings.dtype or target.base.dtype,
+        **drift,
+        "limit": {gate.name.removeprefix("merge_"): gate.text for gate in limits},
+        "limits_met": met,
+        "met": all(met.values()),
+        "metrics": asdict(kept.measured.metrics),
+        "candidates": [
+            {"into": one.into, "loss": one.measured.metrics.loss, **asdict(one.drift)} for one in candidates
+        ],
+        "samples": [
+            {"prompt": data.test.column("prompt")[row].as_py(), "merged": kept.measured.answers[row].text}
+            for row in range(shown)
+        ],
+        "bytes": kept.bytes,
+        "seconds": round(seconds, 3),
+    }
+
+
+def _forget() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+

@@ -1,0 +1,113 @@
+"""Answers of a model to prompts: batched, sorted by length, greedy by default, stopped by the end token."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from peftcli.progress import Progress
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How answers are drawn.
+
+    Attributes:
+        max_new_tokens: an answer longer than this is cut off and counts as unfinished.
+        temperature: 0 takes the most likely token each time.
+        top_p: with a temperature, the share of probability mass that is drawn from.
+        seed: of the draw.
+    """
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer; `finished` says that the model stopped by itself."""
+
+    text: str
+    finished: bool
+
+
+@torch.inference_mode()
+def answer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    *,
+    stop_ids: frozenset[int],
+    decoding: Decoding,
+    batch_rows: int,
+    progress: Progress,
+    what: str,
+) -> list[Answer]:
+    """Answer every prompt, in the order given.
+
+    Args:
+        model: causal language model; it is put back into the mode that it was in.
+        tokenizer: for decoding and the pad token.
+        prompts: token ids.
+        stop_ids: ids that end an answer; they are not part of its text.
+        decoding: how tokens are drawn; the state of the global random generator is left as it was.
+        batch_rows: prompts of one batch.
+        what: name of the stretch for `progress`.
+    """
+    answers: list[Answer | None] = [None] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]), reverse=True)
+    device = next(model.parameters()).device
+    config = _generation_config(tokenizer, stop_ids, decoding)
+    was_training = model.training
+    model.eval()
+    progress.start(what, len(prompts))
+    cards = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cards):
+        torch.manual_seed(decoding.seed)
+        for start in range(0, len(order), batch_rows):
+            batch = order[start : start + batch_rows]
+            inputs, mask = _pad_left([prompts[row] for row in batch], tokenizer.pad_token_id or 0)
+            made = model.generate(
+                input_ids=inputs.to(device), attention_mask=mask.to(device), generation_config=config
+            )
+            for row, ids in zip(batch, made[:, inputs.shape[1] :].tolist(), strict=True):
+                answers[row] = _decode(ids, tokenizer, stop_ids)
+            progress.advance(start + len(batch))
+    progress.end()
+    model.train(was_training)
+    return [one for one in answers if one is not None]
+
+
+def _generation_config(
+    tokenizer: PreTrainedTokenizerBase, stop_ids: frozenset[int], decoding: Decoding
+) -> GenerationConfig:
+    sampling: dict[str, Any] = {"do_sample": False}
+    if decoding.temperature > 0:
+        sampling = {"do_sample": True, "temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": 0}
+    return GenerationConfig(
+        max_new_tokens=decoding.max_new_tokens,
+        eos_token_id=sorted(stop_ids) or None,
+        pad_token_id=tokenizer.pad_token_id or 0,
+        use_cache=True,
+        **sampling,
+    )
+
+
+def _decode(ids: list[int], tokenizer: PreTrainedTokenizerBase, stop_ids: frozenset[int]) -> Answer:
+    end = next((place for place, token in enumerate(ids) if token in stop_ids), None)
+    kept = ids if end is None else ids[:end]
+    return Answer(tokenizer.decode(kept, skip_special_tokens=True), finished=end is not None)
+
+
+def _pad_left(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    longest = max(len(row) for row in rows)
+    inputs = torch.full((len(rows), longest), pad_id, dtype=torch.int64)
+    mask = torch.zeros((len(rows), longest), dtype=torch.int64)
+    for number, row in enumerate(rows):
+        inputs[number, longest - len(row) :] = torch.tensor(list(row), dtype=torch.int64)
+        mask[number, longest - len(row) :] = 1
+    return inputs, mask

@@ -1,0 +1,130 @@
+"""Tokenizers, base models and adapters, loaded in one way for every verb."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from peftcli.errors import MachineError
+from peftcli.model.hub import explain_missing
+from peftcli.plan.plan import Base
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_tokenizer(base: Base, path: str | None = None) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a base model, with the recipe's chat template and a pad token.
+
+    Args:
+        base: of the plan.
+        path: a folder to load from instead, such as an adapter's.
+
+    Raises:
+        MachineError: there is none, or the chat template file cannot be read.
+    """
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            path or base.path,
+            revision=None if path else base.revision,
+            trust_remote_code=base.trust_remote_code,
+        )
+    except (OSError, ValueError) as problem:
+        raise MachineError(explain_missing(path or base.path, problem)) from problem
+    if base.chat_template is not None and path is None:
+        try:
+            tokenizer.chat_template = Path(base.chat_template).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as problem:
+            raise MachineError(f"model.chat_template {base.chat_template}: cannot be read: {problem}") from problem
+    if tokenizer.pad_token is None:
+        # Labels are masked by length and never by token, so an end token that pads is still trained.
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_base(base: Base, *, quantized: bool = True) -> PreTrainedModel:
+    """Load the weights of a base model onto its device.
+
+    Args:
+        base: of the plan.
+        quantized: False loads the weights as they are even where the plan quantizes.
+
+    Raises:
+        MachineError: the weights cannot be had, or this machine cannot load them.
+    """
+    arguments: dict[str, Any] = {
+        "dtype": DTYPES[base.dtype],
+        "attn_implementation": base.attention,
+        "revision": base.revision,
+        "trust_remote_code": base.trust_remote_code,
+        "use_safetensors": True,
+        "device_map": {"": local_device(base.device)},
+    }
+    if quantized and base.quantization is not None:
+        arguments["quantization_config"] = quantization_config(base)
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(base.path, **arguments)
+    except (OSError, ValueError, ImportError) as problem:
+        raise MachineError(explain_missing(base.path, problem)) from problem
+    except RuntimeError as problem:
+        if not re.search("size mismatch|SafetensorError|corrupt", str(problem)):
+            raise
+        raise MachineError(f"{base.path}: the weights do not fit the configuration: {problem}") from problem
+    keep_gradients_of_4bit(model)
+    return model
+
+
+def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
+    """Put a saved adapter onto its base, for inference.
+
+    Raises:
+        MachineError: the folder is no adapter, is pickled, or does not fit the base.
+    """
+    if not (folder / "adapter_config.json").is_file():
+        raise MachineError(f"{folder}: no adapter_config.json, so no adapter")
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise MachineError(f"{folder}: no adapter_model.safetensors; a pickled adapter is not read")
+    try:
+        return PeftModel.from_pretrained(model, str(folder), torch_device=str(model.device))
+    except (RuntimeError, ValueError) as problem:
+        first = " ".join(str(problem).split())[:300]
+        raise MachineError(f"{folder}: the adapter does not fit this base: {first}") from problem
+
+
+def quantization_config(base: Base) -> BitsAndBytesConfig:
+    """The 4-bit configuration of a plan."""
+    assert base.quantization is not None
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=base.quantization["type"],
+        bnb_4bit_use_double_quant=base.quantization["double_quant"],
+        bnb_4bit_compute_dtype=DTYPES[base.quantization["compute_dtype"]],
+    )
+
+
+def keep_gradients_of_4bit(model: torch.nn.Module) -> None:
+    """Keep 4-bit layers on the path that has gradients, also after an evaluation.
+
+    On a CPU with AVX512_BF16, bitsandbytes 0.50 packs the weights of a layer anew in its first evaluation; the packed
+    product has no gradient and training does not unpack, so every later gradient is wrong and the loss looks normal.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def local_device(device: str) -> torch.device:
+    """The device of this process: its own card among several, or the CPU."""
+    if device != "cuda":
+        return torch.device("cpu")
+    import os
+
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))

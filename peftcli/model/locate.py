@@ -1,0 +1,59 @@
+"""Where a model lies: a tiny one made here, a local folder, a Hub id, or the stand-in of a smoke run."""
+
+from transformers import PreTrainedConfig
+
+from peftcli.errors import MachineError
+from peftcli.model.inspect import load_config
+from peftcli.progress import Progress
+from peftcli.recipe.schema import ModelSection
+from peftcli.tiny.build import tiny_model
+from peftcli.tiny.standin import family_config, stand_in
+
+TINY = "tiny:"
+
+
+def locate(model: ModelSection, progress: Progress, *, smoke: bool) -> tuple[str, PreTrainedConfig, str]:
+    """Find or make the model of a recipe.
+
+    Args:
+        smoke: stand in for a real model with a tiny random one of the same architecture.
+
+    Returns:
+        path: what to load.
+        config: its configuration.
+        note: what is unusual about it, empty as a rule.
+
+    Raises:
+        MachineError: the model cannot be had.
+        RecipeError: no tiny model has that name.
+    """
+    if model.name.startswith(TINY):
+        path = str(tiny_path(model.name, progress))
+        return path, load_config(path, None), ""
+    if not smoke:
+        return model.name, load_config(model.name, model.revision, trust_remote_code=model.trust_remote_code), ""
+    try:
+        config, origin = load_config(model.name, model.revision), "its own configuration"
+    except MachineError:
+        config, origin = family_config(model.name)
+    path = str(stand_in(config))
+    note = f"smoke: {model.name} is replaced by a tiny random {config.model_type} model made from {origin}"
+    return path, load_config(path, None), note
+
+
+def tiny_path(name: str, progress: Progress) -> str:
+    """The folder of a tiny model, made on first use."""
+    begun = False
+
+    def show(done: int, total: int) -> None:
+        nonlocal begun
+        if not begun:
+            progress.note(f"making {name} (once; it is kept for later runs)")
+            progress.start(f"pretraining {name}", total)
+            begun = True
+        progress.advance(done)
+
+    path = tiny_model(name, progress=show)
+    if begun:
+        progress.end()
+    return str(path)

@@ -1,0 +1,134 @@
+"""One model measured on the test split: the loss over all rows, and answers against references."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import pyarrow as pa
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from peftcli import metrics
+from peftcli.data.prepare import PreparedData
+from peftcli.metrics import Metrics
+from peftcli.model.answer import Answer, Decoding, answer
+from peftcli.model.score import Sums, score
+from peftcli.model.shards import gather, interleave, my_share
+from peftcli.progress import Progress
+from peftcli.recipe.schema import EvaluationSection
+
+LONGEST_AUTO_ANSWER = 256
+"""Tokens; `evaluation.max_new_tokens: auto` does not go beyond."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The metrics of a model and its answers to the first rows of the test split."""
+
+    metrics: Metrics
+    answers: list[Answer]
+
+
+def decoding_for(
+    evaluation: EvaluationSection, data: PreparedData, tokenizer: PreTrainedTokenizerBase, seed: int
+) -> Decoding:
+    """How the test rows are answered; without a number, an answer may be as long as the longest reference."""
+    longest = evaluation.max_new_tokens
+    if not isinstance(longest, int):
+        references = data.test.column("reference").to_pylist()
+        encoded = tokenizer(references, add_special_tokens=False)["input_ids"]
+        longest = min(max(len(ids) for ids in encoded) + 2, LONGEST_AUTO_ANSWER)
+    return Decoding(longest, evaluation.temperature, evaluation.top_p, seed)
+
+
+def answered_rows(evaluation: EvaluationSection, data: PreparedData) -> int:
+    """Number of test rows that are answered; of plain text only the samples, since it has no right answer."""
+    rows = int(data.test.num_rows)
+    if data.format == "text":
+        return min(evaluation.samples, rows)
+    return rows if evaluation.rows is None else min(evaluation.rows, rows)
+
+
+def measure(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: PreparedData,
+    evaluation: EvaluationSection,
+    decoding: Decoding,
+    *,
+    batch_rows: int,
+    progress: Progress,
+    what: str,
+) -> Measured:
+    """Measure a model; several processes share the rows and all get the whole result.
+
+    Args:
+        model: on its device.
+        data: the test rows.
+        evaluation: section of the recipe.
+        batch_rows: rows at once; the metrics do not depend on it.
+        what: name of the model, for progress.
+    """
+    pad = tokenizer.pad_token_id or 0
+    mine = data.test.select(["input_ids", "labels"]).take(pa.array(my_share(data.test.num_rows), pa.int64()))
+    sums = score(model, mine, pad_id=pad, batch_rows=batch_rows, progress=progress, what=f"{what}: loss")
+    total = _add(gather(sums))
+    rows = answered_rows(evaluation, data)
+    prompts = data.test.column("prompt_ids").slice(0, rows).to_pylist()
+    answers = interleave(
+        gather(
+            answer(
+                model,
+                tokenizer,
+                [prompts[row] for row in my_share(rows)],
+                stop_ids=data.stop_ids,
+                decoding=decoding,
+                batch_rows=batch_rows,
+                progress=progress,
+                what=f"{what}: answers",
+            )
+        )
+    )
+    found = total.metrics()
+    if data.format != "text" and answers:
+        references = data.test.column("reference").slice(0, rows).to_pylist()
+        texts = [one.text for one in answers]
+        found = replace(
+            found,
+            exact_match=metrics.exact_match(texts, references),
+            chrf=metrics.chrf(texts, references),
+            unfinished_answers=sum(not one.finished for one in answers) / len(answers),
+        )
+    return Measured(found, answers)
+
+
+def evaluation_json(
+    data: PreparedData, shown: int, decoding: Decoding, measured: Mapping[str, Measured | None]
+) -> dict[str, Any]:
+    """The content of `eval.json`.
+
+    Args:
+        shown: number of samples.
+        measured: by name of the model (`base`, `adapter`, ...), None for one that was not measured.
+    """
+    samples = []
+    for row in range(min(shown, data.test.num_rows)):
+        sample = {name: data.test.column(name)[row].as_py() for name in ("prompt", "reference")}
+        for name, one in measured.items():
+            sample[name] = one.answers[row].text if one is not None and row < len(one.answers) else None
+        samples.append(sample)
+    return {
+        "schema": 1,
+        "rows": data.test.num_rows,
+        "generated_rows": max((len(one.answers) for one in measured.values() if one is not None), default=0),
+        **{name: None if one is None else asdict(one.metrics) for name, one in measured.items()},
+        "samples": samples,
+        "decoding": asdict(decoding),
+    }
+
+
+def _add(parts: list[Sums]) -> Sums:
+    return Sums(
+        nll=sum(part.nll for part in parts),
+        tokens=sum(part.tokens for part in parts),
+        correct=sum(part.correct for part in parts),
+    )

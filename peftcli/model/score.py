@@ -1,0 +1,118 @@
+"""Token-weighted loss and accuracy of a model over tokenized rows, whatever the batch size."""
+
+import inspect
+from dataclasses import dataclass
+
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from peftcli.data.tokens import IGNORED
+from peftcli.metrics import Metrics, perplexity
+from peftcli.progress import Progress
+
+LOGIT_BYTES = 256 * 2**20
+"""Bytes of float32 logits that may be alive at once."""
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Totals over rows; divide once, at the end."""
+
+    nll: float
+    tokens: int
+    correct: int
+
+    def metrics(self) -> Metrics:
+        loss = self.nll / self.tokens
+        return Metrics(loss=loss, perplexity=perplexity(loss), token_accuracy=self.correct / self.tokens)
+
+
+def completion_nll(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum the negative log-likelihood of the trained tokens.
+
+    Sums, not means: a mean of batch means weighs short batches too much.
+
+    Args:
+        logits: (N, V), any float dtype; row n predicts label n.
+        labels: (N,), int64; -100 marks a token that counts in no sum.
+
+    Returns:
+        nll: (), float64, nats.
+        tokens: (), int64.
+        correct: (), int64, tokens that are the first choice.
+    """
+    chosen = labels != IGNORED
+    losses = torch.nn.functional.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="none")
+    correct = (logits.argmax(-1) == labels) & chosen
+    return losses.double().sum(), chosen.sum(), correct.sum()
+
+
+@torch.inference_mode()
+def score(
+    model: torch.nn.Module, rows: pa.Table, *, pad_id: int, batch_rows: int, progress: Progress, what: str
+) -> Sums:
+    """Run every row through the model once.
+
+    Args:
+        model: in evaluation mode or not; it is put back as it was.
+        rows: `input_ids` and `labels`.
+        pad_id: token id that fills short rows; any id, since padding is masked.
+        batch_rows: rows of one forward pass; the result does not depend on it.
+        what: name of the stretch for `progress`.
+    """
+    ids, labels = rows.column("input_ids").to_pylist(), rows.column("labels").to_pylist()
+    order = sorted(range(len(ids)), key=lambda row: len(ids[row]), reverse=True)
+    device = next(model.parameters()).device
+    nll, tokens, correct = 0.0, 0, 0
+    was_training = model.training
+    model.eval()
+    progress.start(what, len(ids))
+    for start in range(0, len(order), batch_rows):
+        batch = order[start : start + batch_rows]
+        inputs, targets, mask = _pad([ids[row] for row in batch], [labels[row] for row in batch], pad_id)
+        sums = _score_batch(model, inputs.to(device), targets.to(device), mask.to(device))
+        nll, tokens, correct = nll + sums[0], tokens + sums[1], correct + sums[2]
+        progress.advance(start + len(batch))
+    progress.end()
+    model.train(was_training)
+    return Sums(nll, tokens, correct)
+
+
+def _score_batch(model: torch.nn.Module, inputs: Tensor, labels: Tensor, mask: Tensor) -> tuple[float, int, int]:
+    # Position t predicts token t + 1; only positions that predict a trained token of some row need logits.
+    targets = labels[:, 1:]
+    wanted = (targets != IGNORED).any(0).nonzero().squeeze(1)
+    if takes_positions(model):
+        logits = model(input_ids=inputs, attention_mask=mask, use_cache=False, logits_to_keep=wanted).logits
+    else:
+        logits = model(input_ids=inputs, attention_mask=mask, use_cache=False).logits
+        logits = logits[:, -inputs.shape[1] :][:, wanted]
+    flat, flat_targets = logits.flatten(0, 1), targets[:, wanted].flatten()
+    chunk = max(1, LOGIT_BYTES // (4 * flat.shape[-1]))
+    totals = [0.0, 0, 0]
+    for part, labels_part in zip(flat.split(chunk), flat_targets.split(chunk), strict=True):
+        for number, value in enumerate(completion_nll(part, labels_part)):
+            totals[number] += value.item()
+    return totals[0], int(totals[1]), int(totals[2])
+
+
+def takes_positions(model: torch.nn.Module) -> bool:
+    """Whether the model can compute logits for chosen positions only."""
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        return False  # virtual tokens shift the positions
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    forward = type(base).forward  # the instance's may be wrapped
+    return "logits_to_keep" in inspect.signature(forward).parameters
+
+
+def _pad(rows: list[list[int]], labels: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor, Tensor]:
+    longest = max(len(row) for row in rows)
+    inputs = torch.full((len(rows), longest), pad_id, dtype=torch.int64)
+    targets = torch.full((len(rows), longest), IGNORED, dtype=torch.int64)
+    mask = torch.zeros((len(rows), longest), dtype=torch.int64)
+    for number, (row, row_labels) in enumerate(zip(rows, labels, strict=True)):
+        inputs[number, : len(row)] = torch.tensor(row)
+        targets[number, : len(row)] = torch.tensor(row_labels)
+        mask[number, : len(row)] = 1
+    return inputs, targets, mask

@@ -1,0 +1,62 @@
+"""What a plan is made from besides the recipe: the machine and the model's structure."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What this machine can do; `model.probe` asks it, tests make their own.
+
+    Attributes:
+        device: `cuda` or `cpu`.
+        name: of the card or the processor.
+        capability: (major, minor) of the card, None on a CPU.
+        native_bf16: the card computes bfloat16 itself (an emulation does not count).
+        arch_list: architectures the installed torch wheel was built for, such as `sm_75` or `compute_90`.
+        memory_bytes: of one card, or the RAM on a CPU.
+        count: cards that this process sees, 1 on a CPU.
+        processes: processes of this launch.
+        flash_attention: names of the installed FlashAttention implementations.
+    """
+
+    device: str
+    name: str
+    capability: tuple[int, int] | None
+    native_bf16: bool
+    arch_list: tuple[str, ...]
+    memory_bytes: int
+    count: int = 1
+    processes: int = 1
+    flash_attention: tuple[str, ...] = ()
+
+    @property
+    def label(self) -> str:
+        """The name with the architecture, for messages."""
+        if self.capability is None:
+            return self.name
+        return f"{self.name} (sm_{self.capability[0]}{self.capability[1]})"
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """The structure of a base model, known from its configuration alone.
+
+    Attributes:
+        path: local folder, or the Hub id where nothing is local.
+        architecture: class name, such as LlamaForCausalLM.
+        parameters: number of parameters.
+        modules: names of all modules.
+        linear: names of the modules that an adapter of LoRA's kind can stand on, the output layer aside.
+        output_layer: name of the module that makes the logits, None where there is none.
+        positions: longest row that the model was made for, None where it does not say.
+        note: what is unusual about where the structure comes from, empty as a rule.
+    """
+
+    path: str
+    architecture: str
+    parameters: int
+    modules: tuple[str, ...]
+    linear: tuple[str, ...]
+    output_layer: str | None
+    positions: int | None
+    note: str = ""

@@ -1,0 +1,126 @@
+"""The Plan: what will happen, with no `auto` left in it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from peftcli.recipe.schema import AdapterSection, BudgetSection, DatasetSection, EvaluationSection, Gate
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class Decision:
+    """One choice that was made, and why."""
+
+    key: str
+    value: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Base:
+    """The base model as it is loaded.
+
+    Attributes:
+        name: as the recipe says it.
+        path: what is loaded: a local folder or a Hub id.
+        revision: of the Hub, None for the default.
+        dtype: of the weights that are not quantized: bfloat16, float16 or float32.
+        attention: an attention implementation of transformers.
+        device: `cuda` or `cpu`.
+        quantization: bits, type, double_quant and compute_dtype, or None.
+        chat_template: path of a Jinja file that replaces the tokenizer's, or None.
+        trust_remote_code: run code that comes with the model.
+    """
+
+    name: str
+    path: str
+    revision: str | None
+    dtype: str
+    attention: str
+    device: str
+    quantization: Mapping[str, Any] | None
+    chat_template: str | None
+    trust_remote_code: bool
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of one optimizer step: per device x accumulation x processes."""
+
+    per_device: int
+    accumulation: int
+    processes: int
+
+    @property
+    def effective(self) -> int:
+        return self.per_device * self.accumulation * self.processes
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will happen. Nothing below this floor decides, and nothing here is `auto`.
+
+    Attributes:
+        trainer: arguments for SFTConfig, the recipe's and those decided here.
+        completion_only, assistant_only: the label rule.
+        max_length: tokens of a row; what is beyond is cut off.
+        adapter_dtype: of the trainable weights.
+        evaluation_batch: rows that are evaluated and answered at once.
+        targets: number of modules by name of the target.
+        trainable_parameters, total_parameters: counted on the model's structure.
+        decisions: for people, in the order of the work.
+    """
+
+    name: str
+    task: str
+    smoke: bool
+    seed: int
+    base: Base
+    architecture: str
+    adapter: AdapterSection
+    adapter_dtype: str
+    dataset: DatasetSection
+    completion_only: bool
+    assistant_only: bool
+    max_length: int
+    batch: Batch
+    trainer: Mapping[str, Any]
+    evaluation: EvaluationSection
+    evaluation_batch: int
+    gates: tuple[Gate, ...]
+    budget: BudgetSection
+    trackers: tuple[str, ...]
+    targets: Mapping[str, int]
+    trainable_parameters: int
+    total_parameters: int
+    decisions: tuple[Decision, ...]
+    notices: tuple[str, ...] = field(default=())
+
+    def as_json(self) -> dict[str, Any]:
+        """The content of `plan.json`."""
+        return {
+            "schema": 1,
+            "name": self.name,
+            "task": self.task,
+            "smoke": self.smoke,
+            "model": {
+                "name": self.base.name,
+                "revision": self.base.revision,
+                "architecture": self.architecture,
+                "parameters": self.total_parameters - self.trainable_parameters,
+                "bytes": (self.total_parameters - self.trainable_parameters) * DTYPE_BYTES[self.base.dtype],
+            },
+            "decisions": [vars(decision) for decision in self.decisions],
+            "notices": list(self.notices),
+            "targets": [{"name": name, "modules": count} for name, count in self.targets.items()],
+            "parameters": {"trainable": self.trainable_parameters, "total": self.total_parameters},
+            "batch": {
+                "per_device": self.batch.per_device,
+                "accumulation": self.batch.accumulation,
+                "processes": self.batch.processes,
+                "effective": self.batch.effective,
+            },
+            "trainer": dict(self.trainer),
+        }

@@ -1,0 +1,146 @@
+"""A recipe written back: as YAML for the run folder, as a fingerprint, and as the difference of two."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel
+
+from peftcli.recipe.problems import KeyPath, dotted, show
+from peftcli.recipe.schema import Recipe
+from peftcli.recipe.values import Gate, duration_text
+from peftcli.recipe.yaml_text import read_scalar
+
+_DURATIONS = (("budget", "wall_clock"), ("budget", "save_every"))
+
+
+class _Writer(yaml.SafeDumper):
+    """Quotes every text that YAML 1.2 would read as something else, and no other."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        """Equal lists are written twice: a recipe has no aliases."""
+        return True
+
+    def increase_indent(self, flow: bool = False, indentless: bool = False) -> None:
+        """Indent list items below their key."""
+        super().increase_indent(flow, False)
+
+
+def _write_text(writer: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    try:
+        is_text = isinstance(read_scalar(text), str)
+    except ValueError:
+        is_text = False
+    plain = is_text and text == text.strip() and text.isprintable()
+    return writer.represent_scalar("tag:yaml.org,2002:str", text, style=None if plain else '"')
+
+
+_Writer.add_representer(str, _write_text)
+
+
+def dump_recipe(recipe: Recipe, path: Path) -> str:
+    """YAML text of a recipe as it will stand at `path`; loading it from there gives an equal recipe.
+
+    Paths that were given relative are written relative to the folder of `path`, absolute ones stay. Keys that
+    were not given and hold their default are left out.
+    """
+    values = _given(recipe)
+    values["name"] = recipe.name
+    folder = os.path.abspath(path.parent)
+    for key, holder, last in _path_holders(values):
+        if key in recipe._relative:
+            holder[last] = _relative_path(holder[last], folder, is_model=key == "model.name")
+    for section, last in _DURATIONS:
+        seconds = values.get(section, {}).get(last)
+        if seconds is not None:
+            values[section][last] = duration_text(seconds)
+    order = [key for key in Recipe.model_fields if key in values]
+    ordered = {key: values[key] for key in order}
+    return yaml.dump(ordered, Dumper=_Writer, sort_keys=False, allow_unicode=True, width=110)
+
+
+def fingerprint(recipe: Recipe) -> str:
+    """SHA-256 of all effective values, defaults and absolute paths included, as 64 hexadecimal digits."""
+    canonical = json.dumps(_effective(recipe), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def changed_keys(old: Recipe, new: Recipe) -> list[str]:
+    """One line for each key whose effective value differs, such as `adapter.r: 16 -> 64`.
+
+    A default that one of the two writes out is no difference.
+    """
+    before, after = (dict(_leaves(_effective(recipe), ())) for recipe in (old, new))
+    keys = [*before, *(key for key in after if key not in before)]
+    absent = object()
+
+    def text(values: dict[str, Any], key: str) -> str:
+        return show(values[key]) if key in values else "not set"
+
+    differing = [key for key in keys if before.get(key, absent) != after.get(key, absent)]
+    return [f"{key}: {text(before, key)} -> {text(after, key)}" for key in differing]
+
+
+def _effective(recipe: Recipe) -> dict[str, Any]:
+    return {key: _plain(value, whole=True) for key, value in recipe}
+
+
+def _given(section: BaseModel) -> dict[str, Any]:
+    return {key: _plain(getattr(section, key), whole=False) for key in _written_keys(section)}
+
+
+def _written_keys(section: BaseModel) -> list[str]:
+    """Keys that were given, or whose value is not the default."""
+    fields = type(section).model_fields
+    given = section.model_fields_set
+    keys = [key for key in fields if key in given or getattr(section, key) != fields[key].default]
+    # An empty trainer or gates section came from the loader, not from the file.
+    return [key for key in keys if key not in ("trainer", "gates") or getattr(section, key)]
+
+
+def _plain(value: Any, *, whole: bool) -> Any:
+    if isinstance(value, BaseModel):
+        return {key: _plain(item, whole=True) for key, item in value} if whole else _given(value)
+    if isinstance(value, tuple) and value and isinstance(value[0], Gate):
+        return {gate.name: gate.text for gate in value}
+    if isinstance(value, tuple | list):
+        return [_plain(item, whole=whole) for item in value]
+    if hasattr(value, "items"):
+        return {key: _plain(item, whole=whole) for key, item in value.items()}
+    return value
+
+
+def _path_holders(values: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], str]]:
+    dataset: dict[str, Any] = values.get("dataset", {})
+    holders: list[tuple[KeyPath, Any]] = [
+        (("model", "name"), values.get("model")),
+        (("model", "chat_template"), values.get("model")),
+        (("dataset", "path"), dataset),
+        (("dataset", "test", "path"), dataset.get("test")),
+    ]
+    holders += [(("dataset", "join", i, "path"), item) for i, item in enumerate(dataset.get("join", []))]
+    for path, holder in holders:
+        if isinstance(holder, dict) and holder.get(str(path[-1])) is not None:
+            yield dotted(path), holder, str(path[-1])
+
+
+def _relative_path(target: str, folder: str, *, is_model: bool) -> str:
+    relative = os.path.relpath(target, folder)
+    # A model's name is a folder only where it says so: `models/tiny` would be read as a Hub id.
+    return (
+        f"./{relative}"
+        if relative.startswith("~") or (is_model and not relative.startswith(".."))
+        else relative
+    )
+
+
+def _leaves(value: Any, path: KeyPath) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict) and value:
+        for key, item in value.items():
+            yield from _leaves(item, (*path, key))
+    else:
+        yield dotted(path), value

@@ -1,0 +1,112 @@
+"""Readers of single values for the schema: each takes what YAML gave and returns what the field holds.
+
+They raise `PydanticCustomError("recipe", text)`; the text is the end of the message that the user sees.
+"""
+
+import re
+from typing import Any
+
+from pydantic_core import PydanticCustomError
+
+from peftcli.recipe.template import template_columns
+from peftcli.recipe.values import parse_duration
+
+
+def wrong(text: str) -> PydanticCustomError:
+    """An error whose text goes to the user unchanged."""
+    return PydanticCustomError("recipe", "{text}", {"text": text})
+
+
+def freeze_rows(value: Any) -> Any:
+    """Turn a list into a tuple; the items are checked by the field."""
+    if not isinstance(value, list | tuple):
+        raise wrong("must be a list")
+    if all(isinstance(item, str) for item in value):
+        _no_double(value)
+    return tuple(value)
+
+
+def freeze_names(value: Any) -> tuple[str, ...]:
+    """Turn one name or a list of names into a tuple."""
+    names = [value] if isinstance(value, str) else value
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) and name for name in names):
+        raise wrong("must be a name or a list of names")
+    if not names:
+        raise wrong("must hold at least one name")
+    _no_double(names)
+    return tuple(names)
+
+
+def read_targets(value: Any) -> tuple[str, ...] | str:
+    """Read `adapter.target_modules`: the word all-linear or a list of names."""
+    if value == "all-linear":
+        return "all-linear"
+    if isinstance(value, str):
+        raise wrong(f"must be all-linear or a list of module names, such as [{value or 'q_proj'}]")
+    try:
+        return freeze_names(value)
+    except PydanticCustomError:
+        if isinstance(value, list) and value and all(isinstance(name, str) and name for name in value):
+            raise
+        raise wrong("must be all-linear or a list of module names, such as [q_proj, v_proj]") from None
+
+
+def read_template(value: Any) -> str:
+    """Read a template and check its braces."""
+    if isinstance(value, dict):
+        raise wrong("must be text; a template that starts with { must stand in quotes")
+    if not isinstance(value, str):
+        raise wrong("must be text with {column} where a column goes")
+    if not value:
+        raise wrong("must not be empty")
+    try:
+        template_columns(value)
+    except ValueError as error:
+        raise wrong(str(error)) from None
+    return value
+
+
+def read_test_size(value: Any) -> float | int:
+    """Read `dataset.split.test_size`: a share below 1 or a number of rows."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        if 0 < value < 1 or (isinstance(value, int) and value >= 1):
+            return value
+        if isinstance(value, float) and value >= 1 and value == int(value) and value < 1e15:
+            raise wrong(f"must be a share between 0 and 1, or a whole number of rows such as {int(value)}")
+    raise wrong("must be a share between 0 and 1, or a whole number of rows")
+
+
+def read_tokens(value: Any) -> int | str:
+    """Read a count that may be left to the plan."""
+    if value == "auto":
+        return "auto"
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
+        return value
+    raise wrong("must be auto or a whole number of at least 1")
+
+
+def read_seconds(value: Any) -> float:
+    """Read a duration into seconds."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise wrong("must be a duration such as 90s, 10min or 8h30m")
+    try:
+        return parse_duration(value if isinstance(value, str) else repr(value))
+    except ValueError as error:
+        raise wrong(str(error)) from None
+
+
+def read_name(value: Any) -> str:
+    """Read the name of the run: it becomes a folder's name."""
+    if not isinstance(value, str):
+        raise wrong("must be text")
+    if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}", value):
+        raise wrong(
+            "must be made of letters, digits, '.', '_' and '-', and not start with a dot (it names a folder)"
+        )
+    return value
+
+
+def _no_double(names: Any) -> None:
+    for index, name in enumerate(names):
+        if name in names[:index]:
+            raise wrong(f"holds {name} twice")

@@ -1,0 +1,34 @@
+"""The `gates` section: names of figures, each with a limit."""
+
+from peftcli.recipe.problems import Problems, nearest, printable, show
+from peftcli.recipe.values import GATE_NAMES, Gate, parse_gate
+from peftcli.recipe.yaml_text import Tree
+
+
+def read_gates(tree: Tree, problems: Problems) -> tuple[Gate, ...]:
+    """Read all gates; those that cannot be read become problems."""
+    section = tree.get("gates")
+    if section is None:
+        return ()
+    if not isinstance(section, dict):
+        problems.add(
+            tree.place(("gates",)), 'gates must be a section, such as gates: {exact_match: ">= 0.8"}'
+        )
+        return ()
+    gates = []
+    for name, text in section.items():
+        where = tree.place(("gates", name))
+        if ("gates", name) in tree.spoiled:
+            continue
+        if name not in GATE_NAMES:
+            near = nearest(name, GATE_NAMES)
+            mend = f"did you mean gates.{near}?" if near else f"the figures are {', '.join(GATE_NAMES)}"
+            problems.add(where, f"gates.{printable(name)} is not a figure that a gate can watch; {mend}")
+            continue
+        try:
+            if not isinstance(text, str):
+                raise ValueError('must be a limit in quotes such as ">= 0.8" (>=, <=, > or <, and a number)')
+            gates.append(parse_gate(name, text))
+        except ValueError as error:
+            problems.add(where, f"gates.{name} = {show(text)}: {error}")
+    return tuple(gates)

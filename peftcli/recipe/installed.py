@@ -1,0 +1,153 @@
+"""The arguments of the installed SFTConfig, read from its source: nothing of trl or transformers is imported.
+
+The class bodies are cut out of the files first: to parse all of training_args.py takes four times as long.
+"""
+
+import ast
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+_CLASSES = (
+    ("transformers", "training_args.py", "TrainingArguments"),
+    ("trl", "trainer/base_config.py", "_BaseConfig"),
+    ("trl", "trainer/sft_config.py", "SFTConfig"),
+)
+_ENUM_FILES = ("trainer_utils.py", "training_args.py", "debug_utils.py")
+_PLAIN = {"int", "float", "bool", "str", "dict", "list"}
+
+
+@dataclass(frozen=True)
+class Argument:
+    """One argument of the installed SFTConfig."""
+
+    name: str
+    kinds: frozenset[str]
+    """What may stand there: int, float, bool, str, dict, list, none; `any` where the source does not tell."""
+    choices: tuple[str, ...] = ()
+    """The texts it takes; empty where any text will do."""
+
+
+@cache
+def installed_arguments() -> dict[str, Argument] | None:
+    """The arguments by name, or None when trl or transformers is not installed or reads in no known way."""
+    folders = {package: _folder(package) for package in ("transformers", "trl")}
+    transformers = folders["transformers"]
+    arguments: dict[str, Argument] = {}
+    for package, file, name in _CLASSES:
+        folder = folders[package]
+        if folder is None or transformers is None:
+            return None
+        for field in _fields(folder / file, name):
+            argument = _argument(field, transformers)
+            arguments[argument.name] = argument
+    return arguments if "learning_rate" in arguments and "max_length" in arguments else None
+
+
+def _folder(package: str) -> Path | None:
+    try:
+        spec = find_spec(package)
+    except (ImportError, ValueError):
+        return None
+    places = spec.submodule_search_locations if spec is not None else None
+    return Path(next(iter(places))) if places else None
+
+
+def _fields(path: Path, name: str) -> Iterator[ast.AnnAssign]:
+    for node in _class_body(path, name):
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            yield node
+
+
+@cache
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
+def _class_body(path: Path, name: str) -> list[ast.stmt]:
+    """The statements of a class up to its first method; empty when the file or the class is not there."""
+    head = re.search(rf"^class {name}\b.*?:\n", _text(path), re.MULTILINE | re.DOTALL)
+    if head is None:
+        return []
+    rest = _text(path)[head.start() :]
+    end = re.search(r"\n(?=    def |    @|[^\s#])", rest)
+    try:
+        (node,) = ast.parse(rest[: end.start()] if end else rest).body
+    except (SyntaxError, ValueError):
+        return []
+    return node.body if isinstance(node, ast.ClassDef) else []
+
+
+def _argument(node: ast.AnnAssign, transformers: Path) -> Argument:
+    assert isinstance(node.target, ast.Name)
+    kinds: set[str] = set()
+    choices = _metadata_choices(node.value)
+    for part in _union(node.annotation):
+        kind, names = _kind(part, transformers)
+        kinds.add(kind)
+        choices += names
+    return Argument(node.target.id, frozenset(kinds), tuple(dict.fromkeys(choices)))
+
+
+def _union(node: ast.expr) -> list[ast.expr]:
+    """The parts of `A | B`, `Union[A, B]` and `Optional[A]`."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return _union(ast.parse(node.value, mode="eval").body)
+    if isinstance(node, ast.BinOp):
+        return [*_union(node.left), *_union(node.right)]
+    if (
+        isinstance(node, ast.Subscript)
+        and isinstance(node.value, ast.Name)
+        and node.value.id in ("Union", "Optional")
+    ):
+        inner = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
+        parts = [part for item in inner for part in _union(item)]
+        return [*parts, ast.Constant(None)] if node.value.id == "Optional" else parts
+    return [node]
+
+
+def _kind(node: ast.expr, transformers: Path) -> tuple[str, list[str]]:
+    if isinstance(node, ast.Constant) and node.value is None:
+        return "none", []
+    if isinstance(node, ast.Subscript):
+        node = node.value
+    name = node.id if isinstance(node, ast.Name) else ""
+    if name == "Literal":
+        return "bool", []
+    if name.lower() in _PLAIN:
+        return name.lower(), []
+    members = _enum_members(name, transformers) if name else []
+    return ("str", members) if members else ("any", [])
+
+
+def _enum_members(name: str, transformers: Path) -> list[str]:
+    for file in _ENUM_FILES:
+        body = _class_body(transformers / file, name)
+        values = [node.value for node in body if isinstance(node, ast.Assign)]
+        members = [
+            value.value
+            for value in values
+            if isinstance(value, ast.Constant) and isinstance(value.value, str)
+        ]
+        if members:
+            return members
+    return []
+
+
+def _metadata_choices(value: ast.expr | None) -> list[str]:
+    if not isinstance(value, ast.Call):
+        return []
+    for keyword in value.keywords:
+        if keyword.arg == "metadata" and isinstance(keyword.value, ast.Dict):
+            for key, item in zip(keyword.value.keys, keyword.value.values, strict=True):
+                if isinstance(key, ast.Constant) and key.value == "choices" and isinstance(item, ast.List):
+                    return [
+                        e.value for e in item.elts if isinstance(e, ast.Constant) and isinstance(e.value, str)
+                    ]
+    return []

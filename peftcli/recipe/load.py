@@ -1,0 +1,66 @@
+"""From a recipe file to a checked, frozen `Recipe`: the door that everything below trusts."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from peftcli.recipe.contradictions import find_contradictions
+from peftcli.recipe.gates import read_gates
+from peftcli.recipe.messages import add_schema_problems
+from peftcli.recipe.paths import resolve_paths
+from peftcli.recipe.problems import Problems
+from peftcli.recipe.schema import Recipe
+from peftcli.recipe.secrets import find_secrets
+from peftcli.recipe.source import lay_over, read_tree
+from peftcli.recipe.trainer import read_trainer
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A recipe, what the user should know about how it was read, and the file it came from."""
+
+    recipe: Recipe
+    notices: tuple[str, ...]
+    path: Path
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Loaded:
+    """Load a recipe and check all of it.
+
+    Args:
+        path: the YAML file; messages show it as it is given here.
+        overrides: `section.key=value` strings, laid over the file, to which paths in them are relative.
+
+    Raises:
+        RecipeError: at least one problem; the text lists every one with its place.
+    """
+    problems = Problems(str(path))
+    tree = read_tree(path, problems)
+    lay_over(tree, overrides, problems)
+    find_secrets(tree, problems)
+    arguments = read_trainer(tree, problems)
+    gates = read_gates(tree, problems)
+    find_contradictions(tree, problems)
+    relative = resolve_paths(tree, path, problems)
+    values = {"name": _default_name(path), **tree.values, "trainer": arguments, "gates": gates}
+    recipe = None
+    try:
+        recipe = Recipe.model_validate(values)
+    except ValidationError as error:
+        add_schema_problems(error, tree, problems)
+    problems.raise_if_any()
+    assert recipe is not None
+    recipe._relative = relative
+    return Loaded(recipe, problems.notices(), path)
+
+
+def _default_name(path: Path) -> str:
+    """The file's name without its ending, with every sign that a run's name cannot have made a dash.
+
+    >>> _default_name(Path("my recipes/products v2.yaml"))
+    'products-v2'
+    """
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip(".-")[:100] or "recipe"

@@ -1,0 +1,203 @@
+"""What pydantic found, said in the words of the recipe: the key, what is there, what may be, the mend."""
+
+import types
+from functools import cache
+from typing import Any, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+
+from peftcli.recipe.foreign import FOREIGN_NAMES, FOREIGN_VALUES
+from peftcli.recipe.installed import installed_arguments
+from peftcli.recipe.problems import (
+    KeyPath,
+    Problems,
+    choice_text,
+    dotted,
+    hide_secrets,
+    nearest,
+    printable,
+    show,
+)
+from peftcli.recipe.schema import Recipe
+from peftcli.recipe.yaml_text import Tree
+
+MANY_CHOICES = 8
+"""From more choices than this only the nearest is named, where one is near."""
+
+_TYPES = {
+    "int_type": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "float_type": "must be a number",
+    "bool_type": "must be true or false",
+    "string_type": "must be text",
+    "tuple_type": "must be a list",
+    "string_too_short": "must not be empty",
+    "finite_number": "must be a finite number",
+}
+_BOUNDS = {
+    "greater_than": ("must be greater than", "gt"),
+    "greater_than_equal": ("must be at least", "ge"),
+    "less_than": ("must be less than", "lt"),
+    "less_than_equal": ("must be at most", "le"),
+}
+
+
+def add_schema_problems(error: ValidationError, tree: Tree, problems: Problems) -> None:
+    """Add each finding of pydantic, at its line; nothing more about values that were refused already."""
+    for item in error.errors(include_url=False):
+        path: KeyPath = tuple(item["loc"])
+        if any(path[:end] in tree.spoiled for end in range(1, len(path) + 1)):
+            continue
+        if item["type"] == "missing":
+            if path[:-1] or isinstance(tree.values, dict):
+                problems.add(tree.place(path), f"{dotted(path)} is missing{_example(path)}")
+        elif item["type"] == "extra_forbidden":
+            problems.add(tree.place(path), unknown_key(path))
+        else:
+            problems.add(tree.place(path), _sentence(item, path, tree))
+
+
+def unknown_key(path: KeyPath) -> str:
+    """Say that a key is not one of the recipe, and which one was meant.
+
+    >>> unknown_key(("adapter", "lora_dropout"))
+    'adapter.lora_dropout is not a recipe key; did you mean adapter.dropout?'
+    """
+    name = hide_secrets(dotted(path))
+    section = tuple(part for part in path[:-1] if isinstance(part, str))
+    meant = _meant(section, str(path[-1]))
+    if meant is not None:
+        return f"{name} is not a recipe key; did you mean {meant}?"
+    keys = _schema_keys().get(".".join(section), [])
+    where = f"the keys of {dotted(path[:-1])}" if section else "the sections and keys"
+    return f"{name} is not a recipe key; {where} are {', '.join(keys)}"
+
+
+def _meant(section: tuple[str, ...], word: str) -> str | None:
+    plain = word.lower().replace("-", "_")
+    own = ".".join(section)
+    keys = _schema_keys()
+    siblings = keys.get(own, [])
+    if plain in siblings:
+        return _join(own, plain)
+    # For a section inside a section only its own names can be meant: `split.text` is no hint at dataset.text.
+    foreign = FOREIGN_NAMES.get(plain)
+    if foreign is not None:
+        return foreign
+    homes = [home for home in keys if home != own and plain in keys[home]]
+    if len(homes) == 1:
+        return _join(homes[0], plain)
+    arguments = installed_arguments() or {}
+    if plain in arguments and plain not in ("seed", "output_dir"):
+        return f"trainer.{plain}"
+    near = nearest(plain, siblings)
+    if near is not None:
+        return _join(own, near)
+    everywhere = {key: _join(home, key) for home in reversed(keys) for key in keys[home]}
+    everywhere |= {key: f"trainer.{key}" for key in arguments if key not in everywhere}
+    near = nearest(plain, everywhere, cutoff=0.8)
+    return everywhere[near] if near is not None else None
+
+
+def _join(section: str, key: str) -> str:
+    return f"{section}.{key}" if section else key
+
+
+@cache
+def _schema_keys() -> dict[str, list[str]]:
+    """The keys of each section, by the section's dotted name; the top has the empty name."""
+    keys: dict[str, list[str]] = {}
+
+    def walk(model: type[BaseModel], name: str) -> None:
+        keys[name] = list(model.model_fields)
+        for key, info in model.model_fields.items():
+            for section in _sections(info.annotation):
+                walk(section, _join(name, key))
+
+    walk(Recipe, "")
+    return keys
+
+
+def _sections(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
+        return [annotation] if issubclass(annotation, BaseModel) else []
+    if get_origin(annotation) is None:
+        return []
+    return [section for part in get_args(annotation) for section in _sections(part)]
+
+
+def _example(path: KeyPath) -> str:
+    examples: dict[KeyPath, str] = {
+        ("model",): "; write at least model: {name: ...}",
+        ("model", "name"): "; give a Hub id, a local folder or tiny:llama",
+        ("dataset",): "; write at least dataset: {path: ...}",
+    }
+    return examples.get(path, "")
+
+
+def _sentence(item: Any, path: KeyPath, tree: Tree) -> str:
+    kind, value, context = item["type"], item["input"], item.get("ctx", {})
+    name = dotted(path)
+    if kind in ("model_type", "model_attributes_type", "dict_type"):
+        if path in tree.empty:
+            return f"{name} is empty; write {name}: {{}} for its defaults, or remove the line"
+        return f"{name} must be a section of keys, not {show(value)}"
+    if kind == "recipe":
+        text = context["text"]
+    elif kind == "literal_error":
+        text = _choices_of(context["expected"], value)
+    elif kind in _BOUNDS:
+        words, key = _BOUNDS[kind]
+        text = f"{words} {context[key]:g}"
+    else:
+        text = _TYPES.get(kind, "is not a value that this key takes") + type_hint(
+            kind.removesuffix("_type"), value
+        )
+    return f"{name} = {show(value)}: {text}"
+
+
+def _choices_of(expected: str, value: Any) -> str:
+    """Turn pydantic's `'a', 'b' or 'c'` into ours, with the nearest."""
+    choices = [part.strip().strip("'") for part in expected.replace(" or ", ", ").split(", ")]
+    return choices_text(choices, value)
+
+
+def choices_text(choices: list[str], value: Any) -> str:
+    """The end of a message for a value that is none of the choices.
+
+    >>> choices_text(["auto", "bfloat16", "float16"], "bf16")
+    'must be auto, bfloat16 or float16; did you mean bfloat16?'
+    """
+    near = None
+    if value is False and "no" in choices:
+        near = "no"
+    elif isinstance(value, str):
+        foreign = FOREIGN_VALUES.get(value.lower())
+        near = foreign if foreign in choices else nearest(value, choices)
+    if near is not None and len(choices) > MANY_CHOICES:
+        return f"is not one of the values it takes; did you mean {near}?"
+    return f"must be {choice_text(choices)}" + (f"; did you mean {near}?" if near else "")
+
+
+def type_hint(wanted: str, value: Any) -> str:
+    """What to write instead, where a value has the wrong type for a common reason.
+
+    >>> type_hint("bool", "yes")
+    ' (YAML 1.2 reads yes as text)'
+    """
+    if wanted == "bool" and isinstance(value, str):
+        return (
+            f" (YAML 1.2 reads {value} as text)"
+            if value.lower() in ("yes", "no", "on", "off", "y", "n")
+            else ""
+        )
+    if wanted in ("int", "float") and isinstance(value, str):
+        try:
+            float(value)
+        except ValueError:
+            return ""
+        underscore = "_" in value
+        return "; write it without underscores" if underscore else "; remove the quotes"
+    if wanted in ("string", "str") and isinstance(value, bool | int | float):
+        return f'; put it in quotes: "{printable(show(value))}"'
+    return ""

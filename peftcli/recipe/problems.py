@@ -1,0 +1,156 @@
+"""Problems of a recipe: collected with their places, told together, in plain words."""
+
+import difflib
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from peftcli.errors import RecipeError
+
+Where = int | str  # a line of the file, or the `--set section.key` that brought the value
+KeyPath = tuple[str | int, ...]
+
+_SECRET = re.compile(
+    r"(?<![A-Za-z0-9])(?:hf_[A-Za-z0-9]{20,}|sk-(?:[a-z]+[0-9]*-)*[A-Za-z0-9_]{20,}[A-Za-z0-9_-]*"
+    r"|gh[opsu]_[A-Za-z0-9]{20,}|AKIA[0-9A-Z]{16})"
+)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong: where it stands and what to do about it."""
+
+    where: Where
+    text: str
+
+
+@dataclass
+class Problems:
+    """The problems and notices of one recipe, with the file's name as the user gave it."""
+
+    file: str
+    found: list[Problem] = field(default_factory=list)
+    noted: list[Problem] = field(default_factory=list)
+    overrides: list[str] = field(default_factory=list)
+    "The places that are no lines, in the order they were given."
+
+    def add(self, where: Where, text: str) -> None:
+        """Keep a problem; the same one twice is kept once."""
+        problem = Problem(where, text)
+        if problem not in self.found:
+            self.found.append(problem)
+
+    def note(self, where: Where, text: str) -> None:
+        """Keep a notice: nothing is wrong, but the user should know."""
+        self.noted.append(Problem(where, text))
+
+    def place(self, where: Where) -> str:
+        """The front of a message: `recipe.yaml:4`, or the `--set` as it is."""
+        return f"{self.file}:{where}" if isinstance(where, int) else where
+
+    def notices(self) -> tuple[str, ...]:
+        """The notices as text, in the order of the file."""
+        return tuple(self._lines(self.noted))
+
+    def raise_if_any(self) -> None:
+        """Raise all problems as one error, in the order of the file.
+
+        Raises:
+            RecipeError: there is at least one problem.
+        """
+        lines = self._lines(self.found)
+        if len(lines) == 1:
+            raise RecipeError(lines[0])
+        if lines:
+            head = f"{self.file} has {len(lines)} problems"
+            raise RecipeError("\n  ".join([head, *lines]))
+
+    def _lines(self, problems: Iterable[Problem]) -> list[str]:
+        def order(problem: Problem) -> tuple[bool, int]:
+            if isinstance(problem.where, int):
+                return False, problem.where
+            return True, self.overrides.index(problem.where)
+
+        ordered = sorted(problems, key=order)
+        return [f"{self.place(p.where)}: {hide_secrets(p.text)}" for p in ordered]
+
+
+def dotted(path: Sequence[str | int]) -> str:
+    """Write a key path the way a user reads it.
+
+    >>> dotted(("dataset", "join", 0, "path"))
+    'dataset.join[0].path'
+    """
+    text = ""
+    for part in path:
+        if isinstance(part, int):
+            text += f"[{part}]"
+        else:
+            text += ("." if text else "") + printable(part)
+    return text
+
+
+def printable(text: str, limit: int = 60) -> str:
+    """Shorten text and escape what a terminal would act on.
+
+    >>> printable("a" + chr(27) + "[31mb")
+    'a\\\\x1b[31mb'
+    """
+    cut = text if len(text) <= limit else text[: limit - 3] + "..."
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in cut)
+
+
+def show(value: Any) -> str:
+    """Write a value as a recipe would hold it, on one line and short.
+
+    >>> show("eight"), show(1.5), show(None), show([1, True])
+    ('"eight"', '1.5', 'null', '[1, true]')
+    """
+    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+        return ".nan" if value != value else (".inf" if value > 0 else "-.inf")
+    return printable(json.dumps(value, ensure_ascii=False, default=str))
+
+
+def choice_text(choices: Sequence[str]) -> str:
+    """Join choices for a sentence.
+
+    >>> choice_text(["nf4", "fp4", "int4"])
+    'nf4, fp4 or int4'
+    """
+    if len(choices) < 2:
+        return "".join(choices)
+    return f"{', '.join(choices[:-1])} or {choices[-1]}"
+
+
+def nearest(word: str, names: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """The name that looks most like the word, or None when none comes near.
+
+    >>> nearest("learnin_rate", ["learning_rate", "max_steps"])
+    'learning_rate'
+    """
+    plain = word.lower().replace("-", "_")
+    known = list(names)
+    if plain in known:
+        return plain
+    found = difflib.get_close_matches(plain[:80], known, n=1, cutoff=cutoff)
+    return found[0] if found else None
+
+
+def is_secret(text: str) -> bool:
+    """Whether the text holds what looks like an access token of a known service.
+
+    >>> is_secret("hf_" + "a" * 34), is_secret("hf_models/llama")
+    (True, False)
+    """
+    return _SECRET.search(text) is not None
+
+
+def hide_secrets(text: str) -> str:
+    """Replace what looks like an access token by stars.
+
+    >>> hide_secrets("hf_" + "a" * 34 + " is no recipe key")
+    '*** is no recipe key'
+    """
+    return _SECRET.sub("***", text)

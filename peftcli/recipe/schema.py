@@ -1,0 +1,237 @@
+"""The schema of a recipe: every key, its type, its bounds, its default and its meaning.
+
+A default lives here and nowhere else; contradictions between keys are in `contradictions.py`.
+"""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    PrivateAttr,
+)
+
+from peftcli.recipe.fields import (
+    freeze_names,
+    freeze_rows,
+    read_name,
+    read_seconds,
+    read_targets,
+    read_template,
+    read_test_size,
+    read_tokens,
+)
+from peftcli.recipe.values import Gate
+
+Text = Annotated[str, Field(min_length=1)]
+Names = Annotated[tuple[str, ...], BeforeValidator(freeze_names)]
+Template = Annotated[str, BeforeValidator(read_template)]
+Seconds = Annotated[float, BeforeValidator(read_seconds)]
+Automatic = Annotated[int | Literal["auto"], BeforeValidator(read_tokens)]
+Tracker = Literal["wandb", "tensorboard", "mlflow", "trackio", "comet_ml", "swanlab"]
+
+
+class Section(BaseModel):
+    """What all sections share: nothing is guessed, nothing unknown is taken, nothing changes afterwards."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class ModelSection(Section):
+    """The base model."""
+
+    name: Text
+    """Hub id, local folder (absolute once loaded) or `tiny:llama`."""
+    revision: Text | None = None
+    """Branch, tag or commit of the Hub repository."""
+    task: Literal["causal-lm"] = "causal-lm"
+    """What the model learns to do."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Number format of the computation and of weights that are not quantized; the plan decides `auto`."""
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3"] = "auto"
+    """Implementation of attention."""
+    chat_template: Text | None = None
+    """File with a Jinja chat template that replaces the tokenizer's own; absolute once loaded."""
+    trust_remote_code: bool = False
+    """Run Python code that the repository ships; only with `revision` pinned to a commit."""
+
+
+class QuantizationSection(Section):
+    """How the base weights are stored; without this section they are not quantized."""
+
+    bits: Literal[4] = 4
+    """Bits per weight."""
+    type: Literal["nf4", "fp4"] = "nf4"
+    """Code book of the 16 values."""
+    double_quant: bool = True
+    """Quantize the block constants as well; saves about 0.4 bits per weight."""
+    compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Format that weights are unpacked to for each product; `auto` follows the plan's dtype."""
+
+
+class AdapterSection(Section):
+    """What is trained."""
+
+    method: Literal["lora"] = "lora"
+    """The PEFT method."""
+    r: Annotated[int, Field(ge=1, le=4096)] = 16
+    """Rank of the update."""
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+    """Numerator of the update's scale: alpha / r, or alpha / sqrt(r) with `use_rslora`."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the adapter's inputs that a training step sets to zero."""
+    target_modules: Annotated[tuple[str, ...] | Literal["all-linear"], BeforeValidator(read_targets)] = (
+        "all-linear"
+    )
+    """Module names that get an adapter, or every linear layer except the output."""
+    use_rslora: bool = False
+    """Scale by sqrt(r) in place of r."""
+    use_dora: bool = False
+    """Learn the magnitude of each weight column apart from its direction."""
+    modules_to_save: Names | None = None
+    """Modules trained whole and stored with the adapter."""
+    bias: Literal["none", "all", "lora_only"] = "none"
+    """Which bias vectors are trained."""
+
+
+class JoinSection(Section):
+    """A second table whose columns are added to the rows."""
+
+    path: Text
+    """File; absolute once loaded."""
+    on: Annotated[tuple[str, ...], BeforeValidator(freeze_names)]
+    """Columns that both tables share and that rows are matched by."""
+
+
+class ColumnsSection(Section):
+    """Names of the columns to use where they differ from the usual ones."""
+
+    text: Text | None = None
+    """Column with the whole text of a row."""
+    prompt: Text | None = None
+    """Column with the prompt."""
+    completion: Text | None = None
+    """Column with the answer to learn."""
+    messages: Text | None = None
+    """Column with a list of chat turns."""
+
+
+class SplitSection(Section):
+    """How test rows are taken from the data."""
+
+    test_size: Annotated[float | int, BeforeValidator(read_test_size)] = 0.2
+    """Share of the rows when below 1, number of rows otherwise."""
+    seed: Annotated[int, Field(ge=0)] | None = None
+    """Seed of the shuffle; the recipe's `seed` when null."""
+
+
+class TestSection(Section):
+    """Test rows with a file of their own."""
+
+    __test__ = False  # not a test class, whatever pytest thinks of its name
+
+    path: Text
+    """File, folder or glob; absolute once loaded."""
+
+
+class DatasetSection(Section):
+    """The rows to learn from."""
+
+    path: Text | None = None
+    """File, folder or glob; absolute once loaded."""
+    name: Text | None = None
+    """Id of a data set on the Hub."""
+    config: Text | None = None
+    """Configuration of the Hub data set."""
+    revision: Text | None = None
+    """Branch, tag or commit of the Hub data set."""
+    join: Annotated[tuple[JoinSection, ...], BeforeValidator(freeze_rows)] = ()
+    """Tables to join, in order."""
+    text: Template | None = None
+    """Template of the whole text."""
+    prompt: Template | None = None
+    """Template of the prompt; no loss is taken on it."""
+    completion: Template | None = None
+    """Template of the answer to learn."""
+    columns: ColumnsSection | None = None
+    """Columns to use as they are, in place of templates."""
+    split: SplitSection = SplitSection()
+    """How test rows are taken; not used when `test` is given."""
+    test: TestSection | None = None
+    """Test rows with a file of their own."""
+    max_length: Annotated[int, Field(ge=2)] = 1024
+    """Longest row, tokens."""
+    max_train_samples: Annotated[int, Field(ge=1)] | None = None
+    """Train on so many rows at most; all when null."""
+
+
+class EvaluationSection(Section):
+    """How the base model and the adapter are measured."""
+
+    batch_size: Automatic = "auto"
+    """Rows per forward."""
+    max_new_tokens: Automatic = "auto"
+    """Longest generated answer, tokens; `auto` follows the longest reference."""
+    samples: Annotated[int, Field(ge=0, le=100)] = 5
+    """Rows shown before and after training."""
+    rows: Annotated[int, Field(ge=1)] | None = None
+    """Test rows that are answered by generation; all when null. The loss is always over all of them."""
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+    """Softmax temperature of generation; 0 takes the likeliest token."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the probability that generation draws from."""
+    baseline: bool = True
+    """Measure the base model before the first step."""
+
+
+class BudgetSection(Section):
+    """How long a run may take; stored in seconds."""
+
+    wall_clock: Seconds | None = None
+    """Stop with a checkpoint before this much time has passed, seconds."""
+    save_every: Seconds | None = None
+    """Time between checkpoints, seconds."""
+
+
+class ReportSection(Section):
+    """Where progress is sent besides the run folder."""
+
+    trackers: Annotated[tuple[Tracker, ...], BeforeValidator(freeze_rows)] = ()
+    """Experiment trackers."""
+
+
+def _frozen_mapping(value: Mapping[str, Any]) -> Mapping[str, Any]:
+    return MappingProxyType(dict(value))
+
+
+class Recipe(Section):
+    """What was asked, checked and frozen."""
+
+    name: Annotated[str, BeforeValidator(read_name)]
+    """Name of the run; the file's name without its ending where the recipe gives none."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
+    """Seed of everything random."""
+    output_dir: Text | None = None
+    """The run folder, relative to the working directory; runs/NAME when null."""
+    model: ModelSection
+    quantization: QuantizationSection | None = None
+    adapter: AdapterSection = AdapterSection()
+    dataset: DatasetSection
+    trainer: Annotated[Mapping[str, Any], PlainValidator(_frozen_mapping), PlainSerializer(dict)] = (
+        MappingProxyType({})
+    )
+    """Arguments of SFTConfig that the recipe sets, under the names of the installed version."""
+    evaluation: EvaluationSection = EvaluationSection()
+    gates: tuple[Gate, ...] = ()
+    """Limits that the figures of the run must meet."""
+    budget: BudgetSection = BudgetSection()
+    report: ReportSection = ReportSection()
+
+    _relative: frozenset[str] = PrivateAttr(default=frozenset())
+    """Keys whose path the recipe gave relative to itself; only the writing of the recipe asks."""

@@ -1,0 +1,236 @@
+"""The `trainer` section: arguments of the installed SFTConfig, checked and translated to its names."""
+
+from typing import Any
+
+from peftcli.recipe.foreign import FOREIGN_NAMES
+from peftcli.recipe.installed import Argument, installed_arguments
+from peftcli.recipe.messages import choices_text, type_hint
+from peftcli.recipe.problems import KeyPath, Problems, Where, choice_text, dotted, nearest, show
+from peftcli.recipe.trainer_names import BOUNDS, DROP, OWNED, REMOVED, RENAMED, RENAMED_VALUES, WHOLE_FROM_ONE
+from peftcli.recipe.yaml_text import Tree
+
+_KIND_WORDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "text",
+    "dict": "a mapping",
+    "list": "a list",
+    "none": "null",
+}
+_BOUND_WORDS = {">": "greater than", ">=": "at least", "<": "less than", "<=": "at most"}
+
+
+def read_trainer(tree: Tree, problems: Problems) -> dict[str, Any]:
+    """Check the section and return its arguments under the installed names.
+
+    `max_seq_length` moves to the dataset section of the tree.
+    """
+    section = tree.values.get("trainer")
+    if "trainer" not in tree.values or ("trainer",) in tree.spoiled:
+        return {}
+    if not isinstance(section, dict):
+        empty = ("trainer",) in tree.empty
+        text = "trainer is empty; give it arguments, or remove the line"
+        problems.add(
+            tree.place(("trainer",)),
+            text if empty else f"trainer must be a section of keys, not {show(section)}",
+        )
+        return {}
+    return _Section(tree, problems).read(section)
+
+
+class _Section:
+    """One walk over the section: where each argument went, and from which line."""
+
+    def __init__(self, tree: Tree, problems: Problems) -> None:
+        self.tree, self.problems = tree, problems
+        self.installed = installed_arguments()
+        self.arguments: dict[str, Any] = {}
+        self.source: dict[str, str] = {}
+
+    def read(self, section: dict[str, Any]) -> dict[str, Any]:
+        if self.installed is None and section:
+            text = "trainer is not checked, because trl and transformers are not both installed here"
+            self.problems.note(self._where(), text)
+        for name, value in section.items():
+            if ("trainer", name) not in self.tree.spoiled:
+                self._take(name, value)
+        self._check_together()
+        return self.arguments
+
+    def _where(self, *name: str) -> Where:
+        return self.tree.place(("trainer", *name))
+
+    def _take(self, name: str, value: Any) -> None:
+        if name in OWNED:
+            self.problems.add(self._where(name), f"trainer.{name} is not set here: {OWNED[name]}")
+        elif name == "max_seq_length":
+            self._move_length(value)
+        elif self.installed is None:
+            self._set(name, value, name)
+        elif name in RENAMED and RENAMED[name].new in self.installed:
+            self._rename(name, value)
+        elif name in self.installed:
+            self._set(name, value, name)
+        elif name in REMOVED:
+            self._drop(name, value)
+        else:
+            self.problems.add(self._where(name), self._unknown(name, self.installed))
+
+    def _move_length(self, value: Any) -> None:
+        path = ("dataset", "max_length")
+        where = self._where("max_seq_length")
+        dataset = self.tree.values.get("dataset")
+        if path in self.tree.places:
+            self.problems.add(
+                where,
+                f"trainer.max_seq_length is now dataset.max_length ({self._at(path)}); keep that one",
+            )
+        elif isinstance(dataset, dict):
+            self.problems.note(
+                where, f"trainer.max_seq_length is now dataset.max_length; {show(value)} is used"
+            )
+            self.tree.put(path, value, where)
+
+    def _rename(self, name: str, value: Any) -> None:
+        rule = RENAMED[name]
+        new, where = rule.new, self._where(name)
+        if rule.values is not None:
+            if not isinstance(value, bool):
+                self.problems.add(
+                    where, f"trainer.{name} = {show(value)}: must be true or false{type_hint('bool', value)}"
+                )
+                return
+            value = rule.values[value]
+        if value is DROP or (name == "torchdynamo" and value is None):
+            self.problems.note(
+                where, f"trainer.{name} is gone and is dropped: it asks for what happens anyway"
+            )
+            return
+        if (
+            name == "warmup_ratio"
+            and isinstance(value, int | float)
+            and not isinstance(value, bool)
+            and value >= 1
+        ):
+            text = f"trainer.warmup_ratio = {show(value)}: must be less than 1; write steps as warmup_steps"
+            self.problems.add(where, text)
+            return
+        if self._set(new, value, name):
+            self.problems.note(where, f"trainer.{name} is now {new}{rule.remark}; {show(value)} is used")
+
+    def _drop(self, name: str, value: Any) -> None:
+        rule = REMOVED[name]
+        if any(type(value) is type(harmless) and value == harmless for harmless in rule.harmless):
+            self.problems.note(self._where(name), f"trainer.{name} is gone and is dropped: {rule.mend}")
+        else:
+            self.problems.add(self._where(name), f"trainer.{name} = {show(value)} is gone: {rule.mend}")
+
+    def _set(self, name: str, value: Any, given: str) -> bool:
+        """Check a value and keep it under its installed name; `given` is the name that the recipe wrote."""
+        where = self._where(given)
+        if name in self.source:
+            self._report_both(name, given)
+            return False
+        self.source[name] = given
+        renamed = RENAMED_VALUES.get((name, value)) if isinstance(value, str) else None
+        if renamed is not None:
+            self.problems.note(where, f"trainer.{name} = {show(value)} is now {renamed}; {renamed} is used")
+            value = renamed
+        fault = _fault(self.installed[name], value) if self.installed is not None else _nested_fault(value)
+        if fault is not None:
+            self.problems.add(where, f"trainer.{given} = {show(value)}: {fault}")
+            return False
+        self.arguments[name] = value
+        return True
+
+    def _report_both(self, name: str, given: str) -> None:
+        first, second = ("trainer", self.source[name]), ("trainer", given)
+        a, b = self._where(self.source[name]), self._where(given)
+        if isinstance(a, str) or (isinstance(b, int) and a > b):
+            first, second = second, first
+        names = f"{dotted(second)} and {dotted(first)} ({self._at(first)})"
+        self.problems.add(self.tree.place(second), f"{names} are the same argument; keep trainer.{name}")
+
+    def _at(self, path: KeyPath) -> str:
+        place = self.tree.place(path)
+        return f"line {place}" if isinstance(place, int) else place
+
+    def _unknown(self, name: str, installed: dict[str, Argument]) -> str:
+        plain = name.lower().replace("-", "_")
+        names = [known for known in (*installed, *RENAMED) if known not in OWNED]
+        meant = f"trainer.{plain}" if plain in names else FOREIGN_NAMES.get(plain)
+        if meant is None:
+            near = nearest(name, names)
+            meant = f"trainer.{RENAMED[near].new if near in RENAMED else near}" if near else None
+        if meant is None:
+            near = nearest(name, OWNED)
+            meant = None if near is None else near
+            if meant is not None:
+                return f"trainer.{dotted((name,))} is not a training argument; for {meant}: {OWNED[meant]}"
+        mend = f"did you mean {meant}?" if meant else "its names are those of trl.SFTConfig"
+        return f"trainer.{dotted((name,))} is not a training argument of the installed trl; {mend}"
+
+    def _check_together(self) -> None:
+        warmup = self.arguments.get("warmup_steps", 0)
+        if self.arguments.get("lr_scheduler_type") == "constant" and warmup:
+            self.problems.note(
+                self._where(self.source["warmup_steps"]),
+                "trainer.lr_scheduler_type: constant has no warm-up, so warmup_steps does nothing; "
+                "constant_with_warmup has one",
+            )
+
+
+def _fault(argument: Argument, value: Any) -> str | None:
+    """What is wrong with the value of an argument, or None."""
+    kinds = argument.kinds
+    if argument.choices and not (value is None and "none" in kinds):
+        return (
+            None
+            if isinstance(value, str) and value in argument.choices
+            else choices_text([*argument.choices], value)
+        )
+    if "any" not in kinds and not any(_is_kind(value, kind) for kind in kinds):
+        order = [kind for kind in _KIND_WORDS if kind in kinds]
+        if "float" in order and "int" in order:
+            order.remove("int")
+        words = [_KIND_WORDS[kind] for kind in order]
+        hint = next((hint for kind in order if (hint := type_hint(kind, value))), "")
+        return f"must be {choice_text(words)}{hint}"
+    return _bound_fault(argument.name, value) or _nested_fault(value)
+
+
+def _bound_fault(name: str, value: Any) -> str | None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    if value != value or value in (float("inf"), float("-inf")):
+        return "must be a finite number"
+    if name == "max_steps" and value < 1 and value != -1:
+        return "must be at least 1, or -1 for no limit"
+    for sign, limit in BOUNDS.get(name, ()):
+        held = {">": value > limit, ">=": value >= limit, "<": value < limit, "<=": value <= limit}[sign]
+        if not held:
+            return f"must be {_BOUND_WORDS[sign]} {limit:g}"
+    if name in WHOLE_FROM_ONE and value >= 1 and value != int(value):
+        return "must be a share of the steps below 1, or a whole number of steps"
+    return None
+
+
+def _nested_fault(value: Any) -> str | None:
+    """A number inside a mapping or a list that is not finite."""
+    if isinstance(value, dict | list):
+        items = value.values() if isinstance(value, dict) else value
+        return next((fault for item in items if (fault := _nested_fault(item))), None)
+    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+        return "must hold finite numbers only"
+    return None
+
+
+def _is_kind(value: Any, kind: str) -> bool:
+    if isinstance(value, bool) or kind == "bool":
+        return isinstance(value, bool) and kind == "bool"
+    if kind == "none":
+        return value is None
+    classes: dict[str, Any] = {"int": int, "float": (int, float), "str": str, "dict": dict, "list": list}
+    return isinstance(value, classes[kind])

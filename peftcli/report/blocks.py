@@ -1,0 +1,183 @@
+"""What a report is made of, before it is Markdown or HTML: sections of tables, facts, plots and samples."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from peftcli.report.format import DASH
+
+Tone = Literal["", "good", "bad", "warn", "quiet"]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell of a table; its tone is said by the text as well, never by the colour alone."""
+
+    text: str
+    tone: Tone = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table; the columns named in `numeric` are aligned to the right, the `strong` one is set bold."""
+
+    kind: ClassVar[str] = "table"
+    columns: tuple[str, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+    numeric: frozenset[int] = frozenset()
+    strong: int | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Labels with their values."""
+
+    kind: ClassVar[str] = "facts"
+    pairs: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Notices:
+    """Sentences that a reader should see."""
+
+    kind: ClassVar[str] = "notices"
+    items: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Code:
+    """Something to be typed."""
+
+    kind: ClassVar[str] = "code"
+    title: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Plot:
+    """One drawing; `narrow` is drawn for small screens and may be the same."""
+
+    title: str
+    svg: str
+    note: str = ""
+    narrow: str = ""
+
+
+@dataclass(frozen=True)
+class Plots:
+    """Drawings side by side, where the first may have a line of its own."""
+
+    kind: ClassVar[str] = "plots"
+    wide: tuple[Plot, ...]
+    small: tuple[Plot, ...]
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a model said to a prompt, and whether that is the reference; None where nothing is compared."""
+
+    text: str | None
+    correct: bool | None = None
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Prompts with what was expected and what each model said; columns without any text are left out."""
+
+    kind: ClassVar[str] = "samples"
+    columns: tuple[str, ...]
+    rows: tuple[tuple[Said, ...], ...]
+
+
+@dataclass(frozen=True)
+class Folded:
+    """A table for those who look for it: folded in the page, open in Markdown and in print."""
+
+    kind: ClassVar[str] = "folded"
+    title: str
+    table: Table
+
+
+@dataclass(frozen=True)
+class Beside:
+    """Stacks of small tables, side by side where there is room."""
+
+    kind: ClassVar[str] = "beside"
+    stacks: tuple[tuple[Table, ...], ...]
+
+
+Block = Table | Beside | Facts | Notices | Code | Plots | Samples | Folded
+
+
+@dataclass(frozen=True)
+class Section:
+    """A titled part of the report; `name` is its anchor."""
+
+    name: str
+    title: str
+    blocks: tuple[Block, ...]
+    lead: str = ""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One of the few figures at the top."""
+
+    label: str
+    value: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A limit that the recipe set, and what became of it."""
+
+    name: str
+    limit: str
+    value: str
+    outcome: str
+    tone: Tone
+
+    @property
+    def measured(self) -> bool:
+        return self.value != DASH
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that a report says, in reading order."""
+
+    name: str
+    subtitle: str
+    status: str
+    status_tone: Tone
+    smoke: bool
+    verdict: str
+    warnings: tuple[str, ...]
+    tiles: tuple[Tile, ...]
+    gates: tuple[Gate, ...]
+    sections: tuple[Section, ...]
+
+
+def table(
+    columns: Iterable[str],
+    rows: Iterable[Iterable[Cell | str]],
+    *,
+    numeric: Iterable[int] = (),
+    note: str = "",
+) -> Table:
+    """Make a table from plain strings and cells; a dash is set quietly."""
+    made = tuple(tuple(_cell(value) for value in row) for row in rows)
+    return Table(tuple(columns), made, frozenset(numeric), note=note)
+
+
+def facts(pairs: Iterable[tuple[str, str | None]]) -> Facts:
+    """Make a list of facts; those whose value is None do not apply and are left out."""
+    return Facts(tuple((label, value) for label, value in pairs if value is not None))
+
+
+def _cell(value: Cell | str) -> Cell:
+    if isinstance(value, Cell):
+        return value
+    return Cell(value, "quiet") if value == DASH else Cell(value)

@@ -1,0 +1,161 @@
+"""Numbers as a person reads them: what was not measured is a dash, and no rounding reaches 0 or 1."""
+
+import math
+
+DASH = "\N{EN DASH}"
+MINUS = "\N{MINUS SIGN}"
+
+
+def significant(value: float | None, digits: int = 4) -> str:
+    """Write a figure with a fixed number of significant digits, as losses and perplexities are compared.
+
+    >>> significant(2.3149), significant(0.41), significant(18342.7), significant(1.234e-7), significant(None)
+    ('2.315', '0.4100', '18,340', '1.234e-7', '–')
+    """
+    if value is None:
+        return DASH
+    if value == 0:
+        return "0"
+    exponent = math.floor(math.log10(abs(value)))
+    if exponent < -4 or exponent > 9:
+        return _scientific(f"{value:.{digits - 1}e}")
+    rounded = round(value, digits - 1 - exponent)
+    return _signed(f"{rounded:,.{max(0, digits - 1 - exponent)}f}")
+
+
+def compact(value: float | None) -> str:
+    """Write a figure with up to four significant digits and no trailing zeros.
+
+    >>> compact(2e-4), compact(0.48), compact(32), compact(0.00123), compact(-1.5)
+    ('2e-4', '0.48', '32', '0.00123', '−1.5')
+    """
+    if value is None:
+        return DASH
+    if float(value).is_integer() and abs(value) < 1e15:
+        return count(value)
+    if 1e-3 <= abs(value) < 1e4:
+        return _signed(f"{value:.4g}")
+    return significant(value) if abs(value) >= 1e4 else _scientific(f"{value:.3e}", short=True)
+
+
+def several(number: float, one: str, many: str) -> str:
+    """Write a number of things with the words for one or for many.
+
+    >>> several(1, "row was", "rows were"), several(1200, "row was", "rows were")
+    ('1 row was', '1,200 rows were')
+    """
+    return f"{count(number)} {one if number == 1 else many}"
+
+
+def count(value: float | None) -> str:
+    """Write a whole number with thousands separators.
+
+    >>> count(39750), count(0), count(None)
+    ('39,750', '0', '–')
+    """
+    return DASH if value is None else _signed(f"{round(value):,}")
+
+
+def score(value: float | None) -> str:
+    """Write a score between 0 and 1 with three decimals; only a true 0 or 1 is written as one.
+
+    >>> score(0.8688), score(1.0), score(0.99996), score(0.0001)
+    ('0.869', '1.000', '> 0.999', '< 0.001')
+    """
+    if value is None:
+        return DASH
+    if 0.9995 <= value < 1:
+        return "> 0.999"
+    return "< 0.001" if 0 < value < 0.0005 else _signed(f"{value:.3f}")
+
+
+def percent(ratio: float | None) -> str:
+    """Write a ratio of 0..1 as a percentage; only a true 0 or 1 is written as one.
+
+    >>> percent(0.1234), percent(1.0), percent(0.99999), percent(0.00001), percent(0.004955)
+    ('12.3 %', '100 %', '> 99.99 %', '< 0.01 %', '0.50 %')
+    """
+    if ratio is None:
+        return DASH
+    if ratio in (0, 1):
+        return f"{round(ratio * 100)} %"
+    if 0.9999 < ratio < 1:
+        return "> 99.99 %"
+    if 0 < ratio < 0.0001:
+        return "< 0.01 %"
+    decimals = 2 if ratio < 0.01 or 0.99 < ratio < 1 else 1
+    return _signed(f"{ratio * 100:.{decimals}f} %")
+
+
+def size(number_of_bytes: float | None) -> str:
+    """Write a number of bytes in binary units.
+
+    >>> size(134235048), size(13476839424), size(812), size(None)
+    ('128 MiB', '12.6 GiB', '812 B', '–')
+    """
+    if number_of_bytes is None:
+        return DASH
+    amount, units = float(number_of_bytes), ["TiB", "GiB", "MiB", "KiB", "B"]
+    while amount >= 1023.5 and len(units) > 1:
+        amount /= 1024
+        units.pop()
+    unit = units[-1]
+    return f"{amount:.0f} {unit}" if unit == "B" or amount >= 99.95 else f"{amount:.1f} {unit}"
+
+
+def duration(seconds: float | None) -> str:
+    """Write a time with its two largest units.
+
+    >>> duration(96), duration(8.44), duration(30600), duration(0), duration(None)
+    ('1m 36s', '8.4s', '8h 30m', '0s', '–')
+    """
+    if seconds is None:
+        return DASH
+    if 0 < seconds < 9.95:
+        return f"{seconds:.1f}s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m {whole % 60:02d}s"
+    minutes = round(seconds / 60)
+    if minutes < 48 * 60:
+        return f"{minutes // 60}h {minutes % 60:02d}m"
+    return f"{minutes // 1440}d {minutes % 1440 // 60:02d}h"
+
+
+def share(part: float | None, whole: float | None) -> str:
+    """Write one number as a percentage of another; a dash where either is missing or the whole is 0.
+
+    >>> share(1, 4), share(1, 0), share(None, 4)
+    ('25.0 %', '–', '–')
+    """
+    return DASH if part is None or not whole else percent(part / whole)
+
+
+def wilson_interval(ratio: float, rows: int) -> tuple[float, float]:
+    """Bounds of the 95 % interval of a share that was counted on independent rows.
+
+    Args:
+        ratio: the share counted, 0..1.
+        rows: how many rows were counted, at least 1.
+
+    Source: Wilson 1927, Journal of the American Statistical Association 22(158), 209-212.
+
+    >>> [round(bound, 3) for bound in wilson_interval(0.5, 100)]
+    [0.404, 0.596]
+    """
+    z = 1.959964
+    centre = (ratio + z * z / (2 * rows)) / (1 + z * z / rows)
+    half = z * math.sqrt(ratio * (1 - ratio) / rows + z * z / (4 * rows * rows)) / (1 + z * z / rows)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def _signed(text: str) -> str:
+    return text.replace("-", MINUS)
+
+
+def _scientific(text: str, *, short: bool = False) -> str:
+    mantissa, _, exponent = text.partition("e")
+    mantissa = mantissa.rstrip("0").rstrip(".") if short else mantissa
+    return f"{_signed(mantissa)}e{int(exponent)}"

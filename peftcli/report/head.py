@@ -1,0 +1,185 @@
+"""The head of the report: how the run ended, in one sentence, in a few figures and against its gates."""
+
+from typing import Any
+
+from peftcli.report.blocks import Gate, Tile, Tone
+from peftcli.report.format import (
+    DASH,
+    compact,
+    count,
+    duration,
+    percent,
+    several,
+    share,
+    significant,
+    size,
+)
+from peftcli.report.scores import BY_KEY, interval, primary_metric, rows_scored
+from peftcli.report.stages import Stages, figure, find, objects, text
+
+STATUS: dict[str, tuple[str, Tone]] = {
+    "finished": ("✓ finished", "good"),
+    "stopped": ("‖ stopped early", "warn"),
+    "diverged": ("✗ diverged", "bad"),
+}
+UNFINISHED_LIMIT = 0.05
+
+
+def status(stages: Stages) -> tuple[str, Tone]:
+    """How the run ended, as a word with a sign and a tone."""
+    return STATUS.get(text(stages.metrics, "status"), (text(stages.metrics, "status"), ""))
+
+
+def subtitle(stages: Stages) -> str:
+    """What was trained, in a few words."""
+    chosen = {text(row, "key"): text(row, "value") for row in objects(stages.plan, "decisions")}
+    parts = [text(stages.plan, "model", "name"), text(stages.metrics, "task")]
+    parts += [chosen[key] for key in ("adapter.method", "model.dtype") if key in chosen]
+    return " · ".join(part for part in parts if part != DASH)
+
+
+def verdict(stages: Stages) -> str:
+    """What came of the run, in plain sentences."""
+    parts = [_ending(stages), _learned(stages), _merged(stages)]
+    return " ".join(part for part in parts if part)
+
+
+def _ending(stages: Stages) -> str:
+    steps = _first(figure(stages.train, "steps"), figure(stages.metrics, "train", "steps"))
+    if stages.metrics.get("status") == "diverged":
+        return f"Training diverged after {count(steps)} steps: a loss or a gradient was no longer finite."
+    if stages.metrics.get("status") == "stopped":
+        return f"Training stopped early after {count(steps)} steps; `peftcli train --resume` goes on."
+    return ""
+
+
+def _learned(stages: Stages) -> str:
+    metric = primary_metric(stages.metrics)
+    if metric is None:
+        return "No held-out row was scored, so nothing here says whether the model got better."
+    rows = rows_scored(stages, metric.key)
+    on = f" on {rows:,} held-out rows" if rows else " on the held-out rows"
+    name = metric.title.split(",")[0]
+    unit = " nats per trained token" if metric.key == "loss" else ""
+    base, adapter = figure(stages.metrics, "base", metric.key), figure(stages.metrics, "adapter", metric.key)
+    if adapter is None or base is None:
+        side, measured = ("adapter", adapter) if base is None else ("base", base)
+        other = "base" if base is None else "adapter"
+        return f"{name} of the {side} is {metric.write(measured)}{unit}{on}; the {other} was not scored."
+    before, after = metric.write(base), metric.write(adapter)
+    if before == after:
+        return f"{name} stayed at {after}{unit}{on}."
+    moved = "rose" if adapter > base else "fell"
+    word, tone = metric.verdict(base, adapter)
+    worse = f" That is {word} than the base." if tone == "bad" else ""
+    return f"{name} {moved} from {before} to {after}{unit}{on}{_doubt(stages, metric.key, rows)}.{worse}"
+
+
+def _doubt(stages: Stages, key: str, rows: int | None) -> str:
+    base, adapter = interval(stages, "base"), interval(stages, "adapter")
+    if key != "exact_match" or base is None or adapter is None:
+        return ""
+    if base[1] < adapter[0] or adapter[1] < base[0]:
+        return ""
+    return f", but the two 95 % intervals overlap: {rows:,} rows do not settle it"
+
+
+def _merged(stages: Stages) -> str:
+    agreement = _merge_figure(stages, "top1_agreement")
+    if agreement is None:
+        return ""
+    positions = figure(stages.merge, "positions")
+    where = (
+        f" at {percent(agreement)} of {count(positions)} positions"
+        if positions
+        else f" at {percent(agreement)}"
+    )
+    sentence = f"The merged model predicts the same token as the adapter{where}"
+    met = find(stages.merge, "met")
+    if met is None:
+        return sentence + "."
+    return sentence + ("." if met else ", and its drift is outside the limits.")
+
+
+def warnings(stages: Stages) -> tuple[str, ...]:
+    """What makes the figures of this run worth less than they look."""
+    data = stages.data or find(stages.metrics, "data") or {}
+    train_rows, found = figure(data, "train_rows"), []
+    if leaked := figure(data, "leaked_rows"):
+        found.append(
+            f"{several(leaked, 'held-out row also stands', 'held-out rows also stand')} among the training "
+            "rows: their answers were seen, and the held-out scores flatter the adapter."
+        )
+    if truncated := figure(data, "truncated_rows"):
+        limit = figure(data, "max_length")
+        cut = f" at {count(limit)} tokens" if limit else ""
+        found.append(
+            f"{several(truncated, 'row was', 'rows were')} cut{cut}: what stood behind the cut was neither "
+            "learned nor scored."
+        )
+    ended = figure(data, "eos_trained_rows")
+    if ended is not None and train_rows and ended < train_rows:
+        found.append(
+            f"{count(train_rows - ended)} of {count(train_rows)} training rows do not teach the model to "
+            "stop: their end token is not trained."
+        )
+    unfinished = figure(stages.metrics, "adapter", "unfinished_answers")
+    if unfinished is not None and unfinished > UNFINISHED_LIMIT:
+        limit = figure(stages.eval, "decoding", "max_new_tokens")
+        within = f" within {count(limit)} tokens" if limit else ""
+        found.append(f"{percent(unfinished)} of the adapter's answers did not stop{within}.")
+    if find(stages.merge, "met") is False:
+        found.append("The merged model drifts from the adapter by more than the limits allow; see Merge.")
+    return tuple(found)
+
+
+def tiles(stages: Stages) -> tuple[Tile, ...]:
+    """The few figures that are looked for first."""
+    found = []
+    metric = primary_metric(stages.metrics)
+    keys = [key for key in dict.fromkeys((metric.key if metric else "loss", "loss"))]
+    for key in keys:
+        base, adapter = figure(stages.metrics, "base", key), figure(stages.metrics, "adapter", key)
+        if base is not None or adapter is not None:
+            write = BY_KEY[key].write
+            note = "base → adapter, nats per token" if key == "loss" else "base → adapter"
+            found.append(Tile(BY_KEY[key].title.split(",")[0], f"{write(base)} → {write(adapter)}", note))
+    agreement = _merge_figure(stages, "top1_agreement")
+    if agreement is not None:
+        found.append(Tile("Merge agreement", percent(agreement), "same next token as the adapter"))
+    seconds = _first(figure(stages.train, "seconds"), figure(stages.metrics, "train", "seconds"))
+    if seconds is not None:
+        speed = _first(
+            figure(stages.train, "tokens_per_second"), figure(stages.metrics, "train", "tokens_per_second")
+        )
+        note = f"{significant(speed)} tokens/s" if speed is not None else ""
+        found.append(Tile("Training time", duration(seconds), note))
+    adapter_bytes, base_bytes = (
+        figure(stages.metrics, "bytes", "adapter"),
+        figure(stages.metrics, "bytes", "base"),
+    )
+    if adapter_bytes is not None:
+        note = f"{share(adapter_bytes, base_bytes)} of the base" if base_bytes else ""
+        found.append(Tile("Adapter size", size(adapter_bytes), note))
+    return tuple(found)
+
+
+def gates(stages: Stages) -> tuple[Gate, ...]:
+    """The recipe's gates, each met, not met, or not measured."""
+    return tuple(_gate(gate) for gate in objects(stages.metrics, "gates"))
+
+
+def _gate(gate: dict[str, Any]) -> Gate:
+    met = gate.get("met") if figure(gate, "value") is not None else None
+    outcome: tuple[str, Tone] = ("– not measured", "warn")
+    if met is not None:
+        outcome = ("✓ met", "good") if met else ("✗ not met", "bad")
+    return Gate(text(gate, "name"), text(gate, "limit"), compact(figure(gate, "value")), *outcome)
+
+
+def _merge_figure(stages: Stages, key: str) -> float | None:
+    return _first(figure(stages.merge, key), figure(stages.metrics, "merge", key))
+
+
+def _first(*values: float | None) -> float | None:
+    return next((value for value in values if value is not None), None)

@@ -1,0 +1,31 @@
+"""The report as one HTML page that needs no network and runs no script."""
+
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from peftcli.report.blocks import Report
+from peftcli.report.text import clip, pieces, visible
+
+LONGEST = 20_000  # characters of one prompt or answer
+
+
+def render_page(report: Report) -> str:
+    """Write a report as one HTML file; every string of the run goes through `visible` and is escaped."""
+    environment = Environment(
+        loader=PackageLoader("peftcli.report", "."),
+        autoescape=True,
+        finalize=_finalize,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["pieces"] = lambda text: pieces(clip(text, LONGEST))
+    # Drawings are ours: they hold figures and fixed words, no text of the run.
+    environment.filters["drawing"] = Markup
+    return environment.get_template("page.html.j2").render(report=report) + "\n"
+
+
+def _finalize(value: Any) -> Any:
+    return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value

@@ -1,0 +1,249 @@
+"""Curves of the training log as SVG that takes its colours and its font from the page around it."""
+
+import logging
+import math
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import StringIO
+from typing import TYPE_CHECKING, Any, cast
+
+from peftcli.report.blocks import Plot, Plots, Table, table
+from peftcli.report.format import compact, count, several, significant
+from peftcli.report.stages import Stages, figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Points = list[tuple[float, float]]
+
+# Drawn in these colours, which nothing else has, and then given to the page's style sheet by name.
+INK, FAINT, GRID, LINE, RAW = "#010203", "#010204", "#010205", "#010206", "#010207"
+VARIABLES = {INK: "--ink", FAINT: "--quiet", GRID: "--rule", LINE: "--accent", RAW: "--raw"}
+STYLE = {
+    "svg.fonttype": "none",
+    "font.size": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "axes.edgecolor": FAINT,
+    "axes.linewidth": 0.8,
+    "axes.labelcolor": FAINT,
+    "axes.formatter.useoffset": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.8,
+    "text.color": INK,
+    "xtick.color": FAINT,
+    "ytick.color": FAINT,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "savefig.facecolor": "none",
+    "axes.unicode_minus": True,
+}
+WIDE, NARROW, SMALL = (9.6, 2.9), (4.0, 2.5), (3.1, 1.85)  # inches; 72 units of the drawing each
+MOST_POINTS = 700
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One curve over the steps; the levels are drawn across it, named at the right edge."""
+
+    name: str
+    points: Points
+    smooth: Points
+    levels: tuple[tuple[str, float], ...] = ()
+    from_zero: bool = True
+
+
+def log_points(log: list[dict[str, Any]], key: str) -> Points:
+    """The finite figures of one key by step; where a resumed run logged a step again, the later counts."""
+    found = {
+        step: value
+        for row in log
+        if (step := figure(row, "step")) is not None and (value := figure(row, key)) is not None
+    }
+    return sorted(found.items())
+
+
+def smoothed(points: Points, window: int) -> Points:
+    """Means over a window that is centred on each point and shorter at both ends.
+
+    >>> smoothed([(1, 4.0), (2, 1.0), (3, 1.0)], 3)
+    [(1, 2.5), (2, 2.0), (3, 1.0)]
+    """
+    half = window // 2
+    total = [0.0]
+    for _, value in points:
+        total.append(total[-1] + value)
+    result: Points = []
+    for index, (step, _) in enumerate(points):
+        first, last = max(0, index - half), min(len(points), index + half + 1)
+        result.append((step, (total[last] - total[first]) / (last - first)))
+    return result
+
+
+def thinned(points: Points, most: int = MOST_POINTS) -> Points:
+    """At most about `most` points; the lowest and the highest of every stretch stay, so no spike is lost."""
+    if len(points) <= most:
+        return points
+    width = math.ceil(2 * len(points) / most)
+    kept: set[int] = {0, len(points) - 1}
+    for start in range(0, len(points), width):
+        stretch = range(start, min(start + width, len(points)))
+        kept.add(min(stretch, key=lambda index: points[index][1]))
+        kept.add(max(stretch, key=lambda index: points[index][1]))
+    return [points[index] for index in sorted(kept)]
+
+
+def log_plots(stages: Stages) -> Plots | None:
+    """The curves of a run; None where fewer than two steps were logged."""
+    losses = log_points(stages.log, "loss")
+    window = max(3, len(losses) // 20)
+    wide: list[Plot] = []
+    if len(losses) > 1:
+        levels = [(side, figure(stages.metrics, side, "loss")) for side in ("base", "adapter")]
+        known = tuple((f"{side} {significant(loss)}", loss) for side, loss in levels if loss is not None)
+        curve = Curve("Loss", losses, smoothed(losses, window) if len(losses) > 12 else [], known)
+        wide.append(
+            Plot("Training loss", _svg(curve, WIDE), _loss_note(stages, curve, window), _svg(curve, NARROW))
+        )
+    small = []
+    for key, title, from_zero in (
+        ("learning_rate", "Learning rate", True),
+        ("grad_norm", "Gradient norm", True),
+        ("tokens_per_second", "Tokens per second", True),
+    ):
+        points = log_points(stages.log, key)
+        if len(points) > 1:
+            small.append(Plot(title, _svg(Curve(title, points, [], from_zero=from_zero), SMALL)))
+    return Plots(tuple(wide), tuple(small)) if wide or small else None
+
+
+def _loss_note(stages: Stages, curve: Curve, window: int) -> str:
+    parts = ["Nats per trained token over the steps."]
+    if curve.smooth:
+        parts.append(f"Light: each logged step; dark: the mean of {window} of them.")
+    if curve.levels:
+        parts.append("Dashed: the loss on the held-out rows.")
+    broken = [row for row in stages.log if "loss" in row and figure(row, "loss") is None]
+    if broken:
+        steps = several(len(broken), "logged step has", "logged steps have")
+        parts.append(f"{steps} no finite loss and cannot be drawn.")
+    return " ".join(parts)
+
+
+def log_table(stages: Stages) -> Table | None:
+    """At most ten rows of the log, evenly spaced, for readers who want figures."""
+    by_step = {step: row for row in stages.log if "loss" in row and (step := figure(row, "step")) is not None}
+    if not by_step:
+        return None
+    steps = sorted(by_step)
+    places = sorted({round(index * (len(steps) - 1) / 9) for index in range(10)})
+    writers: tuple[tuple[str, Callable[[float | None], str]], ...] = (
+        ("loss", significant),
+        ("learning_rate", compact),
+        ("grad_norm", compact),
+        ("tokens_per_second", significant),
+    )
+    cells = [
+        [count(step), *(write(figure(by_step[step], key)) for key, write in writers)]
+        for step in (steps[place] for place in places)
+    ]
+    return table(("Step", "Loss", "Learning rate", "Gradient norm", "Tokens/s"), cells, numeric=range(5))
+
+
+def _svg(curve: Curve, inches: tuple[float, float]) -> str:
+    # Imported here: the first import on a machine looks for fonts, and says so unless it is hushed.
+    with _hushed("matplotlib"):
+        import matplotlib
+        from matplotlib.figure import Figure
+
+        with matplotlib.rc_context():
+            matplotlib.rcdefaults()
+            # The salt names the clip paths: the same at every writing, another one in every drawing.
+            salt = {"svg.hashsalt": f"{curve.name} {inches}"}
+            matplotlib.rcParams.update(cast("Any", STYLE | salt))
+            drawing = Figure(figsize=inches)
+            _draw(drawing.add_axes(_frame(curve, inches)), curve, inches)
+            written = StringIO()
+            nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+            drawing.savefig(written, format="svg", metadata=nothing)
+    return _for_page(written.getvalue(), f"{curve.name} over steps")
+
+
+def _frame(curve: Curve, inches: tuple[float, float]) -> tuple[float, float, float, float]:
+    width, height = inches
+    room = 0.8 if inches == NARROW else 1.35
+    left, right, bottom, top = 0.55, room if curve.levels else 0.2, 0.42 if curve.levels else 0.28, 0.1
+    return left / width, bottom / height, (width - left - right) / width, (height - bottom - top) / height
+
+
+def _draw(axes: "Axes", curve: Curve, inches: tuple[float, float]) -> None:
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    main = curve.smooth or curve.points
+    if curve.smooth:
+        axes.plot(*zip(*thinned(curve.points), strict=True), color=RAW, linewidth=1.0)
+    axes.plot(*zip(*thinned(main), strict=True), color=LINE, linewidth=1.8, solid_capstyle="round")
+    values = [value for _, value in curve.points] + [value for _, value in curve.levels]
+    low, high = min(values), max(values)
+    if curve.from_zero:
+        low = min(low, 0.0)
+    pad = (high - low) * 0.06 or abs(high) * 0.1 or 1.0
+    axes.set_ylim(low if low == 0 else low - pad, high + pad)
+    axes.set_xlim(curve.points[0][0], curve.points[-1][0])
+    axes.xaxis.set_major_locator(MaxNLocator(8 if inches == WIDE else 4, integer=True, steps=[1, 2, 5, 10]))
+    axes.yaxis.set_major_locator(MaxNLocator(5 if curve.levels else 3, steps=[1, 2, 5, 10]))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: compact(value)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value)))
+    if curve.levels:
+        axes.set_xlabel("step", labelpad=2)
+        _draw_levels(axes, curve.levels, lines=2 if inches == NARROW else 1)
+
+
+def _draw_levels(axes: "Axes", levels: tuple[tuple[str, float], ...], *, lines: int) -> None:
+    bottom, top = axes.get_ylim()
+    apart = (top - bottom) * 0.1 * lines
+    places: list[float] = []
+    for _, value in sorted(levels, key=lambda level: level[1]):
+        places.append(max(value, places[-1] + apart) if places else value)
+    for (name, value), place in zip(sorted(levels, key=lambda level: level[1]), places, strict=True):
+        axes.axhline(value, color=INK, linewidth=1.0, linestyle=(0, (4, 3)))
+        edge = axes.get_yaxis_transform()
+        label = name.replace(" ", "\n") if lines == 2 else name
+        axes.text(1.015, place, label, transform=edge, va="center", ha="left", color=INK)
+
+
+def _tick(value: float) -> str:
+    return f"{compact(value / 1000)}k" if abs(value) >= 10000 else compact(round(value, 12))
+
+
+def _for_page(svg: str, title: str) -> str:
+    """Cut a drawing down to what a page needs: no header, no address, no fixed size, no name that clashes."""
+    svg = svg[svg.index("<svg") :]
+    box = re.search(r'viewBox="([^"]*)"', svg)
+    assert box is not None
+    svg = re.sub(r"^<svg[^>]*>", f'<svg viewBox="{box[1]}" role="img" aria-label="{title}">', svg, count=1)
+    svg = re.sub(r"<style type=\"text/css\">.*?</style>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)
+    svg = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", svg)
+    for colour, variable in VARIABLES.items():
+        svg = svg.replace(colour, f"var({variable})")
+    return re.sub(r"\n\s*", "\n", svg).strip()
+
+
+@contextmanager
+def _hushed(name: str) -> Iterator[None]:
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,103 @@
+"""The tokenizer of every tiny model: a byte-level BPE learned from the shipped text within a second."""
+
+import json
+from importlib.resources import files
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+CAUSAL_TOKENS = ["<pad>", "<s>", "</s>", "<|system|>", "<|user|>", "<|assistant|>"]
+ENCODER_TOKENS = ["[PAD]", "[CLS]", "[SEP]", "[MASK]", "[UNK]"]
+
+# `</s>` ends an assistant turn, inside the generation block: the end token is learned with the answer.
+CHAT_TEMPLATE = """\
+{{- bos_token -}}
+{%- for message in messages -%}
+{%- if message['role'] not in ['system', 'user', 'assistant'] -%}
+{{- raise_exception('role ' + message['role'] + ' is not one of system, user, assistant') -}}
+{%- endif -%}
+{{- '<|' + message['role'] + '|>\\n' -}}
+{%- if message['role'] == 'assistant' -%}
+{%- generation -%}{{- message['content'] + eos_token -}}{%- endgeneration -%}
+{{- '\\n' -}}
+{%- else -%}
+{{- message['content'] + '\\n' -}}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|assistant|>\\n' -}}{%- endif -%}
+"""
+
+
+def asset(name: str) -> bytes:
+    """The bytes of one shipped file."""
+    return files("peftcli.assets").joinpath(name).read_bytes()
+
+
+def load_documents() -> list[str]:
+    """The shipped text, one short document each."""
+    return asset("corpus.txt").decode("utf-8").splitlines()
+
+
+def load_chats() -> list[list[dict[str, str]]]:
+    """The shipped conversations, as lists of messages."""
+    return [json.loads(line)["messages"] for line in asset("chats.jsonl").decode("utf-8").splitlines()]
+
+
+def make_causal_tokenizer(vocabulary_tokens: int, max_length: int) -> PreTrainedTokenizerFast:
+    """Tokenizer that puts `<s>` before a text, appends nothing, and gives any text back unchanged.
+
+    Args:
+        vocabulary_tokens: size of the vocabulary, the 256 bytes and the special tokens among it.
+        max_length: longest input that the model was built for, tokens.
+    """
+    backend = _train(CAUSAL_TOKENS, vocabulary_tokens, add_prefix_space=False)
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B:1", special_tokens=[("<s>", CAUSAL_TOKENS.index("<s>"))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        additional_special_tokens=CAUSAL_TOKENS[3:],
+        chat_template=CHAT_TEMPLATE,
+        model_max_length=max_length,
+        model_input_names=["input_ids", "attention_mask"],
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def make_encoder_tokenizer(vocabulary_tokens: int, max_length: int) -> PreTrainedTokenizerFast:
+    """Tokenizer that frames a text as `[CLS] ... [SEP]`; each word is taken with a space before it."""
+    backend = _train(ENCODER_TOKENS, vocabulary_tokens, add_prefix_space=True)
+    backend.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[(token, ENCODER_TOKENS.index(token)) for token in ("[CLS]", "[SEP]")],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="[PAD]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+        unk_token="[UNK]",
+        model_max_length=max_length,
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _train(special_tokens: list[str], vocabulary_tokens: int, *, add_prefix_space: bool) -> Tokenizer:
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary_tokens,
+        special_tokens=special_tokens,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    turns = [message["content"] for chat in load_chats() for message in chat]
+    backend.train_from_iterator(load_documents() + turns, trainer)
+    return backend

@@ -1,0 +1,1 @@
+"""Training: TRL's loop, watched, stoppable, and written down."""

@@ -1,0 +1,113 @@
+"""Whether a run folder is new, may be gone on from, is finished, or belongs to something else."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from peftcli.errors import RecipeError
+from peftcli.recipe.dump import changed_keys, dump_recipe
+from peftcli.recipe.load import load_recipe
+from peftcli.recipe.schema import Recipe
+from peftcli.rundir import RunDir, read_json, write_text
+from peftcli.train.checkpoints import clear_staging, newest_valid
+
+HARMLESS = ("budget.", "report.", "gates", "trainer.logging_steps", "trainer.save_steps", "trainer.save_total_limit")
+"""Keys that change nothing of what is trained."""
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """How a run begins.
+
+    Attributes:
+        finished: all is done already, and there is nothing to do.
+        resume_from: a verified checkpoint to go on from.
+        notes: for the user.
+    """
+
+    finished: bool
+    resume_from: Path | None
+    notes: tuple[str, ...]
+
+
+def begin(run: RunDir, recipe: Recipe, *, overwrite: bool, resume: bool) -> Beginning:
+    """Look at the run folder and make it ready.
+
+    Raises:
+        RecipeError: the folder holds another run or foreign files, or there is nothing to resume.
+    """
+    if run.path.exists() and not run.path.is_dir():
+        raise RecipeError(f"{run.path} is a file; name another output_dir")
+    if overwrite and run.recipe.is_file():
+        clear(run)
+    if not run.recipe.is_file():
+        foreign = [path.name for path in run.path.iterdir()] if run.path.is_dir() else []
+        if foreign:
+            raise RecipeError(
+                f"{run.path} holds files that are no run of ours ({', '.join(sorted(foreign)[:3])}); "
+                "name another output_dir"
+            )
+        if resume:
+            raise RecipeError(f"{run.path}: there is no run to resume; leave --resume out")
+        return Beginning(False, None, ())
+    changed = changes(run, recipe)
+    status = run.status()
+    if changed:
+        state = "a finished run" if status == "finished" else "a run"
+        raise RecipeError(
+            f"{run.path} already holds {state} of another recipe:\n"
+            + "\n".join(f"  {line}" for line in changed)
+            + "\nname another output_dir, or pass --overwrite to remove that run"
+        )
+    if status == "finished":
+        return Beginning(True, None, (f"{run.path} is already finished; --overwrite trains it anew",))
+    return _go_on(run)
+
+
+def changes(run: RunDir, recipe: Recipe) -> list[str]:
+    """The keys in which a run's recipe differs, those that change nothing of the training aside."""
+    before = load_recipe(run.recipe).recipe
+    return [line for line in changed_keys(before, recipe) if not line.startswith(HARMLESS)]
+
+
+def write_recipe(run: RunDir, recipe: Recipe) -> None:
+    """Put the recipe as it was understood into the run folder."""
+    write_text(run.recipe, dump_recipe(recipe, run.recipe))
+
+
+def clear(run: RunDir) -> None:
+    """Remove what a run of ours wrote, and nothing else."""
+    for path in (run.checkpoints, run.adapter, run.merged):
+        if path.is_symlink():
+            path.unlink()
+        elif path.is_dir():
+            shutil.rmtree(path)
+    files = (run.recipe, run.plan, run.environment, run.data, run.log, run.library_log, run.train, run.eval, run.merge)
+    for path in (*files, run.metrics, run.report_md, run.report_html, run.path / "STOP"):
+        path.unlink(missing_ok=True)
+
+
+def _go_on(run: RunDir) -> Beginning:
+    clear_staging(run.checkpoints)
+    found = newest_valid(run.checkpoints)
+    notes = [f"{name} is damaged ({reason}); kept as {name}.bad" for name, reason in found.damaged]
+    if found.path is None:
+        run.log.unlink(missing_ok=True)
+        notes.append(f"{run.path}: no checkpoint to go on from, so training starts at step 0")
+        return Beginning(False, None, tuple(notes))
+    _cut_log(run, found.step)
+    planned = read_json(run.train).get("planned_steps") if run.train.is_file() else None
+    notes.append(
+        f"going on from step {found.step}" + (f" of {planned}" if planned else "") + " (checkpoint verified)"
+    )
+    return Beginning(False, found.path, tuple(notes))
+
+
+def _cut_log(run: RunDir, step: int) -> None:
+    """Drop log rows of steps that will be trained again."""
+    import json
+
+    from peftcli.rundir import read_log
+
+    kept = [row for row in read_log(run.log) if row.get("step", 0) <= step]
+    write_text(run.log, "".join(json.dumps(row) + "\n" for row in kept))

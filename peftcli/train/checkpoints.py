@@ -1,0 +1,115 @@
+"""Checkpoints that are whole or absent: staged, listed with their hashes, renamed, and verified before use."""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from peftcli.rundir import read_json, write_json
+
+MANIFEST = "manifest.json"
+STAGING = ".staging"
+NEEDED = ("trainer_state.json", "optimizer.pt", "scheduler.pt")
+
+
+@dataclass(frozen=True)
+class Found:
+    """The newest valid checkpoint, and the newer ones that were damaged, each with the reason."""
+
+    path: Path | None
+    step: int
+    damaged: list[tuple[str, str]]
+
+
+def seal(folder: Path, step: int, counters: Mapping[str, float]) -> None:
+    """Write the manifest of a staged checkpoint and bring every file of it to the disk.
+
+    Args:
+        counters: what the run has counted up to this step, for the session that goes on.
+    """
+    files = {}
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        with file.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+            os.fsync(stream.fileno())
+        files[str(file.relative_to(folder))] = {"bytes": file.stat().st_size, "sha256": digest}
+    write_json(folder / MANIFEST, {"schema": 1, "step": step, "counters": dict(counters), "files": files})
+
+
+def promote(staged: Path, final: Path) -> None:
+    """Move a sealed checkpoint to its name; a reader sees it whole or not at all."""
+    if final.exists():
+        shutil.rmtree(final)
+    os.rename(staged, final)
+    descriptor = os.open(final.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def damage(folder: Path) -> str | None:
+    """Why a checkpoint cannot be used, or None where it is whole."""
+    manifest = folder / MANIFEST
+    if not manifest.is_file():
+        return f"{MANIFEST} is missing"
+    try:
+        files = read_json(manifest)["files"]
+    except (json.JSONDecodeError, KeyError, UnicodeDecodeError):
+        return f"{MANIFEST} cannot be read"
+    for name in NEEDED:
+        if name not in files:
+            return f"{name} is not listed"
+    for name, facts in files.items():
+        file = folder / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != facts["bytes"]:
+            return f"{name} has {file.stat().st_size} bytes, not {facts['bytes']}"
+        with file.open("rb") as stream:
+            if hashlib.file_digest(stream, "sha256").hexdigest() != facts["sha256"]:
+                return f"the hash of {name} differs"
+    return None
+
+
+def newest_valid(checkpoints: Path) -> Found:
+    """Find the newest whole checkpoint; damaged newer ones are renamed to `*.bad` and named."""
+    damaged = []
+    for step, folder in reversed(list_checkpoints(checkpoints)):
+        reason = damage(folder)
+        if reason is None:
+            return Found(folder, step, damaged)
+        damaged.append((folder.name, reason))
+        aside = folder.with_name(folder.name + ".bad")
+        if aside.exists():
+            shutil.rmtree(aside)
+        os.rename(folder, aside)
+    return Found(None, 0, damaged)
+
+
+def list_checkpoints(checkpoints: Path) -> list[tuple[int, Path]]:
+    """The checkpoints of a run by step, ascending."""
+    if not checkpoints.is_dir():
+        return []
+    found = []
+    for path in checkpoints.iterdir():
+        name = re.fullmatch(r"checkpoint-(\d+)", path.name)
+        if name and path.is_dir():
+            found.append((int(name[1]), path))
+    return sorted(found)
+
+
+def rotate(checkpoints: Path, keep: int, best: str | None) -> None:
+    """Remove the oldest checkpoints beyond `keep`, never fewer than two and never the best."""
+    for _, folder in list_checkpoints(checkpoints)[: -max(keep, 2)]:
+        if best is None or Path(best).name != folder.name:
+            shutil.rmtree(folder)
+
+
+def clear_staging(checkpoints: Path) -> None:
+    """Remove what a killed process left half-written."""
+    shutil.rmtree(checkpoints / STAGING, ignore_errors=True)

@@ -1,0 +1,209 @@
+"""`train`: baseline, training, adapter, evaluation, in one process that may be stopped at any step."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+from trl import SFTConfig
+
+from peftcli.data.prepare import PreparedData
+from peftcli.methods import peft_config
+from peftcli.model.adapter import save_adapter
+from peftcli.model.load import load_base
+from peftcli.model.measure import Measured, decoding_for, evaluation_json, measure
+from peftcli.model.probe import peak_memory_bytes
+from peftcli.plan.plan import Plan
+from peftcli.progress import Progress
+from peftcli.rundir import RunDir, read_json, write_json
+from peftcli.train import checkpoints
+from peftcli.train.stops import StopRequests, forget_stop_file, is_first_process
+from peftcli.train.trainer import Trainer
+from peftcli.train.watch import Watch
+
+SAVE_EVERY_SECONDS = 600.0
+"""Between checkpoints where `budget.save_every` says nothing."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How training ended; `stop_reason` is None for a run that reached its last step."""
+
+    steps: int
+    stop_reason: str | None
+
+
+def train(
+    plan: Plan,
+    run: RunDir,
+    data: PreparedData,
+    tokenizer: PreTrainedTokenizerBase,
+    progress: Progress,
+    stops: StopRequests,
+    resume_from: Path | None = None,
+) -> TrainResult:
+    """Train the adapter of a plan and measure it against its base.
+
+    Writes `log.jsonl`, `checkpoints/`, `adapter/`, `train.json` and `eval.json`. A run that was stopped by a signal has
+    a whole checkpoint and `train.json`; one that the clock stopped has its adapter and evaluation too.
+
+    Args:
+        run: the folder, made already.
+        data: tokenized train and test rows.
+        stops: what may end the run early.
+        resume_from: a verified checkpoint to go on from.
+
+    Raises:
+        Diverged: a loss or a weight is not finite.
+        MachineError: the weights cannot be loaded.
+    """
+    model = load_base(plan.base)
+    trainer = make_trainer(plan, run, data, tokenizer, model)
+    before, baseline_seconds = _baseline(plan, run, data, tokenizer, trainer, progress, resuming=resume_from is not None)
+    watch = Watch(
+        trainer,
+        run.log,
+        progress,
+        stops,
+        save_every=plan.budget.save_every or SAVE_EVERY_SECONDS,
+        reserve=1.5 * baseline_seconds,
+        device=plan.base.device,
+        writes=is_first_process(),
+    )
+    trainer.add_callback(watch)
+    forget_stop_file(run.path)
+    if resume_from is not None:
+        trainer.go_on_from(read_json(resume_from / checkpoints.MANIFEST)["counters"])
+    trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
+    _write_train(run, trainer, watch, data.train.num_rows, resume_from)
+    clock = watch.stop_reason is not None and watch.stop_reason.startswith("the time budget")
+    if watch.stop_reason is None or clock:
+        tuned = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+        if is_first_process():
+            save_adapter(tuned, tokenizer, plan, data.stop_ids, data.format, run.adapter)
+        after = _measure(plan, data, tokenizer, tuned, progress, "adapter")
+        _write_eval(plan, run, data, tokenizer, before, after)
+    return TrainResult(trainer.state.global_step, watch.stop_reason)
+
+
+def make_trainer(
+    plan: Plan, run: RunDir, data: PreparedData, tokenizer: PreTrainedTokenizerBase, model: Any
+) -> Trainer:
+    """Hand the plan to TRL, which wraps the model, and make the trainable weights as wide as the plan says."""
+    arguments = SFTConfig(output_dir=str(run.checkpoints), **plan.trainer)
+    # Several visible cards without a launcher would mean nn.DataParallel, which TRL refuses; the plan uses one.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=Dataset(data.train),
+        eval_dataset=Dataset(data.test.select(["input_ids", "labels"])),
+        processing_class=tokenizer,
+        peft_config=peft_config(plan.adapter, plan.task),
+    )
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:  # TRL makes those of a quantized model bfloat16, for which fp16 has no scaler
+            parameter.data = parameter.data.to(getattr(torch, plan.adapter_dtype))
+    return trainer
+
+
+@contextmanager
+def adapter_off(model: Any) -> Iterator[None]:
+    """The base behind an adapter, for as long as the context lasts."""
+    with model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext():
+        yield
+
+
+def _baseline(
+    plan: Plan,
+    run: RunDir,
+    data: PreparedData,
+    tokenizer: PreTrainedTokenizerBase,
+    trainer: Trainer,
+    progress: Progress,
+    *,
+    resuming: bool,
+) -> tuple[dict[str, Any] | None, float]:
+    """`eval.json` with the base alone, measured now or in the session before, and the seconds that it took."""
+    if resuming and run.eval.is_file():
+        stored = read_json(run.eval)
+        return stored, float(stored.get("baseline_seconds") or 0.0)
+    if not plan.evaluation.baseline:
+        return None, 0.0
+    begun = time.monotonic()
+    with adapter_off(trainer.model):
+        measured = _measure(plan, data, tokenizer, trainer.model, progress, "base")
+    seconds = time.monotonic() - begun
+    before = _evaluation(plan, data, tokenizer, {"base": measured, "adapter": None})
+    before["baseline_seconds"] = round(seconds, 3)
+    if is_first_process():
+        write_json(run.eval, before)
+    return before, seconds
+
+
+def _measure(
+    plan: Plan, data: PreparedData, tokenizer: PreTrainedTokenizerBase, model: Any, progress: Progress, what: str
+) -> Measured:
+    decoding = decoding_for(plan.evaluation, data, tokenizer, plan.seed)
+    rows = plan.evaluation_batch
+    return measure(model, tokenizer, data, plan.evaluation, decoding, batch_rows=rows, progress=progress, what=what)
+
+
+def _evaluation(
+    plan: Plan, data: PreparedData, tokenizer: PreTrainedTokenizerBase, measured: dict[str, Measured | None]
+) -> dict[str, Any]:
+    decoding = decoding_for(plan.evaluation, data, tokenizer, plan.seed)
+    return evaluation_json(data, plan.evaluation.samples, decoding, measured)
+
+
+def _write_eval(
+    plan: Plan,
+    run: RunDir,
+    data: PreparedData,
+    tokenizer: PreTrainedTokenizerBase,
+    before: dict[str, Any] | None,
+    after: Measured,
+) -> None:
+    if not is_first_process():
+        return
+    value = _evaluation(plan, data, tokenizer, {"base": None, "adapter": after})
+    if before is not None:
+        value["base"] = before["base"]
+        value["baseline_seconds"] = before["baseline_seconds"]
+        for sample, old in zip(value["samples"], before["samples"], strict=True):
+            sample["base"] = old["base"]
+    write_json(run.eval, value)
+
+
+def _write_train(run: RunDir, trainer: Trainer, watch: Watch, rows: int, resume_from: Path | None) -> None:
+    state = trainer.state
+    counted = trainer.counters()
+    if not is_first_process():
+        return
+    seconds = counted["seconds"]
+    write_json(
+        run.train,
+        {
+            "schema": 1,
+            "status": "finished" if watch.stop_reason is None else "stopped",
+            "stop_reason": watch.stop_reason,
+            "steps": state.global_step,
+            "planned_steps": state.max_steps,
+            "rows": round((state.epoch or 0.0) * rows),
+            "epochs": state.epoch,
+            "tokens": int(counted["tokens"]),
+            "trained_tokens": int(counted["trained_tokens"]),
+            "tokens_per_second": round(counted["tokens"] / seconds, 1) if seconds else None,
+            "seconds": round(seconds, 3),
+            "peak_memory_bytes": peak_memory_bytes(trainer.args.device.type),
+            "resumed_from_step": None if resume_from is None else int(resume_from.name.rsplit("-", 1)[1]),
+            "first_loss": watch.losses[0][1] if watch.losses else None,
+            "last_loss": watch.losses[-1][1] if watch.losses else None,
+        },
+    )
+    checkpoints.clear_staging(run.checkpoints)

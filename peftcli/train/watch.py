@@ -1,0 +1,147 @@
+"""The callback that watches TRL's loop: the log, the progress, the clock, checkpoints and stops."""
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from peftcli.model.probe import peak_memory_bytes
+from peftcli.progress import Progress
+from peftcli.train.stops import StopRequests
+from peftcli.train.trainer import Trainer
+
+
+class Watch(TrainerCallback):  # type: ignore[misc]  # transformers' callbacks are untyped
+    """Writes `log.jsonl`, shows progress, saves by time and stops at the end of a step.
+
+    Attributes:
+        losses: (step, loss) as logged.
+        stop_reason: why the run stopped early, None where it did not.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        log: Path,
+        progress: Progress,
+        stops: StopRequests,
+        *,
+        save_every: float,
+        reserve: float,
+        device: str,
+        writes: bool,
+    ) -> None:
+        """
+        Args:
+            trainer: whose loop this is.
+            log: the JSON-lines file, appended to.
+            save_every: seconds between checkpoints.
+            reserve: seconds that the final evaluation will take.
+            device: `cuda` or `cpu`.
+            writes: this process writes and shows for all.
+        """
+        self.losses: list[tuple[int, float]] = []
+        self.stop_reason: str | None = None
+        self._trainer = trainer
+        self._log = log
+        self._progress = progress
+        self._stops = stops
+        self._save_every = save_every
+        self._reserve = reserve
+        self._save_seconds = 0.0
+        self._device = device
+        self._writes = writes
+        self._begun = 0.0
+        self._saved = 0.0
+        self._last_logged = (0.0, 0.0)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._begun = self._saved = time.monotonic()
+        self._last_logged = (self._begun, 0.0)
+        self._progress.start("training", state.max_steps)
+        self._progress.advance(state.global_step)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._trainer.check_finite(state.global_step + 1)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        now = time.monotonic()
+        self._trainer.seconds = now - self._begun
+        self._progress.advance(state.global_step)
+        if state.global_step >= state.max_steps:
+            return
+        reason = self._stops.reason(self._reserve + 1.5 * self._save_seconds)
+        if reason is not None:
+            self.stop_reason = reason
+            control.should_save = control.should_training_stop = True
+        elif now - self._saved >= self._save_every:
+            control.should_save = True
+        if control.should_save:
+            self._saved = now
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._save_seconds = max(self._save_seconds, time.monotonic() - self._saved)
+        self._saved = time.monotonic()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        logs = logs or {}
+        if "loss" not in logs:
+            if "eval_loss" in logs and self._writes:
+                self._append({"step": state.global_step, "eval_loss": logs["eval_loss"]})
+            return
+        now = time.monotonic()
+        since, tokens_before = self._last_logged
+        tokens = float(logs.get("num_tokens", 0.0))
+        rate = (tokens - tokens_before) / max(now - since, 1e-9)
+        self._last_logged = (now, tokens)
+        self.losses.append((state.global_step, float(logs["loss"])))
+        row = {
+            "step": state.global_step,
+            "loss": logs["loss"],
+            "learning_rate": logs.get("learning_rate"),
+            "grad_norm": _finite(logs.get("grad_norm")),
+            "epoch": state.epoch,
+            "token_accuracy": logs.get("mean_token_accuracy"),
+            "tokens": tokens,
+            "tokens_per_second": round(rate, 1),
+            "memory_bytes": peak_memory_bytes(self._device),
+            "elapsed_seconds": round(self._trainer.seconds_before + now - self._begun, 3),
+        }
+        if self._writes:
+            self._append(row)
+        self._progress.advance(
+            state.global_step,
+            {
+                "loss": f"{row['loss']:.4f}",
+                "lr": f"{logs.get('learning_rate', 0.0):.2e}",
+                "tokens/s": f"{rate:,.0f}",
+                "memory": f"{row['memory_bytes'] / 2**30:.1f} GiB",
+            },
+        )
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._trainer.seconds = time.monotonic() - self._begun
+        self._progress.end()
+
+    def _append(self, row: dict[str, Any]) -> None:
+        with self._log.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def _finite(value: float | None) -> float | None:
+    # The gradient scaler of float16 skips a step whose norm is infinite; JSON has no word for that.
+    return value if value is not None and math.isfinite(value) else None
