@@ -59,9 +59,13 @@ def unmet(metrics: dict[str, Any]) -> list[str]:
 
 
 def _judge(gate: Gate, metrics: dict[str, Any]) -> dict[str, Any]:
-    holder, name = (metrics["merge"], gate.name.removeprefix("merge_")) if gate.name.startswith("merge_") else (
-        metrics["adapter"],
-        gate.name,
+    holder, name = (
+        (metrics["merge"], gate.name.removeprefix("merge_"))
+        if gate.name.startswith("merge_")
+        else (
+            metrics["adapter"],
+            gate.name,
+        )
     )
     value = (holder or {}).get(name)
     return {"name": gate.name, "limit": gate.text, "value": value, "met": None if value is None else gate.met(value)}

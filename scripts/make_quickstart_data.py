@@ -1,6 +1,6 @@
 """Write the text, the chats and the product list that the package ships, from a seed and hand-written words.
 
-Run `python scripts/make_quickstart_data.py`; the result is the same bytes every time. `--check` only compares.
+Run `python scripts/make_quickstart_data.py`; the bytes are the same every time. `--check` only compares.
 """
 
 import argparse
@@ -11,14 +11,13 @@ import sys
 from pathlib import Path
 from random import Random
 
-from quickstart_text import Good, chat, document, label, read_goods
-from quickstart_words import BRANDS, LINES, MARKS
+from quickstart_text import BRANDS, LINES, MARKS, Good, chat, document, label, read_goods
 
 ASSETS = Path(__file__).resolve().parent.parent / "peftcli" / "assets"
 SEED = 20
 CORPUS_BYTES = 300_000
 CHATS = 300
-PRODUCTS_PER_GOOD = (7, 9)
+PRODUCTS_PER_GOOD = (6, 10)
 
 
 def make_corpus(goods: list[Good]) -> str:
@@ -73,7 +72,8 @@ def make_products(goods: list[Good]) -> tuple[str, str]:
     shuffled = rng.sample(sorted(rows.items()), len(rows))
     products = [("product_id", "product_name", "department_id")]
     products += [(str(i), name, str(identity)) for i, (name, identity) in enumerate(shuffled, start=1)]
-    return to_csv(products), to_csv([("department_id", "department"), *((str(i), n) for n, i in number.items())])
+    names = [("department_id", "department"), *((str(i), name) for name, i in number.items())]
+    return to_csv(products), to_csv(names)
 
 
 def to_csv(rows: list[tuple[str, ...]]) -> str:
@@ -100,9 +100,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where a file differs")
     check = parser.parse_args().check
-    stale = [path for path, text in make_files().items() if not path.is_file() or path.read_text("utf-8") != text]
+    files = make_files()
+    stale = [path for path, text in files.items() if not path.is_file() or path.read_text("utf-8") != text]
     if not check:
-        for path, text in make_files().items():
+        for path, text in files.items():
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8", newline="\n")
     for path in stale:

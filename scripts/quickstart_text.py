@@ -2,19 +2,26 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from random import Random
 
-from quickstart_words import (
-    ANIMALS,
-    ENDINGS,
-    FEELINGS,
-    GOODS,
-    HELPERS,
-    MARKS,
-    PEOPLE,
-    SIZES,
-    TIMES,
-    WEATHER,
+import yaml
+
+WORDS = yaml.safe_load(Path(__file__).with_name("quickstart_words.yaml").read_text(encoding="utf-8"))
+BRANDS, MARKS, LINES, PEOPLE, HELPERS, ANIMALS, WEATHER, TIMES, FEELINGS, ENDINGS = (
+    WORDS[name].split(", ")
+    for name in (
+        "brands",
+        "marks",
+        "lines",
+        "people",
+        "helpers",
+        "animals",
+        "weather",
+        "times",
+        "feelings",
+        "endings",
+    )
 )
 
 
@@ -48,7 +55,7 @@ class Good:
     @property
     def sizes(self) -> list[str]:
         """Sizes that fit the noun."""
-        return SIZES[self.department].split("|")[self.kind != "s"].split(",")
+        return WORDS["sizes"][self.department].split("|")[self.kind != "s"].split(",")
 
     @property
     def be(self) -> str:
@@ -64,9 +71,9 @@ class Good:
 
 
 def read_goods() -> list[Good]:
-    """Parse the table of `quickstart_words.py`."""
+    """Parse the table of goods."""
     goods: list[Good] = []
-    for line in GOODS.strip().splitlines():
+    for line in WORDS["goods"].strip().splitlines():
         fields = [field.strip() for field in line.split("|")]
         if line.startswith("= "):
             department, places, near = fields[0][2:], fields[1].split(", "), fields[2].split(", ")
@@ -122,7 +129,8 @@ def story(rng: Random, goods: list[Good]) -> str:
     who, other = rng.sample(PEOPLE, 2)
     lines = [f"{rng.choice(WEATHER)}. {rng.choice(TIMES)} {who} and {other} {rng.choice(OPENINGS)}."]
     for _ in range(rng.randint(2, 5)):
-        lines.append(sentence(rng, rng.choice([who, other]), rng.choice([g, g, rng.choice(kin)]), rng.choice(kin)))
+        actor, subject = rng.choice([who, other]), rng.choice([g, g, rng.choice(kin)])
+        lines.append(sentence(rng, actor, subject, rng.choice(kin)))
     if rng.random() < 0.5:
         lines.append(f"{rng.choice([who, other])} was {' and '.join(rng.sample(FEELINGS, 2))}.")
     lines.append(f"{rng.choice(ENDINGS)}.")
@@ -164,7 +172,12 @@ def errand(rng: Random, goods: list[Good]) -> str:
     chosen = rng.sample(kin, rng.randint(2, 4))
     names = [label(rng, good) for good in chosen]
     who = rng.choice(PEOPLE)
-    starts = [f"The note of {who} said:", f"{who} paid for", f"In the bag of {who} {chosen[0].was}", f"{who} read aloud:"]
+    starts = [
+        f"The note of {who} said:",
+        f"{who} paid for",
+        f"In the bag of {who} {chosen[0].was}",
+        f"{who} read aloud:",
+    ]
     text = f"{rng.choice(starts)} {', '.join(names[:-1])} and {names[-1]}."
     return f"{text} {sentence(rng, who, chosen[0], chosen[1])} {sentence(rng, who, chosen[-1], chosen[0])}"
 
@@ -183,14 +196,16 @@ def shelf(rng: Random, goods: list[Good]) -> str:
         f"{who} carried {names[0]} past the {rng.choice(g.near)} and put {names[-1]} {place}.",
     ]
     chosen = rng.choice(kin)
-    return f"{rng.choice(patterns)} The {chosen.word} {chosen.was} {rng.choice(chosen.looks)}. {sentence(rng, who, kin[0], kin[1])}"
+    look = f"The {chosen.word} {chosen.was} {rng.choice(chosen.looks)}."
+    return f"{rng.choice(patterns)} {look} {sentence(rng, who, kin[0], kin[1])}"
 
 
 def animal(rng: Random, goods: list[Good]) -> str:
     """A small story about an animal."""
     beast, second = rng.sample(ANIMALS, 2)
     who, g = rng.choice(PEOPLE), rng.choice(goods)
-    feel, look = rng.choice(FEELINGS), rng.choice(["small", "brown", "white", "old", "young", "clever", "lazy"])
+    feel = rng.choice(FEELINGS)
+    look = rng.choice(["small", "brown", "white", "old", "young", "clever", "lazy"])
     middles = [
         f"The {beast} smelled the {g.word} {rng.choice(g.places)}.",
         f"A {second} came and looked at the {beast}.",
@@ -219,13 +234,19 @@ def lesson(rng: Random, goods: list[Good]) -> str:
         "The bell rang at ten and everybody ran out.",
     ]
     body = " ".join(rng.sample(middles, rng.randint(3, 5)))
-    return f"{rng.choice(TIMES)} the class was {rng.choice(FEELINGS)}. {rng.choice(WEATHER)}. {body} {rng.choice(ENDINGS)}."
+    opening = f"{rng.choice(TIMES)} the class was {rng.choice(FEELINGS)}. {rng.choice(WEATHER)}."
+    return f"{opening} {body} {rng.choice(ENDINGS)}."
 
 
 def document(rng: Random, goods: list[Good]) -> str:
     """One document of any kind; stories are the most frequent."""
-    kinds: list[Callable[[Random, list[Good]], str]] = [story, story, portrait, errand, shelf, shelf, animal, lesson]
-    return rng.choice(kinds)(rng, goods)
+    return rng.choice(DOCUMENTS)(rng, goods)
+
+
+DOCUMENTS: list[Callable[[Random, list[Good]], str]] = [
+    *(story, story, portrait, errand),
+    *(shelf, shelf, animal, lesson),
+]
 
 
 def chat(rng: Random, goods: list[Good]) -> list[dict[str, str]]:
@@ -242,7 +263,9 @@ def chat(rng: Random, goods: list[Good]) -> list[dict[str, str]]:
         ("How do you feel?", f"I am {rng.choice(FEELINGS)}, thank you."),
     ]
     turns = rng.sample(pairs, rng.randint(1, 2))
-    messages = [{"role": "system", "content": "You answer in short sentences."}] if rng.random() < 0.33 else []
+    messages = []
+    if rng.random() < 0.33:
+        messages.append({"role": "system", "content": "You answer in short sentences."})
     for question, answer in turns:
         messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     return messages

@@ -244,22 +244,16 @@ def test_a_model_is_a_folder_when_it_is_there_and_a_hub_id_otherwise(tmp_path: P
     text = "model: {name: org/base}\ndataset: {path: rows.csv}\n"
     assert load(tmp_path, text).recipe.model.name == str(tmp_path / "org" / "base")
     assert load(tmp_path, text.replace("org/base", "org/other")).recipe.model.name == "org/other"
-    assert load(tmp_path, text.replace("org/base", "~/base")).recipe.model.name == os.path.expanduser(
-        "~/base"
-    )
+    assert load(tmp_path, text.replace("org/base", "~/base")).recipe.model.name == os.path.expanduser("~/base")
 
 
-def test_a_relative_recipe_path_gives_absolute_data_paths(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_relative_recipe_path_gives_absolute_data_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("recipe.yaml").write_text(SMALL)
     assert load_recipe(Path("recipe.yaml")).recipe.dataset.path == str(tmp_path / "rows.csv")
 
 
-@pytest.mark.parametrize(
-    "text", [SMALL, FULL, FULL.replace("90.5s", "10min"), SMALL + "quantization: null\n"]
-)
+@pytest.mark.parametrize("text", [SMALL, FULL, FULL.replace("90.5s", "10min"), SMALL + "quantization: null\n"])
 def test_a_dumped_recipe_loads_as_an_equal_one(tmp_path: Path, text: str) -> None:
     (tmp_path / "base").mkdir()
     recipe = load(tmp_path, text, "trainer.warmup_steps=0.03").recipe
@@ -395,15 +389,11 @@ def test_a_secret_is_refused_and_never_shown(tmp_path: Path, token: str, place: 
 def test_a_wandb_key_is_refused_under_a_key_that_says_so(tmp_path: Path) -> None:
     key = "0123456789abcdef" * 2 + "01234567"
     assert key not in refused(tmp_path, SMALL + f"report: {{wandb_api_key: {key}}}\n")
-    commit = (
-        f"model: {{name: a/b, revision: '{key}', trust_remote_code: true}}\ndataset: {{path: rows.csv}}\n"
-    )
+    commit = f"model: {{name: a/b, revision: '{key}', trust_remote_code: true}}\ndataset: {{path: rows.csv}}\n"
     assert load(tmp_path, commit).recipe.model.revision == key
 
 
-@pytest.mark.parametrize(
-    "text", ["risk-adjusted-portfolio-optimization.csv", "hf_models/llama-base-of-the-year"]
-)
+@pytest.mark.parametrize("text", ["risk-adjusted-portfolio-optimization.csv", "hf_models/llama-base-of-the-year"])
 def test_ordinary_names_are_no_secrets(tmp_path: Path, text: str) -> None:
     load(tmp_path, SMALL, f"dataset.path={text}")
 
@@ -492,9 +482,7 @@ def test_the_tables_of_trainer_names_agree_with_the_installed_version() -> None:
     assert not set(OWNED) & (set(RENAMED) | set(REMOVED))
 
 
-def test_without_trl_the_trainer_section_is_taken_as_it_is(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_trl_the_trainer_section_is_taken_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("peftcli.recipe.trainer.installed_arguments", lambda: None)
     loaded = load(tmp_path, SMALL + "trainer: {anything: 1}\n")
     assert dict(loaded.recipe.trainer) == {"anything": 1}
@@ -543,17 +531,13 @@ def test_template_values_are_never_templates() -> None:
         render("{missing}", row)
 
 
-@pytest.mark.parametrize(
-    "template", ["{", "}", "{a", "a}", "{}", "{ }", "{a.b}", "{a[0]}", "{a!r}", "{a:>3}", "{{{a"]
-)
+@pytest.mark.parametrize("template", ["{", "}", "{a", "a}", "{}", "{ }", "{a.b}", "{a[0]}", "{a!r}", "{a:>3}", "{{{a"])
 def test_a_template_with_more_than_plain_columns_is_refused(template: str) -> None:
     with pytest.raises(ValueError, match=r"character|column"):
         template_columns(template)
 
 
-@pytest.mark.parametrize(
-    "text", ["", "90", "1.5", "m", "-1s", "0s", "1x", "30m8h", "1h 30m", "1e3s", "9" * 400 + "d"]
-)
+@pytest.mark.parametrize("text", ["", "90", "1.5", "m", "-1s", "0s", "1x", "30m8h", "1h 30m", "1e3s", "9" * 400 + "d"])
 def test_a_duration_that_means_nothing_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"unit|duration"):
         parse_duration(text)
@@ -642,9 +626,7 @@ def test_a_mutated_recipe_loads_or_is_refused_and_nothing_else(
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(cut=st.integers(0, len(FULL)), insert=st.text(max_size=6), length=st.integers(0, 5))
-def test_a_torn_file_loads_or_is_refused_and_nothing_else(
-    tmp_path: Path, cut: int, insert: str, length: int
-) -> None:
+def test_a_torn_file_loads_or_is_refused_and_nothing_else(tmp_path: Path, cut: int, insert: str, length: int) -> None:
     text = FULL[:cut] + insert + FULL[cut + length :]
     path = tmp_path / "recipe.yaml"
     path.write_bytes(text.encode("utf-8", "surrogatepass"))

@@ -221,9 +221,7 @@ def _metrics(smoke: bool) -> dict[str, Any]:
         "base": _metrics_of(BASE),
         "adapter": _metrics_of(ADAPTER),
         "merged": _metrics_of(MERGED),
-        "train": {
-            key: value for key, value in train.items() if key not in ("status", "first_loss", "last_loss")
-        },
+        "train": {key: value for key, value in train.items() if key not in ("status", "first_loss", "last_loss")},
         "data": {key: data[key] for key in counts},
         "parameters": {"trainable": 33554432, "total": 6771970048},
         "bytes": {"adapter": 134_235_048, "base": 13_476_839_424},
@@ -368,9 +366,7 @@ def test_same_json_gives_the_same_bytes(tmp_path: Path) -> None:
     assert written(run) == first
 
 
-@pytest.mark.parametrize(
-    "name", [*(name for name in STAGES if name not in ("plan.json", "metrics.json")), "log.jsonl"]
-)
+@pytest.mark.parametrize("name", [*(name for name in STAGES if name not in ("plan.json", "metrics.json")), "log.jsonl"])
 def test_absent_stage_has_no_section(tmp_path: Path, name: str) -> None:
     run = sample_run(tmp_path)
     (tmp_path / name).unlink()
@@ -407,10 +403,7 @@ def test_null_figures_are_dashes_and_never_zero(tmp_path: Path) -> None:
         change(tmp_path / name, lambda value: value if isinstance(value, str | bool) else None)
     report, _ = written(run)
     cells = [
-        cell.strip()
-        for line in report.splitlines()
-        if line.startswith("|")
-        for cell in line.strip("|").split("|")
+        cell.strip() for line in report.splitlines() if line.startswith("|") for cell in line.strip("|").split("|")
     ]
     assert not [cell for cell in cells if re.fullmatch(r"\**[<>]?\s*0(\.0+)?(\s?%|\s?B|s)?\**", cell)]
     assert "| Loss, nats per trained token ↓ | – | – | – | – |" in report
@@ -450,16 +443,12 @@ def test_hostile_text_stays_text_in_the_markdown(tmp_path: Path) -> None:
     for name, text in (("plain", plain), ("hostile", report)):
         tokens = parser.parse(text)
         flat = [child for token in tokens for child in (token, *(token.children or []))]
-        shape[name] = [
-            token.type for token in tokens if token.type in ("table_open", "heading_open", "fence")
-        ]
+        shape[name] = [token.type for token in tokens if token.type in ("table_open", "heading_open", "fence")]
         assert {token.content for token in flat if token.type.startswith("html")} <= {"<br>"}
         assert not [token for token in flat if token.type in ("link_open", "image", "em_open", "code_inline")]
     assert shape["hostile"] == shape["plain"]
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f\u202a-\u202e\u2066-\u2069]", report)
-    widths = {
-        len(line.strip("|").split("|")) for line in report.splitlines() if line.startswith("| Argument")
-    }
+    widths = {len(line.strip("|").split("|")) for line in report.splitlines() if line.startswith("| Argument")}
     assert widths == {2}
 
 
@@ -572,19 +561,13 @@ def test_report_imports_nothing_heavy_and_says_nothing(tmp_path: Path) -> None:
         "MPLCONFIGDIR": str(tmp_path / "fonts"),
         "PYTHONPATH": str(Path(__file__).parents[1]),
     }
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=fresh, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=fresh, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_colours_can_be_read_in_both_schemes() -> None:
-    style = (
-        Path(importlib.import_module("peftcli.report.page").__file__ or "").parent / "page.css"
-    ).read_text()
-    light, dark = [
-        dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", block)) for block in style.split("@media")[:2]
-    ]
+    style = (Path(importlib.import_module("peftcli.report.page").__file__ or "").parent / "page.css").read_text()
+    light, dark = [dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", block)) for block in style.split("@media")[:2]]
 
     def luminance(colour: str) -> float:
         parts = [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]

@@ -50,7 +50,9 @@ def validate(recipe: RecipeArgument, set_: SetOption = None, as_json: JsonOption
 
 
 @app.command()
-def plan(recipe: RecipeArgument, set_: SetOption = None, smoke: SmokeOption = False, as_json: JsonOption = False) -> None:
+def plan(
+    recipe: RecipeArgument, set_: SetOption = None, smoke: SmokeOption = False, as_json: JsonOption = False
+) -> None:
     """Say what will happen: device, precision, targets, parameters, each choice with its reason. No weight is loaded."""
     from peftcli.cli.commands import plan_command
 
@@ -102,9 +104,13 @@ def merge(
     run: RunArgument,
     into: Annotated[
         str,
-        typer.Option(help="dequantized: the base as it was trained on; original: its full precision; best: the better."),
+        typer.Option(
+            help="dequantized: the base as it was trained on; original: its full precision; best: the better."
+        ),
     ] = "dequantized",
-    output_dir: Annotated[Path | None, typer.Option(help="Folder of the merged model; RUN/merged when left out.")] = None,
+    output_dir: Annotated[
+        Path | None, typer.Option(help="Folder of the merged model; RUN/merged when left out.")
+    ] = None,
     dtype: Annotated[
         str | None, typer.Option(help="Stored as float32, bfloat16 or float16; the dtype of the run when left out.")
     ] = None,
@@ -155,6 +161,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: the words after the program's name; those of this process when None.
     """
+    # Idle OpenMP threads spin before they sleep. On cores shared with another process the default keeps both from
+    # working (measured: 40 times slower); a short spin costs nothing when alone. Read when torch is first imported.
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     words = list(sys.argv[1:] if argv is None else argv)
     show_trace = "--traceback" in words or os.environ.get("PEFTCLI_TRACEBACK") == "1"
     words = [word for word in words if word != "--traceback"]

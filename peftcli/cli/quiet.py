@@ -34,7 +34,7 @@ def quiet(log: Path | None) -> Iterator[Streams]:
     with (
         os.fdopen(os.dup(1), "w", encoding="utf-8", errors="replace") as out,
         os.fdopen(os.dup(2), "w", encoding="utf-8", errors="replace") as err,
-        log.open("ab") if log is not None else tempfile.TemporaryFile() as sink,  # noqa: SIM115
+        log.open("ab") if log is not None else tempfile.TemporaryFile() as sink,
     ):
         os.dup2(sink.fileno(), 1)
         os.dup2(sink.fileno(), 2)

@@ -164,7 +164,9 @@ def _short(value: Any) -> str:
 def plan_lines(plan: Mapping[str, Any], data: Mapping[str, Any] | None) -> list[str]:
     """The plan and the data on a few lines: what will be trained, and on what."""
     chosen = {decision["key"]: decision for decision in plan["decisions"]}
-    lines = [f"{plan['name']}: {chosen['adapter']['value']} of {plan['model']['architecture']} ({plan['model']['name']})"]
+    lines = [
+        f"{plan['name']}: {chosen['adapter']['value']} of {plan['model']['architecture']} ({plan['model']['name']})"
+    ]
     lines.append(f"  trainable {chosen['trainable']['value']}, {chosen['trainable']['reason']}")
     names = ("device", "model.dtype", "quantization.compute_dtype", "model.attention", "activation checkpointing")
     lines += [f"  {name} {chosen[name]['value']}: {chosen[name]['reason']}" for name in names[:2] if name in chosen]

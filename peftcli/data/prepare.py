@@ -195,4 +195,3 @@ def made_up_rows(dataset: DatasetSection) -> tuple[pa.Table, SourceFacts]:
             [{"role": role, "content": text.format(number)} for role, text in turns] for number in numbers
         ]
     return pa.table(rows), SourceFacts(f"{dataset.name} (made-up rows of a smoke run)", SMOKE_ROWS)
-

@@ -51,9 +51,7 @@ class TokenFacts:
     lengths: list[int]
 
 
-def tokenize(
-    examples: Examples, tokenizer: PreTrainedTokenizerBase, rule: LabelRule
-) -> tuple[pa.Table, TokenFacts]:
+def tokenize(examples: Examples, tokenizer: PreTrainedTokenizerBase, rule: LabelRule) -> tuple[pa.Table, TokenFacts]:
     """Tokenize, label, truncate, and drop the rows that truncation left without a trained token.
 
     Returns:
@@ -88,9 +86,7 @@ def tokenize(
         columns[name] = pa.array([row[name] for row in kept], pa.large_string())
     tokens = sum(len(row["input_ids"]) for row in kept)
     trained = sum(label != IGNORED for row in kept for label in row["labels"][1:])
-    return pa.table(columns), TokenFacts(
-        rows=len(kept), tokens=tokens, trained=trained, lengths=lengths, **count
-    )
+    return pa.table(columns), TokenFacts(rows=len(kept), tokens=tokens, trained=trained, lengths=lengths, **count)
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
@@ -234,9 +230,37 @@ def _mark_turns(chat: list[Row], tokenizer: PreTrainedTokenizerBase) -> tuple[li
                 "trainer.assistant_only_loss: false"
             )
         spans.append((len(before), len(after)))
-    encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
-    labels = [
-        token if any(start <= left and right <= end for start, end in spans) and right > left else IGNORED
-        for token, (left, right) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
-    ]
-    return encoded["input_ids"], labels
+    return _label_spans(whole, spans, tokenizer)
+
+
+def _label_spans(
+    text: str, spans: list[tuple[int, int]], tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[int], list[int]]:
+    """Ids of a text, and labels that train the characters of the spans and no other.
+
+    A token that reaches over the edge of a span would train a part of the prompt, or leave out a part of the answer.
+    Then the pieces are encoded apart, which is also what generation sees: a prompt that ends at that edge.
+
+    Raises:
+        DataError: the pieces do not add up to the text.
+    """
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    ids: list[int] = encoded["input_ids"]
+    offsets = encoded["offset_mapping"]
+    edges = {edge for span in spans for edge in span}
+    if not any(left < edge < right for left, right in offsets for edge in edges):
+        inside = [any(start <= left and right <= end for start, end in spans) for left, right in offsets]
+        trained = [bit and right > left for bit, (left, right) in zip(inside, offsets, strict=True)]
+        return ids, [token if bit else IGNORED for token, bit in zip(ids, trained, strict=True)]
+    cuts = [0, *sorted(edges - {0, len(text)}), len(text)]
+    pieces, labels = [], []
+    for start, end in zip(cuts, cuts[1:], strict=False):
+        piece = tokenizer(text[start:end], add_special_tokens=False)["input_ids"]
+        pieces += piece
+        labels += piece if (start, end) in spans else [IGNORED] * len(piece)
+    if tokenizer.decode(pieces) != tokenizer.decode(ids):
+        raise DataError(
+            "a token reaches over the edge of an assistant's turn and the tokenizer cannot encode the turns apart; end "
+            "the generation prompt of the chat template on a special token or a line break"
+        )
+    return pieces, labels

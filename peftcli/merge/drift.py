@@ -8,10 +8,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from peftcli.data.tokens import IGNORED
+from peftcli.model.score import pad_right
 from peftcli.progress import Progress
 
 KEPT_BYTES = 512 * 2**20
-"""Of reference log-probabilities held for the comparison; rows beyond are not compared."""
+"""Of reference logits held for the comparison; rows beyond are not compared."""
+MOST_ROWS = 2048
+"""Rows beyond are not compared: the metrics of the merged model are over all of them."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,7 @@ class Drift:
 
 def rows_to_compare(test: pa.Table, vocabulary: int) -> pa.Table:
     """As many test rows from the head as fit the memory set aside."""
+    test = test.slice(0, MOST_ROWS)
     budget = KEPT_BYTES // (4 * vocabulary)
     used = 0
     for row, labels in enumerate(test.column("labels").to_pylist()):
@@ -46,33 +50,32 @@ def rows_to_compare(test: pa.Table, vocabulary: int) -> pa.Table:
 
 @torch.inference_mode()
 def trained_logits(
-    model: PreTrainedModel, rows: pa.Table, *, batch_rows: int, progress: Progress, what: str
+    model: PreTrainedModel, rows: pa.Table, *, pad_id: int, batch_rows: int, progress: Progress, what: str
 ) -> list[Tensor]:
     """Logits at the positions that predict a trained token.
 
     Args:
         rows: `input_ids` and `labels`.
-        batch_rows: rows of about equal length that go through together, without padding.
+        pad_id: token id that fills short rows; any id, since padding is masked.
+        batch_rows: rows that go through together.
 
     Returns:
         For each row (N, V) float32 on the CPU, N its trained tokens.
     """
     ids, labels = rows.column("input_ids").to_pylist(), rows.column("labels").to_pylist()
-    order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
+    order = sorted(range(len(ids)), key=lambda row: len(ids[row]), reverse=True)
     device = next(model.parameters()).device
     found: list[Tensor | None] = [None] * len(ids)
     progress.start(what, len(ids))
-    done = 0
-    while done < len(order):
-        length = len(ids[order[done]])
-        batch = [row for row in order[done : done + batch_rows] if len(ids[row]) == length]
-        inputs = torch.tensor([ids[row] for row in batch], device=device)
-        logits = model(input_ids=inputs, use_cache=False).logits[:, -length:].float().cpu()
+    for start in range(0, len(order), batch_rows):
+        batch = order[start : start + batch_rows]
+        inputs, targets, mask = pad_right([ids[row] for row in batch], [labels[row] for row in batch], pad_id)
+        output = model(input_ids=inputs.to(device), attention_mask=mask.to(device), use_cache=False)
+        logits = output.logits[:, -inputs.shape[1] :]
         for place, row in enumerate(batch):
-            chosen = [position for position, label in enumerate(labels[row][1:]) if label != IGNORED]
-            found[row] = logits[place, chosen].clone()
-        done += len(batch)
-        progress.advance(done)
+            chosen = (targets[place, 1:] != IGNORED).nonzero().squeeze(1)
+            found[row] = logits[place, chosen.to(device)].float().cpu()
+        progress.advance(start + len(batch))
     progress.end()
     return [one for one in found if one is not None]
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -44,10 +45,11 @@ def dequantized_weights(model: PreTrainedModel) -> Source:
 
     def read(name: str) -> Tensor:
         owner, _, leaf = name.rpartition(".")
-        packed = getattr(modules.get(owner), leaf, None)
+        packed: Any = getattr(modules.get(owner), leaf, None)
         if getattr(packed, "quant_state", None) is not None:
-            return bnb.dequantize_4bit(packed.data, packed.quant_state)
-        return state[name].detach()
+            unpacked: Tensor = bnb.dequantize_4bit(packed.data, packed.quant_state)
+            return unpacked
+        return Tensor.detach(state[name])
 
     return read
 
@@ -79,8 +81,8 @@ def original_weights(base: Base) -> Source:
 def fold(base: PreTrainedModel, adapter: Path, source: Source) -> Folded:
     """Prepare the merge of an adapter, using PEFT's own arithmetic layer by layer.
 
-    The structure is built a second time on the meta device, where it weighs nothing; only the layer at hand gets real
-    weights, in float32, is merged, read and emptied.
+    The structure is built a second time with weights that take no memory; only the layer at hand gets real ones, in
+    float32, is merged, read and emptied.
 
     Args:
         base: the loaded base, whose names and ties count; its weights are not touched.
@@ -95,8 +97,8 @@ def fold(base: PreTrainedModel, adapter: Path, source: Source) -> Folded:
     del config.quantization_config
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config)
-    wrapped = PeftModel.from_pretrained(skeleton, str(adapter), low_cpu_mem_usage=True, torch_device="cpu")
-    layers = _layers(wrapped)
+    _hollow_out(skeleton)
+    layers = _layers(PeftModel.from_pretrained(skeleton, str(adapter), torch_device="cpu"))
     names = [name for name in skeleton_names(base)]
     embedding, output = base.get_input_embeddings(), base.get_output_embeddings()
     tied = output is not None and getattr(output, "weight", None) is getattr(embedding, "weight", 0)
@@ -134,6 +136,14 @@ def skeleton_names(model: PreTrainedModel) -> list[str]:
     ]
 
 
+def _hollow_out(skeleton: torch.nn.Module) -> None:
+    # Not left on the meta device, since PEFT would put the adapter's weights there too.
+    for module in skeleton.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            nothing = torch.zeros((), dtype=torch.float32).expand(parameter.shape)
+            setattr(module, name, torch.nn.Parameter(nothing, requires_grad=False))
+
+
 def _layers(wrapped: PeftModel) -> dict[str, BaseTunerLayer | ModulesToSaveWrapper]:
     inner = wrapped.get_base_model()
     return {
@@ -154,6 +164,7 @@ def _merge_layer(layer: BaseTunerLayer, owner: str, leaf: str, source: Source) -
     except (NotImplementedError, ValueError) as problem:
         raise MachineError(f"this adapter cannot be merged: {owner}: {problem or type(problem).__name__}") from problem
     merged: Tensor = getattr(inner, leaf).detach()
+    assert not merged.is_meta and not any(weight.is_meta for weight in layer.parameters())
     layer.merged_adapters.clear()
     for name, parameter in empty.items():
         setattr(inner, name, parameter)

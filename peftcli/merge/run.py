@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -81,7 +82,7 @@ def merge(
     assert target.adapter is not None
     model, tokenizer = target.load()
     rows = rows_to_compare(data.test, model.config.get_text_config().vocab_size)
-    reference = trained_logits(model, rows, batch_rows=settings.batch_rows, progress=progress, what="adapter: logits")
+    reference = _logits(model, rows, tokenizer, settings, progress, "adapter")
     written = _write_all(target, model, tokenizer, data, final, settings)
     del model
     _forget()
@@ -163,7 +164,7 @@ def _measure(
     into: str,
     folder: Path,
     size: int,
-    rows: Any,
+    rows: pa.Table,
     reference: list[torch.Tensor],
     data: PreparedData,
     tokenizer: PreTrainedTokenizerBase,
@@ -175,7 +176,7 @@ def _measure(
     model = load_base(replace(target.base, path=str(folder), revision=None, quantization=None, dtype=stored))
     model.eval()
     what = f"merged into {into}"
-    logits = trained_logits(model, rows, batch_rows=settings.batch_rows, progress=progress, what=f"{what}: logits")
+    logits = _logits(model, rows, tokenizer, settings, progress, what)
     decoding = decoding_for(settings.evaluation, data, tokenizer, settings.seed)
     measured = measure(
         model,
@@ -190,6 +191,20 @@ def _measure(
     del model
     _forget()
     return Candidate(into, folder, compare(reference, logits), measured, size)
+
+
+def _logits(
+    model: PreTrainedModel,
+    rows: pa.Table,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: MergeSettings,
+    progress: Progress,
+    what: str,
+) -> list[torch.Tensor]:
+    pad = tokenizer.pad_token_id or 0
+    return trained_logits(
+        model, rows, pad_id=pad, batch_rows=settings.batch_rows, progress=progress, what=f"{what}: logits"
+    )
 
 
 def _merge_json(
@@ -229,5 +244,3 @@ def _forget() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-

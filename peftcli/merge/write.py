@@ -83,4 +83,3 @@ def write_config(model: PreTrainedModel, dtype: torch.dtype, unties: bool, folde
     if unties:
         config.tie_word_embeddings = False
     config.save_pretrained(str(folder))
-

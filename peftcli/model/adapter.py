@@ -19,7 +19,12 @@ IDENTITY = "peftcli.json"
 
 
 def save_adapter(
-    model: PeftModel, tokenizer: PreTrainedTokenizerBase, plan: Plan, stop_ids: frozenset[int], format_: str, folder: Path
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    plan: Plan,
+    stop_ids: frozenset[int],
+    format_: str,
+    folder: Path,
 ) -> None:
     """Write the adapter beside its name, then move it there.
 
@@ -46,9 +51,7 @@ def sort_targets(model: PeftModel) -> None:
             config.target_modules = sorted(config.target_modules)
 
 
-def write_companions(
-    model: Any, tokenizer: PreTrainedTokenizerBase, stop_ids: frozenset[int], folder: Path
-) -> None:
+def write_companions(model: Any, tokenizer: PreTrainedTokenizerBase, stop_ids: frozenset[int], folder: Path) -> None:
     """Write the tokenizer with its chat template, and a generation config that stops where training did."""
     tokenizer.save_pretrained(str(folder))
     config = GenerationConfig.from_dict(model.generation_config.to_dict())

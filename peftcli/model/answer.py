@@ -71,9 +71,7 @@ def answer(
         for start in range(0, len(order), batch_rows):
             batch = order[start : start + batch_rows]
             inputs, mask = _pad_left([prompts[row] for row in batch], tokenizer.pad_token_id or 0)
-            made = model.generate(
-                input_ids=inputs.to(device), attention_mask=mask.to(device), generation_config=config
-            )
+            made = model.generate(input_ids=inputs.to(device), attention_mask=mask.to(device), generation_config=config)
             for row, ids in zip(batch, made[:, inputs.shape[1] :].tolist(), strict=True):
                 answers[row] = _decode(ids, tokenizer, stop_ids)
             progress.advance(start + len(batch))

@@ -96,5 +96,3 @@ def _refuse_pickles(path: str) -> None:
             "read; convert it to safetensors"
         )
     raise MachineError(f"{path}: no *.safetensors in this folder, so no weights to load")
-
-

@@ -18,6 +18,8 @@ from peftcli.errors import MachineError
 from peftcli.model.hub import explain_missing
 from peftcli.plan.plan import Base
 
+FAST_CPU_PATH = "support_avx512bf16_for_cpu"
+"""Attribute of bitsandbytes' Linear4bit."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -117,8 +119,8 @@ def keep_gradients_of_4bit(model: torch.nn.Module) -> None:
     product has no gradient and training does not unpack, so every later gradient is wrong and the loss looks normal.
     """
     for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+        if hasattr(module, FAST_CPU_PATH):
+            setattr(module, FAST_CPU_PATH, False)
 
 
 def local_device(device: str) -> torch.device:

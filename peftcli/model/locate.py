@@ -6,8 +6,8 @@ from peftcli.errors import MachineError
 from peftcli.model.inspect import load_config
 from peftcli.progress import Progress
 from peftcli.recipe.schema import ModelSection
-from peftcli.tiny.build import tiny_model
-from peftcli.tiny.standin import family_config, stand_in
+from peftcli.tiny.build import stand_in, tiny_model
+from peftcli.tiny.family import family_config
 
 TINY = "tiny:"
 

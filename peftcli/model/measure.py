@@ -32,8 +32,10 @@ def decoding_for(
     evaluation: EvaluationSection, data: PreparedData, tokenizer: PreTrainedTokenizerBase, seed: int
 ) -> Decoding:
     """How the test rows are answered; without a number, an answer may be as long as the longest reference."""
-    longest = evaluation.max_new_tokens
-    if not isinstance(longest, int):
+    asked = evaluation.max_new_tokens
+    if isinstance(asked, int):
+        longest = asked
+    else:
         references = data.test.column("reference").to_pylist()
         encoded = tokenizer(references, add_special_tokens=False)["input_ids"]
         longest = min(max(len(ids) for ids in encoded) + 2, LONGEST_AUTO_ANSWER)

@@ -47,7 +47,7 @@ def probe_machine() -> Machine:
 
 def describe_environment(machine: Machine, command: str) -> dict[str, Any]:
     """The content of `environment.json`: versions and hardware, no name of a user, host or folder."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for package in PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)

@@ -2,6 +2,7 @@
 
 import inspect
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 import torch
@@ -70,7 +71,7 @@ def score(
     progress.start(what, len(ids))
     for start in range(0, len(order), batch_rows):
         batch = order[start : start + batch_rows]
-        inputs, targets, mask = _pad([ids[row] for row in batch], [labels[row] for row in batch], pad_id)
+        inputs, targets, mask = pad_right([ids[row] for row in batch], [labels[row] for row in batch], pad_id)
         sums = _score_batch(model, inputs.to(device), targets.to(device), mask.to(device))
         nll, tokens, correct = nll + sums[0], tokens + sums[1], correct + sums[2]
         progress.advance(start + len(batch))
@@ -91,22 +92,24 @@ def _score_batch(model: torch.nn.Module, inputs: Tensor, labels: Tensor, mask: T
     flat, flat_targets = logits.flatten(0, 1), targets[:, wanted].flatten()
     chunk = max(1, LOGIT_BYTES // (4 * flat.shape[-1]))
     totals = [0.0, 0, 0]
-    for part, labels_part in zip(flat.split(chunk), flat_targets.split(chunk), strict=True):
+    for first in range(0, flat.shape[0], chunk):
+        part, labels_part = flat[first : first + chunk], flat_targets[first : first + chunk]
         for number, value in enumerate(completion_nll(part, labels_part)):
             totals[number] += value.item()
     return totals[0], int(totals[1]), int(totals[2])
 
 
-def takes_positions(model: torch.nn.Module) -> bool:
+def takes_positions(model: Any) -> bool:
     """Whether the model can compute logits for chosen positions only."""
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
         return False  # virtual tokens shift the positions
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    forward = type(base).forward  # the instance's may be wrapped
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    forward: Any = type(base).forward  # the instance's may be wrapped
     return "logits_to_keep" in inspect.signature(forward).parameters
 
 
-def _pad(rows: list[list[int]], labels: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor, Tensor]:
+def pad_right(rows: list[list[int]], labels: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Input ids, labels and attention mask of rows, each (B, T) int64, filled up at the end."""
     longest = max(len(row) for row in rows)
     inputs = torch.full((len(rows), longest), pad_id, dtype=torch.int64)
     targets = torch.full((len(rows), longest), IGNORED, dtype=torch.int64)

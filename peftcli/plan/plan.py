@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from peftcli.recipe.schema import AdapterSection, BudgetSection, DatasetSection, EvaluationSection, Gate
+from peftcli.recipe.schema import AdapterSection, BudgetSection, DatasetSection, EvaluationSection
+from peftcli.recipe.values import Gate
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 

@@ -50,9 +50,7 @@ def _check_dataset(dataset: dict[str, Any], tree: Tree, problems: Problems) -> N
     _check_columns(dataset.get("columns"), tree, problems)
     for key in ("text", "completion"):
         if isinstance(dataset.get(key), str) and _is_constant(dataset[key]):
-            text = (
-                f"dataset.{key} names no column, so all rows are equal; write {{column}} where a column goes"
-            )
+            text = f"dataset.{key} names no column, so all rows are equal; write {{column}} where a column goes"
             problems.add(tree.place(("dataset", key)), text)
 
 
@@ -62,9 +60,7 @@ def _check_columns(columns: Any, tree: Tree, problems: Problems) -> None:
         problems.add(tree.place(path), "dataset.columns is empty; name a column in it, or remove the line")
     if not isinstance(columns, dict):
         return
-    kinds = [
-        kind for kind in (("text",), ("messages",), ("prompt", "completion")) if any(map(columns.get, kind))
-    ]
+    kinds = [kind for kind in (("text",), ("messages",), ("prompt", "completion")) if any(map(columns.get, kind))]
     for first, second in itertools.pairwise(kinds):
         one = next(key for key in first if columns.get(key))
         two = next(key for key in second if columns.get(key))
@@ -77,9 +73,7 @@ def _check_columns(columns: Any, tree: Tree, problems: Problems) -> None:
 
 def _check_model(tree: Tree, problems: Problems) -> None:
     revision = tree.get("model", "revision")
-    if tree.get("model", "trust_remote_code") is not True or _spoiled(
-        tree, "trust_remote_code", section="model"
-    ):
+    if tree.get("model", "trust_remote_code") is not True or _spoiled(tree, "trust_remote_code", section="model"):
         return
     if not isinstance(revision, str) or not re.fullmatch(r"[0-9a-f]{40}", revision):
         problems.add(

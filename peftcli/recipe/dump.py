@@ -131,11 +131,7 @@ def _path_holders(values: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any],
 def _relative_path(target: str, folder: str, *, is_model: bool) -> str:
     relative = os.path.relpath(target, folder)
     # A model's name is a folder only where it says so: `models/tiny` would be read as a Hub id.
-    return (
-        f"./{relative}"
-        if relative.startswith("~") or (is_model and not relative.startswith(".."))
-        else relative
-    )
+    return f"./{relative}" if relative.startswith("~") or (is_model and not relative.startswith("..")) else relative
 
 
 def _leaves(value: Any, path: KeyPath) -> Iterator[tuple[str, Any]]:

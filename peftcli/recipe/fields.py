@@ -100,9 +100,7 @@ def read_name(value: Any) -> str:
     if not isinstance(value, str):
         raise wrong("must be text")
     if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}", value):
-        raise wrong(
-            "must be made of letters, digits, '.', '_' and '-', and not start with a dot (it names a folder)"
-        )
+        raise wrong("must be made of letters, digits, '.', '_' and '-', and not start with a dot (it names a folder)")
     return value
 
 

@@ -11,9 +11,7 @@ def read_gates(tree: Tree, problems: Problems) -> tuple[Gate, ...]:
     if section is None:
         return ()
     if not isinstance(section, dict):
-        problems.add(
-            tree.place(("gates",)), 'gates must be a section, such as gates: {exact_match: ">= 0.8"}'
-        )
+        problems.add(tree.place(("gates",)), 'gates must be a section, such as gates: {exact_match: ">= 0.8"}')
         return ()
     gates = []
     for name, text in section.items():

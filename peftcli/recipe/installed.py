@@ -101,11 +101,7 @@ def _union(node: ast.expr) -> list[ast.expr]:
         return _union(ast.parse(node.value, mode="eval").body)
     if isinstance(node, ast.BinOp):
         return [*_union(node.left), *_union(node.right)]
-    if (
-        isinstance(node, ast.Subscript)
-        and isinstance(node.value, ast.Name)
-        and node.value.id in ("Union", "Optional")
-    ):
+    if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Name) and node.value.id in ("Union", "Optional"):
         inner = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
         parts = [part for item in inner for part in _union(item)]
         return [*parts, ast.Constant(None)] if node.value.id == "Optional" else parts
@@ -130,11 +126,7 @@ def _enum_members(name: str, transformers: Path) -> list[str]:
     for file in _ENUM_FILES:
         body = _class_body(transformers / file, name)
         values = [node.value for node in body if isinstance(node, ast.Assign)]
-        members = [
-            value.value
-            for value in values
-            if isinstance(value, ast.Constant) and isinstance(value.value, str)
-        ]
+        members = [value.value for value in values if isinstance(value, ast.Constant) and isinstance(value.value, str)]
         if members:
             return members
     return []
@@ -147,7 +139,5 @@ def _metadata_choices(value: ast.expr | None) -> list[str]:
         if keyword.arg == "metadata" and isinstance(keyword.value, ast.Dict):
             for key, item in zip(keyword.value.keys, keyword.value.values, strict=True):
                 if isinstance(key, ast.Constant) and key.value == "choices" and isinstance(item, ast.List):
-                    return [
-                        e.value for e in item.elts if isinstance(e, ast.Constant) and isinstance(e.value, str)
-                    ]
+                    return [e.value for e in item.elts if isinstance(e, ast.Constant) and isinstance(e.value, str)]
     return []

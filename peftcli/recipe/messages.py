@@ -150,9 +150,7 @@ def _sentence(item: Any, path: KeyPath, tree: Tree) -> str:
         words, key = _BOUNDS[kind]
         text = f"{words} {context[key]:g}"
     else:
-        text = _TYPES.get(kind, "is not a value that this key takes") + type_hint(
-            kind.removesuffix("_type"), value
-        )
+        text = _TYPES.get(kind, "is not a value that this key takes") + type_hint(kind.removesuffix("_type"), value)
     return f"{name} = {show(value)}: {text}"
 
 
@@ -186,11 +184,7 @@ def type_hint(wanted: str, value: Any) -> str:
     ' (YAML 1.2 reads yes as text)'
     """
     if wanted == "bool" and isinstance(value, str):
-        return (
-            f" (YAML 1.2 reads {value} as text)"
-            if value.lower() in ("yes", "no", "on", "off", "y", "n")
-            else ""
-        )
+        return f" (YAML 1.2 reads {value} as text)" if value.lower() in ("yes", "no", "on", "off", "y", "n") else ""
     if wanted in ("int", "float") and isinstance(value, str):
         try:
             float(value)

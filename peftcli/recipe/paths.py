@@ -24,9 +24,7 @@ def resolve_paths(tree: Tree, recipe: Path, problems: Problems) -> frozenset[str
     relative: set[str] = set()
     joins = tree.get("dataset", "join")
     keys: list[KeyPath] = [*_PATH_KEYS]
-    keys += [
-        ("dataset", "join", index, "path") for index in range(len(joins) if isinstance(joins, list) else 0)
-    ]
+    keys += [("dataset", "join", index, "path") for index in range(len(joins) if isinstance(joins, list) else 0)]
     name = tree.get("model", "name")
     if isinstance(name, str) and _is_local(name, folder):
         keys.append(("model", "name"))

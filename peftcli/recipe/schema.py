@@ -86,9 +86,7 @@ class AdapterSection(Section):
     """Numerator of the update's scale: alpha / r, or alpha / sqrt(r) with `use_rslora`."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the adapter's inputs that a training step sets to zero."""
-    target_modules: Annotated[tuple[str, ...] | Literal["all-linear"], BeforeValidator(read_targets)] = (
-        "all-linear"
-    )
+    target_modules: Annotated[tuple[str, ...] | Literal["all-linear"], BeforeValidator(read_targets)] = "all-linear"
     """Module names that get an adapter, or every linear layer except the output."""
     use_rslora: bool = False
     """Scale by sqrt(r) in place of r."""
@@ -223,9 +221,7 @@ class Recipe(Section):
     quantization: QuantizationSection | None = None
     adapter: AdapterSection = AdapterSection()
     dataset: DatasetSection
-    trainer: Annotated[Mapping[str, Any], PlainValidator(_frozen_mapping), PlainSerializer(dict)] = (
-        MappingProxyType({})
-    )
+    trainer: Annotated[Mapping[str, Any], PlainValidator(_frozen_mapping), PlainSerializer(dict)] = MappingProxyType({})
     """Arguments of SFTConfig that the recipe sets, under the names of the installed version."""
     evaluation: EvaluationSection = EvaluationSection()
     gates: tuple[Gate, ...] = ()

@@ -54,7 +54,5 @@ def _checked(name: str) -> str:
     for sign, what in ((":", "a format"), ("!", "a conversion"), ("[", "an index"), (".", "an attribute")):
         if sign in name:
             plain = name.partition(sign)[0] or "column"
-            raise ValueError(
-                f"{{{name}}} asks for {what}; a template takes whole columns only, such as {{{plain}}}"
-            )
+            raise ValueError(f"{{{name}}} asks for {what}; a template takes whole columns only, such as {{{plain}}}")
     return name

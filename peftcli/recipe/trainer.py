@@ -88,9 +88,7 @@ class _Section:
                 f"trainer.max_seq_length is now dataset.max_length ({self._at(path)}); keep that one",
             )
         elif isinstance(dataset, dict):
-            self.problems.note(
-                where, f"trainer.max_seq_length is now dataset.max_length; {show(value)} is used"
-            )
+            self.problems.note(where, f"trainer.max_seq_length is now dataset.max_length; {show(value)} is used")
             self.tree.put(path, value, where)
 
     def _rename(self, name: str, value: Any) -> None:
@@ -104,16 +102,9 @@ class _Section:
                 return
             value = rule.values[value]
         if value is DROP or (name == "torchdynamo" and value is None):
-            self.problems.note(
-                where, f"trainer.{name} is gone and is dropped: it asks for what happens anyway"
-            )
+            self.problems.note(where, f"trainer.{name} is gone and is dropped: it asks for what happens anyway")
             return
-        if (
-            name == "warmup_ratio"
-            and isinstance(value, int | float)
-            and not isinstance(value, bool)
-            and value >= 1
-        ):
+        if name == "warmup_ratio" and isinstance(value, int | float) and not isinstance(value, bool) and value >= 1:
             text = f"trainer.warmup_ratio = {show(value)}: must be less than 1; write steps as warmup_steps"
             self.problems.add(where, text)
             return
@@ -187,9 +178,7 @@ def _fault(argument: Argument, value: Any) -> str | None:
     kinds = argument.kinds
     if argument.choices and not (value is None and "none" in kinds):
         return (
-            None
-            if isinstance(value, str) and value in argument.choices
-            else choices_text([*argument.choices], value)
+            None if isinstance(value, str) and value in argument.choices else choices_text([*argument.choices], value)
         )
     if "any" not in kinds and not any(_is_kind(value, kind) for kind in kinds):
         order = [kind for kind in _KIND_WORDS if kind in kinds]

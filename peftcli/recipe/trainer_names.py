@@ -55,9 +55,7 @@ REMOVED: Mapping[str, Removed] = {
     "half_precision_backend": Removed(("auto", "cuda_amp"), "torch's own autocast is the only one left"),
     "fp16_backend": Removed(("auto", "amp", "cuda_amp"), "torch's own autocast is the only one left"),
     "fp16_opt_level": Removed(("O1",), "apex is no longer used; model.dtype chooses the number format"),
-    "use_mps_device": Removed(
-        (True, False), "an Apple GPU is found by itself; trainer.use_cpu: true keeps off it"
-    ),
+    "use_mps_device": Removed((True, False), "an Apple GPU is found by itself; trainer.use_cpu: true keeps off it"),
     "tpu_num_cores": Removed((None,), "TPUs are started by accelerate"),
     "tpu_metrics_debug": Removed((False,), "trainer.debug: tpu_metrics_debug does it now"),
     "past_index": Removed((-1,), "no model uses it"),

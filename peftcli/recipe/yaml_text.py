@@ -187,9 +187,7 @@ class _Builder:
         self._check_marks(event, line, (*frame.path, key))
         name = dotted((*frame.path, key))
         if key == "<<":
-            self.problems.add(
-                line, "<< merges another mapping; a recipe is complete by itself: write the keys out"
-            )
+            self.problems.add(line, "<< merges another mapping; a recipe is complete by itself: write the keys out")
         elif key in frame.lines:
             self.problems.add(line, f"{name} is set twice; the first is on line {frame.lines[key]}")
         else:
@@ -200,9 +198,7 @@ class _Builder:
 
     def _value(self, event: Any, line: Where, path: KeyPath) -> Any:
         if isinstance(event, yaml.AliasEvent):
-            self._spoil(
-                line, path, f"*{event.anchor} repeats another value; a recipe has no aliases: write it out"
-            )
+            self._spoil(line, path, f"*{event.anchor} repeats another value; a recipe has no aliases: write it out")
             return None
         self._check_marks(event, line, path)
         if isinstance(event, yaml.MappingStartEvent):
@@ -224,9 +220,7 @@ class _Builder:
         if text == "":
             self.tree.empty.add(path)
         if isinstance(value, int) and not isinstance(value, bool) and re.match(r"[-+]?0[0-9]", text):
-            self.problems.note(
-                line, f"{dotted(path)} = {text} is read as {value}: YAML 1.2 takes no octal from a 0"
-            )
+            self.problems.note(line, f"{dotted(path)} = {text} is read as {value}: YAML 1.2 takes no octal from a 0")
         return value
 
     def _check_marks(self, event: Any, line: Where, path: KeyPath) -> None:

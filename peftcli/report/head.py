@@ -89,11 +89,7 @@ def _merged(stages: Stages) -> str:
     if agreement is None:
         return ""
     positions = figure(stages.merge, "positions")
-    where = (
-        f" at {percent(agreement)} of {count(positions)} positions"
-        if positions
-        else f" at {percent(agreement)}"
-    )
+    where = f" at {percent(agreement)} of {count(positions)} positions" if positions else f" at {percent(agreement)}"
     sentence = f"The merged model predicts the same token as the adapter{where}"
     met = find(stages.merge, "met")
     if met is None:
@@ -149,9 +145,7 @@ def tiles(stages: Stages) -> tuple[Tile, ...]:
         found.append(Tile("Merge agreement", percent(agreement), "same next token as the adapter"))
     seconds = _first(figure(stages.train, "seconds"), figure(stages.metrics, "train", "seconds"))
     if seconds is not None:
-        speed = _first(
-            figure(stages.train, "tokens_per_second"), figure(stages.metrics, "train", "tokens_per_second")
-        )
+        speed = _first(figure(stages.train, "tokens_per_second"), figure(stages.metrics, "train", "tokens_per_second"))
         note = f"{significant(speed)} tokens/s" if speed is not None else ""
         found.append(Tile("Training time", duration(seconds), note))
     adapter_bytes, base_bytes = (

@@ -36,9 +36,7 @@ def render_markdown(report: Report) -> str:
         parts.append(_facts(tuple(notes)))
     if report.gates:
         rows = [[gate.name, gate.limit, gate.value, gate.outcome] for gate in report.gates]
-        parts.append(
-            _table(("Gate", "Limit", "Measured", "Outcome"), [[escaped(c) for c in row] for row in rows], {2})
-        )
+        parts.append(_table(("Gate", "Limit", "Measured", "Outcome"), [[escaped(c) for c in row] for row in rows], {2}))
     for section in report.sections:
         parts.append(f"## {escaped(section.title)}")
         parts += [escaped(section.lead)] if section.lead else []
@@ -80,9 +78,7 @@ def _block(block: Block) -> str:
 
 
 def _plain_table(block: Table) -> str:
-    rows = [
-        [_cell(cell, strong=index == block.strong) for index, cell in enumerate(row)] for row in block.rows
-    ]
+    rows = [[_cell(cell, strong=index == block.strong) for index, cell in enumerate(row)] for row in block.rows]
     written = _table(block.columns, rows, set(block.numeric))
     return f"{written}\n\n{escaped(block.note)}" if block.note else written
 
@@ -101,9 +97,7 @@ def _cell(cell: Cell, *, strong: bool) -> str:
 def _said(said: Said) -> str:
     if said.text is None:
         return DASH
-    parts = [
-        "<br>" if piece.kind == "break" else escaped(piece.text) for piece in pieces(clip(said.text, LONGEST))
-    ]
+    parts = ["<br>" if piece.kind == "break" else escaped(piece.text) for piece in pieces(clip(said.text, LONGEST))]
     sign = {True: "✓ ", False: "✗ ", None: ""}[said.correct]
     return sign + ("".join(parts) or "(empty)")
 

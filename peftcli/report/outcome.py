@@ -50,9 +50,7 @@ def merge_section(stages: Stages) -> Section | None:
     limits = find(merge, "limit") or {}
     rows = [(title, write(figure(merge, key)), _limit(limits, key)) for key, title, write in DRIFT]
     known = {key for key, _, _ in DRIFT}
-    rows += [
-        (str(key), compact(figure(merge, key)), _limit(limits, key)) for key in limits if key not in known
-    ]
+    rows += [(str(key), compact(figure(merge, key)), _limit(limits, key)) for key in limits if key not in known]
     blocks: list[Block] = [
         facts(
             (
@@ -110,9 +108,7 @@ def _candidate_cell(row: dict[str, Any], key: str) -> str:
     value = figure(row, key)
     if value is None:
         return text(row, key)
-    return (
-        significant(value) if key == "loss" else percent(value) if key == "top1_agreement" else compact(value)
-    )
+    return significant(value) if key == "loss" else percent(value) if key == "top1_agreement" else compact(value)
 
 
 def sizes_section(stages: Stages) -> Section | None:

@@ -110,9 +110,7 @@ def log_plots(stages: Stages) -> Plots | None:
         levels = [(side, figure(stages.metrics, side, "loss")) for side in ("base", "adapter")]
         known = tuple((f"{side} {significant(loss)}", loss) for side, loss in levels if loss is not None)
         curve = Curve("Loss", losses, smoothed(losses, window) if len(losses) > 12 else [], known)
-        wide.append(
-            Plot("Training loss", _svg(curve, WIDE), _loss_note(stages, curve, window), _svg(curve, NARROW))
-        )
+        wide.append(Plot("Training loss", _svg(curve, WIDE), _loss_note(stages, curve, window), _svg(curve, NARROW)))
     small = []
     for key, title, from_zero in (
         ("learning_rate", "Learning rate", True),

@@ -105,9 +105,7 @@ def _note(stages: Stages) -> str:
     parts = ["↓ lower is better, ↑ higher is better; the change is from base to adapter."]
     rows, answered = rows_scored(stages, "loss"), rows_scored(stages, "exact_match")
     if rows is not None:
-        parts.append(
-            f"Scored on {rows:,} held-out rows" + (f", {answered:,} of them answered." if answered else ".")
-        )
+        parts.append(f"Scored on {rows:,} held-out rows" + (f", {answered:,} of them answered." if answered else "."))
     bounds = [
         f"{side} {score(found[0])} to {score(found[1])}"
         for side in SIDES

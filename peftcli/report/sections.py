@@ -103,10 +103,7 @@ def data_section(stages: Stages) -> Section | None:
 
 
 def _row_table(data: dict[str, Any]) -> Table:
-    rows = [
-        (title, count(figure(data, key)), share(figure(data, key), figure(data, of)))
-        for title, key, of in ROWS
-    ]
+    rows = [(title, count(figure(data, key)), share(figure(data, key), figure(data, of))) for title, key, of in ROWS]
     return table(("Rows", "Number", "Share"), rows, numeric=(1, 2))
 
 
@@ -117,9 +114,7 @@ def _unmatched(join: dict[str, Any]) -> Cell:
 
 def _token_table(data: dict[str, Any]) -> Table:
     tokens = [(side, figure(data, "tokens", a), figure(data, "tokens", b)) for side, a, b in TOKEN_SIDES]
-    lengths = ", ".join(
-        f"{key} {compact(figure(data, 'length', key))}" for key in ("min", "median", "p95", "max")
-    )
+    lengths = ", ".join(f"{key} {compact(figure(data, 'length', key))}" for key in ("min", "median", "p95", "max"))
     limit = compact(figure(data, "max_length"))
     return table(
         ("Tokens", "All", "Trained or scored", "Share"),
@@ -157,8 +152,7 @@ def plan_section(stages: Stages) -> Section:
         blocks.append(Notices(tuple(without_home(text(notice)) for notice in notices)))
     if decisions := objects(plan, "decisions"):
         rows = [
-            (text(row, "key"), without_home(text(row, "value")), without_home(text(row, "reason")))
-            for row in decisions
+            (text(row, "key"), without_home(text(row, "value")), without_home(text(row, "reason"))) for row in decisions
         ]
         blocks.append(table(("Decided", "Value", "Reason"), rows))
     if trainer := find(plan, "trainer"):

@@ -1,13 +1,17 @@
-"""Pretraining of tiny:llama: a plain loop over the shipped text, the same bits on every run of one machine."""
+"""Pretraining of tiny:llama: a plain loop over the shipped text, the same bits on every run."""
 
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from peftcli.tiny.tokenizer import load_chats, load_documents
@@ -19,10 +23,10 @@ Progress = Callable[[int, int], None]
 class Schedule:
     """How long and how fast tiny:llama is trained."""
 
-    steps: int = 300
+    steps: int = 360
     rows: int = 8
     block_tokens: int = 256
-    learning_rate: float = 4e-3
+    learning_rate: float = 6e-3
     warmup_ratio: float = 0.05
     weight_decay: float = 0.1
     held_out_every: int = 20
@@ -89,21 +93,25 @@ def unigram_loss(learned: list[list[int]], held_out: list[list[int]], vocabulary
 @torch.no_grad()
 def document_loss(model: LlamaForCausalLM, documents: list[list[int]], pad: int) -> float:
     """Mean loss over all tokens of the documents, each seen alone, in nats per token."""
-    longest = max(len(ids) for ids in documents)
-    input_ids, labels = pack_alone(documents, longest, pad)
     nll, tokens = 0.0, 0
-    for ids, wanted in zip(input_ids.split(32), labels.split(32), strict=True):
-        logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
-        nll += torch.nn.functional.cross_entropy(logits.transpose(1, 2), wanted[:, 1:], reduction="sum").item()
-        tokens += int((wanted[:, 1:] != -100).sum())
+    for first in range(0, len(documents), 32):
+        batch = [torch.tensor(ids) for ids in documents[first : first + 32]]
+        input_ids = pad_sequence(batch, batch_first=True, padding_value=pad)
+        labels = pad_sequence(batch, batch_first=True, padding_value=-100)
+        nll += summed_nll(model, input_ids, labels).item()
+        tokens += int((labels[:, 1:] != -100).sum())
     return nll / tokens
 
 
-def pack_alone(documents: list[list[int]], block_tokens: int, pad: int) -> tuple[Tensor, Tensor]:
-    """One document per row, padded on the right; shapes and labels as in `pack`."""
-    kept = [torch.tensor(ids[:block_tokens]) for ids in documents]
-    input_ids = torch.nn.utils.rnn.pad_sequence(kept, batch_first=True, padding_value=pad)
-    return input_ids, torch.nn.utils.rnn.pad_sequence(kept, batch_first=True, padding_value=-100)
+def summed_nll(model: LlamaForCausalLM, input_ids: Tensor, labels: Tensor) -> Tensor:
+    """Sum of the negative log-likelihood over the labels that are not -100, in nats.
+
+    Args:
+        input_ids: (B, T), int64.
+        labels: (B, T), int64; position t predicts the label at t + 1.
+    """
+    logits = model(input_ids=input_ids, use_cache=False).logits[:, :-1]
+    return cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
 
 
 def pretrain(
@@ -119,7 +127,7 @@ def pretrain(
     """
     learned, held_out = split_documents(encode_documents(tokenizer), schedule.held_out_every)
     pad = int(tokenizer.pad_token_id)
-    with isolated(schedule.seed, threads=2):
+    with isolated(schedule.seed):
         model = LlamaForCausalLM(config)
         _fit(model, learned, schedule, pad, progress)
         model.eval()
@@ -134,16 +142,16 @@ def pretrain(
 
 
 @contextmanager
-def isolated(seed: int, threads: int | None = None) -> Iterator[None]:
-    """Seeded random numbers on the CPU, float32 and gradients inside; outside nothing has changed."""
+def isolated(seed: int) -> Iterator[None]:
+    """Seeded random numbers on one CPU thread, float32 and gradients inside; outside nothing has changed."""
     before_threads, before_dtype = torch.get_num_threads(), torch.get_default_dtype()
-    with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"):
+    modes = torch.inference_mode(False), torch.enable_grad(), torch.device("cpu")
+    with torch.random.fork_rng(devices=[]), modes[0], modes[1], modes[2]:
         # `torch.manual_seed` would seed the GPUs too, whose state is not put back.
         torch.default_generator.manual_seed(seed)
         torch.set_default_dtype(torch.float32)
         try:
-            if threads is not None:
-                torch.set_num_threads(threads)
+            torch.set_num_threads(1)
             yield
         finally:
             torch.set_num_threads(before_threads)
@@ -151,22 +159,55 @@ def isolated(seed: int, threads: int | None = None) -> Iterator[None]:
 
 
 def _fit(
-    model: LlamaForCausalLM, documents: list[list[int]], schedule: Schedule, pad: int, progress: Progress | None
+    model: LlamaForCausalLM,
+    documents: list[list[int]],
+    schedule: Schedule,
+    pad: int,
+    progress: Progress | None,
 ) -> None:
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": schedule.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": schedule.weight_decay},
+        {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0},
+    ]
     optimizer = torch.optim.AdamW(groups, lr=schedule.learning_rate, betas=(0.9, 0.98), fused=True)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _warmup_cosine(step, schedule))
-    model.train()
-    for step, (input_ids, labels) in zip(range(schedule.steps), _batches(documents, schedule, pad), strict=False):
-        model(input_ids=input_ids, labels=labels, use_cache=False).loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad()
-        if progress is not None:
-            progress(step + 1, schedule.steps)
+    batches = _batches(documents, schedule, pad)
+    twins = [model.train(), _twin(model)]
+    with ThreadPoolExecutor(len(twins), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        for step in range(schedule.steps):
+            _backward(pool, twins, *next(batches))
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+            if progress is not None:
+                progress(step + 1, schedule.steps)
+
+
+def _twin(model: LlamaForCausalLM) -> LlamaForCausalLM:
+    """A model with the same weights in memory and gradients of its own."""
+    twin = deepcopy(model)
+    for mine, other in zip(twin.parameters(), model.parameters(), strict=True):
+        mine.data = other.data
+    return twin
+
+
+def _backward(pool: ThreadPoolExecutor, twins: list[LlamaForCausalLM], input_ids: Tensor, labels: Tensor) -> None:
+    """Leave the gradient of the mean loss in the first twin; each works out its half on a thread of its own.
+
+    A thread per half, not torch's threads within each operation: those wait in a busy loop, which takes ten
+    times as long on a machine that does other work too, and their sums depend on how many there are.
+    """
+    tokens = (labels[:, 1:] != -100).sum()
+
+    def half(twin: LlamaForCausalLM, ids: Tensor, wanted: Tensor) -> None:
+        torch.autograd.backward(summed_nll(twin, ids, wanted) / tokens)
+
+    list(pool.map(half, twins, input_ids.chunk(len(twins)), labels.chunk(len(twins))))
+    for first, second in zip(*(twin.parameters() for twin in twins), strict=True):
+        if first.grad is not None and second.grad is not None:
+            first.grad.add_(second.grad)
+        second.grad = None
 
 
 def _warmup_cosine(step: int, schedule: Schedule) -> float:
@@ -183,5 +224,6 @@ def _batches(documents: list[list[int]], schedule: Schedule, pad: int) -> Iterat
         order = torch.randperm(len(documents), generator=generator).tolist()
         input_ids, labels = pack([documents[i] for i in order], schedule.block_tokens, pad)
         rows = torch.randperm(len(input_ids), generator=generator)
-        for chosen in rows.split(schedule.rows):
+        for first in range(0, len(rows), schedule.rows):
+            chosen = rows[first : first + schedule.rows]
             yield input_ids[chosen], labels[chosen]

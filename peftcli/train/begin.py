@@ -97,9 +97,7 @@ def _go_on(run: RunDir) -> Beginning:
         return Beginning(False, None, tuple(notes))
     _cut_log(run, found.step)
     planned = read_json(run.train).get("planned_steps") if run.train.is_file() else None
-    notes.append(
-        f"going on from step {found.step}" + (f" of {planned}" if planned else "") + " (checkpoint verified)"
-    )
+    notes.append(f"going on from step {found.step}" + (f" of {planned}" if planned else "") + " (checkpoint verified)")
     return Beginning(False, found.path, tuple(notes))
 
 

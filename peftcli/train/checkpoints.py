@@ -78,7 +78,7 @@ def damage(folder: Path) -> str | None:
 
 def newest_valid(checkpoints: Path) -> Found:
     """Find the newest whole checkpoint; damaged newer ones are renamed to `*.bad` and named."""
-    damaged = []
+    damaged: list[tuple[str, str]] = []
     for step, folder in reversed(list_checkpoints(checkpoints)):
         reason = damage(folder)
         if reason is None:

@@ -64,7 +64,9 @@ def train(
     """
     model = load_base(plan.base)
     trainer = make_trainer(plan, run, data, tokenizer, model)
-    before, baseline_seconds = _baseline(plan, run, data, tokenizer, trainer, progress, resuming=resume_from is not None)
+    before, baseline_seconds = _baseline(
+        plan, run, data, tokenizer, trainer, progress, resuming=resume_from is not None
+    )
     watch = Watch(
         trainer,
         run.log,

@@ -14,7 +14,7 @@ from peftcli.errors import Aborted
 
 def seconds_since_start() -> float:
     """Seconds since this process began, its imports included."""
-    return time.time() - psutil.Process().create_time()
+    return time.time() - float(psutil.Process().create_time())
 
 
 class StopRequests:

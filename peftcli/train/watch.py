@@ -133,7 +133,9 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers' callbacks a
             },
         )
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self._trainer.seconds = time.monotonic() - self._begun
         self._progress.end()
 

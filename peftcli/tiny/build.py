@@ -1,0 +1,143 @@
+"""The models named `tiny:...`, and random stand-ins for real models: built here, without a network."""
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+
+from peftcli.errors import MachineError, RecipeError
+from peftcli.tiny.cache import built_once, cache_root, content_hash, shape_of, write_model
+from peftcli.tiny.cards import pretrained_card, random_card, stand_in_card
+from peftcli.tiny.pretrain import Progress, Schedule, isolated, pretrain
+from peftcli.tiny.shrink import shrink
+from peftcli.tiny.tokenizer import make_causal_tokenizer, make_encoder_tokenizer
+
+# Raised with every change of this folder's code that changes what is written.
+VERSION = 1
+VOCABULARY_TOKENS = 1024
+POSITIONS = 512
+RANDOM = ("gpt2", "qwen3", "bert")
+NAMES = ("tiny:llama", *(f"tiny:{family}" for family in RANDOM))
+
+
+def tiny_model(name: str, cache: Path | None = None, progress: Progress | None = None) -> Path:
+    """The folder of a model `tiny:...` in Hugging Face format, made at first use.
+
+    The first use of tiny:llama trains it, which takes less than a minute on 2 cores.
+
+    Args:
+        name: one of `NAMES`.
+        cache: where the folder is kept; by default `$PEFTCLI_CACHE`, else `~/.cache/peftcli`.
+        progress: called with the pretraining steps done and the steps in all; only called while training.
+
+    Raises:
+        RecipeError: there is no such tiny model.
+        MachineError: the cache cannot be written.
+    """
+    if name == "tiny:llama":
+        return build_llama(cache_root(cache), Schedule(), progress)
+    if name in NAMES:
+        return _build_random(name.removeprefix("tiny:"), cache_root(cache))
+    nearest = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.0)[0]
+    raise RecipeError(f"model.name = {name}: the tiny models are {', '.join(NAMES)}; did you mean {nearest}?")
+
+
+def llama_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
+    """The shape of tiny:llama; every width is a multiple of 64, the block of the 4-bit formats."""
+    return LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=POSITIONS,
+        tie_word_embeddings=False,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        dtype="float32",
+    )
+
+
+def build_llama(root: Path, schedule: Schedule, progress: Progress | None = None) -> Path:
+    """The folder of a tiny:llama that was trained by `schedule`."""
+    tokenizer = make_causal_tokenizer(VOCABULARY_TOKENS, POSITIONS)
+    config = llama_config(tokenizer)
+
+    def build(folder: Path) -> None:
+        trained = pretrain(config, tokenizer, schedule, progress)
+        write_model(folder, trained.model, tokenizer, pretrained_card(trained, schedule))
+
+    digest = content_hash(VERSION, shape_of(config), tokenizer.chat_template, vars(schedule))
+    return built_once(root, f"tiny-llama-{digest}", build)
+
+
+def stand_in(config: PreTrainedConfig, cache: Path | None = None) -> Path:
+    """The folder of a random tiny model with the architecture and the module names of a real one.
+
+    Its tokenizer is that of tiny:llama (for an encoder, that of tiny:bert); nothing is pretrained.
+
+    Args:
+        config: of the real model; its weights are not needed.
+        cache: as for `tiny_model`.
+
+    Raises:
+        MachineError: transformers has no model class for this config, or the cache cannot be written.
+    """
+    tokenizer, auto = _tokenizer_and_class(config, POSITIONS)
+    small = shrink(config, tokenizer)
+    tokenizer.model_max_length = min(POSITIONS, getattr(small, "max_position_embeddings", None) or POSITIONS)
+    card = stand_in_card(config.model_type)
+    return _random_folder(f"stand-in-{small.model_type}", small, auto, tokenizer, card, cache_root(cache))
+
+
+def _build_random(family: str, root: Path) -> Path:
+    config = AutoConfig.for_model(family)
+    tokenizer, auto = _tokenizer_and_class(config, POSITIONS)
+    small = shrink(config, tokenizer)
+    small.max_position_embeddings = POSITIONS
+    return _random_folder(f"tiny-{family}", small, auto, tokenizer, random_card(family), root)
+
+
+def _random_folder(
+    name: str,
+    config: PreTrainedConfig,
+    auto: Any,
+    tokenizer: PreTrainedTokenizerFast,
+    card: str,
+    root: Path,
+) -> Path:
+    def build(folder: Path) -> None:
+        with isolated(seed=0):
+            model: PreTrainedModel = auto.from_config(config)
+        write_model(folder, model.eval(), tokenizer, card)
+
+    digest = content_hash(VERSION, shape_of(config), auto.__name__, tokenizer.chat_template)
+    return built_once(root, f"{name}-{digest}", build)
+
+
+def _tokenizer_and_class(config: PreTrainedConfig, max_length: int) -> tuple[PreTrainedTokenizerFast, Any]:
+    """The tokenizer and the auto class that a config's model wants: causal, or masked for an encoder."""
+    text = config.get_text_config()
+    causal = type(text) in MODEL_FOR_CAUSAL_LM_MAPPING
+    masked = type(text) in MODEL_FOR_MASKED_LM_MAPPING
+    says_causal = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in config.architectures or [])
+    if masked and not says_causal:
+        return make_encoder_tokenizer(VOCABULARY_TOKENS, max_length), AutoModelForMaskedLM
+    if causal:
+        return make_causal_tokenizer(VOCABULARY_TOKENS, max_length), AutoModelForCausalLM
+    raise MachineError(
+        f"the model type {config.model_type!r} has no stand-in: transformers knows no causal or masked "
+        "language model of it; run without --smoke, or name a model of another type"
+    )

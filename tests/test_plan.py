@@ -1,0 +1,151 @@
+"""Plans: every auto decided from the machine, and what cannot be done refused with its reason."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from peftcli.errors import MachineError, RecipeError
+from peftcli.plan.decide import check_wheel, make_plan
+from peftcli.plan.facts import Machine, ModelFacts
+from peftcli.plan.plan import Plan
+from peftcli.plan.smoke import smoke_recipe
+from peftcli.plan.targets import match_targets
+from peftcli.recipe.load import load_recipe
+from peftcli.recipe.schema import Recipe
+
+CPU = Machine("cpu", "a processor", None, native_bf16=False, arch_list=(), memory_bytes=16 * 2**30)
+T4 = Machine(
+    "cuda", "Tesla T4", (7, 5), native_bf16=False, arch_list=("sm_75", "sm_80", "sm_90"), memory_bytes=15 * 2**30
+)
+L4 = replace(T4, name="NVIDIA L4", capability=(8, 9), native_bf16=True)
+P100 = replace(T4, name="Tesla P100", capability=(6, 0))
+LEAVES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.up_proj")
+LINEAR = tuple(f"model.layers.{layer}.{leaf}" for layer in range(2) for leaf in LEAVES)
+FACTS = ModelFacts("m", "LlamaForCausalLM", 7_000_000, (*LINEAR, "model.norm", "lm_head"), LINEAR, "lm_head", 2048)
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Callable[[str], Recipe]:
+    """A function that loads a recipe with some lines added."""
+
+    def load(more: str = "") -> Recipe:
+        path = tmp_path / "r.yaml"
+        dataset = "" if "dataset:" in more else "dataset: {path: a.csv, text: '{a}'}\n"
+        model = "" if "model:" in more else "model: {name: org/model}\n"
+        path.write_text(model + dataset + more, encoding="utf-8")
+        return load_recipe(path).recipe
+
+    return load
+
+
+def plan_on(machine: Machine, recipe: Recipe, facts: ModelFacts = FACTS) -> Plan:
+    return make_plan(recipe, machine, facts, lambda adapter: 1000)
+
+
+@pytest.mark.parametrize(
+    ("machine", "dtype", "fp16", "bf16"),
+    [(CPU, "float32", False, False), (T4, "float16", True, False), (L4, "bfloat16", False, True)],
+)
+def test_the_dtype_follows_what_the_card_computes_itself(
+    recipe: Any, machine: Machine, dtype: str, fp16: bool, bf16: bool
+) -> None:
+    plan = plan_on(machine, recipe("quantization: {bits: 4}"))
+    assert plan.base.dtype == dtype
+    assert plan.base.quantization is not None and plan.base.quantization["compute_dtype"] == dtype
+    assert (plan.trainer["fp16"], plan.trainer["bf16"]) == (fp16, bf16)
+    assert plan.adapter_dtype == "float32"
+    assert plan.trainer["use_cpu"] is (machine is CPU)
+
+
+def test_nothing_in_a_plan_is_auto(recipe: Any) -> None:
+    for machine in (CPU, T4, L4):
+        plan = plan_on(machine, recipe("quantization: {bits: 4}"))
+        assert "auto" not in {plan.base.dtype, plan.base.attention, plan.base.device}
+        assert all(decision.value != "auto" and decision.reason for decision in plan.decisions)
+
+
+def test_bfloat16_on_a_card_that_emulates_it_is_refused(recipe: Any) -> None:
+    with pytest.raises(MachineError, match=r"needs bfloat16, but Tesla T4 \(sm_75\) has none.*float16"):
+        plan_on(T4, recipe("model: {name: m, dtype: bfloat16}"))
+
+
+@pytest.mark.parametrize("model", ["{name: m, dtype: float16}", "{name: m, attention: flash_attention_2}"])
+def test_what_needs_a_gpu_is_refused_without_one(recipe: Any, model: str) -> None:
+    with pytest.raises(MachineError, match="GPU"):
+        plan_on(CPU, recipe(f"model: {model}"))
+
+
+def test_flash_attention_is_refused_on_old_cards_and_where_it_is_missing(recipe: Any) -> None:
+    asked = recipe("model: {name: m, attention: flash_attention_2}")
+    with pytest.raises(MachineError, match="sm_80 or later"):
+        plan_on(T4, asked)
+    with pytest.raises(MachineError, match="not installed"):
+        plan_on(L4, asked)
+    assert plan_on(replace(L4, flash_attention=("flash_attention_2",)), asked).base.attention == "flash_attention_2"
+
+
+def test_a_wheel_without_kernels_for_the_card_is_refused() -> None:
+    with pytest.raises(MachineError, match=r"no kernels for Tesla P100 \(sm_60\)"):
+        check_wheel(P100)
+    check_wheel(L4)  # sm_89 runs what was built for sm_80
+    check_wheel(replace(P100, arch_list=("sm_75", "compute_60")))
+    check_wheel(replace(T4, capability=(9, 0), arch_list=("sm_90a",)))
+    check_wheel(CPU)
+
+
+def test_use_cpu_is_obeyed_on_a_gpu_machine(recipe: Any) -> None:
+    plan = plan_on(L4, recipe("trainer: {use_cpu: true}"))
+    assert (plan.base.device, plan.base.dtype) == ("cpu", "float32")
+
+
+def test_a_target_that_matches_nothing_is_an_error_even_beside_one_that_does() -> None:
+    assert match_targets(["q_proj", "self_attn.k_proj"], FACTS) == {"q_proj": 2, "self_attn.k_proj": 2}
+    with pytest.raises(RecipeError, match=r"matches adapter.target_modules \[q_prj\]; nearest: .*q_proj"):
+        match_targets(["q_prj", "v_proj"], FACTS)
+
+
+def test_all_linear_leaves_the_output_layer_out() -> None:
+    assert match_targets("all-linear", FACTS) == dict.fromkeys([leaf.split(".")[1] for leaf in LEAVES], 2)
+
+
+def test_an_adapter_on_the_output_layer_is_refused(recipe: Any) -> None:
+    with pytest.raises(RecipeError, match="names the output layer"):
+        plan_on(CPU, recipe("adapter: {target_modules: [q_proj, lm_head]}"))
+    with pytest.raises(RecipeError, match=r"modules_to_save \[lm_hed\]; nearest: lm_head"):
+        plan_on(CPU, recipe("adapter: {modules_to_save: [lm_hed]}"))
+
+
+def test_weights_that_cannot_fit_are_refused_before_they_load(recipe: Any) -> None:
+    large = replace(FACTS, parameters=70_000_000_000)
+    with pytest.raises(MachineError, match=r"alone take .* GiB, more than the 15.0 GiB.*add `quantization"):
+        plan_on(T4, recipe(), large)
+    with pytest.raises(MachineError, match="use a larger GPU"):
+        plan_on(T4, recipe("quantization: {bits: 4}"), large)
+
+
+def test_a_row_longer_than_the_model_is_refused_and_a_default_is_lowered(recipe: Any) -> None:
+    with pytest.raises(RecipeError, match="was made for at most 2048 tokens"):
+        plan_on(CPU, recipe("dataset: {path: a.csv, text: '{a}', max_length: 4096}"))
+    assert plan_on(CPU, recipe(), replace(FACTS, positions=512)).max_length == 512
+
+
+def test_several_cards_without_a_launcher_are_told(recipe: Any) -> None:
+    plan = plan_on(replace(T4, count=2), recipe())
+    assert any("--num-processes 2" in notice for notice in plan.notices)
+
+
+def test_a_smoke_recipe_is_small_and_goes_the_same_way(recipe: Any) -> None:
+    asked = recipe(
+        "quantization: {bits: 4, compute_dtype: bfloat16}\n"
+        "trainer: {max_steps: 9000, per_device_train_batch_size: 64, learning_rate: 1e-3, save_steps: 10}\n"
+        "gates: {exact_match: '>= 0.9'}\nreport: {trackers: [wandb]}\nbudget: {wall_clock: 8h}\n"
+    )
+    smoke = smoke_recipe(asked)
+    assert smoke.name == "r-smoke"
+    assert smoke.trainer["max_steps"] <= 10 and smoke.trainer["learning_rate"] == 1e-3
+    assert "save_steps" not in smoke.trainer and smoke.trainer["use_cpu"] is True
+    assert smoke.quantization is not None and smoke.quantization.compute_dtype == "auto"
+    assert smoke.gates == () and smoke.report.trackers == () and smoke.budget.wall_clock is None
