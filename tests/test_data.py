@@ -146,7 +146,9 @@ def test_unknown_columns_name_what_is_there_and_the_mend() -> None:
         make_examples(pa.table({"name": ["1"]}), section(path="f", text="{nam}"), "f")
 
 
-def trl_rows(rows: list[dict[str, object]], tokenizer: object, **arguments: object) -> list[tuple[list[int], list[int]]]:
+def trl_rows(
+    rows: list[dict[str, object]], tokenizer: object, **arguments: object
+) -> list[tuple[list[int], list[int]]]:
     """Ids and labels as TRL's own trainer prepares them."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM
@@ -193,7 +195,9 @@ def test_ids_and_labels_are_those_of_trl(kind: str, tokenizer: object, tmp_path:
 
 def test_no_prompt_token_is_trained_and_the_end_token_is(tokenizer: object) -> None:
     table, facts = tokenize(
-        examples("prompt_completion", prompt=["oat milk ->:"], completion=[" dairy eggs"]), tokenizer, RULE  # type: ignore[arg-type]
+        examples("prompt_completion", prompt=["oat milk ->:"], completion=[" dairy eggs"]),
+        tokenizer,
+        RULE,  # type: ignore[arg-type]
     )
     row = table.to_pylist()[0]
     trained = [token for token in row["labels"] if token != IGNORED]

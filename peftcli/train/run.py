@@ -15,6 +15,7 @@ from trl import SFTConfig
 from peftcli.data.prepare import PreparedData
 from peftcli.methods import peft_config
 from peftcli.model.adapter import save_adapter
+from peftcli.model.card import write_card
 from peftcli.model.load import load_base
 from peftcli.model.measure import Measured, decoding_for, evaluation_json, measure
 from peftcli.model.probe import peak_memory_bytes
@@ -89,7 +90,9 @@ def train(
         if is_first_process():
             save_adapter(tuned, tokenizer, plan, data.stop_ids, data.format, run.adapter)
         after = _measure(plan, data, tokenizer, tuned, progress, "adapter")
-        _write_eval(plan, run, data, tokenizer, before, after)
+        if is_first_process():
+            _write_eval(plan, run, data, tokenizer, before, after)
+            write_card(run)
     return TrainResult(trainer.state.global_step, watch.stop_reason)
 
 
@@ -171,8 +174,6 @@ def _write_eval(
     before: dict[str, Any] | None,
     after: Measured,
 ) -> None:
-    if not is_first_process():
-        return
     value = _evaluation(plan, data, tokenizer, {"base": None, "adapter": after})
     if before is not None:
         value["base"] = before["base"]

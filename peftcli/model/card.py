@@ -1,0 +1,56 @@
+"""The model card of an adapter: what it is, on what it was trained, and how well it did."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from peftcli.rundir import RunDir, read_json, write_text
+
+LABELS = {
+    "loss": "loss (nats per trained token)",
+    "token_accuracy": "token accuracy",
+    "exact_match": "exact match",
+    "chrf": "chrF",
+    "unfinished_answers": "answers that did not stop",
+}
+
+
+def write_card(run: RunDir) -> None:
+    """Write `adapter/README.md` from the run's JSON files."""
+    plan, data, evaluation = read_json(run.plan), read_json(run.data), read_json(run.eval)
+    base = Path(plan["model"]["name"]).name if Path(plan["model"]["name"]).is_absolute() else plan["model"]["name"]
+    head: dict[str, Any] = {"library_name": "peft", "tags": ["peft", "lora"]}
+    if not base.startswith("tiny:") and base.count("/") == 1:
+        head["base_model"] = base
+    chosen = {decision["key"]: decision["value"] for decision in plan["decisions"]}
+    lines = [
+        "---",
+        yaml.safe_dump(head, sort_keys=True).strip(),
+        "---",
+        "",
+        f"# {plan['name']}",
+        "",
+        f"A PEFT adapter ({chosen['adapter']}) for {base}, made with peftcli.",
+        *(["", "**A smoke run on a random stand-in: of no use but as a rehearsal.**"] if plan["smoke"] else []),
+        "",
+        f"- trained on {data['train_rows']} rows ({data['format']}), tested on {data['test_rows']} others",
+        f"- data fingerprint {data['fingerprint']['train'][:16]}",
+        f"- {plan['parameters']['trainable']} trainable parameters, base in {chosen['model.dtype']}"
+        + (" quantized to 4 bit" if "quantization.compute_dtype" in chosen else ""),
+        "- licence: to be stated by whoever publishes it; that of the base and of the data apply",
+        "",
+        *_table(evaluation),
+    ]
+    write_text(run.adapter / "README.md", "\n".join(lines) + "\n")
+
+
+def _table(evaluation: dict[str, Any]) -> list[str]:
+    models = [name for name in ("base", "adapter") if evaluation.get(name)]
+    lines = ["| on the test rows | " + " | ".join(models) + " |", "|---|" + "---:|" * len(models)]
+    for key, label in LABELS.items():
+        values = [evaluation[name].get(key) for name in models]
+        if any(value is not None for value in values):
+            shown = ["-" if value is None else f"{value:.4f}" for value in values]
+            lines.append(f"| {label} | " + " | ".join(shown) + " |")
+    return lines
