@@ -1,0 +1,165 @@
+"""Merging: the merged model answers like the adapter, or nothing is left of it."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from peftcli.merge.drift import compare
+from peftcli.merge.fold import dequantized_weights, fold, original_weights
+from peftcli.merge.write import write_weights
+from peftcli.model.target import open_target
+from peftcli.rundir import read_json
+
+Cli = Callable[..., int]
+Write = Callable[..., Path]
+LONGER = {"max_steps": 30, "per_device_train_batch_size": 8}
+
+PLAIN = """
+import sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+GenerationConfig.from_pretrained(sys.argv[1])
+assert tokenizer.chat_template
+assert not hasattr(model.config, "quantization_config")
+with torch.no_grad():
+    logits = model(**tokenizer("big apple 0 ->:", return_tensors="pt")).logits
+assert "peft" not in sys.modules and "bitsandbytes" not in sys.modules
+torch.save(logits, sys.argv[2])
+"""
+
+
+def logits_of(target: Path) -> torch.Tensor:
+    model, tokenizer = open_target(str(target)).load()
+    with torch.no_grad():
+        logits: torch.Tensor = model(**tokenizer("big apple 0 ->:", return_tensors="pt")).logits
+    return logits
+
+
+@pytest.mark.parametrize("quantized", [True, False])
+def test_the_merged_model_loads_with_plain_transformers_and_answers_alike(
+    write_recipe: Write, run_cli: Cli, tmp_path: Path, quantized: bool
+) -> None:
+    recipe = write_recipe(trainer=LONGER, **({} if quantized else {"quantization": None}))
+    assert run_cli("train", recipe, "--output-dir", "run") == 0
+    assert run_cli("merge", "run") == 0
+    run = tmp_path / "run"
+    found = read_json(run / "merge.json")
+    assert found["into"] == ("dequantized" if quantized else "original")
+    assert found["top1_agreement"] >= 0.999 and found["max_abs_logit_difference"] <= 0.01
+    metrics = read_json(run / "metrics.json")
+    assert metrics["merged"]["loss"] == pytest.approx(metrics["adapter"]["loss"], abs=1e-3)
+    assert metrics["merge"]["top1_agreement"] == found["top1_agreement"]
+    subprocess.run([sys.executable, "-c", PLAIN, run / "merged", tmp_path / "plain.pt"], check=True)
+    assert (torch.load(tmp_path / "plain.pt") - logits_of(run)).abs().max() <= 0.01
+
+
+def test_the_adapter_moved_the_model_so_that_agreement_means_something(
+    write_recipe: Write, run_cli: Cli, tmp_path: Path, tiny_llama: Path
+) -> None:
+    assert run_cli("train", write_recipe(trainer=LONGER), "--output-dir", "run") == 0
+    model, tokenizer = open_target(str(tmp_path / "run")).load()
+    inputs = tokenizer("big apple 0 ->:", return_tensors="pt")
+    with torch.no_grad():
+        tuned = model(**inputs).logits
+        with model.disable_adapter():
+            base = model(**inputs).logits
+    assert (tuned - base).abs().max() > 1
+
+
+@pytest.mark.parametrize("into", ["original", "best"])
+def test_other_bases_can_be_merged_into_and_are_measured(
+    write_recipe: Write, run_cli: Cli, tmp_path: Path, into: str
+) -> None:
+    recipe = write_recipe(trainer=LONGER, gates={"merge_top1_agreement": ">= 0.5"})
+    assert run_cli("train", recipe, "--output-dir", "run") == 0
+    assert run_cli("merge", "run", "--into", into) == 0
+    found = read_json(tmp_path / "run" / "merge.json")
+    kinds = [candidate["into"] for candidate in found["candidates"]]
+    assert kinds == (["original"] if into == "original" else ["dequantized", "original"])
+    best = min(found["candidates"], key=lambda candidate: candidate["loss"])
+    assert found["into"] == best["into"] and found["metrics"]["loss"] == best["loss"]
+    left = sorted(path.name for path in (tmp_path / "run").iterdir() if path.is_dir())
+    assert left == ["adapter", "checkpoints", "merged"]
+
+
+def test_above_the_tolerance_nothing_is_kept_and_the_exit_is_7(
+    write_recipe: Write, run_cli: Cli, capfd: Any, tmp_path: Path
+) -> None:
+    recipe = write_recipe(trainer=LONGER, gates={"merge_max_abs_logit_difference": "<= 1e-9"})
+    assert run_cli("train", recipe, "--output-dir", "run") == 0
+    capfd.readouterr()
+    assert run_cli("merge", "run") == 7
+    assert "max_abs_logit_difference is" in capfd.readouterr().err
+    run = tmp_path / "run"
+    assert sorted(path.name for path in run.iterdir() if path.is_dir()) == ["adapter", "checkpoints"]
+    assert read_json(run / "merge.json")["met"] is False
+    assert read_json(run / "metrics.json")["gates"][0]["met"] is False
+
+
+def test_many_small_shards_hold_the_same_weights_as_one(write_recipe: Write, run_cli: Cli, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    assert run_cli("train", write_recipe(), "--output-dir", "run") == 0
+    assert run_cli("merge", "run") == 0
+    run = tmp_path / "run"
+    target = open_target(str(run))
+    bare = target.load()[0].unload()
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    write_weights(fold(bare, run / "adapter", dequantized_weights(bare)), torch.float32, shards, shard_bytes=200_000)
+    assert len(list(shards.glob("model-*.safetensors"))) > 3
+    (shards / "config.json").write_bytes((run / "merged" / "config.json").read_bytes())
+    one = AutoModelForCausalLM.from_pretrained(run / "merged").state_dict()
+    many = AutoModelForCausalLM.from_pretrained(shards).state_dict()
+    assert one.keys() == many.keys() and all(torch.equal(one[name], many[name]) for name in one)
+
+
+def test_the_fold_equals_pefts_own_merge(write_recipe: Write, run_cli: Cli, tmp_path: Path) -> None:
+    recipe = write_recipe(quantization=None, adapter={"use_dora": True}, trainer=LONGER)
+    assert run_cli("train", recipe, "--output-dir", "run") == 0
+    target = open_target(str(tmp_path / "run"))
+    assert target.adapter is not None
+    model = target.load()[0]
+    bare = target.load()[0].unload()
+    folded = dict(fold(bare, target.adapter, original_weights(target.base)).tensors())
+    theirs = model.merge_and_unload(safe_merge=True).state_dict()
+    for name, tensor in folded.items():
+        assert torch.allclose(tensor, theirs[name], atol=1e-6), name
+
+
+def test_a_trained_output_layer_is_merged_and_untied(write_recipe: Write, run_cli: Cli, tmp_path: Path) -> None:
+    recipe = write_recipe(adapter={"modules_to_save": ["lm_head"]}, trainer=LONGER)
+    assert run_cli("train", recipe, "--output-dir", "run") == 0
+    assert run_cli("merge", "run") == 0
+    assert read_json(tmp_path / "run" / "merge.json")["max_abs_logit_difference"] <= 0.01
+
+
+def test_drift_is_measured_by_hand_counts() -> None:
+    before = [torch.tensor([[2.0, 0.0], [0.0, 1.0]])]
+    after = [torch.tensor([[2.0, 0.5], [3.0, 1.0]])]
+    drift = compare(before, after)
+    assert (drift.rows, drift.positions, drift.top1_agreement) == (1, 2, 0.5)
+    assert drift.max_abs_logit_difference == 3.0
+    assert drift.mean_abs_logit_difference == pytest.approx(3.5 / 4)
+    expected = torch.nn.functional.kl_div(
+        after[0].log_softmax(-1), before[0].log_softmax(-1), log_target=True, reduction="sum"
+    )
+    assert drift.kl_nats == pytest.approx(float(expected) / 2, rel=1e-5)
+
+
+def test_a_run_without_an_adapter_says_what_is_missing(
+    write_recipe: Write, run_cli: Cli, capfd: Any, tmp_path: Path
+) -> None:
+    assert run_cli("merge", "nowhere") == 2
+    assert "no run folder" in capfd.readouterr().err
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "recipe.yaml").write_bytes(write_recipe().read_bytes())
+    assert run_cli("merge", "half") == 4
+    assert "holds no adapter yet" in capfd.readouterr().err
+    assert run_cli("merge", "half", "--into", "4bit") == 2
