@@ -12,11 +12,12 @@ from peftcli.data.join import join_tables
 from peftcli.data.prepare import load_sides, prepare
 from peftcli.data.sources import read_path
 from peftcli.data.split import split_indices
-from peftcli.data.tokens import IGNORED, LabelRule, stop_ids, tokenize
+from peftcli.data.tokens import IGNORED, stop_ids, tokenize
 from peftcli.errors import DataError
+from peftcli.plan.plan import LabelRule
 from peftcli.recipe.schema import DatasetSection
 
-RULE = LabelRule(completion_only=True, assistant_only=True, max_length=64)
+RULE = LabelRule(completion_only=True, assistant_only=True, asked=(), max_length=64)
 
 
 def section(**keys: object) -> DatasetSection:

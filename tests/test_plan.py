@@ -129,7 +129,7 @@ def test_weights_that_cannot_fit_are_refused_before_they_load(recipe: Any) -> No
 def test_a_row_longer_than_the_model_is_refused_and_a_default_is_lowered(recipe: Any) -> None:
     with pytest.raises(RecipeError, match="was made for at most 2048 tokens"):
         plan_on(CPU, recipe("dataset: {path: a.csv, text: '{a}', max_length: 4096}"))
-    assert plan_on(CPU, recipe(), replace(FACTS, positions=512)).max_length == 512
+    assert plan_on(CPU, recipe(), replace(FACTS, positions=512)).labels.max_length == 512
 
 
 def test_several_cards_without_a_launcher_are_told(recipe: Any) -> None:

@@ -6,7 +6,6 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from peftcli.data.prepare import PreparedData, load_sides, prepare
-from peftcli.data.tokens import LabelRule
 from peftcli.model.inspect import inspect_model, trainable_counter
 from peftcli.model.load import load_tokenizer
 from peftcli.model.locate import locate
@@ -44,5 +43,4 @@ def prepare_data(plan: Plan, adapter: Path | None = None) -> tuple[PreTrainedTok
     """
     tokenizer = load_tokenizer(plan.base, None if adapter is None else str(adapter))
     sides = load_sides(plan.dataset, plan.seed, smoke=plan.smoke)
-    rule = LabelRule(plan.completion_only, plan.assistant_only, plan.max_length)
-    return tokenizer, prepare(sides, tokenizer, rule)
+    return tokenizer, prepare(sides, tokenizer, plan.labels)

@@ -12,8 +12,9 @@ from peftcli.data.examples import Examples, make_examples
 from peftcli.data.join import JoinFacts, join_tables
 from peftcli.data.sources import SourceFacts, read_path, read_source
 from peftcli.data.split import count_leaked, fingerprint, split_indices
-from peftcli.data.tokens import LabelRule, TokenFacts, stop_ids, tokenize
+from peftcli.data.tokens import TokenFacts, stop_ids, tokenize
 from peftcli.errors import DataError
+from peftcli.plan.plan import LabelRule
 from peftcli.recipe.schema import DatasetSection
 from peftcli.recipe.template import template_columns
 
@@ -110,6 +111,9 @@ def prepare(sides: Sides, tokenizer: PreTrainedTokenizerBase, rule: LabelRule) -
     Raises:
         DataError: no row is left with a trained token, or the template cannot be used.
     """
+    for name, format_ in (("assistant_only_loss", "messages"), ("completion_only_loss", "prompt_completion")):
+        if name in rule.asked and sides.format != format_:
+            raise DataError(f"trainer.{name} is set, but the data are {sides.format}, not {format_}; leave it out")
     train, trained = tokenize(sides.train, tokenizer, rule)
     test, tested = tokenize(sides.test, tokenizer, rule)
     for side, facts in (("training", trained), ("test", tested)):

@@ -15,26 +15,12 @@ from trl.data_utils import common_prefix_length
 
 from peftcli.data.examples import BATCH_ROWS, Examples
 from peftcli.errors import DataError
+from peftcli.plan.plan import LabelRule
 
 IGNORED = -100
 """Label of a token that is not trained (`ignore_index` of torch's cross entropy)."""
 
 Row: TypeAlias = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class LabelRule:
-    """Which tokens are trained.
-
-    Attributes:
-        completion_only: prompt tokens are not trained.
-        assistant_only: of messages, only the assistant's turns are trained, each with its end token.
-        max_length: tokens of a row; what is beyond is cut off at the end.
-    """
-
-    completion_only: bool
-    assistant_only: bool
-    max_length: int
 
 
 @dataclass(frozen=True)

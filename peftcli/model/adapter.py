@@ -74,7 +74,7 @@ def identity(plan: Plan, stop_ids: frozenset[int], format_: str, kind: str) -> d
         "prompt": plan.dataset.prompt,
         "completion": plan.dataset.completion,
         "stop_ids": sorted(stop_ids),
-        "max_length": plan.max_length,
+        "max_length": plan.labels.max_length,
         "evaluation_batch": plan.evaluation_batch,
     }
 

@@ -5,10 +5,11 @@ from typing import Any
 
 from peftcli.errors import MachineError, RecipeError
 from peftcli.plan.facts import Machine, ModelFacts
-from peftcli.plan.plan import DTYPE_BYTES, Base, Batch, Decision, Plan
+from peftcli.plan.plan import DTYPE_BYTES, Base, Batch, Decision, LabelRule, Plan
 from peftcli.plan.targets import match_saved, match_targets
 from peftcli.recipe.schema import AdapterSection, QuantizationSection, Recipe
 
+LABEL_RULES = ("completion_only_loss", "assistant_only_loss")
 NF4_BITS = 4.127
 """Bits a weight of NF4 with double quantization: 4 + 8/64 + 32/(64 * 256) (Dettmers et al. 2023, arXiv:2305.14314)."""
 
@@ -99,9 +100,12 @@ def make_plan(
         adapter=recipe.adapter,
         adapter_dtype="float32",
         dataset=recipe.dataset,
-        completion_only=bool(recipe.trainer.get("completion_only_loss", True)),
-        assistant_only=bool(recipe.trainer.get("assistant_only_loss", True)),
-        max_length=max_length,
+        labels=LabelRule(
+            completion_only=recipe.trainer.get("completion_only_loss") is not False,
+            assistant_only=recipe.trainer.get("assistant_only_loss") is not False,
+            asked=tuple(name for name in LABEL_RULES if recipe.trainer.get(name)),
+            max_length=max_length,
+        ),
         batch=batch,
         trainer=_trainer_arguments(recipe, dtype.value, max_length, checkpointing.value == "on", on_gpu),
         evaluation=recipe.evaluation,
@@ -260,7 +264,8 @@ def _evaluation_batch(recipe: Recipe, on_gpu: bool) -> int:
 def _trainer_arguments(
     recipe: Recipe, dtype: str, max_length: int, checkpointing: bool, on_gpu: bool
 ) -> dict[str, Any]:
-    given = dict(recipe.trainer)
+    # The labels are made before the trainer sees the rows, so it must not look for columns to make them from.
+    given = {name: value for name, value in recipe.trainer.items() if name not in LABEL_RULES}
     steps = given.get("max_steps")
     defaults: dict[str, Any] = {
         "logging_steps": max(1, min(10, steps // 20)) if isinstance(steps, int) and steps > 0 else 10,

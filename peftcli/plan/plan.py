@@ -47,6 +47,23 @@ class Base:
 
 
 @dataclass(frozen=True)
+class LabelRule:
+    """Which tokens are trained.
+
+    Attributes:
+        completion_only: prompt tokens are not trained.
+        assistant_only: of messages, only the assistant's turns are trained, each with its end token.
+        asked: names of the two rules that the recipe demands; data on which one has no meaning are refused.
+        max_length: tokens of a row; what is beyond is cut off at the end.
+    """
+
+    completion_only: bool
+    assistant_only: bool
+    asked: tuple[str, ...]
+    max_length: int
+
+
+@dataclass(frozen=True)
 class Batch:
     """Rows of one optimizer step: per device x accumulation x processes."""
 
@@ -65,8 +82,7 @@ class Plan:
 
     Attributes:
         trainer: arguments for SFTConfig, the recipe's and those decided here.
-        completion_only, assistant_only: the label rule.
-        max_length: tokens of a row; what is beyond is cut off.
+        labels: which tokens are trained.
         adapter_dtype: of the trainable weights.
         evaluation_batch: rows that are evaluated and answered at once.
         targets: number of modules by name of the target.
@@ -83,9 +99,7 @@ class Plan:
     adapter: AdapterSection
     adapter_dtype: str
     dataset: DatasetSection
-    completion_only: bool
-    assistant_only: bool
-    max_length: int
+    labels: LabelRule
     batch: Batch
     trainer: Mapping[str, Any]
     evaluation: EvaluationSection
