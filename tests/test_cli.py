@@ -110,7 +110,10 @@ def test_report_writes_again_without_torch(tmp_path: Path, write_recipe: Write, 
     page = tmp_path / "run" / "report.html"
     before = page.read_bytes()
     page.unlink()
-    script = "import sys\nfrom peftcli.cli.app import main\ncode = main(sys.argv[1:])\nassert 'torch' not in sys.modules\nsys.exit(code)"
+    script = (
+        "import sys\nfrom peftcli.cli.app import main\ncode = main(sys.argv[1:])\n"
+        "assert 'torch' not in sys.modules\nsys.exit(code)"
+    )
     subprocess.run([sys.executable, "-c", script, "report", "run"], cwd=tmp_path, check=True, capture_output=True)
     assert page.read_bytes() == before
     assert run_cli("report", tmp_path / "nowhere") == 2

@@ -81,7 +81,7 @@ def test_a_broken_file_is_one_clear_error(tmp_path: Path, name: str, content: by
 
 def test_a_missing_file_names_the_nearest(tmp_path: Path) -> None:
     (tmp_path / "products.csv").write_text("a\n1\n")
-    with pytest.raises(DataError, match="no such file; did you mean products.csv"):
+    with pytest.raises(DataError, match=r"no such file; did you mean products\.csv"):
         read_path(tmp_path / "product.csv")
 
 
@@ -273,5 +273,5 @@ def test_a_join_after_which_nothing_fits_names_the_columns(tmp_path: Path, colum
     dataset = section(
         path=str(tmp_path / "a.csv"), join=[{"path": str(tmp_path / "b.csv"), "on": "k"}], text="{" + column + "} {kid}"
     )
-    with pytest.raises(DataError, match="no column .*it has k, name, kind"):
+    with pytest.raises(DataError, match=r"no column .*it has k, name, kind"):
         load_sides(dataset, seed=0)

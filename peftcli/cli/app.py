@@ -16,7 +16,7 @@ from peftcli.errors import PeftcliError
 app = typer.Typer(
     name="peftcli",
     help="Fine-tune a language model from one recipe, and see in numbers what it did.",
-    epilog="Begin: peftcli validate RECIPE, peftcli train RECIPE --smoke, peftcli train RECIPE, peftcli merge runs/NAME",
+    epilog="Begin with: validate RECIPE; train RECIPE --smoke; train RECIPE; merge runs/NAME.",
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     no_args_is_help=True,
@@ -53,7 +53,7 @@ def validate(recipe: RecipeArgument, set_: SetOption = None, as_json: JsonOption
 def plan(
     recipe: RecipeArgument, set_: SetOption = None, smoke: SmokeOption = False, as_json: JsonOption = False
 ) -> None:
-    """Say what will happen: device, precision, targets, parameters, each choice with its reason. No weight is loaded."""
+    """Say what will happen: device, precision, targets, each choice with its reason. No weight is loaded."""
     from peftcli.cli.commands import plan_command
 
     plan_command(recipe, set_ or (), smoke=smoke, as_json=as_json)
@@ -174,7 +174,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except PeftcliError as error:
         if show_trace:
             traceback.print_exc()
-        typer.echo(f"error: {error}", err=True)
+        if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
+            typer.echo(f"error: {error}", err=True)
         return error.exit_code
     except Exception:
         traceback.print_exc()

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from peftcli.cli.launch import first_decides
 from peftcli.cli.quiet import Streams, quiet
 from peftcli.cli.recipes import find_recipe
 from peftcli.cli.show import Shown, console, metric_table, plan_lines, sample_table
@@ -19,7 +20,7 @@ from peftcli.recipe.schema import Recipe
 from peftcli.report.write import write_report
 from peftcli.rundir import RunDir, read_json, write_json
 from peftcli.summary import unmet, write_metrics
-from peftcli.train.begin import begin, write_recipe
+from peftcli.train.begin import Beginning, begin, write_recipe
 from peftcli.train.stops import StopRequests, is_first_process
 
 
@@ -69,10 +70,15 @@ def train_command(name: str, overrides: Sequence[str], flags: TrainFlags) -> Non
     loaded = _load(name, overrides, smoke=flags.smoke)
     run = RunDir(flags.output_dir or Path(loaded.recipe.output_dir or Path("runs") / loaded.recipe.name))
     with StopRequests(run.path, loaded.recipe.budget.wall_clock) as stops:
-        beginning = begin(run, loaded.recipe, overwrite=flags.overwrite, resume=flags.resume)
-        if not beginning.finished:
-            run.path.mkdir(parents=True, exist_ok=True)
-            write_recipe(run, loaded.recipe)
+
+        def prepare_folder() -> Beginning:
+            found = begin(run, loaded.recipe, overwrite=flags.overwrite, resume=flags.resume)
+            if not found.finished:
+                run.path.mkdir(parents=True, exist_ok=True)
+                write_recipe(run, loaded.recipe)
+            return found
+
+        beginning = first_decides(prepare_folder)
         with _shown(run.library_log if not beginning.finished else None) as (shown, streams):
             for line in beginning.notes:
                 shown.note(line)

@@ -6,6 +6,7 @@ shown before a model is loaded.
 
 import json
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, TypeAlias
 
 import pyarrow as pa
@@ -239,8 +240,9 @@ def _label_spans(
         trained = [bit and right > left for bit, (left, right) in zip(inside, offsets, strict=True)]
         return ids, [token if bit else IGNORED for token, bit in zip(ids, trained, strict=True)]
     cuts = [0, *sorted(edges - {0, len(text)}), len(text)]
-    pieces, labels = [], []
-    for start, end in zip(cuts, cuts[1:], strict=False):
+    pieces: list[int] = []
+    labels: list[int] = []
+    for start, end in pairwise(cuts):
         piece = tokenizer(text[start:end], add_special_tokens=False)["input_ids"]
         pieces += piece
         labels += piece if (start, end) in spans else [IGNORED] * len(piece)
