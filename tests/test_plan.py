@@ -78,6 +78,13 @@ def test_what_needs_a_gpu_is_refused_without_one(recipe: Any, model: str) -> Non
         plan_on(CPU, recipe(f"model: {model}"))
 
 
+def test_attention_follows_what_the_architecture_supports(recipe: Any) -> None:
+    without = replace(FACTS, sdpa=False)
+    assert plan_on(CPU, recipe(), without).base.attention == "eager"
+    with pytest.raises(MachineError, match="sdpa is not supported by LlamaForCausalLM"):
+        plan_on(CPU, recipe("model: {name: m, attention: sdpa}"), without)
+
+
 def test_flash_attention_is_refused_on_old_cards_and_where_it_is_missing(recipe: Any) -> None:
     asked = recipe("model: {name: m, attention: flash_attention_2}")
     with pytest.raises(MachineError, match="sm_80 or later"):

@@ -38,11 +38,6 @@ MESSAGES = [
 ]
 
 
-@pytest.fixture(scope="session")
-def tiny_llama() -> Path:
-    return tiny_model("tiny:llama")
-
-
 @pytest.fixture(scope="module")
 def llama(tiny_llama: Path) -> torch.nn.Module:
     return AutoModelForCausalLM.from_pretrained(tiny_llama).eval()

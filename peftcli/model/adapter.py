@@ -14,6 +14,8 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from peftcli.errors import Diverged, MachineError
 from peftcli.plan.plan import Base, Plan
 from peftcli.rundir import read_json, write_json
+from peftcli.tiny.build import NAMES as TINY_NAMES
+from peftcli.tiny.build import tiny_model
 
 IDENTITY = "peftcli.json"
 
@@ -94,6 +96,8 @@ def base_of(found: dict[str, Any], device: str) -> Base:
     stated = dict(found["base"])
     expected = stated.pop("config_sha256")
     base = replace(Base(**stated), device=device)
+    if base.name in TINY_NAMES and not Path(base.path).is_dir():
+        base = replace(base, path=str(tiny_model(base.name)))  # made anew where the cache was emptied
     if device == "cpu" and base.dtype == "float16":
         base = replace(base, dtype="float32")
     actual = config_hash(base)

@@ -52,6 +52,7 @@ def inspect_model(path: str, config: PreTrainedConfig, *, note: str = "") -> Mod
         ),
         output_layer=output_layer,
         positions=getattr(text, "max_position_embeddings", None),
+        sdpa=bool(getattr(model, "_supports_sdpa", True)),
         note=note,
     )
 

@@ -42,7 +42,7 @@ def make_plan(
     on_gpu = device.value == "cuda"
     dtype = _dtype(recipe, machine, on_gpu)
     compute = _compute_dtype(recipe.quantization, dtype.value, machine, on_gpu)
-    attention = _attention(recipe, machine, on_gpu)
+    attention = _attention(recipe, machine, facts, on_gpu)
     checkpointing = _checkpointing(recipe.trainer, on_gpu)
     batch = _batch(recipe.trainer, machine)
     targets = match_targets(recipe.adapter.target_modules, facts)
@@ -194,8 +194,12 @@ def _compute_dtype(
     return Decision(key, asked, "the recipe")
 
 
-def _attention(recipe: Recipe, machine: Machine, on_gpu: bool) -> Decision:
+def _attention(recipe: Recipe, machine: Machine, facts: ModelFacts, on_gpu: bool) -> Decision:
     asked = recipe.model.attention
+    if asked in ("auto", "sdpa") and not facts.sdpa:
+        if asked == "sdpa":
+            raise MachineError(f"model.attention: sdpa is not supported by {facts.architecture}; set eager or auto")
+        return Decision("model.attention", "eager", f"{facts.architecture} does not support sdpa")
     if asked == "auto":
         return Decision("model.attention", "sdpa", "torch's own, on every device")
     if asked.startswith("flash_attention"):

@@ -49,6 +49,7 @@ class ModelFacts:
         linear: names of the modules that an adapter of LoRA's kind can stand on, the output layer aside.
         output_layer: name of the module that makes the logits, None where there is none.
         positions: longest row that the model was made for, None where it does not say.
+        sdpa: the architecture can use torch's scaled dot product attention.
         note: what is unusual about where the structure comes from, empty as a rule.
     """
 
@@ -59,4 +60,5 @@ class ModelFacts:
     linear: tuple[str, ...]
     output_layer: str | None
     positions: int | None
+    sdpa: bool = True
     note: str = ""
