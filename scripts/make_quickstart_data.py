@@ -13,10 +13,15 @@ from random import Random
 
 from quickstart_text import BRANDS, LINES, MARKS, Good, chat, document, label, read_goods
 
-ASSETS = Path(__file__).resolve().parent.parent / "peftcli" / "assets"
+ROOT = Path(__file__).resolve().parent.parent
+ASSETS = ROOT / "peftcli" / "assets"
+DATA = ROOT / "recipes" / "data"
 SEED = 20
 CORPUS_BYTES = 300_000
 CHATS = 300
+RECIPE_CHATS = 160
+RECIPE_TEXTS = 200
+RECIPE_TEXT_LETTERS = 120
 PRODUCTS_PER_GOOD = (6, 10)
 
 
@@ -66,7 +71,10 @@ def make_products(goods: list[Good]) -> tuple[str, str]:
     number = {name: position for position, name in enumerate(departments, start=1)}
     rows: dict[str, int] = {}
     for good in goods:
-        wanted = len(rows) + rng.randint(*PRODUCTS_PER_GOOD)
+        wanted = len(rows) + rng.randint(*RECIPE_CHATS = 160
+RECIPE_TEXTS = 200
+RECIPE_TEXT_LETTERS = 120
+PRODUCTS_PER_GOOD)
         while len(rows) < wanted:
             rows.setdefault(product_name(rng, good), number[good.department])
     shuffled = rng.sample(sorted(rows.items()), len(rows))
@@ -87,11 +95,16 @@ def make_files() -> dict[Path, str]:
     """Every shipped file with its text."""
     goods = read_goods()
     products, departments = make_products(goods)
+    corpus, chats = make_corpus(goods), make_chats(goods)
+    longer = [line for line in corpus.splitlines() if len(line) > RECIPE_TEXT_LETTERS][:RECIPE_TEXTS]
+    texts = "".join(json.dumps({"text": line}, ensure_ascii=False) + "\n" for line in longer)
     return {
-        ASSETS / "corpus.txt": make_corpus(goods),
-        ASSETS / "chats.jsonl": make_chats(goods),
-        ASSETS / "quickstart" / "products.csv": products,
-        ASSETS / "quickstart" / "departments.csv": departments,
+        ASSETS / "corpus.txt": corpus,
+        ASSETS / "chats.jsonl": chats,
+        DATA / "products.csv": products,
+        DATA / "departments.csv": departments,
+        DATA / "chats.jsonl": "".join(chats.splitlines(keepends=True)[:RECIPE_CHATS]),
+        DATA / "stories.jsonl": texts,
     }
 
 

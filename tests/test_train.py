@@ -61,6 +61,7 @@ def test_a_run_learns_and_writes_all_that_the_contract_names(write_recipe: Write
         "truncated_rows": 0,
         "leaked_rows": 0,
     }
+    assert metrics["train"]["rows"] == 8 * 36 and metrics["train"]["epochs"] == 8.0
     assert metrics["train"]["steps"] == 40 and metrics["train"]["trained_tokens"] < metrics["train"]["tokens"]
     assert metrics["bytes"]["adapter"] == (run / "adapter" / "adapter_model.safetensors").stat().st_size
     card = (run / "adapter" / "README.md").read_text()
@@ -165,6 +166,17 @@ torch.save(logits, sys.argv[2])
     with torch.no_grad():
         ours = model(**tokenizer("big apple 0 ->:", return_tensors="pt")).logits
     assert torch.equal(ours, torch.load(tmp_path / "logits.pt"))
+
+
+def test_rows_are_counted_to_the_row() -> None:
+    from types import SimpleNamespace
+
+    from peftcli.train.run import rows_seen
+
+    arguments = SimpleNamespace(train_batch_size=32, gradient_accumulation_steps=1, world_size=1)
+    assert rows_seen(600 / 1243, 39_750, arguments) == 600 * 32  # type: ignore[arg-type]
+    assert rows_seen(1.0, 39_750, arguments) == 39_750  # type: ignore[arg-type]
+    assert rows_seen(1 + 2 / 1243, 39_750, arguments) == 39_750 + 64  # type: ignore[arg-type]
 
 
 def test_a_stopped_run_goes_on_to_the_bits_of_an_unbroken_one(
@@ -303,6 +315,31 @@ def test_the_libraries_write_into_the_log_and_we_say_little(write_recipe: Write,
     assert len(done.stdout.splitlines()) == 1
     assert len(done.stderr.splitlines()) <= 12, done.stderr
     assert "Warning" not in done.stderr and "it/s" not in done.stderr
+
+
+def test_on_a_terminal_there_is_one_live_line_and_no_chatter_of_the_libraries(
+    write_recipe: Write, tmp_path: Path
+) -> None:
+    import pty
+
+    leader, follower = pty.openpty()
+    words = [sys.executable, "-m", "peftcli", "train", str(write_recipe(trainer={"max_steps": 3}))]
+    process = subprocess.Popen(words, cwd=tmp_path, stdin=follower, stdout=follower, stderr=follower)
+    os.close(follower)
+    seen = b""
+    while True:
+        try:
+            part = os.read(leader, 65536)
+        except OSError:  # the other end is closed
+            break
+        if not part:
+            break
+        seen += part
+    os.close(leader)
+    assert process.wait(timeout=60) == 0
+    text = seen.decode(errors="replace")
+    assert "training" in text and "exact match" in text and "loss" in text
+    assert "train_runtime" not in text and "grad_norm" not in text and "Warning" not in text
 
 
 def test_messages_and_text_are_trained_from_end_to_end(write_recipe: Write, run_cli: Cli, tmp_path: Path) -> None:

@@ -67,6 +67,8 @@ class Shown:
                 TimeRemainingColumn(),
                 console=self._out,
                 transient=True,
+                redirect_stdout=False,  # what the libraries print belongs into the log file
+                redirect_stderr=False,
             )
             self._live.start()
             self._task = self._live.add_task(what, total=total, figures="")

@@ -183,6 +183,19 @@ def _write_eval(
     write_json(run.eval, value)
 
 
+def rows_seen(epochs: float, rows: int, arguments: SFTConfig) -> int:
+    """Rows that were trained on, each pass over the data counted; the last step of an epoch may be short.
+
+    Args:
+        epochs: as the trainer counts them, in steps of the epoch.
+        rows: of the training side.
+    """
+    step = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    whole = int(epochs)
+    steps = round((epochs - whole) * -(-rows // step))
+    return whole * rows + min(steps * step, rows)
+
+
 def _write_train(run: RunDir, trainer: Trainer, watch: Watch, rows: int, resume_from: Path | None) -> None:
     state = trainer.state
     counted = trainer.counters()
@@ -197,7 +210,7 @@ def _write_train(run: RunDir, trainer: Trainer, watch: Watch, rows: int, resume_
             "stop_reason": watch.stop_reason,
             "steps": state.global_step,
             "planned_steps": state.max_steps,
-            "rows": round((state.epoch or 0.0) * rows),
+            "rows": rows_seen(state.epoch or 0.0, rows, trainer.args),
             "epochs": state.epoch,
             "tokens": int(counted["tokens"]),
             "trained_tokens": int(counted["trained_tokens"]),
