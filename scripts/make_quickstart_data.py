@@ -71,10 +71,7 @@ def make_products(goods: list[Good]) -> tuple[str, str]:
     number = {name: position for position, name in enumerate(departments, start=1)}
     rows: dict[str, int] = {}
     for good in goods:
-        wanted = len(rows) + rng.randint(*RECIPE_CHATS = 160
-RECIPE_TEXTS = 200
-RECIPE_TEXT_LETTERS = 120
-PRODUCTS_PER_GOOD)
+        wanted = len(rows) + rng.randint(*PRODUCTS_PER_GOOD)
         while len(rows) < wanted:
             rows.setdefault(product_name(rng, good), number[good.department])
     shuffled = rng.sample(sorted(rows.items()), len(rows))

@@ -98,6 +98,20 @@ def test_batch_by_accumulation_and_batch_alone_give_the_same_losses(
     assert found[0] == pytest.approx(found[1], abs=1e-5)
 
 
+def test_two_processes_give_the_losses_and_metrics_of_one(write_recipe: Write, run_cli: Cli, tmp_path: Path) -> None:
+    recipe = write_recipe(trainer={"per_device_train_batch_size": 4, "max_steps": 4})
+    words = [sys.executable, "-m", "peftcli", "train", str(recipe), "--num-processes", "2", "--output-dir", "two"]
+    subprocess.run(words, cwd=tmp_path, check=True, capture_output=True)
+    wide = "trainer.per_device_train_batch_size=8"
+    assert run_cli("train", recipe, "--output-dir", "one", "--set", wide) == 0
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
+    one, two = (read_json(tmp_path / name / "metrics.json") for name in ("one", "two"))
+    assert two["base"] == pytest.approx(one["base"], abs=1e-5)
+    assert two["adapter"]["loss"] == pytest.approx(one["adapter"]["loss"], abs=1e-4)
+    for name in ("tokens", "trained_tokens", "rows"):
+        assert two["train"][name] == one["train"][name]
+
+
 def test_an_evaluation_leaves_the_gradients_of_4bit_as_they_were(write_recipe: Write, tmp_path: Path) -> None:
     def gradients(*, evaluate: bool) -> dict[str, torch.Tensor]:
         torch.manual_seed(0)

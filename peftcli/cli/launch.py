@@ -1,34 +1,48 @@
 """Several processes: the unchanged command line handed to `accelerate launch`, and what only the first one decides."""
 
 import os
-import shutil
 import sys
 from collections.abc import Callable
 from typing import TypeVar
 
-from peftcli.errors import MachineError, PeftcliError
+from peftcli.errors import PeftcliError
 
 T = TypeVar("T")
+LAUNCHED = "PEFTCLI_LAUNCHED"
+"""Set for the launcher and its children, so that none of them launches again."""
 
 
 def launch_if_asked(num_processes: int | None) -> None:
-    """Become `accelerate launch` when several processes are asked for and this is not one of them yet.
+    """Become the launcher when several processes are asked for and this is not one of them yet.
 
-    The process is replaced, so no parent stays behind to be killed apart from its children.
+    The process is replaced, so no parent stays behind that could be killed apart from its children. On GPUs the
+    launcher is `accelerate launch`, with the machine's accelerate configuration; on a CPU it is torch's own, since
+    accelerate starts several processes there through MPI only.
 
-    Raises:
-        MachineError: accelerate's launcher is not installed.
+    Args:
+        num_processes: None or 1 for no launcher.
     """
-    if not num_processes or num_processes == 1 or "LOCAL_RANK" in os.environ:
+    if not num_processes or num_processes == 1 or LAUNCHED in os.environ or "LOCAL_RANK" in os.environ:
         return
-    launcher = [sys.executable, "-m", "accelerate.commands.launch"]
-    if shutil.which(launcher[0]) is None:
-        raise MachineError("the Python interpreter cannot be found to launch several processes")
-    words = [*launcher, "--num_processes", str(num_processes), "--num_machines", "1", "--mixed_precision", "no"]
-    words += ["--dynamo_backend", "no", *([] if _has_gpu() else ["--cpu"]), "--module", "peftcli", *sys.argv[1:]]
+    count = str(num_processes)
+    if _has_gpu():
+        words = [
+            sys.executable,
+            "-m",
+            "accelerate.commands.launch",
+            "--multi_gpu",
+            "--num_processes",
+            count,
+            "--module",
+        ]
+    else:
+        words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", count, "--module"]
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+    os.environ[LAUNCHED] = "1"
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_processes)))
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execv(words[0], words)
+    os.execv(words[0], [*words, "peftcli", *sys.argv[1:]])
 
 
 def first_decides(work: Callable[[], T]) -> T:

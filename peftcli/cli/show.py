@@ -10,8 +10,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from rich.text import Text
 
-PLAIN_SECONDS = 10.0
-"""Between two progress lines where the output is no terminal."""
+PLAIN_SECONDS = (10.0, 30.0)
+"""Before the first progress line of a stretch, and between later ones, where the output is no terminal."""
 
 METRICS = (
     ("loss", "loss (nats per trained token)", "{:.4f}"),
@@ -47,6 +47,7 @@ class Shown:
         self._begun = 0.0
         self._first = 0
         self._last_line = 0.0
+        self._wait = PLAIN_SECONDS[0]
         self._figures = ""
 
     def note(self, text: str) -> None:
@@ -56,7 +57,7 @@ class Shown:
     def start(self, what: str, total: int) -> None:
         self._what, self._total, self._figures = what, total, ""
         self._begun = self._last_line = time.monotonic()
-        self._first = -1
+        self._first, self._wait = -1, PLAIN_SECONDS[0]
         if self._speaks and self._out.is_terminal:
             self._live = Progress(
                 TextColumn("{task.description}"),
@@ -84,8 +85,8 @@ class Shown:
             self._live.update(self._task, completed=done, figures=self._figures)
             return
         now = time.monotonic()
-        if now - self._last_line >= PLAIN_SECONDS:
-            self._last_line = now
+        if now - self._last_line >= self._wait:
+            self._last_line, self._wait = now, PLAIN_SECONDS[1]
             self._out.print(f"{self._what} {done}/{self._total} {self._figures} {self._left(done, now)}".rstrip())
 
     def end(self) -> None:

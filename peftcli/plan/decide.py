@@ -262,7 +262,7 @@ def _check_room(recipe: Recipe, facts: ModelFacts, machine: Machine, dtype: str,
 
 def _evaluation_batch(recipe: Recipe, on_gpu: bool) -> int:
     asked = recipe.evaluation.batch_size
-    return asked if isinstance(asked, int) else (16 if on_gpu else 64)
+    return asked if isinstance(asked, int) else (16 if on_gpu else 128)
 
 
 def _trainer_arguments(

@@ -193,7 +193,7 @@ def rows_seen(epochs: float, rows: int, arguments: SFTConfig) -> int:
     step = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     whole = int(epochs)
     steps = round((epochs - whole) * -(-rows // step))
-    return whole * rows + min(steps * step, rows)
+    return whole * rows + int(min(steps * step, rows))
 
 
 def _write_train(run: RunDir, trainer: Trainer, watch: Watch, rows: int, resume_from: Path | None) -> None:

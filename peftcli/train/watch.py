@@ -9,6 +9,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from peftcli.model.probe import peak_memory_bytes
+from peftcli.model.shards import gather
 from peftcli.progress import Progress
 from peftcli.train.stops import StopRequests
 from peftcli.train.trainer import Trainer
@@ -77,11 +78,12 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers' callbacks a
         self._progress.advance(state.global_step)
         if state.global_step >= state.max_steps:
             return
-        reason = self._stops.reason(self._reserve + 1.5 * self._save_seconds)
-        if reason is not None:
-            self.stop_reason = reason
+        # Clocks and signals differ between processes, but all must save and stop at the same step.
+        reasons = gather(self._stops.reason(self._reserve + 1.5 * self._save_seconds))
+        self.stop_reason = next((reason for reason in reasons if reason is not None), None)
+        if self.stop_reason is not None:
             control.should_save = control.should_training_stop = True
-        elif now - self._saved >= self._save_every:
+        elif any(gather(now - self._saved >= self._save_every)):
             control.should_save = True
         if control.should_save:
             self._saved = now
