@@ -19,8 +19,8 @@ $(READY): pyproject.toml constraints.txt
 
 demo: $(READY)  ## the main job on a CPU, without network: train, compare, merge
 	$(BIN)/peftcli train quickstart --output-dir runs/demo --overwrite
-	$(BIN)/peftcli merge runs/demo
 	$(BIN)/peftcli generate runs/demo "Oat Milk" "Frozen Peas"
+	$(BIN)/peftcli merge runs/demo
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m 'not gpu'

@@ -45,6 +45,28 @@ def test_each_kind_of_fault_has_its_exit_code_and_one_short_message(
     assert sum(line.startswith("error: ") for line in err.splitlines()) == 1
 
 
+def test_a_run_folder_that_cannot_be_made_is_a_fault_of_the_machine(
+    write_recipe: Write, run_cli: Cli, capfd: Any
+) -> None:
+    assert run_cli("train", write_recipe(), "--output-dir", "/dev/null/run") == 4
+    assert capfd.readouterr().err.strip() == "error: /dev/null/run: Not a directory"
+
+
+def test_out_of_memory_exits_5_with_what_to_change(
+    write_recipe: Write, run_cli: Cli, capfd: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from peftcli.train.trainer import Trainer
+
+    def full(*args: object, **kwargs: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(Trainer, "training_step", full)
+    assert run_cli("train", write_recipe(evaluation={"baseline": False}), "--output-dir", "run") == 5
+    assert "halve trainer.per_device_train_batch_size" in capfd.readouterr().err
+
+
 def test_wrong_command_lines_exit_2_with_a_hint(run_cli: Cli, capfd: Any) -> None:
     assert run_cli("trian", "x.yaml") == 2
     assert "train" in capfd.readouterr().err

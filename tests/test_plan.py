@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from peftcli.errors import MachineError, RecipeError
-from peftcli.plan.decide import check_wheel, make_plan
+from peftcli.plan.choices import check_wheel
+from peftcli.plan.decide import make_plan
 from peftcli.plan.facts import Machine, ModelFacts
 from peftcli.plan.plan import Plan
 from peftcli.plan.smoke import smoke_recipe

@@ -1,5 +1,6 @@
 """The commands of peftcli; each imports its rooms in its body, so that the light ones stay quick."""
 
+import errno
 import json
 import os
 import sys
@@ -11,7 +12,11 @@ from typing import Annotated, Any
 import typer
 from typer.main import get_command
 
-from peftcli.errors import PeftcliError
+from peftcli.errors import MachineError, PeftcliError
+
+BUG = "error: this is a bug of peftcli; report it with the lines above and the output of `pip list`"
+MACHINE_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
+"""Numbers of operating system errors that say what is wrong with the machine, not with us."""
 
 app = typer.Typer(
     name="peftcli",
@@ -177,11 +182,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
             typer.echo(f"error: {error}", err=True)
         return error.exit_code
+    except OSError as problem:
+        if problem.errno not in MACHINE_FAULTS:
+            traceback.print_exc()
+            typer.echo(BUG, err=True)
+            return 1
+        if show_trace:
+            traceback.print_exc()
+        typer.echo(f"error: {problem.filename or 'the disk'}: {os.strerror(problem.errno)}", err=True)
+        return MachineError.exit_code
     except Exception:
         traceback.print_exc()
-        typer.echo(
-            "error: this is a bug of peftcli; report it with the lines above and the output of `pip list`", err=True
-        )
+        typer.echo(BUG, err=True)
         return 1
     return 0
 

@@ -13,7 +13,7 @@ from peftcli.cli.launch import first_decides
 from peftcli.cli.quiet import Streams, quiet
 from peftcli.cli.recipes import find_recipe
 from peftcli.cli.show import Shown, console, metric_table, plan_lines, sample_table
-from peftcli.errors import GateNotMet, RecipeError, Stopped
+from peftcli.errors import GateNotMet, MemoryExhausted, RecipeError, Stopped
 from peftcli.plan.smoke import smoke_recipe
 from peftcli.recipe.load import Loaded, load_recipe
 from peftcli.recipe.schema import Recipe
@@ -180,7 +180,7 @@ def merge_command(path: Path, into: str, output_dir: Path | None, dtype: str | N
         if as_json:
             _print_json(streams, found)
         else:
-            _show_merge(found, metrics, output_dir or run.merged, streams)
+            _show_merge(run, found, metrics, output_dir or run.merged, streams)
         _raise_unmet(metrics)
 
 
@@ -245,7 +245,7 @@ def _show_result(run: RunDir, metrics: dict[str, Any], streams: Streams, *, as_j
     out.print(f"report  {run.report_html}")
 
 
-def _show_merge(found: dict[str, Any], metrics: dict[str, Any], folder: Path, streams: Streams) -> None:
+def _show_merge(run: RunDir, found: dict[str, Any], metrics: dict[str, Any], folder: Path, streams: Streams) -> None:
     out = console(streams.out)
     out.print(
         f"merged into the {found['into']} base ({found['dtype']}): top-1 agreement {found['top1_agreement']:.4%} over "
@@ -253,7 +253,14 @@ def _show_merge(found: dict[str, Any], metrics: dict[str, Any], folder: Path, st
         f"KL {found['kl_nats']:.2g} nats"
     )
     out.print(metric_table({name: metrics[name] for name in ("base", "adapter", "merged")}))
+    if run.eval.is_file():
+        merged = {sample["prompt"]: sample["merged"] for sample in found["samples"]}
+        out.print()
+        samples = read_json(run.eval)["samples"]
+        out.print(sample_table([sample | {"merged": merged.get(sample["prompt"])} for sample in samples]))
+    out.print()
     out.print(f"merged model  {folder}")
+    out.print(f"report        {run.report_html}")
 
 
 def _raise_unless_good(run: RunDir, metrics: dict[str, Any], stop_reason: str | None) -> None:
@@ -275,7 +282,18 @@ def _raise_unmet(metrics: dict[str, Any]) -> None:
 @contextmanager
 def _shown(log: Path | None) -> Iterator[tuple[Shown, Streams]]:
     with quiet(log) as streams:
-        yield Shown(console(streams.err), speaks=is_first_process()), streams
+        shown = Shown(console(streams.err), speaks=is_first_process())
+        try:
+            yield shown, streams
+        except Exception as problem:
+            if type(problem).__name__ != "OutOfMemoryError":  # torch's, which the light commands do not import
+                raise
+            raise MemoryExhausted(
+                f"out of memory: {' '.join(str(problem).split())[:200]}; halve trainer.per_device_train_batch_size and "
+                "double trainer.gradient_accumulation_steps, lower dataset.max_length, or add quantization: {bits: 4}"
+            ) from problem
+        finally:
+            shown.end()
 
 
 def _command() -> str:

@@ -40,6 +40,12 @@ class Candidate:
     measured: Measured
     bytes: int
 
+    @property
+    def loss(self) -> float:
+        """Of the test rows."""
+        assert self.measured.metrics.loss is not None  # a model that was run has one
+        return self.measured.metrics.loss
+
 
 @dataclass(frozen=True)
 class MergeSettings:
@@ -91,7 +97,7 @@ def merge(
             _measure(target, into, folder, size, rows, reference, data, tokenizer, settings, progress)
             for into, folder, size in written
         ]
-        kept = min(candidates, key=lambda one: one.measured.metrics.loss or 0.0)
+        kept = min(candidates, key=lambda one: one.loss)
         value = _merge_json(kept, candidates, data, settings, time.monotonic() - begun, target)
         if not value["met"]:
             _fail(kept, value)
@@ -228,9 +234,7 @@ def _merge_json(
         "limits_met": met,
         "met": all(met.values()),
         "metrics": asdict(kept.measured.metrics),
-        "candidates": [
-            {"into": one.into, "loss": one.measured.metrics.loss, **asdict(one.drift)} for one in candidates
-        ],
+        "candidates": [{"into": one.into, "loss": one.loss, **asdict(one.drift)} for one in candidates],
         "samples": [
             {"prompt": data.test.column("prompt")[row].as_py(), "merged": kept.measured.answers[row].text}
             for row in range(shown)

@@ -74,7 +74,9 @@ def load_base(base: Base, *, quantized: bool = True) -> PreTrainedModel:
         arguments["quantization_config"] = quantization_config(base)
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(base.path, **arguments)
-    except (OSError, ValueError, ImportError) as problem:
+    except ImportError as problem:
+        raise MachineError(f"{base.name}: a package is missing: {' '.join(str(problem).split())[:300]}") from problem
+    except (OSError, ValueError) as problem:
         raise MachineError(explain_missing(base.path, problem)) from problem
     except RuntimeError as problem:
         if not re.search("size mismatch|SafetensorError|corrupt", str(problem)):

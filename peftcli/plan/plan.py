@@ -106,7 +106,6 @@ class Plan:
     evaluation_batch: int
     gates: tuple[Gate, ...]
     budget: BudgetSection
-    trackers: tuple[str, ...]
     targets: Mapping[str, int]
     trainable_parameters: int
     total_parameters: int

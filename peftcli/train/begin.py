@@ -1,5 +1,6 @@
 """Whether a run folder is new, may be gone on from, is finished, or belongs to something else."""
 
+import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +9,7 @@ from peftcli.errors import RecipeError
 from peftcli.recipe.dump import changed_keys, dump_recipe
 from peftcli.recipe.load import load_recipe
 from peftcli.recipe.schema import Recipe
-from peftcli.rundir import RunDir, read_json, write_text
+from peftcli.rundir import RunDir, read_json, read_log, write_text
 from peftcli.train.checkpoints import clear_staging, newest_valid
 
 HARMLESS = ("budget.", "report.", "gates", "trainer.logging_steps", "trainer.save_steps", "trainer.save_total_limit")
@@ -103,9 +104,5 @@ def _go_on(run: RunDir) -> Beginning:
 
 def _cut_log(run: RunDir, step: int) -> None:
     """Drop log rows of steps that will be trained again."""
-    import json
-
-    from peftcli.rundir import read_log
-
     kept = [row for row in read_log(run.log) if row.get("step", 0) <= step]
     write_text(run.log, "".join(json.dumps(row) + "\n" for row in kept))

@@ -1,0 +1,153 @@
+"""The choices of a plan that depend on the machine alone: each with its reason, or refused with the mend."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from peftcli.errors import MachineError
+from peftcli.plan.facts import Machine, ModelFacts
+from peftcli.plan.plan import Batch, Decision
+from peftcli.recipe.schema import QuantizationSection, Recipe
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What the machine decides; `compute_dtype` is None without quantization."""
+
+    device: Decision
+    dtype: Decision
+    compute_dtype: Decision | None
+    attention: Decision
+    checkpointing: Decision
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device.value == "cuda"
+
+
+def choose(recipe: Recipe, machine: Machine, facts: ModelFacts) -> Choices:
+    """Make all choices that depend on the machine.
+
+    Raises:
+        MachineError: this machine cannot do what the recipe asks for.
+    """
+    check_wheel(machine)
+    device = choose_device(recipe, machine)
+    on_gpu = device.value == "cuda"
+    dtype = choose_dtype(recipe, machine, on_gpu)
+    return Choices(
+        device=device,
+        dtype=dtype,
+        compute_dtype=choose_compute_dtype(recipe.quantization, dtype.value, machine, on_gpu),
+        attention=choose_attention(recipe, machine, facts, on_gpu),
+        checkpointing=choose_checkpointing(recipe.trainer, on_gpu),
+    )
+
+
+def check_wheel(machine: Machine) -> None:
+    """Hold the architectures of the installed torch wheel against the card.
+
+    A kernel built for sm_XY runs on cards of the same major version and the same or a later minor one; PTX
+    (`compute_XY`) runs on every later card.
+
+    Raises:
+        MachineError: the wheel has no kernel for this card.
+
+    Source: CUDA C++ programming guide, binary and PTX compatibility.
+    """
+    if machine.capability is None:
+        return
+    major, minor = machine.capability
+    for arch in machine.arch_list:
+        kind, _, digits = arch.partition("_")
+        digits = digits.rstrip("af")
+        if not digits.isdigit():
+            continue
+        built = (int(digits[:-1]), int(digits[-1]))
+        if kind == "sm" and built[0] == major and built[1] <= minor:
+            return
+        if kind == "compute" and built <= (major, minor):
+            return
+    raise MachineError(
+        f"the installed torch has no kernels for {machine.label}; it was built for {', '.join(machine.arch_list)}; "
+        "choose another card (on Kaggle: GPU T4 x2) or install a torch wheel for this one"
+    )
+
+
+def choose_device(recipe: Recipe, machine: Machine) -> Decision:
+    if recipe.trainer.get("use_cpu"):
+        return Decision("device", "cpu", "trainer.use_cpu")
+    if machine.device == "cuda":
+        return Decision("device", "cuda", machine.label)
+    return Decision("device", "cpu", f"no CUDA device here; {machine.label}")
+
+
+def choose_dtype(recipe: Recipe, machine: Machine, on_gpu: bool) -> Decision:
+    asked = recipe.model.dtype
+    key = "model.dtype"
+    if asked == "auto":
+        if not on_gpu:
+            return Decision(key, "float32", "a CPU: exact, and as fast as 16 bit on most")
+        if machine.native_bf16:
+            return Decision(key, "bfloat16", f"{machine.label} computes it natively")
+        return Decision(key, "float16", f"{machine.label} has no native bfloat16; with a gradient scaler")
+    if asked == "bfloat16" and on_gpu and not machine.native_bf16:
+        raise MachineError(
+            f"this recipe needs bfloat16, but {machine.label} has none of its own (it would be emulated, several times "
+            "slower); set model.dtype: float16 or auto, or use a GPU of sm_80 or later"
+        )
+    if asked == "float16" and not on_gpu:
+        raise MachineError("this recipe needs float16, which trains on a GPU only; set model.dtype: auto")
+    return Decision(key, asked, "the recipe")
+
+
+def choose_compute_dtype(
+    quantization: QuantizationSection | None, dtype: str, machine: Machine, on_gpu: bool
+) -> Decision | None:
+    if quantization is None:
+        return None
+    key = "quantization.compute_dtype"
+    asked = quantization.compute_dtype
+    if asked == "auto":
+        return Decision(key, dtype, f"{quantization.type} products in the dtype of the model")
+    if asked == "bfloat16" and on_gpu and not machine.native_bf16:
+        raise MachineError(
+            f"quantization.compute_dtype is bfloat16, but {machine.label} has none of its own; set float16 or auto"
+        )
+    return Decision(key, asked, "the recipe")
+
+
+def choose_attention(recipe: Recipe, machine: Machine, facts: ModelFacts, on_gpu: bool) -> Decision:
+    asked = recipe.model.attention
+    if asked in ("auto", "sdpa") and not facts.sdpa:
+        if asked == "sdpa":
+            raise MachineError(f"model.attention: sdpa is not supported by {facts.architecture}; set eager or auto")
+        return Decision("model.attention", "eager", f"{facts.architecture} does not support sdpa")
+    if asked == "auto":
+        return Decision("model.attention", "sdpa", "torch's own, on every device")
+    if asked.startswith("flash_attention"):
+        if not on_gpu:
+            raise MachineError(f"model.attention: {asked} needs a CUDA GPU, and there is none here; set auto")
+        if machine.capability is not None and machine.capability < (8, 0):
+            raise MachineError(f"model.attention: {asked} needs sm_80 or later, but this is {machine.label}; set auto")
+        if asked not in machine.flash_attention:
+            raise MachineError(f"model.attention: {asked} is not installed here; install it or set auto")
+    return Decision("model.attention", asked, "the recipe")
+
+
+def choose_checkpointing(trainer: Mapping[str, Any], on_gpu: bool) -> Decision:
+    key = "activation checkpointing"
+    asked = trainer.get("activation_checkpointing")
+    if asked is not None:
+        return Decision(key, "on" if asked else "off", "the recipe")
+    if on_gpu:
+        return Decision(key, "on", "saves activation memory for about a third more compute")
+    return Decision(key, "off", "a CPU has the memory, and it costs a third more compute")
+
+
+def count_batch(trainer: Mapping[str, Any], machine: Machine) -> Batch:
+    return Batch(
+        per_device=int(trainer.get("per_device_train_batch_size", 8)),
+        accumulation=int(trainer.get("gradient_accumulation_steps", 1)),
+        processes=machine.processes,
+    )
