@@ -250,6 +250,16 @@ def test_a_template_whose_turns_cannot_be_told_apart_stops(tokenizer: object) ->
         tokenize(examples("messages", messages=[json.dumps(chat)]), tokenizer, RULE)  # type: ignore[arg-type]
 
 
+def test_a_chat_that_the_template_refuses_is_shown(tokenizer: object) -> None:
+    tokenizer.chat_template = (  # type: ignore[attr-defined]
+        "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('System role not supported') }}"
+        "{% endif %}{{ m['content'] }}{% endfor %}"
+    )
+    chat = [{"role": "system", "content": "Be kind."}, {"role": "assistant", "content": "b"}]
+    with pytest.raises(DataError, match=r"refuses a row \(System role not supported\).*system, assistant.*Be kind"):
+        tokenize(examples("messages", messages=[json.dumps(chat)]), tokenizer, RULE)  # type: ignore[arg-type]
+
+
 def test_rows_cut_before_their_first_trained_token_are_dropped_and_counted(tokenizer: object) -> None:
     long = "word " * 100
     made = examples("prompt_completion", prompt=[long, "short ->:", "short"], completion=["x", "y", long])

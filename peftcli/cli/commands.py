@@ -3,6 +3,7 @@
 import json
 import shlex
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -101,11 +102,13 @@ def _train(
 
     planned = plan_recipe(loaded, shown, smoke=smoke)
     plan = planned.plan
+    begun = time.monotonic()
     tokenizer, data = prepare_data(plan)
+    prepared = {"prepare_seconds": round(time.monotonic() - begun, 3)}
     if is_first_process():
         write_json(run.plan, plan.as_json())
         write_json(run.environment, describe_environment(planned.machine, _command()))
-        write_json(run.data, data.facts)
+        write_json(run.data, data.facts | prepared)
     for line in [*plan_lines(plan.as_json(), data.facts), *(f"  note: {notice}" for notice in plan.notices)]:
         shown.note(line)
     shown.note(f"  run folder {run.path}")

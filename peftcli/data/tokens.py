@@ -10,6 +10,7 @@ from itertools import pairwise
 from typing import Any, TypeAlias
 
 import pyarrow as pa
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 from trl.data_utils import common_prefix_length
@@ -81,7 +82,10 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     ends = {tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set()
     if tokenizer.chat_template:
         turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        ids = tokenizer.apply_chat_template(turns, tokenize=True, return_dict=True)["input_ids"]
+        try:
+            ids = tokenizer.apply_chat_template(turns, tokenize=True, return_dict=True)["input_ids"]
+        except TemplateError:  # a template for another purpose; rows that need it are refused where they are read
+            ids = []
         special = set(tokenizer.all_special_ids)
         last = next((token for token in reversed(ids) if token in special), None)
         text = tokenizer.decode(ids[ids.index(last) + 1 :]) if last is not None else "b"
@@ -148,6 +152,8 @@ def _encode_messages(batch: dict[str, list[str]], tokenizer: PreTrainedTokenizer
             "the tokenizer has no chat template, and the data are messages; set model.chat_template to a Jinja file"
         )
     chats = [json.loads(text) for text in batch["messages"]]
+    for chat in chats:
+        _check_renders(chat, tokenizer)
     template = training_template(tokenizer) if rule.assistant_only else None
     if rule.assistant_only and template is None:
         encoded = [_mark_turns(chat, tokenizer) for chat in chats]
@@ -167,6 +173,18 @@ def _encode_messages(batch: dict[str, list[str]], tokenizer: PreTrainedTokenizer
             }
         )
     return rows
+
+
+def _check_renders(chat: list[Row], tokenizer: PreTrainedTokenizerBase) -> None:
+    try:
+        tokenizer.apply_chat_template(chat, tokenize=False)
+    except TemplateError as problem:
+        roles = ", ".join(turn["role"] for turn in chat[:6])
+        first = chat[0]["content"][:60]
+        raise DataError(
+            f"the chat template refuses a row ({problem}): its turns are {roles}, and it begins {first!r}; mend the "
+            "row or set model.chat_template"
+        ) from problem
 
 
 def training_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
