@@ -13,6 +13,7 @@ from peft.utils import ModulesToSaveWrapper
 from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from peftcli.errors import MachineError
 from peftcli.plan.plan import Base
@@ -42,13 +43,15 @@ def dequantized_weights(model: PreTrainedModel) -> Source:
 
     modules = dict(model.named_modules())
     state = model.state_dict(keep_vars=True)
+    turned = {name for name, module in _skeleton(model).named_modules() if isinstance(module, Conv1D)}
 
     def read(name: str) -> Tensor:
         owner, _, leaf = name.rpartition(".")
         packed: Any = getattr(modules.get(owner), leaf, None)
         if getattr(packed, "quant_state", None) is not None:
             unpacked: Tensor = bnb.dequantize_4bit(packed.data, packed.quant_state)
-            return unpacked
+            # GPT-2's layers hold their weight turned round; quantized they are linear layers like all others.
+            return unpacked.t() if owner in turned else unpacked
         return Tensor.detach(state[name])
 
     return read
@@ -92,11 +95,7 @@ def fold(base: PreTrainedModel, adapter: Path, source: Source) -> Folded:
     Raises:
         MachineError: this adapter cannot be merged.
     """
-    config = type(base.config).from_dict(base.config.to_dict())
-    config.quantization_config = None
-    del config.quantization_config
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config)
+    skeleton = _skeleton(base)
     _hollow_out(skeleton)
     layers = _layers(PeftModel.from_pretrained(skeleton, str(adapter), torch_device="cpu"))
     names = [name for name in skeleton_names(base)]
@@ -124,6 +123,16 @@ def fold(base: PreTrainedModel, adapter: Path, source: Source) -> Folded:
     state = dict(base.state_dict(keep_vars=True))
     sizes = {name: _elements(state[name]) for name in names}
     return Folded(sizes, tensors, unties)
+
+
+def _skeleton(base: PreTrainedModel) -> PreTrainedModel:
+    """The model without quantization, on the meta device."""
+    config = type(base.config).from_dict(base.config.to_dict())
+    config.quantization_config = None
+    del config.quantization_config
+    with torch.device("meta"):
+        skeleton: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    return skeleton
 
 
 def skeleton_names(model: PreTrainedModel) -> list[str]:

@@ -1,6 +1,7 @@
 """One model measured on the test split: the loss over all rows, and answers against references."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -70,6 +71,37 @@ def measure(
         batch_rows: rows at once; the metrics do not depend on it.
         what: name of the model, for progress.
     """
+    with router_silent(model):
+        return _measure(
+            model, tokenizer, data, evaluation, decoding, batch_rows=batch_rows, progress=progress, what=what
+        )
+
+
+@contextmanager
+def router_silent(model: PreTrainedModel) -> Iterator[None]:
+    """Keep a mixture of experts from its balancing loss, which training asks for and answers cannot compute."""
+    config = model.config.get_text_config()
+    before = getattr(config, "output_router_logits", None)
+    if before is not None:
+        config.output_router_logits = False
+    try:
+        yield
+    finally:
+        if before is not None:
+            config.output_router_logits = before
+
+
+def _measure(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: PreparedData,
+    evaluation: EvaluationSection,
+    decoding: Decoding,
+    *,
+    batch_rows: int,
+    progress: Progress,
+    what: str,
+) -> Measured:
     pad = tokenizer.pad_token_id or 0
     mine = data.test.select(["input_ids", "labels"]).take(pa.array(my_share(data.test.num_rows), pa.int64()))
     sums = score(model, mine, pad_id=pad, batch_rows=batch_rows, progress=progress, what=f"{what}: loss")

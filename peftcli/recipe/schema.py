@@ -94,8 +94,8 @@ class AdapterSection(Section):
     """Learn the magnitude of each weight column apart from its direction."""
     modules_to_save: Names | None = None
     """Modules trained whole and stored with the adapter."""
-    bias: Literal["none", "all", "lora_only"] = "none"
-    """Which bias vectors are trained."""
+    bias: Literal["none"] = "none"
+    """Bias vectors are not trained: with them, switching the adapter off would not give the base back."""
 
 
 class JoinSection(Section):
