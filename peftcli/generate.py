@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from peftcli.data.tokens import stop_ids
+from peftcli.data.tokens import encode_prompts, stop_ids
 from peftcli.errors import DataError, RecipeError
 from peftcli.model.answer import Decoding, answer
 from peftcli.model.target import Target
@@ -42,7 +42,9 @@ def generate(
     model, tokenizer = target.load()
     prompts = [text if raw else write_prompt(text, target.identity, tokenizer) for text in asked]
     is_chat = target.identity.get("format") == "messages" and not raw
-    encoded = tokenizer(prompts, add_special_tokens=not is_chat)["input_ids"]
+    encoded = (
+        tokenizer(prompts, add_special_tokens=False)["input_ids"] if is_chat else encode_prompts(prompts, tokenizer)
+    )
     ends = frozenset(target.identity.get("stop_ids") or ()) or stop_ids(tokenizer)
     answers = answer(
         model,

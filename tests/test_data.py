@@ -69,6 +69,11 @@ def test_every_ending_gives_the_same_rows(tmp_path: Path, ending: str) -> None:
         ("a.jsonl", b'{"text": "x"}\n{"text": {"a": 1}}\n', "mixes types"),
         ("a.jsonl", b"[1, 2]\n", "row 1 is a list"),
         ("a.parquet", b"PAR1", "cannot be read"),
+        ("a.jsonl", b'{"text": "\\ud800"}\n', "half of a surrogate pair"),
+        ("a.jsonl", b'{"n": 99999999999999999999999}\n', "beyond 64 bits"),
+        ("a.jsonl", b'{"n": ' + b"9" * 5000 + b"}\n", "a.jsonl:1: cannot be read"),
+        ("a.jsonl", b"[" * 100_000 + b"\n", "a.jsonl:1: "),
+        ("a.csv", b"x" * 200_000 + b"\n1\n", "cannot be read"),
     ],
 )
 def test_a_broken_file_is_one_clear_error(tmp_path: Path, name: str, content: bytes, message: str) -> None:
@@ -129,6 +134,7 @@ def test_rows_that_cannot_be_used_are_counted_by_reason() -> None:
     [
         ([], "with messages that are no list"),
         ([{"role": "user", "content": "a"}], "without an assistant turn"),
+        ([{"role": "assistant", "content": "a"}], "with an answer and nothing before it"),
         ([{"role": "asistant", "content": "a"}], "with the unknown role asistant"),
         ([{"content": "a"}], "with a message without a role"),
         ([{"role": "assistant", "content": None}], "with a message whose content is not text"),
@@ -274,6 +280,47 @@ def test_a_test_row_that_stands_in_training_too_is_counted(tmp_path: Path, token
     dataset = section(path=str(tmp_path / "train.jsonl"), test={"path": str(tmp_path / "test.jsonl")})
     data = prepare(load_sides(dataset, seed=0), tokenizer, RULE)  # type: ignore[arg-type]
     assert (data.facts["leaked_rows"], data.facts["train_rows"], data.facts["test_rows"]) == (1, 6, 2)
+
+
+def test_rows_of_a_test_file_that_are_lost_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text("k,text\n1,a\n2,b\n")
+    (tmp_path / "kinds.csv").write_text("k,kind\n1,x\n2,y\n")
+    (tmp_path / "test.csv").write_text("k,text\n1,c\n9,d\n2, \n")
+    dataset = section(
+        path=str(tmp_path / "train.csv"),
+        join=[{"path": str(tmp_path / "kinds.csv"), "on": "k"}],
+        text="{text}",
+        test={"path": str(tmp_path / "test.csv")},
+    )
+    sides = load_sides(dataset, seed=0)
+    assert (sides.train.table.num_rows, sides.test.table.num_rows, sides.rows) == (2, 1, 5)
+    assert sides.dropped == {
+        "of the test file with nothing to learn (empty)": 1,
+        "without a partner in kinds.csv (test rows)": 1,
+    }
+
+
+def test_a_chat_that_ends_with_the_user_is_scored_on_its_last_answer(tokenizer: object) -> None:
+    turns = [("user", "Hi"), ("assistant", "Good day"), ("user", "Thanks")]
+    chat = [{"role": role, "content": content} for role, content in turns]
+    table, _ = tokenize(examples("messages", messages=[json.dumps(chat)]), tokenizer, RULE)  # type: ignore[arg-type]
+    row = table.to_pylist()[0]
+    assert row["reference"] == "Good day" and "Good day" not in row["prompt"] and "Hi" in row["prompt"]
+
+
+def test_a_prompt_does_not_end_with_the_end_token_that_a_tokenizer_writes(tokenizer: object) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    bos, eos = tokenizer.bos_token, tokenizer.eos_token  # type: ignore[attr-defined]
+    ids = [(bos, tokenizer.bos_token_id), (eos, tokenizer.eos_token_id)]  # type: ignore[attr-defined]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(  # type: ignore[attr-defined]
+        single=f"{bos} $A {eos}", special_tokens=ids
+    )
+    pair = examples("prompt_completion", prompt=["oat milk ->:"], completion=[" dairy"])
+    table, facts = tokenize(pair, tokenizer, RULE)  # type: ignore[arg-type]
+    row = table.to_pylist()[0]
+    assert row["input_ids"][: len(row["prompt_ids"])] == row["prompt_ids"]
+    assert (facts.merged_boundaries, facts.eos_trained, row["input_ids"].count(ids[1][1])) == (0, 1, 1)
 
 
 @pytest.mark.parametrize("column", ["name", "text"])

@@ -182,6 +182,28 @@ torch.save(logits, sys.argv[2])
     assert torch.equal(ours, torch.load(tmp_path / "logits.pt"))
 
 
+def test_a_module_trained_whole_on_a_16_bit_base_is_evaluated_and_saved(
+    write_recipe: Write, run_cli: Cli, tmp_path: Path
+) -> None:
+    recipe = write_recipe(quantization=None, adapter={"modules_to_save": ["lm_head"]}, trainer={"max_steps": 2})
+    assert run_cli("train", recipe, "--output-dir", "run", "--set", "model.dtype=bfloat16") == 0
+    assert read_json(tmp_path / "run" / "metrics.json")["adapter"]["loss"] > 0
+
+
+def test_a_base_that_is_quantized_already_is_refused(
+    write_recipe: Write, run_cli: Cli, tmp_path: Path, tiny_llama: Path, capfd: Any
+) -> None:
+    import shutil
+
+    folder = tmp_path / "packed"
+    shutil.copytree(tiny_llama, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert run_cli("train", write_recipe(model={"name": str(folder)}), "--output-dir", "run") == 2
+    assert "quantized already (bitsandbytes)" in capfd.readouterr().err
+
+
 def test_rows_are_counted_to_the_row() -> None:
     from types import SimpleNamespace
 

@@ -14,7 +14,7 @@ from peftcli.cli.launch import first_decides
 from peftcli.cli.quiet import Streams, quiet
 from peftcli.cli.recipes import find_recipe
 from peftcli.cli.show import Shown, console, metric_table, plan_lines, sample_table
-from peftcli.errors import GateNotMet, MemoryExhausted, RecipeError, Stopped
+from peftcli.errors import DataError, GateNotMet, MemoryExhausted, RecipeError, Stopped
 from peftcli.plan.smoke import smoke_recipe
 from peftcli.recipe.load import Loaded, load_recipe
 from peftcli.recipe.schema import Recipe
@@ -193,8 +193,11 @@ def generate_command(name: str, prompts: list[str], file: Path | None, flags: Ge
 
     if file is not None and not file.is_file():
         raise RecipeError(f"--file {file}: no such file")
-    lines = prompts or (file.read_text(encoding="utf-8").splitlines() if file is not None else sys.stdin)
-    asked = prompts or read_prompts(lines)
+    try:
+        lines = file.read_text(encoding="utf-8").split("\n") if file is not None else sys.stdin
+        asked = prompts or read_prompts(lines)
+    except UnicodeDecodeError as problem:
+        raise DataError(f"{file or 'standard input'}: byte {problem.start} is not UTF-8") from problem
     with _shown(None) as (shown, streams):
         from peftcli.generate import generate
         from peftcli.model.answer import Decoding
@@ -293,7 +296,8 @@ def _shown(log: Path | None) -> Iterator[tuple[Shown, Streams]]:
                 raise
             raise MemoryExhausted(
                 f"out of memory: {' '.join(str(problem).split())[:200]}; halve trainer.per_device_train_batch_size and "
-                "double trainer.gradient_accumulation_steps, lower dataset.max_length, or add quantization: {bits: 4}"
+                "double trainer.gradient_accumulation_steps, lower dataset.max_length or evaluation.batch_size, or add "
+                "quantization: {bits: 4}"
             ) from problem
         finally:
             shown.end()

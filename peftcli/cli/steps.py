@@ -30,8 +30,9 @@ def plan_recipe(loaded: Loaded, progress: Progress, *, smoke: bool = False) -> P
     recipe = loaded.recipe
     machine = probe_machine()
     path, config, note = locate(recipe.model, progress, smoke=smoke)
-    facts = inspect_model(path, config, note=note)
-    count = trainable_counter(path, config, recipe.model.task)
+    trust = recipe.model.trust_remote_code
+    facts = inspect_model(path, config, note=note, trust_remote_code=trust)
+    count = trainable_counter(path, config, recipe.model.task, trust_remote_code=trust)
     return Planned(make_plan(recipe, machine, facts, count, smoke=smoke, notices=loaded.notices), machine)
 
 

@@ -126,6 +126,9 @@ def _usable_messages(value: Any) -> dict[str, str] | str:
         if not isinstance(turn.get("content"), str):
             return "with a message whose content is not text"
         turns.append({"role": turn["role"], "content": turn["content"]})
-    if not any(turn["role"] == "assistant" and turn["content"].strip() for turn in turns):
+    answers = [number for number, turn in enumerate(turns) if turn["role"] == "assistant" and turn["content"].strip()]
+    if not answers:
         return "without an assistant turn"
+    if answers[-1] == 0:
+        return "with an answer and nothing before it"
     return {"messages": json.dumps(turns, ensure_ascii=False)}

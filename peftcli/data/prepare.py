@@ -1,6 +1,6 @@
 """From the dataset section to what the trainer and the evaluation get, with the facts of `data.json`."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,8 @@ def load_sides(dataset: DatasetSection, seed: int, *, smoke: bool = False) -> Si
         test_table, test_source = read_path(Path(dataset.test.path))
         for join in dataset.join:
             right, _ = read_path(Path(join.path))
-            test_table, _ = join_tables(test_table, right, list(join.on), Path(join.path).name)
+            test_table, facts = join_tables(test_table, right, list(join.on), Path(join.path).name)
+            joins.append(replace(facts, path=f"{facts.path} (test rows)"))
         test = make_examples(test_table.slice(0, SMOKE_ROWS) if smoke else test_table, dataset, test_source.path)
         if test.format != examples.format:
             raise DataError(f"{test_source.path}: holds {test.format}, the training file holds {examples.format}")
@@ -98,11 +99,15 @@ def load_sides(dataset: DatasetSection, seed: int, *, smoke: bool = False) -> Si
                 f"{source.path}: the {side} side is empty ({examples.table.num_rows} usable rows); change dataset.split"
             )
     dropped = dict(examples.dropped)
+    rows = table.num_rows
+    if dataset.test is not None:
+        dropped |= {f"of the test file {reason}": count for reason, count in test.dropped.items()}
+        rows += test.table.num_rows + sum(test.dropped.values())
     if joins:
         for fact in joins:
             if fact.unmatched:
                 dropped[f"without a partner in {fact.path}"] = fact.unmatched
-    return Sides(train, test, sources, joins, dropped, table.num_rows + sum(j.unmatched for j in joins), split)
+    return Sides(train, test, sources, joins, dropped, rows + sum(j.unmatched for j in joins), split)
 
 
 def prepare(sides: Sides, tokenizer: PreTrainedTokenizerBase, rule: LabelRule) -> PreparedData:

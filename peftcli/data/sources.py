@@ -96,7 +96,7 @@ def read_file(path: Path) -> pa.Table:
         raise DataError(
             f"{path}: byte {problem.start} is not UTF-8; save the file as UTF-8 (it may be Latin-1 or UTF-16)"
         ) from problem
-    except (pa.ArrowInvalid, EOFError, gzip.BadGzipFile, OSError) as problem:
+    except (pa.ArrowInvalid, csv.Error, EOFError, gzip.BadGzipFile, OSError) as problem:
         raise DataError(f"{path}: cannot be read: {' '.join(str(problem).split())[:300]}") from problem
     raise DataError(f"{path}: the ending {suffix or '(none)'} is not known; known are {', '.join(SUFFIXES)}")
 
@@ -157,6 +157,8 @@ def _json_lines(path: Path) -> Iterator[Any]:
                 yield json.loads(line)
             except json.JSONDecodeError as problem:
                 raise DataError(f"{path}:{number}: not JSON at column {problem.colno}: {problem.msg}") from problem
+            except (ValueError, RecursionError) as problem:  # a number of thousands of digits, or endless nesting
+                raise DataError(f"{path}:{number}: cannot be read: {str(problem)[:100]}") from problem
 
 
 def _json_list(path: Path) -> list[Any]:
@@ -187,6 +189,11 @@ def _table_of(rows: list[Any], path: Path) -> pa.Table:
         values = [row.get(name) for row in rows]
         try:
             table[name] = pa.array(values)
+        except (UnicodeEncodeError, OverflowError) as problem:
+            raise DataError(
+                f"{path}: the column {name} holds a value that cannot be stored ({str(problem)[:80]}): half of a "
+                "surrogate pair, or a number beyond 64 bits"
+            ) from None
         except (pa.ArrowInvalid, pa.ArrowTypeError):
             kinds = sorted({type(value).__name__ for value in values})
             raise DataError(

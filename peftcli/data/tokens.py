@@ -98,19 +98,27 @@ def _last_trained(labels: list[int]) -> int:
     return next((label for label in reversed(labels) if label != IGNORED), IGNORED)
 
 
+def encode_prompts(prompts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Ids that an answer goes on from: without the end token that some tokenizers write by themselves."""
+    encoded: list[list[int]] = tokenizer(prompts)["input_ids"]
+    return [ids[:-1] for ids in encoded] if _writes_end(tokenizer) else encoded
+
+
+def _writes_end(tokenizer: PreTrainedTokenizerBase) -> bool:
+    probe = tokenizer("a")["input_ids"]
+    return tokenizer.eos_token_id is not None and bool(probe) and probe[-1] == tokenizer.eos_token_id
+
+
 def _with_end(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[str]:
     end = tokenizer.eos_token
-    if end is None:
-        return texts
-    probe = tokenizer("a")["input_ids"]
-    if probe and probe[-1] == tokenizer.eos_token_id:  # this tokenizer writes it by itself
+    if end is None or _writes_end(tokenizer):
         return texts
     return [text if text.endswith(end) else text + end for text in texts]
 
 
 def _encode_pairs(batch: dict[str, list[str]], tokenizer: PreTrainedTokenizerBase, rule: LabelRule) -> list[Row]:
     completions = _with_end(batch["completion"], tokenizer)
-    prompts = tokenizer(batch["prompt"])["input_ids"]
+    prompts = encode_prompts(batch["prompt"], tokenizer)
     wholes = tokenizer([a + b for a, b in zip(batch["prompt"], completions, strict=True)])["input_ids"]
     rows = []
     for prompt, whole, text, reference in zip(prompts, wholes, batch["prompt"], batch["completion"], strict=True):
@@ -161,15 +169,15 @@ def _encode_messages(batch: dict[str, list[str]], tokenizer: PreTrainedTokenizer
         encoded = _mark_by_template(chats, tokenizer, template, rule.assistant_only)
     rows = []
     for chat, (ids, labels) in zip(chats, encoded, strict=True):
-        asked = chat[:-1] if chat[-1]["role"] == "assistant" else chat
-        prompt = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+        last = max(number for number, turn in enumerate(chat) if turn["role"] == "assistant")
+        prompt = tokenizer.apply_chat_template(chat[:last], tokenize=False, add_generation_prompt=True)
         rows.append(
             {
                 "input_ids": ids,
                 "labels": labels,
                 "prompt_ids": tokenizer(prompt, add_special_tokens=False)["input_ids"],
                 "prompt": prompt,
-                "reference": chat[-1]["content"] if chat[-1]["role"] == "assistant" else "",
+                "reference": chat[last]["content"],
             }
         )
     return rows

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from peftcli.data.tokens import IGNORED
-from peftcli.model.score import pad_right
+from peftcli.model.score import pad_right, rows_at_once, vocabulary_of
 from peftcli.progress import Progress
 
 KEPT_BYTES = 512 * 2**20
@@ -67,15 +67,18 @@ def trained_logits(
     device = next(model.parameters()).device
     found: list[Tensor | None] = [None] * len(ids)
     progress.start(what, len(ids))
-    for start in range(0, len(order), batch_rows):
-        batch = order[start : start + batch_rows]
+    vocabulary = vocabulary_of(model)
+    done = 0
+    while done < len(order):
+        batch = order[done : done + rows_at_once(batch_rows, len(ids[order[done]]), vocabulary)]
         inputs, targets, mask = pad_right([ids[row] for row in batch], [labels[row] for row in batch], pad_id)
         output = model(input_ids=inputs.to(device), attention_mask=mask.to(device), use_cache=False)
         logits = output.logits[:, -inputs.shape[1] :]
         for place, row in enumerate(batch):
             chosen = (targets[place, 1:] != IGNORED).nonzero().squeeze(1)
             found[row] = logits[place, chosen.to(device)].float().cpu()
-        progress.advance(start + len(batch))
+        done += len(batch)
+        progress.advance(done)
     progress.end()
     return [one for one in found if one is not None]
 

@@ -37,7 +37,7 @@ class Folded:
     unties: bool
 
 
-def dequantized_weights(model: PreTrainedModel) -> Source:
+def loaded_weights(model: PreTrainedModel) -> Source:
     """The weights that a loaded base computes with: its 4-bit layers unpacked, the others as they are."""
     import bitsandbytes.functional as bnb
 
@@ -131,8 +131,13 @@ def _skeleton(base: PreTrainedModel) -> PreTrainedModel:
     config.quantization_config = None
     del config.quantization_config
     with torch.device("meta"):
-        skeleton: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+        skeleton: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trusts(base))
     return skeleton
+
+
+def trusts(model: PreTrainedModel) -> bool:
+    """Whether a loaded model runs code of its own repository, which was allowed when it was loaded."""
+    return not type(model).__module__.startswith("transformers.")
 
 
 def skeleton_names(model: PreTrainedModel) -> list[str]:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from peftcli.data.prepare import PreparedData
 from peftcli.errors import GateNotMet
 from peftcli.merge.drift import Drift, compare, rows_to_compare, trained_logits
-from peftcli.merge.fold import dequantized_weights, fold, original_weights
+from peftcli.merge.fold import fold, loaded_weights, original_weights
 from peftcli.merge.write import write_config, write_weights
 from peftcli.model.adapter import IDENTITY, replace_folder, write_companions
 from peftcli.model.load import DTYPES, load_base
@@ -28,6 +28,9 @@ from peftcli.rundir import write_json
 
 DEFAULT_LIMITS = (Gate("merge_top1_agreement", ">=", 0.98),)
 """Held against the drift where the recipe's gates say nothing about the merge."""
+FEW_POSITIONS = 200
+"""With fewer, one near-tie decides the agreement, and the divergence is held instead."""
+LIMITS_OF_FEW = (Gate("merge_kl_nats", "<=", 0.01),)
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,7 @@ def merge(
         kept = min(candidates, key=lambda one: one.loss)
         value = _merge_json(kept, candidates, data, settings, time.monotonic() - begun, target)
         if not value["met"]:
-            _fail(kept, value)
+            _fail(kept, value, quantized=target.base.quantization is not None)
         replace_folder(kept.folder, final)
     finally:
         for _, folder, _ in written:
@@ -116,16 +119,17 @@ class DriftTooLarge(GateNotMet):
         self.merge = merge
 
 
-def _fail(kept: Candidate, value: dict[str, Any]) -> None:
+def _fail(kept: Candidate, value: dict[str, Any], *, quantized: bool) -> None:
     crossed = [
         f"{name} is {value[name]:.4g}, the limit is {limit}"
         for name, limit in value["limit"].items()
         if not value["limits_met"][name]
     ]
-    other = "dequantized" if kept.into == "original" else "original"
+    others = [one for one in ("dequantized", "original") if one != kept.into] if quantized else []
+    mends = [*(f"--into {one}" for one in others), "a wider --dtype", "another limit in gates"]
     raise DriftTooLarge(
         f"the model merged into the {kept.into} base is too far from the adapter: {'; '.join(crossed)}; nothing was "
-        f"kept; try --into {other}, a wider --dtype, or set the limit in gates",
+        f"kept; try {', '.join(mends[:-1])} or {mends[-1]}",
         value,
     )
 
@@ -153,7 +157,8 @@ def _write_all(
         folder = final.with_name(f"{final.name}.{into}.staging")
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        source = dequantized_weights(bare) if into == "dequantized" else original_weights(target.base)
+        from_files = quantized and into == "original"
+        source = original_weights(target.base) if from_files else loaded_weights(bare)
         folded = fold(bare, target.adapter, source)
         size = write_weights(folded, dtype, folder)
         write_config(bare, dtype, folded.unties, folder)
@@ -179,7 +184,11 @@ def _measure(
 ) -> Candidate:
     """Load what was written, as anybody would, and hold it against the adapter."""
     stored = settings.dtype or target.base.dtype
-    model = load_base(replace(target.base, path=str(folder), revision=None, quantization=None, dtype=stored))
+    device = target.base.device
+    if device == "cuda" and size > 0.9 * torch.cuda.mem_get_info()[0]:
+        device = "cpu"  # the card held the 4-bit weights; unpacked they are four times as large
+    merged = replace(target.base, path=str(folder), revision=None, quantization=None, dtype=stored, device=device)
+    model = load_base(merged)
     model.eval()
     what = f"merged into {into}"
     logits = _logits(model, rows, tokenizer, settings, progress, what)
@@ -222,7 +231,8 @@ def _merge_json(
     target: Target,
 ) -> dict[str, Any]:
     drift = asdict(kept.drift)
-    limits = tuple(gate for gate in settings.gates if gate.name.startswith("merge_")) or DEFAULT_LIMITS
+    default = DEFAULT_LIMITS if kept.drift.positions >= FEW_POSITIONS else LIMITS_OF_FEW
+    limits = tuple(gate for gate in settings.gates if gate.name.startswith("merge_")) or default
     met = {gate.name.removeprefix("merge_"): gate.met(drift[gate.name.removeprefix("merge_")]) for gate in limits}
     shown = min(settings.evaluation.samples, len(kept.measured.answers))
     return {

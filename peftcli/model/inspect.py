@@ -28,14 +28,24 @@ def load_config(path: str, revision: str | None, *, trust_remote_code: bool = Fa
         raise MachineError(explain_missing(path, problem)) from problem
 
 
-def inspect_model(path: str, config: PreTrainedConfig, *, note: str = "") -> ModelFacts:
+def inspect_model(
+    path: str, config: PreTrainedConfig, *, note: str = "", trust_remote_code: bool = False
+) -> ModelFacts:
     """Build the model on the meta device and name its parts.
 
     Raises:
         MachineError: the architecture is not a causal language model, or holds only pickled weights.
+        RecipeError: the weights are quantized already.
     """
     _refuse_pickles(path)
-    model = _meta_model(path, config)
+    packed = getattr(config, "quantization_config", None)
+    if packed is not None:
+        method = packed.get("quant_method") if isinstance(packed, dict) else getattr(packed, "quant_method", None)
+        raise RecipeError(
+            f"model.name {path}: its weights are quantized already ({method}); name the repository with the full "
+            "weights and let `quantization: {bits: 4}` quantize them"
+        )
+    model = _meta_model(path, config, trust_remote_code=trust_remote_code)
     output = model.get_output_embeddings()
     names = {name: module for name, module in model.named_modules() if name}
     output_layer = next((name for name, module in names.items() if module is output), None)
@@ -57,11 +67,13 @@ def inspect_model(path: str, config: PreTrainedConfig, *, note: str = "") -> Mod
     )
 
 
-def trainable_counter(path: str, config: PreTrainedConfig, task: str) -> Callable[[AdapterSection], int]:
+def trainable_counter(
+    path: str, config: PreTrainedConfig, task: str, *, trust_remote_code: bool = False
+) -> Callable[[AdapterSection], int]:
     """A function that counts the trainable parameters of an adapter on this model, by letting PEFT build it there."""
 
     def count(adapter: AdapterSection) -> int:
-        model = _meta_model(path, config)
+        model = _meta_model(path, config, trust_remote_code=trust_remote_code)
         try:
             with torch.device("meta"):
                 wrapped = get_peft_model(model, peft_config(adapter, task), low_cpu_mem_usage=True)
@@ -74,12 +86,12 @@ def trainable_counter(path: str, config: PreTrainedConfig, task: str) -> Callabl
     return count
 
 
-def _meta_model(path: str, config: PreTrainedConfig) -> PreTrainedModel:
+def _meta_model(path: str, config: PreTrainedConfig, *, trust_remote_code: bool) -> PreTrainedModel:
     # A copy, since building a model writes into its configuration.
     config = type(config).from_dict(config.to_dict())
     try:
         with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except (ValueError, KeyError) as problem:
         kind = getattr(config, "model_type", "?")
         raise MachineError(f"{path}: a model of type {kind} is no causal language model of transformers") from problem

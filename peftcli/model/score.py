@@ -69,12 +69,15 @@ def score(
     was_training = model.training
     model.eval()
     progress.start(what, len(ids))
-    for start in range(0, len(order), batch_rows):
-        batch = order[start : start + batch_rows]
+    vocabulary = vocabulary_of(model)
+    done = 0
+    while done < len(order):
+        batch = order[done : done + rows_at_once(batch_rows, len(ids[order[done]]), vocabulary)]
         inputs, targets, mask = pad_right([ids[row] for row in batch], [labels[row] for row in batch], pad_id)
         sums = _score_batch(model, inputs.to(device), targets.to(device), mask.to(device))
         nll, tokens, correct = nll + sums[0], tokens + sums[1], correct + sums[2]
-        progress.advance(start + len(batch))
+        done += len(batch)
+        progress.advance(done)
     progress.end()
     model.train(was_training)
     return Sums(nll, tokens, correct)
@@ -97,6 +100,20 @@ def _score_batch(model: torch.nn.Module, inputs: Tensor, labels: Tensor, mask: T
         for number, value in enumerate(completion_nll(part, labels_part)):
             totals[number] += value.item()
     return totals[0], int(totals[1]), int(totals[2])
+
+
+def rows_at_once(batch_rows: int, longest: int, vocabulary: int) -> int:
+    """Rows whose logits fit the memory set aside, at most `batch_rows` and at least one.
+
+    >>> rows_at_once(16, longest=1024, vocabulary=152_064)
+    3
+    """
+    return max(1, min(batch_rows, 4 * LOGIT_BYTES // (2 * longest * vocabulary)))
+
+
+def vocabulary_of(model: Any) -> int:
+    """Width of the logits."""
+    return int(model.config.get_text_config().vocab_size)
 
 
 def takes_positions(model: Any) -> bool:

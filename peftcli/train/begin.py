@@ -97,6 +97,9 @@ def _go_on(run: RunDir) -> Beginning:
         notes.append(f"{run.path}: no checkpoint to go on from, so training starts at step 0")
         return Beginning(False, None, tuple(notes))
     _cut_log(run, found.step)
+    if run.merge.is_file():
+        run.merge.unlink()  # of an adapter that this session replaces
+        notes.append(f"{run.merged} was merged from the adapter of an earlier step; merge again after this session")
     planned = read_json(run.train).get("planned_steps") if run.train.is_file() else None
     notes.append(f"going on from step {found.step}" + (f" of {planned}" if planned else "") + " (checkpoint verified)")
     return Beginning(False, found.path, tuple(notes))

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from peft.utils import ModulesToSaveWrapper
 from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig
 
@@ -27,6 +28,8 @@ from peftcli.train.stops import StopRequests, forget_stop_file, is_first_process
 from peftcli.train.trainer import Trainer
 from peftcli.train.watch import Watch
 
+UNMEASURED_RESERVE_SECONDS = 60.0
+"""Set aside for the last evaluation where no baseline told how long one takes."""
 SAVE_EVERY_SECONDS = 600.0
 """Between checkpoints where `budget.save_every` says nothing."""
 
@@ -89,6 +92,7 @@ def train(
         tuned = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
         if is_first_process():
             save_adapter(tuned, tokenizer, plan, data.stop_ids, data.format, run.adapter)
+        narrow_saved_modules(tuned, plan.base.dtype)
         after = _measure(plan, data, tokenizer, tuned, progress, "adapter")
         if is_first_process():
             _write_eval(plan, run, data, tokenizer, before, after)
@@ -117,6 +121,16 @@ def make_trainer(
     return trainer
 
 
+def narrow_saved_modules(model: torch.nn.Module, dtype: str) -> None:
+    """Give modules that were trained whole the dtype of the base again, as loading the adapter does.
+
+    They are trained in float32 under autocast; the evaluation runs without it, and PEFT does not cast their inputs.
+    """
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            module.modules_to_save.to(getattr(torch, dtype))
+
+
 @contextmanager
 def adapter_off(model: Any) -> Iterator[None]:
     """The base behind an adapter, for as long as the context lasts."""
@@ -139,7 +153,7 @@ def _baseline(
         stored = read_json(run.eval)
         return stored, float(stored.get("baseline_seconds") or 0.0)
     if not plan.evaluation.baseline:
-        return None, 0.0
+        return None, UNMEASURED_RESERVE_SECONDS
     begun = time.monotonic()
     with adapter_off(trainer.model):
         measured = _measure(plan, data, tokenizer, trainer.model, progress, "base")

@@ -48,6 +48,11 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl ships no types
             "seconds": self.seconds_before + self.seconds,
         }
 
+    @property
+    def tokens_before(self) -> float:
+        """Tokens of earlier sessions of the run."""
+        return self._counted_before["tokens"]
+
     def go_on_from(self, counters: dict[str, float]) -> None:
         """Take over what the sessions before have counted."""
         self._counted_before = {name: counters[name] for name in self._counted_before}
@@ -103,10 +108,11 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl ships no types
         counters = self.counters()
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            checkpoints.seal(folder / checkpoints.STAGING / name, self.state.global_step, counters)
-            checkpoints.promote(folder / checkpoints.STAGING / name, folder / name)
             if self.state.best_global_step == self.state.global_step:
                 self.state.best_model_checkpoint = str(folder / name)
+                self.state.save_to_json(str(folder / checkpoints.STAGING / name / "trainer_state.json"))
+            checkpoints.seal(folder / checkpoints.STAGING / name, self.state.global_step, counters)
+            checkpoints.promote(folder / checkpoints.STAGING / name, folder / name)
             checkpoints.rotate(folder, self.args.save_total_limit or 2, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
 

@@ -63,7 +63,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers' callbacks a
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._begun = self._saved = time.monotonic()
-        self._last_logged = (self._begun, 0.0)
+        self._last_logged = (self._begun, self._trainer.tokens_before)
         self._progress.start("training", state.max_steps)
         self._progress.advance(state.global_step)
 
@@ -107,7 +107,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers' callbacks a
             return
         now = time.monotonic()
         since, tokens_before = self._last_logged
-        tokens = float(logs.get("num_tokens", 0.0))
+        tokens = float(logs.get("num_tokens", 0.0)) + self._trainer.tokens_before
         rate = (tokens - tokens_before) / max(now - since, 1e-9)
         self._last_logged = (now, tokens)
         self.losses.append((state.global_step, float(logs["loss"])))
