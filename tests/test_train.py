@@ -112,6 +112,29 @@ def test_two_processes_give_the_losses_and_metrics_of_one(write_recipe: Write, r
         assert two["train"][name] == one["train"][name]
 
 
+def test_of_several_processes_the_exit_code_is_that_of_the_first(write_recipe: Write, tmp_path: Path) -> None:
+    recipe = write_recipe(gates={"loss": "<= 0.0001"}, trainer={"max_steps": 1}, evaluation={"baseline": False})
+    words = [sys.executable, "-m", "peftcli", "train", str(recipe), "--num-processes", "2", "--output-dir", "two"]
+    done = subprocess.run(words, cwd=tmp_path, check=False, capture_output=True, text=True)
+    assert done.returncode == 7
+    assert done.stderr.count("error: ") == 1 and "Traceback" not in done.stderr
+
+
+def test_sigterm_to_the_parent_stops_all_processes_with_a_checkpoint(write_recipe: Write, tmp_path: Path) -> None:
+    recipe = write_recipe(trainer={"max_steps": 2000}, evaluation={"baseline": False})
+    words = [sys.executable, "-m", "peftcli", "train", str(recipe), "--num-processes", "2", "--output-dir", "run"]
+    process = subprocess.Popen(words, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "run" / "log.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.is_file() and len(read_log(log)) > 3) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGTERM)
+    said = process.communicate(timeout=90)[1]
+    assert process.returncode == 75, said
+    steps = read_json(tmp_path / "run" / "train.json")["steps"]
+    assert (tmp_path / "run" / "checkpoints" / f"checkpoint-{steps}" / "manifest.json").is_file()
+
+
 def test_an_evaluation_leaves_the_gradients_of_4bit_as_they_were(write_recipe: Write, tmp_path: Path) -> None:
     def gradients(*, evaluate: bool) -> dict[str, torch.Tensor]:
         torch.manual_seed(0)

@@ -83,7 +83,9 @@ def train(
     """Train: plan, data, baseline, training, evaluation, report. The same command again goes on where it stopped."""
     from peftcli.cli.launch import launch_if_asked
 
-    launch_if_asked(num_processes)
+    code = launch_if_asked(num_processes)
+    if code is not None:
+        raise typer.Exit(code)
     from peftcli.cli.commands import TrainFlags, train_command
 
     overrides = [*(set_ or ()), *([f"budget.wall_clock={max_time}"] if max_time else [])]
@@ -169,6 +171,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Idle OpenMP threads spin before they sleep. On cores shared with another process the default keeps both from
     # working (measured: 40 times slower); a short spin costs nothing when alone. Read when torch is first imported.
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+    code = _run(argv)
+    if "LOCAL_RANK" not in os.environ:
+        return code
+    from peftcli.cli.launch import hand_over
+
+    return hand_over(code)
+
+
+def _run(argv: Sequence[str] | None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     show_trace = "--traceback" in words or os.environ.get("PEFTCLI_TRACEBACK") == "1"
     words = [word for word in words if word != "--traceback"]

@@ -1,48 +1,73 @@
 """Several processes: the unchanged command line handed to `accelerate launch`, and what only the first one decides."""
 
+import ctypes
 import os
+import signal
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 from peftcli.errors import PeftcliError
 
 T = TypeVar("T")
-LAUNCHED = "PEFTCLI_LAUNCHED"
-"""Set for the launcher and its children, so that none of them launches again."""
+EXIT_FILE = "PEFTCLI_EXIT_FILE"
+"""Names the file in which the first process leaves its exit code; set for the launcher and its children."""
+PR_SET_PDEATHSIG = 1
+"""Option of Linux' prctl: the signal that a process gets when its parent dies."""
 
 
-def launch_if_asked(num_processes: int | None) -> None:
-    """Become the launcher when several processes are asked for and this is not one of them yet.
+def launch_if_asked(num_processes: int | None) -> int | None:
+    """Run the unchanged command line in several processes, where that is asked for and this is not one of them.
 
-    The process is replaced, so no parent stays behind that could be killed apart from its children. On GPUs the
-    launcher is `accelerate launch`, with the machine's accelerate configuration; on a CPU it is torch's own, since
-    accelerate starts several processes there through MPI only.
+    On GPUs the launcher is `accelerate launch`, with the machine's accelerate configuration; on a CPU it is torch's
+    own, since accelerate starts several processes there through MPI only. A signal to this process goes to the launcher,
+    which hands it to its children; should this process die, the launcher is told to stop as well.
 
     Args:
         num_processes: None or 1 for no launcher.
+
+    Returns:
+        The exit code of the first process, or None where nothing was launched.
     """
-    if not num_processes or num_processes == 1 or LAUNCHED in os.environ or "LOCAL_RANK" in os.environ:
-        return
-    count = str(num_processes)
-    if _has_gpu():
-        words = [
-            sys.executable,
-            "-m",
-            "accelerate.commands.launch",
-            "--multi_gpu",
-            "--num_processes",
-            count,
-            "--module",
-        ]
-    else:
-        words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", count, "--module"]
-        os.environ["ACCELERATE_USE_CPU"] = "true"
-    os.environ[LAUNCHED] = "1"
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_processes)))
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os.execv(words[0], [*words, "peftcli", *sys.argv[1:]])
+    if not num_processes or num_processes == 1 or EXIT_FILE in os.environ or "LOCAL_RANK" in os.environ:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        answer = Path(folder) / "exit"
+        threads = str(max(1, (os.cpu_count() or 1) // num_processes))
+        settings = {"OMP_NUM_THREADS": threads, **os.environ, EXIT_FILE: str(answer)}
+        if _has_gpu():
+            words = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", str(num_processes)]
+        else:
+            words = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
+            settings["ACCELERATE_USE_CPU"] = "true"
+        command = [sys.executable, "-m", *words, "--module", "peftcli", *sys.argv[1:]]
+        launcher = subprocess.Popen(command, env=settings, preexec_fn=_end_with_parent)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda received, _: launcher.send_signal(received))
+        code = launcher.wait()
+        return int(answer.read_text()) if answer.is_file() else (code or 1)
+
+
+def hand_over(code: int) -> int:
+    """Give an exit code to the process that launched this one; a launcher takes any but 0 for a crash.
+
+    Returns:
+        The code with which this process should end.
+    """
+    if EXIT_FILE not in os.environ:
+        return code
+    if os.environ.get("RANK", "0") == "0":
+        Path(os.environ[EXIT_FILE]).write_text(str(code))
+    return code if code == 1 else 0
+
+
+def _end_with_parent() -> None:
+    # Linux only; elsewhere a killed parent leaves the launcher, which a signal to it still ends.
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def first_decides(work: Callable[[], T]) -> T:
