@@ -23,8 +23,8 @@ def launch_if_asked(num_processes: int | None) -> int | None:
     """Run the unchanged command line in several processes, where that is asked for and this is not one of them.
 
     On GPUs the launcher is `accelerate launch`, with the machine's accelerate configuration; on a CPU it is torch's
-    own, since accelerate starts several processes there through MPI only. A signal to this process goes to the launcher,
-    which hands it to its children; should this process die, the launcher is told to stop as well.
+    own, since accelerate starts several processes there through MPI only. A signal to this process goes to the
+    launcher, which hands it to its children; should this process die, the launcher is told to stop as well.
 
     Args:
         num_processes: None or 1 for no launcher.
