@@ -37,7 +37,7 @@ model: {name: ./base, revision: main, dtype: float16, attention: eager, chat_tem
 quantization: {bits: 4, type: fp4, double_quant: false, compute_dtype: float16}
 adapter:
   {method: lora, r: 64, alpha: 16, dropout: 0.1, target_modules: [q_proj, v_proj], use_rslora: true,
-   use_dora: true, modules_to_save: [lm_head], bias: all}
+   use_dora: true, modules_to_save: [lm_head], bias: none}
 dataset:
   path: data/*.csv
   join: [{path: departments.csv, on: department_id}, {path: /data/more.csv, on: [a, b]}]
