@@ -395,7 +395,7 @@ def test_a_wandb_key_is_refused_under_a_key_that_says_so(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("text", ["risk-adjusted-portfolio-optimization.csv", "hf_models/llama-base-of-the-year"])
 def test_ordinary_names_are_no_secrets(tmp_path: Path, text: str) -> None:
-    load(tmp_path, SMALL, f"dataset.path={text}")
+    assert load(tmp_path, SMALL, f"dataset.path={text}").recipe.dataset.path == str(tmp_path / text)
 
 
 @pytest.mark.parametrize(

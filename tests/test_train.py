@@ -43,6 +43,18 @@ def trainer_of(recipe: Path, folder: Path) -> Trainer:
     return make_trainer(plan, RunDir(folder), data, tokenizer, load_base(plan.base))
 
 
+def stop_in_training(words: list[str], folder: Path) -> tuple[int, str]:
+    """Start a command that writes into `run`, send SIGTERM after some steps; its exit code and what it said."""
+    process = subprocess.Popen(words, cwd=folder, stderr=subprocess.PIPE, text=True)
+    log = folder / "run" / "log.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.is_file() and len(read_log(log)) > 3) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGTERM)
+    said = process.communicate(timeout=90)[1]
+    return process.returncode, said
+
+
 def test_a_run_learns_and_writes_all_that_the_contract_names(write_recipe: Write, run_cli: Cli, tmp_path: Path) -> None:
     recipe = write_recipe(trainer={"max_steps": 40, "per_device_train_batch_size": 8})
     assert run_cli("train", recipe) == 0
@@ -123,14 +135,8 @@ def test_of_several_processes_the_exit_code_is_that_of_the_first(write_recipe: W
 def test_sigterm_to_the_parent_stops_all_processes_with_a_checkpoint(write_recipe: Write, tmp_path: Path) -> None:
     recipe = write_recipe(trainer={"max_steps": 2000}, evaluation={"baseline": False})
     words = [sys.executable, "-m", "peftcli", "train", str(recipe), "--num-processes", "2", "--output-dir", "run"]
-    process = subprocess.Popen(words, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-    log = tmp_path / "run" / "log.jsonl"
-    deadline = time.monotonic() + 120
-    while not (log.is_file() and len(read_log(log)) > 3) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    os.kill(process.pid, signal.SIGTERM)
-    said = process.communicate(timeout=90)[1]
-    assert process.returncode == 75, said
+    code, said = stop_in_training(words, tmp_path)
+    assert code == 75, said
     steps = read_json(tmp_path / "run" / "train.json")["steps"]
     assert (tmp_path / "run" / "checkpoints" / f"checkpoint-{steps}" / "manifest.json").is_file()
 
@@ -307,14 +313,8 @@ def test_a_foreign_folder_is_left_alone(write_recipe: Write, run_cli: Cli, capfd
 def test_sigterm_ends_the_step_writes_a_checkpoint_and_exits_75(write_recipe: Write, tmp_path: Path) -> None:
     recipe = write_recipe(trainer={"max_steps": 400})
     words = [sys.executable, "-m", "peftcli", "train", str(recipe), "--output-dir", "run"]
-    process = subprocess.Popen(words, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-    log = tmp_path / "run" / "log.jsonl"
-    deadline = time.monotonic() + 120
-    while not (log.is_file() and len(read_log(log)) > 3) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    os.kill(process.pid, signal.SIGTERM)
-    said = process.communicate(timeout=60)[1]
-    assert process.returncode == 75, said
+    code, said = stop_in_training(words, tmp_path)
+    assert code == 75, said
     assert "stopped at step" in said and "by SIGTERM" in said and "the same command goes on" in said
     steps = read_json(tmp_path / "run" / "train.json")["steps"]
     assert (tmp_path / "run" / "checkpoints" / f"checkpoint-{steps}" / "manifest.json").is_file()

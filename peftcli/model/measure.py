@@ -72,9 +72,37 @@ def measure(
         what: name of the model, for progress.
     """
     with router_silent(model):
-        return _measure(
-            model, tokenizer, data, evaluation, decoding, batch_rows=batch_rows, progress=progress, what=what
+        pad = tokenizer.pad_token_id or 0
+        mine = data.test.select(["input_ids", "labels"]).take(pa.array(my_share(data.test.num_rows), pa.int64()))
+        sums = score(model, mine, pad_id=pad, batch_rows=batch_rows, progress=progress, what=f"{what}: loss")
+        total = _add(gather(sums))
+        rows = answered_rows(evaluation, data)
+        prompts = data.test.column("prompt_ids").slice(0, rows).to_pylist()
+        answers = interleave(
+            gather(
+                answer(
+                    model,
+                    tokenizer,
+                    [prompts[row] for row in my_share(rows)],
+                    stop_ids=data.stop_ids,
+                    decoding=decoding,
+                    batch_rows=batch_rows,
+                    progress=progress,
+                    what=f"{what}: answers",
+                )
+            )
         )
+    found = total.metrics()
+    if data.format != "text" and answers:
+        references = data.test.column("reference").slice(0, rows).to_pylist()
+        texts = [one.text for one in answers]
+        found = replace(
+            found,
+            exact_match=metrics.exact_match(texts, references),
+            chrf=metrics.chrf(texts, references),
+            unfinished_answers=sum(not one.finished for one in answers) / len(answers),
+        )
+    return Measured(found, answers)
 
 
 @contextmanager
@@ -89,50 +117,6 @@ def router_silent(model: PreTrainedModel) -> Iterator[None]:
     finally:
         if before is not None:
             config.output_router_logits = before
-
-
-def _measure(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    data: PreparedData,
-    evaluation: EvaluationSection,
-    decoding: Decoding,
-    *,
-    batch_rows: int,
-    progress: Progress,
-    what: str,
-) -> Measured:
-    pad = tokenizer.pad_token_id or 0
-    mine = data.test.select(["input_ids", "labels"]).take(pa.array(my_share(data.test.num_rows), pa.int64()))
-    sums = score(model, mine, pad_id=pad, batch_rows=batch_rows, progress=progress, what=f"{what}: loss")
-    total = _add(gather(sums))
-    rows = answered_rows(evaluation, data)
-    prompts = data.test.column("prompt_ids").slice(0, rows).to_pylist()
-    answers = interleave(
-        gather(
-            answer(
-                model,
-                tokenizer,
-                [prompts[row] for row in my_share(rows)],
-                stop_ids=data.stop_ids,
-                decoding=decoding,
-                batch_rows=batch_rows,
-                progress=progress,
-                what=f"{what}: answers",
-            )
-        )
-    )
-    found = total.metrics()
-    if data.format != "text" and answers:
-        references = data.test.column("reference").slice(0, rows).to_pylist()
-        texts = [one.text for one in answers]
-        found = replace(
-            found,
-            exact_match=metrics.exact_match(texts, references),
-            chrf=metrics.chrf(texts, references),
-            unfinished_answers=sum(not one.finished for one in answers) / len(answers),
-        )
-    return Measured(found, answers)
 
 
 def evaluation_json(
