@@ -9,7 +9,8 @@ from transformers import PreTrainedModel
 
 from peftcli.merge.fold import Folded
 
-SHARD_BYTES = 2 * 2**30
+SHARD_BYTES = 2**30
+"""Of one file; writing one takes twice as much memory, since safetensors makes a copy to write."""
 
 
 def write_weights(folded: Folded, dtype: torch.dtype, folder: Path, shard_bytes: int = SHARD_BYTES) -> int:
