@@ -98,6 +98,7 @@ def _train(
     """The heavy part of `train`; returns why it stopped early, if it did."""
     from peftcli.cli.steps import plan_recipe, prepare_data
     from peftcli.model.probe import describe_environment
+    from peftcli.model.shards import leave_group
     from peftcli.train.run import train
 
     planned = plan_recipe(loaded, shown, smoke=smoke)
@@ -112,7 +113,9 @@ def _train(
     for line in [*plan_lines(plan.as_json(), data.facts), *(f"  note: {notice}" for notice in plan.notices)]:
         shown.note(line)
     shown.note(f"  run folder {run.path}")
-    return train(plan, run, data, tokenizer, shown, stops, resume_from).stop_reason
+    reason = train(plan, run, data, tokenizer, shown, stops, resume_from).stop_reason
+    leave_group()
+    return reason
 
 
 def eval_command(name: str, recipe: str | None, overrides: Sequence[str], *, with_base: bool, as_json: bool) -> None:

@@ -28,6 +28,14 @@ def gather(value: Any) -> list[Any]:
     return values
 
 
+def leave_group() -> None:
+    """Wait for all processes and take the group apart; a process that ends inside it can abort."""
+    _, count = processes()
+    if count > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 def interleave(shares: list[list[Any]]) -> list[Any]:
     """Undo `my_share`.
 
