@@ -127,7 +127,7 @@ def test_the_fold_equals_pefts_own_merge(write_recipe: Write, run_cli: Cli, tmp_
     assert target.adapter is not None
     model = target.load()[0]
     bare = target.load()[0].unload()
-    folded = dict(fold(bare, target.adapter, original_weights(target.base)).tensors())
+    folded = dict(fold(bare, target.adapter, original_weights(target.base, bare)).tensors())
     again = dict(fold(bare, target.adapter, loaded_weights(bare)).tensors())
     assert all(torch.equal(folded[name], again[name]) for name in folded)
     theirs = model.merge_and_unload(safe_merge=True).state_dict()
@@ -155,6 +155,22 @@ def test_other_architectures_merge(run_cli: Cli, tmp_path: Path, family: str) ->
     found = read_json(tmp_path / "runs" / "s-smoke" / "merge.json")
     # A random mixture of experts turns rounding into another choice of expert; the others agree to rounding.
     assert found["kl_nats"] <= (0.01 if "Mixtral" in family else 1e-9)
+
+
+@pytest.mark.parametrize("saved", ["[lm_head]", "[embed_tokens]", "[embed_tokens, lm_head]"])
+def test_tied_ends_that_were_trained_are_written_apart(run_cli: Cli, tmp_path: Path, saved: str) -> None:
+    lines = (
+        "name: t\nmodel: {name: org/gemma-2-9b}\nquantization: {bits: 4}\n",
+        f"adapter: {{modules_to_save: {saved}}}\ntrainer: {{learning_rate: 1e-2}}\n",
+        'dataset: {name: a/b, prompt: "{q} ->", completion: " {a}"}\n',
+    )
+    (tmp_path / "t.yaml").write_text("".join(lines))
+    assert run_cli("train", "t.yaml", "--smoke") == 0
+    run = tmp_path / "runs" / "t-smoke"
+    for into, limit in (("dequantized", 1e-4), ("original", 1.0)):
+        assert run_cli("merge", "runs/t-smoke", "--into", into) == 0
+        assert read_json(run / "merged" / "config.json")["tie_word_embeddings"] is False
+        assert read_json(run / "merge.json")["max_abs_logit_difference"] <= limit
 
 
 def test_drift_is_measured_by_hand_counts() -> None:

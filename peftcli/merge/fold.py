@@ -29,7 +29,7 @@ class Folded:
     Attributes:
         sizes: number of elements by name, in the order of `tensors`.
         tensors: makes the pairs of name and float tensor.
-        unties: a tied embedding or output layer was trained alone, so the two differ now.
+        unties: a tied embedding or output layer was trained whole, so the two may differ now.
     """
 
     sizes: dict[str, int]
@@ -57,8 +57,19 @@ def loaded_weights(model: PreTrainedModel) -> Source:
     return read
 
 
-def original_weights(base: Base) -> Source:
+def end_names(model: PreTrainedModel) -> tuple[str, ...]:
+    """Names of the embedding and of the output layer, empty where the model has no output layer."""
+    paths = {module: name for name, module in model.named_modules()}
+    embedding, output = paths.get(model.get_input_embeddings()), paths.get(model.get_output_embeddings())
+    return (embedding, output) if embedding is not None and output is not None else ()
+
+
+def original_weights(base: Base, model: PreTrainedModel) -> Source:
     """The weights as they lie in the base's safetensors files, read one by one.
+
+    Args:
+        base: whose files are read.
+        model: the loaded base; where its output layer has no tensor of its own, the embedding's is meant.
 
     Raises:
         MachineError: a weight is not there under its name.
@@ -71,7 +82,11 @@ def original_weights(base: Base) -> Source:
         with safe_open(str(file), framework="pt") as stream:
             files.update(dict.fromkeys(stream.keys(), file))
 
+    ends = end_names(model)
+    tied = {f"{ends[1]}.weight": f"{ends[0]}.weight"} if ends else {}
+
     def read(name: str) -> Tensor:
+        name = name if name in files else tied.get(name, name)
         if name not in files:
             raise MachineError(f"{base.path}: its files hold no weight named {name}; merge with --into dequantized")
         with safe_open(str(files[name]), framework="pt") as stream:
@@ -98,23 +113,19 @@ def fold(base: PreTrainedModel, adapter: Path, source: Source) -> Folded:
     skeleton = _skeleton(base)
     _hollow_out(skeleton)
     layers = _layers(PeftModel.from_pretrained(skeleton, str(adapter), torch_device="cpu"))
-    names = [name for name in skeleton_names(base)]
-    embedding, output = base.get_input_embeddings(), base.get_output_embeddings()
-    tied = output is not None and getattr(output, "weight", None) is getattr(embedding, "weight", 0)
-    saved = {name for name, layer in layers.items() if isinstance(layer, ModulesToSaveWrapper)}
-    paths = {module: name for name, module in base.named_modules()}
-    ends = [paths[module] for module in (embedding, output) if module in paths]
-    unties = tied and any(name in saved for name in ends) and not all(name in saved for name in ends)
-    if tied and not unties and output in paths:
-        names = [name for name in names if name != f"{paths[output]}.weight"]
+    names = skeleton_names(base)
+    # Asked of the configuration: taking an adapter off leaves a trained end in the place of the tied one.
+    ends = end_names(base) if base.config.get_text_config().tie_word_embeddings else ()
+    unties = any(isinstance(layers.get(name), ModulesToSaveWrapper) for name in ends)
+    if ends and not unties:
+        names = [name for name in names if name != f"{ends[1]}.weight"]
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for name in names:
             owner, _, leaf = name.rpartition(".")
             layer = layers.get(owner)
-            origin = f"{paths[embedding]}.weight" if tied and name == f"{paths.get(output)}.weight" else name
             if layer is None:
-                yield name, source(origin)
+                yield name, source(name)
             elif isinstance(layer, ModulesToSaveWrapper):
                 yield name, getattr(layer.modules_to_save[layer.active_adapters[0]], leaf).detach()
             else:

@@ -158,7 +158,7 @@ def _write_all(
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         from_files = quantized and into == "original"
-        source = original_weights(target.base) if from_files else loaded_weights(bare)
+        source = original_weights(target.base, bare) if from_files else loaded_weights(bare)
         folded = fold(bare, target.adapter, source)
         size = write_weights(folded, dtype, folder)
         write_config(bare, dtype, folded.unties, folder)
