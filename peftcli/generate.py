@@ -7,12 +7,12 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from peftcli.data.tokens import encode_prompts, stop_ids
+from peftcli.data.encode import encode_prompts, stop_ids
 from peftcli.errors import DataError, RecipeError
 from peftcli.model.answer import Decoding, answer
 from peftcli.model.target import Target
 from peftcli.progress import Progress
-from peftcli.recipe.template import render, template_columns
+from peftcli.recipe.template import render, split_path, template_columns
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def write_prompt(text: str, identity: dict[str, Any], tokenizer: PreTrainedToken
         row = json.loads(text)
     except json.JSONDecodeError:
         row = None
-    missing = [name for name in columns if not isinstance(row, dict) or name not in row]
+    missing = [name for name in columns if not isinstance(row, dict) or split_path(name, row) is None]
     if missing:
         example = json.dumps({name: "..." for name in columns})
         raise RecipeError(f"the prompt template is {template!r}; give a JSON object such as {example}, or --raw")

@@ -11,7 +11,7 @@ class Progress(Protocol):
         """One line that stays."""
 
     def start(self, what: str, total: int) -> None:
-        """A stretch of `total` units of work begins."""
+        """A stretch of `total` units of work begins; 0 where nobody knows how many."""
 
     def advance(self, done: int, figures: Mapping[str, str] | None = None) -> None:
         """`done` units are through; `figures` are names and values for people."""

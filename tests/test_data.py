@@ -1,334 +1,407 @@
-"""Sources, joins, splits and labels: every row counted, and the labels those of TRL."""
+"""The data of a recipe as a whole: joined, split, compared, limited, kept on disk; every row counted."""
 
+import gzip
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet
+import numpy as np
 import pytest
 
-from peftcli.data.examples import Examples, make_examples
-from peftcli.data.join import join_tables
-from peftcli.data.prepare import load_sides, prepare
-from peftcli.data.sources import read_path
-from peftcli.data.split import split_indices
-from peftcli.data.tokens import IGNORED, stop_ids, tokenize
+from peftcli.data import prepare as preparing
+from peftcli.data.ingest import ingest
+from peftcli.data.prepare import PreparedData, prepare
+from peftcli.data.split import split_by_class, split_by_group, split_indices, weighted
+from peftcli.data.twins import near_partners, plain, signatures
 from peftcli.errors import DataError
 from peftcli.plan.plan import LabelRule
+from peftcli.progress import Silent
 from peftcli.recipe.schema import DatasetSection
 
 RULE = LabelRule(completion_only=True, assistant_only=True, asked=(), max_length=64)
-
-
-def section(**keys: object) -> DatasetSection:
-    return DatasetSection.model_validate(keys)
-
-
-def examples(format_: str, **columns: list[str]) -> Examples:
-    return Examples(format_, pa.table(columns), {})
-
-
-def test_a_csv_value_stays_the_text_that_it_is(tmp_path: Path) -> None:
-    path = tmp_path / "a.csv"
-    path.write_text('id,name\n007,NA\n010,"say \\""hi\\"""\n,null\n', encoding="utf-8")
-    table, facts = read_path(path)
-    assert table.to_pydict() == {"id": ["007", "010", ""], "name": ["NA", 'say \\"hi\\"', "null"]}
-    assert facts.rows == 3
-
-
-@pytest.mark.parametrize("ending", ["jsonl", "json", "parquet", "csv", "tsv"])
-def test_every_ending_gives_the_same_rows(tmp_path: Path, ending: str) -> None:
-    rows = [{"prompt": f"p {number}", "completion": f"c, {number}"} for number in range(3)]
-    path = tmp_path / f"rows.{ending}"
-    if ending == "jsonl":
-        path.write_text("\n".join(json.dumps(row) for row in rows))
-    elif ending == "json":
-        path.write_text(json.dumps(rows))
-    elif ending == "parquet":
-        pa.parquet.write_table(pa.Table.from_pylist(rows), path)
-    else:
-        comma = "," if ending == "csv" else "\t"
-        lines = [comma.join(rows[0])] + [comma.join(f'"{cell}"' for cell in row.values()) for row in rows]
-        path.write_text("\n".join(lines))
-    assert read_path(path)[0].to_pylist() == rows
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("a.jsonl", b'{"text": "x"}\n{"text": \n', "a.jsonl:2: not JSON"),
-        ("a.json", b'{"text": "x"}', "one dict; a list of rows"),
-        ("a.csv", b"", "empty"),
-        ("a.csv", b"text\n", "no rows"),
-        ("a.csv", b"a,a\n1,2\n", "names a twice"),
-        ("a.csv", b"a,b\n1,2,3\n", "cannot be read"),
-        ("a.csv", "text\nM\xfcller\n".encode("latin-1"), "UTF"),
-        ("a.jsonl", '{"text": "M\xfcller"}\n'.encode("latin-1"), "is not UTF-8"),
-        ("a.xlsx", b"PK", "the ending .xlsx is not known"),
-        ("a.jsonl.gz", b"\x1f\x8b broken", "cannot be read"),
-        ("a.jsonl", b'{"text": "x"}\n{"text": {"a": 1}}\n', "mixes types"),
-        ("a.jsonl", b"[1, 2]\n", "row 1 is a list"),
-        ("a.parquet", b"PAR1", "cannot be read"),
-        ("a.jsonl", b'{"text": "\\ud800"}\n', "half of a surrogate pair"),
-        ("a.jsonl", b'{"n": 99999999999999999999999}\n', "beyond 64 bits"),
-        ("a.jsonl", b'{"n": ' + b"9" * 5000 + b"}\n", "a.jsonl:1: cannot be read"),
-        ("a.jsonl", b"[" * 100_000 + b"\n", "a.jsonl:1: "),
-        ("a.csv", b"x" * 200_000 + b"\n1\n", "cannot be read"),
-    ],
-)
-def test_a_broken_file_is_one_clear_error(tmp_path: Path, name: str, content: bytes, message: str) -> None:
-    path = tmp_path / name
-    path.write_bytes(content)
-    with pytest.raises(DataError) as caught:
-        read_path(path)
-    assert message in str(caught.value) and str(path) in str(caught.value)
-
-
-def test_a_missing_file_names_the_nearest(tmp_path: Path) -> None:
-    (tmp_path / "products.csv").write_text("a\n1\n")
-    with pytest.raises(DataError, match=r"no such file; did you mean products\.csv"):
-        read_path(tmp_path / "product.csv")
-
-
-def test_a_join_counts_who_finds_no_partner() -> None:
-    left = pa.table({"k": ["1", "2", "1", "9"], "name": ["a", "b", "c", "d"]})
-    right = pa.table({"k": [2, 1], "kind": ["two", "one"]})  # numbers here, text there
-    joined, facts = join_tables(left, right, ["k"], "right.csv")
-    assert joined.column("kind").to_pylist() == ["one", "two", "one"]
-    assert joined.column("name").to_pylist() == ["a", "b", "c"]
-    assert (facts.rows, facts.unmatched) == (2, 1)
-
-
-@pytest.mark.parametrize(
-    ("right", "message"),
-    [
-        ({"k": ["1", "1"], "kind": ["a", "b"]}, "k = 1 stands 2 times there"),
-        ({"key": ["1"], "kind": ["a"]}, "right.csv has no column k"),
-        ({"k": ["1"], "name": ["a"]}, "both sides have a column name"),
-        ({"k": ["7"], "kind": ["a"]}, "no row finds a partner"),
-    ],
-)
-def test_a_join_that_would_lose_or_multiply_rows_is_refused(right: dict[str, list[str]], message: str) -> None:
-    left = pa.table({"k": ["1", "2"], "name": ["a", "b"]})
-    with pytest.raises(DataError, match=message):
-        join_tables(left, pa.table(right), ["k"], "right.csv")
-
-
-def test_the_split_is_seeded_and_complete() -> None:
-    train, test = split_indices(49_688, 0.2, seed=42)
-    assert (len(train), len(test)) == (39_750, 9_938)
-    assert sorted(train + test) == list(range(49_688))
-    assert split_indices(49_688, 0.2, seed=42) == (train, test)
-    assert split_indices(49_688, 0.2, seed=43)[1] != test
-
-
-def test_rows_that_cannot_be_used_are_counted_by_reason() -> None:
-    table = pa.table({"prompt": ["a", None, "c", "d"], "completion": ["x", "y", " ", "z"]})
-    made = make_examples(table, section(path="f.csv"), "f.csv")
-    assert made.table.num_rows == 2
-    assert made.dropped == {"with prompt null": 1, "with nothing to learn (empty)": 1}
-
-
-@pytest.mark.parametrize(
-    ("chat", "reason"),
-    [
-        ([], "with messages that are no list"),
-        ([{"role": "user", "content": "a"}], "without an assistant turn"),
-        ([{"role": "assistant", "content": "a"}], "with an answer and nothing before it"),
-        ([{"role": "asistant", "content": "a"}], "with the unknown role asistant"),
-        ([{"content": "a"}], "with a message without a role"),
-        ([{"role": "assistant", "content": None}], "with a message whose content is not text"),
-    ],
-)
-def test_a_chat_that_cannot_be_used_is_named(chat: list[object], reason: str) -> None:
-    good = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    table = pa.table({"messages": [json.dumps(good), json.dumps(chat)]})
-    assert make_examples(table, section(path="f"), "f").dropped == {reason: 1}
-
-
-def test_unknown_columns_name_what_is_there_and_the_mend() -> None:
-    with pytest.raises(DataError, match=r"its columns \(a, b\) are no known format.*dataset.prompt"):
-        make_examples(pa.table({"a": ["1"], "b": ["2"]}), section(path="f"), "f")
-    with pytest.raises(DataError, match="no column nam; it has name"):
-        make_examples(pa.table({"name": ["1"]}), section(path="f", text="{nam}"), "f")
-
-
-def trl_rows(
-    rows: list[dict[str, object]], tokenizer: object, **arguments: object
-) -> list[tuple[list[int], list[int]]]:
-    """Ids and labels as TRL's own trainer prepares them."""
-    from datasets import Dataset
-    from transformers import AutoModelForCausalLM
-    from trl import SFTConfig, SFTTrainer
-
-    model = AutoModelForCausalLM.from_pretrained(tokenizer.name_or_path)  # type: ignore[attr-defined]
-    config = SFTConfig(output_dir="unused", use_cpu=True, bf16=False, max_length=64, report_to=[], **arguments)
-    trainer = SFTTrainer(model=model, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
-    return [(row["input_ids"], row["labels"]) for row in trainer.train_dataset]
+Prepare = Callable[..., PreparedData]
 
 
 @pytest.fixture
-def tokenizer(tiny_llama: Path) -> object:
+def tokenizer(tiny_llama: Path) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(tiny_llama)
 
 
-@pytest.mark.filterwarnings("ignore")  # TRL's own defaults warn
-@pytest.mark.parametrize("kind", ["prompt_completion", "text", "messages"])
-def test_ids_and_labels_are_those_of_trl(kind: str, tokenizer: object, tmp_path: Path, monkeypatch: object) -> None:
-    chat = [
-        {"role": "user", "content": "Tell me about milk."},
-        {"role": "assistant", "content": "Milk is cold."},
-        {"role": "user", "content": "And bread?"},
-        {"role": "assistant", "content": "Bread is warm."},
-    ]
-    rows: list[dict[str, object]] = {
-        "prompt_completion": [
-            {"prompt": "oat milk ->:", "completion": " dairy eggs"},
-            {"prompt": "x ", "completion": "word " * 60},
-            {"prompt": "a", "completion": "b"},
+@pytest.fixture
+def prepared(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Prepare:
+    """A function from the keys of a dataset section to its data, with a cache of its own."""
+    monkeypatch.setenv("PEFTCLI_CACHE", str(tmp_path / "cache"))
+
+    def make(seed: int = 0, rule: LabelRule = RULE, **keys: Any) -> PreparedData:
+        return prepare(DatasetSection.model_validate(keys), tokenizer, rule, seed, Silent())
+
+    return make
+
+
+def lines(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def numbered(path: Path, count: int, **more: Callable[[int], Any]) -> str:
+    words = ["red", "blue", "green", "heavy", "light", "round", "square"]
+    return lines(
+        path,
+        [
+            {"text": " ".join(words[(number * step) % 7] for step in range(1, 9)) + f" {number} {number * 7919}"}
+            | {name: make(number) for name, make in more.items()}
+            for number in range(count)
         ],
-        "text": [{"text": "The cat sat on the mat."}, {"text": "One two three. " * 30}],
-        "messages": [{"messages": chat}, {"messages": chat[:2]}],
-    }[kind]
-    columns = {name: [row[name] if kind != "messages" else json.dumps(row[name]) for row in rows] for name in rows[0]}
-    table, facts = tokenize(examples(kind, **columns), tokenizer, RULE)  # type: ignore[arg-type]
-    ours = [(row["input_ids"], row["labels"]) for row in table.to_pylist()]
-    arguments = {"assistant_only_loss": True} if kind == "messages" else {}
-    assert ours == trl_rows(rows, tokenizer, **arguments)
-    assert facts.rows == len(rows)
-
-
-def test_no_prompt_token_is_trained_and_the_end_token_is(tokenizer: object) -> None:
-    table, facts = tokenize(
-        examples("prompt_completion", prompt=["oat milk ->:"], completion=[" dairy eggs"]),
-        tokenizer,
-        RULE,  # type: ignore[arg-type]
     )
-    row = table.to_pylist()[0]
-    trained = [token for token in row["labels"] if token != IGNORED]
-    assert row["labels"][: len(row["prompt_ids"])] == [IGNORED] * len(row["prompt_ids"])
-    assert tokenizer.decode(trained) == " dairy eggs" + tokenizer.eos_token  # type: ignore[attr-defined]
-    assert facts.eos_trained == 1 and facts.trained == len(trained)
 
 
-def test_of_a_chat_only_the_assistant_is_trained_each_turn_with_its_end(tokenizer: object) -> None:
-    chat = [
-        {"role": "system", "content": "Be kind."},
-        {"role": "user", "content": "Hello there"},
-        {"role": "assistant", "content": "Good day"},
-        {"role": "user", "content": "Bye"},
-        {"role": "assistant", "content": "See you"},
-    ]
-    marked, _ = tokenize(examples("messages", messages=[json.dumps(chat)]), tokenizer, RULE)  # type: ignore[arg-type]
-    labels = marked.to_pylist()[0]["labels"]
-    text = tokenizer.decode([token for token in labels if token != IGNORED])  # type: ignore[attr-defined]
-    assert "Good day" in text and "See you" in text
-    assert "Hello" not in text and "kind" not in text and "Bye" not in text
-    ends = stop_ids(tokenizer)  # type: ignore[arg-type]
-    assert sum(token in ends for token in labels) == 2
+def texts(data: PreparedData, side: str = "train") -> list[str]:
+    chosen = data.train if side == "train" else data.test_side
+    column = chosen.store.examples.column("text")
+    return [column[int(row)].as_py() for row in chosen.rows]
 
 
-def test_a_template_without_marks_is_read_by_rendering_the_turns(tokenizer: object) -> None:
-    chat = [
-        {"role": "user", "content": "Hello there"},
-        {"role": "assistant", "content": "Good day"},
-        {"role": "user", "content": "Bye"},
-        {"role": "assistant", "content": "See you"},
-    ]
-    tokenizer.chat_template = (  # type: ignore[attr-defined]
-        "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}{{ eos_token }}{% endfor %}"
-        "{% if add_generation_prompt %}[assistant] {% endif %}"
-    )
-    table, _ = tokenize(examples("messages", messages=[json.dumps(chat)]), tokenizer, RULE)  # type: ignore[arg-type]
-    row = table.to_pylist()[0]
-    end = tokenizer.eos_token  # type: ignore[attr-defined]
-    trained = tokenizer.decode([token for token in row["labels"] if token != IGNORED])  # type: ignore[attr-defined]
-    assert trained.replace(" ", "") == f"Goodday{end}Seeyou{end}".replace(" ", "")
-    assert row["prompt"].endswith("[assistant] ") and "See you" not in row["prompt"]
+# Joins
 
 
-def test_a_template_whose_turns_cannot_be_told_apart_stops(tokenizer: object) -> None:
-    tokenizer.chat_template = "{{ messages | length }} {% for m in messages %}{{ m['content'] }}{% endfor %}"  # type: ignore[attr-defined]
-    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    with pytest.raises(DataError, match="cannot be told apart with certainty"):
-        tokenize(examples("messages", messages=[json.dumps(chat)]), tokenizer, RULE)  # type: ignore[arg-type]
+def test_a_join_counts_who_finds_no_partner(prepared: Prepare, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("k,name\n" + "".join(f"{n % 11},row {n}\n" for n in range(44)))
+    lines(tmp_path / "kinds.jsonl", [{"k": number, "kind": f"kind {number}"} for number in range(10)])
+    join = [{"path": str(tmp_path / "kinds.jsonl"), "on": "k"}]
+    data = prepared(path=str(tmp_path / "a.csv"), join=join, text="{name} is {kind}", limits={"dropped": 0.1})
+    facts = data.facts
+    assert (facts["rows"], facts["dropped_rows"], facts["train_rows"] + facts["test_rows"]) == (44, 4, 40)
+    assert facts["dropped"] == {"without a partner in kinds.jsonl": 4}
+    assert facts["dropped_examples"] == {"without a partner in kinds.jsonl": [f"a.csv:{n}" for n in (12, 23, 34, 45)]}
+    assert facts["joins"] == [{"path": "kinds.jsonl", "on": ["k"], "rows": 10, "unmatched": 4}]
+    for text in texts(data):
+        number = int(text.split()[1])
+        assert text == f"row {number} is kind {number % 11}"
+    assert not data.crossed
 
 
-def test_a_chat_that_the_template_refuses_is_shown(tokenizer: object) -> None:
-    tokenizer.chat_template = (  # type: ignore[attr-defined]
-        "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('System role not supported') }}"
-        "{% endif %}{{ m['content'] }}{% endfor %}"
-    )
-    chat = [{"role": "system", "content": "Be kind."}, {"role": "assistant", "content": "b"}]
-    with pytest.raises(DataError, match=r"refuses a row \(System role not supported\).*system, assistant.*Be kind"):
-        tokenize(examples("messages", messages=[json.dumps(chat)]), tokenizer, RULE)  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("right", "message"),
+    [
+        ("k,kind\n1,a\n1,b\n", r"right.csv:3: k = 1 stands there again \(first right.csv:2\)"),
+        ("key,kind\n1,a\n", "right.csv has no column k; it has key, kind"),
+        ("k,name\n1,a\n", "both sides have a column name"),
+        ("k,kind\n7,a\n", "no row finds a partner by k; left has '1', right has '7'"),
+    ],
+)
+def test_a_join_that_would_lose_or_multiply_rows_is_refused(
+    prepared: Prepare, tmp_path: Path, right: str, message: str
+) -> None:
+    (tmp_path / "a.csv").write_text("k,name\n1,x\n2,y\n")
+    (tmp_path / "right.csv").write_text(right)
+    join = [{"path": str(tmp_path / "right.csv"), "on": "k"}]
+    with pytest.raises(DataError, match=message):
+        prepared(path=str(tmp_path / "a.csv"), join=join, text="{name}")
 
 
-def test_rows_cut_before_their_first_trained_token_are_dropped_and_counted(tokenizer: object) -> None:
-    long = "word " * 100
-    made = examples("prompt_completion", prompt=[long, "short ->:", "short"], completion=["x", "y", long])
-    table, facts = tokenize(made, tokenizer, RULE)  # type: ignore[arg-type]
-    assert (facts.rows, facts.dropped, facts.truncated, facts.eos_trained) == (2, 1, 1, 1)
-    assert table.num_rows == 2
-
-
-def test_a_test_row_that_stands_in_training_too_is_counted(tmp_path: Path, tokenizer: object) -> None:
-    (tmp_path / "train.jsonl").write_text("\n".join(json.dumps({"text": f"row {n}"}) for n in range(6)))
-    (tmp_path / "test.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in ("Row  3", "new")))
-    dataset = section(path=str(tmp_path / "train.jsonl"), test={"path": str(tmp_path / "test.jsonl")})
-    data = prepare(load_sides(dataset, seed=0), tokenizer, RULE)  # type: ignore[arg-type]
-    assert (data.facts["leaked_rows"], data.facts["train_rows"], data.facts["test_rows"]) == (1, 6, 2)
-
-
-def test_rows_of_a_test_file_that_are_lost_are_counted(tmp_path: Path) -> None:
+def test_rows_of_a_test_file_that_are_lost_are_counted(prepared: Prepare, tmp_path: Path) -> None:
     (tmp_path / "train.csv").write_text("k,text\n1,a\n2,b\n")
     (tmp_path / "kinds.csv").write_text("k,kind\n1,x\n2,y\n")
     (tmp_path / "test.csv").write_text("k,text\n1,c\n9,d\n2, \n")
-    dataset = section(
+    facts = prepared(
         path=str(tmp_path / "train.csv"),
         join=[{"path": str(tmp_path / "kinds.csv"), "on": "k"}],
         text="{text}",
         test={"path": str(tmp_path / "test.csv")},
-    )
-    sides = load_sides(dataset, seed=0)
-    assert (sides.train.table.num_rows, sides.test.table.num_rows, sides.rows) == (2, 1, 5)
-    assert sides.dropped == {
-        "of the test file with nothing to learn (empty)": 1,
-        "without a partner in kinds.csv (test rows)": 1,
+    ).facts
+    assert (facts["train_rows"], facts["test_rows"], facts["rows"]) == (2, 1, 5)
+    assert facts["dropped"] == {
+        "of the test rows without a partner in kinds.csv": 1,
+        "of the test rows with nothing to learn (empty)": 1,
     }
+    assert facts["dropped_examples"]["of the test rows without a partner in kinds.csv"] == ["test.csv:3"]
 
 
-def test_a_chat_that_ends_with_the_user_is_scored_on_its_last_answer(tokenizer: object) -> None:
-    turns = [("user", "Hi"), ("assistant", "Good day"), ("user", "Thanks")]
-    chat = [{"role": role, "content": content} for role, content in turns]
-    table, _ = tokenize(examples("messages", messages=[json.dumps(chat)]), tokenizer, RULE)  # type: ignore[arg-type]
-    row = table.to_pylist()[0]
-    assert row["reference"] == "Good day" and "Good day" not in row["prompt"] and "Hi" in row["prompt"]
+# Splits
 
 
-def test_a_prompt_does_not_end_with_the_end_token_that_a_tokenizer_writes(tokenizer: object) -> None:
-    from tokenizers.processors import TemplateProcessing
+def test_the_split_is_seeded_and_complete() -> None:
+    train, test = split_indices(49_688, 0.2, seed=42)
+    assert (len(train), len(test)) == (39_750, 9_938)
+    assert np.array_equal(np.sort(np.concatenate([train, test])), np.arange(49_688))
+    assert np.array_equal(split_indices(49_688, 0.2, seed=42)[1], test)
+    assert not np.array_equal(split_indices(49_688, 0.2, seed=43)[1], test)
 
-    bos, eos = tokenizer.bos_token, tokenizer.eos_token  # type: ignore[attr-defined]
-    ids = [(bos, tokenizer.bos_token_id), (eos, tokenizer.eos_token_id)]  # type: ignore[attr-defined]
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(  # type: ignore[attr-defined]
-        single=f"{bos} $A {eos}", special_tokens=ids
+
+def test_a_stratified_split_keeps_the_shares_to_the_row() -> None:
+    classes = np.repeat(np.array([1, 2, 3], np.uint64), [1000, 90, 7])
+    train, test = split_by_class(classes, 0.25, seed=1)
+    assert len(test) == 275 and len(np.intersect1d(train, test)) == 0 and len(train) + len(test) == 1097
+    assert [int((classes[test] == name).sum()) for name in (1, 2, 3)] == [251, 22, 2]
+    assert not np.array_equal(split_by_class(classes, 0.25, seed=2)[1], test)
+
+
+def test_a_grouped_split_never_divides_a_group() -> None:
+    groups = np.random.default_rng(0).integers(0, 60, 1000).astype(np.uint64)
+    train, test = split_by_group(groups, 0.2, seed=3)
+    assert not set(groups[train]) & set(groups[test])
+    assert 180 <= len(test) <= 200 and len(train) + len(test) == 1000
+
+
+def test_a_column_can_group_or_stratify_the_split(prepared: Prepare, tmp_path: Path) -> None:
+    path = numbered(tmp_path / "a.jsonl", 100, customer=lambda n: n % 10, kind=lambda n: "rare" if n % 10 == 0 else "b")
+    data = prepared(path=path, split={"group": "customer", "test_size": 0.3})
+    sides = [{int(text.split()[-2]) % 10 for text in texts(data, side)} for side in ("train", "test")]
+    assert not sides[0] & sides[1] and len(sides[1]) == 3
+    data = prepared(path=path, split={"stratify": "kind", "test_size": 0.3})
+    assert sum(int(text.split()[-2]) % 10 == 0 for text in texts(data, "test")) == 3
+    with pytest.raises(DataError, match=r"dataset.split.group: a.jsonl has no column client; it has text, customer"):
+        prepared(path=path, split={"group": "client"})
+
+
+def test_fewer_training_samples_are_a_part_of_more(prepared: Prepare, tmp_path: Path) -> None:
+    path = numbered(tmp_path / "a.jsonl", 60)
+    few, more = (prepared(path=path, max_train_samples=count) for count in (10, 20))
+    assert len(texts(few)) == 10 and set(texts(few)) <= set(texts(more))
+    assert texts(few, "test") == texts(more, "test")
+    assert more.facts["cache"] == "reused"
+
+
+def test_several_sources_are_used_as_often_as_their_weights_say(prepared: Prepare, tmp_path: Path) -> None:
+    a, b = numbered(tmp_path / "a.jsonl", 20), lines(tmp_path / "b.jsonl", [{"text": f"other {n}"} for n in range(20)])
+    data = prepared(sources=[{"path": a, "weight": 2}, {"path": b, "weight": 0.5}], split={"test_size": 10, "seed": 5})
+    used = texts(data)
+    first = [text for text in used if not text.startswith("other")]
+    second = [text for text in used if text.startswith("other")]
+    assert len(first) == 2 * len(set(first)) and len(second) == len(set(second))
+    drawn = data.train.store.column("source")
+    assert len(second) == round(0.5 * (20 - int((drawn[data.test_side.rows] == 1).sum())))
+    assert [(one["path"], one["rows"], one["weight"]) for one in data.facts["sources"]] == [
+        ("a.jsonl", 20, 2.0),
+        ("b.jsonl", 20, 0.5),
+    ]
+    assert len(texts(data, "test")) == len(set(texts(data, "test"))) == 10
+
+
+def test_weights_of_one_change_nothing() -> None:
+    rows = np.array([4, 2, 9])
+    assert weighted(rows, [1.0], np.zeros(3, np.int64), seed=0) is rows
+
+
+def test_sources_of_two_kinds_are_refused(prepared: Prepare, tmp_path: Path) -> None:
+    a = numbered(tmp_path / "a.jsonl", 5)
+    b = lines(tmp_path / "b.jsonl", [{"prompt": "p", "completion": "c"}])
+    with pytest.raises(DataError, match=r"b.jsonl: holds prompt_completion .*the source before it text"):
+        prepared(sources=[{"path": a}, {"path": b}])
+
+
+def test_the_test_file_of_a_folder_is_not_trained(prepared: Prepare, tmp_path: Path) -> None:
+    folder = tmp_path / "all"
+    folder.mkdir()
+    numbered(folder / "train.jsonl", 12)
+    lines(folder / "test.jsonl", [{"text": "unseen row"}])
+    data = prepared(path=str(folder), test={"path": str(folder / "test.jsonl")})
+    assert (data.facts["train_rows"], data.facts["test_rows"], data.facts["leaked_rows"]) == (12, 1, 0)
+
+
+def test_pieces_of_one_text_stay_on_one_side(prepared: Prepare, tmp_path: Path) -> None:
+    path = lines(tmp_path / "a.jsonl", [{"text": f"text {n} " + f"word{n} " * 150} for n in range(12)])
+    data = prepared(path=path, too_long="split", split={"test_size": 0.3})
+    sides = [{int(text.split()[1]) for text in texts(data, side)} for side in ("train", "test")]
+    assert sides[0] and sides[1] and not sides[0] & sides[1]
+    assert data.facts["duplicate_rows"] == data.facts["near_duplicate_rows"] == 0
+    assert data.facts["eos_expected_rows"] == data.facts["eos_trained_rows"] == len(sides[0])
+    assert not data.crossed
+
+
+def test_a_plain_text_file_becomes_rows_of_about_max_length(prepared: Prepare, tmp_path: Path) -> None:
+    (tmp_path / "book.txt").write_text("It was a long day, and the night was longer.\n" * 200)
+    data = prepared(path=str(tmp_path / "book.txt"), split={"test_size": 0.1}, limits={"leaked": 1})
+    lengths = np.concatenate([data.train.column("length"), data.test_side.column("length")])
+    assert lengths.max() <= 64 and lengths.min() > 56
+    assert data.facts["truncated_rows"] == data.facts["dropped_rows"] == 0
+    assert data.facts["eos_expected_rows"] <= 1 and data.facts["sources"][0]["rows"] == 1
+
+
+# Equal rows
+
+
+def test_a_test_row_that_stands_in_training_too_is_counted(prepared: Prepare, tmp_path: Path) -> None:
+    train = lines(tmp_path / "train.jsonl", [{"text": f"row {n}"} for n in range(6)])
+    test = lines(tmp_path / "test.jsonl", [{"text": "Row  3"}, {"text": "new"}])
+    data = prepared(path=train, test={"path": test})
+    assert (data.facts["leaked_rows"], data.facts["train_rows"], data.facts["test_rows"]) == (1, 6, 2)
+    assert data.facts["leaked_examples"] == [{"test": "test.jsonl:1", "train": "train.jsonl:4"}]
+    with pytest.raises(DataError, match=r"1 of 2 test rows stand in training .*dataset.limits.leaked: 0.01\)"):
+        data.raise_if_crossed("peftcli data r.yaml")
+
+
+def test_a_prompt_that_stands_on_both_sides_with_another_answer_is_no_leak(prepared: Prepare, tmp_path: Path) -> None:
+    train = lines(tmp_path / "train.jsonl", [{"prompt": f"ask {n}", "completion": f"say {n}"} for n in range(6)])
+    test = lines(tmp_path / "test.jsonl", [{"prompt": "ask 3", "completion": "nothing"}])
+    facts = prepared(path=train, test={"path": test}).facts
+    assert (facts["leaked_rows"], facts["leaked_prompts"]) == (0, 1)
+
+
+def test_deduplicate_keeps_the_first_of_equal_rows(prepared: Prepare, tmp_path: Path) -> None:
+    path = lines(tmp_path / "a.jsonl", [{"text": f"Row {n % 8}" if n < 20 else f"row  {n % 8}"} for n in range(40)])
+    data = prepared(path=path, deduplicate=True, split={"test_size": 2})
+    assert sorted(texts(data) + texts(data, "test")) == [f"Row {n}" for n in range(8)]
+    assert data.facts["dropped"] == {"equal to an earlier row": 32} and not data.crossed
+    assert data.facts["dropped_examples"]["equal to an earlier row"][0] == "a.jsonl:9"
+    plain_data = prepared(path=path, split={"test_size": 2})
+    assert plain_data.facts["duplicate_rows"] == 38 - 8 and plain_data.crossed
+
+
+def test_near_duplicates_are_found_and_others_are_not() -> None:
+    one = "the quick brown fox jumps over the lazy dog and then runs home through the wood before night falls"
+    other = "a completely different sentence that shares nothing with the first one but some letters and spaces"
+    rows = [one, other, one.replace("quick", "fast"), one + " again", other.upper(), "short", "short!"]
+    found = near_partners(signatures([plain(row) for row in rows]), None)
+    assert found[3] == 0 and found[4] == 1 and found[1] == -1 and found[5] == found[6] == -1
+    far = [f"{number * 7919} rows of {number * 104729} words, and {number * 15485863} letters" for number in range(500)]
+    assert (near_partners(signatures(far), None) >= 0).sum() == 0
+
+
+def test_signatures_estimate_the_share_of_common_pieces() -> None:
+    generator = np.random.default_rng(0)
+    letters = np.array(list("abcdefghijklmnopqrstuvwxyz"))
+    base = "".join(generator.choice(letters, 2000))
+    errors = []
+    for share in (0.2, 0.5, 0.8, 0.95):
+        cut = int(2000 * share)
+        other = base[:cut] + "".join(generator.choice(letters, 2000 - cut))
+        pieces = [{text[i : i + 8] for i in range(1993)} for text in (base, other)]
+        exact = len(pieces[0] & pieces[1]) / len(pieces[0] | pieces[1])
+        found = signatures([base, other])
+        errors.append(abs((found[0] == found[1]).mean() - exact))
+    assert np.mean(errors) < 0.12  # 24 hashes: a standard error of at most 0.1 each
+
+
+# Limits
+
+
+def test_the_limits_stop_with_every_one_that_is_crossed(prepared: Prepare, tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [{"prompt": f"ask {n}", "completion": f"say {n}"} for n in range(30)]
+    rows += [{"prompt": None, "completion": "x"}] * 4 + [{"prompt": "long", "completion": "word " * 100}] * 6
+    data = prepared(path=lines(tmp_path / "a.jsonl", rows), split={"test_size": 10})
+    with pytest.raises(DataError) as caught:
+        data.raise_if_crossed("peftcli data r.yaml")
+    message = str(caught.value)
+    assert "`peftcli data r.yaml` shows the rows" in message
+    assert "4 of 40 rows are left out (10.0%, dataset.limits.dropped: 0.05): 4 with prompt null" in message
+    assert "(first a.jsonl:31)" in message
+    assert "6 of 36 rows are cut (16.7%, dataset.limits.truncated: 0.05) at dataset.max_length 64" in message
+    limits = {"dropped": 0.2, "truncated": 0.2, "leaked": 1.0}
+    assert not prepared(path=str(tmp_path / "a.jsonl"), split={"test_size": 10}, limits=limits).crossed
+
+
+def test_a_template_without_the_end_token_stops_and_its_twin_does_not(
+    prepared: Prepare, tokenizer: Any, tmp_path: Path
+) -> None:
+    chat = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good day"}]
+    path = lines(tmp_path / "a.jsonl", [{"messages": [chat[0], chat[1] | {"content": f"Day {n}"}]} for n in range(9)])
+    assert not prepared(path=path).crossed
+    tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}"
+        "{% if add_generation_prompt %}[assistant] {% endif %}"
     )
-    pair = examples("prompt_completion", prompt=["oat milk ->:"], completion=[" dairy"])
-    table, facts = tokenize(pair, tokenizer, RULE)  # type: ignore[arg-type]
-    row = table.to_pylist()[0]
+    crossed = prepared(path=path).crossed
+    assert len(crossed) == 1 and crossed[0].startswith("the end token is trained in 0 of 7 training rows")
+    assert "generation stops on '</s>'" in crossed[0] and "model.chat_template" in crossed[0]
+
+
+def test_a_doubled_start_is_told_and_its_twin_is_not(prepared: Prepare, tokenizer: Any, tmp_path: Path) -> None:
+    def said(rows: list[dict[str, Any]], name: str) -> list[str]:
+        warnings: list[str] = prepared(path=lines(tmp_path / name, rows)).facts["warnings"]
+        return [warning for warning in warnings if "twice" in warning]
+
+    assert said([{"text": f"<s>row {n}"} for n in range(10)], "a.jsonl")[0].startswith("8 training rows begin with <s>")
+    assert said([{"text": f"row {n}"} for n in range(10)], "b.jsonl") == []
+
+
+def test_an_answer_that_no_other_row_has_is_told(prepared: Prepare, tmp_path: Path) -> None:
+    rows = [{"text": f"thing {n}", "label": ["good", "bad"][n % 2]} for n in range(60)]
+    rows[7] = {"text": "good", "label": "thing 7"}
+    path = lines(tmp_path / "a.jsonl", rows)
+    keys = {"prompt": "{text} is", "completion": " {label}", "split": {"test_size": 1, "seed": 1}}
+    odd = [one for one in prepared(path=path, **keys).facts["warnings"] if "columns shifted" in one]
+    assert odd == [
+        "1 training row has an answer that no other row has, while the others share a few: are columns shifted "
+        "there? (first a.jsonl:8)"
+    ]
+    labels = prepared(path=path, **keys).facts["labels"]
+    assert labels["distinct"] == 3 and sum(labels["train"].values()) == 59
+
+
+# On disk
+
+
+def test_a_second_time_the_rows_come_from_the_cache(
+    prepared: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = numbered(tmp_path / "a.jsonl", 30)
+    passes: list[int] = []
+
+    def counted(*args: Any) -> None:
+        passes.append(1)
+        ingest(*args)
+
+    monkeypatch.setattr(preparing, "ingest", counted)
+    first = prepared(path=path)
+    again = prepared(path=path, split={"test_size": 3}, seed=9)
+    assert (first.facts["cache"], again.facts["cache"], len(passes)) == ("made", "reused", 1)
+    assert sorted(texts(first) + texts(first, "test")) == sorted(texts(again) + texts(again, "test"))
+    numbered(tmp_path / "a.jsonl", 31)
+    assert prepared(path=path).facts["cache"] == "made"
+    prepared(path=path, rule=LabelRule(True, True, (), 32))
+    prepared(path=path, text="{text}!")
+    assert len(passes) == 4
+
+
+def test_another_tokenizer_or_template_is_another_entry(prepared: Prepare, tokenizer: Any, tmp_path: Path) -> None:
+    path = numbered(tmp_path / "a.jsonl", 5)
+    assert prepared(path=path).facts["cache"] == "made"
+    tokenizer.chat_template = "{{ messages }}"
+    assert prepared(path=path).facts["cache"] == "made"
+    tokenizer.eos_token = "<s>"
+    assert prepared(path=path).facts["cache"] == "made"
+    assert prepared(path=path).facts["cache"] == "reused"
+
+
+def test_an_error_leaves_nothing_in_the_cache(prepared: Prepare, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}\n{"text": \n')
+    for _ in range(2):
+        with pytest.raises(DataError, match=r"a.jsonl:2"):
+            prepared(path=str(tmp_path / "a.jsonl"))
+    assert [entry.name for entry in (tmp_path / "cache" / "data").iterdir() if not entry.name.endswith(".lock")] == []
+
+
+def test_a_compressed_file_gives_the_rows_of_the_plain_one(prepared: Prepare, tmp_path: Path) -> None:
+    path = numbered(tmp_path / "a.jsonl", 20)
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(Path(path).read_bytes()))
+    assert texts(prepared(path=str(tmp_path / "b.jsonl.gz"))) == texts(prepared(path=path))
+
+
+def test_the_fingerprint_tells_any_change(prepared: Prepare, tmp_path: Path) -> None:
+    rows = [{"text": f"row {n}"} for n in range(10)]
+    prints = [prepared(path=lines(tmp_path / "a.jsonl", rows)).facts["fingerprint"] for _ in range(2)]
+    rows[4]["text"] = "Row 4"
+    changed = prepared(path=lines(tmp_path / "a.jsonl", rows)).facts["fingerprint"]
+    assert prints[0] == prints[1] != changed
+
+
+# What the evaluation gets
+
+
+def test_the_test_rows_have_prompt_and_reference(prepared: Prepare, tokenizer: Any, tmp_path: Path) -> None:
+    pairs = lines(tmp_path / "a.jsonl", [{"prompt": f"ask {n} ->", "completion": f" say {n}"} for n in range(10)])
+    row = prepared(path=pairs).test.to_pylist()[0]
+    assert tokenizer.decode(row["prompt_ids"], skip_special_tokens=True) == row["prompt"]
     assert row["input_ids"][: len(row["prompt_ids"])] == row["prompt_ids"]
-    assert (facts.merged_boundaries, facts.eos_trained, row["input_ids"].count(ids[1][1])) == (0, 1, 1)
-
-
-@pytest.mark.parametrize("column", ["name", "text"])
-def test_a_join_after_which_nothing_fits_names_the_columns(tmp_path: Path, column: str) -> None:
-    (tmp_path / "a.csv").write_text("k,name\n1,x\n")
-    (tmp_path / "b.csv").write_text("k,kind\n1,y\n")
-    dataset = section(
-        path=str(tmp_path / "a.csv"), join=[{"path": str(tmp_path / "b.csv"), "on": "k"}], text="{" + column + "} {kid}"
-    )
-    with pytest.raises(DataError, match=r"no column .*it has k, name, kind"):
-        load_sides(dataset, seed=0)
+    assert row["reference"].startswith(" say ")
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Good day"}]
+    chats = lines(tmp_path / "b.jsonl", [{"messages": chat} for _ in range(4)])
+    row = prepared(path=chats).test.to_pylist()[0]
+    assert row["reference"] == "Good day" and "Hi" in row["prompt"] and "Good day" not in row["prompt"]
+    assert row["input_ids"][: len(row["prompt_ids"])] == row["prompt_ids"]
+    row = prepared(path=numbered(tmp_path / "c.jsonl", 10)).test.to_pylist()[0]
+    assert row["prompt_ids"] == row["input_ids"][: len(row["prompt_ids"])]

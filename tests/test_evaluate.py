@@ -87,7 +87,7 @@ def test_the_loss_is_the_mean_over_trained_tokens(run: Path) -> None:
 
     plan = plan_recipe(load_recipe(run / "recipe.yaml"), Silent()).plan
     model, tokenizer = open_target(str(run)).load()
-    _, data = prepare_data(plan)
+    _, data = prepare_data(plan, Silent())
     rows = data.test.select(["input_ids", "labels"])
     sums = score(model, rows, pad_id=tokenizer.pad_token_id, batch_rows=5, progress=Silent(), what="")
     total, count = 0.0, 0

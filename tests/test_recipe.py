@@ -341,7 +341,7 @@ def test_overrides_lay_over_the_file_and_make_sections(tmp_path: Path) -> None:
         (
             "dataset.name=a/b",
             "--set dataset.name: dataset.name excludes dataset.path (line 2); "
-            "rows come from files or from the Hub: keep one",
+            "rows come from files, from the Hub or from a database: keep one",
         ),
     ],
 )
@@ -531,7 +531,7 @@ def test_template_values_are_never_templates() -> None:
         render("{missing}", row)
 
 
-@pytest.mark.parametrize("template", ["{", "}", "{a", "a}", "{}", "{ }", "{a.b}", "{a[0]}", "{a!r}", "{a:>3}", "{{{a"])
+@pytest.mark.parametrize("template", ["{", "}", "{a", "a}", "{}", "{ }", "{a[0]}", "{a!r}", "{a:>3}", "{{{a"])
 def test_a_template_with_more_than_plain_columns_is_refused(template: str) -> None:
     with pytest.raises(ValueError, match=r"character|column"):
         template_columns(template)

@@ -138,6 +138,75 @@ def _data(smoke: bool) -> dict[str, Any]:
     }
 
 
+def whole_data() -> dict[str, Any]:
+    """What `data.json` holds beyond the counts of `_data`."""
+    labels = [" personal care", " snacks", " pantry", " beverages", " frozen", " dairy eggs", " household"]
+    return {
+        "dropped_examples": {"an empty prompt": ["/home/ada/data/products.csv:12", "products.csv:340"]},
+        "truncated_examples": ["products.csv:77"],
+        "leaked_examples": [{"test": "products.csv:3", "train": "products.csv:700"}],
+        "leaked_prompts": 44,
+        "duplicate_rows": 120,
+        "duplicate_examples": [{"row": "products.csv:90", "first": "products.csv:8"}],
+        "near_duplicate_rows": 0,
+        "unknown_token_rows": 3,
+        "length_histogram": {
+            "edges": [*range(0, 99, 3), 7778],
+            "counts": [0, 0, 400, 4600, 9000, 9500, 7000, 4200, 2700, 1800, 1000, 500, 200, 90, 40, *[9] * 17, 7],
+        },
+        "eos_trained_rows": 39731,
+        "eos_expected_rows": 39734,
+        "labels": {
+            "of": "completion",
+            "distinct": 21,
+            "train": {name: 5254 - 600 * at for at, name in enumerate(labels)},
+            "test": {name: 1310 - 150 * at for at, name in enumerate(labels)},
+        },
+        "columns": [
+            {
+                "source": "products.csv",
+                "column": "product_name",
+                "rows": 49688,
+                "null": 4,
+                "empty": 0,
+                "types": {"text": 49684},
+                "control_characters": 2,
+                "email": 1,
+                "key": 0,
+                "first": {"control_characters": ["products.csv:881", "products.csv:882"], "email": ["products.csv:19"]},
+            }
+        ],
+        "warnings": ["3 rows hold text that the tokenizer knows only as <unk> (first products.csv:5)"],
+        "checks": [
+            {"name": "end token", "result": "ok", "said": "</s> (id 2) ends a row."},
+            {"name": "text kept", "result": "warn", "said": "The tokenizer changes text ('Na' comes back as 'na')."},
+            {"name": "start token", "result": "skip", "said": "The tokenizer has none."},
+            {"name": "chat template", "result": "fail", "said": "It refuses chats; set model.chat_template."},
+        ],
+        "preview": [
+            {
+                "place": "products.csv:2",
+                "tokens": 17,
+                "trained": 4,
+                "parts": [
+                    {"kind": "prompt", "text": "<s>Chocolate Sandwich Cookies ->:"},
+                    {"kind": "trained", "text": " cookies cakes</s>"},
+                ],
+            },
+            {
+                "place": "products.csv:77",
+                "tokens": 64,
+                "trained": 1,
+                "parts": [
+                    {"kind": "prompt", "text": "<s>All-Seasons Salt" + ", and more" * 18 + "\non two lines ->:"},
+                    {"kind": "trained", "text": " pan"},
+                    {"kind": "dropped", "text": "try</s>"},
+                ],
+            },
+        ],
+    }
+
+
 def _train(smoke: bool) -> dict[str, Any]:
     return {
         "status": "finished",
@@ -290,6 +359,7 @@ def written(run: RunDir) -> tuple[str, str]:
 def hostile_run(folder: Path) -> RunDir:
     """A run in which every string is an attack, the status and the tasks of the code included."""
     run = sample_run(folder)
+    update(run.data, **whole_data())
     for name in STAGES:
         raw = json.loads((folder / name).read_text(encoding="utf-8"))
 
@@ -436,7 +506,9 @@ def test_hostile_text_stays_text_in_the_page(tmp_path: Path) -> None:
 
 
 def test_hostile_text_stays_text_in_the_markdown(tmp_path: Path) -> None:
-    plain, _ = written(sample_run(tmp_path / "plain"))
+    calm = sample_run(tmp_path / "plain")
+    update(calm.data, **whole_data())
+    plain, _ = written(calm)
     report, _ = written(hostile_run(tmp_path / "hostile"))
     parser = MarkdownIt("commonmark", {"html": True}).enable("table")
     shape = {}
@@ -464,6 +536,83 @@ def test_long_answers_are_whole_in_the_page_and_cut_in_the_markdown(tmp_path: Pa
 def test_samples_tell_correct_from_different_by_a_sign(tmp_path: Path) -> None:
     _, page = written(sample_run(tmp_path))
     assert page.count("✓ correct") == 8 and page.count("✗ differs") == 7
+
+
+def test_data_section_names_places_labels_checks_and_columns(tmp_path: Path) -> None:
+    run = sample_run(tmp_path)
+    update(run.data, **whole_data())
+    report, page = written(run)
+    for line in (
+        r"| an empty prompt | 4 | \~/data/products.csv:12, products.csv:340 |",
+        "| with a prompt longer than max_length 64 | 1 | – |",
+        "| Held out, prompt also in training | 44 | 0.44 % |",
+        "| Training, end token trained | 39,731 | &gt; 99.99 % |",
+        "| personal care | 5,254 | 13.2 % | 13.2 % |",
+        "| Held out, also in training | products.csv:3 | products.csv:700 |",
+        "| Equal to an earlier row | products.csv:90 | products.csv:8 |",
+        "| text kept | ! look | The tokenizer changes text ('Na' comes back as 'na'). |",
+        "| chat template | ✗ wrong | It refuses chats; set model.chat_template. |",
+    ):
+        assert line in report.replace("|  ", "| ").splitlines()
+    assert "control characters in 2 rows (first products.csv:881), e-mail addresses in 1 row (first" in report
+    assert "Nearly equal to an earlier row" not in report
+    assert "14 more values not shown." in report and "14 more values not shown." in page
+    assert "3 of 39,734 training rows do not teach the model to stop" in report
+    assert page.count('<span class="bar"') == 7 and 'style="width: 100.0%"' in page
+
+
+def test_preview_marks_trained_and_cut_text_by_more_than_a_colour(tmp_path: Path) -> None:
+    run = sample_run(tmp_path)
+    update(run.data, **whole_data())
+    report, page = written(run)
+    assert "&lt;s&gt;Chocolate Sandwich Cookies -&gt;:{+·cookies cakes&lt;/s&gt;+}" in report
+    assert "⏎<br>on two lines -&gt;:{+·pan+}\\[-try&lt;/s&gt;-\\] |" in report
+    assert "<ins><i>·</i>pan</ins><del>try&lt;/s&gt;</del>" in page.replace("\n", "")
+    assert "<ins>trained</ins>" in page and "<del>cut off</del>" in page
+    style = page[page.index("<style>") : page.index("</style>")]
+    assert re.search(r"\.preview ins {[^}]*underline", style) and re.search(r"\.preview del {[^}]*line-through", style)
+
+
+def test_lengths_are_drawn_with_the_maximum_length_and_the_last_bar_is_no_wider_than_others(tmp_path: Path) -> None:
+    run = sample_run(tmp_path)
+    update(run.data, **whole_data())
+    _, page = written(run)
+    assert page.count("<svg") == 7 and page.count('aria-label="Rows by their length"') == 2
+    assert page.count("max_length 64</text>") == 2
+    assert "holds all longer rows, the longest of 7,777 tokens" in page
+    drawing = page[page.index('aria-label="Rows by their length"') :]
+    below = re.findall(r"text-anchor: middle[^>]*>([\d,]+)</text>", drawing[: drawing.index("</svg>")])
+    assert below == ["0", "20", "40", "60", "80"]
+    assert "font-family" not in drawing[: drawing.index("</svg>")]
+    update(run.data, max_length=8192)
+    _, page = written(run)
+    assert "max_length 8" not in page and "The maximum length, 8,192, lies beyond the longest row." in page
+
+
+@pytest.mark.parametrize(
+    "histogram",
+    [
+        None,
+        [],
+        {},
+        {"edges": [1, 2], "counts": []},
+        {"edges": [1, 2, 3], "counts": [1]},
+        {"edges": [2, 1], "counts": [1]},
+        {"edges": [1, None], "counts": [1]},
+        {"edges": "ab", "counts": "a"},
+    ],
+)
+def test_lengths_that_are_no_histogram_are_not_drawn(tmp_path: Path, histogram: Any) -> None:
+    run = sample_run(tmp_path)
+    update(run.data, length_histogram=histogram)
+    assert "Length of the rows" not in written(run)[1]
+
+
+@pytest.mark.parametrize("value", [None, [], {}, "text", 3, [None, 3, "x"], {"x": None, "y": 2}])
+def test_odd_values_of_data_json_never_stop_the_report(tmp_path: Path, value: Any) -> None:
+    run = sample_run(tmp_path)
+    update(run.data, **dict.fromkeys(whole_data(), value))
+    assert "## Data" in written(run)[0]
 
 
 def test_worse_is_called_worse(tmp_path: Path) -> None:

@@ -21,9 +21,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from peftcli.cache import built_once, cache_root
 from peftcli.errors import MachineError, RecipeError
 from peftcli.tiny.build import NAMES, VOCABULARY_TOKENS, build_llama, stand_in, tiny_model
-from peftcli.tiny.cache import built_once, cache_root
 from peftcli.tiny.family import FAMILIES, family_config
 from peftcli.tiny.pretrain import Schedule, document_loss, encode_documents, pack, split_documents, unigram_loss
 from peftcli.tiny.shrink import shrink

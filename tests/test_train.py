@@ -39,7 +39,7 @@ def losses(run: Path) -> list[float]:
 def trainer_of(recipe: Path, folder: Path) -> Trainer:
     """The trainer as `train` builds it."""
     plan = plan_recipe(load_recipe(recipe), Silent()).plan
-    tokenizer, data = prepare_data(plan)
+    tokenizer, data = prepare_data(plan, Silent())
     return make_trainer(plan, RunDir(folder), data, tokenizer, load_base(plan.base))
 
 

@@ -55,6 +55,20 @@ def validate(recipe: RecipeArgument, set_: SetOption = None, as_json: JsonOption
 
 
 @app.command()
+def data(
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    preview: Annotated[int, typer.Option(min=0, help="Rows to show token by token.")] = 3,
+    smoke: SmokeOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what will be trained: rows, tokens, duplicates, leaks, and rows with their trained tokens marked."""
+    from peftcli.cli.commands import data_command
+
+    data_command(recipe, set_ or (), preview=preview, smoke=smoke, as_json=as_json)
+
+
+@app.command()
 def plan(
     recipe: RecipeArgument, set_: SetOption = None, smoke: SmokeOption = False, as_json: JsonOption = False
 ) -> None:

@@ -14,6 +14,7 @@ from peftcli.cli.launch import first_decides
 from peftcli.cli.quiet import Streams, quiet
 from peftcli.cli.recipes import find_recipe
 from peftcli.cli.show import Shown, console, metric_table, plan_lines, sample_table
+from peftcli.cli.show_data import show_data
 from peftcli.errors import DataError, GateNotMet, MemoryExhausted, RecipeError, Stopped
 from peftcli.plan.smoke import smoke_recipe
 from peftcli.recipe.load import Loaded, load_recipe
@@ -66,6 +67,22 @@ def plan_command(name: str, overrides: Sequence[str], *, smoke: bool, as_json: b
             out.print(f"note: {notice}")
 
 
+def data_command(name: str, overrides: Sequence[str], *, preview: int, smoke: bool, as_json: bool) -> None:
+    """Print what the data of a recipe hold, and how some rows will be trained."""
+    loaded = _load(name, overrides, smoke=smoke)
+    with _shown(None) as (shown, streams):
+        from peftcli.cli.steps import look_at_data
+
+        begun = time.monotonic()
+        data = look_at_data(loaded.recipe, shown, smoke=smoke, preview=preview)
+        data.facts["prepare_seconds"] = round(time.monotonic() - begun, 3)
+        if as_json:
+            _print_json(streams, data.facts | {"crossed": data.crossed})
+        else:
+            show_data(data.facts, console(streams.out))
+        data.raise_if_crossed(f"peftcli data {loaded.path}")
+
+
 def train_command(name: str, overrides: Sequence[str], flags: TrainFlags) -> None:
     """Train a recipe, or go on with its run."""
     loaded = _load(name, overrides, smoke=flags.smoke)
@@ -96,7 +113,7 @@ def _train(
     loaded: Loaded, run: RunDir, shown: Shown, stops: StopRequests, resume_from: Path | None, *, smoke: bool
 ) -> str | None:
     """The heavy part of `train`; returns why it stopped early, if it did."""
-    from peftcli.cli.steps import plan_recipe, prepare_data
+    from peftcli.cli.steps import SHOWN_ROWS, add_view, check_ends, plan_recipe, prepare_data
     from peftcli.model.probe import describe_environment
     from peftcli.model.shards import leave_group
     from peftcli.train.run import train
@@ -104,14 +121,19 @@ def _train(
     planned = plan_recipe(loaded, shown, smoke=smoke)
     plan = planned.plan
     begun = time.monotonic()
-    tokenizer, data = prepare_data(plan)
+    tokenizer, data = prepare_data(plan, shown)
     prepared = {"prepare_seconds": round(time.monotonic() - begun, 3)}
+    ends = check_ends(plan.base.tokenizer, tokenizer, data, plan.adapter)
+    add_view(data, tokenizer, plan.labels, SHOWN_ROWS, ends)
     if is_first_process():
         write_json(run.plan, plan.as_json())
         write_json(run.environment, describe_environment(planned.machine, _command()))
         write_json(run.data, data.facts | prepared)
+    data.raise_if_crossed(f"peftcli data {loaded.path}")
     for line in [*plan_lines(plan.as_json(), data.facts), *(f"  note: {notice}" for notice in plan.notices)]:
         shown.note(line)
+    for warning in data.facts["warnings"]:
+        shown.note(f"  note: {warning}")
     shown.note(f"  run folder {run.path}")
     reason = train(plan, run, data, tokenizer, shown, stops, resume_from).stop_reason
     leave_group()
@@ -131,7 +153,7 @@ def eval_command(name: str, recipe: str | None, overrides: Sequence[str], *, wit
         plan = plan_recipe(loaded, shown, smoke=smoke).plan
         if target is None:
             target = open_target(name, plan.base)
-        _, data = prepare_data(plan, target.adapter)
+        _, data = prepare_data(plan, shown, target.adapter)
         value = evaluate(
             target,
             data,
@@ -173,7 +195,7 @@ def merge_command(path: Path, into: str, output_dir: Path | None, dtype: str | N
         target = open_target(str(path))
         loaded = load_recipe(run.recipe)
         plan = plan_recipe(loaded, shown, smoke=bool(target.identity.get("smoke"))).plan
-        _, data = prepare_data(plan, target.adapter)
+        _, data = prepare_data(plan, shown, target.adapter)
         settings = MergeSettings(into, dtype, plan.gates, plan.evaluation, plan.evaluation_batch, plan.seed)
         try:
             found = merge(target, data, output_dir or run.merged, settings, shown)

@@ -72,7 +72,7 @@ class Shown:
                 redirect_stderr=False,
             )
             self._live.start()
-            self._task = self._live.add_task(what, total=total, figures="")
+            self._task = self._live.add_task(what, total=total or None, figures="")
 
     def advance(self, done: int, figures: Mapping[str, str] | None = None) -> None:
         if not self._speaks:
@@ -87,7 +87,8 @@ class Shown:
         now = time.monotonic()
         if now - self._last_line >= self._wait:
             self._last_line, self._wait = now, PLAIN_SECONDS[1]
-            self._out.print(f"{self._what} {done}/{self._total} {self._figures} {self._left(done, now)}".rstrip())
+            of = f"/{self._total}" if self._total else ""
+            self._out.print(f"{self._what} {done}{of} {self._figures} {self._left(done, now)}".rstrip())
 
     def end(self) -> None:
         if self._live is not None:
@@ -95,7 +96,7 @@ class Shown:
             self._live = self._task = None
 
     def _left(self, done: int, now: float) -> str:
-        if done <= self._first:
+        if done <= self._first or not self._total:
             return ""
         seconds = (now - self._begun) / (done - self._first) * (self._total - done)
         return f"left {duration(seconds)}"

@@ -1,10 +1,10 @@
 """Joins of several files: many rows on the left, at most one on the right, and nobody lost in silence."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-import pyarrow as pa
-import pyarrow.compute as pc
-
+from peftcli.data.rows import Rows, Source
 from peftcli.errors import DataError
 
 
@@ -18,60 +18,97 @@ class JoinFacts:
     unmatched: int
 
 
-def join_tables(left: pa.Table, right: pa.Table, on: list[str], path: str) -> tuple[pa.Table, JoinFacts]:
-    """Add the columns of `right` to `left`, keeping the order of `left`.
+class Join:
+    """A table that stands ready to be joined; the left rows come in batches and keep their order."""
 
-    Left rows without a partner are dropped and counted. Keys of different types are compared as text, so that an id
-    read from CSV meets the same id read from JSON.
+    def __init__(self, source: Source, on: Sequence[str]) -> None:
+        """Read the right side whole.
 
-    Args:
-        left: the rows that are kept.
-        right: at most one row for each key.
-        on: names of the key columns, in both tables.
-        path: name of the right source, for messages.
+        Args:
+            source: at most one row for each key.
+            on: names of the key columns, in both tables.
 
-    Raises:
-        DataError: a key column is missing, a key stands twice on the right, or no row finds a partner.
-    """
-    for name in on:
-        for side, table in (("the rows joined so far", left), (path, right)):
-            if name not in table.column_names:
-                have = ", ".join(table.column_names)
-                raise DataError(f"dataset.join {path}: {side} has no column {name}; it has {have}")
-    shared = [name for name in right.column_names if name in left.column_names and name not in on]
-    if shared:
-        raise DataError(
-            f"dataset.join {path}: both sides have a column {', '.join(shared)} that is no key; rename it in one file"
+        Raises:
+            DataError: a key column is missing, a key stands twice, or the source cannot be read.
+        """
+        self.name = source.name
+        self._on = list(on)
+        self._partners: dict[str, list[Any]] = {}
+        self._columns: list[str] = []
+        self._unmatched = 0
+        self._first_left: str | None = None
+        places: dict[str, str] = {}
+        for rows in source.batches():
+            self._need(list(rows.columns), source.name)
+            self._columns = [name for name in rows.columns if name not in self._on]
+            values = [rows.columns[name] for name in self._columns]
+            for number, key in enumerate(self._keys(rows)):
+                if key is None:
+                    continue  # a row without a key is nobody's partner
+                if key in places:
+                    raise DataError(
+                        f"{rows.place(number)}: {', '.join(self._on)} = {_shown(key)} stands there again "
+                        f"(first {places[key]}); a key may stand once on the right side of a join"
+                    )
+                places[key] = rows.place(number)
+                self._partners[key] = [column[number] for column in values]
+        if not self._partners:
+            raise DataError(f"{source.name}: no row with a value of {', '.join(self._on)} to join by")
+
+    def apply(self, rows: Rows) -> tuple[Rows, list[tuple[int, str]]]:
+        """The rows that have a partner, with its columns, and the others with the reason why they are left out.
+
+        Raises:
+            DataError: a key column is missing on the left, or both sides have another column of one name.
+        """
+        self._need(list(rows.columns), "the rows joined so far")
+        shared = [name for name in self._columns if name in rows.columns]
+        if shared:
+            raise DataError(
+                f"dataset.join {self.name}: both sides have a column {', '.join(shared)} that is no key; rename it in "
+                "one file"
+            )
+        keys = self._keys(rows)
+        if self._first_left is None and keys:
+            self._first_left = keys[0]
+        found = [None if key is None else self._partners.get(key) for key in keys]
+        kept = [number for number, partner in enumerate(found) if partner is not None]
+        lost = [(number, f"without a partner in {self.name}") for number, one in enumerate(found) if one is None]
+        self._unmatched += len(lost)
+        columns = {name: [values[number] for number in kept] for name, values in rows.columns.items()}
+        for place, name in enumerate(self._columns):
+            columns[name] = [partner[place] for partner in found if partner is not None]
+        ends = None if rows.ends is None else [rows.ends[number] for number in kept]
+        return Rows(rows.file, [rows.numbers[number] for number in kept], columns, rows.unread, ends), lost
+
+    def facts(self) -> JoinFacts:
+        """What was joined so far."""
+        return JoinFacts(self.name, self._on, len(self._partners), self._unmatched)
+
+    def no_partner(self) -> str:
+        """Says why no row is left after the join."""
+        right = next(iter(self._partners))
+        return (
+            f"dataset.join {self.name}: no row finds a partner by {', '.join(self._on)}; "
+            f"left has {_shown(self._first_left or '')!r}, right has {_shown(right)!r}"
         )
-    keys = [_key(table, on) for table in (left, right)]
-    counts = keys[1].value_counts()
-    double = counts.filter(pc.greater(counts.field("counts"), 1))
-    if len(double):
-        key, times = double[0]["values"].as_py(), double[0]["counts"].as_py()
-        raise DataError(
-            f"dataset.join {path}: {', '.join(on)} = {key.replace(_GLUE, ', ')} stands {times} times there "
-            f"({len(double)} such keys); a key may stand once on the right side of a join"
-        )
-    partner = pc.index_in(keys[0], value_set=keys[1])
-    matched = pc.is_valid(partner)
-    unmatched = left.num_rows - pc.sum(matched).as_py()
-    if unmatched == left.num_rows:
-        raise DataError(
-            f"dataset.join {path}: no row finds a partner by {', '.join(on)}; "
-            f"left has {keys[0][0].as_py()!r}, right has {keys[1][0].as_py()!r}"
-        )
-    joined = left.filter(matched)
-    rows = right.take(partner.filter(matched))
-    for name in right.column_names:
-        if name not in on:
-            joined = joined.append_column(name, rows.column(name))
-    return joined, JoinFacts(path, on, right.num_rows, unmatched)
+
+    def _need(self, names: list[str], where: str) -> None:
+        for name in self._on:
+            if name not in names:
+                raise DataError(f"dataset.join {self.name}: {where} has no column {name}; it has {', '.join(names)}")
+
+    def _keys(self, rows: Rows) -> list[str | None]:
+        """One text for each row, so that an id read from CSV meets the same id read from JSON."""
+        parts = [rows.columns[name] for name in self._on]
+        if len(parts) == 1:
+            return [None if value is None else str(value) for value in parts[0]]
+        whole = zip(*parts, strict=True)
+        return [None if None in values else _GLUE.join(map(str, values)) for values in whole]
 
 
 _GLUE = "\x1f"  # the unit separator stands in no sensible key
 
 
-def _key(table: pa.Table, on: list[str]) -> pa.Array:
-    parts = [pc.fill_null(pc.cast(table.column(name), pa.string()), "") for name in on]
-    key = parts[0] if len(parts) == 1 else pc.binary_join_element_wise(*parts, _GLUE)
-    return key.combine_chunks() if isinstance(key, pa.ChunkedArray) else key
+def _shown(key: str) -> str:
+    return key.replace(_GLUE, ", ")[:100]

@@ -1,13 +1,13 @@
-"""The seeded split, and what the two sides have in common."""
+"""The seeded split: by chance, by class, or by whole groups."""
 
-import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 
-def split_indices(rows: int, test_size: float | int, seed: int) -> tuple[list[int], list[int]]:
+def split_indices(rows: int, test_size: float | int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Draw the test rows; both sides keep the order of the source.
 
     Args:
@@ -19,30 +19,103 @@ def split_indices(rows: int, test_size: float | int, seed: int) -> tuple[list[in
         Indices of the train rows and of the test rows, each ascending.
 
     >>> train, test = split_indices(10, 0.25, seed=0)
-    >>> len(train), len(test), sorted(train + test) == list(range(10))
+    >>> len(train), len(test), sorted([*train, *test]) == list(range(10))
     (7, 3, True)
     """
-    wanted = math.ceil(rows * test_size) if isinstance(test_size, float) else test_size
-    test = min(wanted, rows)
+    test = min(wanted_rows(rows, test_size), rows)
     drawn = np.random.default_rng(seed).permutation(rows)
-    return sorted(drawn[test:].tolist()), sorted(drawn[:test].tolist())
+    return np.sort(drawn[test:]), np.sort(drawn[:test])
 
 
-def fingerprint(rows: Iterable[str]) -> str:
-    """SHA-256 over the rows, in their order, independent of how they are stored."""
-    digest = hashlib.sha256()
-    for row in rows:
-        data = row.encode("utf-8", "surrogatepass")
-        digest.update(len(data).to_bytes(8, "little"))
-        digest.update(data)
-    return digest.hexdigest()
+def split_by_class(
+    classes: NDArray[np.uint64], test_size: float | int, seed: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Draw test rows so that each class has the same share on both sides, to the nearest row.
+
+    What remains after rounding down goes to the classes that lost most by it.
+
+    Args:
+        classes: (rows,), equal for rows of one class.
+
+    >>> train, test = split_by_class(np.array([1, 1, 1, 1, 2, 2, 2, 2], np.uint64), 0.25, seed=0)
+    >>> len(test), sorted(int(n) // 4 for n in test)
+    (2, [0, 1])
+    """
+    _, inverse, counts = np.unique(classes, return_inverse=True, return_counts=True)
+    wanted = min(wanted_rows(len(classes), test_size), len(classes))
+    exact = counts * (wanted / max(len(classes), 1))
+    shares = np.floor(exact).astype(np.int64)
+    rest = np.argsort(-(exact - shares), kind="stable")[: wanted - int(shares.sum())]
+    shares[rest] += 1
+    drawn = np.random.default_rng(seed).permutation(len(classes))
+    by_class = drawn[np.argsort(inverse[drawn], kind="stable")]
+    starts = np.cumsum(counts) - counts
+    test = np.concatenate([by_class[start : start + share] for start, share in zip(starts, shares, strict=True)])
+    return _sides(test, len(classes))
 
 
-def count_leaked(train: Iterable[str], test: Iterable[str]) -> int:
-    """Number of test rows whose text stands in the training set too, case and white space aside."""
-    known = {_normal(row) for row in train}
-    return sum(_normal(row) in known for row in test)
+def split_by_group(
+    groups: NDArray[np.uint64], test_size: float | int, seed: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Draw whole groups for the test side, until it has at least the rows that were asked for.
+
+    A group that would overshoot is passed over while a later one fits; only where none fits the smallest is taken.
+
+    Args:
+        groups: (rows,), equal for rows of one group.
+
+    >>> train, test = split_by_group(np.array([5, 5, 6, 7], np.uint64), 0.25, seed=0)
+    >>> len(test)
+    1
+    """
+    values, inverse, counts = np.unique(groups, return_inverse=True, return_counts=True)
+    wanted = min(wanted_rows(len(groups), test_size), len(groups))
+    taken = np.zeros(len(values), bool)
+    room = wanted
+    order = np.random.default_rng(seed).permutation(len(values))
+    for group in order:
+        if counts[group] <= room:
+            taken[group] = True
+            room -= int(counts[group])
+    if not taken.any():
+        taken[order[np.argmin(counts[order])]] = True
+    return _sides(np.flatnonzero(taken[inverse]), len(groups))
 
 
-def _normal(text: str) -> str:
-    return " ".join(text.casefold().split())
+def weighted(rows: NDArray[np.int64], weights: Sequence[float], of: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
+    """Repeat the rows of each source as often as its weight says; the part behind the point is drawn.
+
+    Args:
+        rows: indices of training rows.
+        weights: of each source.
+        of: (rows,), the source of each row.
+
+    >>> weighted(np.array([3, 4, 5]), [2.0, 1.0], np.array([0, 1, 1]), seed=0)
+    array([3, 3, 4, 5])
+    """
+    if all(weight == 1 for weight in weights):
+        return rows
+    generator = np.random.default_rng(seed)
+    times = np.zeros(len(rows), np.int64)
+    for source, weight in enumerate(weights):
+        mine = np.flatnonzero(of == source)
+        whole = math.floor(weight)
+        times[mine] = whole
+        extra = round((weight - whole) * len(mine))
+        times[generator.permutation(mine)[:extra]] += 1
+    return np.repeat(rows, times)
+
+
+def wanted_rows(rows: int, test_size: float | int) -> int:
+    """Number of test rows that a size asks for.
+
+    >>> wanted_rows(49_688, 0.2), wanted_rows(100, 7)
+    (9938, 7)
+    """
+    return math.ceil(rows * test_size) if isinstance(test_size, float) else test_size
+
+
+def _sides(test: NDArray[np.int64], rows: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    inside = np.zeros(rows, bool)
+    inside[test] = True
+    return np.flatnonzero(~inside), np.flatnonzero(inside)

@@ -4,277 +4,276 @@ Ids and labels are those that TRL's SFTTrainer would make (tests compare them); 
 shown before a model is loaded.
 """
 
-import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any, TypeAlias
+from itertools import chain
+from typing import TypeAlias
 
-import pyarrow as pa
-from jinja2 import TemplateError
+import numpy as np
+from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
-from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 from trl.data_utils import common_prefix_length
 
-from peftcli.data.examples import BATCH_ROWS, Examples
-from peftcli.errors import DataError
+from peftcli.data.encode import encode, encode_prompts, flatten, stop_ids, with_end
+from peftcli.data.turns import Marker, read_chats
 from peftcli.plan.plan import LabelRule
 
 IGNORED = -100
 """Label of a token that is not trained (`ignore_index` of torch's cross entropy)."""
 
-Row: TypeAlias = dict[str, Any]
+Ids: TypeAlias = NDArray[np.int32]
+Flags: TypeAlias = NDArray[np.bool_]
+Counts: TypeAlias = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class TokenFacts:
-    """Counts over the rows of one side of the split; `lengths` are tokens per row before any cut."""
+class Encoded:
+    """The rows of a batch in one line, before any cut.
 
-    rows: int
-    tokens: int
-    trained: int
-    truncated: int
-    dropped: int
-    eos_trained: int
-    merged_boundaries: int
-    lengths: list[int]
-
-
-def tokenize(examples: Examples, tokenizer: PreTrainedTokenizerBase, rule: LabelRule) -> tuple[pa.Table, TokenFacts]:
-    """Tokenize, label, truncate, and drop the rows that truncation left without a trained token.
-
-    Returns:
-        table: `input_ids` and `labels` (lists of equal length), `prompt_ids` (what generation starts from; equal to
-            the training context), `prompt` and `reference` (text).
-        facts: what was counted.
-
-    Raises:
-        DataError: the chat template is missing or does not tell the assistant's turns apart.
+    Attributes:
+        flat: (tokens,), ids of all rows.
+        trained: (tokens,), whether a token is trained.
+        lengths: (rows,), tokens of each row.
+        merged: (rows,), whether a token reaches over the edge between prompt and completion.
+        whole: (rows,), whether the row ends where its text ends.
     """
-    encode = {"prompt_completion": _encode_pairs, "messages": _encode_messages, "text": _encode_texts}[examples.format]
-    ends = stop_ids(tokenizer)
-    kept: list[Row] = []
-    count = {"truncated": 0, "dropped": 0, "eos_trained": 0, "merged_boundaries": 0}
-    lengths: list[int] = []
-    for batch in examples.table.to_batches(BATCH_ROWS):
-        for row in encode(batch.to_pydict(), tokenizer, rule):
-            lengths.append(len(row["input_ids"]))
-            count["merged_boundaries"] += row.pop("merged_boundary", False)
-            if len(row["input_ids"]) > rule.max_length:
-                row["input_ids"] = row["input_ids"][: rule.max_length]
-                row["labels"] = row["labels"][: rule.max_length]
-                if all(label == IGNORED for label in row["labels"]):
-                    count["dropped"] += 1
-                    continue
-                count["truncated"] += 1
-            count["eos_trained"] += row["labels"][-1] in ends or _last_trained(row["labels"]) in ends
-            kept.append(row)
-    lists = pa.large_list(pa.int32())
-    columns = {name: pa.array([row[name] for row in kept], lists) for name in ("input_ids", "labels", "prompt_ids")}
-    for name in ("prompt", "reference"):
-        columns[name] = pa.array([row[name] for row in kept], pa.large_string())
-    tokens = sum(len(row["input_ids"]) for row in kept)
-    trained = sum(label != IGNORED for row in kept for label in row["labels"][1:])
-    return pa.table(columns), TokenFacts(rows=len(kept), tokens=tokens, trained=trained, lengths=lengths, **count)
+
+    flat: Ids
+    trained: Flags
+    lengths: Counts
+    merged: Flags
+    whole: Flags
 
 
-def stop_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Ids on which an answer ends: the tokenizer's end token and, where it has one, its template's end of turn."""
-    ends = {tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set()
-    if tokenizer.chat_template:
-        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        try:
-            ids = tokenizer.apply_chat_template(turns, tokenize=True, return_dict=True)["input_ids"]
-        except TemplateError:  # a template for another purpose; rows that need it are refused where they are read
-            ids = []
-        special = set(tokenizer.all_special_ids)
-        last = next((token for token in reversed(ids) if token in special), None)
-        text = tokenizer.decode(ids[ids.index(last) + 1 :]) if last is not None else "b"
-        if last is not None and not text.strip():
-            ends.add(last)
-    return frozenset(ends)
+@dataclass(frozen=True)
+class TokenBatch:
+    """What is kept of a batch of examples, and what is known of each row of it.
 
-
-def _last_trained(labels: list[int]) -> int:
-    return next((label for label in reversed(labels) if label != IGNORED), IGNORED)
-
-
-def encode_prompts(prompts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Ids that an answer goes on from: without the end token that some tokenizers write by themselves."""
-    encoded: list[list[int]] = tokenizer(prompts)["input_ids"]
-    return [ids[:-1] for ids in encoded] if _writes_end(tokenizer) else encoded
-
-
-def _writes_end(tokenizer: PreTrainedTokenizerBase) -> bool:
-    probe = tokenizer("a")["input_ids"]
-    return tokenizer.eos_token_id is not None and bool(probe) and probe[-1] == tokenizer.eos_token_id
-
-
-def _with_end(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    end = tokenizer.eos_token
-    if end is None or _writes_end(tokenizer):
-        return texts
-    return [text if text.endswith(end) else text + end for text in texts]
-
-
-def _encode_pairs(batch: dict[str, list[str]], tokenizer: PreTrainedTokenizerBase, rule: LabelRule) -> list[Row]:
-    completions = _with_end(batch["completion"], tokenizer)
-    prompts = encode_prompts(batch["prompt"], tokenizer)
-    wholes = tokenizer([a + b for a, b in zip(batch["prompt"], completions, strict=True)])["input_ids"]
-    rows = []
-    for prompt, whole, text, reference in zip(prompts, wholes, batch["prompt"], batch["completion"], strict=True):
-        start = common_prefix_length(prompt, whole)
-        masked = start if rule.completion_only else 0
-        rows.append(
-            {
-                "input_ids": whole,
-                "labels": [IGNORED] * masked + whole[masked:],
-                "prompt_ids": prompt,
-                "prompt": text,
-                "reference": reference,
-                "merged_boundary": start < len(prompt),
-            }
-        )
-    return rows
-
-
-def _encode_texts(batch: dict[str, list[str]], tokenizer: PreTrainedTokenizerBase, rule: LabelRule) -> list[Row]:
-    rows = []
-    for ids in tokenizer(_with_end(batch["text"], tokenizer))["input_ids"]:
-        # A text has no prompt of its own; its first quarter serves to show how the model goes on.
-        start = max(1, min(len(ids) // 4, 64))
-        rows.append(
-            {
-                "input_ids": ids,
-                "labels": list(ids),
-                "prompt_ids": ids[:start],
-                "prompt": tokenizer.decode(ids[:start], skip_special_tokens=True),
-                "reference": tokenizer.decode(ids[start:], skip_special_tokens=True),
-            }
-        )
-    return rows
-
-
-def _encode_messages(batch: dict[str, list[str]], tokenizer: PreTrainedTokenizerBase, rule: LabelRule) -> list[Row]:
-    if not tokenizer.chat_template:
-        raise DataError(
-            "the tokenizer has no chat template, and the data are messages; set model.chat_template to a Jinja file"
-        )
-    chats = [json.loads(text) for text in batch["messages"]]
-    for chat in chats:
-        _check_renders(chat, tokenizer)
-    template = training_template(tokenizer) if rule.assistant_only else None
-    if rule.assistant_only and template is None:
-        encoded = [_mark_turns(chat, tokenizer) for chat in chats]
-    else:
-        encoded = _mark_by_template(chats, tokenizer, template, rule.assistant_only)
-    rows = []
-    for chat, (ids, labels) in zip(chats, encoded, strict=True):
-        last = max(number for number, turn in enumerate(chat) if turn["role"] == "assistant")
-        prompt = tokenizer.apply_chat_template(chat[:last], tokenize=False, add_generation_prompt=True)
-        rows.append(
-            {
-                "input_ids": ids,
-                "labels": labels,
-                "prompt_ids": tokenizer(prompt, add_special_tokens=False)["input_ids"],
-                "prompt": prompt,
-                "reference": chat[last]["content"],
-            }
-        )
-    return rows
-
-
-def _check_renders(chat: list[Row], tokenizer: PreTrainedTokenizerBase) -> None:
-    try:
-        tokenizer.apply_chat_template(chat, tokenize=False)
-    except TemplateError as problem:
-        roles = ", ".join(turn["role"] for turn in chat[:6])
-        first = chat[0]["content"][:60]
-        raise DataError(
-            f"the chat template refuses a row ({problem}): its turns are {roles}, and it begins {first!r}; mend the "
-            "row or set model.chat_template"
-        ) from problem
-
-
-def training_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """A template that marks the assistant's turns: the tokenizer's own, TRL's for a known family, or None."""
-    if has_generation_markers(tokenizer.chat_template):
-        return str(tokenizer.chat_template)
-    try:
-        return str(get_training_chat_template(tokenizer))
-    except ValueError:  # TRL's way to say that it does not know this family
-        return None
-
-
-def _mark_by_template(
-    chats: list[list[Row]], tokenizer: PreTrainedTokenizerBase, template: str | None, assistant_only: bool
-) -> list[tuple[list[int], list[int]]]:
-    encoded = tokenizer.apply_chat_template(
-        chats, chat_template=template, tokenize=True, return_dict=True, return_assistant_tokens_mask=assistant_only
-    )
-    if not assistant_only:
-        return [(ids, list(ids)) for ids in encoded["input_ids"]]
-    rows = []
-    for ids, mask in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True):
-        if not any(mask):
-            raise DataError(
-                "the chat template marks no token of the assistant; its {% generation %} block is empty for some row"
-            )
-        rows.append((ids, [token if bit else IGNORED for token, bit in zip(ids, mask, strict=True)]))
-    return rows
-
-
-def _mark_turns(chat: list[Row], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """Find the assistant's turns of a template without marks by rendering the chat up to each of them.
-
-    Raises:
-        DataError: a shorter chat does not render as the beginning of the longer one, so the turns cannot be told.
+    Attributes:
+        of: (rows,), the example that a row was made from.
+        flat, trained_flat: (tokens,), ids and whether each is trained.
+        lengths: (rows,), tokens that are kept.
+        uncut: (rows,), tokens before the cut.
+        trained: (rows,), tokens whose prediction is trained; the first of a row never is.
+        flags: by name, (rows,): truncated, ends (the end token should be trained), end_trained, merged, doubled_bos,
+            unknown (a token that the tokenizer does not know).
+        dropped: example and reason.
     """
-    whole = tokenizer.apply_chat_template(chat, tokenize=False)
-    spans = []
-    for number, turn in enumerate(chat):
-        if turn["role"] != "assistant":
-            continue
-        before = tokenizer.apply_chat_template(chat[:number], tokenize=False, add_generation_prompt=True)
-        after = tokenizer.apply_chat_template(chat[: number + 1], tokenize=False)
-        if not (whole.startswith(after) and after.startswith(before)):
-            raise DataError(
-                "the chat template renders earlier turns differently in a longer chat, so the assistant's turns cannot "
-                "be told apart with certainty; give model.chat_template a template with {% generation %} marks, or set "
-                "trainer.assistant_only_loss: false"
-            )
-        spans.append((len(before), len(after)))
-    return _label_spans(whole, spans, tokenizer)
+
+    of: Counts
+    flat: Ids
+    trained_flat: Flags
+    lengths: Counts
+    uncut: Counts
+    trained: Counts
+    flags: Mapping[str, Flags]
+    dropped: list[tuple[int, str]]
+
+    def labels(self) -> Ids:
+        """(tokens,), the ids of the trained tokens and IGNORED for the others."""
+        return np.where(self.trained_flat, self.flat, np.int32(IGNORED)).astype(np.int32)
 
 
-def _label_spans(
-    text: str, spans: list[tuple[int, int]], tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[int], list[int]]:
-    """Ids of a text, and labels that train the characters of the spans and no other.
+FLAGS = ("truncated", "ends", "end_trained", "merged", "doubled_bos", "unknown")
 
-    A token that reaches over the edge of a span would train a part of the prompt, or leave out a part of the answer.
-    Then the pieces are encoded apart, which is also what generation sees: a prompt that ends at that edge.
 
-    Raises:
-        DataError: the pieces do not add up to the text.
-    """
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    ids: list[int] = encoded["input_ids"]
-    offsets = encoded["offset_mapping"]
-    edges = {edge for span in spans for edge in span}
-    if not any(left < edge < right for left, right in offsets for edge in edges):
-        inside = [any(start <= left and right <= end for start, end in spans) for left, right in offsets]
-        trained = [bit and right > left for bit, (left, right) in zip(inside, offsets, strict=True)]
-        return ids, [token if bit else IGNORED for token, bit in zip(ids, trained, strict=True)]
-    cuts = [0, *sorted(edges - {0, len(text)}), len(text)]
-    pieces: list[int] = []
-    labels: list[int] = []
-    for start, end in pairwise(cuts):
-        piece = tokenizer(text[start:end], add_special_tokens=False)["input_ids"]
-        pieces += piece
-        labels += piece if (start, end) in spans else [IGNORED] * len(piece)
-    if tokenizer.decode(pieces) != tokenizer.decode(ids):
-        raise DataError(
-            "a token reaches over the edge of an assistant's turn and the tokenizer cannot encode the turns apart; end "
-            "the generation prompt of the chat template on a special token or a line break"
+class Tokens:
+    """Tokenizes examples of one kind, labels them, and cuts or drops those that are too long."""
+
+    def __init__(self, kind: str, tokenizer: PreTrainedTokenizerBase, rule: LabelRule) -> None:
+        """
+        Raises:
+            DataError: the examples are chats and the tokenizer has no chat template.
+        """
+        self._tokenizer = tokenizer
+        self._rule = rule
+        self._ends = np.array(sorted(stop_ids(tokenizer)), np.int32)
+        self._marker = Marker(tokenizer, assistant_only=rule.assistant_only) if kind == "messages" else None
+        ways: dict[str, Callable[..., tuple[Encoded, list[int], list[tuple[int, str]]]]] = {
+            "prompt_completion": self._pairs,
+            "messages": self._chats,
+            "text": self._texts,
+        }
+        self._encode = ways[kind]
+
+    def batch(
+        self, columns: Mapping[str, Sequence[str]], ends: Sequence[bool] | None, too_long: str | None
+    ) -> TokenBatch:
+        """Token ids of a batch.
+
+        Args:
+            columns: of the examples.
+            ends: False for an example whose text goes on in the next; None where all are whole.
+            too_long: `truncate`, `drop` or `split`; None for split where `ends` is given and truncate elsewhere.
+
+        Raises:
+            DataError: the turns of a chat cannot be told apart.
+        """
+        encoded, kept, dropped = self._encode(columns, ends)
+        way = too_long or ("truncate" if ends is None else "split")
+        return self._finish(encoded, np.array(kept, np.int64), dropped, way)
+
+    def _pairs(
+        self, columns: Mapping[str, Sequence[str]], ends: Sequence[bool] | None
+    ) -> tuple[Encoded, list[int], list[tuple[int, str]]]:
+        completions = with_end(columns["completion"], self._tokenizer)
+        prompts = encode_prompts(columns["prompt"], self._tokenizer)
+        wholes = encode([a + b for a, b in zip(columns["prompt"], completions, strict=True)], self._tokenizer)
+        starts = np.fromiter(map(_shared, prompts, wholes), np.int64, len(wholes))
+        merged = starts < np.fromiter(map(len, prompts), np.int64, len(prompts))
+        flat, lengths = flatten(wholes)
+        trained = positions(lengths) >= np.repeat(starts if self._rule.completion_only else 0 * starts, lengths)
+        return Encoded(flat, trained, lengths, merged, np.ones(len(wholes), bool)), list(range(len(wholes))), []
+
+    def _texts(
+        self, columns: Mapping[str, Sequence[str]], ends: Sequence[bool] | None
+    ) -> tuple[Encoded, list[int], list[tuple[int, str]]]:
+        texts = columns["text"]
+        whole = np.ones(len(texts), bool) if ends is None else np.array(ends, bool)
+        finished = with_end(texts, self._tokenizer)
+        flat, lengths = flatten(
+            encode([b if end else a for a, b, end in zip(texts, finished, whole, strict=True)], self._tokenizer)
         )
-    return pieces, labels
+        nothing = np.zeros(len(texts), bool)
+        return Encoded(flat, np.ones(len(flat), bool), lengths, nothing, whole), list(range(len(texts))), []
+
+    def _chats(
+        self, columns: Mapping[str, Sequence[str]], ends: Sequence[bool] | None
+    ) -> tuple[Encoded, list[int], list[tuple[int, str]]]:
+        assert self._marker is not None  # made for this kind
+        marked = self._marker.mark(*read_chats(columns))
+        dropped = [(row, reason) for row, reason in enumerate(marked) if isinstance(reason, str)]
+        kept = [row for row, one in enumerate(marked) if not isinstance(one, str)]
+        pairs = [one for one in marked if not isinstance(one, str)]
+        flat, lengths = flatten([ids for ids, _ in pairs])
+        trained = np.fromiter(chain.from_iterable(marks for _, marks in pairs), np.bool_, len(flat))
+        nothing = np.zeros(len(pairs), bool)
+        return Encoded(flat, trained, lengths, nothing, ~nothing), kept, dropped
+
+    def _finish(self, encoded: Encoded, kept: Counts, dropped: list[tuple[int, str]], way: str) -> TokenBatch:
+        limit = self._rule.max_length
+        cut = cut_rows(encoded, limit, split=way == "split")
+        trained = row_sums(cut.trained & (positions(cut.lengths) > 0), cut.lengths)
+        truncated = cut.truncated
+        keep = trained > 0
+        if way == "drop":
+            keep &= ~truncated
+        for row in np.flatnonzero(~keep):
+            reason = "with no token that is trained"
+            if truncated[row]:
+                reason = f"longer than max_length {limit}" if way == "drop" else _cut_off(limit)
+            dropped.append((int(kept[cut.of[row]]), reason))
+        inside = np.repeat(keep, cut.lengths)
+        flags = {
+            "truncated": truncated,
+            "ends": cut.ends & ~truncated,
+            "end_trained": self._ends_trained(cut) & cut.ends & ~truncated,
+            "merged": encoded.merged[cut.of],
+            "doubled_bos": self._doubled(cut),
+            "unknown": self._unknown(cut),
+        }
+        return TokenBatch(
+            of=kept[cut.of[keep]],
+            flat=cut.flat[inside],
+            trained_flat=cut.trained[inside],
+            lengths=cut.lengths[keep],
+            uncut=cut.uncut[keep],
+            trained=trained[keep],
+            flags={name: flag[keep] for name, flag in flags.items()},
+            dropped=dropped,
+        )
+
+    def _ends_trained(self, cut: "Cut") -> Flags:
+        """Whether every stretch of trained tokens of a row holds an end token, as each turn must end in one."""
+        begins = cut.trained.copy()
+        begins[1:] &= ~cut.trained[:-1] | (positions(cut.lengths)[1:] == 0)
+        stretch = np.cumsum(begins)
+        ended = np.zeros(int(stretch[-1]) + 1 if len(stretch) else 1, bool)
+        ended[stretch[cut.trained & np.isin(cut.flat, self._ends)]] = True
+        lacking = begins & ~ended[stretch]
+        found: Flags = row_sums(lacking, cut.lengths) == 0
+        return found
+
+    def _doubled(self, cut: "Cut") -> Flags:
+        begin = self._tokenizer.bos_token_id
+        found = np.zeros(len(cut.lengths), bool)
+        if begin is not None:
+            starts = (np.cumsum(cut.lengths) - cut.lengths)[cut.lengths > 1]
+            found[cut.lengths > 1] = (cut.flat[starts] == begin) & (cut.flat[starts + 1] == begin)
+        return found
+
+    def _unknown(self, cut: "Cut") -> Flags:
+        unknown = self._tokenizer.unk_token_id
+        if unknown is None:
+            return np.zeros(len(cut.lengths), bool)
+        found: Flags = row_sums(cut.flat == unknown, cut.lengths) > 0
+        return found
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Rows after the cut; `of` is the row of the batch that each was made from, `uncut` its tokens before."""
+
+    flat: Ids
+    trained: Flags
+    lengths: Counts
+    of: Counts
+    uncut: Counts
+    truncated: Flags
+    ends: Flags
+
+
+def cut_rows(encoded: Encoded, limit: int, *, split: bool) -> Cut:
+    """Cut what is longer than the limit, or split it into rows of about equal length.
+
+    Args:
+        limit: largest number of tokens of a row.
+        split: make several rows of a long one; nothing is lost then.
+    """
+    lengths = encoded.lengths
+    if not split:
+        long = lengths > limit
+        inside = positions(lengths) < limit
+        of = np.arange(len(lengths))
+        short = np.minimum(lengths, limit)
+        return Cut(encoded.flat[inside], encoded.trained[inside], short, of, lengths, long, encoded.whole)
+    pieces = np.maximum(-(-lengths // limit), 1)
+    of = np.repeat(np.arange(len(lengths)), pieces)
+    number = positions(pieces)
+    # Piece k of n holds the tokens from k * length // n to (k + 1) * length // n.
+    sizes = (number + 1) * lengths[of] // pieces[of] - number * lengths[of] // pieces[of]
+    last = number == pieces[of] - 1
+    none = np.zeros(len(of), bool)
+    return Cut(encoded.flat, encoded.trained, sizes, of, sizes, none, encoded.whole[of] & last)
+
+
+def positions(lengths: Counts) -> Counts:
+    """Position of each token in its row.
+
+    >>> positions(np.array([2, 0, 3]))
+    array([0, 1, 0, 1, 2])
+    """
+    starts = np.cumsum(lengths) - lengths
+    found: Counts = np.arange(int(lengths.sum())) - np.repeat(starts, lengths)
+    return found
+
+
+def row_sums(flags: Flags, lengths: Counts) -> Counts:
+    """Number of flags that are set in each row.
+
+    >>> row_sums(np.array([True, False, True]), np.array([2, 0, 1]))
+    array([1, 0, 1])
+    """
+    total = np.concatenate([[0], np.cumsum(flags, dtype=np.int64)])
+    ends = np.cumsum(lengths)
+    found: Counts = total[ends] - total[ends - lengths]
+    return found
+
+
+def _shared(prompt: list[int], whole: list[int]) -> int:
+    """Tokens that a prompt and the whole row begin with alike."""
+    return len(prompt) if whole[: len(prompt)] == prompt else int(common_prefix_length(prompt, whole))
+
+
+def _cut_off(limit: int) -> str:
+    return f"with a prompt that fills max_length {limit}"

@@ -11,6 +11,7 @@ import torch
 from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from peftcli.data.prepare import PreparedData
 from peftcli.errors import Diverged, MachineError
 from peftcli.plan.plan import Base, Plan
 from peftcli.rundir import read_json, write_json
@@ -24,8 +25,7 @@ def save_adapter(
     model: PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     plan: Plan,
-    stop_ids: frozenset[int],
-    format_: str,
+    data: PreparedData,
     folder: Path,
 ) -> None:
     """Write the adapter beside its name, then move it there.
@@ -41,8 +41,8 @@ def save_adapter(
     sort_targets(model)
     # Whether embeddings changed is known here: asking the Hub for the base's vocabulary would need a network.
     model.save_pretrained(str(staging), save_embedding_layers=False)
-    write_companions(model, tokenizer, stop_ids, staging)
-    write_json(staging / IDENTITY, identity(plan, stop_ids, format_, "adapter"))
+    write_companions(model, tokenizer, data.stop_ids, staging)
+    write_json(staging / IDENTITY, identity(plan, data, "adapter"))
     replace_folder(staging, folder)
 
 
@@ -62,7 +62,7 @@ def write_companions(model: Any, tokenizer: PreTrainedTokenizerBase, stop_ids: f
     config.save_pretrained(str(folder))
 
 
-def identity(plan: Plan, stop_ids: frozenset[int], format_: str, kind: str) -> dict[str, Any]:
+def identity(plan: Plan, data: PreparedData, kind: str) -> dict[str, Any]:
     """What somebody who has only the folder must know."""
     base = asdict(plan.base)
     base["config_sha256"] = config_hash(plan.base)
@@ -72,10 +72,9 @@ def identity(plan: Plan, stop_ids: frozenset[int], format_: str, kind: str) -> d
         "smoke": plan.smoke,
         "task": plan.task,
         "base": base,
-        "format": format_,
-        "prompt": plan.dataset.prompt,
-        "completion": plan.dataset.completion,
-        "stop_ids": sorted(stop_ids),
+        "format": data.format,
+        "prompt": data.prompt,
+        "stop_ids": sorted(data.stop_ids),
         "max_length": plan.labels.max_length,
         "evaluation_batch": plan.evaluation_batch,
     }

@@ -1,5 +1,6 @@
 """Tokenizers, base models and adapters, loaded in one way for every verb."""
 
+import difflib
 import re
 from pathlib import Path
 from typing import Any
@@ -14,42 +15,60 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from peftcli.errors import MachineError
+from peftcli.errors import MachineError, RecipeError
 from peftcli.model.hub import explain_missing
-from peftcli.plan.plan import Base
+from peftcli.plan.plan import Base, TokenizerChoice
 
 FAST_CPU_PATH = "support_avx512bf16_for_cpu"
 """Attribute of bitsandbytes' Linear4bit."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def load_tokenizer(base: Base, path: str | None = None) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a base model, with the recipe's chat template and a pad token.
+def load_tokenizer(choice: TokenizerChoice, path: str | None = None) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a base model, with the recipe's chat template and end token, and a pad token.
 
     Args:
-        base: of the plan.
-        path: a folder to load from instead, such as an adapter's.
+        choice: of the plan.
+        path: a folder to load from instead, such as an adapter's, which has its template and end token.
 
     Raises:
         MachineError: there is none, or the chat template file cannot be read.
+        RecipeError: the tokenizer has no such end token.
     """
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            path or base.path,
-            revision=None if path else base.revision,
-            trust_remote_code=base.trust_remote_code,
+            path or choice.path,
+            revision=None if path else choice.revision,
+            trust_remote_code=choice.trust_remote_code,
         )
     except (OSError, ValueError) as problem:
-        raise MachineError(explain_missing(path or base.path, problem)) from problem
-    if base.chat_template is not None and path is None:
+        raise MachineError(explain_missing(path or choice.path, problem)) from problem
+    if choice.chat_template is not None and path is None:
         try:
-            tokenizer.chat_template = Path(base.chat_template).read_text(encoding="utf-8")
+            tokenizer.chat_template = Path(choice.chat_template).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as problem:
-            raise MachineError(f"model.chat_template {base.chat_template}: cannot be read: {problem}") from problem
+            raise MachineError(f"model.chat_template {choice.chat_template}: cannot be read: {problem}") from problem
+    if choice.eos_token is not None and path is None:
+        _set_end(tokenizer, choice.eos_token)
     if tokenizer.pad_token is None:
         # Labels are masked by length and never by token, so an end token that pads is still trained.
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _set_end(tokenizer: PreTrainedTokenizerBase, end: str) -> None:
+    known = tokenizer.get_vocab()
+    if end not in known:
+        near = difflib.get_close_matches(end, [*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()], n=1)
+        raise RecipeError(
+            f"model.eos_token = {end}: the tokenizer has no such token"
+            + (f"; did you mean {near[0]}?" if near else f"; its special tokens are {_listed(tokenizer)}")
+        )
+    tokenizer.eos_token = end
+
+
+def _listed(tokenizer: PreTrainedTokenizerBase) -> str:
+    return ", ".join(tokenizer.all_special_tokens[:12]) or "none"
 
 
 def load_base(base: Base, *, quantized: bool = True) -> PreTrainedModel:

@@ -38,7 +38,7 @@ class Target:
     def load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """Load the model, in evaluation mode, and its tokenizer."""
         model = load_base(self.base)
-        tokenizer = load_tokenizer(self.base, None if self.adapter is None else str(self.adapter))
+        tokenizer = load_tokenizer(self.base.tokenizer, None if self.adapter is None else str(self.adapter))
         if self.adapter is not None:
             model = load_adapter(model, self.adapter)
         model.eval()
@@ -82,5 +82,12 @@ def open_target(path: str, base: Base | None = None) -> Target:
 def _merged_base(folder: Path, found: dict[str, Any], device: str) -> Base:
     stated = dict(found["base"])
     stated.pop("config_sha256")
-    stated |= {"path": str(folder), "revision": None, "quantization": None, "chat_template": None, "device": device}
+    stated |= {
+        "path": str(folder),
+        "revision": None,
+        "quantization": None,
+        "chat_template": None,
+        "eos_token": None,
+        "device": device,
+    }
     return Base(**stated)

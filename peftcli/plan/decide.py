@@ -41,7 +41,7 @@ def make_plan(
     choices = choose(recipe, machine, facts)
     targets = match_targets(recipe.adapter.target_modules, facts)
     match_saved(recipe.adapter.modules_to_save or (), facts)
-    labels = _labels(recipe, facts)
+    labels = label_rule(recipe, facts.positions)
     _check_room(recipe, facts, machine, choices)
     batch = count_batch(recipe.trainer, machine)
     trainable = count_trainable(recipe.adapter)
@@ -91,6 +91,7 @@ def _base(recipe: Recipe, facts: ModelFacts, choices: Choices) -> Base:
         quantization=quantization,
         chat_template=recipe.model.chat_template,
         trust_remote_code=recipe.model.trust_remote_code,
+        eos_token=recipe.model.eos_token,
     )
 
 
@@ -119,23 +120,31 @@ def _decisions(
     )
 
 
-def _labels(recipe: Recipe, facts: ModelFacts) -> LabelRule:
+def label_rule(recipe: Recipe, positions: int | None) -> LabelRule:
+    """Which tokens of a recipe's rows are trained.
+
+    Args:
+        positions: longest row that the model was made for, None where it does not say.
+
+    Raises:
+        RecipeError: the recipe asks for longer rows than that.
+    """
     return LabelRule(
         completion_only=recipe.trainer.get("completion_only_loss") is not False,
         assistant_only=recipe.trainer.get("assistant_only_loss") is not False,
         asked=tuple(name for name in LABEL_RULES if recipe.trainer.get(name)),
-        max_length=_max_length(recipe, facts),
+        max_length=_max_length(recipe, positions),
     )
 
 
-def _max_length(recipe: Recipe, facts: ModelFacts) -> int:
+def _max_length(recipe: Recipe, positions: int | None) -> int:
     asked = recipe.dataset.max_length
-    if facts.positions is None or asked <= facts.positions:
+    if positions is None or asked <= positions:
         return asked
     if "max_length" not in recipe.dataset.model_fields_set:
-        return facts.positions
+        return positions
     raise RecipeError(
-        f"dataset.max_length = {asked}, but {recipe.model.name} was made for at most {facts.positions} tokens; lower it"
+        f"dataset.max_length = {asked}, but {recipe.model.name} was made for at most {positions} tokens; lower it"
     )
 
 

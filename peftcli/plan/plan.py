@@ -20,6 +20,25 @@ class Decision:
 
 
 @dataclass(frozen=True)
+class TokenizerChoice:
+    """The tokenizer as it is loaded.
+
+    Attributes:
+        path: local folder or Hub id of the base model.
+        revision: of the Hub, None for the default.
+        chat_template: path of a Jinja file that replaces the tokenizer's, or None.
+        eos_token: token that takes the place of the tokenizer's end token, or None.
+        trust_remote_code: run code that comes with the model.
+    """
+
+    path: str
+    revision: str | None
+    chat_template: str | None
+    eos_token: str | None
+    trust_remote_code: bool
+
+
+@dataclass(frozen=True)
 class Base:
     """The base model as it is loaded.
 
@@ -33,6 +52,7 @@ class Base:
         quantization: bits, type, double_quant and compute_dtype, or None.
         chat_template: path of a Jinja file that replaces the tokenizer's, or None.
         trust_remote_code: run code that comes with the model.
+        eos_token: token that takes the place of the tokenizer's end token, or None.
     """
 
     name: str
@@ -44,6 +64,11 @@ class Base:
     quantization: Mapping[str, Any] | None
     chat_template: str | None
     trust_remote_code: bool
+    eos_token: str | None = None
+
+    @property
+    def tokenizer(self) -> TokenizerChoice:
+        return TokenizerChoice(self.path, self.revision, self.chat_template, self.eos_token, self.trust_remote_code)
 
 
 @dataclass(frozen=True)

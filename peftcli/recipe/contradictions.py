@@ -8,15 +8,25 @@ from peftcli.recipe.problems import KeyPath, Problems, dotted
 from peftcli.recipe.template import template_columns
 from peftcli.recipe.yaml_text import Tree
 
+_ONE_PLACE = "rows come from files, from the Hub or from a database: keep one"
+_ONE_KIND = "a row is one text, or a prompt and a completion: keep one kind"
+_ONE_WAY = "a row is made by templates or taken from columns: keep one"
 _APART: tuple[tuple[str, str, str], ...] = (
-    ("path", "name", "rows come from files or from the Hub: keep one"),
-    ("text", "prompt", "a row is one text, or a prompt and a completion: keep one kind"),
-    ("text", "completion", "a row is one text, or a prompt and a completion: keep one kind"),
-    ("text", "columns", "a row is made by templates or taken from columns: keep one"),
-    ("prompt", "columns", "a row is made by templates or taken from columns: keep one"),
-    ("completion", "columns", "a row is made by templates or taken from columns: keep one"),
-    ("split", "test", "test rows are split off or have their own file: keep one"),
+    ("path", "name", _ONE_PLACE),
+    ("path", "url", _ONE_PLACE),
+    ("path", "url_env", _ONE_PLACE),
+    ("name", "url", _ONE_PLACE),
+    ("name", "url_env", _ONE_PLACE),
+    ("url", "url_env", "an address is written here or stands in the environment: keep one"),
+    ("table", "query", "rows come from a table or from a query: keep one"),
+    ("text", "prompt", _ONE_KIND),
+    ("text", "completion", _ONE_KIND),
+    *((key, "columns", _ONE_WAY) for key in ("text", "prompt", "completion")),
+    *((key, "format", "the recipe says how a row is made: keep one way") for key in ("text", "prompt", "columns")),
 )
+_OWN_SOURCE = ("path", "name", "url", "url_env", "config", "revision", "hub_split", "table", "query", "file_format")
+_OF_THE_SOURCES = (*_OWN_SOURCE, "encoding", "csv", "format", "text", "prompt", "completion", "columns")
+_PLACES = ("path", "name", "url", "url_env")
 
 
 def find_contradictions(tree: Tree, problems: Problems) -> None:
@@ -28,36 +38,77 @@ def find_contradictions(tree: Tree, problems: Problems) -> None:
 
 
 def _check_dataset(dataset: dict[str, Any], tree: Tree, problems: Problems) -> None:
+    home: KeyPath = ("dataset",)
+    sources = dataset.get("sources")
+    if isinstance(sources, list):
+        for index, source in enumerate(sources):
+            if isinstance(source, dict):
+                _check_source((*home, "sources", index), source, tree, problems)
+        for key in _OF_THE_SOURCES:
+            if dataset.get(key) is not None:
+                text = f"dataset.{key} stands beside dataset.sources; write it in each source that it belongs to"
+                problems.add(tree.place((*home, key)), text)
+    else:
+        _check_source(home, dataset, tree, problems)
+    if dataset.get("split") is not None and dataset.get("test") is not None:
+        why = "test rows are split off or have their own file: keep one"
+        _apart((*home, "split"), (*home, "test"), why, tree, problems)
+    _check_test(dataset, tree, problems)
+    split = dataset.get("split")
+    if isinstance(split, dict) and split.get("stratify") is not None and split.get("group") is not None:
+        why = "whole groups cannot keep the shares of the classes exactly: keep one"
+        _apart((*home, "split", "stratify"), (*home, "split", "group"), why, tree, problems)
+
+
+def _check_test(dataset: dict[str, Any], tree: Tree, problems: Problems) -> None:
+    test = dataset.get("test")
+    if not isinstance(test, dict):
+        return
+    path: KeyPath = ("dataset", "test")
+    if test.get("path") is not None and test.get("name") is not None:
+        _apart((*path, "path"), (*path, "name"), "test rows come from files or from the Hub: keep one", tree, problems)
+    if all(test.get(key) is None for key in ("path", "name", "table", "query")) and (
+        test.get("hub_split") is None or dataset.get("name") is None
+    ):
+        text = "dataset.test has no source; give dataset.test.path, or dataset.test.hub_split of a data set of the Hub"
+        problems.add(tree.place(path), text)
+
+
+def _check_source(path: KeyPath, source: dict[str, Any], tree: Tree, problems: Problems) -> None:
+    """Check the keys of one source: the dataset section itself, or one of `dataset.sources`."""
+    name = dotted(path)
+
     def given(key: str) -> bool:
-        return dataset.get(key) is not None
+        return source.get(key) is not None
 
     for first, second, why in _APART:
         if given(first) and given(second):
-            _apart(("dataset", first), ("dataset", second), why, tree, problems)
-    if not given("path") and not given("name") and not _spoiled(tree, "path", "name"):
-        text = "dataset has no source; give dataset.path (files) or dataset.name (a data set of the Hub)"
-        problems.add(tree.place(("dataset",)), text)
+            _apart((*path, first), (*path, second), why, tree, problems)
+    if not any(map(given, _PLACES)) and not any((*path, key) in tree.spoiled for key in _PLACES):
+        text = f"{name} has no source; give {name}.path (files) or {name}.name (a data set of the Hub)"
+        problems.add(tree.place(path), text)
     for key, partner in (("prompt", "completion"), ("completion", "prompt")):
-        if given(key) and not given(partner) and not given("text") and not _spoiled(tree, partner):
-            text = f"dataset.{key} stands alone; give dataset.{partner} too, or one template in dataset.text"
-            problems.add(tree.place(("dataset", key)), text)
-    for key in ("config", "revision"):
+        if given(key) and not given(partner) and not given("text") and (*path, partner) not in tree.spoiled:
+            text = f"{name}.{key} stands alone; give {name}.{partner} too, or one template in {name}.text"
+            problems.add(tree.place((*path, key)), text)
+    for key in ("config", "revision", "hub_split"):
         if given(key) and not given("name"):
-            problems.add(
-                tree.place(("dataset", key)),
-                f"dataset.{key} belongs to a data set of the Hub; set dataset.name",
-            )
-    _check_columns(dataset.get("columns"), tree, problems)
+            text = f"{name}.{key} belongs to a data set of the Hub; set {name}.name"
+            problems.add(tree.place((*path, key)), text)
+    if any(map(given, ("url", "url_env"))) and not any(map(given, ("table", "query"))):
+        text = f"{name}.url names a database; say which rows with {name}.table or {name}.query"
+        problems.add(tree.place((*path, "url" if given("url") else "url_env")), text)
+    _check_columns((*path, "columns"), source.get("columns"), tree, problems)
     for key in ("text", "completion"):
-        if isinstance(dataset.get(key), str) and _is_constant(dataset[key]):
-            text = f"dataset.{key} names no column, so all rows are equal; write {{column}} where a column goes"
-            problems.add(tree.place(("dataset", key)), text)
+        if isinstance(source.get(key), str) and _is_constant(source[key]):
+            text = f"{name}.{key} names no column, so all rows are equal; write {{column}} where a column goes"
+            problems.add(tree.place((*path, key)), text)
 
 
-def _check_columns(columns: Any, tree: Tree, problems: Problems) -> None:
-    path = ("dataset", "columns")
+def _check_columns(path: KeyPath, columns: Any, tree: Tree, problems: Problems) -> None:
+    name = dotted(path)
     if columns == {}:
-        problems.add(tree.place(path), "dataset.columns is empty; name a column in it, or remove the line")
+        problems.add(tree.place(path), f"{name} is empty; name a column in it, or remove the line")
     if not isinstance(columns, dict):
         return
     kinds = [kind for kind in (("text",), ("messages",), ("prompt", "completion")) if any(map(columns.get, kind))]
@@ -67,13 +118,13 @@ def _check_columns(columns: Any, tree: Tree, problems: Problems) -> None:
         _apart((*path, one), (*path, two), "a row has one kind: keep one", tree, problems)
     for key, partner in (("prompt", "completion"), ("completion", "prompt")):
         if columns.get(key) and not columns.get(partner) and len(kinds) == 1:
-            text = f"dataset.columns.{key} stands alone; name the column of the {partner} too"
+            text = f"{name}.{key} stands alone; name the column of the {partner} too"
             problems.add(tree.place((*path, key)), text)
 
 
 def _check_model(tree: Tree, problems: Problems) -> None:
     revision = tree.get("model", "revision")
-    if tree.get("model", "trust_remote_code") is not True or _spoiled(tree, "trust_remote_code", section="model"):
+    if tree.get("model", "trust_remote_code") is not True or ("model", "trust_remote_code") in tree.spoiled:
         return
     if not isinstance(revision, str) or not re.fullmatch(r"[0-9a-f]{40}", revision):
         problems.add(
@@ -92,10 +143,6 @@ def _apart(first: KeyPath, second: KeyPath, why: str, tree: Tree, problems: Prob
     other = places[first]
     shown = f"line {other}" if isinstance(other, int) else other
     problems.add(places[second], f"{dotted(second)} excludes {dotted(first)} ({shown}); {why}")
-
-
-def _spoiled(tree: Tree, *keys: str, section: str = "dataset") -> bool:
-    return any((section, key) in tree.spoiled for key in keys)
 
 
 def _is_constant(template: str) -> bool:

@@ -122,7 +122,8 @@ def _path_holders(values: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any],
         (("dataset", "path"), dataset),
         (("dataset", "test", "path"), dataset.get("test")),
     ]
-    holders += [(("dataset", "join", i, "path"), item) for i, item in enumerate(dataset.get("join", []))]
+    for name in ("sources", "join"):
+        holders += [(("dataset", name, i, "path"), item) for i, item in enumerate(dataset.get(name, []))]
     for path, holder in holders:
         if isinstance(holder, dict) and holder.get(str(path[-1])) is not None:
             yield dotted(path), holder, str(path[-1])

@@ -3,6 +3,7 @@
 They raise `PydanticCustomError("recipe", text)`; the text is the end of the message that the user sees.
 """
 
+import codecs
 import re
 from typing import Any
 
@@ -93,6 +94,39 @@ def read_seconds(value: Any) -> float:
         return parse_duration(value if isinstance(value, str) else repr(value))
     except ValueError as error:
         raise wrong(str(error)) from None
+
+
+def read_share(value: Any) -> float:
+    """Read a share of the rows; 0 and 1 may be written whole."""
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1:
+        return float(value)
+    raise wrong("must be a share between 0 and 1, such as 0.05")
+
+
+def read_delimiter(value: Any) -> str:
+    """Read the sign between two cells."""
+    if isinstance(value, str) and len(value) == 1 and value not in '\r\n"':
+        return value
+    raise wrong('must be one sign in quotes, such as ";" or "\\t"')
+
+
+def read_quote(value: Any) -> str:
+    """Read the sign around a cell."""
+    if isinstance(value, str) and (
+        value == "none" or (len(value) == 1 and not value.isalnum() and value.isprintable())
+    ):
+        return value
+    raise wrong("must be none or one sign in quotes, such as '\"'")
+
+
+def read_encoding(value: Any) -> str:
+    """Read the name of an encoding of text."""
+    try:
+        if isinstance(value, str) and codecs.lookup(value)._is_text_encoding:
+            return value
+    except LookupError:
+        pass
+    raise wrong("must be the name of an encoding, such as utf-8, latin-1, cp1252 or utf-16")
 
 
 def read_name(value: Any) -> str:

@@ -22,9 +22,10 @@ def resolve_paths(tree: Tree, recipe: Path, problems: Problems) -> frozenset[str
     """
     folder = os.path.abspath(recipe.parent)
     relative: set[str] = set()
-    joins = tree.get("dataset", "join")
     keys: list[KeyPath] = [*_PATH_KEYS]
-    keys += [("dataset", "join", index, "path") for index in range(len(joins) if isinstance(joins, list) else 0)]
+    for name in ("sources", "join"):
+        rows = tree.get("dataset", name)
+        keys += [("dataset", name, index, "path") for index in range(len(rows) if isinstance(rows, list) else 0)]
     name = tree.get("model", "name")
     if isinstance(name, str) and _is_local(name, folder):
         keys.append(("model", "name"))
@@ -34,7 +35,10 @@ def resolve_paths(tree: Tree, recipe: Path, problems: Problems) -> frozenset[str
         if holder is None or not isinstance(value, str) or not value:
             continue
         if "://" in value:
-            text = f"{dotted(path)} is an address; it takes a local path (dataset.name takes a Hub id)"
+            text = (
+                f"{dotted(path)} is an address; it takes a local path (dataset.name takes a Hub id, dataset.url the "
+                "address of a database)"
+            )
             problems.add(tree.place(path), text)
             continue
         holder[path[-1]], was_relative = _absolute(value, folder)

@@ -104,7 +104,7 @@ OWNED: Mapping[str, str] = {
     "length_column_name": "peftcli prepares the rows; remove it",
     "remove_unused_columns": "peftcli prepares the rows; remove it",
     "label_names": "peftcli prepares the rows; remove it",
-    "eos_token": "the tokenizer's end token is used; write model.chat_template for a template with its own",
+    "eos_token": "set model.eos_token; generation and the merged model use it too",
     "pad_token": "peftcli chooses the padding token; remove it",
     "chat_template_path": "write model.chat_template",
     "model_init_kwargs": "write the model section (dtype, attention, revision)",

@@ -11,10 +11,14 @@ Tone = Literal["", "good", "bad", "warn", "quiet"]
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell of a table; its tone is said by the text as well, never by the colour alone."""
+    """One cell of a table; its tone is said by the text as well, never by the colour alone.
+
+    A `bar` of 0..1 is drawn behind the text, whose figure says the same.
+    """
 
     text: str
     tone: Tone = ""
+    bar: float | None = None
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,33 @@ class Samples:
 
 
 @dataclass(frozen=True)
+class Span:
+    """A stretch of a row: `prompt` (read), `trained` or `dropped` (cut off)."""
+
+    kind: str
+    text: str
+
+
+@dataclass(frozen=True)
+class PreviewRow:
+    """A row of the data, with where it stands and its size in words."""
+
+    place: str
+    about: str
+    spans: tuple[Span, ...]
+
+
+@dataclass(frozen=True)
+class Preview:
+    """Rows with what the trainer does with each stretch; the kinds differ by more than their colour."""
+
+    kind: ClassVar[str] = "preview"
+    title: str
+    legend: tuple[Span, ...]
+    rows: tuple[PreviewRow, ...]
+
+
+@dataclass(frozen=True)
 class Folded:
     """A table for those who look for it: folded in the page, open in Markdown and in print."""
 
@@ -107,7 +138,7 @@ class Beside:
     stacks: tuple[tuple[Table, ...], ...]
 
 
-Block = Table | Beside | Facts | Notices | Code | Plots | Samples | Folded
+Block = Table | Beside | Facts | Notices | Code | Plots | Samples | Folded | Preview
 
 
 @dataclass(frozen=True)

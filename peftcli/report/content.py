@@ -1,11 +1,12 @@
 """What a run's files amount to: the report, section by section, before it is written in any format."""
 
 from peftcli.report.blocks import Block, Folded, Report, Section
+from peftcli.report.data import data_section
 from peftcli.report.head import gates, status, subtitle, tiles, verdict, warnings
 from peftcli.report.outcome import environment_section, merge_section, sizes_section, training_facts
 from peftcli.report.plots import log_plots, log_table
 from peftcli.report.scores import metric_table
-from peftcli.report.sections import data_section, plan_section, samples_section
+from peftcli.report.sections import plan_section, samples_section
 from peftcli.report.stages import Stages, text
 
 

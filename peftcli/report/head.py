@@ -113,10 +113,12 @@ def warnings(stages: Stages) -> tuple[str, ...]:
             f"{several(truncated, 'row was', 'rows were')} cut{cut}: what stood behind the cut was neither "
             "learned nor scored."
         )
+    # A row that is cut has no end to learn; runs of an earlier version did not count those that have one.
+    expected = _first(figure(data, "eos_expected_rows"), train_rows)
     ended = figure(data, "eos_trained_rows")
-    if ended is not None and train_rows and ended < train_rows:
+    if ended is not None and expected and ended < expected:
         found.append(
-            f"{count(train_rows - ended)} of {count(train_rows)} training rows do not teach the model to "
+            f"{count(expected - ended)} of {count(expected)} training rows do not teach the model to "
             "stop: their end token is not trained."
         )
     unfinished = figure(stages.metrics, "adapter", "unfinished_answers")

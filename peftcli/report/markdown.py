@@ -11,9 +11,11 @@ from peftcli.report.blocks import (
     Folded,
     Notices,
     Plots,
+    Preview,
     Report,
     Said,
     Samples,
+    Span,
     Table,
 )
 from peftcli.report.format import DASH
@@ -21,6 +23,7 @@ from peftcli.report.text import clip, pieces, visible
 
 LONGEST = 2000
 ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;", "|": "&#124;", "`": "&#96;", "@": "&#64;"}
+BRACKETS = {"trained": ("{+", "+}"), "dropped": (r"\[-", r"-\]")}
 SMOKE = "**SMOKE RUN: a random stand-in, the numbers say nothing about the real model.**"
 
 
@@ -73,6 +76,8 @@ def _block(block: Block) -> str:
             return _table(block.columns, [[_said(said) for said in row] for row in block.rows], set())
         case Folded():
             return f"{escaped(block.title)}:\n\n{_plain_table(block.table)}"
+        case Preview():
+            return _preview(block)
         case Plots():
             return ""
 
@@ -100,6 +105,18 @@ def _said(said: Said) -> str:
     parts = ["<br>" if piece.kind == "break" else escaped(piece.text) for piece in pieces(clip(said.text, LONGEST))]
     sign = {True: "✓ ", False: "✗ ", None: ""}[said.correct]
     return sign + ("".join(parts) or "(empty)")
+
+
+def _preview(block: Preview) -> str:
+    legend = ", ".join(_span(span) for span in block.legend)
+    rows = [[escaped(row.place), escaped(row.about), "".join(map(_span, row.spans))] for row in block.rows]
+    return f"{escaped(block.title)} ({legend}):\n\n{_table(('Row', 'Size', 'Text'), rows, set())}"
+
+
+def _span(span: Span) -> str:
+    before, after = BRACKETS.get(span.kind, ("", ""))
+    parts = ["<br>" if piece.kind == "break" else escaped(piece.text) for piece in pieces(clip(span.text, LONGEST))]
+    return f"{before}{''.join(parts)}{after}"
 
 
 def _facts(pairs: tuple[tuple[str, str], ...]) -> str:

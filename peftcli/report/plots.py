@@ -1,4 +1,4 @@
-"""Curves of the training log as SVG that takes its colours and its font from the page around it."""
+"""Curves of the training log as SVG, and other drawings, that take their colours and font from the page around."""
 
 import logging
 import math
@@ -157,6 +157,23 @@ def log_table(stages: Stages) -> Table | None:
 
 
 def _svg(curve: Curve, inches: tuple[float, float]) -> str:
+    return drawing(f"{curve.name} over steps", inches, lambda axes: _draw(axes, curve, inches), _frame(curve, inches))
+
+
+def drawing(
+    title: str,
+    inches: tuple[float, float],
+    draw: Callable[["Axes"], None],
+    frame: tuple[float, float, float, float],
+) -> str:
+    """An SVG for the page; the same calls give the same bytes.
+
+    Args:
+        title: for those who do not see it; no text of a run.
+        inches: width and height.
+        draw: draws on the axes.
+        frame: left, bottom, width and height of the axes, as shares of the drawing.
+    """
     # Imported here: the first import on a machine looks for fonts, and says so unless it is hushed.
     with _hushed("matplotlib"):
         import matplotlib
@@ -165,14 +182,14 @@ def _svg(curve: Curve, inches: tuple[float, float]) -> str:
         with matplotlib.rc_context():
             matplotlib.rcdefaults()
             # The salt names the clip paths: the same at every writing, another one in every drawing.
-            salt = {"svg.hashsalt": f"{curve.name} {inches}"}
+            salt = {"svg.hashsalt": f"{title} {inches}"}
             matplotlib.rcParams.update(cast("Any", STYLE | salt))
-            drawing = Figure(figsize=inches)
-            _draw(drawing.add_axes(_frame(curve, inches)), curve, inches)
+            made = Figure(figsize=inches)
+            draw(made.add_axes(frame))
             written = StringIO()
             nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-            drawing.savefig(written, format="svg", metadata=nothing)
-    return _for_page(written.getvalue(), f"{curve.name} over steps")
+            made.savefig(written, format="svg", metadata=nothing)
+    return _for_page(written.getvalue(), title)
 
 
 def _frame(curve: Curve, inches: tuple[float, float]) -> tuple[float, float, float, float]:
@@ -230,7 +247,9 @@ def _for_page(svg: str, title: str) -> str:
     svg = re.sub(r"^<svg[^>]*>", f'<svg viewBox="{box[1]}" role="img" aria-label="{title}">', svg, count=1)
     svg = re.sub(r"<style type=\"text/css\">.*?</style>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)
+    # Versions of matplotlib differ in how they name the font, which is the page's.
     svg = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", svg)
+    svg = re.sub(r"font-family: [^;\"]*;? ?", "", svg)
     for colour, variable in VARIABLES.items():
         svg = svg.replace(colour, f"var({variable})")
     return re.sub(r"\n\s*", "\n", svg).strip()

@@ -3,19 +3,16 @@
 from typing import Any
 
 from peftcli.report.blocks import (
-    Beside,
     Block,
-    Cell,
     Folded,
     Notices,
     Said,
     Samples,
     Section,
-    Table,
     facts,
     table,
 )
-from peftcli.report.format import compact, count, share
+from peftcli.report.format import count, share
 from peftcli.report.stages import Stages, figure, find, objects, text
 from peftcli.report.text import without_home
 
@@ -50,78 +47,6 @@ def _said(answer: Any, reference: Any) -> Said:
     if said is None or reference is None:
         return Said(said)
     return Said(said, said.strip() == str(reference).strip())
-
-
-ROWS = (
-    ("Read", "rows", "rows"),
-    ("Dropped", "dropped_rows", "rows"),
-    ("Training", "train_rows", "rows"),
-    ("Held out", "test_rows", "rows"),
-    ("Cut at the maximum length", "truncated_rows", "rows"),
-    ("Held out, also in training", "leaked_rows", "test_rows"),
-    ("Training, end token trained", "eos_trained_rows", "train_rows"),
-)
-TOKEN_SIDES = (("Training", "train", "trained"), ("Held out", "test", "test_trained"))
-
-
-def data_section(stages: Stages) -> Section | None:
-    """Rows and tokens: what came in, what was left out, what was trained."""
-    data = stages.data
-    if not data:
-        return None
-    left, right = [_row_table(data)], [_token_table(data)]
-    if dropped := find(data, "dropped"):
-        reasons = [(str(reason), count(figure(dropped, reason))) for reason in dropped]
-        right.append(table(("Reason to drop", "Rows"), reasons, numeric=(1,)))
-    if sources := objects(data, "sources"):
-        read = [(without_home(text(source, "path")), count(figure(source, "rows"))) for source in sources]
-        left.append(table(("Source", "Rows"), read, numeric=(1,)))
-    if joins := objects(data, "joins"):
-        joined = [
-            (
-                without_home(text(join, "path")),
-                text(join, "on"),
-                count(figure(join, "rows")),
-                _unmatched(join),
-            )
-            for join in joins
-        ]
-        right.append(table(("Joined with", "On", "Rows", "Unmatched"), joined, numeric=(2, 3)))
-    blocks: list[Block] = [Beside((tuple(left), tuple(right)))]
-    split = find(data, "split")
-    blocks.append(
-        facts(
-            (
-                ("Format", text(data, "format").replace("_", " + ")),
-                ("Split", text(split).replace("_", " ") if split else None),
-                ("Fingerprint, training", text(data, "fingerprint", "train")[:16]),
-                ("Fingerprint, held out", text(data, "fingerprint", "test")[:16]),
-            )
-        )
-    )
-    return Section("data", "Data", tuple(blocks))
-
-
-def _row_table(data: dict[str, Any]) -> Table:
-    rows = [(title, count(figure(data, key)), share(figure(data, key), figure(data, of))) for title, key, of in ROWS]
-    return table(("Rows", "Number", "Share"), rows, numeric=(1, 2))
-
-
-def _unmatched(join: dict[str, Any]) -> Cell:
-    unmatched = figure(join, "unmatched")
-    return Cell(count(unmatched), "warn" if unmatched else "" if unmatched == 0 else "quiet")
-
-
-def _token_table(data: dict[str, Any]) -> Table:
-    tokens = [(side, figure(data, "tokens", a), figure(data, "tokens", b)) for side, a, b in TOKEN_SIDES]
-    lengths = ", ".join(f"{key} {compact(figure(data, 'length', key))}" for key in ("min", "median", "p95", "max"))
-    limit = compact(figure(data, "max_length"))
-    return table(
-        ("Tokens", "All", "Trained or scored", "Share"),
-        [(side, count(whole), count(part), share(part, whole)) for side, whole, part in tokens],
-        numeric=(1, 2, 3),
-        note=f"Tokens of a training row: {lengths}; the maximum length is {limit}.",
-    )
 
 
 def plan_section(stages: Stages) -> Section:

@@ -15,8 +15,9 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
+from peftcli.cache import built_once, cache_root
 from peftcli.errors import MachineError, RecipeError
-from peftcli.tiny.cache import built_once, cache_root, content_hash, shape_of, write_model
+from peftcli.tiny.cache import content_hash, shape_of, write_model
 from peftcli.tiny.cards import pretrained_card, random_card, stand_in_card
 from peftcli.tiny.pretrain import Progress, Schedule, isolated, pretrain
 from peftcli.tiny.shrink import shrink

@@ -1,28 +1,14 @@
-"""Folders that are built once: found by a hash of what determines them, whole or absent."""
+"""Tiny models in the cache: what determines one, and how it is written there."""
 
 import hashlib
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import transformers
-from filelock import FileLock
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from peftcli.errors import MachineError
 from peftcli.tiny.tokenizer import asset
-
-
-def cache_root(cache: Path | None) -> Path:
-    """The folder given, else `$PEFTCLI_CACHE`, else `~/.cache/peftcli`."""
-    if cache is not None:
-        return cache
-    named = os.environ.get("PEFTCLI_CACHE")
-    return Path(named).expanduser() if named else Path.home() / ".cache" / "peftcli"
 
 
 def content_hash(*parts: object) -> str:
@@ -36,46 +22,6 @@ def shape_of(config: PreTrainedConfig) -> dict[str, Any]:
     """The values of a config that determine the weights, for `content_hash`."""
     named = {"transformers_version", "_name_or_path", "_commit_hash"}
     return {key: value for key, value in config.to_dict().items() if key not in named}
-
-
-def built_once(root: Path, name: str, build: Callable[[Path], None]) -> Path:
-    """The folder `root/name`, which `build` fills at first use.
-
-    Two processes may ask at once: one builds, the other waits for it.
-
-    Args:
-        build: writes the files into the empty folder given.
-
-    Raises:
-        MachineError: the cache cannot be written.
-    """
-    folder = root / name
-    if folder.is_dir():
-        return folder
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        with FileLock(root / f".{name}.lock"):
-            if not folder.is_dir():
-                _build(root, folder, build)
-    except OSError as error:
-        raise MachineError(
-            f"{folder} could not be written: {error}; free some space there, "
-            "or name another folder in the environment variable PEFTCLI_CACHE"
-        ) from error
-    return folder
-
-
-def _build(root: Path, folder: Path, build: Callable[[Path], None]) -> None:
-    # Only the holder of the lock stages, so what lies here was left by a process that was killed.
-    for left in root.glob(f".{folder.name}.stage-*"):
-        shutil.rmtree(left, ignore_errors=True)
-    stage = Path(tempfile.mkdtemp(dir=root, prefix=f".{folder.name}.stage-"))
-    try:
-        build(stage)
-        stage.chmod(0o755)
-        os.rename(stage, folder)
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
 
 
 def write_model(

@@ -12,7 +12,15 @@ from peftcli.recipe.schema import Recipe
 from peftcli.rundir import RunDir, read_json, read_log, write_text
 from peftcli.train.checkpoints import clear_staging, newest_valid
 
-HARMLESS = ("budget.", "report.", "gates", "trainer.logging_steps", "trainer.save_steps", "trainer.save_total_limit")
+HARMLESS = (
+    "budget.",
+    "report.",
+    "gates",
+    "trainer.logging_steps",
+    "trainer.save_steps",
+    "trainer.save_total_limit",
+    "dataset.limits",
+)
 """Keys that change nothing of what is trained."""
 
 

@@ -86,12 +86,12 @@ def train(
     if resume_from is not None:
         trainer.go_on_from(read_json(resume_from / checkpoints.MANIFEST)["counters"])
     trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
-    _write_train(run, trainer, watch, data.train.num_rows, resume_from)
+    _write_train(run, trainer, watch, len(data.train.rows), resume_from)
     clock = watch.stop_reason is not None and watch.stop_reason.startswith("the time budget")
     if watch.stop_reason is None or clock:
         tuned = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
         if is_first_process():
-            save_adapter(tuned, tokenizer, plan, data.stop_ids, data.format, run.adapter)
+            save_adapter(tuned, tokenizer, plan, data, run.adapter)
         narrow_saved_modules(tuned, plan.base.dtype)
         after = _measure(plan, data, tokenizer, tuned, progress, "adapter")
         if is_first_process():
@@ -110,7 +110,7 @@ def make_trainer(
     trainer = Trainer(
         model=model,
         args=arguments,
-        train_dataset=Dataset(data.train),
+        train_dataset=Dataset(data.train.store.examples.select(["input_ids", "labels"])).select(data.train.rows),
         eval_dataset=Dataset(data.test.select(["input_ids", "labels"])),
         processing_class=tokenizer,
         peft_config=peft_config(plan.adapter, plan.task),

@@ -1,0 +1,254 @@
+"""What a person sees of the data on the terminal: counts, lengths, labels, checks, rows and warnings."""
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from math import ceil
+from typing import Any
+
+from rich.console import Console, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from peftcli.cli.show import printable
+from peftcli.cli.show_rows import as_line, preview_lines, warning_lines
+
+ROWS = (
+    ("read", "rows", "rows"),
+    ("dropped", "dropped_rows", "rows"),
+    ("training", "train_rows", "rows"),
+    ("test", "test_rows", "rows"),
+    ("cut at max_length", "truncated_rows", "rows"),
+    ("test, also in training", "leaked_rows", "test_rows"),
+)
+RARE_ROWS = (
+    ("test, prompt also in training", "leaked_prompts", "test_rows"),
+    ("test, nearly in training", "near_leaked_rows", "test_rows"),
+    ("equal to an earlier row", "duplicate_rows", "rows"),
+    ("nearly equal to an earlier row", "near_duplicate_rows", "rows"),
+    ("token over the end of the prompt", "merged_boundary_rows", "train_rows"),
+    ("start token twice", "doubled_bos_rows", "rows"),
+    ("with an unknown token", "unknown_token_rows", "rows"),
+)
+"""Shown where there are any."""
+EXAMPLES = {
+    "truncated_rows": "truncated_examples",
+    "leaked_rows": "leaked_examples",
+    "near_leaked_rows": "near_leaked_examples",
+    "duplicate_rows": "duplicate_examples",
+    "near_duplicate_rows": "near_duplicate_examples",
+}
+SCANNED = ("control_characters", "replacement_characters", "email", "phone", "key")
+SIGNS = {"ok": ("ok", "green"), "warn": ("warn", "yellow"), "fail": ("fail", "bold red"), "skip": ("-", "dim")}
+MOST_LABELS, MOST_BARS, BAR = 12, 10, 28
+PLACES = 3
+
+
+def show_data(data: Mapping[str, Any], out: Console) -> None:
+    """Print the content of `data.json`: tables, rows with their trained tokens, and at the end what to look at."""
+    for part in data_tables(data):
+        out.print(part)
+        out.print()
+    for line in preview_lines(data, colour=out.color_system is not None and not out.no_color):
+        out.print(line)
+    for warning in warning_lines(data):
+        out.print(Text(f"note: {warning}", style="yellow"), soft_wrap=True)
+
+
+def data_tables(data: Mapping[str, Any]) -> list[RenderableType]:
+    """The data report as tables, in reading order; parts that `data.json` does not have are left out."""
+    made = [
+        _rows(data),
+        _dropped(data),
+        _sources(data),
+        _joins(data),
+        _tokens(data),
+        _lengths(data),
+        _labels(data),
+        _columns(data),
+        _checks(data),
+    ]
+    return [part for part in made if part is not None]
+
+
+def _rows(data: Mapping[str, Any]) -> Table | None:
+    table = _table("rows", "number|r", "share|r", "first at")
+    shown = [row for row in ROWS if data.get(row[1]) is not None] + [row for row in RARE_ROWS if data.get(row[1])]
+    for title, key, of in shown:
+        share = "" if key == "rows" else _share(data[key], data.get(of))
+        table.add_row(title, _count(data[key]), share, _places(data.get(EXAMPLES.get(key, ""))))
+    ended, expected = data.get("eos_trained_rows"), data.get("eos_expected_rows", data.get("train_rows"))
+    if ended is not None:
+        table.add_row("training, end token trained", _count(ended), _share(ended, expected), "")
+    return table if table.row_count else None
+
+
+def _dropped(data: Mapping[str, Any]) -> Table | None:
+    dropped = data.get("dropped") or {}
+    table = _table("dropped because", "rows|r", "first at")
+    places = data.get("dropped_examples") or {}
+    for reason, number in sorted(dropped.items(), key=lambda found: -found[1]):
+        table.add_row(_cell(reason), _count(number), _places(places.get(reason)))
+    return table if dropped else None
+
+
+def _sources(data: Mapping[str, Any]) -> Table | None:
+    sources = data.get("sources") or []
+    table = _table("source", "rows|r", "read as", "weight|r")
+    for source in sources:
+        read_as = str(source.get("read_as") or data.get("format") or "").replace("_", " + ")
+        weight = source.get("weight")
+        table.add_row(
+            _cell(source.get("path")),
+            _count(source.get("rows")),
+            _cell(read_as),
+            "" if weight is None else f"{weight:g}",
+        )
+    return table if sources else None
+
+
+def _joins(data: Mapping[str, Any]) -> Table | None:
+    joins = data.get("joins") or []
+    table = _table("joined with", "on", "rows|r", "without a partner|r")
+    for join in joins:
+        on = ", ".join(map(str, join.get("on") or []))
+        table.add_row(_cell(join.get("path")), _cell(on), _count(join.get("rows")), _count(join.get("unmatched")))
+    return table if joins else None
+
+
+def _tokens(data: Mapping[str, Any]) -> Table | None:
+    tokens = data.get("tokens")
+    if not tokens:
+        return None
+    table = _table("tokens", "all|r", "trained or scored|r", "share|r")
+    for title, whole, part in (("training", "train", "trained"), ("test", "test", "test_trained")):
+        share = _share(tokens.get(part), tokens.get(whole))
+        table.add_row(title, _count(tokens.get(whole)), _count(tokens.get(part)), share)
+    return table
+
+
+def _lengths(data: Mapping[str, Any]) -> Table | None:
+    """The histogram of the lengths as bars of text, with the place of max_length."""
+    histogram, limit = data.get("length_histogram"), data.get("max_length")
+    if not histogram or not histogram.get("counts"):
+        return None
+    edges, counts = _merged(histogram["edges"], histogram["counts"])
+    length = data.get("length") or {}
+    known = [key for key in ("min", "median", "p95", "max") if length.get(key) is not None]
+    table = _table("tokens of a row|r", ", ".join(f"{key} {length[key]:,.6g}" for key in known), "rows|r", "")
+    for (low, high), number in zip(pairwise(edges), counts, strict=True):
+        # A row of so many tokens as an edge stands in the bar above it.
+        here = limit is not None and low <= limit < high
+        note = f"<- max_length {limit:,}" if here else ""
+        table.add_row(f"{ceil(low):,} to {ceil(high) - 1:,}", _bar(number, max(counts)), _count(number), note)
+    if limit is not None and limit >= edges[-1]:
+        table.add_row("", f"max_length {limit:,}: no training row is longer", "", "")
+    return table
+
+
+def _merged(edges: Sequence[float], counts: Sequence[float]) -> tuple[list[float], list[float]]:
+    """At most MOST_BARS bars, each of as many neighbours, from the first that is not empty.
+
+    >>> _merged([0, 1, 2, 3, 4], [0, 5, 6, 7])
+    ([1, 2, 3, 4], [5, 6, 7])
+    """
+    first = next((at for at, number in enumerate(counts) if number), 0)
+    edges, counts = edges[first:], counts[first:]
+    step = -(-len(counts) // MOST_BARS)
+    starts = range(0, len(counts), step)
+    return [*(edges[at] for at in starts), edges[-1]], [sum(counts[at : at + step]) for at in starts]
+
+
+def _labels(data: Mapping[str, Any]) -> Table | None:
+    labels = data.get("labels")
+    if not labels or not labels.get("train"):
+        return None
+    train, test = labels["train"], labels.get("test") or {}
+    # Of many values only the most frequent are stored, so the shares are those of all rows.
+    totals = data.get("train_rows"), data.get("test_rows") if test else None
+    table = _table(str(labels.get("of") or "value"), "", "training|r", "share|r", "of the test rows|r")
+    values = sorted(train, key=lambda value: -train[value])
+    for value in values[:MOST_LABELS]:
+        bar = _bar(train[value], train[values[0]], BAR // 2)
+        shares = _share(train[value], totals[0]), _share(test.get(value, 0), totals[1])
+        table.add_row(_cell(value), bar, _count(train[value]), *shares)
+    more = max(labels.get("distinct") or 0, len(values)) - min(len(values), MOST_LABELS)
+    if more:
+        table.add_row(Text(f"and {more:,} more", style="dim"), "", "", "", "")
+    return table
+
+
+def _columns(data: Mapping[str, Any]) -> Table | None:
+    columns = data.get("columns") or []
+    table = _table("column", "rows|r", "null|r", "empty|r", "types", "found")
+    for column in columns:
+        first = column.get("first") or {}
+        found = []
+        for key in SCANNED:
+            if column.get(key):
+                at = f" (first {as_line(first[key][0])})" if first.get(key) else ""
+                found.append(f"{_count(column[key])} {key.replace('_', ' ')}{at}")
+        types = ", ".join(f"{kind} {_count(number)}" for kind, number in (column.get("types") or {}).items())
+        figures = [_count(column.get(key)) for key in ("rows", "null", "empty")]
+        table.add_row(_cell(column.get("column")), *figures, _cell(types), _cell(", ".join(found)))
+    return table if columns else None
+
+
+def _checks(data: Mapping[str, Any]) -> Table | None:
+    checks = data.get("checks") or []
+    table = _table("check", "", "")
+    for check in checks:
+        word, style = SIGNS.get(str(check.get("result")), (as_line(check.get("result")), ""))
+        table.add_row(_cell(check.get("name")), Text(word, style=style), _cell(check.get("said")))
+    return table if checks else None
+
+
+def _table(*columns: str) -> Table:
+    """A table of the house; `|r` behind a title sets its column to the right."""
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for column in columns:
+        title, _, side = printable(column).partition("|")
+        table.add_column(title, justify="right" if side else "left", overflow="fold", no_wrap=bool(side))
+    return table
+
+
+def _bar(number: float, most: float, width: int = BAR) -> str:
+    """A bar of text; a number that is not 0 has at least a thin one.
+
+    >>> _bar(3, 4, 8), _bar(1, 1000, 8), _bar(0, 4, 8)
+    ('######', '|', '')
+    """
+    length = round(width * number / most) if most else 0
+    return "#" * length or ("|" if number else "")
+
+
+def _places(found: Any) -> str:
+    """The first few places: of rows, or of pairs of equal rows."""
+    shown = []
+    for place in list(found or [])[:PLACES]:
+        if isinstance(place, Mapping):
+            shown.append(" = ".join(as_line(part) for part in place.values()))
+        else:
+            shown.append(as_line(place))
+    return ", ".join(shown)
+
+
+def _cell(value: Any) -> Text:
+    return Text(as_line(value))
+
+
+def _count(value: Any) -> str:
+    return "-" if value is None else f"{value:,}"
+
+
+def _share(part: float | None, whole: float | None) -> str:
+    """Part of the whole in percent; only none and all are written as 0 and 100.
+
+    >>> _share(0, 5), _share(1, 100000), _share(99999, 100000), _share(1, 8)
+    ('0.0%', '<0.1%', '>99.9%', '12.5%')
+    """
+    if part is None or not whole:
+        return "-"
+    percent = 100 * part / whole
+    if 0 < percent < 0.1:
+        return "<0.1%"
+    return ">99.9%" if 99.9 < percent < 100 else f"{percent:.1f}%"

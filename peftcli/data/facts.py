@@ -1,0 +1,236 @@
+"""What is known of the data after the split: the content of `data.json`."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from peftcli.data.encode import stop_ids
+from peftcli.data.rows import FIRST_PLACES
+from peftcli.data.store import Store
+from peftcli.data.tokens import IGNORED
+from peftcli.data.twins import firsts, near_partners, partners
+from peftcli.plan.plan import LabelRule
+
+Indices = NDArray[np.int64]
+HISTOGRAM_BINS = 24
+SHOWN_LABELS = 50
+
+
+@dataclass(frozen=True)
+class Side:
+    """Some rows of a store: the training side or the test side."""
+
+    store: Store
+    rows: Indices
+
+    def column(self, name: str) -> NDArray[Any]:
+        """(rows,), or (rows, 24) for the signatures."""
+        found: NDArray[Any] = self.store.column(name)[self.rows]
+        return found
+
+    def flag(self, name: str) -> NDArray[np.bool_]:
+        found: NDArray[np.bool_] = self.store.flag(name)[self.rows]
+        return found
+
+    def places(self, rows: Sequence[int] | Indices) -> list[str]:
+        """File and line of rows of this side, by their number in it."""
+        return self.store.places(self.rows[np.asarray(rows, np.int64)])
+
+
+def count_rows(train: Side, test: Side, rule: LabelRule) -> dict[str, Any]:
+    """Rows, tokens and lengths of both sides.
+
+    Args:
+        train, test: neither is empty.
+    """
+    lengths = train.column("uncut")
+    trained, tested = train.column("trained"), test.column("trained")
+    truncated = [side.flag("truncated") for side in (train, test)]
+    first_cut = [*train.places(np.flatnonzero(truncated[0])[:FIRST_PLACES])]
+    return {
+        "train_rows": len(train.rows),
+        "test_rows": len(test.rows),
+        "truncated_rows": int(truncated[0].sum() + truncated[1].sum()),
+        "truncated_examples": first_cut,
+        "merged_boundary_rows": int(train.flag("merged").sum()),
+        "doubled_bos_rows": int(train.flag("doubled_bos").sum()),
+        "unknown_token_rows": int(train.flag("unknown").sum()),
+        "tokens": {
+            "train": int(train.column("length").sum()),
+            "trained": int(trained.sum()),
+            "test": int(test.column("length").sum()),
+            "test_trained": int(tested.sum()),
+        },
+        "trained_per_row": {"min": int(trained.min()), "median": float(np.median(trained))},
+        "length": {
+            "min": int(lengths.min()),
+            "median": float(np.median(lengths)),
+            "p95": float(np.percentile(lengths, 95)),
+            "max": int(lengths.max()),
+        },
+        "length_histogram": _histogram(lengths, rule.max_length),
+        "max_length": rule.max_length,
+        "fingerprint": {"train": _fingerprint(train), "test": _fingerprint(test)},
+    }
+
+
+def count_ends(train: Side, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """In how many training rows the end token is trained; those that are cut, or go on in the next row, are apart."""
+    expected, trained = train.flag("ends"), train.flag("end_trained")
+    lacking = np.flatnonzero(expected & ~trained)
+    return {
+        "eos_expected_rows": int(expected.sum()),
+        "eos_trained_rows": int(trained.sum()),
+        "eos_lacking_examples": train.places(lacking[:FIRST_PLACES]),
+        "ends_with": _ends_with(train, int(lacking[0]), tokenizer) if len(lacking) else None,
+    }
+
+
+def _ends_with(train: Side, row: int, tokenizer: PreTrainedTokenizerBase) -> str:
+    labels = train.store.examples.column("labels")[int(train.rows[row])].as_py()
+    last = next(label for label in reversed(labels) if label != IGNORED)
+    stops = ", ".join(repr(tokenizer.convert_ids_to_tokens(stop)) for stop in sorted(stop_ids(tokenizer)))
+    if not stops:
+        return "the tokenizer has no end token; set model.eos_token to one that the model knows"
+    mend = "write it behind the answer"
+    if train.store.facts["kind"] == "messages":
+        mend = "let the chat template (model.chat_template) end the assistant's turn with {{ eos_token }}"
+    return f"an answer ends with {tokenizer.convert_ids_to_tokens(last)!r}, and generation stops on {stops}: {mend}"
+
+
+def compare_rows(train: Side, test: Side) -> dict[str, Any]:
+    """Equal and nearly equal rows within the training side, and between the two sides."""
+    hashes, test_hashes = train.column("plain"), test.column("plain")
+    first = firsts(hashes)
+    double = np.flatnonzero(first != np.arange(len(first)))
+    leak = partners(test_hashes, hashes)
+    leaked = np.flatnonzero(leak >= 0)
+    signatures, test_signatures = train.column("signature"), test.column("signature")
+    near = near_partners(signatures, None)
+    near[double] = -1
+    alike = np.flatnonzero(near >= 0)
+    near_leak = near_partners(test_signatures, signatures)
+    near_leak[leaked] = -1
+    close = np.flatnonzero(near_leak >= 0)
+    prompts = train.store.facts["kind"] == "prompt_completion"
+    return {
+        "leaked_rows": len(leaked),
+        "leaked_examples": _pairs(test, train, leaked, leak, ("test", "train")),
+        "leaked_prompts": int((partners(test.column("prompt"), train.column("prompt")) >= 0).sum())
+        if prompts
+        else None,
+        "duplicate_rows": len(double),
+        "duplicate_examples": _pairs(train, train, double, first, ("row", "first")),
+        "near_duplicate_rows": len(alike),
+        "near_duplicate_examples": _pairs(train, train, alike, near, ("row", "first")),
+        "near_leaked_rows": len(close),
+        "near_leaked_examples": _pairs(test, train, close, near_leak, ("test", "train")),
+    }
+
+
+def balance(train: Side, test: Side) -> dict[str, Any] | None:
+    """How often each answer stands on either side, where the answers are few enough to be labels."""
+    names = train.store.facts["labels"]
+    if names is None:
+        return None
+    counts = np.bincount(train.column("label"), minlength=len(names))
+    found: dict[str, Any] = {"of": "completion", "distinct": len(names)}
+    order = np.argsort(-counts, kind="stable")[:SHOWN_LABELS]
+    found["train"] = {names[label][:80]: int(counts[label]) for label in order}
+    if test.store is train.store:
+        other = np.bincount(test.column("label"), minlength=len(names))
+        found["test"] = {names[label][:80]: int(other[label]) for label in order}
+    return found
+
+
+def odd_labels(train: Side) -> list[int]:
+    """Training rows whose answer stands nowhere else, where nearly all others share a few: shifted columns, perhaps."""
+    names = train.store.facts["labels"]
+    if names is None or len(train.rows) < 40:
+        return []
+    labels = train.column("label")
+    counts = np.bincount(labels, minlength=len(names))
+    common = int(counts[counts >= 5].sum())
+    single = np.flatnonzero(counts[labels] == 1)
+    if common < 0.9 * len(labels) or not len(single):
+        return []
+    return [int(row) for row in single]
+
+
+def say_warnings(facts: Mapping[str, Any], train: Side, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """What a person should know of the rows before the first step, as sentences."""
+    begin, unknown = tokenizer.bos_token, tokenizer.unk_token
+    said = []
+    for key, one, many, rest in (
+        ("truncated_rows", "row is", "rows are", f"cut at {facts['max_length']} tokens, its end token with it"),
+        ("leaked_rows", "test row stands", "test rows stand", "in the training rows too"),
+        ("near_leaked_rows", "test row is", "test rows are", "nearly equal to a training row"),
+        ("duplicate_rows", "training row is", "training rows are", "equal to an earlier one"),
+        ("near_duplicate_rows", "training row is", "training rows are", "nearly equal to an earlier one"),
+        (
+            "doubled_bos_rows",
+            "training row begins",
+            "training rows begin",
+            f"with {begin} twice: the text writes it too",
+        ),
+        ("merged_boundary_rows", "row has", "rows have", "a token that reaches from the prompt into the completion"),
+        ("unknown_token_rows", "row holds", "rows hold", f"text that the tokenizer knows only as {unknown}"),
+    ):
+        if facts[key]:
+            said.append(f"{counted(facts[key], one, many)} {rest}{_where(facts, key)}")
+    for reason, count in facts["dropped"].items():
+        where = _place(facts["dropped_examples"].get(reason))
+        said.append(f"{counted(count, 'row is', 'rows are')} left out {reason}{where}")
+    odd = odd_labels(train)
+    if odd:
+        said.append(
+            f"{counted(len(odd), 'training row has', 'training rows have')} an answer that no other row has, while the "
+            f"others share a few: are columns shifted there?{_place(train.places(odd[:1]))}"
+        )
+    return said
+
+
+def counted(count: int, one: str, many: str) -> str:
+    """A number with the words that fit it.
+
+    >>> counted(1, "row is", "rows are"), counted(1200, "row is", "rows are")
+    ('1 row is', '1,200 rows are')
+    """
+    return f"{count:,} {one if count == 1 else many}"
+
+
+def _where(facts: Mapping[str, Any], key: str) -> str:
+    examples = facts.get(key.replace("_rows", "_examples")) or []
+    first = examples[0] if examples else None
+    if isinstance(first, dict):
+        return " ({} and {})".format(*first.values())
+    return _place(examples)
+
+
+def _place(places: Sequence[str] | None) -> str:
+    return f" (first {places[0]})" if places else ""
+
+
+def _pairs(left: Side, right: Side, rows: Indices, partner: Indices, names: tuple[str, str]) -> list[dict[str, str]]:
+    chosen = rows[:FIRST_PLACES]
+    ours, theirs = left.places(chosen), right.places(partner[chosen])
+    return [dict(zip(names, pair, strict=True)) for pair in zip(ours, theirs, strict=True)]
+
+
+def _histogram(lengths: NDArray[Any], max_length: int) -> dict[str, list[int]]:
+    """Rows by tokens in steps of equal size; the last step holds all that is longer than twice the limit."""
+    longest = int(lengths.max())
+    step = max(1, -(-min(longest, 2 * max_length) // HISTOGRAM_BINS))
+    edges = list(range(0, min(longest, 2 * max_length) + step, step))
+    edges[-1] = max(edges[-1], longest + 1)
+    return {"edges": edges, "counts": np.histogram(lengths, edges)[0].tolist()}
+
+
+def _fingerprint(side: Side) -> str:
+    """SHA-256 over 64 bits of each row, in their order, independent of how they are stored."""
+    return hashlib.sha256(np.ascontiguousarray(side.column("exact"), "<u8").tobytes()).hexdigest()

@@ -1,0 +1,63 @@
+"""Rows as the readers hand them on: plain Python values with the place where each stands."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+BATCH_ROWS = 2000
+"""Rows that are handled at once, so that a million of them take no more memory than a few thousand."""
+BATCH_CHARACTERS = 4_000_000
+"""A reader ends a batch before its rows together are much longer than this."""
+FIRST_PLACES = 5
+"""Rows that are named for each thing that is wrong."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some consecutive rows of one file.
+
+    Attributes:
+        file: name of the file, as messages show it.
+        numbers: where each row begins: the 1-based line of a text file, the 1-based row of any other.
+        columns: a list of one value for each row; None where a row lacks the column.
+        unread: rows of this stretch that could not be read, with the reason; they are not in the columns.
+        ends: False for a piece of a text that goes on in the next row; None where every row is whole.
+    """
+
+    file: str
+    numbers: list[int]
+    columns: dict[str, list[Any]]
+    unread: list[tuple[int, str]] = field(default_factory=list)
+    ends: list[bool] | None = None
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def place(self, row: int) -> str:
+        """File and line of a row.
+
+        >>> Rows("a.csv", [2, 3], {"x": ["p", "q"]}).place(1)
+        'a.csv:3'
+        """
+        return f"{self.file}:{self.numbers[row]}"
+
+
+class Source(Protocol):
+    """Something that rows can be read from, in batches, as often as one likes."""
+
+    @property
+    def name(self) -> str:
+        """As the data report shows it; no folder of this machine."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Hexadecimal digest that changes when any row may have changed."""
+        ...
+
+    def batches(self) -> Iterator[Rows]:
+        """The rows from the first on.
+
+        Raises:
+            DataError: the source cannot be read; the text names the place.
+        """
+        ...

@@ -1,0 +1,75 @@
+"""Some training rows as they go to the trainer, for people to look at."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from transformers import PreTrainedTokenizerBase
+
+from peftcli.data.facts import Indices, Side
+from peftcli.data.parts import shorten
+from peftcli.data.preview import preview_rows
+from peftcli.data.tokens import Tokens
+from peftcli.plan.plan import LabelRule
+
+UNCUT = 2**40
+"""Longer than any row, tokens."""
+
+
+def shown_rows(
+    train: Side, tokenizer: PreTrainedTokenizerBase, rule: LabelRule, too_long: str | None, count: int
+) -> list[dict[str, Any]]:
+    """The preview of some training rows, from the batch that TRL's own collator makes of them.
+
+    Args:
+        train: the training side.
+        too_long: of the recipe; of a text that is split nothing is cut off.
+        count: number of rows; one that is cut takes the place of the last, where there is one.
+
+    Returns:
+        `place`, `tokens`, `trained` and `parts` (`kind` and `text`) of each row.
+    """
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling  # seconds; the light commands stay without
+
+    chosen = _choose(train, count)
+    if not len(chosen):
+        return []
+    rows = train.store.examples.take(pa.array(train.rows[chosen], pa.int64())).to_pydict()
+    features = [
+        {"input_ids": ids, "labels": labels} for ids, labels in zip(rows["input_ids"], rows["labels"], strict=True)
+    ]
+    batch = DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id or 0)(features)
+    parts = preview_rows(batch, _whole(train, rows, tokenizer, rule, too_long), tokenizer)
+    trained, places = train.column("trained")[chosen], train.places(chosen)
+    return [
+        {"place": place, "tokens": len(ids), "trained": int(count), "parts": [asdict(part) for part in shorten(row)]}
+        for place, ids, count, row in zip(places, rows["input_ids"], trained, parts, strict=True)
+    ]
+
+
+def _choose(train: Side, count: int) -> Indices:
+    chosen = np.arange(min(count, len(train.rows)))
+    cut = np.flatnonzero(train.flag("truncated"))
+    if len(chosen) and len(cut) and cut[0] >= len(chosen):
+        chosen[-1] = cut[0]
+    return chosen
+
+
+def _whole(
+    train: Side, rows: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, rule: LabelRule, too_long: str | None
+) -> list[list[int]]:
+    """The ids of the rows before the cut."""
+    kept: list[list[int]] = rows["input_ids"]
+    if too_long == "split" or not any(train.flag("truncated")):
+        return kept
+    tokens = Tokens(train.store.facts["kind"], tokenizer, replace(rule, max_length=UNCUT))
+    columns = {name: rows[name] for name in rows if name not in ("input_ids", "labels")}
+    batch = tokens.batch(columns, None, "truncate")
+    ends = np.cumsum(batch.lengths)
+    pieces = {
+        int(of): batch.flat[end - length : end].tolist()
+        for of, end, length in zip(batch.of, ends, batch.lengths, strict=True)
+    }
+    return [pieces.get(row, ids) for row, ids in enumerate(kept)]

@@ -1,0 +1,1 @@
+"""Where rows come from: files of many kinds, the Hub and databases, each read in a stream."""

@@ -1,0 +1,212 @@
+"""JSON: one object a line, or one list of objects that is read element by element."""
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from peftcli.data.rows import Rows
+from peftcli.data.sources.batches import Item, Unread, gather
+from peftcli.data.sources.files import DataFile
+from peftcli.data.sources.opened import open_text
+from peftcli.data.sources.window import Window, unusable
+from peftcli.errors import DataError
+
+DESCRIBED_BYTES = 16 * 1024 * 1024
+"""A file that is one object is read whole, to say what it holds, up to this size."""
+
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+_NAMES = {str: "a text", int: "a number", float: "a number", bool: "true or false", list: "a list", dict: "an object"}
+
+
+class Objects:
+    """Decoder of JSON values that keeps count of what Python would pass over in silence.
+
+    Attributes:
+        twice: a key that the value decoded last holds twice; None where it holds none.
+    """
+
+    def __init__(self) -> None:
+        self.twice: str | None = None
+        self._decoder = json.JSONDecoder(object_pairs_hook=self._object)
+
+    def decode(self, text: str, at: int = 0) -> tuple[Any, int]:
+        """The value that begins at a position, and the position behind it.
+
+        Raises:
+            json.JSONDecodeError: it is no JSON, or goes on behind the text.
+            ValueError: a number has too many digits.
+            RecursionError: lists stand in lists without an end.
+        """
+        self.twice = None
+        return self._decoder.raw_decode(text, at)
+
+    def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        if len(values) != len(pairs):
+            names = [name for name, _ in pairs]
+            self.twice = next(name for name in names if names.count(name) > 1)
+        return values
+
+
+class RowRule:
+    """What may be a row: an object, or a text where the first row is one; the rest of the file is alike."""
+
+    def __init__(self) -> None:
+        self._kind: type | None = None
+        self._first: dict[str, None] = {}
+
+    def row(self, value: Any, file: DataFile, number: int) -> dict[str, Any]:
+        """The columns of the row that begins on line `number`.
+
+        Raises:
+            DataError: the value is neither, or another kind than the rows before.
+        """
+        kind = type(value)
+        if kind is not self._kind:
+            place = f"{file.path}:{number}"
+            said = _NAMES.get(kind, "null")
+            if self._kind is not None:
+                raise DataError(f"{place}: holds {said}, the rows before {_NAMES[self._kind]}; give all rows one kind")
+            if kind not in (dict, str):
+                hint = "; a file that is one list is named .json" if kind is list else "; write {...} for each row"
+                raise DataError(f"{place}: holds {said}; each row is an object of columns{hint}")
+            self._kind = kind
+        return value if kind is dict else {"text": value}
+
+    def columns(self, rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
+        """The columns of a batch; those of the first batch stand in every other too."""
+        names = dict(self._first)
+        for row in rows:
+            names.update(dict.fromkeys(row))
+        if not self._first:
+            self._first = dict(names)
+        return {name: [row.get(name) for row in rows] for name in names}
+
+
+def read_lines(file: DataFile) -> Iterator[Rows]:
+    """The rows of a file with one object a line."""
+    rule = RowRule()
+    return gather(file.name, _line_items(file, rule), rule.columns)
+
+
+def read_json(file: DataFile) -> Iterator[Rows]:
+    """The rows of one list of objects, or of a file with one object a line.
+
+    Raises:
+        DataError: the file is one object, or no JSON.
+    """
+    with open_text(file) as text:
+        start = Window(text, file.path).next_sign()
+    if start == "[":
+        rule = RowRule()
+        return gather(file.name, _list_items(file, rule), rule.columns)
+    if start == "{" and _has_lines(file):
+        return read_lines(file)
+    if start == "{":
+        raise _one_object(file)
+    raise DataError(
+        f"{file.path}: " + (f"begins with {start}; a list of rows is expected" if start else "no rows; it is blank")
+    )
+
+
+def _line_items(file: DataFile, rule: RowRule) -> Iterator[Item[dict[str, Any]]]:
+    objects = Objects()
+    with open_text(file, newline="\n") as text:
+        for number, line in enumerate(text, start=1):
+            if not line.strip():
+                continue
+            row = rule.row(_line_value(line, objects, file, number), file, number)
+            yield number, _checked(row, line, 0, len(line), objects), len(line)
+
+
+def _line_value(line: str, objects: Objects, file: DataFile, number: int) -> Any:
+    stripped = line.strip()
+    try:
+        value, end = objects.decode(stripped)
+        if end == len(stripped):
+            return value
+        raise json.JSONDecodeError("Extra data", stripped, end)
+    except json.JSONDecodeError as problem:
+        column = problem.pos + 1 + len(line) - len(line.lstrip())
+        hint = "mend the line or take it out"
+        if problem.pos >= len(stripped) and stripped[0] in "[{":
+            hint = "a row must stand on one line; if rows span lines, make the file one list and name it .json"
+        raise DataError(f"{file.path}:{number}: not JSON at column {column}: {problem.msg}; {hint}") from problem
+    except (ValueError, RecursionError) as problem:
+        raise unusable(f"{file.path}:{number}", problem) from problem
+
+
+def _list_items(file: DataFile, rule: RowRule) -> Iterator[Item[dict[str, Any]]]:
+    objects = Objects()
+    with open_text(file) as text:
+        window = Window(text, file.path)
+        window.next_sign()
+        window.step()
+        sign = window.next_sign()
+        while sign != "]":
+            number = window.line
+            value, start = window.value(objects.decode)
+            row = rule.row(value, file, number)
+            yield number, _checked(row, window.text, start, window.at, objects), window.at - start
+            sign = window.next_sign()
+            if sign == ",":
+                window.step()
+                window.next_sign()
+            elif sign != "]":
+                raise window.wrong("the list does not end; it may be cut off" if not sign else f"{sign} between rows")
+        window.step()
+        if window.next_sign():
+            raise window.wrong("something follows the list")
+
+
+def _checked(row: dict[str, Any], text: str, start: int, end: int, objects: Objects) -> dict[str, Any] | Unread:
+    """The row, unless a part of it would be lost."""
+    if objects.twice is not None:
+        return Unread(f"with the key {objects.twice} twice")
+    if _SURROGATE.search(text, start, end):
+        try:
+            json.dumps(row, ensure_ascii=False).encode("utf-8")
+        except UnicodeEncodeError:
+            return Unread("with half of a surrogate pair")
+    return row
+
+
+def _has_lines(file: DataFile) -> bool:
+    """Whether the first line is a whole object and not the only one."""
+    with open_text(file, newline="\n") as text:
+        lines = (line for line in text if line.strip())
+        first, second = next(lines), next(lines, None)
+    try:
+        Objects().decode(first.strip())
+    except json.JSONDecodeError:
+        return False
+    except (ValueError, RecursionError):
+        return True  # the reader of lines says it with the line
+    return second is not None
+
+
+def _one_object(file: DataFile) -> DataError:
+    expected = "a list of rows is expected, or one object a line"
+    if file.path.stat().st_size > DESCRIBED_BYTES:
+        return DataError(f"{file.path}: holds objects that span lines; {expected}")
+    with open_text(file) as text:
+        content = text.read()
+    try:
+        value = json.loads(content)
+    except json.JSONDecodeError as problem:
+        if problem.msg == "Extra data":
+            return DataError(f"{file.path}: holds several objects that span lines; {expected}")
+        return DataError(f"{file.path}:{problem.lineno}: not JSON at column {problem.colno}: {problem.msg}; {expected}")
+    except (ValueError, RecursionError) as problem:
+        return unusable(str(file.path), problem)
+    keys = ", ".join(f"{key}: {_described(item)}" for key, item in list(value.items())[:8])
+    mend = "name the file .jsonl if it is one row"
+    lists = [key for key, item in value.items() if isinstance(item, list)]
+    if lists:
+        mend = f"write the list under {lists[0]} into a file of its own"
+    return DataError(f"{file.path}: holds one object ({keys}); {expected}; {mend}")
+
+
+def _described(value: Any) -> str:
+    return f"a list of {len(value)}" if isinstance(value, list) else _NAMES.get(type(value), "null")

@@ -1,0 +1,148 @@
+"""Rows on disk: text, token ids, labels, and what is known of each, in files that are read without loading them."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from peftcli.data.encode import as_lists
+from peftcli.data.tokens import FLAGS, TokenBatch
+from peftcli.data.twins import HASHES
+from peftcli.rundir import read_json, write_json
+
+LISTS = pa.large_list(pa.int32())
+ROW_COLUMNS = {
+    "source": pa.int32(),
+    "file": pa.int32(),
+    "number": pa.int64(),
+    "uncut": pa.int64(),
+    "length": pa.int64(),
+    "trained": pa.int64(),
+    "flags": pa.uint8(),
+    "label": pa.int32(),
+    "exact": pa.uint64(),
+    "plain": pa.uint64(),
+    "prompt": pa.uint64(),
+    "class": pa.uint64(),
+    "group": pa.uint64(),
+}
+"""What is known of a row: where it comes from, its tokens, its flags (a bit for each of FLAGS), the number of its
+label, and 64 bits each of its exact text, its plain text, its prompt, and its columns `split.stratify` and
+`split.group`."""
+SIGNATURES = "signature"
+
+
+@dataclass(frozen=True)
+class Store:
+    """The usable rows of one or several sources, in a folder."""
+
+    folder: Path
+    facts: dict[str, Any]
+
+    @classmethod
+    def open(cls, folder: Path) -> Self:
+        """The store that `Writer` made in a folder."""
+        return cls(folder, read_json(folder / "facts.json"))
+
+    @property
+    def rows(self) -> int:
+        return int(self.facts["kept"])
+
+    @cached_property
+    def examples(self) -> pa.Table:
+        """`input_ids`, `labels` and the text columns of the examples; stays on disk until it is looked at."""
+        return pa.ipc.open_file(pa.memory_map(str(self.folder / "examples.arrow"))).read_all()
+
+    def column(self, name: str) -> NDArray[Any]:
+        """What is known of each row under a name of ROW_COLUMNS: (rows,), or (rows, 24) for the signatures."""
+        column = self._known.column(name).combine_chunks()
+        if name == SIGNATURES:
+            width = column.type.list_size
+            signatures: NDArray[Any] = column.flatten().to_numpy(zero_copy_only=False).reshape(-1, width)
+            return signatures
+        values: NDArray[Any] = column.to_numpy(zero_copy_only=False)
+        return values
+
+    def flag(self, name: str) -> NDArray[np.bool_]:
+        """(rows,), whether a flag is set."""
+        found: NDArray[np.bool_] = (self.column("flags") >> FLAGS.index(name)) & 1 == 1
+        return found
+
+    def places(self, rows: Iterable[int]) -> list[str]:
+        """File and line of some rows."""
+        chosen = pa.array([int(row) for row in rows], pa.int64())
+        known = self._known.select(["file", "number"]).take(chosen).to_pylist()
+        return [f"{self.facts['files'][one['file']]}:{one['number']}" for one in known]
+
+    @cached_property
+    def _known(self) -> pa.Table:
+        return pa.ipc.open_file(pa.memory_map(str(self.folder / "rows.arrow"))).read_all()
+
+
+class Writer:
+    """Writes a store batch by batch."""
+
+    def __init__(self, folder: Path, columns: Sequence[str]) -> None:
+        """
+        Args:
+            folder: where the two files are put.
+            columns: names of the text columns of an example.
+        """
+        self._folder = folder
+        self._columns = list(columns)
+        strings = [(name, pa.large_string()) for name in columns]
+        self._schema = pa.schema([("input_ids", LISTS), ("labels", LISTS), *strings])
+        self._known_schema = pa.schema([*ROW_COLUMNS.items(), (SIGNATURES, pa.list_(pa.uint32(), HASHES))])
+        self._examples = pa.ipc.new_file(folder / "examples.arrow", self._schema)
+        self._known = pa.ipc.new_file(folder / "rows.arrow", self._known_schema)
+        self.rows = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, problem: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._examples.close()
+        self._known.close()
+
+    def add(
+        self,
+        texts: dict[str, list[str]],
+        tokens: TokenBatch,
+        known: dict[str, Any],
+        signatures: NDArray[np.uint32],
+    ) -> None:
+        """Write the rows of one batch.
+
+        Args:
+            texts: of the examples of the batch, those included that `tokens` left out.
+            tokens: the rows.
+            known: the columns of ROW_COLUMNS that `tokens` does not give, for each row of `tokens`.
+            signatures: (rows, 24).
+        """
+        if not len(tokens.of):
+            return
+        chosen = tokens.of.tolist()
+        lists = [as_lists(tokens.flat, tokens.lengths), as_lists(tokens.labels(), tokens.lengths)]
+        strings = [pa.array([texts[name][row] for row in chosen], pa.large_string()) for name in self._columns]
+        self._examples.write_batch(pa.record_batch([*lists, *strings], schema=self._schema))
+        bits = np.zeros(len(chosen), np.uint8)
+        for number, name in enumerate(FLAGS):
+            bits |= tokens.flags[name].astype(np.uint8) << number
+        values = {"uncut": tokens.uncut, "length": tokens.lengths, "trained": tokens.trained, "flags": bits, **known}
+        columns = [pa.array(values[name], kind) for name, kind in ROW_COLUMNS.items()]
+        flat = pa.array(np.ascontiguousarray(signatures).ravel(), pa.uint32())
+        columns.append(pa.FixedSizeListArray.from_arrays(flat, HASHES))
+        self._known.write_batch(pa.record_batch(columns, schema=self._known_schema))
+        self.rows += len(chosen)
+
+    def write_facts(self, facts: dict[str, Any]) -> None:
+        """Write what is known of the rows together."""
+        write_json(self._folder / "facts.json", facts | {"kept": self.rows})
