@@ -289,7 +289,8 @@ class _Pass:
                 return join.no_partner()
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in self._dropped.counts.most_common(6))
         first = next(iter(self._dropped.places.values()), [""])[0]
-        return f"{names}: no usable row of {self._read:,}: {reasons}" + (f" (first {first})" if first else "")
+        mend = "; raise dataset.max_length" if any("max_length" in reason for reason in self._dropped.counts) else ""
+        return f"{names}: no usable row of {self._read:,}: {reasons}" + (f" (first {first})" if first else "") + mend
 
 
 def _head(rows: Rows, count: int) -> Rows:

@@ -5,6 +5,7 @@ the tokenization and of the training, and the exact match on the first rows of t
 """
 
 import argparse
+import csv
 import json
 import time
 
@@ -14,8 +15,6 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from trl import SFTConfig, SFTTrainer
 
-from peftcli.data.join import join_tables
-from peftcli.data.sources import read_file
 from peftcli.data.split import split_indices
 
 
@@ -28,14 +27,14 @@ def main() -> None:
     parser.add_argument("--test-rows", type=int, default=1000)
     parser.add_argument("--no-4bit", action="store_true")
     words = parser.parse_args()
-    from pathlib import Path
-
-    table, _ = join_tables(
-        read_file(Path(words.products)), read_file(Path(words.departments)), ["department_id"], words.departments
-    )
-    train, test = split_indices(table.num_rows, 0.2, seed=42)
-    rows = table.to_pylist()
-    pairs = [{"prompt": f"{row['product_name']} ->:", "completion": f" {row['department']}"} for row in rows]
+    with open(words.departments, encoding="utf-8", newline="") as file:
+        departments = {row["department_id"]: row["department"] for row in csv.DictReader(file)}
+    with open(words.products, encoding="utf-8", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["department_id"] in departments]
+    train, test = split_indices(len(rows), 0.2, seed=42)
+    pairs = [
+        {"prompt": f"{row['product_name']} ->:", "completion": f" {departments[row['department_id']]}"} for row in rows
+    ]
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
