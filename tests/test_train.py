@@ -288,7 +288,8 @@ def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_taken(
     assert run_cli("train", recipe, "--output-dir", "run") == 0
     run = tmp_path / "run"
     whole = digest(run)
-    (run / "metrics.json").unlink()  # as if the session had died before its end
+    (run / "metrics.json").unlink()  # as if the session had died in its last step
+    (run / "train.json").unlink()
     newest = run / "checkpoints" / "checkpoint-8" / "optimizer.pt"
     data = bytearray(newest.read_bytes())
     data[len(data) // 2] ^= 1
@@ -297,6 +298,7 @@ def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_taken(
     assert run_cli("train", recipe, "--output-dir", "run") == 0
     said = capfd.readouterr().err
     assert "checkpoint-8 is damaged (the hash of optimizer.pt differs); kept as checkpoint-8.bad" in said
+    assert "2 steps are trained again" in said
     assert "going on from step 6" in said
     assert digest(run) == whole
 

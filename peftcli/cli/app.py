@@ -85,6 +85,10 @@ def train(
     output_dir: Annotated[Path | None, typer.Option(help="The run folder; runs/NAME when left out.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest whole checkpoint, or fail.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Remove the run that is there first.")] = False,
+    force: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY", help="Go on although this key changed: a recipe key, data, base or versions."),
+    ] = None,
     smoke: SmokeOption = False,
     max_time: Annotated[
         str | None, typer.Option(metavar="8h30m", help="Stop with a checkpoint and a report within this time.")
@@ -103,7 +107,7 @@ def train(
     from peftcli.cli.commands import TrainFlags, train_command
 
     overrides = [*(set_ or ()), *([f"budget.wall_clock={max_time}"] if max_time else [])]
-    train_command(recipe, overrides, TrainFlags(output_dir, resume, overwrite, smoke, as_json))
+    train_command(recipe, overrides, TrainFlags(output_dir, resume, overwrite, smoke, as_json, tuple(force or ())))
 
 
 @app.command("eval")

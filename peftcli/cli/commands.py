@@ -23,7 +23,8 @@ from peftcli.report.write import write_report
 from peftcli.rundir import RunDir, read_json, write_json
 from peftcli.summary import unmet, write_metrics
 from peftcli.train.begin import Beginning, begin, write_recipe
-from peftcli.train.stops import StopRequests, is_first_process
+from peftcli.train.stamp import make_stamp, refuse_changes
+from peftcli.train.stops import Heeding, StopRequests, forget_stop_file, is_first_process
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class TrainFlags:
     overwrite: bool
     smoke: bool
     as_json: bool
+    force: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,8 @@ def train_command(name: str, overrides: Sequence[str], flags: TrainFlags) -> Non
     with StopRequests(run.path, loaded.recipe.budget.wall_clock) as stops:
 
         def prepare_folder() -> Beginning:
-            found = begin(run, loaded.recipe, overwrite=flags.overwrite, resume=flags.resume)
+            found = begin(run, loaded.recipe, overwrite=flags.overwrite, resume=flags.resume, allowed=flags.force)
+            forget_stop_file(run.path)
             if not found.finished:
                 run.path.mkdir(parents=True, exist_ok=True)
                 write_recipe(run, loaded.recipe)
@@ -102,7 +105,7 @@ def train_command(name: str, overrides: Sequence[str], flags: TrainFlags) -> Non
                 shown.note(line)
             reason = None
             if not beginning.finished:
-                reason = _train(loaded, run, shown, stops, beginning.resume_from, smoke=flags.smoke)
+                reason = _train(loaded, run, shown, stops, beginning, flags)
             if is_first_process():
                 metrics = _finish(run, loaded.recipe)
                 _show_result(run, metrics, streams, as_json=flags.as_json)
@@ -110,24 +113,29 @@ def train_command(name: str, overrides: Sequence[str], flags: TrainFlags) -> Non
 
 
 def _train(
-    loaded: Loaded, run: RunDir, shown: Shown, stops: StopRequests, resume_from: Path | None, *, smoke: bool
+    loaded: Loaded, run: RunDir, shown: Shown, stops: StopRequests, beginning: Beginning, flags: TrainFlags
 ) -> str | None:
     """The heavy part of `train`; returns why it stopped early, if it did."""
     from peftcli.cli.steps import SHOWN_ROWS, add_view, check_ends, plan_recipe, prepare_data
+    from peftcli.model.adapter import config_hash
     from peftcli.model.probe import describe_environment
     from peftcli.model.shards import leave_group
-    from peftcli.train.run import train
+    from peftcli.train.run import Session, evaluate_trained, train
 
-    planned = plan_recipe(loaded, shown, smoke=smoke)
+    planned = plan_recipe(loaded, shown, smoke=flags.smoke)
     plan = planned.plan
     begun = time.monotonic()
-    tokenizer, data = prepare_data(plan, shown)
+    tokenizer, data = prepare_data(plan, Heeding(shown, stops, "before the first step"))
     prepared = {"prepare_seconds": round(time.monotonic() - begun, 3)}
     ends = check_ends(plan.base.tokenizer, tokenizer, data, plan.adapter)
     add_view(data, tokenizer, plan.labels, SHOWN_ROWS, ends)
+    environment = describe_environment(planned.machine, _command())
+    stamp = make_stamp(data.facts, config_hash(plan.base), environment["packages"])
+    for note in refuse_changes(beginning.stamp, stamp, flags.force):
+        shown.note(f"  note: {note}")
     if is_first_process():
         write_json(run.plan, plan.as_json())
-        write_json(run.environment, describe_environment(planned.machine, _command()))
+        write_json(run.environment, environment)
         write_json(run.data, data.facts | prepared)
     data.raise_if_crossed(f"peftcli data {loaded.path}")
     for line in [*plan_lines(plan.as_json(), data.facts), *(f"  note: {notice}" for notice in plan.notices)]:
@@ -135,7 +143,9 @@ def _train(
     for warning in data.facts["warnings"]:
         shown.note(f"  note: {warning}")
     shown.note(f"  run folder {run.path}")
-    reason = train(plan, run, data, tokenizer, shown, stops, resume_from).stop_reason
+    session = Session(stops, beginning.resume_from, stamp)
+    work = evaluate_trained if beginning.trained else train
+    reason = work(plan, run, data, tokenizer, shown, session).stop_reason
     leave_group()
     return reason
 

@@ -6,11 +6,13 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
 from peftcli.errors import PeftcliError
+from peftcli.train.stops import STARTED
 
 T = TypeVar("T")
 EXIT_FILE = "PEFTCLI_EXIT_FILE"
@@ -37,7 +39,7 @@ def launch_if_asked(num_processes: int | None) -> int | None:
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "exit"
         threads = str(max(1, (os.cpu_count() or 1) // num_processes))
-        settings = {"OMP_NUM_THREADS": threads, **os.environ, EXIT_FILE: str(answer)}
+        settings = {"OMP_NUM_THREADS": threads, STARTED: str(time.time()), **os.environ, EXIT_FILE: str(answer)}
         if _has_gpu():
             words = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", str(num_processes)]
         else:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from peftcli.model.memory import Shrinking, is_out_of_memory
 from peftcli.progress import Progress
 
 
@@ -68,13 +69,27 @@ def answer(
     cards = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=cards):
         torch.manual_seed(decoding.seed)
-        for start in range(0, len(order), batch_rows):
-            batch = order[start : start + batch_rows]
+        done = 0
+        fitting = Shrinking(batch_rows, what, progress)
+        while done < len(order):
+            batch = order[done : done + fitting.rows]
             inputs, mask = _pad_left([prompts[row] for row in batch], tokenizer.pad_token_id or 0)
-            made = model.generate(input_ids=inputs.to(device), attention_mask=mask.to(device), generation_config=config)
+            said = None
+            try:
+                made = model.generate(
+                    input_ids=inputs.to(device), attention_mask=mask.to(device), generation_config=config
+                )
+            except (RuntimeError, MemoryError) as problem:
+                if not is_out_of_memory(problem):
+                    raise
+                said = str(problem)
+            if said is not None:  # outside the handler, which keeps the tensors of the failed attempt alive
+                fitting.shrink(said, device)
+                continue
             for row, ids in zip(batch, made[:, inputs.shape[1] :].tolist(), strict=True):
                 answers[row] = _decode(ids, tokenizer, stop_ids)
-            progress.advance(start + len(batch))
+            done += len(batch)
+            progress.advance(done)
     progress.end()
     model.train(was_training)
     return [one for one in answers if one is not None]

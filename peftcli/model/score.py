@@ -10,6 +10,7 @@ from torch import Tensor
 
 from peftcli.data.tokens import IGNORED
 from peftcli.metrics import Metrics, perplexity
+from peftcli.model.memory import Shrinking, is_out_of_memory
 from peftcli.progress import Progress
 
 LOGIT_BYTES = 256 * 2**20
@@ -71,10 +72,20 @@ def score(
     progress.start(what, len(ids))
     vocabulary = vocabulary_of(model)
     done = 0
+    fitting = Shrinking(batch_rows, what, progress)
     while done < len(order):
-        batch = order[done : done + rows_at_once(batch_rows, len(ids[order[done]]), vocabulary)]
+        batch = order[done : done + rows_at_once(fitting.rows, len(ids[order[done]]), vocabulary)]
         inputs, targets, mask = pad_right([ids[row] for row in batch], [labels[row] for row in batch], pad_id)
-        sums = _score_batch(model, inputs.to(device), targets.to(device), mask.to(device))
+        said = None
+        try:
+            sums = _score_batch(model, inputs.to(device), targets.to(device), mask.to(device))
+        except (RuntimeError, MemoryError) as problem:
+            if not is_out_of_memory(problem):
+                raise
+            said = str(problem)
+        if said is not None:  # outside the handler, which keeps the tensors of the failed attempt alive
+            fitting.shrink(said, device)
+            continue
         nll, tokens, correct = nll + sums[0], tokens + sums[1], correct + sums[2]
         done += len(batch)
         progress.advance(done)

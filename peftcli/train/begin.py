@@ -2,15 +2,18 @@
 
 import json
 import shutil
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from peftcli.errors import RecipeError
 from peftcli.recipe.dump import changed_keys, dump_recipe
 from peftcli.recipe.load import load_recipe
 from peftcli.recipe.schema import Recipe
 from peftcli.rundir import RunDir, read_json, read_log, write_text
-from peftcli.train.checkpoints import clear_staging, newest_valid
+from peftcli.train.checkpoints import MANIFEST, clear_staging, newest_valid
+from peftcli.train.stamp import is_allowed
 
 HARMLESS = (
     "budget.",
@@ -31,16 +34,25 @@ class Beginning:
     Attributes:
         finished: all is done already, and there is nothing to do.
         resume_from: a verified checkpoint to go on from.
+        trained: training is over, and only the evaluation is missing.
+        stamp: what the run was made from, as its checkpoint or its training says; empty for a new run.
         notes: for the user.
     """
 
     finished: bool
     resume_from: Path | None
     notes: tuple[str, ...]
+    trained: bool = False
+    stamp: Mapping[str, Any] = field(default_factory=dict)
 
 
-def begin(run: RunDir, recipe: Recipe, *, overwrite: bool, resume: bool) -> Beginning:
+def begin(run: RunDir, recipe: Recipe, *, overwrite: bool, resume: bool, allowed: Collection[str] = ()) -> Beginning:
     """Look at the run folder and make it ready.
+
+    Args:
+        overwrite: remove the run that is there first.
+        resume: fail where there is nothing to go on from.
+        allowed: keys of the recipe that may differ from the run's.
 
     Raises:
         RecipeError: the folder holds another run or foreign files, or there is nothing to resume.
@@ -59,18 +71,27 @@ def begin(run: RunDir, recipe: Recipe, *, overwrite: bool, resume: bool) -> Begi
         if resume:
             raise RecipeError(f"{run.path}: there is no run to resume; leave --resume out")
         return Beginning(False, None, ())
-    changed = changes(run, recipe)
+    changed = [line for line in changes(run, recipe) if not is_allowed(line.split(":")[0], allowed)]
     status = run.status()
     if changed:
         state = "a finished run" if status == "finished" else "a run"
         raise RecipeError(
             f"{run.path} already holds {state} of another recipe:\n"
             + "\n".join(f"  {line}" for line in changed)
-            + "\nname another output_dir, or pass --overwrite to remove that run"
+            + "\nname another output_dir, pass --overwrite to remove that run, or --force KEY to go on with the change"
         )
     if status == "finished":
         return Beginning(True, None, (f"{run.path} is already finished; --overwrite trains it anew",))
+    if _is_trained(run):
+        return Beginning(False, None, ("training is finished; the evaluation is made now",), True, _stamp(run.train))
     return _go_on(run)
+
+
+def _is_trained(run: RunDir) -> bool:
+    """Whether the adapter of the last step is there; `train.json` is written after it."""
+    if not run.train.is_file() or not (run.adapter / "adapter_model.safetensors").is_file():
+        return False
+    return bool(read_json(run.train).get("status") == "finished")
 
 
 def changes(run: RunDir, recipe: Recipe) -> list[str]:
@@ -99,7 +120,11 @@ def clear(run: RunDir) -> None:
 def _go_on(run: RunDir) -> Beginning:
     clear_staging(run.checkpoints)
     found = newest_valid(run.checkpoints)
-    notes = [f"{name} is damaged ({reason}); kept as {name}.bad" for name, reason in found.damaged]
+    notes = [
+        f"{name} is damaged ({reason}); kept as {name}.bad; {int(name.rsplit('-', 1)[1]) - found.step} steps are "
+        "trained again"
+        for name, reason in found.damaged
+    ]
     if found.path is None:
         run.log.unlink(missing_ok=True)
         notes.append(f"{run.path}: no checkpoint to go on from, so training starts at step 0")
@@ -110,7 +135,11 @@ def _go_on(run: RunDir) -> Beginning:
         notes.append(f"{run.merged} was merged from the adapter of an earlier step; merge again after this session")
     planned = read_json(run.train).get("planned_steps") if run.train.is_file() else None
     notes.append(f"going on from step {found.step}" + (f" of {planned}" if planned else "") + " (checkpoint verified)")
-    return Beginning(False, found.path, tuple(notes))
+    return Beginning(False, found.path, tuple(notes), stamp=_stamp(found.path / MANIFEST))
+
+
+def _stamp(file: Path) -> dict[str, Any]:
+    return dict(read_json(file).get("stamp") or {})
 
 
 def _cut_log(run: RunDir, step: int) -> None:

@@ -1,19 +1,20 @@
 """Checkpoints that are whole or absent: staged, listed with their hashes, renamed, and verified before use."""
 
 import hashlib
-import json
 import os
 import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from peftcli.rundir import read_json, write_json
 
 MANIFEST = "manifest.json"
 STAGING = ".staging"
-NEEDED = ("trainer_state.json", "optimizer.pt", "scheduler.pt")
+NEEDED = ("trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state", "adapter_model.safetensors")
+"""Beginnings of the names of files without which a run could only go on with a silent reset."""
 
 
 @dataclass(frozen=True)
@@ -25,11 +26,12 @@ class Found:
     damaged: list[tuple[str, str]]
 
 
-def seal(folder: Path, step: int, counters: Mapping[str, float]) -> None:
+def seal(folder: Path, step: int, counters: Mapping[str, float], stamp: Mapping[str, Any]) -> None:
     """Write the manifest of a staged checkpoint and bring every file of it to the disk.
 
     Args:
         counters: what the run has counted up to this step, for the session that goes on.
+        stamp: what the run is made from, which that session compares.
     """
     files = {}
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
@@ -37,7 +39,15 @@ def seal(folder: Path, step: int, counters: Mapping[str, float]) -> None:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
             os.fsync(stream.fileno())
         files[str(file.relative_to(folder))] = {"bytes": file.stat().st_size, "sha256": digest}
-    write_json(folder / MANIFEST, {"schema": 1, "step": step, "counters": dict(counters), "files": files})
+    facts = {"schema": 1, "step": step, "counters": dict(counters), "stamp": dict(stamp), "files": files}
+    write_json(folder / MANIFEST, facts | {"sha256": _own_hash(facts)})
+    with (folder / MANIFEST).open("rb") as stream:
+        os.fsync(stream.fileno())
+    _sync_folder(folder)
+
+
+def _own_hash(facts: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def promote(staged: Path, final: Path) -> None:
@@ -45,7 +55,11 @@ def promote(staged: Path, final: Path) -> None:
     if final.exists():
         shutil.rmtree(final)
     os.rename(staged, final)
-    descriptor = os.open(final.parent, os.O_RDONLY)
+    _sync_folder(final.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -58,11 +72,15 @@ def damage(folder: Path) -> str | None:
     if not manifest.is_file():
         return f"{MANIFEST} is missing"
     try:
-        files = read_json(manifest)["files"]
-    except (json.JSONDecodeError, KeyError, UnicodeDecodeError):
+        facts = read_json(manifest)
+        stated = facts.pop("sha256")
+        files = dict(facts["files"])
+    except (ValueError, KeyError, TypeError, AttributeError):  # cut off, another JSON, or bytes that are no text
         return f"{MANIFEST} cannot be read"
+    if stated != _own_hash(facts):
+        return f"{MANIFEST} was changed"
     for name in NEEDED:
-        if name not in files:
+        if not any(listed.startswith(name) for listed in files):
             return f"{name} is not listed"
     for name, facts in files.items():
         file = folder / name

@@ -17,14 +17,14 @@ from peftcli.data.prepare import PreparedData
 from peftcli.methods import peft_config
 from peftcli.model.adapter import save_adapter
 from peftcli.model.card import write_card
-from peftcli.model.load import load_base
+from peftcli.model.load import load_adapter, load_base
 from peftcli.model.measure import Measured, decoding_for, evaluation_json, measure
 from peftcli.model.probe import peak_memory_bytes
 from peftcli.plan.plan import Plan
 from peftcli.progress import Progress
 from peftcli.rundir import RunDir, read_json, write_json
 from peftcli.train import checkpoints
-from peftcli.train.stops import StopRequests, forget_stop_file, is_first_process
+from peftcli.train.stops import Heeding, StopRequests, is_first_process
 from peftcli.train.trainer import Trainer
 from peftcli.train.watch import Watch
 
@@ -32,6 +32,25 @@ UNMEASURED_RESERVE_SECONDS = 60.0
 """Set aside for the last evaluation where no baseline told how long one takes."""
 SAVE_EVERY_SECONDS = 600.0
 """Between checkpoints where `budget.save_every` says nothing."""
+
+
+FINISH_SECONDS = 5.0
+"""Set aside for writing the adapter and the report."""
+
+
+@dataclass(frozen=True)
+class Session:
+    """How a session of a run begins, and what may end it.
+
+    Attributes:
+        stops: what may end it early.
+        resume_from: a verified checkpoint to go on from.
+        stamp: what the run is made from.
+    """
+
+    stops: StopRequests
+    resume_from: Path | None
+    stamp: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -48,8 +67,7 @@ def train(
     data: PreparedData,
     tokenizer: PreTrainedTokenizerBase,
     progress: Progress,
-    stops: StopRequests,
-    resume_from: Path | None = None,
+    session: Session,
 ) -> TrainResult:
     """Train the adapter of a plan and measure it against its base.
 
@@ -59,17 +77,21 @@ def train(
     Args:
         run: the folder, made already.
         data: tokenized train and test rows.
-        stops: what may end the run early.
-        resume_from: a verified checkpoint to go on from.
+        session: how this session begins, and what may end it early.
 
     Raises:
-        Diverged: a loss or a weight is not finite.
+        Diverged: a loss, a gradient or a weight is not finite, or nothing is learned any more.
+        MemoryExhausted: not even small pieces of a micro-batch fit.
+        Stopped: a stop was asked for outside the training loop.
         MachineError: the weights cannot be loaded.
     """
+    stops, resume_from = session.stops, session.resume_from
     model = load_base(plan.base)
     trainer = make_trainer(plan, run, data, tokenizer, model)
+    trainer.stamp = session.stamp
+    heeding = Heeding(progress, stops, "before the first step" if resume_from is None else "before the next step")
     before, baseline_seconds = _baseline(
-        plan, run, data, tokenizer, trainer, progress, resuming=resume_from is not None
+        plan, run, data, tokenizer, trainer.model, heeding, resuming=resume_from is not None
     )
     watch = Watch(
         trainer,
@@ -77,27 +99,55 @@ def train(
         progress,
         stops,
         save_every=plan.budget.save_every or SAVE_EVERY_SECONDS,
-        reserve=1.5 * baseline_seconds,
+        reserve=FINISH_SECONDS + 1.5 * baseline_seconds,
         device=plan.base.device,
         writes=is_first_process(),
     )
     trainer.add_callback(watch)
-    forget_stop_file(run.path)
     if resume_from is not None:
         trainer.go_on_from(read_json(resume_from / checkpoints.MANIFEST)["counters"])
     trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
-    _write_train(run, trainer, watch, len(data.train.rows), resume_from)
-    clock = watch.stop_reason is not None and watch.stop_reason.startswith("the time budget")
-    if watch.stop_reason is None or clock:
-        tuned = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-        if is_first_process():
-            save_adapter(tuned, tokenizer, plan, data, run.adapter)
-        narrow_saved_modules(tuned, plan.base.dtype)
-        after = _measure(plan, data, tokenizer, tuned, progress, "adapter")
-        if is_first_process():
-            _write_eval(plan, run, data, tokenizer, before, after)
-            write_card(run)
-    return TrainResult(trainer.state.global_step, watch.stop_reason)
+    reason = watch.stop_reason
+    steps = trainer.state.global_step
+    if reason is not None and not stops.is_clock(reason):
+        _write_train(run, trainer, watch, plan, resume_from)
+        return TrainResult(steps, reason)
+    tuned = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    if is_first_process():
+        save_adapter(tuned, tokenizer, plan, data, run.adapter)
+    # After the adapter: who finds a finished training here finds its adapter too.
+    _write_train(run, trainer, watch, plan, resume_from)
+    narrow_saved_modules(tuned, plan.base.dtype)
+    heard: Progress = Heeding(progress, stops, "in the last evaluation") if reason is None else progress
+    after = _measure(plan, data, tokenizer, tuned, heard, "adapter")
+    if is_first_process():
+        _write_eval(plan, run, data, tokenizer, before, after)
+        write_card(run)
+    return TrainResult(steps, reason)
+
+
+def evaluate_trained(
+    plan: Plan,
+    run: RunDir,
+    data: PreparedData,
+    tokenizer: PreTrainedTokenizerBase,
+    progress: Progress,
+    session: Session,
+) -> TrainResult:
+    """Make the evaluation that a session before could not, of the adapter that it has written.
+
+    Raises:
+        Stopped: a stop was asked for again.
+        MachineError: the weights cannot be loaded.
+    """
+    heeding = Heeding(progress, session.stops, "in the last evaluation")
+    model = load_adapter(load_base(plan.base), run.adapter)
+    before, _ = _baseline(plan, run, data, tokenizer, model, heeding, resuming=True)
+    after = _measure(plan, data, tokenizer, model, heeding, "adapter")
+    if is_first_process():
+        _write_eval(plan, run, data, tokenizer, before, after)
+        write_card(run)
+    return TrainResult(int(read_json(run.train)["steps"]), None)
 
 
 def make_trainer(
@@ -143,7 +193,7 @@ def _baseline(
     run: RunDir,
     data: PreparedData,
     tokenizer: PreTrainedTokenizerBase,
-    trainer: Trainer,
+    model: Any,
     progress: Progress,
     *,
     resuming: bool,
@@ -155,8 +205,8 @@ def _baseline(
     if not plan.evaluation.baseline:
         return None, UNMEASURED_RESERVE_SECONDS
     begun = time.monotonic()
-    with adapter_off(trainer.model):
-        measured = _measure(plan, data, tokenizer, trainer.model, progress, "base")
+    with adapter_off(model):
+        measured = _measure(plan, data, tokenizer, model, progress, "base")
     seconds = time.monotonic() - begun
     before = _evaluation(plan, data, tokenizer, {"base": measured, "adapter": None})
     before["baseline_seconds"] = round(seconds, 3)
@@ -210,8 +260,9 @@ def rows_seen(epochs: float, rows: int, arguments: SFTConfig) -> int:
     return whole * rows + int(min(steps * step, rows))
 
 
-def _write_train(run: RunDir, trainer: Trainer, watch: Watch, rows: int, resume_from: Path | None) -> None:
+def _write_train(run: RunDir, trainer: Trainer, watch: Watch, plan: Plan, resume_from: Path | None) -> None:
     state = trainer.state
+    rows = len(trainer.train_dataset)
     counted = trainer.counters()
     if not is_first_process():
         return
@@ -234,6 +285,9 @@ def _write_train(run: RunDir, trainer: Trainer, watch: Watch, rows: int, resume_
             "resumed_from_step": None if resume_from is None else int(resume_from.name.rsplit("-", 1)[1]),
             "first_loss": watch.losses[0][1] if watch.losses else None,
             "last_loss": watch.losses[-1][1] if watch.losses else None,
+            "out_of_memory": [{"step": step, "rows_at_once": rows} for step, rows in trainer.micro.events],
+            "rows_at_once": -(-plan.batch.per_device // trainer.micro.pieces),
+            "stamp": trainer.stamp,
         },
     )
     checkpoints.clear_staging(run.checkpoints)

@@ -1,5 +1,6 @@
 """TRL's SFTTrainer with a token-weighted evaluation, exact counts and checkpoints that are whole or absent."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,12 @@ from trl import SFTTrainer
 from peftcli.data.tokens import IGNORED
 from peftcli.errors import Diverged
 from peftcli.train import checkpoints
+from peftcli.train.micro import MicroBatches
+
+MOST_FLAT_STEPS = 5
+"""Steps in a row without any gradient; one alone may be chance, such as a row whose answer is certain."""
+MOST_SKIPPED_STEPS = 30
+"""Steps in a row that float16's scaler skips; it begins at 65536 and halves its scale each time."""
 
 
 class Trainer(SFTTrainer):  # type: ignore[misc]  # trl ships no types
@@ -20,23 +27,50 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl ships no types
     Attributes:
         seconds_before: seconds of training in earlier sessions of the run.
         seconds: seconds of training in this one, kept by the callback that watches.
+        stamp: what the run is made from, for the manifest of each checkpoint.
+        micro: the micro-batches, and how often they became smaller.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.seconds_before = 0.0
         self.seconds = 0.0
+        self.stamp: dict[str, Any] = {}
+        self.micro = MicroBatches(alone=self.accelerator.num_processes == 1)
         self._trained_tokens: Tensor | int = 0
         self._counted_before = {"tokens": 0.0, "trained_tokens": 0.0}
         self._step_loss: Tensor | None = None
+        self._gradient: Tensor | float | None = None
+        self._flat_steps = 0
+        self._skipped_steps = 0
+        self._before_step: tuple[Tensor | int, Any] = (0, 0)
         self._staging: str | None = None
 
-    def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        """Count the trained tokens and remember the loss of the step."""
-        self._trained_tokens = self._trained_tokens + (inputs["labels"][..., 1:] != IGNORED).sum()
-        loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
-        self._step_loss = loss if self._step_loss is None else self._step_loss + loss
-        return loss
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """Remember the micro-batches of the step that begins, and what was counted before it."""
+        batches, items = super().get_batch_samples(*args, **kwargs)
+        self.micro.begin(batches)
+        self._before_step = (self._trained_tokens, self._total_train_tokens)
+        return batches, items
+
+    def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Count the trained tokens and remember the loss of the step; smaller pieces where memory runs out."""
+        parent = super().training_step
+
+        def one(piece: dict[str, Any]) -> Tensor:
+            # What TRL averages over the micro-batches of a step, such as a router's balancing loss, counts the pieces.
+            self.current_gradient_accumulation_steps = self.micro.parts_of_step
+            loss: Tensor = parent(model, piece, num_items_in_batch)
+            self._trained_tokens = self._trained_tokens + (piece["labels"][..., 1:] != IGNORED).sum()
+            self._step_loss = loss if self._step_loss is None else self._step_loss + loss
+            return loss
+
+        def restart() -> None:
+            model.zero_grad()
+            self._step_loss = None
+            self._trained_tokens, self._total_train_tokens = self._before_step
+
+        return self.micro.run(inputs, one, restart, self.state.global_step + 1)
 
     def counters(self) -> dict[str, float]:
         """What all processes of all sessions have counted: tokens, trained tokens and seconds of training."""
@@ -46,6 +80,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl ships no types
             "tokens": self._counted_before["tokens"] + float(self._total_train_tokens),
             "trained_tokens": self._counted_before["trained_tokens"] + trained,
             "seconds": self.seconds_before + self.seconds,
+            "pieces": float(self.micro.pieces),
         }
 
     @property
@@ -57,18 +92,46 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl ships no types
         """Take over what the sessions before have counted."""
         self._counted_before = {name: counters[name] for name in self._counted_before}
         self.seconds_before = counters["seconds"]
+        self.micro.pieces = int(counters.get("pieces", 1))
 
-    def check_finite(self, step: int) -> None:
-        """Stop before the optimizer applies a step whose loss is not a number.
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
+        self._gradient = super()._get_grad_norm(model, grad_norm=grad_norm)
+        return self._gradient
+
+    def check_step(self, step: int) -> None:
+        """Stop before the optimizer applies a step that would spoil the weights, or once nothing is learned any more.
 
         Raises:
-            Diverged: the loss of the micro-batches since the last call is not finite.
+            Diverged: the loss or the gradient of the step is not finite, or the gradient has been 0 for some steps.
         """
         loss, self._step_loss = self._step_loss, None
-        if loss is not None and not torch.isfinite(loss):
+        if loss is None or self._gradient is None:
+            return
+        # One transfer for both: each waits for the device.
+        loss_value, norm = torch.stack([loss.float(), torch.as_tensor(self._gradient).to(loss).float()]).tolist()
+        scaled = getattr(self.accelerator, "scaler", None) is not None
+        if not math.isfinite(loss_value):
             raise Diverged(
-                f"step {step}: the loss is {loss.item()}, so training stopped before the weights took it; lower "
+                f"step {step}: the loss is {loss_value}, so training stopped before the weights took it; lower "
                 "trainer.learning_rate, or look at the rows of this step"
+            )
+        if not math.isfinite(norm):
+            # The gradient scaler of float16 finds its scale by steps that overflow, and skips them itself.
+            self._skipped_steps += 1
+            if not scaled or self._skipped_steps >= MOST_SKIPPED_STEPS:
+                raise Diverged(
+                    f"step {step}: the gradient is {norm} at a loss of {loss_value:.4f}, so training stopped before "
+                    "the weights took it; lower trainer.learning_rate or trainer.max_grad_norm"
+                )
+            return
+        self._skipped_steps = 0
+        self._flat_steps = self._flat_steps + 1 if norm == 0.0 else 0
+        if self._flat_steps >= MOST_FLAT_STEPS:
+            vocabulary = self.model.config.get_text_config().vocab_size
+            raise Diverged(
+                f"step {step}: the gradient has been 0 for {self._flat_steps} steps at a loss of {loss_value:.3f} "
+                f"(a guess among all {vocabulary} tokens has {math.log(vocabulary):.3f}), so nothing is learned any "
+                "more; lower trainer.learning_rate and begin anew, or from an earlier checkpoint"
             )
 
     def evaluation_loop(
@@ -111,7 +174,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl ships no types
             if self.state.best_global_step == self.state.global_step:
                 self.state.best_model_checkpoint = str(folder / name)
                 self.state.save_to_json(str(folder / checkpoints.STAGING / name / "trainer_state.json"))
-            checkpoints.seal(folder / checkpoints.STAGING / name, self.state.global_step, counters)
+            checkpoints.seal(folder / checkpoints.STAGING / name, self.state.global_step, counters, self.stamp)
             checkpoints.promote(folder / checkpoints.STAGING / name, folder / name)
             checkpoints.rotate(folder, self.args.save_total_limit or 2, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()

@@ -14,6 +14,9 @@ from peftcli.progress import Progress
 from peftcli.train.stops import StopRequests
 from peftcli.train.trainer import Trainer
 
+FIRST_SAVE_SECONDS = 1.0
+"""Of a checkpoint, before one was written and measured."""
+
 
 class Watch(TrainerCallback):  # type: ignore[misc]  # transformers' callbacks are untyped
     """Writes `log.jsonl`, shows progress, saves by time and stops at the end of a step.
@@ -57,12 +60,15 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers' callbacks a
         self._writes = writes
         self._begun = 0.0
         self._saved = 0.0
+        self._stepped = 0.0
+        self._longest_step = 0.0
+        self._shrunk = 0
         self._last_logged = (0.0, 0.0)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._begun = self._saved = time.monotonic()
+        self._begun = self._saved = self._stepped = time.monotonic()
         self._last_logged = (self._begun, self._trainer.tokens_before)
         self._progress.start("training", state.max_steps)
         self._progress.advance(state.global_step)
@@ -70,16 +76,19 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers' callbacks a
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._trainer.check_finite(state.global_step + 1)
+        self._trainer.check_step(state.global_step + 1)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         now = time.monotonic()
         self._trainer.seconds = now - self._begun
+        self._longest_step = max(self._longest_step, now - self._stepped)
+        self._stepped = now
         self._progress.advance(state.global_step)
+        self._tell_shrunk()
         if state.global_step >= state.max_steps:
             return
         # Clocks and signals differ between processes, but all must save and stop at the same step.
-        reasons = gather(self._stops.reason(self._reserve + 1.5 * self._save_seconds))
+        reasons = gather(self._stops.reason(self.margin()))
         self.stop_reason = next((reason for reason in reasons if reason is not None), None)
         if self.stop_reason is not None:
             control.should_save = control.should_training_stop = True
@@ -90,7 +99,20 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers' callbacks a
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._save_seconds = max(self._save_seconds, time.monotonic() - self._saved)
-        self._saved = time.monotonic()
+        self._saved = self._stepped = time.monotonic()
+
+    def margin(self) -> float:
+        """Seconds before the limit at which training stops: for one more step, a save and the last evaluation."""
+        return self._reserve + 1.2 * self._longest_step + 1.5 * max(self._save_seconds, FIRST_SAVE_SECONDS)
+
+    def _tell_shrunk(self) -> None:
+        events = self._trainer.micro.events
+        for step, rows in events[self._shrunk :]:
+            self._progress.note(
+                f"step {step}: out of memory, so {rows} rows are taken at once from here on; the rows of a step and "
+                "their order stay the same"
+            )
+        self._shrunk = len(events)
 
     def on_log(
         self,

@@ -1,0 +1,70 @@
+"""Out of memory: how it is recognised, and batches that become smaller instead of ending a run."""
+
+import gc
+
+import torch
+from accelerate.utils.memory import should_reduce_batch_size
+
+from peftcli.errors import MemoryExhausted
+from peftcli.progress import Progress
+
+MOST_HALVINGS = 3
+
+
+def is_out_of_memory(problem: Exception) -> bool:
+    """Whether an error says that the memory of the card, or of the machine, is used up."""
+    return isinstance(problem, torch.OutOfMemoryError | MemoryError) or should_reduce_batch_size(problem)
+
+
+def free_memory() -> None:
+    """Give what a failed attempt has left behind back to the device."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def memory_said(device: torch.device) -> str:
+    """What is used of the memory there is, for messages."""
+    if device.type != "cuda":
+        return "the memory of this machine"
+    free, total = torch.cuda.mem_get_info(device)
+    peak = torch.cuda.max_memory_allocated(device)
+    return (
+        f"the {total / 2**30:.1f} GiB of {torch.cuda.get_device_name(device)} "
+        f"(peak {peak / 2**30:.1f} GiB, free {free / 2**30:.1f} GiB)"
+    )
+
+
+class Shrinking:
+    """Rows of one forward pass, halved when memory does not hold them."""
+
+    def __init__(self, rows: int, what: str, progress: Progress) -> None:
+        """
+        Args:
+            rows: to begin with.
+            what: name of the work, for people.
+        """
+        self.rows = rows
+        self._what = what
+        self._progress = progress
+        self._halvings = 0
+
+    def shrink(self, said: str, device: torch.device) -> None:
+        """Halve the rows.
+
+        Args:
+            said: the first line of the error.
+
+        Raises:
+            MemoryExhausted: a single row does not fit, or they were halved three times already.
+        """
+        if self.rows == 1 or self._halvings == MOST_HALVINGS:
+            raise MemoryExhausted(
+                f"{self._what}: {self.rows} rows at once do not fit into {memory_said(device)} ({said[:120]}); lower "
+                "evaluation.batch_size, evaluation.max_new_tokens or dataset.max_length, or add "
+                "quantization: {bits: 4}"
+            )
+        self._halvings += 1
+        self.rows = max(1, self.rows // 2)
+        free_memory()
+        self._progress.note(f"{self._what}: out of memory, so {self.rows} rows are taken at once")

@@ -1,0 +1,350 @@
+"""What goes wrong in the middle of a run: memory, numbers, stops outside the loop, and what changed since."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from peftcli.errors import MemoryExhausted, RecipeError
+from peftcli.model import score as scoring
+from peftcli.rundir import read_json, read_log, write_json
+from peftcli.train import checkpoints
+from peftcli.train.micro import MicroBatches, cut
+from peftcli.train.stamp import refuse_changes
+from peftcli.train.trainer import MOST_FLAT_STEPS, Trainer
+
+Write = Callable[..., Path]
+Cli = Callable[..., int]
+
+
+def adapter(run: Path) -> dict[str, torch.Tensor]:
+    return dict(load_file(run / "adapter" / "adapter_model.safetensors"))
+
+
+def losses(run: Path) -> list[float]:
+    return [row["loss"] for row in read_log(run / "log.jsonl") if "loss" in row]
+
+
+def small_memory(monkeypatch: pytest.MonkeyPatch, rows: int, first_step: int = 0) -> None:
+    """Let every training forward of more rows run out of memory, half of its gradients added already."""
+    whole = Trainer.compute_loss
+
+    def limited(self: Trainer, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        loss = whole(self, model, inputs, *args, **kwargs)
+        if model.training and len(inputs["input_ids"]) > rows and self.state.global_step >= first_step:
+            loss.backward()  # what a backward that dies half-way leaves in the gradients
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return loss
+
+    monkeypatch.setattr(Trainer, "compute_loss", limited)
+
+
+# Memory
+
+
+def test_when_memory_runs_out_the_step_is_repeated_in_pieces_with_the_same_result(
+    write_recipe: Write, run_cli: Cli, capfd: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = write_recipe(
+        trainer={"max_steps": 5, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 3, "save_steps": 4}
+    )
+    assert run_cli("train", recipe, "--output-dir", "whole") == 0
+    small_memory(monkeypatch, rows=2, first_step=2)
+    capfd.readouterr()
+    assert run_cli("train", recipe, "--output-dir", "small") == 0
+    assert "step 3: out of memory, so 2 rows are taken at once from here on" in capfd.readouterr().err
+    whole, small = (tmp_path / name for name in ("whole", "small"))
+    assert losses(small) == pytest.approx(losses(whole), abs=1e-5)
+    for name, tensor in adapter(whole).items():
+        assert torch.allclose(tensor, adapter(small)[name], atol=1e-5), name
+    facts, expected = read_json(small / "train.json"), read_json(whole / "train.json")
+    assert facts["out_of_memory"] == [{"step": 3, "rows_at_once": 2}] and facts["rows_at_once"] == 2
+    for key in ("tokens", "trained_tokens", "rows", "steps"):
+        assert facts[key] == expected[key], key
+    manifest = read_json(small / "checkpoints" / "checkpoint-4" / "manifest.json")
+    assert manifest["counters"]["pieces"] == 2  # a session that goes on does not run into it again
+
+
+def test_what_does_not_fit_in_small_pieces_either_ends_with_5_and_says_what_did(
+    write_recipe: Write, run_cli: Cli, capfd: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_memory(monkeypatch, rows=0, first_step=2)
+    recipe = write_recipe(trainer={"max_steps": 4, "per_device_train_batch_size": 4, "save_steps": 2})
+    assert run_cli("train", recipe, "--output-dir", "run") == 5
+    said = capfd.readouterr().err
+    assert "step 3: 1 row of" in said and "4 rows of" in said and "did fit" in said and "dataset.max_length" in said
+    assert "Traceback" not in said
+    assert (tmp_path / "run" / "checkpoints" / "checkpoint-2" / "manifest.json").is_file()
+
+
+def test_at_most_three_halvings() -> None:
+    micro = MicroBatches(alone=True)
+    batch = {"input_ids": torch.zeros(64, 5, dtype=torch.int64)}
+
+    def one(piece: dict[str, Any]) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    micro.begin([batch])
+    with pytest.raises(MemoryExhausted, match="step 7: 8 rows of 5 tokens at once do not fit"):
+        micro.run(batch, one, lambda: None, 7)
+    assert [rows for _, rows in micro.events] == [32, 16, 8]
+    with pytest.raises(MemoryExhausted, match="several processes cannot"):
+        MicroBatches(alone=False).run(batch, one, lambda: None, 7)
+
+
+def test_an_error_that_is_no_lack_of_memory_is_not_swallowed() -> None:
+    def one(piece: dict[str, Any]) -> torch.Tensor:
+        raise RuntimeError("size mismatch")
+
+    micro = MicroBatches(alone=True)
+    batch = {"input_ids": torch.zeros(4, 5, dtype=torch.int64)}
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        micro.run(batch, one, lambda: None, 1)
+
+
+def test_pieces_hold_every_row_once_without_needless_padding() -> None:
+    lengths = [7, 2, 3, 5, 1]
+    mask = torch.tensor([[1] * length + [0] * (7 - length) for length in lengths])
+    ids = torch.arange(35).reshape(5, 7) * mask
+    pieces = cut({"input_ids": ids, "attention_mask": mask, "use_cache": False}, 2)
+    assert [piece["input_ids"].shape for piece in pieces] == [(3, 7), (2, 5)]
+    found = [
+        row[keep.bool()].tolist()
+        for piece in pieces
+        for row, keep in zip(piece["input_ids"], piece["attention_mask"], strict=True)
+    ]
+    assert found == [row[keep.bool()].tolist() for row, keep in zip(ids, mask, strict=True)]
+    assert all(piece["use_cache"] is False for piece in pieces)
+
+
+def test_the_evaluation_takes_fewer_rows_when_memory_runs_out(
+    write_recipe: Write, run_cli: Cli, capfd: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = write_recipe(trainer={"max_steps": 1}, evaluation={"batch_size": 8})
+    assert run_cli("train", recipe, "--output-dir", "whole") == 0
+    whole = scoring._score_batch
+
+    def limited(model: Any, inputs: torch.Tensor, *rest: Any) -> Any:
+        if len(inputs) > 3:
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
+        return whole(model, inputs, *rest)
+
+    monkeypatch.setattr(scoring, "_score_batch", limited)
+    capfd.readouterr()
+    assert run_cli("train", recipe, "--output-dir", "small") == 0
+    assert "base: loss: out of memory, so 2 rows are taken at once" in capfd.readouterr().err
+    metrics = [read_json(tmp_path / name / "metrics.json")["adapter"] for name in ("whole", "small")]
+    assert metrics[0]["loss"] == pytest.approx(metrics[1]["loss"], abs=1e-6)
+    assert metrics[0]["exact_match"] == metrics[1]["exact_match"]
+
+
+# Numbers
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_weights_take_it(
+    write_recipe: Write, run_cli: Cli, capfd: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = Trainer.training_step
+
+    def poisoned(self: Trainer, model: Any, *args: Any, **kwargs: Any) -> Any:
+        loss = whole(self, model, *args, **kwargs)
+        if self.state.global_step == 3:
+            next(p for p in model.parameters() if p.grad is not None).grad.view(-1)[0] = float("inf")
+        return loss
+
+    monkeypatch.setattr(Trainer, "training_step", poisoned)
+    recipe = write_recipe(trainer={"max_steps": 6, "save_steps": 3})
+    assert run_cli("train", recipe, "--output-dir", "run") == 6
+    assert "step 4: the gradient is" in capfd.readouterr().err
+    weights = load_file(tmp_path / "run" / "checkpoints" / "checkpoint-3" / "adapter_model.safetensors")
+    assert all(torch.isfinite(tensor).all() for tensor in weights.values())
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_a_learning_rate_beyond_reason_ends_with_6(
+    write_recipe: Write, run_cli: Cli, capfd: Any, tmp_path: Path
+) -> None:
+    recipe = write_recipe(trainer={"max_steps": 30, "learning_rate": 1e30, "max_grad_norm": 0.0})
+    assert run_cli("train", recipe, "--output-dir", "run") == 6
+    assert "trainer.learning_rate" in capfd.readouterr().err
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_a_run_that_learns_nothing_any_more_is_told(
+    write_recipe: Write, run_cli: Cli, capfd: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = Trainer.compute_loss
+    monkeypatch.setattr(Trainer, "compute_loss", lambda self, *a, **k: whole(self, *a, **k) * 0.0 + 5.0)
+    assert run_cli("train", write_recipe(trainer={"max_steps": 20}), "--output-dir", "run") == 6
+    said = capfd.readouterr().err
+    assert f"step {MOST_FLAT_STEPS}: the gradient has been 0 for {MOST_FLAT_STEPS} steps at a loss of" in said
+    assert "a guess among all 1024 tokens has 6.931" in said
+
+
+# Stops outside the loop
+
+
+def test_a_stop_in_the_baseline_or_in_the_last_evaluation_loses_nothing(
+    write_recipe: Write, run_cli: Cli, capfd: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = write_recipe(trainer={"max_steps": 4})
+    assert run_cli("train", recipe, "--output-dir", "whole") == 0
+    whole = scoring._score_batch
+    run = tmp_path / "run"
+    calls: list[int] = []
+
+    def stopping(model: Any, *rest: Any) -> Any:
+        calls.append(1)
+        (run / "STOP").touch()
+        return whole(model, *rest)
+
+    monkeypatch.setattr(scoring, "_score_batch", stopping)
+    capfd.readouterr()
+    assert run_cli("train", recipe, "--output-dir", "run") == 75
+    assert "stopped by a file named STOP in the run folder before the first step" in capfd.readouterr().err
+    assert not (run / "train.json").exists()
+    monkeypatch.setattr(
+        scoring, "_score_batch", lambda *a: stopping(*a) if (run / "train.json").exists() else whole(*a)
+    )
+    assert run_cli("train", recipe, "--output-dir", "run") == 75
+    assert "in the last evaluation" in capfd.readouterr().err
+    monkeypatch.setattr(scoring, "_score_batch", whole)
+    before = (run / "adapter" / "adapter_model.safetensors").read_bytes()
+    assert run_cli("train", recipe, "--output-dir", "run") == 0
+    assert "training is finished; the evaluation is made now" in capfd.readouterr().err
+    assert (run / "adapter" / "adapter_model.safetensors").read_bytes() == before
+    assert before == (tmp_path / "whole" / "adapter" / "adapter_model.safetensors").read_bytes()
+    metrics = [read_json(folder / "metrics.json") for folder in (run, tmp_path / "whole")]
+    assert metrics[0]["status"] == "finished" and metrics[0]["train"]["steps"] == 4
+    assert metrics[0]["adapter"] == metrics[1]["adapter"] and metrics[0]["base"] == metrics[1]["base"]
+
+
+def test_sigterm_while_the_data_are_read_ends_with_75(write_recipe: Write, tmp_path: Path, tiny_llama: Path) -> None:
+    rows = [{"text": f"row {number} of a long file"} for number in range(400_000)]
+    (tmp_path / "long.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    recipe = tmp_path / "long.yaml"
+    recipe.write_text(f"model: {{name: {tiny_llama}}}\ndataset: {{path: long.jsonl}}\n")
+    words = [sys.executable, "-m", "peftcli", "train", str(recipe), "--output-dir", str(tmp_path / "run")]
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=_own_cache(tmp_path))
+    while not list((tmp_path / "cache").glob("data/.*stage*/examples.arrow")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 75, said
+    assert "stopped by SIGTERM before the first step" in said and "Traceback" not in said
+    assert not list((tmp_path / "cache").glob("data/*[0-9a-f]"))
+
+
+def _own_cache(folder: Path) -> dict[str, str]:
+    import os
+
+    return os.environ | {"PEFTCLI_CACHE": str(folder / "cache")}
+
+
+# What changed since
+
+
+def test_other_data_under_the_same_name_are_refused_until_they_are_accepted(
+    write_recipe: Write, run_cli: Cli, capfd: Any, tmp_path: Path, things: Path
+) -> None:
+    recipe = write_recipe(trainer={"max_steps": 6})
+    assert run_cli("train", recipe, "--output-dir", "run", "--max-time", "1s") == 75
+    things.write_text(things.read_text().replace("green leaf", "blue leaf"))
+    capfd.readouterr()
+    assert run_cli("train", recipe, "--output-dir", "run") == 2
+    said = capfd.readouterr().err
+    assert "data.train:" in said and "data.test:" in said and "--force data" in said
+    assert run_cli("train", recipe, "--output-dir", "run", "--force", "data") == 0
+    assert "changed and accepted: data.train" in capfd.readouterr().err
+    assert read_json(tmp_path / "run" / "metrics.json")["train"]["resumed_from_step"] > 0
+
+
+def test_a_changed_recipe_key_is_accepted_by_its_name_only(
+    write_recipe: Write, run_cli: Cli, capfd: Any, tmp_path: Path
+) -> None:
+    recipe = write_recipe(trainer={"max_steps": 6})
+    assert run_cli("train", recipe, "--output-dir", "run", "--max-time", "1s") == 75
+    changed = ("--set", "trainer.max_steps=7", "--set", "trainer.weight_decay=0.1")
+    assert run_cli("train", recipe, "--output-dir", "run", *changed, "--force", "trainer.max_steps") == 2
+    said = capfd.readouterr().err
+    assert "trainer.weight_decay" in said and "trainer.max_steps" not in said.rsplit("another recipe", 1)[1]
+    both = ("--force", "trainer.max_steps", "--force", "trainer.weight_decay")
+    assert run_cli("train", recipe, "--output-dir", "run", *changed, *both) == 0
+    assert read_json(tmp_path / "run" / "train.json")["steps"] == 7
+
+
+def test_another_version_of_a_library_is_listed() -> None:
+    before = {"data.train": "a" * 64, "base": None, "versions.torch": "2.13.0", "versions.trl": "1.16.0"}
+    now = before | {"base": "b", "versions.torch": "2.14.0", "data.train": "c" * 64}
+    with pytest.raises(RecipeError) as caught:
+        refuse_changes(before, now, ["data"])
+    assert "  versions.torch: 2.13.0 -> 2.14.0\n" in str(caught.value) and "data.train" not in str(caught.value)
+    assert "--force versions" in str(caught.value)
+    assert refuse_changes(before, now, ["data", "versions"]) == [
+        "changed and accepted: data.train: aaaaaaaaaaaa -> cccccccccccc",
+        "changed and accepted: versions.torch: 2.13.0 -> 2.14.0",
+    ]
+    assert refuse_changes({}, now, []) == []  # a run of a version that wrote no stamp
+
+
+# Damage
+
+
+NAMES = ("trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth", "adapter_model.safetensors")
+
+
+def sealed(folder: Path, step: int) -> Path:
+    """A checkpoint of made-up files, sealed as a real one is."""
+    staged = folder / checkpoints.STAGING / f"checkpoint-{step}"
+    staged.mkdir(parents=True)
+    for number, name in enumerate(NAMES):
+        (staged / name).write_bytes(np.random.default_rng(number).bytes(500 + step))
+    checkpoints.seal(staged, step, {"tokens": 1.0}, {"base": "b"})
+    checkpoints.promote(staged, folder / staged.name)
+    return folder / staged.name
+
+
+@pytest.mark.parametrize("name", [*NAMES, checkpoints.MANIFEST])
+@pytest.mark.parametrize("harm", ["cut", "flip", "remove", "empty"])
+def test_any_harm_to_any_file_is_noticed_and_the_checkpoint_before_taken(tmp_path: Path, name: str, harm: str) -> None:
+    sealed(tmp_path, 8)
+    file = sealed(tmp_path, 16) / name
+    data = bytearray(file.read_bytes())
+    if harm == "flip":
+        data[len(data) // 2] ^= 1
+    file.write_bytes(b"" if harm == "empty" else data[: len(data) // 2] if harm == "cut" else data)
+    if harm == "remove":
+        file.unlink()
+    found = checkpoints.newest_valid(tmp_path)
+    assert found.step == 8 and [damaged for damaged, _ in found.damaged] == ["checkpoint-16"]
+    assert (tmp_path / "checkpoint-16.bad").is_dir() and not (tmp_path / "checkpoint-16").exists()
+
+
+def test_a_file_that_was_never_saved_is_no_silent_reset(tmp_path: Path) -> None:
+    whole = sealed(tmp_path, 8)
+    for name in NAMES:
+        manifest = read_json(whole / checkpoints.MANIFEST)
+        lacking = manifest | {"files": {key: value for key, value in manifest["files"].items() if key != name}}
+        del lacking["sha256"]
+        write_json(whole / checkpoints.MANIFEST, lacking | {"sha256": checkpoints._own_hash(lacking)})
+        reason = checkpoints.damage(whole)
+        assert reason is not None and "is not listed" in reason
+        write_json(whole / checkpoints.MANIFEST, manifest)
+    assert checkpoints.damage(whole) is None
+
+
+def test_rotation_keeps_two_and_the_best(tmp_path: Path) -> None:
+    for step in (2, 4, 6, 8):
+        sealed(tmp_path, step)
+    checkpoints.rotate(tmp_path, 1, best=str(tmp_path / "checkpoint-2"))
+    assert [step for step, _ in checkpoints.list_checkpoints(tmp_path)] == [2, 6, 8]
