@@ -87,7 +87,7 @@ def test_a_join_counts_who_finds_no_partner(prepared: Prepare, tmp_path: Path) -
     ("right", "message"),
     [
         ("k,kind\n1,a\n1,b\n", r"right.csv:3: k = 1 stands there again \(first right.csv:2\)"),
-        ("key,kind\n1,a\n", "right.csv has no column k; it has key, kind"),
+        ("key,kind\n1,a\n", "right.csv: it has no column k, only key, kind; a key stands on both sides"),
         ("k,name\n1,a\n", "both sides have a column name"),
         ("k,kind\n7,a\n", "no row finds a partner by k; left has '1', right has '7'"),
     ],

@@ -316,8 +316,8 @@ def test_questions_without_a_chat_template_are_marked_as_such() -> None:
 @pytest.mark.parametrize(
     ("turns", "reason"),
     [
-        ([], "with messages that are no list"),
-        (None, "with messages that are no list"),
+        ([], "with no messages"),
+        (None, "with no messages"),
         ("{", "with messages that are no list"),
         ("[" * 100_000, "with messages that are no list"),
         ({"role": "user"}, "with messages that are no list"),

@@ -222,13 +222,13 @@ def test_a_json_row_that_would_lose_something_is_not_read(tmp_path: Path, ending
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", '{"text": "x"}\n{"text": \n', "a.jsonl:2: not JSON at column 9: Expecting value; a row must"),
+        ("a.jsonl", '{"text": "x"}\n{"text": \n', "a.jsonl:2: not JSON at column 9: a value is expected; the row must"),
         (
             "a.jsonl",
             '{"text": "x"}\n  {"text": x}\n',
-            "a.jsonl:2: not JSON at column 12: Expecting value; mend the line",
+            "a.jsonl:2: not JSON at column 12: a value is expected; mend the line",
         ),
-        ("a.jsonl", '{"a": 1} {"a": 2}\n', "a.jsonl:1: not JSON at column 9: Extra data"),
+        ("a.jsonl", '{"a": 1} {"a": 2}\n', "a.jsonl:1: not JSON at column 9: something follows the value"),
         ("a.jsonl", '{\n  "a": 1\n}\n', "make the file one list and name it .json"),
         ("a.jsonl", "[1, 2]\n", "a.jsonl:1: holds a list; each row is an object of columns; a file that is one list"),
         ("a.jsonl", "3\n", "a.jsonl:1: holds a number; each row is an object"),
@@ -241,11 +241,11 @@ def test_a_json_row_that_would_lose_something_is_not_read(tmp_path: Path, ending
         ("a.json", "[]", "a.json: no rows"),
         ("a.json", "  \n", "a.json: no rows; it is blank"),
         ("a.json", '"x"', 'a.json: begins with "; a list of rows is expected'),
-        ("a.json", '[{"a": 1},\n {"a": x}]', "a.json:2: not JSON at column 8: Expecting value"),
+        ("a.json", '[{"a": 1},\n {"a": x}]', "a.json:2: not JSON at column 8: a value is expected"),
         ("a.json", '[{"a": 1},\n {"a": 2}', "a.json:2: not JSON at column 10: the list does not end"),
         ("a.json", '[{"a": 1},\n {"a": "2', "a.json:2: not JSON at column 2: the row that begins here does not end"),
         ("a.json", '[{"a": 1}\n {"a": 2}]', "a.json:2: not JSON at column 2: { between rows"),
-        ("a.json", '[{"a": 1}, ]', "a.json:1: not JSON at column 12: Expecting value"),
+        ("a.json", '[{"a": 1}, ]', "a.json:1: not JSON at column 12: nothing follows the comma"),
         ("a.json", '[{"a": 1}]\n[2]', "a.json:2: not JSON at column 1: something follows the list"),
         ("a.json", "[[1]]", "a.json:1: holds a list; each row is an object"),
         ("a.json", '{"v": "x", "data": [1, 2]}', "holds one object (v: a text, data: a list of 2)"),
@@ -278,7 +278,7 @@ def test_a_list_is_read_alike_wherever_its_stretches_end(
     names = {"a": None, "b": None, "c": None, "e": None}
     assert rows_of(opened(path)) == [names | row for row in rows]
     broken = write(tmp_path / "b.json", json.dumps(rows, indent=2).replace("true", "frue"))
-    assert "b.json:9: not JSON at column 7: Expecting value" in error_of(broken)
+    assert "b.json:9: not JSON at column 7: a value is expected" in error_of(broken)
 
 
 # --- columnar files
@@ -335,7 +335,7 @@ def test_a_saved_dataset_is_read_in_the_order_of_its_files(tmp_path: Path) -> No
         ("rows", b"a\n1\n", "set dataset.file_format (csv, tsv"),
         ("a.csv", "a,b\n1,2\n".encode("utf-16"), "a.csv: is UTF-16 by its first bytes; set dataset.encoding: utf-16"),
         ("a.csv", "a,b\n1,2\n".encode("utf-16-be"), "set dataset.encoding: utf-16-be"),
-        ("a.csv", b"a,b\n1,\0\0\x07\x01\n", "a.csv: byte 6 is zero, so it is no text"),
+        ("a.csv", b"a,b\n1,\0\0\x07\x01\n", "a.csv:2: byte 6 is zero, which stands in no text"),
     ],
 )
 def test_what_a_file_is_shows_in_its_first_bytes(tmp_path: Path, name: str, content: bytes, message: str) -> None:

@@ -56,7 +56,7 @@ def regular_turns(value: Any, *, train: bool = True) -> list[Turn]:
     """
     given = parsed_list(value, _NO_LIST)
     if not given:
-        raise Unused(_NO_LIST)
+        raise Unused("with no messages")
     turns = [_regular(turn) for turn in given]
     if not train:
         for turn in turns:

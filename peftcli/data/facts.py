@@ -13,6 +13,7 @@ from peftcli.data.encode import stop_ids
 from peftcli.data.rows import FIRST_PLACES
 from peftcli.data.store import Store
 from peftcli.data.tokens import IGNORED
+from peftcli.data.traces import hide_keys
 from peftcli.data.twins import firsts, near_partners, partners
 from peftcli.plan.plan import LabelRule
 
@@ -51,12 +52,13 @@ def count_rows(train: Side, test: Side, rule: LabelRule) -> dict[str, Any]:
     lengths = train.column("uncut")
     trained, tested = train.column("trained"), test.column("trained")
     truncated = [side.flag("truncated") for side in (train, test)]
-    first_cut = [*train.places(np.flatnonzero(truncated[0])[:FIRST_PLACES])]
+    cut = [*train.places(np.flatnonzero(truncated[0])[:FIRST_PLACES])]
+    cut += test.places(np.flatnonzero(truncated[1])[:FIRST_PLACES])
     return {
         "train_rows": len(train.rows),
         "test_rows": len(test.rows),
         "truncated_rows": int(truncated[0].sum() + truncated[1].sum()),
-        "truncated_examples": first_cut,
+        "truncated_examples": cut[:FIRST_PLACES],
         "merged_boundary_rows": int(train.flag("merged").sum()),
         "doubled_bos_rows": int(train.flag("doubled_bos").sum()),
         "unknown_token_rows": int(train.flag("unknown").sum()),
@@ -140,11 +142,12 @@ def balance(train: Side, test: Side) -> dict[str, Any] | None:
         return None
     counts = np.bincount(train.column("label"), minlength=len(names))
     found: dict[str, Any] = {"of": "completion", "distinct": len(names)}
+    shown = [hide_keys([name])[0][:80] for name in names]
     order = np.argsort(-counts, kind="stable")[:SHOWN_LABELS]
-    found["train"] = {names[label][:80]: int(counts[label]) for label in order}
+    found["train"] = {shown[label]: int(counts[label]) for label in order}
     if test.store is train.store:
         other = np.bincount(test.column("label"), minlength=len(names))
-        found["test"] = {names[label][:80]: int(other[label]) for label in order}
+        found["test"] = {shown[label]: int(other[label]) for label in order}
     return found
 
 
@@ -167,7 +170,7 @@ def say_warnings(facts: Mapping[str, Any], train: Side, tokenizer: PreTrainedTok
     begin, unknown = tokenizer.bos_token, tokenizer.unk_token
     said = []
     for key, one, many, rest in (
-        ("truncated_rows", "row is", "rows are", f"cut at {facts['max_length']} tokens, its end token with it"),
+        ("truncated_rows", "row is", "rows are", f"cut at {facts['max_length']} tokens, before the end token"),
         ("leaked_rows", "test row stands", "test rows stand", "in the training rows too"),
         ("near_leaked_rows", "test row is", "test rows are", "nearly equal to a training row"),
         ("duplicate_rows", "training row is", "training rows are", "equal to an earlier one"),

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from peftcli.data.facts import counted
 from peftcli.data.join import Join
+from peftcli.data.names import listed
 from peftcli.data.readings import KINDS, Examples, Reading, choose_reading
 from peftcli.data.rows import FIRST_PLACES, Rows, Source
 from peftcli.data.scan import Scan
@@ -323,7 +324,7 @@ def _column_digests(rows: Rows, name: str | None, key: str) -> Any:
     if name is None:
         return np.zeros(len(rows), np.uint64)
     if name not in rows.columns:
-        raise DataError(f"dataset.split.{key}: {rows.file} has no column {name}; it has {', '.join(rows.columns)}")
+        raise DataError(f"dataset.split.{key}: {rows.file} has no column {name}; it has {listed(rows.columns)}")
     return _digests([repr(value) for value in rows.columns[name]])
 
 

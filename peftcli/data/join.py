@@ -4,8 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from peftcli.data.names import listed
 from peftcli.data.rows import Rows, Source
 from peftcli.errors import DataError
+from peftcli.recipe.problems import printable
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Join:
         self._first_left: str | None = None
         places: dict[str, str] = {}
         for rows in source.batches():
-            self._need(list(rows.columns), source.name)
+            self._need(list(rows.columns), "it has")
             self._columns = [name for name in rows.columns if name not in self._on]
             values = [rows.columns[name] for name in self._columns]
             for number, key in enumerate(self._keys(rows)):
@@ -61,11 +63,11 @@ class Join:
         Raises:
             DataError: a key column is missing on the left, or both sides have another column of one name.
         """
-        self._need(list(rows.columns), "the rows joined so far")
+        self._need(list(rows.columns), "the rows that it is joined to have")
         shared = [name for name in self._columns if name in rows.columns]
         if shared:
             raise DataError(
-                f"dataset.join {self.name}: both sides have a column {', '.join(shared)} that is no key; rename it in "
+                f"dataset.join {self.name}: both sides have a column {listed(shared)} that is no key; rename it in "
                 "one file"
             )
         keys = self._keys(rows)
@@ -90,13 +92,16 @@ class Join:
         right = next(iter(self._partners))
         return (
             f"dataset.join {self.name}: no row finds a partner by {', '.join(self._on)}; "
-            f"left has {_shown(self._first_left or '')!r}, right has {_shown(right)!r}"
+            f"left has {_shown(self._first_left or '')!r}, right has {_shown(right)!r}; write the keys alike"
         )
 
     def _need(self, names: list[str], where: str) -> None:
         for name in self._on:
             if name not in names:
-                raise DataError(f"dataset.join {self.name}: {where} has no column {name}; it has {', '.join(names)}")
+                raise DataError(
+                    f"dataset.join {self.name}: {where} no column {name}, only {listed(names)}; a key stands on both "
+                    "sides"
+                )
 
     def _keys(self, rows: Rows) -> list[str | None]:
         """One text for each row, so that an id read from CSV meets the same id read from JSON."""
@@ -111,4 +116,4 @@ _GLUE = "\x1f"  # the unit separator stands in no sensible key
 
 
 def _shown(key: str) -> str:
-    return key.replace(_GLUE, ", ")[:100]
+    return printable(key.replace(_GLUE, ", "), 100)

@@ -38,7 +38,7 @@ def crossed_limits(facts: Mapping[str, Any], limits: LimitsSection) -> list[str]
         where = f" ({pair['test']} is {pair['train']})" if pair else ""
         found.append(
             _sentence("leaked", facts["leaked_rows"], facts["test_rows"], "test rows stand in training", limits.leaked)
-            + f"{where}; set dataset.deduplicate: true, or split by a column with dataset.split.group"
+            + f"{where}; {_against_leaks(facts)}"
         )
     expected, trained = facts["eos_expected_rows"], facts["eos_trained_rows"]
     if expected and trained < limits.eos_trained * expected:
@@ -49,6 +49,12 @@ def crossed_limits(facts: Mapping[str, Any], limits: LimitsSection) -> list[str]
             + (f", first {facts['eos_lacking_examples'][0]}" if lacking and facts["eos_lacking_examples"] else "")
         )
     return found
+
+
+def _against_leaks(facts: Mapping[str, Any]) -> str:
+    if not facts["split"]:  # the test rows have their own file
+        return "take them out of one of the two files"
+    return "set dataset.deduplicate: true, or split by a column with dataset.split.group"
 
 
 def _counted(facts: Mapping[str, Any]) -> list[tuple[str, int]]:

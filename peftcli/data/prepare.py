@@ -134,7 +134,8 @@ def prepare(
         test_store, _ = _store([(test_source, sections[0])], tokenizer, asked, progress)
         if test_store.facts["kind"] != store.facts["kind"]:
             raise DataError(
-                f"{test_source.name}: holds {test_store.facts['kind']}, the training rows are {store.facts['kind']}"
+                f"{test_source.name}: holds {test_store.facts['kind']}, the training rows are {store.facts['kind']}; "
+                "test rows need the columns of the training rows"
             )
     rows, equal, equal_places = _without_equal(dataset, store)
     train, test, split = _split(dataset, store, test_store, rows, seed)

@@ -1,20 +1,16 @@
 """What columns mean by their names; where that is not certain, the recipe must say it."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from peftcli.data.chats import is_turns
+from peftcli.data.names import LONG_NAME, listed, shown
 from peftcli.data.rows import Rows
 from peftcli.errors import DataError
-from peftcli.recipe.problems import choice_text, nearest, printable
+from peftcli.recipe.problems import choice_text, nearest
 from peftcli.recipe.schema import SourceSection
-
-MOST_NAMES = 20
-"""Columns that a message names."""
-LONG_NAME = 40
-"""A column name longer than this looks like a cell; letters."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +43,7 @@ _TAGS = ("tags", "ner_tags", "pos_tags", "labels")
 _LABELLED = ("text", "sentence")
 _BESIDE_A_QUESTION = ("context", "passage", "choices", "options", "system", "system_prompt")
 _LEARNED = re.compile(r"answer|response|output|completion|reply|target|label|summary|translation", re.IGNORECASE)
+_SENTENCE = re.compile(r"\S\s+\S+\s+\S+\s+\S|\S\s.*[.?!]\s*$", re.DOTALL)
 _NO_EXAMPLE = re.compile(r"(^|_)(id|index|idx)$|^\s*$|[{}\[\]:!]", re.IGNORECASE)
 """Columns that an example in a message leaves out: numbers of rows, and names that a template cannot hold."""
 
@@ -86,9 +83,13 @@ def missing_columns(first: Rows, missing: Sequence[str], wanted: int, key: str, 
         for name in missing
         if (found := nearest(name, first.columns) or nearest(name.partition(".")[0], first.columns)) is not None
     ]
-    mend = f"did you mean {choice_text(list(dict.fromkeys(near)))}?" if near else f"name one of these in {key}"
-    hint = _header_hint(first, section) if len(missing) == wanted else ""
-    return DataError(f"{first.file}: no column {_listed(missing)}; it has {_listed(first.columns)}; {mend}{hint}")
+    mend = (
+        f"did you mean {choice_text([shown(name) for name in dict.fromkeys(near)])}?"
+        if near
+        else f"name one of these in {key}"
+    )
+    hint = (_header_hint(first, section) if len(missing) == wanted else "") or _edge_hint(first)
+    return DataError(f"{first.file}: no column {listed(missing)}; it has {listed(first.columns)}; {mend}{hint}")
 
 
 def first_value(first: Rows, name: str) -> Any:
@@ -113,7 +114,7 @@ def _named(first: Rows, format_: str) -> Dialect:
     if not fits:
         needs = choice_text([" with ".join(dialect.needs) for dialect in chats])
         raise DataError(
-            f"{first.file}: dataset.format: {format_} takes the columns {needs}; it has {_listed(first.columns)}; "
+            f"{first.file}: dataset.format: {format_} takes the columns {needs}; it has {listed(first.columns)}; "
             "name the columns in templates (dataset.prompt and dataset.completion) or in dataset.columns"
         )
     if len(fits) > 1:
@@ -128,7 +129,7 @@ def _several(first: Rows, fits: Sequence[Dialect]) -> str:
         mend = f"set dataset.format: {choice_text(formats)}"
     else:
         mend = f"say which columns with templates, such as {_pair(*fits[0].needs)}"
-    return f"{first.file}: its columns ({_listed(first.columns)}) can be read in {len(fits)} ways: {shown}; {mend}"
+    return f"{first.file}: its columns ({listed(first.columns)}) can be read in {len(fits)} ways: {shown}; {mend}"
 
 
 def _beside_a_question(first: Rows, dialect: Dialect, beside: str) -> str:
@@ -152,14 +153,20 @@ def _unknown(first: Rows, section: SourceSection) -> str:
         example = f'{{prompt: "{{{asked}}} ->", completion: " {{{learned}}}"}}'
     else:
         example = f'{{text: "{{{learned}}}"}}'
-    like_cells = any(len(name) > LONG_NAME or name.replace(".", "", 1).isdecimal() for name in first.columns)
-    hint = _header_hint(first, section) if like_cells else ""
+    hint = _header_hint(first, section) if any(map(_is_like_a_cell, first.columns)) else _edge_hint(first)
+    if hint:
+        return f"{first.file}: its columns ({listed(first.columns)}) are no known format{hint}"
     return (
-        f"{first.file}: its columns ({_listed(first.columns)}) are no known format; known are text, prompt with "
-        "completion, messages, conversations, instruction with output or response, and question with answer; set "
+        f"{first.file}: its columns ({listed(first.columns)}) are no known format; known are text, prompt with "
+        "completion, messages, conversations, instruction with output or response, and question with answer;\n  set "
         "dataset.prompt and dataset.completion (or dataset.text) to templates over the columns, or name them in "
-        f"dataset.columns, for example\n  dataset: {example}{hint}"
+        f"dataset.columns, for example\n  dataset: {example}"
     )
+
+
+def _is_like_a_cell(name: str) -> bool:
+    """Whether a column name is rather a number or a sentence out of the first row."""
+    return len(name) > LONG_NAME or name.replace(".", "", 1).isdecimal() or _SENTENCE.search(name) is not None
 
 
 def _refuse_other_trades(first: Rows) -> None:
@@ -187,7 +194,7 @@ def _refuse_other_trades(first: Rows) -> None:
         mend += "; to learn the text alone, dataset.format: text" if labelled == "text" else ""
     else:
         return
-    raise DataError(f"{first.file}: its columns ({_listed(first.columns)}) hold {what}; {mend}")
+    raise DataError(f"{first.file}: its columns ({listed(first.columns)}) hold {what}; {mend}")
 
 
 def _chosen(first: Rows) -> str:
@@ -206,15 +213,13 @@ def _pair(asked: str, learned: str) -> str:
     return f'dataset: {{prompt: "{{{asked}}}\\n{learned}:", completion: " {{{learned}}}"}}'
 
 
+def _edge_hint(first: Rows) -> str:
+    return "" if all(name == name.strip() for name in first.columns) else "; write the names without white space around"
+
+
 def _header_hint(first: Rows, section: SourceSection) -> str:
     """What to do where the first row of a CSV file was taken for its header."""
     is_csv = section.file_format in ("csv", "tsv") or re.search(r"\.[ct]sv(\.|$)", first.file.lower()) is not None
     if not is_csv or section.csv.column_names is not None:
         return ""
     return "; if its first line is a row and no header, name the columns in dataset.csv.column_names"
-
-
-def _listed(names: Iterable[str]) -> str:
-    given = [printable(name, LONG_NAME) for name in names]
-    more = [f"and {len(given) - MOST_NAMES} more"] if len(given) > MOST_NAMES else []
-    return ", ".join([*given[:MOST_NAMES], *more])

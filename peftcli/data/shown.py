@@ -1,6 +1,6 @@
 """Some training rows as they go to the trainer, for people to look at."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -9,9 +9,10 @@ import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from peftcli.data.facts import Indices, Side
-from peftcli.data.parts import shorten
+from peftcli.data.parts import Part, shorten
 from peftcli.data.preview import preview_rows
 from peftcli.data.tokens import Tokens
+from peftcli.data.traces import hide_keys
 from peftcli.plan.plan import LabelRule
 
 UNCUT = 2**40
@@ -44,9 +45,15 @@ def shown_rows(
     parts = preview_rows(batch, _whole(train, rows, tokenizer, rule, too_long), tokenizer)
     trained, places = train.column("trained")[chosen], train.places(chosen)
     return [
-        {"place": place, "tokens": len(ids), "trained": int(count), "parts": [asdict(part) for part in shorten(row)]}
+        {"place": place, "tokens": len(ids), "trained": int(count), "parts": [asdict(part) for part in _fit(row)]}
         for place, ids, count, row in zip(places, rows["input_ids"], trained, parts, strict=True)
     ]
+
+
+def _fit(parts: Sequence[Part]) -> list[Part]:
+    """The parts as short as a screen needs them, and without access keys: what is shown is also written to the run."""
+    texts = hide_keys([part.text for part in parts])
+    return shorten([replace(part, text=text) for part, text in zip(parts, texts, strict=True)])
 
 
 def _choose(train: Side, count: int) -> Indices:

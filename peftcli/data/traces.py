@@ -4,7 +4,7 @@ The patterns begin with a literal or with a small set of letters and look at a b
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeAlias
 
 Search: TypeAlias = Callable[[str], Iterator[int]]
@@ -25,6 +25,29 @@ _KEY = re.compile(
     r"|-----BEGIN [A-Z ]{0,30}PRIVATE KEY-----"
     r"|(?<![A-Za-z0-9_-])eyJ[A-Za-z0-9_-]{10,}+\.eyJ[A-Za-z0-9_-]{10,}+\.[A-Za-z0-9_-]{10}"
 )
+_WHOLE_KEY = re.compile(
+    rf"-----BEGIN [A-Z ]{{0,30}}PRIVATE KEY-----.*?(?:-----END|\Z)|(?:{_KEY.pattern})[A-Za-z0-9_.-]*", re.DOTALL
+)
+
+
+def hide_keys(texts: Sequence[str]) -> list[str]:
+    """Consecutive stretches of one text with *** for each key, also for one that reaches over an edge.
+
+    >>> hide_keys(["is hf_" + "a" * 10, "a" * 24 + " it?"])
+    ['is ***', ' it?']
+    """
+    whole = "".join(texts)
+    spans = [match.span() for match in _WHOLE_KEY.finditer(whole)] if any(map(whole.__contains__, _KEY_STARTS)) else []
+    hidden, begin = [], 0
+    for text in texts:
+        end, at, pieces = begin + len(text), begin, []
+        for start, stop in spans:
+            if start < end and stop > begin:
+                pieces += [whole[at:start], "***"] if start >= begin else []
+                at = min(stop, end)
+        hidden.append("".join([*pieces, whole[at:end]]))
+        begin = end
+    return hidden
 
 
 def control_characters(text: str) -> Iterator[int]:

@@ -3,6 +3,7 @@
 import datetime
 import decimal
 import json
+import math
 import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -80,6 +81,8 @@ def template_text(value: Any, name: str) -> str:
         return value
     if is_null(value):
         raise Unused(f"with {name} null")
+    if isinstance(value, float) and math.isinf(value):
+        raise Unused(f"with {name} infinite")
     if isinstance(value, _SCALARS):
         return str(value)
     raise Unused(_not_text(value, name))

@@ -17,7 +17,8 @@ from peftcli.errors import GateNotMet
 from peftcli.merge.drift import Drift, compare, rows_to_compare, trained_logits
 from peftcli.merge.fold import fold, loaded_weights, original_weights
 from peftcli.merge.write import write_config, write_weights
-from peftcli.model.adapter import IDENTITY, replace_folder, write_companions
+from peftcli.model.adapter import replace_folder, write_companions
+from peftcli.model.identity import IDENTITY, merged_identity
 from peftcli.model.load import DTYPES, load_base
 from peftcli.model.measure import Measured, decoding_for, measure
 from peftcli.model.target import Target
@@ -164,8 +165,7 @@ def _write_all(
         write_config(bare, dtype, folded.unties, folder)
         write_companions(bare, tokenizer, data.stop_ids, folder)
         stored = settings.dtype or target.base.dtype
-        identity = target.identity | {"kind": "merged", "base": target.identity["base"] | {"dtype": stored}}
-        write_json(folder / IDENTITY, identity)
+        write_json(folder / IDENTITY, merged_identity(target.identity, stored, folder, target.base.tokenizer))
         written.append((into, folder, size))
     return written
 

@@ -17,6 +17,7 @@ from transformers import (
 
 from peftcli.errors import MachineError, RecipeError
 from peftcli.model.hub import explain_missing
+from peftcli.model.tensors import explain_unfit, refuse_unfit
 from peftcli.plan.plan import Base, TokenizerChoice
 
 FAST_CPU_PATH = "support_avx512bf16_for_cpu"
@@ -108,18 +109,23 @@ def load_base(base: Base, *, quantized: bool = True) -> PreTrainedModel:
 def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     """Put a saved adapter onto its base, for inference.
 
+    Args:
+        folder: of an adapter whose files were checked.
+
     Raises:
-        MachineError: the folder is no adapter, is pickled, or does not fit the base.
+        MachineError: it does not fit the base, or only a part of it does.
     """
-    if not (folder / "adapter_config.json").is_file():
-        raise MachineError(f"{folder}: no adapter_config.json, so no adapter")
-    if not (folder / "adapter_model.safetensors").is_file():
-        raise MachineError(f"{folder}: no adapter_model.safetensors; a pickled adapter is not read")
+    place = str(folder)
+    device = str(model.device)
     try:
-        return PeftModel.from_pretrained(model, str(folder), torch_device=str(model.device))
-    except (RuntimeError, ValueError) as problem:
-        first = " ".join(str(problem).split())[:300]
-        raise MachineError(f"{folder}: the adapter does not fit this base: {first}") from problem
+        tuned = PeftModel.from_pretrained(model, place, torch_device=device)
+        # Read a second time for what it says: the first only warns of weights that are missing.
+        renamed = getattr(model, "_checkpoint_conversion_mapping", {})
+        fit = tuned.load_adapter(place, "default", torch_device=device, key_mapping=renamed)
+    except (RuntimeError, ValueError, KeyError) as problem:
+        raise MachineError(explain_unfit(folder, problem)) from problem
+    refuse_unfit(folder, fit.missing_keys, fit.unexpected_keys)
+    return tuned
 
 
 def quantization_config(base: Base) -> BitsAndBytesConfig:

@@ -1,6 +1,7 @@
 """Checkpoints that are whole or absent: staged, listed with their hashes, renamed, and verified before use."""
 
 import hashlib
+import json
 import os
 import re
 import shutil

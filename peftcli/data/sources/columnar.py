@@ -6,6 +6,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from peftcli.data.names import listed, shown
 from peftcli.data.rows import BATCH_CHARACTERS, BATCH_ROWS, Rows
 from peftcli.data.sources.batches import double_names
 from peftcli.data.sources.files import DataFile
@@ -57,7 +58,7 @@ def rows_of_arrow(name: str, place: str, batches: Iterable[pa.RecordBatch]) -> I
     for batch in batches:
         double = double_names(batch.schema.names)
         if double:
-            raise DataError(f"{place}: two columns are named {', '.join(double)}; rename one of them")
+            raise DataError(f"{place}: two columns are named {listed(double)}; rename one of them")
         step = BATCH_ROWS
         if batch.nbytes > BATCH_CHARACTERS:
             step = max(1, min(BATCH_ROWS, batch.num_rows * BATCH_CHARACTERS // batch.nbytes))
@@ -74,7 +75,7 @@ def _values(column: pa.Array, place: str, name: str, number: int) -> list[Any]:
     except UnicodeDecodeError as problem:
         last = number + len(column) - 1
         raise DataError(
-            f"{place}: rows {number} to {last}: a text in column {name} is not UTF-8; write the file again"
+            f"{place}: rows {number} to {last}: a text in column {shown(name)} is not UTF-8; write the file again"
         ) from problem
 
 

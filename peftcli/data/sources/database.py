@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
+from peftcli.data.names import listed, shown
 from peftcli.data.rows import BATCH_ROWS, Rows
 from peftcli.data.sources.batches import Item, columns_of_tuples, double_names, gather
 from peftcli.data.sources.files import DataFile
 from peftcli.errors import DataError, MachineError
 from peftcli.recipe.schema import FilesSection, SourceSection
 
+_BROKEN = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 _READS = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE}
 _ASIDE = re.compile(r"'[^']*'|\"[^\"]*\"|`[^`]*`|--[^\n]*|/\*.*?\*/", re.DOTALL)
 """What stands in a query and is not SQL: texts, quoted names and comments."""
@@ -45,9 +47,10 @@ def read_sqlite(file: DataFile) -> Iterator[Rows]:
             columns = [column[0] for column in cursor.description or ()]
             yield from _rows(file.name, place, columns, cursor)
     except (sqlite3.Error, sqlite3.Warning, UnicodeDecodeError) as problem:
-        raise DataError(
-            f"{place}: {' '.join(str(problem).split())[:200]}; look at {file.key}.table and {file.key}.query"
-        ) from problem
+        mend = f"look at {file.key}.table and {file.key}.query"
+        if type(problem) is sqlite3.DatabaseError and problem.sqlite_errorcode in _BROKEN:
+            mend = "fetch or write the file again"
+        raise DataError(f"{place}: {' '.join(str(problem).split())[:200]}; {mend}") from problem
 
 
 @dataclass
@@ -173,12 +176,14 @@ def _query(section: FilesSection, tables: list[str], place: str, key: str, quote
         return _checked_query(section.query, key)
     if section.table is None and len(tables) == 1:
         return f"SELECT * FROM {quoted(tables[0])}"
-    there = f"it has {', '.join(tables)}" if tables else "it has none"
+    if not tables:
+        raise DataError(f"{place}: holds no tables; name another file")
+    there = f"it has {listed(tables)}"
     if section.table is None:
         raise DataError(f"{place}: which table is meant? {there}; set {key}.table or {key}.query")
     if section.table not in tables:
         near = difflib.get_close_matches(section.table, tables, n=1)
-        hint = f"; did you mean {near[0]}?" if near else f"; set {key}.table or {key}.query"
+        hint = f"; did you mean {shown(near[0])}?" if near else f"; set {key}.table or {key}.query"
         raise DataError(f"{place}: no table {section.table}; {there}{hint}")
     return f"SELECT * FROM {quoted(section.table)}"
 
@@ -195,7 +200,7 @@ def _checked_query(query: str, key: str) -> str:
 def _rows(name: str, place: str, columns: list[str], rows: Iterable[Any]) -> Iterator[Rows]:
     double = double_names(columns)
     if double:
-        raise DataError(f"{place}: the query names {', '.join(double)} twice; give each column a name of its own by AS")
+        raise DataError(f"{place}: the query names {listed(double)} twice; give each column a name of its own by AS")
     return gather(name, _items(rows), columns_of_tuples(columns))
 
 

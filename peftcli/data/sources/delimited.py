@@ -4,11 +4,13 @@ import csv
 from collections.abc import Iterator
 from typing import TextIO
 
+from peftcli.data.names import listed
 from peftcli.data.rows import Rows
 from peftcli.data.sources.batches import Item, Unread, columns_of_tuples, double_names, gather
 from peftcli.data.sources.files import DataFile
 from peftcli.data.sources.opened import open_text
 from peftcli.errors import DataError
+from peftcli.recipe.problems import printable
 
 CELL_CHARACTERS = 64 * 1024 * 1024
 """Longest cell; a quote that nothing closes would otherwise take in the rest of the file."""
@@ -103,11 +105,19 @@ def _columns(file: DataFile, first: Line | None, delimiter: str) -> tuple[list[s
                 f"names; name every column, or set {file.key}.csv.delimiter"
             )
         return list(given), first
+    if not "".join(cells).strip():
+        raise DataError(f"{place}: blank; a header line with the column names is expected")
+    if cells[0].startswith("sep=") and len("".join(cells)) <= 5:
+        sign = cells[0][4:] or delimiter
+        raise DataError(
+            f"{place}: this line is a note for Excel; take it out, and set {file.key}.csv.delimiter: "
+            f'"{_USUAL.get(sign, sign)}"'
+        )
     if len(cells) == 1 and file.section.csv.delimiter is None:
         other = next((sign for sign in _USUAL if sign != delimiter and sign in cells[0]), None)
         if other is not None:
             raise DataError(
-                f"{place}: the header is one cell `{cells[0][:80]}`; set {file.key}.csv.delimiter: "
+                f"{place}: the header is one cell `{printable(cells[0], 80)}`; set {file.key}.csv.delimiter: "
                 f'"{_USUAL[other]}", or "{_USUAL.get(delimiter, delimiter)}" where that is the name of one column'
             )
     _check_names(cells, place, file.key)
@@ -117,7 +127,7 @@ def _columns(file: DataFile, first: Line | None, delimiter: str) -> tuple[list[s
 def _check_names(names: list[str], place: str, key: str) -> None:
     double = [name for name in double_names(names) if name.strip()]
     if double:
-        raise DataError(f"{place}: the header names {', '.join(double)} twice; give each column a name of its own")
+        raise DataError(f"{place}: the header names {listed(double)} twice; give each column a name of its own")
     empty = [str(position) for position, name in enumerate(names, start=1) if not name.strip()]
     if empty:
         raise DataError(

@@ -119,8 +119,8 @@ def _kind(path: Path, section: FilesSection, key: str) -> str:
     if ending not in ENDINGS:
         raise DataError(
             f"{path}: the ending {ending or '(none)'} is not known; known are {', '.join(ENDINGS)}, packed also with "
-            f"{', '.join(PACKED)}; set {key}.file_format ({', '.join(dict.fromkeys(ENDINGS.values()))}), or name other "
-            "files"
+            f"{', '.join(PACKED)}; set {key}.file_format ({', '.join(dict.fromkeys(ENDINGS.values()))}), or name "
+            "other files"
         )
     return ENDINGS[ending]
 

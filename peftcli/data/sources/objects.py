@@ -5,11 +5,12 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from peftcli.data.names import shown
 from peftcli.data.rows import Rows
 from peftcli.data.sources.batches import Item, Unread, gather
 from peftcli.data.sources.files import DataFile
 from peftcli.data.sources.opened import open_text
-from peftcli.data.sources.window import Window, unusable
+from peftcli.data.sources.window import Window, said, unusable
 from peftcli.errors import DataError
 
 DESCRIBED_BYTES = 16 * 1024 * 1024
@@ -69,7 +70,8 @@ class RowRule:
             if self._kind is not None:
                 raise DataError(f"{place}: holds {said}, the rows before {_NAMES[self._kind]}; give all rows one kind")
             if kind not in (dict, str):
-                hint = "; a file that is one list is named .json" if kind is list else "; write {...} for each row"
+                one_list = kind is list and file.kind == "jsonl"
+                hint = "; a file that is one list is named .json" if one_list else "; write {...} for each row"
                 raise DataError(f"{place}: holds {said}; each row is an object of columns{hint}")
             self._kind = kind
         return value if kind is dict else {"text": value}
@@ -129,12 +131,20 @@ def _line_value(line: str, objects: Objects, file: DataFile, number: int) -> Any
         raise json.JSONDecodeError("Extra data", stripped, end)
     except json.JSONDecodeError as problem:
         column = problem.pos + 1 + len(line) - len(line.lstrip())
-        hint = "mend the line or take it out"
-        if problem.pos >= len(stripped) and stripped[0] in "[{":
-            hint = "a row must stand on one line; if rows span lines, make the file one list and name it .json"
-        raise DataError(f"{file.path}:{number}: not JSON at column {column}: {problem.msg}; {hint}") from problem
+        mend = _line_mend(stripped, problem, number)
+        raise DataError(f"{file.path}:{number}: not JSON at column {column}: {said(problem)}; {mend}") from problem
     except (ValueError, RecursionError) as problem:
         raise unusable(f"{file.path}:{number}", problem) from problem
+
+
+def _line_mend(line: str, problem: json.JSONDecodeError, number: int) -> str:
+    if problem.pos < len(line) or line[0] not in "[{":
+        return "mend the line or take it out"
+    if number > 1:
+        return "the row must end on this line; mend it or take it out"
+    if line[0] == "[":
+        return "a file that is one list is named .json"
+    return "a row must stand on one line; if rows span lines, make the file one list and name it .json"
 
 
 def _list_items(file: DataFile, rule: RowRule) -> Iterator[Item[dict[str, Any]]]:
@@ -152,7 +162,8 @@ def _list_items(file: DataFile, rule: RowRule) -> Iterator[Item[dict[str, Any]]]
             sign = window.next_sign()
             if sign == ",":
                 window.step()
-                window.next_sign()
+                if window.next_sign() == "]":
+                    raise window.wrong("nothing follows the comma")
             elif sign != "]":
                 raise window.wrong("the list does not end; it may be cut off" if not sign else f"{sign} between rows")
         window.step()
@@ -163,7 +174,7 @@ def _list_items(file: DataFile, rule: RowRule) -> Iterator[Item[dict[str, Any]]]
 def _checked(row: dict[str, Any], text: str, start: int, end: int, objects: Objects) -> dict[str, Any] | Unread:
     """The row, unless a part of it would be lost."""
     if objects.twice is not None:
-        return Unread(f"with the key {objects.twice} twice")
+        return Unread(f"with the key {shown(objects.twice)} twice")
     if _SURROGATE.search(text, start, end):
         try:
             json.dumps(row, ensure_ascii=False).encode("utf-8")
@@ -197,14 +208,18 @@ def _one_object(file: DataFile) -> DataError:
     except json.JSONDecodeError as problem:
         if problem.msg == "Extra data":
             return DataError(f"{file.path}: holds several objects that span lines; {expected}")
-        return DataError(f"{file.path}:{problem.lineno}: not JSON at column {problem.colno}: {problem.msg}; {expected}")
+        return DataError(
+            f"{file.path}:{problem.lineno}: not JSON at column {problem.colno}: {said(problem)}; {expected}"
+        )
     except (ValueError, RecursionError) as problem:
         return unusable(str(file.path), problem)
-    keys = ", ".join(f"{key}: {_described(item)}" for key, item in list(value.items())[:8])
+    keys = ", ".join(f"{shown(key)}: {_described(item)}" for key, item in list(value.items())[:8])
     mend = "name the file .jsonl if it is one row"
     lists = [key for key, item in value.items() if isinstance(item, list)]
     if lists:
-        mend = f"write the list under {lists[0]} into a file of its own"
+        mend = f"write the list under {shown(lists[0])} into a file of its own"
+    elif value and all(isinstance(item, dict) for item in value.values()):
+        mend = 'write it by rows (in pandas, to_json with orient="records")'
     return DataError(f"{file.path}: holds one object ({keys}); {expected}; {mend}")
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from peftcli.data.names import listed
 from peftcli.data.rows import Rows, Source
 from peftcli.data.sources.columnar import read_arrow, read_parquet
 from peftcli.data.sources.database import open_database, read_sqlite
@@ -74,8 +75,8 @@ class FileSource:
                 first = first or rows
                 if part.kind not in _LOOSE and rows.columns.keys() != first.columns.keys():
                     raise DataError(
-                        f"{part.path}: its columns are {', '.join(rows.columns)}, those of {first.file} are "
-                        f"{', '.join(first.columns)}; files of one source need the same columns"
+                        f"{part.path}: its columns are {listed(rows.columns)}, those of {first.file} are "
+                        f"{listed(first.columns)}; files of one source need the same columns"
                     )
                 yield rows
         if first is None:

@@ -29,8 +29,10 @@ _SIGNATURES: tuple[tuple[bytes, str, str], ...] = (
     (b"\x28\xb5\x2f\xfd", ".zst", "packed with Zstandard"),
     (b"PK\x03\x04", "", "a spreadsheet or a zip archive; export it as CSV, or unpack it"),
     (b"%PDF", "", "a PDF document; save its text as a .txt file"),
+    (b"version https://git-lfs", "", "a pointer of Git LFS and not the data; fetch them with git lfs pull"),
     (b"FEA1", "", "a Feather file of version 1; write it again as Parquet"),
 )
+_PAGE = (b"<!doctype html", b"<html")
 _OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _BINARY = {"parquet": "a Parquet file", "sqlite": "an SQLite database"}
 _WIDE = ("utf-16", "utf-32")
@@ -84,10 +86,12 @@ def reading(file: DataFile) -> Iterator[None]:
     except OSError as problem:
         if "Truncated compressed stream" in str(problem):  # what Arrow says for Zstandard
             raise DataError(_cut_off(file)) from problem
+        if problem.errno is None:  # what gzip says
+            raise DataError(_unpackable(file, problem)) from problem
         said = problem.strerror or " ".join(str(problem).split())[:200]
         raise DataError(f"{file.path}: cannot be read: {said}; look at its permissions, or fetch it again") from problem
     except (zlib.error, lzma.LZMAError) as problem:
-        raise DataError(f"{file.path}: cannot be unpacked: {str(problem)[:200]}; fetch or pack it again") from problem
+        raise DataError(_unpackable(file, problem)) from problem
 
 
 def unpacked(path: Path) -> IO[bytes]:
@@ -97,6 +101,10 @@ def unpacked(path: Path) -> IO[bytes]:
         return io.BufferedReader(pa.CompressedInputStream(pa.OSFile(str(path)), "zstd"))
     opened: IO[bytes] = _OPENERS.get(packing, open)(path, "rb")
     return opened
+
+
+def _unpackable(file: DataFile, problem: Exception) -> str:
+    return f"{file.path}: cannot be unpacked: {' '.join(str(problem).split())[:200]}; fetch or pack it again"
 
 
 def _cut_off(file: DataFile) -> str:
@@ -132,7 +140,9 @@ def _check_signature(file: DataFile, head: bytes) -> None:
 
 
 def _check_letters(file: DataFile, head: bytes) -> None:
-    """Refuse text that a narrow encoding would read as letters and zeros."""
+    """Refuse text that a narrow encoding would read as letters and zeros, and web pages where rows should stand."""
+    if file.kind != "text" and head.removeprefix(codecs.BOM_UTF8).lstrip().lower().startswith(_PAGE):
+        raise DataError(f"{file.path}: is a web page, perhaps one that asks to sign in; fetch the file itself")
     if _codec(file).startswith(_WIDE):
         return
     wide = ""
@@ -144,7 +154,11 @@ def _check_letters(file: DataFile, head: bytes) -> None:
         pairs = max(len(head) // 2, 1)
         zeros = [head[start::2].count(0) / pairs for start in (0, 1)]
         if max(zeros) < 0.4:
-            raise DataError(f"{file.path}: byte {head.index(0)} is zero, so it is no text; name a text file")
+            byte = head.index(0)
+            line = head.count(b"\n", 0, byte) + 1
+            raise DataError(
+                f"{file.path}:{line}: byte {byte} is zero, which stands in no text; take it out, or name a text file"
+            )
         wide = "utf-16-be" if zeros[0] > zeros[1] else "utf-16-le"
     if wide:
         raise DataError(f"{file.path}: is {wide.upper()} by its first bytes; set {file.key}.encoding: {wide}")

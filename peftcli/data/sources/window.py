@@ -16,6 +16,24 @@ _LONGEST_WORD = 16
 """An error that stands at least so far before the end of the stretch is not one of the stretch being too short."""
 
 
+_SAID = {
+    "Expecting value": "a value is expected",
+    "Expecting property name": "a key in double quotes is expected",
+    "Expecting ',' delimiter": "a comma or the closing bracket is expected",
+    "Expecting ':' delimiter": "a colon is expected",
+    "Illegal trailing comma": "nothing follows the comma",
+    "Extra data": "something follows the value",
+    "Unterminated string": "the text that begins here does not end",
+    "Invalid control character": "a tab or line break stands in a text as it is; write \\t or \\n",
+    "Invalid \\": "a backslash stands before a letter that it cannot stand before; write two for the sign itself",
+}
+
+
+def said(problem: json.JSONDecodeError) -> str:
+    """What is wrong with a JSON text, in the same words whatever the version of Python."""
+    return next((text for start, text in _SAID.items() if problem.msg.startswith(start)), problem.msg)
+
+
 def unusable(place: str, problem: Exception) -> DataError:
     """The error for JSON that is written well and cannot be held."""
     if isinstance(problem, RecursionError):
@@ -79,7 +97,7 @@ class Window:
                 if open_text or self.at + behind >= len(self.text):
                     raise self.wrong("the row that begins here does not end; the file may be cut off") from problem
                 self.at += behind
-                raise self.wrong(problem.msg) from problem
+                raise self.wrong(said(problem)) from problem
             except (ValueError, RecursionError) as problem:
                 self._count()
                 raise unusable(f"{self._path}:{self.line}", problem) from problem
