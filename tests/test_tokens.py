@@ -231,3 +231,11 @@ def test_a_prompt_does_not_end_with_the_end_token_that_a_tokenizer_writes(tokeni
     batch = tokenize("prompt_completion", {"prompt": ["oat milk ->:"], "completion": [" dairy"]}, tokenizer)
     assert trained_text(batch, tokenizer) == f" dairy{eos}"
     assert not batch.flags["merged"].any() and batch.flat.tolist().count(ids[1][1]) == 1
+
+
+def test_a_template_that_never_ends_is_stopped(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("peftcli.data.encode.PROBE_SECONDS", 0.5)
+    loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% if b < 0 %}x{% endif %}{% endfor %}{% endfor %}"
+    tokenizer.chat_template = loop + MARKLESS
+    with pytest.raises(DataError, match=r"still at work after 0.5 s; set model.chat_template"):
+        tokenize("messages", chats(CHAT), tokenizer)

@@ -5,7 +5,7 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from peftcli.cli.recipes import find_recipe
 from peftcli.cli.show import Shown, console, metric_table, plan_lines, sample_table
 from peftcli.cli.show_data import show_data
 from peftcli.errors import DataError, GateNotMet, MemoryExhausted, RecipeError, Stopped
+from peftcli.plan.plan import DTYPE_BYTES
 from peftcli.plan.smoke import smoke_recipe
 from peftcli.recipe.load import Loaded, load_recipe
 from peftcli.recipe.schema import Recipe
@@ -23,8 +24,11 @@ from peftcli.report.write import write_report
 from peftcli.rundir import RunDir, read_json, write_json
 from peftcli.summary import unmet, write_metrics
 from peftcli.train.begin import Beginning, begin, write_recipe
+from peftcli.train.disk import RESERVE_BYTES, Forecast, check_room, check_writable
+from peftcli.train.lock import RunLock
+from peftcli.train.session import deadline, session_note, wall_clock_limit
 from peftcli.train.stamp import make_stamp, refuse_changes
-from peftcli.train.stops import Heeding, StopRequests, forget_stop_file, is_first_process
+from peftcli.train.stops import Heeding, StopRequests, forget_stop_file, is_first_process, seconds_since_start
 
 
 @dataclass(frozen=True)
@@ -89,9 +93,15 @@ def train_command(name: str, overrides: Sequence[str], flags: TrainFlags) -> Non
     """Train a recipe, or go on with its run."""
     loaded = _load(name, overrides, smoke=flags.smoke)
     run = RunDir(flags.output_dir or Path(loaded.recipe.output_dir or Path("runs") / loaded.recipe.name))
-    with StopRequests(run.path, loaded.recipe.budget.wall_clock) as stops:
+    now, budget = time.time(), loaded.recipe.budget.wall_clock
+    limit, name = wall_clock_limit(budget, deadline(now), now - seconds_since_start())
+    lock = RunLock(run.path)
+    with StopRequests(run.path, limit, limit_name=name) as stops, closing(lock):
 
         def prepare_folder() -> Beginning:
+            if not run.path.is_file():
+                check_writable(run.path)
+                lock.acquire()
             found = begin(run, loaded.recipe, overwrite=flags.overwrite, resume=flags.resume, allowed=flags.force)
             forget_stop_file(run.path)
             if not found.finished:
@@ -101,8 +111,9 @@ def train_command(name: str, overrides: Sequence[str], flags: TrainFlags) -> Non
 
         beginning = first_decides(prepare_folder)
         with _shown(run.library_log if not beginning.finished else None) as (shown, streams):
-            for line in beginning.notes:
-                shown.note(line)
+            for line in (*beginning.notes, session_note(budget, now)):
+                if line is not None:
+                    shown.note(line)
             reason = None
             if not beginning.finished:
                 reason = _train(loaded, run, shown, stops, beginning, flags)
@@ -120,10 +131,13 @@ def _train(
     from peftcli.model.adapter import config_hash
     from peftcli.model.probe import describe_environment
     from peftcli.model.shards import leave_group
-    from peftcli.train.run import Session, evaluate_trained, train
+    from peftcli.train.run import Session, evaluate_trained, run_forecast, train
 
     planned = plan_recipe(loaded, shown, smoke=flags.smoke)
     plan = planned.plan
+    needs = run_forecast(plan)
+    if is_first_process():
+        check_room(run.path, needs)
     begun = time.monotonic()
     tokenizer, data = prepare_data(plan, Heeding(shown, stops, "before the first step"))
     prepared = {"prepare_seconds": round(time.monotonic() - begun, 3)}
@@ -143,7 +157,7 @@ def _train(
     for warning in data.facts["warnings"]:
         shown.note(f"  note: {warning}")
     shown.note(f"  run folder {run.path}")
-    session = Session(stops, beginning.resume_from, stamp)
+    session = Session(stops, beginning.resume_from, stamp, needs.checkpoint_bytes)
     work = evaluate_trained if beginning.trained else train
     reason = work(plan, run, data, tokenizer, shown, session).stop_reason
     leave_group()
@@ -206,6 +220,8 @@ def merge_command(path: Path, into: str, output_dir: Path | None, dtype: str | N
         loaded = load_recipe(run.recipe)
         plan = plan_recipe(loaded, shown, smoke=bool(target.identity.get("smoke"))).plan
         _, data = prepare_data(plan, shown, target.adapter)
+        stored = DTYPE_BYTES[dtype or plan.base.dtype]
+        check_room(output_dir or run.merged, Forecast(0, 0, 0, plan.total_parameters * stored, RESERVE_BYTES))
         settings = MergeSettings(into, dtype, plan.gates, plan.evaluation, plan.evaluation_batch, plan.seed)
         try:
             found = merge(target, data, output_dir or run.merged, settings, shown)

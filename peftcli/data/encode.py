@@ -9,6 +9,8 @@ from jinja2 import TemplateError
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from peftcli.data.time_limit import PROBE_SECONDS, template_time
+
 
 def encode(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, special: bool = True) -> list[list[int]]:
     """Ids of each text, without any cut or padding; equal to calling the tokenizer.
@@ -47,12 +49,17 @@ def with_end(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[s
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Ids on which an answer ends: the tokenizer's end token and, where it has one, its template's end of turn."""
+    """Ids on which an answer ends: the tokenizer's end token and, where it has one, its template's end of turn.
+
+    Raises:
+        DataError: the chat template does not end its work.
+    """
     ends = {tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set()
     if tokenizer.chat_template:
         turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         try:
-            ids = tokenizer.apply_chat_template(turns, tokenize=True, return_dict=True)["input_ids"]
+            with template_time(PROBE_SECONDS):
+                ids = tokenizer.apply_chat_template(turns, tokenize=True, return_dict=True)["input_ids"]
         except TemplateError:  # a template for another purpose; rows that need it are refused where they are read
             ids = []
         special = set(tokenizer.all_special_ids)

@@ -9,6 +9,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
+from peftcli.data.time_limit import BATCH_SECONDS, template_time
 from peftcli.errors import DataError
 
 Chat: TypeAlias = list[dict[str, Any]]
@@ -68,8 +69,12 @@ class Marker:
         """Ids and marks of each chat, or the reason why the template takes it not.
 
         Raises:
-            DataError: the assistant's turns cannot be told apart with certainty.
+            DataError: the assistant's turns cannot be told apart with certainty, or the template does not end its work.
         """
+        with template_time(BATCH_SECONDS):
+            return self._mark(chats, tools)
+
+    def _mark(self, chats: Sequence[Chat], tools: Sequence[Any]) -> list[Marked | str]:
         plain = [
             row for row, chat in enumerate(chats) if not tools[row] and all(turn.get("train", True) for turn in chat)
         ]

@@ -1,16 +1,28 @@
 """What `eval`, `merge` and `generate` are pointed at: a run folder, an adapter, a merged model or a base."""
 
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from peftcli.errors import MachineError
-from peftcli.model.adapter import base_of, read_identity
+from peftcli.errors import MachineError, RecipeError
+from peftcli.model.identity import (
+    Place,
+    base_of,
+    check_tokenizer,
+    read_identity,
+    refuse_other_base,
+    refuse_small_embedding,
+    stated_base,
+    token_ids,
+)
 from peftcli.model.load import load_adapter, load_base, load_tokenizer
+from peftcli.model.tensors import CONFIG, check_adapter_files
 from peftcli.plan.plan import Base
+from peftcli.recipe.load import load_recipe
 from peftcli.rundir import RunDir
 
 
@@ -36,40 +48,56 @@ class Target:
         return str(self.identity.get("kind", "base"))
 
     def load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        """Load the model, in evaluation mode, and its tokenizer."""
+        """Load the model, in evaluation mode, and its tokenizer.
+
+        Raises:
+            MachineError: it cannot be loaded, or the parts do not fit together.
+        """
         model = load_base(self.base)
         tokenizer = load_tokenizer(self.base.tokenizer, None if self.adapter is None else str(self.adapter))
         if self.adapter is not None:
+            if "base" in self.identity:
+                refuse_other_base(self.identity, self.base)  # again, since it may have been downloaded just now
+            else:
+                rows = int(model.get_input_embeddings().weight.shape[0])
+                refuse_small_embedding({}, rows, token_ids(tokenizer), self.base.path)
             model = load_adapter(model, self.adapter)
         model.eval()
         return model, tokenizer
 
 
 def open_target(path: str, base: Base | None = None) -> Target:
-    """Find out what a path is.
+    """Find out what a path is, and whether it is still what training or merging left there.
 
     Args:
         path: of a run folder, an adapter folder or a merged model; or the name of a base.
-        base: the base of a recipe, for a target that is no folder of ours.
+        base: the base of a recipe: for a target that is no folder of ours, and where an adapter's base lies now.
 
     Raises:
-        MachineError: nothing usable is there.
+        MachineError: nothing usable is there, or an adapter, its tokenizer or its base was changed.
     """
     folder = Path(path)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     if (folder / "recipe.yaml").is_file():
         run = RunDir(folder)
         found = read_identity(run.adapter)
         if found is None:
             raise MachineError(f"{path}: this run holds no adapter yet; `peftcli train` makes one")
-        return Target(base_of(found, device), run.adapter, found, run)
+        return _adapter(run.adapter, found, base, run)
     found = read_identity(folder) if folder.is_dir() else None
     run_of = RunDir(folder.parent) if (folder.parent / "recipe.yaml").is_file() else None
     if found is not None and found["kind"] == "adapter":
-        return Target(base_of(found, device), folder, found, run_of)
+        return _adapter(folder, found, base, run_of)
     if found is not None:
-        return Target(_merged_base(folder, found, device), None, found, run_of)
+        merged = _merged_base(folder, found, _device())
+        check_tokenizer(folder, found, merged)
+        return Target(merged, None, found, run_of)
+    if base is not None and (folder / CONFIG).is_file():
+        return _foreign_adapter(folder, base)
     if base is not None:
+        if not _is_base(folder, path, base):
+            raise MachineError(
+                f"{path}: nothing of ours, and not the base of the recipe ({base.name}); name one of these"
+            )
         return Target(base, None, {}, None)
     if folder.is_dir():
         raise MachineError(
@@ -79,15 +107,62 @@ def open_target(path: str, base: Base | None = None) -> Target:
     raise MachineError(f"{path}: no such folder; a base model needs --recipe")
 
 
+def _is_base(folder: Path, path: str, base: Base) -> bool:
+    if path in (base.name, base.path):
+        return True
+    return folder.is_dir() and Path(base.path).is_dir() and folder.samefile(base.path)
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _adapter(folder: Path, found: dict[str, Any], base: Base | None, run: RunDir | None) -> Target:
+    """An adapter of ours, after its files, its base and its tokenizer were held against its identity."""
+    check_adapter_files(folder, found.get("tensors"))
+    under = base_of(found, _device(), _places(folder, found, base, run))
+    check_tokenizer(folder, found, under)
+    return Target(under, folder, found, run)
+
+
+def _places(folder: Path, found: dict[str, Any], base: Base | None, run: RunDir | None) -> list[Place]:
+    """Where the base of an adapter may lie: where a recipe says now, where it lay, and where it lies beside."""
+    stated = stated_base(found)
+    if base is not None and not found.get("smoke"):  # a rehearsal stands on a stand-in, never on the recipe's base
+        return [Place(base.path, base.revision)]
+    places = [Place(stated.path, stated.revision)]
+    beside = found["base"].get("beside")
+    if beside is not None:
+        places.append(Place(os.path.normpath(os.path.join(os.path.abspath(folder), beside)), None))
+    if run is not None and not found.get("smoke"):
+        places += _place_of_run(run)
+    return places
+
+
+def _place_of_run(run: RunDir) -> list[Place]:
+    """The local folder that the recipe in a run folder names: whoever moves a base may write its new place there."""
+    try:
+        model = load_recipe(run.recipe).recipe.model
+    except RecipeError:  # the command that needs the recipe says what is wrong with it
+        return []
+    return [Place(model.name, None)] if Path(model.name).is_dir() else []
+
+
+def _foreign_adapter(folder: Path, base: Base) -> Target:
+    """An adapter that PEFT wrote elsewhere, on the base of a recipe."""
+    check_adapter_files(folder, None)
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        raise MachineError(f"{folder}: an adapter without a tokenizer; copy the files of its base's tokenizer into it")
+    return Target(base, folder, {"kind": "adapter"}, None)
+
+
 def _merged_base(folder: Path, found: dict[str, Any], device: str) -> Base:
-    stated = dict(found["base"])
-    stated.pop("config_sha256")
-    stated |= {
-        "path": str(folder),
-        "revision": None,
-        "quantization": None,
-        "chat_template": None,
-        "eos_token": None,
-        "device": device,
-    }
-    return Base(**stated)
+    return replace(
+        stated_base(found),
+        path=str(folder),
+        revision=None,
+        quantization=None,
+        chat_template=None,
+        eos_token=None,
+        device=device,
+    )

@@ -13,6 +13,7 @@ from peftcli.recipe.load import load_recipe
 from peftcli.recipe.schema import Recipe
 from peftcli.rundir import RunDir, read_json, read_log, write_text
 from peftcli.train.checkpoints import MANIFEST, clear_staging, newest_valid
+from peftcli.train.lock import NAME as LOCK
 from peftcli.train.stamp import is_allowed
 
 HARMLESS = (
@@ -62,7 +63,7 @@ def begin(run: RunDir, recipe: Recipe, *, overwrite: bool, resume: bool, allowed
     if overwrite and run.recipe.is_file():
         clear(run)
     if not run.recipe.is_file():
-        foreign = [path.name for path in run.path.iterdir()] if run.path.is_dir() else []
+        foreign = [path.name for path in run.path.iterdir() if path.name != LOCK] if run.path.is_dir() else []
         if foreign:
             raise RecipeError(
                 f"{run.path} holds files that are no run of ours ({', '.join(sorted(foreign)[:3])}); "

@@ -24,6 +24,7 @@ from peftcli.plan.plan import Plan
 from peftcli.progress import Progress
 from peftcli.rundir import RunDir, read_json, write_json
 from peftcli.train import checkpoints
+from peftcli.train.disk import Forecast, forecast
 from peftcli.train.stops import Heeding, StopRequests, is_first_process
 from peftcli.train.trainer import Trainer
 from peftcli.train.watch import Watch
@@ -46,11 +47,13 @@ class Session:
         stops: what may end it early.
         resume_from: a verified checkpoint to go on from.
         stamp: what the run is made from.
+        checkpoint_bytes: forecast of one checkpoint on the disk.
     """
 
     stops: StopRequests
     resume_from: Path | None
     stamp: dict[str, Any]
+    checkpoint_bytes: int
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ def train(
     stops, resume_from = session.stops, session.resume_from
     model = load_base(plan.base)
     trainer = make_trainer(plan, run, data, tokenizer, model)
-    trainer.stamp = session.stamp
+    trainer.stamp, trainer.checkpoint_bytes = session.stamp, session.checkpoint_bytes
     heeding = Heeding(progress, stops, "before the first step" if resume_from is None else "before the next step")
     before, baseline_seconds = _baseline(
         plan, run, data, tokenizer, trainer.model, heeding, resuming=resume_from is not None
@@ -148,6 +151,13 @@ def evaluate_trained(
         _write_eval(plan, run, data, tokenizer, before, after)
         write_card(run)
     return TrainResult(int(read_json(run.train)["steps"]), None)
+
+
+def run_forecast(plan: Plan) -> Forecast:
+    """What a run will have on the disk; the merged model is asked for when it is merged."""
+    arguments = SFTConfig(output_dir="unused", **plan.trainer)
+    keep = (arguments.save_total_limit or 2) + bool(arguments.load_best_model_at_end)
+    return forecast(plan.trainable_parameters, optimizer=str(arguments.optim.value), keep=keep)
 
 
 def make_trainer(

@@ -11,8 +11,10 @@ from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
 from peftcli.data.tokens import IGNORED
-from peftcli.errors import Diverged
+from peftcli.errors import Diverged, MachineError
+from peftcli.model.shards import gather
 from peftcli.train import checkpoints
+from peftcli.train.disk import room_for_checkpoint
 from peftcli.train.micro import MicroBatches
 
 MOST_FLAT_STEPS = 5
@@ -29,6 +31,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl ships no types
         seconds: seconds of training in this one, kept by the callback that watches.
         stamp: what the run is made from, for the manifest of each checkpoint.
         micro: the micro-batches, and how often they became smaller.
+        checkpoint_bytes: forecast of a checkpoint on the disk.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -36,6 +39,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl ships no types
         self.seconds_before = 0.0
         self.seconds = 0.0
         self.stamp: dict[str, Any] = {}
+        self.checkpoint_bytes = 0
         self.micro = MicroBatches(alone=self.accelerator.num_processes == 1)
         self._trained_tokens: Tensor | int = 0
         self._counted_before = {"tokens": 0.0, "trained_tokens": 0.0}
@@ -157,15 +161,31 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl ships no types
         metrics = {f"{metric_key_prefix}_loss": (total[0] / total[1]).item()}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=rows)
 
+    def _refuse_without_room(self, folder: Path) -> None:
+        """Stop before a checkpoint that would not fit; those that are there stay as they are.
+
+        Raises:
+            MachineError: in every process.
+        """
+        mine = room_for_checkpoint(folder, self.checkpoint_bytes) if self.args.should_save else None
+        reason = next((one for one in gather(mine) if one is not None), None)
+        if reason is not None:
+            raise MachineError(f"step {self.state.global_step}: {reason}; the checkpoints before it are whole")
+
     def _get_output_dir(self, trial: Any) -> str:
         return self._staging or str(super()._get_output_dir(trial))
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         folder = Path(self.args.output_dir)
         name = f"checkpoint-{self.state.global_step}"
+        self._refuse_without_room(folder)
         self._staging = str(folder / checkpoints.STAGING)
         try:
             super()._save_checkpoint(model, trial)
+        except Exception:
+            checkpoints.clear_staging(folder)
+            self._refuse_without_room(folder)  # what the libraries say of a full disk has many forms
+            raise
         finally:
             self._staging = None
         counters = self.counters()

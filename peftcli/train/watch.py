@@ -70,6 +70,12 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers' callbacks a
     ) -> None:
         self._begun = self._saved = self._stepped = time.monotonic()
         self._last_logged = (self._begun, self._trainer.tokens_before)
+        left = self._stops.seconds_left
+        if left is not None:
+            self._progress.note(
+                f"  time: {left:.0f} s are left; training stops {self.margin():.0f} s and a step before that, for a "
+                "checkpoint, the last evaluation and the report"
+            )
         self._progress.start("training", state.max_steps)
         self._progress.advance(state.global_step)
 

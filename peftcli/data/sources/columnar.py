@@ -70,13 +70,18 @@ def rows_of_arrow(name: str, place: str, batches: Iterable[pa.RecordBatch]) -> I
 
 
 def _values(column: pa.Array, place: str, name: str, number: int) -> list[Any]:
+    where = f"{place}: rows {number} to {number + len(column) - 1}: "
     try:
         return column.to_pylist()  # type: ignore[no-any-return]
     except UnicodeDecodeError as problem:
-        last = number + len(column) - 1
-        raise DataError(
-            f"{place}: rows {number} to {last}: a text in column {shown(name)} is not UTF-8; write the file again"
-        ) from problem
+        raise DataError(f"{where}a text in column {shown(name)} is not UTF-8; write the file again") from problem
+    except (ValueError, OverflowError, LookupError):  # a time beyond the years or the precision that Python knows
+        try:
+            return column.cast(pa.string()).to_pylist()  # type: ignore[no-any-return]
+        except pa.ArrowException as problem:
+            raise DataError(
+                f"{where}column {shown(name)} holds a {column.type} that cannot be read; write it as text"
+            ) from problem
 
 
 def _arrow_batches(source: pa.MemoryMappedFile) -> Iterator[pa.RecordBatch]:

@@ -1,0 +1,119 @@
+"""The tensors of an adapter's file: all there, nothing more, of their shapes, and finite."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from peftcli.errors import MachineError
+
+WEIGHTS, PICKLED, CONFIG = "adapter_model.safetensors", "adapter_model.bin", "adapter_config.json"
+
+
+def check_adapter_files(folder: Path, stated: Mapping[str, str] | None) -> None:
+    """Refuse an adapter folder whose files are not whole.
+
+    Args:
+        folder: of the adapter.
+        stated: what `read_tensors` said when the adapter was written, None where nobody recorded it.
+
+    Raises:
+        MachineError: a file is missing, pickled or damaged, or a tensor is not what was written.
+    """
+    if not (folder / CONFIG).is_file():
+        raise MachineError(f"{folder}: no {CONFIG}, so no adapter")
+    try:
+        json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except ValueError as problem:
+        raise MachineError(f"{folder / CONFIG}: damaged, this is no JSON ({problem}); restore the file") from problem
+    file = folder / WEIGHTS
+    if not file.is_file() and (folder / PICKLED).is_file():
+        raise MachineError(
+            f"{folder / PICKLED}: a pickle, which can run code when it is loaded; an adapter is read from "
+            "safetensors only, so convert it"
+        )
+    if not file.is_file():
+        raise MachineError(f"{folder}: no {WEIGHTS}, so no adapter")
+    found = read_tensors(file)
+    if stated is not None and found != stated:
+        raise MachineError(f"{file}: {_difference(found, stated)}; restore the file")
+    _refuse_not_finite(file)
+
+
+def read_tensors(file: Path) -> dict[str, str]:
+    """Dtype and shape of each tensor of a safetensors file, such as `F32 8x128`.
+
+    Raises:
+        MachineError: the file is cut off or no safetensors.
+    """
+    try:
+        with safe_open(str(file), framework="pt") as stream:
+            slices = {name: stream.get_slice(name) for name in stream.keys()}  # noqa: SIM118
+            return {
+                name: f"{one.get_dtype()} {'x'.join(map(str, one.get_shape())) or 'scalar'}"
+                for name, one in sorted(slices.items())
+            }
+    except (OSError, SafetensorError) as problem:
+        raise MachineError(
+            f"{file}: cut off or damaged, {file.stat().st_size} bytes ({_line(problem)}); restore the file"
+        ) from problem
+
+
+def refuse_unfit(folder: Path, missing: list[str], unexpected: list[str]) -> None:
+    """Refuse an adapter that PEFT could fit onto the base only in part.
+
+    Args:
+        missing: names of weights that the base with this configuration has and the file has not.
+        unexpected: the other way round.
+
+    Raises:
+        MachineError: there are any.
+    """
+    for names, said in ((missing, "lacks"), (unexpected, "holds")):
+        if names:
+            why = f"which this base with this {CONFIG} {'has' if said == 'lacks' else 'has not'}"
+            raise MachineError(f"{folder / WEIGHTS}: {said} {_listed(names)}, {why}; restore the files of the adapter")
+
+
+def explain_unfit(folder: Path, problem: Exception) -> str:
+    """One line on why PEFT could not put an adapter onto a base.
+
+    Args:
+        problem: what it raised.
+    """
+    if isinstance(problem, KeyError):
+        return f"{folder / WEIGHTS}: lacks {problem.args[0]}; restore the files of the adapter"
+    lines = [line.strip() for line in str(problem).splitlines()]
+    first = next((line for line in lines if line.startswith("size mismatch")), _line(problem))
+    return f"{folder}: the adapter does not fit this base: {first}"
+
+
+def _difference(found: Mapping[str, str], stated: Mapping[str, str]) -> str:
+    lacking = [name for name in stated if name not in found]
+    foreign = [name for name in found if name not in stated]
+    if lacking:
+        return f"lacks {_listed(lacking)} of the {len(stated)} tensors that training wrote"
+    if foreign:
+        return f"holds {_listed(foreign)}, which training did not write"
+    name = next(name for name in stated if found[name] != stated[name])
+    return f"{name} is {found[name]}, training wrote {stated[name]}"
+
+
+def _refuse_not_finite(file: Path) -> None:
+    with safe_open(str(file), framework="pt") as stream:
+        for name in stream.keys():  # noqa: SIM118
+            tensor: Any = stream.get_tensor(name)
+            wide = tensor.float() if tensor.itemsize == 1 else tensor  # 8-bit floats have no isfinite
+            if not torch.isfinite(wide).all():
+                raise MachineError(f"{file}: {name} holds values that are not finite; restore the file, or train again")
+
+
+def _listed(names: list[str]) -> str:
+    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+
+
+def _line(problem: Exception) -> str:
+    return " ".join(str(problem).split())[:300]

@@ -1,0 +1,274 @@
+"""The disk under a run: what it will need, what is free there, and whether it takes a file at all."""
+
+import errno
+import os
+import re
+import sys
+import tempfile
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from peftcli.errors import MachineError, RecipeError
+from peftcli.report.format import several, size
+from peftcli.rundir import RunDir
+from peftcli.train.checkpoints import list_checkpoints
+
+QUOTA = "PEFTCLI_QUOTA"
+"""Environment variable with a folder and what it may hold, such as /data=20GiB."""
+KAGGLE_QUOTA = ("/kaggle/working", 20 * 10**9)
+"""Folder whose files Kaggle keeps after a session, and how many bytes of them."""
+SMALL_FILES_BYTES = 2 * 2**20
+"""Of a checkpoint: manifest, arguments, random states, and a trainer state of some thousand log rows."""
+TOKENIZER_BYTES = 32 * 2**20
+"""More than the tokenizer files of nearly every model; those of a vocabulary of 262,144 take about so much."""
+RESERVE_BYTES = 64 * 2**20
+"""For the log, the report and the rest of a run folder."""
+PROBE_BYTES = 4096
+SAVED_BYTES = 4
+"""Of a trainable parameter: adapters are trained and saved in float32."""
+STATE_BYTES = {
+    "adafactor": 1.0,  # two vectors a matrix; so much at rank 4, less above
+    "ademamix": 12.0,
+    "lion": 4.0,
+    "rmsprop": 4.0,
+    "adagrad": 4.0,
+    "schedule_free_sgd": 4.0,
+    "sgd": 4.0,  # with momentum, which trainer.optim_args may ask for
+    "adamw": 8.0,
+}
+"""Optimizer state of a parameter, by a part of the name in `trainer.optim`; the first that fits counts."""
+NARROW = {"8bit": 1.04 / 4, "4bit": 1.08 / 8}
+"""What a narrow state takes of the above, its scales per block included."""
+_UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+_REASONS = {
+    errno.EROFS: "the file system is read-only",
+    errno.EACCES: "this user has no permission",
+    errno.EPERM: "this user has no permission",
+    errno.ENOSPC: "no space is left on the disk",
+    errno.EDQUOT: "this user's disk quota is used up",
+    errno.ENOTDIR: "a part of the path is a file",
+}
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Bytes that a run will have on the disk at its largest.
+
+    Attributes:
+        checkpoint_bytes: of one checkpoint.
+        checkpoints: that are there at once, the one being written included.
+        adapter_bytes: of the adapter folder.
+        merge_bytes: of the merged model, 0 where none is written.
+        reserve_bytes: for the other files of the run.
+    """
+
+    checkpoint_bytes: int
+    checkpoints: int
+    adapter_bytes: int
+    merge_bytes: int
+    reserve_bytes: int
+
+    @property
+    def total(self) -> int:
+        return self.checkpoint_bytes * self.checkpoints + self.adapter_bytes + self.merge_bytes + self.reserve_bytes
+
+
+@dataclass(frozen=True)
+class Room:
+    """What is free at a place: a file system, or a folder with a quota."""
+
+    free: int
+    place: str
+
+
+def forecast(
+    trainable_parameters: int,
+    *,
+    optimizer: str,
+    keep: int,
+    merged_bytes: int = 0,
+    tokenizer_bytes: int = TOKENIZER_BYTES,
+) -> Forecast:
+    """Compute what a run will have on the disk.
+
+    Args:
+        optimizer: `trainer.optim`, a name of transformers; an unknown one counts as AdamW.
+        keep: `trainer.save_total_limit`, and one more where the best checkpoint is kept beside the newest.
+        merged_bytes: of the weights of the merged model, 0 where none is written.
+        tokenizer_bytes: of the tokenizer files, which stand in each of the folders.
+    """
+    saved = trainable_parameters * SAVED_BYTES + tokenizer_bytes
+    return Forecast(
+        checkpoint_bytes=saved + int(trainable_parameters * state_bytes(optimizer)) + SMALL_FILES_BYTES,
+        # The rotation never goes below two, and comes after the new one was moved to its name.
+        checkpoints=max(keep, 2) + 1,
+        adapter_bytes=saved,
+        merge_bytes=merged_bytes + tokenizer_bytes if merged_bytes else 0,
+        reserve_bytes=RESERVE_BYTES,
+    )
+
+
+def state_bytes(optimizer: str) -> float:
+    """Bytes of optimizer state for each trainable parameter in a checkpoint.
+
+    >>> state_bytes("adamw_torch"), state_bytes("paged_lion_32bit"), state_bytes("paged_adamw_8bit")
+    (8.0, 4.0, 2.08)
+    """
+    wide = next((count for part, count in STATE_BYTES.items() if part in optimizer), STATE_BYTES["adamw"])
+    return wide * next((share for part, share in NARROW.items() if part in optimizer), 1.0)
+
+
+def free_bytes(folder: Path) -> int:
+    """Bytes that this user may still write in a folder, which need not exist yet.
+
+    Raises:
+        RecipeError: PEFTCLI_QUOTA is set to something else than a folder and a size.
+    """
+    return probe_room(folder).free
+
+
+def probe_room(folder: Path) -> Room:
+    """What is free in a folder: what the file system has left, or less where a quota allows less.
+
+    Raises:
+        RecipeError: PEFTCLI_QUOTA is set to something else than a folder and a size.
+    """
+    real = Path(os.path.realpath(folder))
+    there = next(path for path in (real, *real.parents) if os.path.exists(path))
+    found = os.statvfs(there)
+    # Some network drives say nothing of their size; then only a failed write tells.
+    free = found.f_bavail * found.f_frsize if found.f_blocks else sys.maxsize
+    rooms = [Room(free, f"the disk under {there}")]
+    for limited, allowed in _quotas():
+        if real.is_relative_to(limited):
+            rooms.append(Room(max(0, allowed - _used(limited)), f"{limited} with its quota of {size(allowed)}"))
+    return min(rooms, key=lambda room: room.free)
+
+
+def check_room(run: Path, needs: Forecast) -> None:
+    """Refuse a run that its disk cannot hold; checkpoints of it that are there already are counted in.
+
+    Args:
+        run: the run folder, as it is when training begins: with --overwrite, cleared.
+
+    Raises:
+        MachineError: less is free than the run needs.
+        RecipeError: PEFTCLI_QUOTA is set to something else than a folder and a size.
+    """
+    room = probe_room(run)
+    there = min(
+        sum(_used(folder) for _, folder in list_checkpoints(RunDir(run).checkpoints)),
+        needs.checkpoint_bytes * needs.checkpoints,
+    )
+    if needs.total - there <= room.free:
+        return
+    raise MachineError(
+        f"{run} needs {size(needs.total - there)} more, and {room.place} has {size(room.free)} left: {_parts(needs)}"
+        + (f", less {size(there)} that is there already" if there else "")
+        + f"\n{_mend(needs)}"
+    )
+
+
+def room_for_checkpoint(folder: Path, needed: int) -> str | None:
+    """Why the next checkpoint would not fit, or None where it does.
+
+    Args:
+        needed: bytes of one checkpoint.
+    """
+    room = probe_room(folder)
+    if needed <= room.free:
+        return None
+    return f"a checkpoint takes {size(needed)}, and {room.place} has {size(room.free)} left"
+
+
+def check_writable(folder: Path) -> None:
+    """Write and remove a small file where a run will write, so that this fails now and not after hours.
+
+    A folder that does not exist yet is not made; its nearest parent takes the file.
+
+    Raises:
+        MachineError: a file cannot be written there.
+    """
+    there = _nearest(folder)
+    try:
+        with tempfile.NamedTemporaryFile(dir=there, prefix=".peftcli-probe-") as probe:
+            probe.write(b"\0" * PROBE_BYTES)
+            probe.flush()
+            os.fsync(probe.fileno())
+    except OSError as error:
+        raise cannot_write(folder, error) from error
+
+
+def cannot_write(path: Path, error: OSError) -> MachineError:
+    """The error for a path of the run folder that the system does not let us write."""
+    reason = _REASONS.get(error.errno or 0) or error.strerror or str(error)
+    mend = "free some space there, or name another output_dir" if _is_full(error) else "name another output_dir"
+    return MachineError(f"{path} cannot be written: {reason}; {mend}")
+
+
+def _is_full(error: OSError) -> bool:
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def _nearest(folder: Path) -> Path:
+    """The folder itself or the nearest parent that exists."""
+    path = Path(os.path.abspath(folder))
+    for place in (path, *path.parents):
+        if os.path.islink(place) and not os.path.exists(place):
+            raise MachineError(
+                f"{place} is a link to {os.readlink(place)}, which does not exist; make that folder, or name another "
+                "output_dir"
+            )
+        if os.path.exists(place):
+            break
+    if not os.path.isdir(place):
+        raise MachineError(f"{place} is a file, not a folder; name another output_dir")
+    return place
+
+
+def _quotas() -> list[tuple[Path, int]]:
+    """Folders that may hold only so many bytes."""
+    found = []
+    if "KAGGLE_KERNEL_RUN_TYPE" in os.environ:
+        found.append((Path(KAGGLE_QUOTA[0]), KAGGLE_QUOTA[1]))
+    if text := os.environ.get(QUOTA, "").strip():
+        match = re.fullmatch(rf"(/.*)=\s*(\d+(?:\.\d+)?)\s*({'|'.join(_UNITS)})", text)
+        if match is None:
+            raise RecipeError(
+                f"{QUOTA}={text}: must be a folder with its full path and a size, such as /data=20GiB (one of "
+                f"{', '.join(_UNITS)})"
+            )
+        found.append((Path(os.path.realpath(match[1])), int(float(match[2]) * _UNITS[match[3]])))
+    return found
+
+
+def _used(folder: Path) -> int:
+    """Bytes of the files in a folder; links are not followed, and what this user may not see counts nothing."""
+    total = 0
+    for path, _, names in os.walk(folder):
+        for name in names:
+            with suppress(OSError):  # removed between the two calls, or hidden
+                total += os.lstat(os.path.join(path, name)).st_size
+    return total
+
+
+def _parts(needs: Forecast) -> str:
+    parts = []
+    if needs.checkpoints:
+        parts.append(f"{several(needs.checkpoints, 'checkpoint', 'checkpoints')} of {size(needs.checkpoint_bytes)}")
+    if needs.adapter_bytes:
+        parts.append(f"the adapter {size(needs.adapter_bytes)}")
+    if needs.merge_bytes:
+        parts.append(f"the merged model {size(needs.merge_bytes)}")
+    return ", ".join([*parts, f"{size(needs.reserve_bytes)} for the rest"])
+
+
+def _mend(needs: Forecast) -> str:
+    mends = ["free some space"]
+    if needs.checkpoints > 3:
+        mends.append("lower trainer.save_total_limit")
+    if needs.adapter_bytes:
+        mends.append("lower adapter.r")
+    return ", ".join([*mends, "or name an output_dir on another disk"])
