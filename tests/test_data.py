@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from peftcli.data import prepare as preparing
+from peftcli.data import kept as keeping
 from peftcli.data.ingest import ingest
 from peftcli.data.prepare import PreparedData, prepare
 from peftcli.data.split import split_by_class, split_by_group, split_indices, weighted
@@ -345,7 +345,7 @@ def test_a_second_time_the_rows_come_from_the_cache(
         passes.append(1)
         ingest(*args)
 
-    monkeypatch.setattr(preparing, "ingest", counted)
+    monkeypatch.setattr(keeping, "ingest", counted)
     first = prepared(path=path)
     again = prepared(path=path, split={"test_size": 3}, seed=9)
     assert (first.facts["cache"], again.facts["cache"], len(passes)) == ("made", "reused", 1)

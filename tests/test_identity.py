@@ -346,7 +346,21 @@ def test_a_configuration_that_asks_for_more_targets_than_the_file_holds_is_refus
     file.write_text(json.dumps(config | {"target_modules": [*config["target_modules"], "k_proj"]}))
     capfd.readouterr()
     assert run_cli("generate", project / "run", "x") == 4
+    assert "adapter_config.json changed after training" in capfd.readouterr().err
+    stated = file.with_name("peftcli.json")
+    found = json.loads(stated.read_text())
+    stated.write_text(json.dumps({key: value for key, value in found.items() if key != "files"}))  # an older version's
+    assert run_cli("generate", project / "run", "x") == 4
     assert "lacks base_model.model.model.layers.0.self_attn.k_proj" in capfd.readouterr().err
+
+
+def test_one_bit_of_the_adapter_is_noticed(project: Path, run_cli: Cli, capfd: Any) -> None:
+    data = bytearray((project / WEIGHTS).read_bytes())
+    data[-3] ^= 1
+    (project / WEIGHTS).write_bytes(data)
+    capfd.readouterr()
+    assert run_cli("merge", project / "run") == 4
+    assert "adapter_model.safetensors changed after training; restore the file" in capfd.readouterr().err
 
 
 def test_an_adapter_of_peft_alone_needs_a_row_for_every_token(project: Path, run_cli: Cli, capfd: Any) -> None:

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.main import get_command
 
+from peftcli.cli.printable import printable
 from peftcli.errors import MachineError, PeftcliError
 
 BUG = "error: this is a bug of peftcli; report it with the lines above and the output of `pip list`"
@@ -104,7 +105,7 @@ def train(
     code = launch_if_asked(num_processes)
     if code is not None:
         raise typer.Exit(code)
-    from peftcli.cli.commands import TrainFlags, train_command
+    from peftcli.cli.training import TrainFlags, train_command
 
     overrides = [*(set_ or ()), *([f"budget.wall_clock={max_time}"] if max_time else [])]
     train_command(recipe, overrides, TrainFlags(output_dir, resume, overwrite, smoke, as_json, tuple(force or ())))
@@ -209,7 +210,7 @@ def _run(argv: Sequence[str] | None) -> int:
         if show_trace:
             traceback.print_exc()
         if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
-            typer.echo(f"error: {error}", err=True)
+            typer.echo(f"error: {printable(str(error))}", err=True)
         return error.exit_code
     except OSError as problem:
         if problem.errno not in MACHINE_FAULTS:

@@ -1,21 +1,19 @@
 """The bodies of the heavy commands: call the rooms, print what they return."""
 
 import json
-import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peftcli.cli.launch import first_decides
 from peftcli.cli.quiet import Streams, quiet
 from peftcli.cli.recipes import find_recipe
-from peftcli.cli.show import Shown, console, metric_table, plan_lines, sample_table
+from peftcli.cli.show import Shown, console, metric_table, sample_table
 from peftcli.cli.show_data import show_data
-from peftcli.errors import DataError, GateNotMet, MemoryExhausted, RecipeError, Stopped
+from peftcli.errors import DataError, GateNotMet, MemoryExhausted, RecipeError
 from peftcli.plan.plan import DTYPE_BYTES
 from peftcli.plan.smoke import smoke_recipe
 from peftcli.recipe.load import Loaded, load_recipe
@@ -23,24 +21,8 @@ from peftcli.recipe.schema import Recipe
 from peftcli.report.write import write_report
 from peftcli.rundir import RunDir, read_json, write_json
 from peftcli.summary import unmet, write_metrics
-from peftcli.train.begin import Beginning, begin, write_recipe
-from peftcli.train.disk import RESERVE_BYTES, Forecast, check_room, check_writable
-from peftcli.train.lock import RunLock
-from peftcli.train.session import deadline, session_note, wall_clock_limit
-from peftcli.train.stamp import make_stamp, refuse_changes
-from peftcli.train.stops import Heeding, StopRequests, forget_stop_file, is_first_process, seconds_since_start
-
-
-@dataclass(frozen=True)
-class TrainFlags:
-    """The flags of `train` that are no part of the recipe."""
-
-    output_dir: Path | None
-    resume: bool
-    overwrite: bool
-    smoke: bool
-    as_json: bool
-    force: tuple[str, ...] = ()
+from peftcli.train.disk import RESERVE_BYTES, Forecast, check_room
+from peftcli.train.stops import is_first_process
 
 
 @dataclass(frozen=True)
@@ -57,8 +39,8 @@ class GenerateFlags:
 
 def plan_command(name: str, overrides: Sequence[str], *, smoke: bool, as_json: bool) -> None:
     """Print the plan of a recipe."""
-    loaded = _load(name, overrides, smoke=smoke)
-    with _shown(None) as (shown, streams):
+    loaded = load(name, overrides, smoke=smoke)
+    with shown_run(None) as (shown, streams):
         from peftcli.cli.steps import plan_recipe
 
         plan = plan_recipe(loaded, shown, smoke=smoke).plan
@@ -75,8 +57,8 @@ def plan_command(name: str, overrides: Sequence[str], *, smoke: bool, as_json: b
 
 def data_command(name: str, overrides: Sequence[str], *, preview: int, smoke: bool, as_json: bool) -> None:
     """Print what the data of a recipe hold, and how some rows will be trained."""
-    loaded = _load(name, overrides, smoke=smoke)
-    with _shown(None) as (shown, streams):
+    loaded = load(name, overrides, smoke=smoke)
+    with shown_run(None) as (shown, streams):
         from peftcli.cli.steps import look_at_data
 
         begun = time.monotonic()
@@ -89,84 +71,9 @@ def data_command(name: str, overrides: Sequence[str], *, preview: int, smoke: bo
         data.raise_if_crossed(f"peftcli data {loaded.path}")
 
 
-def train_command(name: str, overrides: Sequence[str], flags: TrainFlags) -> None:
-    """Train a recipe, or go on with its run."""
-    loaded = _load(name, overrides, smoke=flags.smoke)
-    run = RunDir(flags.output_dir or Path(loaded.recipe.output_dir or Path("runs") / loaded.recipe.name))
-    now, budget = time.time(), loaded.recipe.budget.wall_clock
-    limit, name = wall_clock_limit(budget, deadline(now), now - seconds_since_start())
-    lock = RunLock(run.path)
-    with StopRequests(run.path, limit, limit_name=name) as stops, closing(lock):
-
-        def prepare_folder() -> Beginning:
-            if not run.path.is_file():
-                check_writable(run.path)
-                lock.acquire()
-            found = begin(run, loaded.recipe, overwrite=flags.overwrite, resume=flags.resume, allowed=flags.force)
-            forget_stop_file(run.path)
-            if not found.finished:
-                run.path.mkdir(parents=True, exist_ok=True)
-                write_recipe(run, loaded.recipe)
-            return found
-
-        beginning = first_decides(prepare_folder)
-        with _shown(run.library_log if not beginning.finished else None) as (shown, streams):
-            for line in (*beginning.notes, session_note(budget, now)):
-                if line is not None:
-                    shown.note(line)
-            reason = None
-            if not beginning.finished:
-                reason = _train(loaded, run, shown, stops, beginning, flags)
-            if is_first_process():
-                metrics = _finish(run, loaded.recipe)
-                _show_result(run, metrics, streams, as_json=flags.as_json)
-                _raise_unless_good(run, metrics, reason)
-
-
-def _train(
-    loaded: Loaded, run: RunDir, shown: Shown, stops: StopRequests, beginning: Beginning, flags: TrainFlags
-) -> str | None:
-    """The heavy part of `train`; returns why it stopped early, if it did."""
-    from peftcli.cli.steps import SHOWN_ROWS, add_view, check_ends, plan_recipe, prepare_data
-    from peftcli.model.adapter import config_hash
-    from peftcli.model.probe import describe_environment
-    from peftcli.model.shards import leave_group
-    from peftcli.train.run import Session, evaluate_trained, run_forecast, train
-
-    planned = plan_recipe(loaded, shown, smoke=flags.smoke)
-    plan = planned.plan
-    needs = run_forecast(plan)
-    if is_first_process():
-        check_room(run.path, needs)
-    begun = time.monotonic()
-    tokenizer, data = prepare_data(plan, Heeding(shown, stops, "before the first step"))
-    prepared = {"prepare_seconds": round(time.monotonic() - begun, 3)}
-    ends = check_ends(plan.base.tokenizer, tokenizer, data, plan.adapter)
-    add_view(data, tokenizer, plan.labels, SHOWN_ROWS, ends)
-    environment = describe_environment(planned.machine, _command())
-    stamp = make_stamp(data.facts, config_hash(plan.base), environment["packages"])
-    for note in refuse_changes(beginning.stamp, stamp, flags.force):
-        shown.note(f"  note: {note}")
-    if is_first_process():
-        write_json(run.plan, plan.as_json())
-        write_json(run.environment, environment)
-        write_json(run.data, data.facts | prepared)
-    data.raise_if_crossed(f"peftcli data {loaded.path}")
-    for line in [*plan_lines(plan.as_json(), data.facts), *(f"  note: {notice}" for notice in plan.notices)]:
-        shown.note(line)
-    for warning in data.facts["warnings"]:
-        shown.note(f"  note: {warning}")
-    shown.note(f"  run folder {run.path}")
-    session = Session(stops, beginning.resume_from, stamp, needs.checkpoint_bytes)
-    work = evaluate_trained if beginning.trained else train
-    reason = work(plan, run, data, tokenizer, shown, session).stop_reason
-    leave_group()
-    return reason
-
-
 def eval_command(name: str, recipe: str | None, overrides: Sequence[str], *, with_base: bool, as_json: bool) -> None:
     """Measure a target and print the table; a run folder's `eval.json` is written again."""
-    with _shown(None) as (shown, streams):
+    with shown_run(None) as (shown, streams):
         from peftcli.cli.steps import plan_recipe, prepare_data
         from peftcli.evaluate import evaluate
         from peftcli.model.target import open_target
@@ -192,7 +99,7 @@ def eval_command(name: str, recipe: str | None, overrides: Sequence[str], *, wit
             before = read_json(run.eval) if run.eval.is_file() else {}
             value["base"] = value["base"] or before.get("base")
             write_json(run.eval, value)
-            _finish(run, loaded.recipe)
+            finish(run, loaded.recipe)
         if as_json:
             _print_json(streams, value)
             return
@@ -211,7 +118,7 @@ def merge_command(path: Path, into: str, output_dir: Path | None, dtype: str | N
     run = RunDir(path)
     if not run.recipe.is_file():
         raise RecipeError(f"{path}: no run folder (recipe.yaml is missing); `peftcli train` makes one")
-    with _shown(run.library_log) as (shown, streams):
+    with shown_run(run.library_log) as (shown, streams):
         from peftcli.cli.steps import plan_recipe, prepare_data
         from peftcli.merge.run import DriftTooLarge, MergeSettings, merge
         from peftcli.model.target import open_target
@@ -227,15 +134,15 @@ def merge_command(path: Path, into: str, output_dir: Path | None, dtype: str | N
             found = merge(target, data, output_dir or run.merged, settings, shown)
         except DriftTooLarge as problem:
             write_json(run.merge, problem.merge)
-            _finish(run, loaded.recipe)
+            finish(run, loaded.recipe)
             raise
         write_json(run.merge, found)
-        metrics = _finish(run, loaded.recipe)
+        metrics = finish(run, loaded.recipe)
         if as_json:
             _print_json(streams, found)
         else:
             _show_merge(run, found, metrics, output_dir or run.merged, streams)
-        _raise_unmet(metrics)
+        raise_unmet(metrics)
 
 
 def generate_command(name: str, prompts: list[str], file: Path | None, flags: GenerateFlags) -> None:
@@ -249,7 +156,7 @@ def generate_command(name: str, prompts: list[str], file: Path | None, flags: Ge
         asked = prompts or read_prompts(lines)
     except UnicodeDecodeError as problem:
         raise DataError(f"{file or 'standard input'}: byte {problem.start} is not UTF-8") from problem
-    with _shown(None) as (shown, streams):
+    with shown_run(None) as (shown, streams):
         from peftcli.generate import generate
         from peftcli.model.answer import Decoding
         from peftcli.model.target import open_target
@@ -265,7 +172,7 @@ def generate_command(name: str, prompts: list[str], file: Path | None, flags: Ge
             streams.out.write((f"{one.asked}\t" if len(made) > 1 else "") + one.answer.strip() + "\n")
 
 
-def _load(name: str, overrides: Sequence[str], *, smoke: bool) -> Loaded:
+def load(name: str, overrides: Sequence[str], *, smoke: bool) -> Loaded:
     loaded = load_recipe(find_recipe(name), overrides)
     return Loaded(smoke_recipe(loaded.recipe), loaded.notices, loaded.path) if smoke else loaded
 
@@ -278,13 +185,13 @@ def _recipe_for(name: str | None, run: RunDir | None, overrides: Sequence[str]) 
     raise RecipeError("this target stands alone; name the recipe whose test rows count with --recipe")
 
 
-def _finish(run: RunDir, recipe: Recipe) -> dict[str, Any]:
+def finish(run: RunDir, recipe: Recipe) -> dict[str, Any]:
     metrics = write_metrics(run, recipe.gates)
     write_report(run)
     return metrics
 
 
-def _show_result(run: RunDir, metrics: dict[str, Any], streams: Streams, *, as_json: bool) -> None:
+def show_result(run: RunDir, metrics: dict[str, Any], streams: Streams, *, as_json: bool) -> None:
     if as_json:
         _print_json(streams, metrics)
         return
@@ -320,24 +227,14 @@ def _show_merge(run: RunDir, found: dict[str, Any], metrics: dict[str, Any], fol
     out.print(f"report        {run.report_html}")
 
 
-def _raise_unless_good(run: RunDir, metrics: dict[str, Any], stop_reason: str | None) -> None:
-    if stop_reason is not None:
-        steps = metrics["train"]["steps"]
-        raise Stopped(
-            f"stopped at step {steps} by {stop_reason}; a whole checkpoint is in {run.checkpoints}; "
-            "the same command goes on"
-        )
-    _raise_unmet(metrics)
-
-
-def _raise_unmet(metrics: dict[str, Any]) -> None:
+def raise_unmet(metrics: dict[str, Any]) -> None:
     missed = unmet(metrics)
     if missed:
         raise GateNotMet("; ".join(missed))
 
 
 @contextmanager
-def _shown(log: Path | None) -> Iterator[tuple[Shown, Streams]]:
+def shown_run(log: Path | None) -> Iterator[tuple[Shown, Streams]]:
     with quiet(log) as streams:
         shown = Shown(console(streams.err), speaks=is_first_process())
         try:
@@ -352,10 +249,6 @@ def _shown(log: Path | None) -> Iterator[tuple[Shown, Streams]]:
             ) from problem
         finally:
             shown.end()
-
-
-def _command() -> str:
-    return "peftcli " + shlex.join(sys.argv[1:]) if sys.argv[1:] else "peftcli"
 
 
 def _print_json(streams: Streams, value: dict[str, Any]) -> None:

@@ -10,6 +10,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from rich.text import Text
 
+from peftcli.cli.printable import printable
+
 PLAIN_SECONDS = (10.0, 30.0)
 """Before the first progress line of a stretch, and between later ones, where the output is no terminal."""
 
@@ -114,22 +116,6 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60}m {whole % 60}s" if whole >= 60 else f"{whole}s"
     return f"{whole // 3600}h {whole % 3600 // 60}m"
-
-
-def printable(text: str) -> str:
-    """Text with control characters made visible, so that data can neither colour nor rewrite the terminal.
-
-    >>> printable("a\\x1b[31mb")
-    'a\\u241b[31mb'
-    """
-    return "".join(_visible(letter) for letter in text)
-
-
-def _visible(letter: str) -> str:
-    code = ord(letter)
-    if letter == "\n" or code >= 0xA0 or 0x20 <= code < 0x7F:
-        return "\ufffd" if 0x202A <= code <= 0x202E or 0x2066 <= code <= 0x2069 or 0xD800 <= code < 0xE000 else letter
-    return chr(0x2400 + code) if code < 0x20 else "\ufffd"
 
 
 def metric_table(models: Mapping[str, Mapping[str, Any] | None]) -> Table:

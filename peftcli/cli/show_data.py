@@ -9,7 +9,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from peftcli.cli.show import printable
+from peftcli.cli.printable import printable
 from peftcli.cli.show_rows import as_line, preview_lines, warning_lines
 
 ROWS = (

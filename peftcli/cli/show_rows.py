@@ -5,7 +5,7 @@ from typing import Any
 
 from rich.text import Text
 
-from peftcli.cli.show import printable
+from peftcli.cli.printable import printable
 from peftcli.data.parts import DROPPED, TRAINED, Part, shorten
 
 STYLES = {TRAINED: "bold green", DROPPED: "strike red"}
@@ -38,8 +38,8 @@ def preview_lines(data: Mapping[str, Any], *, colour: bool) -> list[Text]:
 def warning_lines(data: Mapping[str, Any]) -> list[str]:
     """What should be looked at before training, the worst first, one line each."""
     checks = data.get("checks") or []
-    failed, doubtful = ([c.get("said") for c in checks if c.get("result") == word] for word in ("fail", "warn"))
-    said = [*failed, *(data.get("warnings") or []), *doubtful]
+    failed = [check.get("said") for check in checks if check.get("result") == "fail"]
+    said = [*failed, *(data.get("warnings") or [])]
     return list(dict.fromkeys(as_line(text) for text in said if text))
 
 

@@ -1,24 +1,23 @@
 """The one pass over the sources: read, join, make examples, tokenize, count, and write what is usable to disk."""
 
 import re
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from peftcli.data.dropped import Dropped
 from peftcli.data.facts import counted
 from peftcli.data.join import Join
-from peftcli.data.names import listed
+from peftcli.data.known import known_of, signatures_of
 from peftcli.data.readings import KINDS, Examples, Reading, choose_reading
-from peftcli.data.rows import FIRST_PLACES, Rows, Source
+from peftcli.data.rows import Rows, Source
 from peftcli.data.scan import Scan
 from peftcli.data.store import Writer
-from peftcli.data.tokens import TokenBatch, Tokens
-from peftcli.data.twins import digest, plain, signatures
+from peftcli.data.tokens import Tokens
 from peftcli.errors import DataError
 from peftcli.plan.plan import LabelRule
 from peftcli.progress import Progress
@@ -41,30 +40,6 @@ class Asked:
     dataset: DatasetSection
     rule: LabelRule
     limit: int | None = None
-
-
-@dataclass
-class Dropped:
-    """Rows that are left out: how many by reason, and where the first stand."""
-
-    counts: Counter[str] = field(default_factory=Counter)
-    places: dict[str, list[str]] = field(default_factory=dict)
-
-    def add(self, rows: Rows, left_out: Sequence[tuple[int, str]]) -> None:
-        """Count rows of a batch by their number in it."""
-        for row, reason in left_out:
-            self._add(reason, rows.place(row))
-
-    def add_unread(self, rows: Rows) -> None:
-        """Count rows that could not be read, by their line."""
-        for line, reason in rows.unread:
-            self._add(reason, f"{rows.file}:{line}")
-
-    def _add(self, reason: str, place: str) -> None:
-        self.counts[reason] += 1
-        places = self.places.setdefault(reason, [])
-        if len(places) < FIRST_PLACES:
-            places.append(place)
 
 
 def ingest(
@@ -193,38 +168,11 @@ class _Pass:
         batch = self._tokens.batch(examples.columns, ends, self._asked.dataset.too_long)
         self._dropped.add(rows, [(examples.kept[row], reason) for row, reason in batch.dropped])
         self._count_special(rows, examples)
-        writer.add(
-            examples.columns, batch, self._known(source, rows, examples, batch), _signatures(examples.content, batch)
-        )
-
-    def _known(self, source: int, rows: Rows, examples: Examples, batch: TokenBatch) -> dict[str, Any]:
-        of = batch.of
-        kept = np.array(examples.kept, np.int64)[of]
-        file = self._files.setdefault(rows.file, len(self._files))
-        wholes = ["\x1f".join(parts) for parts in zip(*examples.columns.values(), strict=True)]
-        split = self._asked.dataset.split
-        return {
-            "source": np.full(len(of), source, np.int32),
-            "file": np.full(len(of), file, np.int32),
-            "number": np.array(rows.numbers, np.int64)[kept],
-            "label": np.array(self._label_numbers(examples), np.int32)[of],
-            "exact": _digests(wholes)[of],
-            "plain": _pieces(_digests([plain(text) for text in wholes]), batch),
-            "prompt": self._prompts(examples)[of],
-            "class": _column_digests(rows, split.stratify, "stratify")[kept],
-            "group": self._groups(rows)[kept],
-        }
-
-    def _groups(self, rows: Rows) -> Any:
-        """What keeps rows on one side of the split: the group's column, or the text that they are pieces of."""
-        split = self._asked.dataset.split
-        if split.group is None and self._asked.dataset.too_long == "split" and rows.ends is None:
-            return _digests([rows.place(row) for row in range(len(rows))])
-        return _column_digests(rows, split.group, "group")
-
-    def _prompts(self, examples: Examples) -> Any:
-        prompts = examples.columns.get("prompt")
-        return np.zeros(len(examples.kept), np.uint64) if prompts is None else _digests(list(map(plain, prompts)))
+        known = known_of(rows, examples, batch, self._asked.dataset)
+        known["source"] = np.full(len(batch.of), source, np.int32)
+        known["file"] = np.full(len(batch.of), self._files.setdefault(rows.file, len(self._files)), np.int32)
+        known["label"] = np.array(self._label_numbers(examples), np.int32)[batch.of]
+        writer.add(examples.columns, batch, known, signatures_of(examples, batch))
 
     def _label_numbers(self, examples: Examples) -> list[int]:
         """A number for each different answer, as long as there are few enough to be labels."""
@@ -298,34 +246,6 @@ def _head(rows: Rows, count: int) -> Rows:
     columns = {name: values[:count] for name, values in rows.columns.items()}
     ends = None if rows.ends is None else rows.ends[:count]
     return Rows(rows.file, rows.numbers[:count], columns, rows.unread, ends)
-
-
-def _digests(texts: Sequence[str]) -> Any:
-    return np.fromiter(map(digest, texts), np.uint64, len(texts))
-
-
-def _pieces(hashes: Any, batch: TokenBatch) -> Any:
-    """The hash of each row, made another one for each further piece of one text, so that pieces are no duplicates."""
-    return hashes[batch.of] + _piece_numbers(batch).astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-
-
-def _signatures(content: Sequence[str], batch: TokenBatch) -> Any:
-    found = signatures([plain(text) for text in content])[batch.of]
-    return found + _piece_numbers(batch).astype(np.uint32)[:, None]
-
-
-def _piece_numbers(batch: TokenBatch) -> Any:
-    """0 for the first row that was made from an example, 1 for the next, and so on."""
-    return np.arange(len(batch.of)) - np.searchsorted(batch.of, batch.of, side="left")
-
-
-def _column_digests(rows: Rows, name: str | None, key: str) -> Any:
-    """64 bits of each value of a column; zeros where the recipe names none."""
-    if name is None:
-        return np.zeros(len(rows), np.uint64)
-    if name not in rows.columns:
-        raise DataError(f"dataset.split.{key}: {rows.file} has no column {name}; it has {listed(rows.columns)}")
-    return _digests([repr(value) for value in rows.columns[name]])
 
 
 def _special_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None:

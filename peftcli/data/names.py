@@ -23,7 +23,7 @@ def shown(name: str) -> str:
 def listed(names: Iterable[str]) -> str:
     """The first names, and how many more there are.
 
-    >>> listed(["a", "b "]), listed(map(str, range(22)))[-13:]
+    >>> listed(["a", "b "]), listed(map(str, range(22)))[-14:]
     ('a, "b "', '19, and 2 more')
     """
     given = [shown(name) for name in names]

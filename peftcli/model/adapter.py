@@ -12,7 +12,6 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from peftcli.data.prepare import PreparedData
 from peftcli.errors import Diverged
 from peftcli.model.identity import IDENTITY, identity
-from peftcli.model.identity import config_hash as config_hash
 from peftcli.plan.plan import Plan
 from peftcli.rundir import write_json
 

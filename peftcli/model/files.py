@@ -51,14 +51,14 @@ def base_facts(path: str, revision: str | None) -> BaseFacts:
     commit = None if Path(path).is_dir() else folder.name
     try:
         tensors = _tensors(folder)
-        return BaseFacts(config_hash(folder), _weights_hash(tensors), _embedding_rows(tensors), commit)
+        return BaseFacts(_config_hash(folder), _weights_hash(tensors), _embedding_rows(tensors), commit)
     except (
         OSError,
         ValueError,
         KeyError,
         SafetensorError,
     ):  # damaged files, of which loading them says more than could be said here
-        return BaseFacts(config_hash(folder), commit=commit)
+        return BaseFacts(_config_hash(folder), commit=commit)
 
 
 def local_folder(path: str, revision: str | None) -> Path | None:
@@ -71,7 +71,7 @@ def local_folder(path: str, revision: str | None) -> Path | None:
         return None
 
 
-def config_hash(folder: Path) -> str | None:
+def _config_hash(folder: Path) -> str | None:
     """SHA-256 of the model that a folder's config.json describes, None where it has none that can be read."""
     try:
         content = json.loads((folder / "config.json").read_text(encoding="utf-8"), object_hook=_said)

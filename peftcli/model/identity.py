@@ -11,11 +11,12 @@ from typing import Any
 from huggingface_hub.constants import is_offline_mode
 from transformers import PreTrainedTokenizerBase
 
-from peftcli.data.prepare import PreparedData, tokenizer_fingerprint
+from peftcli.data.kept import tokenizer_fingerprint
+from peftcli.data.prepare import PreparedData
 from peftcli.errors import MachineError
 from peftcli.model.files import BaseFacts, base_facts, local_folder
 from peftcli.model.load import load_tokenizer
-from peftcli.model.tensors import WEIGHTS, read_tensors
+from peftcli.model.tensors import WEIGHTS, hash_files, read_tensors
 from peftcli.plan.plan import Base, Plan, TokenizerChoice
 from peftcli.rundir import read_json
 from peftcli.tiny.build import NAMES as TINY_NAMES
@@ -58,6 +59,7 @@ def identity(plan: Plan, data: PreparedData, folder: Path) -> dict[str, Any]:
         "evaluation_batch": plan.evaluation_batch,
         "tokenizer": tokenizer_record(folder, plan.base.tokenizer),
         "tensors": read_tensors(folder / WEIGHTS),
+        "files": hash_files(folder),
     }
 
 

@@ -44,6 +44,10 @@ def load_tokenizer(choice: TokenizerChoice, path: str | None = None) -> PreTrain
         )
     except (OSError, ValueError) as problem:
         raise MachineError(explain_missing(path or choice.path, problem)) from problem
+    except Exception as problem:
+        if type(problem) is not Exception:  # what the tokenizers library raises for a damaged tokenizer.json
+            raise
+        raise MachineError(f"{path or choice.path}: its tokenizer.json is damaged ({problem}); restore it") from problem
     if choice.chat_template is not None and path is None:
         try:
             tokenizer.chat_template = Path(choice.chat_template).read_text(encoding="utf-8")

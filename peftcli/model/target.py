@@ -20,7 +20,7 @@ from peftcli.model.identity import (
     token_ids,
 )
 from peftcli.model.load import load_adapter, load_base, load_tokenizer
-from peftcli.model.tensors import CONFIG, check_adapter_files
+from peftcli.model.tensors import CONFIG, check_adapter_files, refuse_changed
 from peftcli.plan.plan import Base
 from peftcli.recipe.load import load_recipe
 from peftcli.rundir import RunDir
@@ -120,6 +120,7 @@ def _device() -> str:
 def _adapter(folder: Path, found: dict[str, Any], base: Base | None, run: RunDir | None) -> Target:
     """An adapter of ours, after its files, its base and its tokenizer were held against its identity."""
     check_adapter_files(folder, found.get("tensors"))
+    refuse_changed(folder, found.get("files") or {})
     under = base_of(found, _device(), _places(folder, found, base, run))
     check_tokenizer(folder, found, under)
     return Target(under, folder, found, run)

@@ -1,5 +1,6 @@
 """The tensors of an adapter's file: all there, nothing more, of their shapes, and finite."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -41,6 +42,29 @@ def check_adapter_files(folder: Path, stated: Mapping[str, str] | None) -> None:
     if stated is not None and found != stated:
         raise MachineError(f"{file}: {_difference(found, stated)}; restore the file")
     _refuse_not_finite(file)
+
+
+def hash_files(folder: Path) -> dict[str, str]:
+    """SHA-256 of the files that decide what an adapter computes, by name."""
+    found = {}
+    for name in (WEIGHTS, CONFIG):
+        with (folder / name).open("rb") as stream:
+            found[name] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return found
+
+
+def refuse_changed(folder: Path, stated: Mapping[str, str]) -> None:
+    """Refuse an adapter of which a file is not as it was written, by a single bit.
+
+    Args:
+        stated: what `hash_files` said then; empty where nobody recorded it.
+
+    Raises:
+        MachineError: a file differs.
+    """
+    changed = [name for name, digest in hash_files(folder).items() if stated.get(name, digest) != digest]
+    if changed:
+        raise MachineError(f"{folder}: {' and '.join(changed)} changed after training; restore the file, or train anew")
 
 
 def read_tensors(file: Path) -> dict[str, str]:

@@ -1,0 +1,125 @@
+"""The body of `train`: the folder, the lock, the clock, the data, and the verb itself."""
+
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peftcli.cli.commands import finish, load, raise_unmet, show_result, shown_run
+from peftcli.cli.launch import first_decides
+from peftcli.cli.show import Shown, plan_lines
+from peftcli.errors import Stopped
+from peftcli.recipe.load import Loaded
+from peftcli.rundir import RunDir, write_json
+from peftcli.train.begin import Beginning, begin, write_recipe
+from peftcli.train.disk import check_room, check_writable
+from peftcli.train.lock import RunLock
+from peftcli.train.session import deadline, session_note, wall_clock_limit
+from peftcli.train.stamp import make_stamp, refuse_changes
+from peftcli.train.stops import Heeding, StopRequests, forget_stop_file, is_first_process, seconds_since_start
+
+
+@dataclass(frozen=True)
+class TrainFlags:
+    """The flags of `train` that are no part of the recipe."""
+
+    output_dir: Path | None
+    resume: bool
+    overwrite: bool
+    smoke: bool
+    as_json: bool
+    force: tuple[str, ...] = ()
+
+
+def train_command(name: str, overrides: Sequence[str], flags: TrainFlags) -> None:
+    """Train a recipe, or go on with its run."""
+    loaded = load(name, overrides, smoke=flags.smoke)
+    run = RunDir(flags.output_dir or Path(loaded.recipe.output_dir or Path("runs") / loaded.recipe.name))
+    now, budget = time.time(), loaded.recipe.budget.wall_clock
+    limit, name = wall_clock_limit(budget, deadline(now), now - seconds_since_start())
+    lock = RunLock(run.path)
+    with StopRequests(run.path, limit, limit_name=name) as stops, closing(lock):
+
+        def prepare_folder() -> Beginning:
+            if not run.path.is_file():
+                check_writable(run.path)
+                lock.acquire()
+            found = begin(run, loaded.recipe, overwrite=flags.overwrite, resume=flags.resume, allowed=flags.force)
+            forget_stop_file(run.path)
+            if not found.finished:
+                run.path.mkdir(parents=True, exist_ok=True)
+                write_recipe(run, loaded.recipe)
+            return found
+
+        beginning = first_decides(prepare_folder)
+        with shown_run(run.library_log if not beginning.finished else None) as (shown, streams):
+            for line in (*beginning.notes, session_note(budget, now)):
+                if line is not None:
+                    shown.note(line)
+            reason = None
+            if not beginning.finished:
+                reason = _train(loaded, run, shown, stops, beginning, flags)
+            if is_first_process():
+                metrics = finish(run, loaded.recipe)
+                show_result(run, metrics, streams, as_json=flags.as_json)
+                _raise_unless_good(run, metrics, reason)
+
+
+def _train(
+    loaded: Loaded, run: RunDir, shown: Shown, stops: StopRequests, beginning: Beginning, flags: TrainFlags
+) -> str | None:
+    """The heavy part of `train`; returns why it stopped early, if it did."""
+    from peftcli.cli.steps import SHOWN_ROWS, add_view, check_ends, plan_recipe, prepare_data
+    from peftcli.model.files import base_facts
+    from peftcli.model.probe import describe_environment
+    from peftcli.model.shards import leave_group
+    from peftcli.train.run import Session, evaluate_trained, run_forecast, train
+
+    planned = plan_recipe(loaded, shown, smoke=flags.smoke)
+    plan = planned.plan
+    needs = run_forecast(plan)
+    if is_first_process():
+        check_room(run.path, needs)
+    begun = time.monotonic()
+    tokenizer, data = prepare_data(plan, Heeding(shown, stops, "before the first step"))
+    prepared = {"prepare_seconds": round(time.monotonic() - begun, 3)}
+    ends = check_ends(plan.base.tokenizer, tokenizer, data, plan.adapter)
+    add_view(data, tokenizer, plan.labels, SHOWN_ROWS, ends)
+    environment = describe_environment(planned.machine, command_line())
+    base = base_facts(plan.base.path, plan.base.revision)
+    stamp = make_stamp(data.facts, base.weights_sha256 or base.config_sha256, environment["packages"])
+    for note in refuse_changes(beginning.stamp, stamp, flags.force):
+        shown.note(f"  note: {note}")
+    if is_first_process():
+        write_json(run.plan, plan.as_json())
+        write_json(run.environment, environment)
+        write_json(run.data, data.facts | prepared)
+    data.raise_if_crossed(f"peftcli data {loaded.path}")
+    for line in [*plan_lines(plan.as_json(), data.facts), *(f"  note: {notice}" for notice in plan.notices)]:
+        shown.note(line)
+    for warning in data.facts["warnings"]:
+        shown.note(f"  note: {warning}")
+    shown.note(f"  run folder {run.path}")
+    session = Session(stops, beginning.resume_from, stamp, needs.checkpoint_bytes)
+    work = evaluate_trained if beginning.trained else train
+    reason = work(plan, run, data, tokenizer, shown, session).stop_reason
+    leave_group()
+    return reason
+
+
+def _raise_unless_good(run: RunDir, metrics: dict[str, Any], stop_reason: str | None) -> None:
+    if stop_reason is not None:
+        steps = metrics["train"]["steps"]
+        raise Stopped(
+            f"stopped at step {steps} by {stop_reason}; a whole checkpoint is in {run.checkpoints}; "
+            "the same command goes on"
+        )
+    raise_unmet(metrics)
+
+
+def command_line() -> str:
+    return "peftcli " + shlex.join(sys.argv[1:]) if sys.argv[1:] else "peftcli"

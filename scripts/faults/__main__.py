@@ -1,0 +1,90 @@
+"""The fault matrix as real commands on a CPU, and a table of how each ended.
+
+    python scripts/faults                      the 32 faulty recipes, stops, kills (5), damage, folders, identity, fuzz
+    python scripts/faults A 27 --peer          some of them, `trl sft` beside them where it has the feature
+    python scripts/faults 26 --kills 40        as many kills as a release is worth
+
+Numbers are those of the fault matrix; A is the list of 32 faulty recipes. Exit code 1 when a case fails.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import inputs
+import kills
+import peer
+import stops
+from ground import Ground
+from table import Case, Drill, Row, as_json, print_head, print_row
+
+TINY = "from peftcli.tiny.build import tiny_model; print(tiny_model('tiny:llama'))"
+
+
+def all_cases(kill_count: int, examples: int) -> list[Case | Drill]:
+    """Every case in the order of the table."""
+    return [*inputs.THE_32, *inputs.MORE, *kills.drills(kill_count), *stops.DRILLS]
+
+
+def main() -> int:
+    """Run the cases that were asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("numbers", nargs="*", help="numbers of the matrix, or A; all when left out")
+    parser.add_argument("--peer", action="store_true", help="run trl sft beside it")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
+    parser.add_argument("--kills", type=int, default=5, help="random kills of case 26")
+    parser.add_argument("--examples", type=int, default=200, help="of each fuzz test")
+    parser.add_argument("--keep", action="store_true", help="keep the folders of the cases")
+    asked = parser.parse_args()
+    model = Path(
+        subprocess.run([sys.executable, "-c", TINY], check=True, capture_output=True, text=True).stdout.strip()
+    )
+    folder = Path(tempfile.mkdtemp(prefix="faults-"))
+    print_head(peer=asked.peer)
+    rows = []
+    for number, case in enumerate(chosen(all_cases(asked.kills, asked.examples), asked.numbers)):
+        for row in play(case, folder / f"{number:03d}", model, peer_too=asked.peer):
+            print_row(row, peer=asked.peer)
+            rows.append(row)
+        if not asked.keep:
+            shutil.rmtree(folder / f"{number:03d}", ignore_errors=True)
+    if asked.keep:
+        print(f"folders in {folder}")
+    else:
+        shutil.rmtree(folder)
+    if asked.json is not None:
+        asked.json.write_text(json.dumps({"schema": 1, "rows": as_json(rows)}, indent=1) + "\n", encoding="utf-8")
+    failed = sum(row.good is False for row in rows)
+    print(f"{len(rows)} cases, {failed} failed, {sum(row.good is None for row in rows)} skipped")
+    return 1 if failed else 0
+
+
+def chosen(cases: Sequence[Case | Drill], numbers: Sequence[str]) -> Iterator[Case | Drill]:
+    """The cases of these numbers; a case may carry several."""
+    for case in cases:
+        if not numbers or set(case.number.split("+")) & set(numbers):
+            yield case
+
+
+def play(case: Case | Drill, folder: Path, model: Path, *, peer_too: bool) -> list[Row]:
+    """Run a case; one that cannot be played to its end has failed."""
+    try:
+        rows = list(case.run(Ground(folder / "ours", model)))
+    except Exception:  # the rest of the table is still worth having
+        said = " ".join(traceback.format_exc().split())[-300:]
+        rows = [Row(case.number, case.fault, "", "", 0.0, None, False, said)]
+    if peer_too and isinstance(case, Case) and case.peer is not None:
+        found = peer.run_peer(case, Ground(folder / "trl", model))
+        rows = [replace(row, peer=found) for row in rows]
+    return rows
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,142 @@
+"""Stops: SIGTERM and Ctrl-C at exact moments, budgets of seconds; numbers 29, 30, 32 and 33 of the matrix."""
+
+import signal
+from collections.abc import Mapping, Sequence
+
+from ground import Ended, Ground
+from table import Drill, Judge, Row
+from zygote import ZYGOTE, Moment, send
+
+TRAINER = "peftcli.train.trainer:Trainer"
+ACCUMULATED = {
+    "trainer.per_device_train_batch_size": 2,
+    "trainer.gradient_accumulation_steps": 4,
+    "trainer.max_steps": 6,
+    "trainer.eval_strategy": "steps",
+    "trainer.eval_steps": 2,
+    "trainer.save_steps": 3,
+}
+"""Steps of four micro-batches; evaluations after steps 2, 4 and 6, checkpoints after 3 and 6."""
+SIGTERM_MOMENTS = {
+    "while the data are read": Moment("peftcli.data.ingest:_Pass._add"),
+    "while the base is loaded": Moment("peftcli.train.run:load_base"),
+    "in the baseline": Moment("peftcli.model.score:_score_batch"),
+    "between two steps": Moment(f"{TRAINER}.get_batch_samples", 3),
+    "before the first micro-batch of step 3": Moment(f"{TRAINER}.training_step", 9),
+    "between forward and backward of micro-batch 2 of step 2": Moment(f"{TRAINER}.compute_loss", 6, after=True),
+    "after the last micro-batch of step 3": Moment(f"{TRAINER}.training_step", 12, after=True),
+    "before the optimizer takes step 3": Moment(f"{TRAINER}.check_step", 3),
+    "after the optimizer took step 3": Moment("peftcli.train.watch:Watch.on_step_end", 3),
+    "in an evaluation during training": Moment(f"{TRAINER}.prediction_step"),
+    "before a checkpoint is written": Moment(f"{TRAINER}._save_checkpoint"),
+    "before a checkpoint is sealed": Moment("peftcli.train.checkpoints:seal"),
+    "after a checkpoint got its name": Moment("peftcli.train.checkpoints:promote", after=True),
+    "in the last step": Moment(f"{TRAINER}.training_step", 23),
+    "while the adapter is written": Moment("peftcli.train.run:save_adapter"),
+    "in the last evaluation": Moment("peftcli.train.run:_measure", 2),
+}
+CTRL_C_MOMENTS = {
+    "in the baseline": Moment("peftcli.model.score:_score_batch"),
+    "in a micro-batch": Moment(f"{TRAINER}.compute_loss", 15),
+    "in an evaluation during training": Moment(f"{TRAINER}.prediction_step", 4),
+    "in a save, before the optimizer's state": Moment(f"{TRAINER}._save_optimizer_and_scheduler"),
+    "before a checkpoint is sealed": Moment("peftcli.train.checkpoints:seal"),
+    "before a checkpoint gets its name": Moment("peftcli.train.checkpoints:promote"),
+    "before old checkpoints are removed": Moment("peftcli.train.checkpoints:rotate"),
+    "while the adapter is written": Moment("peftcli.train.run:save_adapter", after=True),
+    "in the last evaluation": Moment("peftcli.train.run:_measure", 2),
+}
+BUDGET_STEPS = 250
+BUDGET_SECONDS = 14
+SESSIONS = 5
+
+
+def train(ground: Ground, output_dir: str = "run") -> tuple[str, ...]:
+    """The words of the command that all sessions of a drill share."""
+    return ("train", str(ground.folder / "recipe.yaml"), "--output-dir", output_dir)
+
+
+def unbroken(ground: Ground, keys: Mapping[str, object]) -> str:
+    """Digest of the run that nothing stops."""
+    whole = Ground(ground.folder / "unbroken", ground.model)
+    whole.recipe(keys)
+    end = ZYGOTE.run(whole, *train(whole))
+    if end.code:
+        raise RuntimeError(end.err)
+    return whole.digest()
+
+
+def interrupted(
+    ground: Ground, name: str, moment: Moment, signals: Sequence[signal.Signals], code: int, expected: str
+) -> Row:
+    """Stop a session at a moment, run the same command again, and compare the adapter."""
+    number, what = ("29", "SIGTERM") if len(signals) == 1 else ("30", "Ctrl-C twice")
+    judge = Judge(number, f"{what} {name}", str(code))
+    place = Ground(ground.folder / name.replace(" ", "-"), ground.model)
+    place.recipe(ACCUMULATED)
+    first = ZYGOTE.run(place, *train(place), hook=lambda: moment.arm(send(*signals)))
+    judge.ended(first, code, "stopped", lines=None)
+    judge.holds(told_of(first) == 1, f"{told_of(first)} lines tell of the stop")
+    judge.holds(number == "30" or not place.digest() or "evaluation" in first.err, "an adapter as if it were final")
+    judge.ended(ZYGOTE.run(place, *train(place)), 0)
+    judge.holds(place.digest() == expected, f"other bits: {place.digest()}, not {expected}")
+    return judge.row()
+
+
+def told_of(end: Ended) -> int:
+    return sum(line.startswith("error: ") for line in end.err.splitlines())
+
+
+def sigterm(ground: Ground) -> list[Row]:
+    """SIGTERM wherever a run can be."""
+    expected = unbroken(ground, ACCUMULATED)
+    found = [interrupted(ground, name, at, [signal.SIGTERM], 75, expected) for name, at in SIGTERM_MOMENTS.items()]
+    return found
+
+
+def ctrl_c(ground: Ground) -> list[Row]:
+    """A second Ctrl-C ends at once; what was whole before stays whole."""
+    expected = unbroken(ground, ACCUMULATED)
+    signals = [signal.SIGINT, signal.SIGINT]
+    return [interrupted(ground, name, at, signals, 130, expected) for name, at in CTRL_C_MOMENTS.items()]
+
+
+def budgets(ground: Ground) -> list[Row]:
+    """Five sessions of a few seconds each end with the bits of one long one, none of them beyond its budget."""
+    keys = {"trainer.max_steps": BUDGET_STEPS, "trainer.save_steps": BUDGET_STEPS}
+    expected = unbroken(ground, keys)
+    ground.recipe(keys)
+    rows = []
+    for session in range(1, SESSIONS + 1):
+        limited = ("--max-time", f"{BUDGET_SECONDS}s") if session < SESSIONS else ()
+        judge = Judge(
+            "32", f"session {session} of {SESSIONS}, {BUDGET_SECONDS} s" if limited else "the last session", ""
+        )
+        end = judge.ended(ZYGOTE.run(ground, *train(ground), *limited), 75 if limited else 0, lines=None)
+        over = end.seconds - BUDGET_SECONDS
+        judge.holds(not limited or over <= 0, f"{over:.1f} s over its budget")
+        judge.holds(bool(limited) or ground.digest() == expected, "other bits than the unbroken run")
+        said = next((line for line in reversed(end.err.splitlines()) if "step" in line), "")
+        rows.append(judge.row(f"{-over:.1f} s under; {said[:90]}" if limited else "the bits of the unbroken run"))
+    return rows
+
+
+def same_command(ground: Ground) -> list[Row]:
+    """The same command after the end says so; no step is trained."""
+    judge = Judge("33", "the same command three times", "0")
+    ground.recipe()
+    digests, seen = set(), set()
+    for turn in range(3):
+        judge.ended(ZYGOTE.run(ground, *train(ground)), 0, *(["already finished"] if turn else []))
+        digests.add(ground.digest())
+        seen.add((ground.folder / "run" / "log.jsonl").read_text())
+    judge.holds(len(digests) == 1 and len(seen) == 1, "the run changed")
+    return [judge.row()]
+
+
+DRILLS = [
+    Drill("29", "SIGTERM", sigterm),
+    Drill("30", "Ctrl-C twice", ctrl_c),
+    Drill("32", "budgets", budgets),
+    Drill("33", "the same command again", same_command),
+]
