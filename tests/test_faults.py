@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from peftcli.errors import MemoryExhausted, RecipeError
 from peftcli.model import score as scoring
 from peftcli.rundir import read_json, read_log, write_json
 from peftcli.train import checkpoints
-from peftcli.train.micro import MicroBatches, cut
+from peftcli.train.pieces import Pieces, cut
 from peftcli.train.stamp import refuse_changes
 from peftcli.train.trainer import MOST_FLAT_STEPS, Trainer
 
@@ -34,13 +35,13 @@ def losses(run: Path) -> list[float]:
     return [row["loss"] for row in read_log(run / "log.jsonl") if "loss" in row]
 
 
-def small_memory(monkeypatch: pytest.MonkeyPatch, rows: int, first_step: int = 0) -> None:
-    """Let every training forward of more rows run out of memory, half of its gradients added already."""
+def small_memory(monkeypatch: pytest.MonkeyPatch, tokens: int, first_step: int = 0) -> None:
+    """Let every training forward of more tokens run out of memory, half of its gradients added already."""
     whole = Trainer.compute_loss
 
     def limited(self: Trainer, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         loss = whole(self, model, inputs, *args, **kwargs)
-        if model.training and len(inputs["input_ids"]) > rows and self.state.global_step >= first_step:
+        if model.training and inputs["input_ids"].numel() > tokens and self.state.global_step >= first_step:
             loss.backward()  # what a backward that dies half-way leaves in the gradients
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return loss
@@ -51,64 +52,71 @@ def small_memory(monkeypatch: pytest.MonkeyPatch, rows: int, first_step: int = 0
 # Memory
 
 
+@pytest.mark.parametrize("batching", ["padded", "flat"])
 def test_when_memory_runs_out_the_step_is_repeated_in_pieces_with_the_same_result(
-    write_recipe: Write, run_cli: Cli, capfd: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    write_recipe: Write, run_cli: Cli, capfd: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batching: str
 ) -> None:
     recipe = write_recipe(
-        trainer={"max_steps": 5, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 3, "save_steps": 4}
+        trainer={"max_steps": 5, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 3, "save_steps": 4},
+        performance={"batching": batching},
     )
     assert run_cli("train", recipe, "--output-dir", "whole") == 0
-    small_memory(monkeypatch, rows=2, first_step=2)
+    small_memory(monkeypatch, tokens=60, first_step=2)
     capfd.readouterr()
     assert run_cli("train", recipe, "--output-dir", "small") == 0
-    assert "step 3: out of memory, so 2 rows are taken at once from here on" in capfd.readouterr().err
+    assert "step 3: out of memory, so its rows are run in" in capfd.readouterr().err
     whole, small = (tmp_path / name for name in ("whole", "small"))
     assert losses(small) == pytest.approx(losses(whole), abs=1e-5)
     for name, tensor in adapter(whole).items():
         assert torch.allclose(tensor, adapter(small)[name], atol=1e-5), name
     facts, expected = read_json(small / "train.json"), read_json(whole / "train.json")
-    assert facts["out_of_memory"] == [{"step": 3, "rows_at_once": 2}] and facts["rows_at_once"] == 2
+    assert [event["step"] for event in facts["out_of_memory"]] and not expected["out_of_memory"]
+    assert all(event["step"] == 3 for event in facts["out_of_memory"])
     for key in ("tokens", "trained_tokens", "rows", "steps"):
         assert facts[key] == expected[key], key
     manifest = read_json(small / "checkpoints" / "checkpoint-4" / "manifest.json")
-    assert manifest["counters"]["pieces"] == 2  # a session that goes on does not run into it again
+    assert manifest["counters"]["shrunk"] == len(facts["out_of_memory"])  # the next session does not run into it again
 
 
 def test_what_does_not_fit_in_small_pieces_either_ends_with_5_and_says_what_did(
     write_recipe: Write, run_cli: Cli, capfd: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    small_memory(monkeypatch, rows=0, first_step=2)
+    small_memory(monkeypatch, tokens=0, first_step=2)
     recipe = write_recipe(trainer={"max_steps": 4, "per_device_train_batch_size": 4, "save_steps": 2})
     assert run_cli("train", recipe, "--output-dir", "run") == 5
     said = capfd.readouterr().err
-    assert "step 3: 1 row of" in said and "4 rows of" in said and "did fit" in said and "dataset.max_length" in said
-    assert "Traceback" not in said
+    assert "step 3: its 4 rows in 4 pieces do not fit" in said and "tokens at once did fit" in said
+    assert "dataset.max_length" in said and "Traceback" not in said
     assert (tmp_path / "run" / "checkpoints" / "checkpoint-2" / "manifest.json").is_file()
 
 
-def test_at_most_three_halvings() -> None:
-    micro = MicroBatches(alone=True)
-    batch = {"input_ids": torch.zeros(64, 5, dtype=torch.int64)}
+def batch_of(rows: int, tokens: int) -> dict[str, Any]:
+    full = torch.ones(rows, tokens, dtype=torch.int64)
+    return {"input_ids": full, "labels": full.clone(), "attention_mask": full.clone()}
+
+
+@pytest.mark.parametrize("tokens", [None, 320])
+def test_at_most_three_halvings(tokens: int | None) -> None:
+    pieces = Pieces(tokens=tokens)
+    sizes = []
 
     def one(piece: dict[str, Any]) -> torch.Tensor:
+        sizes.append(piece["input_ids"].numel())
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    micro.begin([batch])
-    with pytest.raises(MemoryExhausted, match="step 7: 8 rows of 5 tokens at once do not fit"):
-        micro.run(batch, one, lambda: None, 7)
-    assert [rows for _, rows in micro.events] == [32, 16, 8]
+    with pytest.raises(MemoryExhausted, match="step 7: its 64 rows in 8 pieces do not fit"):
+        pieces.run([batch_of(64, 5)], one, lambda: None, nullcontext, 7)
+    assert sizes == [320, 160, 80, 40] and [step for step, _ in pieces.events] == [7, 7, 7]
     with pytest.raises(MemoryExhausted, match="several processes cannot"):
-        MicroBatches(alone=False).run(batch, one, lambda: None, 7)
+        Pieces(tokens=tokens, agree=lambda n: [n, n]).run([batch_of(4, 5)], one, lambda: None, nullcontext, 7)
 
 
 def test_an_error_that_is_no_lack_of_memory_is_not_swallowed() -> None:
     def one(piece: dict[str, Any]) -> torch.Tensor:
         raise RuntimeError("size mismatch")
 
-    micro = MicroBatches(alone=True)
-    batch = {"input_ids": torch.zeros(4, 5, dtype=torch.int64)}
     with pytest.raises(RuntimeError, match="size mismatch"):
-        micro.run(batch, one, lambda: None, 1)
+        Pieces(tokens=None).run([batch_of(4, 5)], one, lambda: None, nullcontext, 1)
 
 
 def test_pieces_hold_every_row_once_without_needless_padding() -> None:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from peftcli.errors import MachineError, RecipeError
+from peftcli.plan.batching import choose_batching
 from peftcli.plan.choices import Choices, choose, count_batch
 from peftcli.plan.facts import Machine, ModelFacts
 from peftcli.plan.plan import DTYPE_BYTES, Base, Batch, Decision, LabelRule, Plan
@@ -44,6 +45,7 @@ def make_plan(
     labels = label_rule(recipe, facts.positions)
     _check_room(recipe, facts, machine, choices)
     batch = count_batch(recipe.trainer, machine)
+    batching, how = choose_batching(recipe, choices, batch, labels)
     trainable = count_trainable(recipe.adapter)
     total = facts.parameters + trainable
     return Plan(
@@ -58,6 +60,7 @@ def make_plan(
         dataset=recipe.dataset,
         labels=labels,
         batch=batch,
+        batching=batching,
         trainer=_trainer_arguments(recipe, labels, choices),
         evaluation=recipe.evaluation,
         evaluation_batch=_evaluation_batch(recipe, choices.on_gpu),
@@ -66,7 +69,7 @@ def make_plan(
         targets=targets,
         trainable_parameters=trainable,
         total_parameters=total,
-        decisions=_decisions(recipe, choices, batch, targets, trainable, total),
+        decisions=(*_decisions(recipe, choices, batch, targets, trainable, total), how),
         notices=notices + ((facts.note,) if facts.note else ()) + _notices(recipe, machine, choices.on_gpu),
     )
 

@@ -102,6 +102,19 @@ class Batch:
 
 
 @dataclass(frozen=True)
+class Batching:
+    """How the rows of a step are run.
+
+    Attributes:
+        kind: `flat` (lines of rows without padding) or `padded` (the loader's micro-batches).
+        tokens: of one line at most.
+    """
+
+    kind: str
+    tokens: int
+
+
+@dataclass(frozen=True)
 class Plan:
     """What will happen. Nothing below this floor decides, and nothing here is `auto`.
 
@@ -126,6 +139,7 @@ class Plan:
     dataset: DatasetSection
     labels: LabelRule
     batch: Batch
+    batching: Batching
     trainer: Mapping[str, Any]
     evaluation: EvaluationSection
     evaluation_batch: int
@@ -161,5 +175,6 @@ class Plan:
                 "processes": self.batch.processes,
                 "effective": self.batch.effective,
             },
+            "batching": {"kind": self.batching.kind, "tokens": self.batching.tokens},
             "trainer": dict(self.trainer),
         }

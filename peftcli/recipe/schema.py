@@ -253,6 +253,15 @@ class DatasetSection(SourceSection):
     """Where the data are so wrong that nothing is trained."""
 
 
+class PerformanceSection(Section):
+    """How the work is done; none of it changes what is learned."""
+
+    batching: Literal["auto", "flat", "padded"] = "auto"
+    """Rows of a step in lines without padding, or in padded micro-batches."""
+    tokens_per_micro_batch: Automatic = "auto"
+    """Longest line, tokens; `auto` is what the padded micro-batch could hold."""
+
+
 class EvaluationSection(Section):
     """How the base model and the adapter are measured."""
 
@@ -307,6 +316,7 @@ class Recipe(Section):
     dataset: DatasetSection
     trainer: Annotated[Mapping[str, Any], PlainValidator(_frozen_mapping), PlainSerializer(dict)] = MappingProxyType({})
     """Arguments of SFTConfig that the recipe sets, under the names of the installed version."""
+    performance: PerformanceSection = PerformanceSection()
     evaluation: EvaluationSection = EvaluationSection()
     gates: tuple[Gate, ...] = ()
     """Limits that the figures of the run must meet."""

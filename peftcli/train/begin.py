@@ -60,11 +60,15 @@ def begin(run: RunDir, recipe: Recipe, *, overwrite: bool, resume: bool, allowed
     """
     if run.path.exists() and not run.path.is_dir():
         raise RecipeError(f"{run.path} is a file; name another output_dir")
-    if overwrite and run.recipe.is_file():
+    if run.path.is_dir():
+        run.remove_torn()
+    replaced = overwrite and run.recipe.is_file()
+    if replaced:
         clear(run)
     if not run.recipe.is_file():
+        # What the user put into a run of ours may stay there; a folder without one is nothing to write into.
         foreign = [path.name for path in run.path.iterdir() if path.name != LOCK] if run.path.is_dir() else []
-        if foreign:
+        if foreign and not replaced:
             raise RecipeError(
                 f"{run.path} holds files that are no run of ours ({', '.join(sorted(foreign)[:3])}); "
                 "name another output_dir"

@@ -54,7 +54,7 @@ def _own_hash(facts: Mapping[str, Any]) -> str:
 def promote(staged: Path, final: Path) -> None:
     """Move a sealed checkpoint to its name; a reader sees it whole or not at all."""
     if final.exists():
-        shutil.rmtree(final)
+        _remove(final)
     os.rename(staged, final)
     _sync_folder(final.parent)
 
@@ -105,7 +105,7 @@ def newest_valid(checkpoints: Path) -> Found:
         damaged.append((folder.name, reason))
         aside = folder.with_name(folder.name + ".bad")
         if aside.exists():
-            shutil.rmtree(aside)
+            _remove(aside)
         os.rename(folder, aside)
     return Found(None, 0, damaged)
 
@@ -126,7 +126,15 @@ def rotate(checkpoints: Path, keep: int, best: str | None) -> None:
     """Remove the oldest checkpoints beyond `keep`, never fewer than two and never the best."""
     for _, folder in list_checkpoints(checkpoints)[: -max(keep, 2)]:
         if best is None or Path(best).name != folder.name:
-            shutil.rmtree(folder)
+            _remove(folder)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a checkpoint; of one that was moved to another disk, the link to it alone."""
+    if folder.is_symlink():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder)
 
 
 def clear_staging(checkpoints: Path) -> None:

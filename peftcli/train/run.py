@@ -17,6 +17,7 @@ from peftcli.data.prepare import PreparedData
 from peftcli.methods import peft_config
 from peftcli.model.adapter import save_adapter
 from peftcli.model.card import write_card
+from peftcli.model.documents import keeps_rows_apart, use_documents
 from peftcli.model.load import load_adapter, load_base
 from peftcli.model.measure import Measured, decoding_for, evaluation_json, measure
 from peftcli.model.probe import peak_memory_bytes
@@ -90,8 +91,13 @@ def train(
     """
     stops, resume_from = session.stops, session.resume_from
     model = load_base(plan.base)
+    lines = plan.batching.kind == "flat" and use_documents(model) and keeps_rows_apart(model)
+    if plan.batching.kind == "flat" and not lines:
+        progress.note("  note: this model does not keep the rows of a flat line apart, so padded batches are used")
     trainer = make_trainer(plan, run, data, tokenizer, model)
     trainer.stamp, trainer.checkpoint_bytes = session.stamp, session.checkpoint_bytes
+    if lines and not trainer.aux_loss_enabled:  # a router's balance is judged on the rows of a micro-batch
+        trainer.use_lines(plan.batching.tokens)
     heeding = Heeding(progress, stops, "before the first step" if resume_from is None else "before the next step")
     before, baseline_seconds = _baseline(
         plan, run, data, tokenizer, trainer.model, heeding, resuming=resume_from is not None
@@ -295,8 +301,12 @@ def _write_train(run: RunDir, trainer: Trainer, watch: Watch, plan: Plan, resume
             "resumed_from_step": None if resume_from is None else int(resume_from.name.rsplit("-", 1)[1]),
             "first_loss": watch.losses[0][1] if watch.losses else None,
             "last_loss": watch.losses[-1][1] if watch.losses else None,
-            "out_of_memory": [{"step": step, "rows_at_once": rows} for step, rows in trainer.micro.events],
-            "rows_at_once": -(-plan.batch.per_device // trainer.micro.pieces),
+            "out_of_memory": [{"step": step, "pieces": pieces} for step, pieces in trainer.pieces.events],
+            "batching": {
+                "kind": plan.batching.kind if trainer.pieces.lines else "padded",
+                "real_tokens": trainer.pieces.real,
+                "padded_tokens": trainer.pieces.padded,
+            },
             "stamp": trainer.stamp,
         },
     )

@@ -1,10 +1,13 @@
 """TRL's SFTTrainer with a token-weighted evaluation, exact counts and checkpoints that are whole or absent."""
 
 import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput
@@ -15,7 +18,7 @@ from peftcli.errors import Diverged, MachineError
 from peftcli.model.shards import gather
 from peftcli.train import checkpoints
 from peftcli.train.disk import room_for_checkpoint
-from peftcli.train.micro import MicroBatches
+from peftcli.train.pieces import Pieces
 
 MOST_FLAT_STEPS = 5
 """Steps in a row without any gradient; one alone may be chance, such as a row whose answer is certain."""
@@ -30,7 +33,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl ships no types
         seconds_before: seconds of training in earlier sessions of the run.
         seconds: seconds of training in this one, kept by the callback that watches.
         stamp: what the run is made from, for the manifest of each checkpoint.
-        micro: the micro-batches, and how often they became smaller.
+        pieces: what is run at once, and how often it became smaller.
         checkpoint_bytes: forecast of a checkpoint on the disk.
     """
 
@@ -40,30 +43,42 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl ships no types
         self.seconds = 0.0
         self.stamp: dict[str, Any] = {}
         self.checkpoint_bytes = 0
-        self.micro = MicroBatches(alone=self.accelerator.num_processes == 1)
+        self.pieces = Pieces(tokens=None, agree=self._agree())
+        self._waiting: list[dict[str, Any]] = []
         self._trained_tokens: Tensor | int = 0
         self._counted_before = {"tokens": 0.0, "trained_tokens": 0.0}
         self._step_loss: Tensor | None = None
         self._gradient: Tensor | float | None = None
         self._flat_steps = 0
         self._skipped_steps = 0
+        self._batches: Sequence[dict[str, Any]] = ()
         self._before_step: tuple[Tensor | int, Any] = (0, 0)
         self._staging: str | None = None
+
+    def use_lines(self, tokens: int) -> None:
+        """Run each step as flat lines of rows, of so many tokens at most."""
+        self.pieces = Pieces(tokens=tokens, agree=self._agree())
+
+    def _agree(self) -> Callable[[int], list[int]] | None:
+        return gather if self.accelerator.num_processes > 1 else None
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """Remember the micro-batches of the step that begins, and what was counted before it."""
         batches, items = super().get_batch_samples(*args, **kwargs)
-        self.micro.begin(batches)
+        self._batches, self._waiting = batches, list(batches)
         self._before_step = (self._trained_tokens, self._total_train_tokens)
         return batches, items
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """Count the trained tokens and remember the loss of the step; smaller pieces where memory runs out."""
+        """Forward and backward of the whole step with its last micro-batch, in pieces; nothing before it."""
+        self._waiting.pop()
+        if self._waiting:
+            return torch.zeros((), device=self.args.device)
         parent = super().training_step
 
         def one(piece: dict[str, Any]) -> Tensor:
             # What TRL averages over the micro-batches of a step, such as a router's balancing loss, counts the pieces.
-            self.current_gradient_accumulation_steps = self.micro.parts_of_step
+            self.current_gradient_accumulation_steps = self.pieces.count
             loss: Tensor = parent(model, piece, num_items_in_batch)
             self._trained_tokens = self._trained_tokens + (piece["labels"][..., 1:] != IGNORED).sum()
             self._step_loss = loss if self._step_loss is None else self._step_loss + loss
@@ -74,7 +89,18 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl ships no types
             self._step_loss = None
             self._trained_tokens, self._total_train_tokens = self._before_step
 
-        return self.micro.run(inputs, one, restart, self.state.global_step + 1)
+        step = self.state.global_step + 1
+        return self.pieces.run(self._batches, one, restart, lambda: self._apart(model), step)
+
+    @contextmanager
+    def _apart(self, model: torch.nn.Module) -> Iterator[None]:
+        """Gradients stay in their process, as those of every piece of a step but the last."""
+        state = self.accelerator.gradient_state
+        deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
+        state._set_sync_gradients(False)
+        with nullcontext() if deepspeed else self.accelerator.no_sync(model):
+            yield
+        state._set_sync_gradients(True)
 
     def counters(self) -> dict[str, float]:
         """What all processes of all sessions have counted: tokens, trained tokens and seconds of training."""
@@ -84,7 +110,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl ships no types
             "tokens": self._counted_before["tokens"] + float(self._total_train_tokens),
             "trained_tokens": self._counted_before["trained_tokens"] + trained,
             "seconds": self.seconds_before + self.seconds,
-            "pieces": float(self.micro.pieces),
+            "shrunk": float(self.pieces.shrunk),
         }
 
     @property
@@ -96,7 +122,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl ships no types
         """Take over what the sessions before have counted."""
         self._counted_before = {name: counters[name] for name in self._counted_before}
         self.seconds_before = counters["seconds"]
-        self.micro.pieces = int(counters.get("pieces", 1))
+        self.pieces.shrunk = int(counters.get("shrunk", 0))
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
         self._gradient = super()._get_grad_norm(model, grad_norm=grad_norm)

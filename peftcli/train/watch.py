@@ -112,11 +112,11 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers' callbacks a
         return self._reserve + 1.2 * self._longest_step + 1.5 * max(self._save_seconds, FIRST_SAVE_SECONDS)
 
     def _tell_shrunk(self) -> None:
-        events = self._trainer.micro.events
-        for step, rows in events[self._shrunk :]:
+        events = self._trainer.pieces.events
+        for step, pieces in events[self._shrunk :]:
             self._progress.note(
-                f"step {step}: out of memory, so {rows} rows are taken at once from here on; the rows of a step and "
-                "their order stay the same"
+                f"step {step}: out of memory, so its rows are run in {pieces} pieces; the rows of a step and their "
+                "order stay the same"
             )
         self._shrunk = len(events)
 

@@ -1,0 +1,180 @@
+"""Attention over rows that stand behind one another in one line, each row seeing itself alone.
+
+No mask of tokens by tokens is made: rows of similar length are laid side by side, and a causal attention never lets a
+row see what fills up the shorter ones. The result is that of each row alone.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+NAME = "documents"
+"""Under which transformers knows this attention."""
+SIMILAR = 0.7
+"""Rows of at least this share of the longest one's length are laid beside it."""
+SMALL_TOKENS = 512
+"""So few tokens are laid side by side whatever their lengths: another call would cost more than their filling."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows laid side by side: `take` (rows x length,) are their places in the line, filled with the first of each."""
+
+    rows: int
+    length: int
+    take: Tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a line of rows is laid out for attention.
+
+    Attributes:
+        groups: rows of similar length.
+        back: (tokens,), for each place of the line its place among the outputs of all groups.
+        whole: all rows have one length, so that the line only needs another shape.
+    """
+
+    groups: tuple[Group, ...]
+    back: Tensor
+    whole: bool
+
+
+_now: list[Layout] = []
+"""The layout of the forward pass at hand. Checkpointed layers run again in the threads of autograd, so it is no context
+variable; one process runs one forward and backward at a time."""
+
+
+def lay_out(lengths: Sequence[int], device: torch.device) -> Layout:
+    """Group rows by length.
+
+    Args:
+        lengths: of the rows, in the order in which they stand in the line.
+    """
+    starts = torch.tensor([0, *lengths]).cumsum(0)[:-1].tolist()
+    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    groups: list[Group] = []
+    back = torch.empty(sum(lengths), dtype=torch.int64)
+    offset = 0
+    while order:
+        longest = lengths[order[0]]
+        if longest * len(order) <= SMALL_TOKENS:
+            size = len(order)
+        else:
+            size = sum(lengths[row] >= SIMILAR * longest for row in order)
+        chosen, order = order[:size], order[size:]
+        steps = torch.arange(longest)
+        first = torch.tensor([starts[row] for row in chosen])[:, None]
+        inside = steps[None] < torch.tensor([lengths[row] for row in chosen])[:, None]
+        take = torch.where(inside, first + steps[None], first)
+        back[take[inside]] = (offset + torch.arange(size * longest).reshape(size, longest))[inside]
+        groups.append(Group(size, longest, take.flatten().to(device)))
+        offset += size * longest
+    return Layout(tuple(groups), back.to(device), len(set(lengths)) == 1)
+
+
+@contextmanager
+def documents(layout: Layout | None) -> Iterator[None]:
+    """Read the rows of the forward and backward passes inside by a layout; without one, as any other model does."""
+    if layout is None:
+        yield
+        return
+    _now.append(layout)
+    try:
+        yield
+    finally:
+        _now.pop()
+
+
+def use_documents(model: PreTrainedModel) -> bool:
+    """Give a model this attention, which is that of `sdpa` outside of `documents`; False where it cannot take it."""
+    if model.config._attn_implementation != "sdpa" or not model._can_set_attn_implementation():
+        return False
+    AttentionInterface.register(NAME, documents_attention)
+    AttentionMaskInterface.register(NAME, documents_mask)
+    model.set_attn_implementation(NAME)
+    return bool(model.config._attn_implementation == NAME)
+
+
+@torch.inference_mode()
+def keeps_rows_apart(model: PreTrainedModel) -> bool:
+    """Whether rows in one line give what each gives alone: the proof on the model itself, with a few tokens.
+
+    A layer that carries a state from token to token, or a model that takes no positions, would mix them.
+    """
+    was_training = model.training
+    model.eval()
+    vocabulary = model.config.get_text_config().vocab_size
+    device = model.get_input_embeddings().weight.device
+    rows = [(torch.arange(length, device=device) * 7 + 3) % vocabulary for length in (6, 9)]
+    alone = torch.cat([model(input_ids=row[None], use_cache=False).logits[0] for row in rows]).float()
+    places = torch.cat([torch.arange(len(row), device=device) for row in rows])
+    try:
+        with documents(lay_out([len(row) for row in rows], device)):
+            line = model(input_ids=torch.cat(rows)[None], position_ids=places[None], use_cache=False).logits[0]
+    except (TypeError, ValueError):  # no such argument, or an attention of its own that wants a mask
+        return False
+    finally:
+        model.train(was_training)
+    narrow = next(model.parameters()).dtype != torch.float32
+    return bool((line.float() - alone).abs().max() <= (0.1 if narrow else 1e-3) * alone.std())
+
+
+def documents_mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """No mask inside of `documents`; that of `sdpa` elsewhere."""
+    return None if _now else sdpa_mask(*args, **kwargs)
+
+
+def documents_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention of each row with itself.
+
+    Args:
+        query: (1, heads, tokens, size), the rows behind one another.
+        key, value: (1, key heads, tokens, size).
+        attention_mask: taken outside of `documents` only.
+        kwargs: of transformers: dropout, scaling, sliding_window and others.
+
+    Returns:
+        (1, tokens, heads, size), and None for the weights.
+    """
+    if not _now:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
+    layout = _now[-1]
+    outputs = []
+    for group in layout.groups:
+        parts = [_beside(part, group, whole=layout.whole) for part in (query, key, value)]
+        mask = _window(group.length, kwargs.get("sliding_window"), query.device)
+        found, _ = sdpa_attention_forward(module, *parts, mask, **{**kwargs, "is_causal": True})
+        outputs.append(found.flatten(0, 1))
+    if layout.whole:
+        return outputs[0][None], None
+    return torch.cat(outputs).index_select(0, layout.back)[None], None
+
+
+def _beside(line: Tensor, group: Group, *, whole: bool) -> Tensor:
+    """(rows, heads, length, size) of a group out of (1, heads, tokens, size)."""
+    taken = line[0] if whole else line[0].index_select(1, group.take)
+    return taken.reshape(taken.shape[0], group.rows, group.length, taken.shape[2]).transpose(0, 1)
+
+
+def _window(length: int, window: int | None, device: torch.device) -> Tensor | None:
+    """(1, 1, length, length), what a row sees of itself through a sliding window; None where it sees all before."""
+    if window is None or length <= window:
+        return None
+    places = torch.arange(length, device=device)
+    behind = places[:, None] - places[None, :]
+    return ((behind >= 0) & (behind < window))[None, None]

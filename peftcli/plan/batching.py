@@ -1,0 +1,42 @@
+"""Whether the rows of a step run as flat lines without padding: the same rows, the same loss, less work."""
+
+from peftcli.errors import RecipeError
+from peftcli.plan.choices import Choices
+from peftcli.plan.plan import Batch, Batching, Decision, LabelRule
+from peftcli.recipe.schema import Recipe
+
+CPU_TOKENS = 4096
+"""Of a line on a CPU, where longer ones only leave the caches."""
+APART = {
+    "packing": "packing makes lines of its own",
+    "padding_free": "padding_free makes lines of its own",
+    "neftune_noise_alpha": "the noise of neftune depends on the length of a padded row",
+    "label_smoothing_factor": "label smoothing is computed on padded rows",
+    "use_liger_kernel": "liger's kernels bring an attention and a loss of their own",
+    "torch_compile": "compiled code would be compiled anew for every length",
+}
+"""Trainer arguments with which rows stay padded, and why."""
+
+
+def choose_batching(recipe: Recipe, choices: Choices, batch: Batch, labels: LabelRule) -> tuple[Batching, Decision]:
+    """Choose how the rows of a step are run.
+
+    Raises:
+        RecipeError: flat lines are asked for together with something that they cannot go with.
+    """
+    asked = recipe.performance.batching
+    given = recipe.performance.tokens_per_micro_batch
+    tokens = batch.per_device * labels.max_length
+    if isinstance(given, int):
+        tokens = given
+    elif not choices.on_gpu:
+        tokens = min(tokens, max(CPU_TOKENS, labels.max_length))
+    why = next((why for name, why in APART.items() if recipe.trainer.get(name)), None)
+    if why is None and choices.attention.value != "sdpa":
+        why = f"lines need model.attention sdpa, not {choices.attention.value}"
+    if asked == "flat" and why is not None:
+        raise RecipeError(f"performance.batching: flat cannot be had: {why}; remove one of the two")
+    if asked == "padded" or why is not None:
+        return Batching("padded", tokens), Decision("batching", "padded", why or "performance.batching")
+    reason = "the rows of a step stand in lines without padding, each seeing itself alone; same rows, same loss"
+    return Batching("flat", tokens), Decision("batching", f"flat, up to {tokens:,} tokens at once", reason)

@@ -1,0 +1,228 @@
+"""What is run forward and backward at once: the rows of an optimizer step in pieces that fit, with the same loss.
+
+The loss of a piece is a part of the sum over all trained tokens of the step, so the pieces of a step add up to the same
+loss and gradient however they are cut: as the loader's padded micro-batches, as parts of them, or as flat lines of
+rows without any padding.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from peftcli.data.tokens import IGNORED
+from peftcli.errors import MemoryExhausted
+from peftcli.model.documents import Layout, documents, lay_out
+from peftcli.model.memory import MOST_HALVINGS, free_memory, is_out_of_memory, memory_said
+
+Inputs: TypeAlias = dict[str, Any]
+WORTH = 0.95
+"""Flat lines are made where the real tokens are at most this share of the padded ones; else they would gain nothing."""
+
+
+class Pieces:
+    """Runs optimizer steps piece by piece, in smaller pieces once memory has run out.
+
+    When memory runs out in the middle of a step, what the step has added to the gradients cannot be trusted: they are
+    cleared, and the step begins anew with pieces of half the size.
+
+    Attributes:
+        shrunk: how often the pieces were halved, at most three times.
+        events: (step, pieces from then on, about) of each time that memory ran out.
+        real, padded: tokens of the rows so far, and those that the loader's micro-batches would have fed.
+        count: pieces of the step at hand.
+    """
+
+    def __init__(self, *, tokens: int | None, agree: Callable[[int], list[int]] | None = None) -> None:
+        """
+        Args:
+            tokens: of a flat piece at most; None for the loader's padded micro-batches.
+            agree: gathers a number from all processes, which must run equally many pieces; None for a single one.
+        """
+        self.shrunk = 0
+        self.events: list[tuple[int, int]] = []
+        self.real = self.padded = 0
+        self.count = 0
+        self._tokens = tokens
+        self._agree = agree
+        self._largest = 0
+
+    @property
+    def lines(self) -> bool:
+        """Whether steps are run as flat lines where that is worth it."""
+        return self._tokens is not None
+
+    def run(
+        self,
+        batches: Sequence[Inputs],
+        one: Callable[[Inputs], Tensor],
+        restart: Callable[[], None],
+        apart: Callable[[], AbstractContextManager[Any]],
+        step: int,
+    ) -> Tensor:
+        """The loss of a step, its gradients added.
+
+        Args:
+            batches: the loader's micro-batches of the step.
+            one: forward and backward of one piece.
+            restart: clears what the step has added to gradients and counters.
+            apart: context for all pieces but the last, in which processes do not exchange gradients.
+            step: number of the step, for messages.
+
+        Raises:
+            MemoryExhausted: the pieces cannot be made smaller.
+        """
+        lined = self._tokens is not None and all("attention_mask" in batch for batch in batches)
+        rows = [row for batch in batches for row in rows_of(batch)] if lined else []
+        lengths = [len(row["input_ids"]) for row in rows]
+        padded = sum(batch["input_ids"].numel() for batch in batches)
+        self.real, self.padded = self.real + (sum(lengths) if lined else padded), self.padded + padded
+        flat = lined and sum(lengths) <= WORTH * padded
+        if self._agree is not None:
+            flat = all(self._agree(int(flat)))
+        while True:
+            said = None
+            try:
+                return self._run(self._flat(rows, lengths) if flat else self._cut(batches), one, apart)
+            except (RuntimeError, MemoryError) as problem:
+                if not is_out_of_memory(problem):
+                    raise
+                said = str(problem)
+            # Outside the handler, which keeps the tensors of the failed attempt alive.
+            self._shrink(said, step, batches)
+            restart()
+
+    def _run(
+        self,
+        pieces: Sequence[tuple[Inputs, Layout | None]],
+        one: Callable[[Inputs], Tensor],
+        apart: Callable[[], AbstractContextManager[Any]],
+    ) -> Tensor:
+        self.count = len(pieces)
+        losses = []
+        for number, (piece, layout) in enumerate(pieces):
+            last = number == len(pieces) - 1
+            with nullcontext() if last else apart(), documents(layout):
+                losses.append(one(piece))
+            self._largest = max(self._largest, piece["input_ids"].numel())
+        return torch.stack(losses).sum()
+
+    def _cut(self, batches: Sequence[Inputs]) -> list[tuple[Inputs, Layout | None]]:
+        return [(piece, None) for batch in batches for piece in cut(batch, 2**self.shrunk)]
+
+    def _flat(self, rows: Sequence[Inputs], lengths: Sequence[int]) -> list[tuple[Inputs, Layout | None]]:
+        assert self._tokens is not None  # asked for flat pieces
+        wanted = parts_that_fit(lengths, max(1, self._tokens // 2**self.shrunk))
+        if self._agree is not None:
+            wanted = max(self._agree(wanted))
+        return [line_up(rows[part]) for part in split_evenly(lengths, wanted)]
+
+    def _shrink(self, said: str, step: int, batches: Sequence[Inputs]) -> None:
+        rows = sum(batch["input_ids"].shape[0] for batch in batches)
+        if self._agree is not None or self.count >= rows or self.shrunk >= MOST_HALVINGS:
+            why = "" if self._agree is None else " (several processes cannot make them smaller on their own)"
+            fitted = f"; {self._largest} tokens at once did fit" if self._largest else ""
+            raise MemoryExhausted(
+                f"step {step}: its {rows} rows in {self.count} pieces do not fit into "
+                f"{memory_said(batches[0]['input_ids'].device)}{why}{fitted} ({said.splitlines()[0][:120]}); lower "
+                "dataset.max_length, set trainer.activation_checkpointing: true, or add quantization: {bits: 4}"
+            )
+        self.shrunk += 1
+        self.events.append((step, 2 * self.count))
+        free_memory()
+
+
+def rows_of(batch: Mapping[str, Any]) -> Iterator[Inputs]:
+    """The rows of a padded micro-batch without their padding: `input_ids` and `labels`, (length,) each."""
+    mask = batch["attention_mask"].bool()
+    for ids, labels, real in zip(batch["input_ids"], batch["labels"], mask, strict=True):
+        yield {"input_ids": ids[real], "labels": labels[real]}
+
+
+def line_up(rows: Sequence[Inputs]) -> tuple[Inputs, Layout]:
+    """Rows behind one another: inputs of shape (1, tokens), and how attention keeps the rows apart."""
+    lengths = [len(row["input_ids"]) for row in rows]
+    labels = []
+    for row in rows:
+        own = row["labels"].clone()
+        own[0] = IGNORED  # nothing before it predicts it, least of all the row before
+        labels.append(own)
+    places = torch.cat([torch.arange(length) for length in lengths])
+    ids = torch.cat([row["input_ids"] for row in rows])
+    inputs = {
+        "input_ids": ids[None],
+        "labels": torch.cat(labels)[None],
+        "position_ids": places.to(ids.device)[None],
+    }
+    return inputs, lay_out(lengths, ids.device)
+
+
+def parts_that_fit(lengths: Sequence[int], most: int) -> int:
+    """Smallest number of even parts of which none has more than `most` tokens, single longer rows aside.
+
+    >>> parts_that_fit([5, 5, 5, 9], 14), parts_that_fit([3, 3, 3], 100), parts_that_fit([50, 1], 10)
+    (2, 1, 2)
+    """
+    parts = max(1, -(-sum(lengths) // most))
+    while parts < len(lengths) and any(
+        part.stop - part.start > 1 and sum(lengths[part]) > most for part in split_evenly(lengths, parts)
+    ):
+        parts += 1
+    return min(parts, len(lengths))
+
+
+def split_evenly(lengths: Sequence[int], parts: int) -> list[slice]:
+    """Cut rows into parts of about equally many tokens, in order, each with at least one row.
+
+    >>> split_evenly([5, 5, 5, 9], 2)
+    [slice(0, 2, None), slice(2, 4, None)]
+    """
+    total, done, begin = sum(lengths), 0, 0
+    found = []
+    for number in range(parts):
+        end = begin
+        share = total * (number + 1) / parts
+        # The row that reaches over the edge goes where the larger part of it lies; later parts keep a row each.
+        while end < len(lengths) - (parts - number - 1) and (end == begin or done + lengths[end] / 2 <= share):
+            done += lengths[end]
+            end += 1
+        found.append(slice(begin, len(lengths) if number == parts - 1 else end))
+        begin = end
+    return found
+
+
+def cut(inputs: Mapping[str, Any], pieces: int) -> list[Inputs]:
+    """The rows of a micro-batch in parts of about equal size, each without the padding that all its rows share.
+
+    >>> ids, mask = torch.tensor([[5, 6, 7], [8, 0, 0]]), torch.tensor([[1, 1, 1], [1, 0, 0]])
+    >>> [part["input_ids"].tolist() for part in cut({"input_ids": ids, "attention_mask": mask}, 2)]
+    [[[5, 6, 7]], [[8]]]
+    """
+    rows = inputs["input_ids"].shape[0]
+    if pieces == 1 or rows == 1:
+        return [dict(inputs)]
+    return [_trimmed(_rows(inputs, part, rows)) for part in torch.arange(rows).tensor_split(min(pieces, rows))]
+
+
+def _rows(inputs: Mapping[str, Any], chosen: Tensor, rows: int) -> Inputs:
+    def part(value: Any) -> Any:
+        per_row = torch.is_tensor(value) and value.dim() > 0 and value.shape[0] == rows
+        return value[chosen.to(value.device)] if per_row else value
+
+    return {name: part(value) for name, value in inputs.items()}
+
+
+def _trimmed(inputs: Inputs) -> Inputs:
+    mask = inputs.get("attention_mask")
+    if mask is None:
+        return inputs
+    used = mask.any(0).nonzero().flatten()
+    span = slice(int(used[0]), int(used[-1]) + 1)
+    width = mask.shape[1]
+
+    def part(value: Any) -> Any:
+        return value[:, span] if torch.is_tensor(value) and value.dim() == 2 and value.shape[1] == width else value
+
+    return {name: part(value) for name, value in inputs.items()}
