@@ -181,6 +181,20 @@ def report(run: RunArgument, as_json: JsonOption = False) -> None:
     typer.echo(str(folder.report_html))
 
 
+@app.command()
+def doctor(
+    recipe: Annotated[
+        str | None, typer.Argument(help="A recipe that this machine is held against; none asks it in general.")
+    ] = None,
+    set_: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what this machine can do: versions, GPU, precision, 4 bit, memory, disk, Hub; a verdict and a mend each."""
+    from peftcli.cli.doctoring import doctor_command
+
+    doctor_command(recipe, set_ or (), as_json=as_json)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code.
 

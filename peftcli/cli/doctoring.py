@@ -1,0 +1,113 @@
+"""The body of `doctor`: ask, print a line for each answer, and fail where one does."""
+
+import json
+import platform
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from peftcli.cli.printable import printable
+from peftcli.cli.quiet import quiet
+from peftcli.cli.recipes import find_recipe
+from peftcli.cli.show import Shown, console
+from peftcli.doctor.verdict import FAIL, Verdict, anonymous, private_words
+from peftcli.doctor.versions import (
+    OURS,
+    TESTED,
+    installed_needs,
+    installed_versions,
+    judge_databases,
+    judge_imports,
+    judge_needs,
+    judge_python,
+    judge_tested,
+    stated_pythons,
+    versions_line,
+)
+from peftcli.errors import MachineError
+from peftcli.recipe.load import load_recipe
+from peftcli.recipe.schema import Recipe
+
+COLOURS = {"ok": "green", "warn": "yellow", "fail": "bold red"}
+NEEDED = (
+    *("psutil", "filelock", "huggingface_hub", "pyarrow", "matplotlib", "jinja2", "sacrebleu"),
+    *("torch", "bitsandbytes", "transformers", "accelerate", "peft", "datasets", "trl"),
+)
+"""Packages that the other questions, or a run, import."""
+
+
+def doctor_command(name: str | None, overrides: Sequence[str], *, as_json: bool) -> None:
+    """Print what this machine can do, in general or for a recipe.
+
+    Raises:
+        MachineError: at least one check fails.
+        RecipeError: the recipe itself is wrong.
+    """
+    recipe = load_recipe(find_recipe(name), overrides).recipe if name is not None else None
+    with quiet(None) as streams:
+        shown, private = Shown(console(streams.err)), private_words()
+        shown.note("loading the libraries")
+        verdicts = [anonymous(verdict, private) for verdict in ask_all(recipe, shown)]
+        versions = {"python": platform.python_version(), **installed_versions((OURS, *TESTED))}
+        if as_json:
+            streams.out.write(json.dumps(as_object(verdicts, versions), ensure_ascii=False) + "\n")
+        else:
+            print_verdicts(verdicts, console(streams.out))
+        streams.out.flush()
+    failed = [verdict.name for verdict in verdicts if verdict.result == FAIL]
+    if failed:
+        raise MachineError(f"{len(failed)} of {len(verdicts)} checks failed: {', '.join(failed)}; each names its mend")
+
+
+def ask_all(recipe: Recipe | None, progress: Shown) -> Iterable[Verdict]:
+    """All verdicts; those that need the libraries are left out where one cannot be loaded."""
+    needs = installed_needs()
+    installed = installed_versions([OURS, *TESTED, "sqlalchemy", *{need.what.name for need in needs}])
+    python = platform.python_version()
+    yield Verdict("versions", "ok", f"{versions_line(python, installed)}; {platform.system()} {platform.machine()}")
+    yield judge_python(python, *stated_pythons())
+    yield judge_needs(needs, installed)
+    yield judge_tested(installed)
+    yield judge_databases(installed["sqlalchemy"], asked=recipe is not None and _reads_database(recipe))
+    imports = judge_imports(NEEDED)
+    yield imports
+    if imports.result == FAIL:
+        return
+    from peftcli.doctor.examine import examine
+    from peftcli.doctor.host import encodings
+
+    yield from examine(recipe, encodings(), progress)
+
+
+def _reads_database(recipe: Recipe) -> bool:
+    sources = (recipe.dataset, *(recipe.dataset.sources or ()))
+    return any(source.url is not None or source.url_env is not None for source in sources)
+
+
+def print_verdicts(verdicts: Sequence[Verdict], out: Console) -> None:
+    """A line for each verdict; on a terminal it is wrapped under its own column."""
+    width = max(len(verdict.name) for verdict in verdicts)
+    if not out.is_terminal:
+        for verdict in verdicts:
+            out.print(printable(f"{verdict.name:<{width}}  {verdict.result:<4}  {verdict.line}"))
+        return
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for verdict in verdicts:
+        sign = Text(verdict.result, style=COLOURS[verdict.result])
+        table.add_row(verdict.name, sign, Text(printable(verdict.line)))
+    out.print(table)
+
+
+def as_object(verdicts: Sequence[Verdict], versions: dict[str, str | None]) -> dict[str, Any]:
+    """The object of `--json`; `mend` is null where nothing is to be mended."""
+    checks = [
+        {"name": found.name, "result": found.result, "there": found.there, "mend": found.mend or None}
+        for found in verdicts
+    ]
+    return {"schema": 1, "checks": checks, "versions": versions}

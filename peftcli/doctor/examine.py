@@ -1,0 +1,76 @@
+"""The walk over all questions that need the libraries, in the order in which a run meets them."""
+
+import platform
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+
+from peftcli.doctor import device, fourbit, host, places
+from peftcli.doctor.network import judge_hub, probe_hub
+from peftcli.doctor.recipe import recipe_verdicts
+from peftcli.doctor.session import judge_session
+from peftcli.doctor.verdict import FAIL, Verdict, refused
+from peftcli.errors import PeftcliError
+from peftcli.model.probe import probe_machine
+from peftcli.plan.facts import Machine
+from peftcli.progress import Progress
+from peftcli.recipe.schema import Recipe
+from peftcli.train.session import deadline, known_limit
+
+
+def examine(recipe: Recipe | None, encodings: dict[str, str], progress: Progress) -> Iterator[Verdict]:
+    """Ask this machine everything.
+
+    Args:
+        recipe: what it is held against, None for the machine in general.
+        encodings: of this process, asked before its streams were changed.
+    """
+    cuda, found = device.probe_cuda(), host.probe_host()
+    yield device.judge_cards(cuda, wanted=not _asks_cpu(recipe))
+    machine = None if cuda.problem else probe_machine()
+    if machine is not None:
+        if machine.device == "cpu":
+            machine = replace(machine, memory_bytes=found.usable_bytes)
+        yield from _device_verdicts(cuda, machine, recipe)
+    yield device.judge_kernels(*device.probe_kernels())
+    on_cpu = machine is not None and machine.device == "cpu"
+    yield host.judge_cores(found, machine.name if machine is not None and on_cpu else platform.machine())
+    yield host.judge_memory(found)
+    yield from places.disk_verdicts()
+    hub = probe_hub()
+    yield judge_hub(hub)
+    yield _session_verdict(recipe)
+    yield host.judge_encoding(encodings)
+    if recipe is not None and machine is not None:
+        yield from recipe_verdicts(recipe, machine, hub, progress)
+
+
+def _device_verdicts(cuda: device.Cuda, machine: Machine, recipe: Recipe | None) -> Iterator[Verdict]:
+    on_cpu = machine.device == "cpu" or _asks_cpu(recipe)
+    if cuda.cards:
+        wheel = device.judge_wheel(machine, cuda.cards)
+        yield wheel
+        if wheel.result != FAIL:
+            for number, card in enumerate(cuda.cards):
+                yield device.judge_products(number, *device.try_products(f"cuda:{number}", card.native_bf16))
+            yield from device.judge_several(cuda.cards)
+        elif not on_cpu:
+            return  # a card without kernels fails every question that is put to it
+    chosen = device.auto_dtype(machine, on_gpu=not on_cpu)
+    yield device.judge_precision(chosen)
+    asked = recipe is None or recipe.quantization is not None
+    yield fourbit.judge_4bit(fourbit.try_4bit("cpu" if on_cpu else "cuda", chosen.value), asked=asked)
+
+
+def _asks_cpu(recipe: Recipe | None) -> bool:
+    return recipe is not None and bool(recipe.trainer.get("use_cpu"))
+
+
+def _session_verdict(recipe: Recipe | None) -> Verdict:
+    now = time.time()
+    try:
+        until = deadline(now)
+    except PeftcliError as problem:
+        return refused("session", problem)
+    budget = None if recipe is None else recipe.budget.wall_clock
+    return judge_session(known_limit(now=now), until, now, budget=budget, runs=recipe is not None)

@@ -1,0 +1,114 @@
+"""One 4-bit layer, tried where a run would train: its product and its gradient against the unpacked weights."""
+
+from dataclasses import dataclass
+
+import torch
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Linear4bit
+
+from peftcli.doctor.verdict import FAIL, OK, WARN, Verdict
+from peftcli.model.load import DTYPES, FAST_CPU_PATH, keep_gradients_of_4bit
+
+INPUTS, OUTPUTS, ROWS = 256, 192, 8
+MOST_ERROR = {"float32": 1e-5, "float16": 1e-2, "bfloat16": 5e-2}
+"""Largest relative distance between the product of a 4-bit layer and that of its unpacked weights."""
+MOST_LOSS = 0.2
+"""Largest relative distance between a matrix of normal numbers and the same in NF4; about 0.09 is usual."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a 4-bit layer did.
+
+    Attributes:
+        device: `cuda` or `cpu`.
+        dtype: of the products.
+        answer, product, gradient: relative distance from what the unpacked weights give: of a product of one row
+            without gradients, of one in training after an evaluation, and of the gradient of its input.
+        loss: relative distance between the weights and what was unpacked.
+        repacks: this CPU would pack the weights anew in an evaluation, which loses the gradients; we switch it off.
+        problem: what was raised, empty for nothing.
+    """
+
+    device: str
+    dtype: str
+    answer: float = float("nan")
+    product: float = float("nan")
+    gradient: float = float("nan")
+    loss: float = float("nan")
+    repacks: bool = False
+    problem: str = ""
+
+
+def try_4bit(device: str, dtype: str) -> Trial:
+    """Quantize one layer on a device, evaluate it, train it, and measure.
+
+    Args:
+        dtype: that of the products, which a recipe would get here.
+    """
+    try:
+        return _measure(device, dtype)
+    except Exception as problem:  # a wheel without its library raises anything, AttributeError of None included
+        return Trial(device, dtype, problem=f"{type(problem).__name__}: {' '.join(str(problem).split())[:160]}")
+
+
+def _measure(device: str, dtype: str) -> Trial:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(OUTPUTS, INPUTS, generator=generator)
+    kind = DTYPES[dtype]
+    layer = Linear4bit(INPUTS, OUTPUTS, bias=False, compute_dtype=kind, quant_type="nf4")
+    layer.load_state_dict({"weight": weight})
+    layer = layer.to(device)
+    repacks = device == "cpu" and bool(getattr(layer, FAST_CPU_PATH, False))
+    keep_gradients_of_4bit(layer)
+    unpacked = dequantize_4bit(layer.weight.data, layer.weight.quant_state).double()
+    rows = torch.randn(ROWS, INPUTS, generator=generator).to(device, kind)
+    layer.eval()
+    with torch.no_grad():
+        one = layer(rows[:1])
+    layer.train()
+    rows.requires_grad_()
+    product = layer(rows)
+    upstream = torch.randn(ROWS, OUTPUTS, generator=generator).to(device, kind)
+    product.backward(upstream)
+    assert rows.grad is not None
+    exact = rows.detach().double()
+    return Trial(
+        device,
+        dtype,
+        answer=_distance(one, exact[:1] @ unpacked.T),
+        product=_distance(product.detach(), exact @ unpacked.T),
+        gradient=_distance(rows.grad, upstream.double() @ unpacked),
+        loss=_distance(unpacked, weight.to(device)),
+        repacks=repacks,
+    )
+
+
+def _distance(found: torch.Tensor, expected: torch.Tensor) -> float:
+    found, expected = found.double(), expected.double()
+    return float((found - expected).norm() / expected.norm())
+
+
+def judge_4bit(trial: Trial, *, asked: bool = True) -> Verdict:
+    """Whether 4-bit training can be trusted here.
+
+    Args:
+        asked: False for a recipe without quantization, which goes on whatever comes out.
+    """
+    bad = FAIL if asked else WARN
+    mend = "pip install --upgrade bitsandbytes, or train without `quantization`"
+    place = {"cpu": "CPU", "cuda": "GPU"}[trial.device]
+    if trial.problem:
+        return Verdict("4-bit", bad, f"bitsandbytes fails on the {place}: {trial.problem}", mend)
+    parts = {"answers": trial.answer, "products": trial.product, "gradients": trial.gradient}
+    most = MOST_ERROR[trial.dtype]
+    wrong = [f"{name} by {error:.2g}" for name, error in parts.items() if not error <= most]
+    if not trial.loss <= MOST_LOSS:
+        wrong.append(f"the unpacked weights by {trial.loss:.2g}")
+    if wrong:
+        return Verdict("4-bit", bad, f"NF4 in {trial.dtype} is wrong on the {place}: {', '.join(wrong)}", mend)
+    there = f"NF4 in {trial.dtype} on the {place}: products and gradients are those of the unpacked weights"
+    there += f" to {max(parts.values()):.0e}"
+    if trial.repacks:
+        there += "; this CPU has AVX512_BF16, whose packing loses gradients and is switched off"
+    return Verdict("4-bit", OK, there)

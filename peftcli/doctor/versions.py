@@ -1,0 +1,192 @@
+"""Which packages are installed, against what they ask of each other and against what the tests ran on."""
+
+import importlib
+import importlib.metadata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+from peftcli.doctor.verdict import FAIL, OK, WARN, Verdict
+
+TESTED = {
+    "torch": "2.13.0",
+    "transformers": "5.23.0",
+    "trl": "1.16.0",
+    "peft": "0.21.2",
+    "bitsandbytes": "0.50.2",
+    "accelerate": "1.15.0",
+    "datasets": "5.2.0",
+    "huggingface_hub": "2.4.0",
+    "tokenizers": "0.23.3",
+    "safetensors": "0.8.0",
+    "numpy": "2.4.6",
+    "pandas": "3.1.1",
+    "pyarrow": "26.0.1",
+    "typer": "0.29.2",
+    "pyyaml": "6.0.3",
+    "pydantic": "2.14.3",
+    "rich": "15.0.0",
+    "psutil": "7.2.2",
+    "filelock": "4.2.11",
+    "matplotlib": "3.11.2",
+    "jinja2": "3.1.6",
+    "sacrebleu": "2.6.0",
+}
+"""The versions of constraints.txt, on which the tests and CI run."""
+TRAINING = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets")
+"""Packages whose behaviour changes what a run does; another version of these is worth a warning."""
+OURS = "peftcli"
+
+
+@dataclass(frozen=True)
+class Need:
+    """What one package asks of another."""
+
+    by: str
+    what: Requirement
+
+
+def installed_versions(names: Sequence[str]) -> dict[str, str | None]:
+    """The installed version of each package, None where it is missing."""
+    found: dict[str, str | None] = {}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def installed_needs() -> list[Need]:
+    """What peftcli asks of other packages, and what those ask in turn; extras aside.
+
+    Where peftcli is run without having been installed, it is taken to need whatever the tests ran on, in any version.
+    """
+    ours = _needs_of(OURS) or [Need(OURS, Requirement(name)) for name in TESTED]
+    return ours + [need for direct in ours for need in _needs_of(direct.what.name)]
+
+
+def _needs_of(package: str) -> list[Need]:
+    try:
+        lines = importlib.metadata.requires(package) or []
+    except importlib.metadata.PackageNotFoundError:
+        return []
+    found = [Requirement(line) for line in lines]
+    return [Need(package, one) for one in found if one.marker is None or one.marker.evaluate({"extra": ""})]
+
+
+def judge_needs(needs: Sequence[Need], installed: Mapping[str, str | None]) -> Verdict:
+    """Hold the installed versions against what is asked of them.
+
+    A package that peftcli asks for itself must fit; between two others a mismatch is told, since many are harmless.
+
+    Args:
+        installed: version by the name that the needs use, None for what is missing.
+    """
+    unmet = [need for need in needs if not _is_met(need, installed.get(need.what.name))]
+    if not unmet:
+        direct = sum(need.by == OURS for need in needs)
+        return Verdict("packages", OK, f"the {direct} that peftcli needs are here and fit each other")
+    ours = [need for need in unmet if need.by == OURS]
+    there = ", ".join(_unmet_text(need, installed.get(need.what.name)) for need in ours or unmet)
+    wanted = " ".join(f"'{need.what.name}{need.what.specifier}'" for need in ours or unmet)
+    return Verdict("packages", FAIL if ours else WARN, there, f"pip install {wanted}")
+
+
+def _is_met(need: Need, version: str | None) -> bool:
+    return version is not None and need.what.specifier.contains(version, prereleases=True)
+
+
+def _unmet_text(need: Need, version: str | None) -> str:
+    asked = f"{need.by} needs {need.what.name}{need.what.specifier}"
+    return f"{asked}, which is missing" if version is None else f"{asked}, here is {version}"
+
+
+def judge_tested(installed: Mapping[str, str | None]) -> Verdict:
+    """Hold the installed versions against those that the tests ran on; a third number never warns."""
+    here = {name: version for name in TESTED if (version := installed.get(name)) is not None}
+    other = {name: version for name, version in here.items() if Version(version).public != TESTED[name]}
+    far = [name for name in TRAINING if name in other and _first_two(other[name]) != _first_two(TESTED[name])]
+    if far:
+        there = ", ".join(f"{name} {other[name]} (tested {TESTED[name]})" for name in far)
+        wanted = " ".join(f"{name}=={TESTED[name]}" for name in far)
+        return Verdict("tested", WARN, there, f"should something misbehave, pip install {wanted}")
+    same = len(here) - len(other)
+    listed = "".join(f"; {name} {version}, tested {TESTED[name]}" for name, version in other.items())
+    return Verdict("tested", OK, f"{same} of {len(TESTED)} packages as in the tests{listed}")
+
+
+def _first_two(version: str) -> tuple[int, ...]:
+    return Version(version).release[:2]
+
+
+def judge_python(version: str, asked: str | None, tested: Sequence[str]) -> Verdict:
+    """Hold the running Python against what the package asks for and names as tested.
+
+    Args:
+        version: such as 3.11.9.
+        asked: the package's Requires-Python, such as >=3.11, None where it is not known.
+        tested: first two numbers of each tested version; empty where it is not known.
+    """
+    if asked and not Requirement(f"python{asked}").specifier.contains(version, prereleases=True):
+        return Verdict(
+            "python", FAIL, f"{version}, but {asked} is needed", "make a virtual environment with such a one"
+        )
+    if tested and ".".join(version.split(".")[:2]) not in tested:
+        there = f"{version}, tested are {' and '.join(tested)}"
+        return Verdict("python", WARN, there, f"should something misbehave, use Python {tested[-1]}")
+    return Verdict("python", OK, version)
+
+
+def stated_pythons() -> tuple[str | None, list[str]]:
+    """Which Python the installed peftcli asks for, and which it names as tested."""
+    try:
+        stated = importlib.metadata.metadata(OURS)
+    except importlib.metadata.PackageNotFoundError:
+        return None, []
+    start = "Programming Language :: Python :: "
+    named = [line.removeprefix(start) for line in stated.get_all("Classifier") or [] if line.startswith(start)]
+    return (stated.get_all("Requires-Python") or [None])[0], [name for name in named if "." in name]
+
+
+def versions_line(python: str, installed: Mapping[str, str | None]) -> str:
+    """The versions that a report of a fault should name."""
+    parts = [f"{name} {installed.get(name) or 'missing'}" for name in (OURS, *TRAINING)]
+    return ", ".join([f"python {python}", *parts])
+
+
+def judge_databases(version: str | None, *, asked: bool) -> Verdict:
+    """Whether rows of a database with an address could be read.
+
+    Args:
+        version: of SQLAlchemy, None where it is missing.
+        asked: the recipe needs it.
+    """
+    if version is not None:
+        return Verdict("databases", OK, f"sqlalchemy {version}")
+    if asked:
+        return Verdict(
+            "databases", FAIL, "the recipe reads a database, and sqlalchemy is missing", "pip install 'peftcli[sql]'"
+        )
+    return Verdict("databases", OK, "sqlalchemy is not installed; only dataset.url needs it")
+
+
+def judge_imports(names: Sequence[str]) -> Verdict:
+    """Import packages, and name those that are here and broken, or missing."""
+    broken = {name: problem for name in names if (problem := import_problem(name)) is not None}
+    if not broken:
+        return Verdict("imports", OK, f"{', '.join(name for name in names if name in TRAINING)} can be loaded")
+    there = ", ".join(f"{name} cannot be loaded ({problem})" for name, problem in broken.items())
+    wanted = " ".join(f"{name}=={TESTED[name]}" if name in TESTED else name for name in broken)
+    return Verdict("imports", FAIL, there, f"pip install --force-reinstall {wanted}; the other checks need them")
+
+
+def import_problem(name: str) -> str | None:
+    """Import a package; what it raises in one line, or None."""
+    try:
+        importlib.import_module(name)
+    except Exception as problem:  # a broken wheel raises whatever it likes
+        return f"{type(problem).__name__}: {' '.join(str(problem).split())[:200]}"
+    return None
