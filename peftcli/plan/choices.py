@@ -31,9 +31,10 @@ def choose(recipe: Recipe, machine: Machine, facts: ModelFacts) -> Choices:
     Raises:
         MachineError: this machine cannot do what the recipe asks for.
     """
-    check_wheel(machine)
     device = choose_device(recipe, machine)
     on_gpu = device.value == "cuda"
+    if on_gpu:
+        check_wheel(machine)
     dtype = choose_dtype(recipe, machine, on_gpu)
     return Choices(
         device=device,
