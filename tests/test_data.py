@@ -13,7 +13,7 @@ from peftcli.data import kept as keeping
 from peftcli.data.ingest import ingest
 from peftcli.data.prepare import PreparedData, prepare
 from peftcli.data.split import split_by_class, split_by_group, split_indices, weighted
-from peftcli.data.twins import near_partners, plain, signatures
+from peftcli.data.twins import Matrix, near_partners, plain, signatures
 from peftcli.errors import DataError
 from peftcli.plan.plan import LabelRule
 from peftcli.progress import Silent
@@ -255,10 +255,10 @@ def test_near_duplicates_are_found_and_others_are_not() -> None:
     one = "the quick brown fox jumps over the lazy dog and then runs home through the wood before night falls"
     other = "a completely different sentence that shares nothing with the first one but some letters and spaces"
     rows = [one, other, one.replace("quick", "fast"), one + " again", other.upper(), "short", "short!"]
-    found = near_partners(signatures([plain(row) for row in rows]), None)
+    found = near_partners(Matrix(signatures([plain(row) for row in rows])), None)
     assert found[3] == 0 and found[4] == 1 and found[1] == -1 and found[5] == found[6] == -1
     far = [f"{number * 7919} rows of {number * 104729} words, and {number * 15485863} letters" for number in range(500)]
-    assert (near_partners(signatures(far), None) >= 0).sum() == 0
+    assert (near_partners(Matrix(signatures(far)), None) >= 0).sum() == 0
 
 
 def test_signatures_estimate_the_share_of_common_pieces() -> None:

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from peftcli.data.encode import stop_ids
 from peftcli.data.rows import FIRST_PLACES
-from peftcli.data.store import Store
+from peftcli.data.store import Store, StoredSignatures
 from peftcli.data.tokens import IGNORED
 from peftcli.data.traces import hide_keys
 from peftcli.data.twins import firsts, near_partners, partners
@@ -30,9 +30,13 @@ class Side:
     rows: Indices
 
     def column(self, name: str) -> NDArray[Any]:
-        """(rows,), or (rows, 24) for the signatures."""
+        """(rows,), what is known of each row."""
         found: NDArray[Any] = self.store.column(name)[self.rows]
         return found
+
+    def signatures(self) -> StoredSignatures:
+        """What near duplicates are found by."""
+        return StoredSignatures(self.store.signatures, self.rows)
 
     def flag(self, name: str) -> NDArray[np.bool_]:
         found: NDArray[np.bool_] = self.store.flag(name)[self.rows]
@@ -112,7 +116,7 @@ def compare_rows(train: Side, test: Side) -> dict[str, Any]:
     double = np.flatnonzero(first != np.arange(len(first)))
     leak = partners(test_hashes, hashes)
     leaked = np.flatnonzero(leak >= 0)
-    signatures, test_signatures = train.column("signature"), test.column("signature")
+    signatures, test_signatures = train.signatures(), test.signatures()
     near = near_partners(signatures, None)
     near[double] = -1
     alike = np.flatnonzero(near >= 0)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from peftcli.data.encode import as_lists
 from peftcli.data.tokens import FLAGS, TokenBatch
-from peftcli.data.twins import HASHES
+from peftcli.data.twins import HASHES, band_of
 from peftcli.rundir import read_json, write_json
 
 LISTS = pa.large_list(pa.int32())
@@ -39,6 +39,33 @@ SIGNATURES = "signature"
 
 
 @dataclass(frozen=True)
+class StoredSignatures:
+    """Signatures of some rows of a store, read where they lie."""
+
+    pieces: list[NDArray[np.uint32]]
+    rows: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def band(self, number: int) -> NDArray[np.uint64]:
+        """(rows,), one hash of the entries of a band."""
+        whole = [band_of(piece, number) for piece in self.pieces] or [np.zeros(0, np.uint64)]
+        return np.concatenate(whole)[self.rows]
+
+    def take(self, rows: NDArray[np.int64]) -> NDArray[np.uint32]:
+        """(n, 24), the signatures of some of the rows."""
+        ends = np.cumsum([len(piece) for piece in self.pieces])
+        chosen = self.rows[rows]
+        found = np.empty((len(chosen), HASHES), np.uint32)
+        at = np.searchsorted(ends, chosen, side="right")
+        for number in np.unique(at):
+            here = at == number
+            found[here] = self.pieces[number][chosen[here] - (ends[number] - len(self.pieces[number]))]
+        return found
+
+
+@dataclass(frozen=True)
 class Store:
     """The usable rows of one or several sources, in a folder."""
 
@@ -60,14 +87,15 @@ class Store:
         return pa.ipc.open_file(pa.memory_map(str(self.folder / "examples.arrow"))).read_all()
 
     def column(self, name: str) -> NDArray[Any]:
-        """What is known of each row under a name of ROW_COLUMNS: (rows,), or (rows, 24) for the signatures."""
-        column = self._known.column(name).combine_chunks()
-        if name == SIGNATURES:
-            width = column.type.list_size
-            signatures: NDArray[Any] = column.flatten().to_numpy(zero_copy_only=False).reshape(-1, width)
-            return signatures
-        values: NDArray[Any] = column.to_numpy(zero_copy_only=False)
+        """(rows,), what is known of each row under a name of ROW_COLUMNS."""
+        values: NDArray[Any] = self._known.column(name).combine_chunks().to_numpy(zero_copy_only=False)
         return values
+
+    @cached_property
+    def signatures(self) -> list[NDArray[np.uint32]]:
+        """The signatures (rows, 24) as they lie on the disk, piece by piece; looking at them loads nothing for good."""
+        chunks = self._known.column(SIGNATURES).chunks
+        return [chunk.flatten().to_numpy(zero_copy_only=True).reshape(-1, HASHES) for chunk in chunks]
 
     def flag(self, name: str) -> NDArray[np.bool_]:
         """(rows,), whether a flag is set."""

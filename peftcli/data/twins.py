@@ -2,6 +2,8 @@
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -93,32 +95,71 @@ def partners(left: NDArray[np.uint64], right: NDArray[np.uint64]) -> NDArray[np.
     return found
 
 
-def near_partners(left: NDArray[np.uint32], right: NDArray[np.uint32] | None) -> NDArray[np.int64]:
+class Signatures(Protocol):
+    """Signatures of rows, wherever they are kept."""
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        ...
+
+    def band(self, number: int) -> NDArray[np.uint64]:
+        """(rows,), one hash of the entries of a band."""
+        ...
+
+    def take(self, rows: NDArray[np.int64]) -> NDArray[np.uint32]:
+        """(n, 24), the signatures of some rows."""
+        ...
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """Signatures in memory: (rows, 24), uint32."""
+
+    entries: NDArray[np.uint32]
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def band(self, number: int) -> NDArray[np.uint64]:
+        """(rows,), one hash of the entries of a band."""
+        return band_of(self.entries, number)
+
+    def take(self, rows: NDArray[np.int64]) -> NDArray[np.uint32]:
+        """(n, 24), the signatures of some rows."""
+        return self.entries[rows]
+
+
+def near_partners(left: Signatures, right: Signatures | None) -> NDArray[np.int64]:
     """For each row of the left a row that is nearly equal, or -1.
 
+    One band is looked at after the other, so that memory holds 8 bytes of a row at once and not its signature.
+
     Args:
-        left: (n, 24) signatures.
-        right: (m, 24) signatures to look among; None to look among the earlier rows of the left.
+        right: to look among; None to look among the earlier rows of the left.
 
     Returns:
         (n,), row of the right (of the left where right is None).
     """
     found = np.full(len(left), -1, np.int64)
-    for band in range(BANDS):
-        columns = slice(band * BAND_ROWS, (band + 1) * BAND_ROWS)
-        mine = _band(left[:, columns])
+    for number in range(BANDS):
+        mine = left.band(number)
         if right is None:
             other = firsts(mine)
             other[other == np.arange(len(mine))] = -1
         else:
-            other = partners(mine, _band(right[:, columns]))
+            other = partners(mine, right.band(number))
         rows = np.flatnonzero((other >= 0) & (found < 0))
         for start in range(0, len(rows), 65536):
             part = rows[start : start + 65536]
-            pairs = (left if right is None else right)[other[part]]
-            alike = (left[part] == pairs).mean(axis=1) >= SIMILAR
+            pairs = (left if right is None else right).take(other[part])
+            alike = (left.take(part) == pairs).mean(axis=1) >= SIMILAR
             found[part[alike]] = other[part[alike]]
     return found
+
+
+def band_of(entries: NDArray[np.uint32], number: int) -> NDArray[np.uint64]:
+    """(rows,), one hash of the entries of a band of some signatures (rows, 24)."""
+    return _band(entries[:, number * BAND_ROWS : (number + 1) * BAND_ROWS])
 
 
 def _band(columns: NDArray[np.uint32]) -> NDArray[np.uint64]:
