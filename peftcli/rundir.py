@@ -74,6 +74,13 @@ class RunDir:
     def report_html(self) -> Path:
         return self.path / "report.html"
 
+    def remove_torn(self) -> None:
+        """Remove what `write_text` left of these files when a process was killed in it."""
+        texts = (self.recipe, self.plan, self.environment, self.data, self.log, self.train, self.eval, self.merge)
+        for path in (*texts, self.metrics, self.report_md, self.report_html):
+            for torn in self.path.glob(f".{path.name}.????????"):
+                torn.unlink(missing_ok=True)
+
     def status(self) -> str | None:
         """The status that `metrics.json` states, or None where no run has ended here."""
         if not self.metrics.is_file():

@@ -71,12 +71,19 @@ def data(
 
 @app.command()
 def plan(
-    recipe: RecipeArgument, set_: SetOption = None, smoke: SmokeOption = False, as_json: JsonOption = False
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Plan for a card by name, such as t4 or a100-80, not this machine."),
+    ] = None,
+    smoke: SmokeOption = False,
+    as_json: JsonOption = False,
 ) -> None:
-    """Say what will happen: device, precision, targets, each choice with its reason. No weight is loaded."""
+    """Say what will happen and what it needs: each choice with its reason, memory, time, disk. No weight is loaded."""
     from peftcli.cli.commands import plan_command
 
-    plan_command(recipe, set_ or (), smoke=smoke, as_json=as_json)
+    plan_command(recipe, set_ or (), gpu=gpu, smoke=smoke, as_json=as_json)
 
 
 @app.command()

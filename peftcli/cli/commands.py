@@ -13,7 +13,9 @@ from peftcli.cli.quiet import Streams, quiet
 from peftcli.cli.recipes import find_recipe
 from peftcli.cli.show import Shown, console, metric_table, sample_table
 from peftcli.cli.show_data import show_data
+from peftcli.cli.show_forecast import show_forecast
 from peftcli.errors import DataError, GateNotMet, MemoryExhausted, RecipeError
+from peftcli.plan.cards import find_card, machine_with
 from peftcli.plan.plan import DTYPE_BYTES
 from peftcli.plan.smoke import smoke_recipe
 from peftcli.recipe.load import Loaded, load_recipe
@@ -37,22 +39,25 @@ class GenerateFlags:
     as_json: bool
 
 
-def plan_command(name: str, overrides: Sequence[str], *, smoke: bool, as_json: bool) -> None:
-    """Print the plan of a recipe."""
+def plan_command(name: str, overrides: Sequence[str], *, gpu: str | None, smoke: bool, as_json: bool) -> None:
+    """Print the plan of a recipe and what it will need, on this machine or on a card by name."""
+    card = None if gpu is None else find_card(gpu)
     loaded = load(name, overrides, smoke=smoke)
     with shown_run(None) as (shown, streams):
-        from peftcli.cli.steps import plan_recipe
+        from peftcli.cli.steps import forecast_run, plan_recipe
 
-        plan = plan_recipe(loaded, shown, smoke=smoke).plan
+        planned = plan_recipe(loaded, shown, smoke=smoke, machine=None if card is None else machine_with(card))
+        plan, forecast = planned.plan, forecast_run(planned)
         if as_json:
-            _print_json(streams, plan.as_json())
+            _print_json(streams, plan.as_json() | {"forecast": forecast})
             return
         out = console(streams.out)
         width = max(len(decision.key) for decision in plan.decisions)
         for decision in plan.decisions:
             out.print(f"{decision.key:<{width}}  {decision.value}: {decision.reason}")
-        for notice in plan.notices:
+        for notice in (*plan.notices, *((card.note,) if card is not None and card.note else ())):
             out.print(f"note: {notice}")
+        show_forecast(forecast, planned.machine, out)
 
 
 def data_command(name: str, overrides: Sequence[str], *, preview: int, smoke: bool, as_json: bool) -> None:

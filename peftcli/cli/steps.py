@@ -1,8 +1,9 @@
 """The walk that the heavy commands share: recipe, machine, model structure, plan, tokenizer, data."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -16,10 +17,14 @@ from peftcli.model.locate import locate
 from peftcli.model.probe import probe_machine
 from peftcli.plan.decide import label_rule, make_plan
 from peftcli.plan.facts import Machine
+from peftcli.plan.forecast import OPTIMIZER, Costs, make_forecast, rows_of
 from peftcli.plan.plan import LabelRule, Plan, TokenizerChoice
+from peftcli.plan.shape import Shape
 from peftcli.progress import Progress
 from peftcli.recipe.load import Loaded
 from peftcli.recipe.schema import AdapterSection, Recipe
+from peftcli.train.disk import forecast as disk_forecast
+from peftcli.train.disk import state_bytes
 
 SHOWN_ROWS = 3
 """Rows of the preview where nobody asks for another number."""
@@ -29,21 +34,46 @@ EMBEDDINGS = {"embed_tokens", "lm_head", "wte", "embed_in", "embed_out", "word_e
 
 @dataclass(frozen=True)
 class Planned:
-    """A plan, and the machine it was made for."""
+    """A plan, the machine it was made for, and the widths of its model where they can be read."""
 
     plan: Plan
     machine: Machine
+    shape: Shape | None = None
 
 
-def plan_recipe(loaded: Loaded, progress: Progress, *, smoke: bool = False) -> Planned:
-    """Make the plan of a recipe; no weight is loaded."""
+def plan_recipe(loaded: Loaded, progress: Progress, *, smoke: bool = False, machine: Machine | None = None) -> Planned:
+    """Make the plan of a recipe; no weight is loaded.
+
+    Args:
+        machine: to plan for; the one at hand when None.
+    """
     recipe = loaded.recipe
-    machine = probe_machine()
+    machine = probe_machine() if machine is None else machine
     path, config, note = locate(recipe.model, progress, smoke=smoke)
     trust = recipe.model.trust_remote_code
     facts = inspect_model(path, config, note=note, trust_remote_code=trust)
     count = trainable_counter(path, config, recipe.model.task, trust_remote_code=trust)
-    return Planned(make_plan(recipe, machine, facts, count, smoke=smoke, notices=loaded.notices), machine)
+    plan = make_plan(recipe, machine, facts, count, smoke=smoke, notices=loaded.notices)
+    return Planned(plan, machine, facts.shape)
+
+
+def forecast_run(planned: Planned, data: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
+    """What a planned run will need; None where the model's widths cannot be read.
+
+    Args:
+        data: the facts of the data, None before they were read.
+    """
+    plan, given = planned.plan, planned.plan.trainer
+    # As the trainer counts them, without importing it for a plan.
+    keep = int(given.get("save_total_limit") or 2) + bool(given.get("load_best_model_at_end"))
+    needs = disk_forecast(plan.trainable_parameters, optimizer=str(given.get("optim", OPTIMIZER)), keep=keep)
+    disk = {
+        "adapter": needs.adapter_bytes,
+        "checkpoint": needs.checkpoint_bytes,
+        "checkpoints_at_once": needs.checkpoints,
+        "total": needs.total,
+    }
+    return make_forecast(plan, planned.shape, planned.machine, rows_of(plan, data), Costs(state_bytes, disk))
 
 
 def prepare_data(

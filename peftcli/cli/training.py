@@ -12,6 +12,7 @@ from typing import Any
 from peftcli.cli.commands import finish, load, raise_unmet, show_result, shown_run
 from peftcli.cli.launch import first_decides
 from peftcli.cli.show import Shown, plan_lines
+from peftcli.cli.show_forecast import forecast_line
 from peftcli.errors import Stopped
 from peftcli.recipe.load import Loaded
 from peftcli.rundir import RunDir, write_json
@@ -73,7 +74,7 @@ def _train(
     loaded: Loaded, run: RunDir, shown: Shown, stops: StopRequests, beginning: Beginning, flags: TrainFlags
 ) -> str | None:
     """The heavy part of `train`; returns why it stopped early, if it did."""
-    from peftcli.cli.steps import SHOWN_ROWS, add_view, check_ends, plan_recipe, prepare_data
+    from peftcli.cli.steps import SHOWN_ROWS, add_view, check_ends, forecast_run, plan_recipe, prepare_data
     from peftcli.model.files import base_facts
     from peftcli.model.probe import describe_environment
     from peftcli.model.shards import leave_group
@@ -94,8 +95,9 @@ def _train(
     stamp = make_stamp(data.facts, base.weights_sha256 or base.config_sha256, environment["packages"])
     for note in refuse_changes(beginning.stamp, stamp, flags.force):
         shown.note(f"  note: {note}")
+    forecast = forecast_run(planned, data.facts)
     if is_first_process():
-        write_json(run.plan, plan.as_json())
+        write_json(run.plan, plan.as_json() | {"forecast": forecast})
         write_json(run.environment, environment)
         write_json(run.data, data.facts | prepared)
     data.raise_if_crossed(f"peftcli data {loaded.path}")
@@ -103,6 +105,8 @@ def _train(
         shown.note(line)
     for warning in data.facts["warnings"]:
         shown.note(f"  note: {warning}")
+    if foretold := forecast_line(forecast):
+        shown.note(foretold)
     shown.note(f"  run folder {run.path}")
     session = Session(stops, beginning.resume_from, stamp, needs.checkpoint_bytes)
     work = evaluate_trained if beginning.trained else train

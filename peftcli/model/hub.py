@@ -1,9 +1,49 @@
-"""What to say when a model cannot be had."""
+"""Whether the Hub can be asked, and what to say when a model cannot be had."""
 
 import difflib
+import socket
+from functools import cache
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from huggingface_hub import constants
+
+CONNECT_SECONDS = 5.0
+"""After which a server that does not answer counts as out of reach."""
+
+
+def look_for_network(path: str) -> None:
+    """Take the Hub's files from the local cache alone where the Hub cannot be reached.
+
+    The libraries would wait for half a minute for each of a dozen files, all of which are in the cache. Asked once
+    in a process, and for a Hub id only. What stands behind a proxy is left to the libraries.
+
+    Args:
+        path: local folder or Hub id.
+    """
+    if Path(path).is_dir() or constants.is_offline_mode() or {"https", "all"} & getproxies().keys():
+        return
+    if not _is_reachable(constants.ENDPOINT):
+        constants.HF_HUB_OFFLINE = True
+
+
+@cache
+def _is_reachable(endpoint: str) -> bool:
+    server = urlsplit(endpoint)
+    try:
+        port = server.port or (80 if server.scheme == "http" else 443)
+        socket.create_connection((server.hostname or "", port), timeout=CONNECT_SECONDS).close()
+    except OSError:
+        return False
+    return True
+
+
+def why_offline() -> str:
+    """Why nothing is asked of the Hub, as a part of a sentence; for a process that is offline."""
+    if _is_reachable.cache_info().currsize and not _is_reachable(constants.ENDPOINT):
+        return f"{urlsplit(constants.ENDPOINT).hostname} cannot be reached"
+    return "HF_HUB_OFFLINE is set"
 
 
 def explain_missing(name: str, problem: Exception) -> str:
@@ -24,7 +64,7 @@ def explain_missing(name: str, problem: Exception) -> str:
         return f"model.name {name}: no such folder" + (f"; did you mean {near[0]}?" if near else "")
     if constants.is_offline_mode():
         return (
-            f"model.name {name}: not in the local cache, and HF_HUB_OFFLINE is set; download it once with a network, "
+            f"model.name {name}: not in the local cache, and {why_offline()}; download it once with a network, "
             "give a local folder, or rehearse with --smoke"
         )
     return (

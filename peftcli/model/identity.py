@@ -15,6 +15,7 @@ from peftcli.data.kept import tokenizer_fingerprint
 from peftcli.data.prepare import PreparedData
 from peftcli.errors import MachineError
 from peftcli.model.files import BaseFacts, base_facts, local_folder
+from peftcli.model.hub import why_offline
 from peftcli.model.load import load_tokenizer
 from peftcli.model.tensors import WEIGHTS, hash_files, read_tensors
 from peftcli.plan.plan import Base, Plan, TokenizerChoice
@@ -144,7 +145,7 @@ def _pinned(base: Base, commit: str | None) -> Base:
     if is_offline_mode() and local_folder(base.path, commit) is None:
         raise MachineError(
             f"the adapter was trained on commit {commit} of {base.path}, which is not in the local cache, and "
-            "HF_HUB_OFFLINE is set; download that commit once"
+            f"{why_offline()}; download that commit once"
         )
     return replace(base, revision=commit)
 

@@ -11,7 +11,8 @@ from transformers.pytorch_utils import Conv1D
 
 from peftcli.errors import MachineError, RecipeError
 from peftcli.methods import peft_config
-from peftcli.model.hub import explain_missing
+from peftcli.model.hub import explain_missing, look_for_network
+from peftcli.model.shape import read_shape
 from peftcli.plan.facts import ModelFacts
 from peftcli.recipe.schema import AdapterSection
 
@@ -22,6 +23,7 @@ def load_config(path: str, revision: str | None, *, trust_remote_code: bool = Fa
     Raises:
         MachineError: the folder or the Hub id cannot be had.
     """
+    look_for_network(path)
     try:
         return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as problem:
@@ -64,6 +66,7 @@ def inspect_model(
         positions=getattr(text, "max_position_embeddings", None),
         sdpa=bool(getattr(model, "_supports_sdpa", True)),
         note=note,
+        shape=read_shape(model, text),
     )
 
 

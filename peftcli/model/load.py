@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from peftcli.errors import MachineError, RecipeError
-from peftcli.model.hub import explain_missing
+from peftcli.model.hub import explain_missing, look_for_network
 from peftcli.model.tensors import explain_unfit, refuse_unfit
 from peftcli.plan.plan import Base, TokenizerChoice
 
@@ -36,6 +36,7 @@ def load_tokenizer(choice: TokenizerChoice, path: str | None = None) -> PreTrain
         MachineError: there is none, or the chat template file cannot be read.
         RecipeError: the tokenizer has no such end token.
     """
+    look_for_network(path or choice.path)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             path or choice.path,
@@ -96,6 +97,7 @@ def load_base(base: Base, *, quantized: bool = True) -> PreTrainedModel:
     }
     if quantized and base.quantization is not None:
         arguments["quantization_config"] = quantization_config(base)
+    look_for_network(base.path)
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(base.path, **arguments)
     except ImportError as problem:

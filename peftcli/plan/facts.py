@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from peftcli.plan.shape import Shape
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -51,6 +53,7 @@ class ModelFacts:
         positions: longest row that the model was made for, None where it does not say.
         sdpa: the architecture can use torch's scaled dot product attention.
         note: what is unusual about where the structure comes from, empty as a rule.
+        shape: the widths that memory and time are computed from, None where they cannot be read.
     """
 
     path: str
@@ -62,3 +65,4 @@ class ModelFacts:
     positions: int | None
     sdpa: bool = True
     note: str = ""
+    shape: Shape | None = None

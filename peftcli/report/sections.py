@@ -12,7 +12,7 @@ from peftcli.report.blocks import (
     facts,
     table,
 )
-from peftcli.report.format import count, share
+from peftcli.report.format import count, duration, share, size
 from peftcli.report.stages import Stages, figure, find, objects, text
 from peftcli.report.text import without_home
 
@@ -75,6 +75,8 @@ def plan_section(stages: Stages) -> Section:
     ]
     if notices := find(plan, "notices"):
         blocks.append(Notices(tuple(without_home(text(notice)) for notice in notices)))
+    if predicted := _predicted(stages):
+        blocks.append(predicted)
     if decisions := objects(plan, "decisions"):
         rows = [
             (text(row, "key"), without_home(text(row, "value")), without_home(text(row, "reason"))) for row in decisions
@@ -84,3 +86,21 @@ def plan_section(stages: Stages) -> Section:
         settings = [(str(key), without_home(text(trainer, key))) for key in trainer]
         blocks.append(Folded("Arguments given to the trainer", table(("Argument", "Value"), settings)))
     return Section("plan", "Plan", tuple(blocks))
+
+
+def _predicted(stages: Stages) -> Block | None:
+    """What was forecast before the first step beside what was measured; None for runs that had no forecast."""
+    forecast = find(stages.plan, "forecast")
+    if not forecast:
+        return None
+    train = {**(find(stages.metrics, "train") or {}), **stages.train}
+    pairs = (
+        ("Peak memory", size, figure(forecast, "peak_memory_bytes"), figure(train, "peak_memory_bytes")),
+        ("Training time", duration, figure(forecast, "time", "seconds"), figure(train, "seconds")),
+    )
+    rows = [
+        (label, write(said), write(found), share(found, said))
+        for label, write, said, found in pairs
+        if said is not None
+    ]
+    return table(("Forecast", "Predicted", "Measured", "Measured / predicted"), rows) if rows else None

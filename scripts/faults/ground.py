@@ -26,7 +26,8 @@ class Ended:
 
     Attributes:
         code: exit code; negative for the signal that killed it, as `subprocess` has it.
-        peak_mib: largest memory of the process, 0 where it was not measured.
+        peak_mib: largest memory of the process.
+        cpu_seconds: that it computed; on a busy machine fewer than those that it took.
     """
 
     code: int
@@ -34,6 +35,7 @@ class Ended:
     out: str
     err: str
     peak_mib: float = 0.0
+    cpu_seconds: float = 0.0
 
     @property
     def lines(self) -> int:
@@ -138,10 +140,10 @@ class Ground:
                 stderr=err_file,
                 start_new_session=True,
             )
-            code, peak = wait_for(process.pid, begun + TIMEOUT)
+            code, peak, cpu = wait_for(process.pid, begun + TIMEOUT)
             process.returncode = code
         seconds = time.perf_counter() - begun
-        return Ended(code, seconds, self.said(out), self.said(err), peak)
+        return Ended(code, seconds, self.said(out), self.said(err), peak, cpu)
 
     def start(self, *words: str, environment: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
         """Start `peftcli` with these words and leave it running in a process group of its own."""
@@ -166,14 +168,14 @@ class Ground:
         return hashlib.sha256(file.read_bytes()).hexdigest()[:12] if file.is_file() else ""
 
 
-def wait_for(pid: int, until: float) -> tuple[int, float]:
-    """Exit code and peak memory in MiB of a child, which is killed when the clock passes `until`."""
+def wait_for(pid: int, until: float) -> tuple[int, float, float]:
+    """Exit code, peak MiB and seconds of computing of a child, which is killed when the clock passes `until`."""
     while True:
         ended, status, usage = os.wait4(pid, os.WNOHANG)
         if ended:
-            return os.waitstatus_to_exitcode(status), usage.ru_maxrss / 1024
+            return os.waitstatus_to_exitcode(status), usage.ru_maxrss / 1024, usage.ru_utime + usage.ru_stime
         if time.perf_counter() > until:
             os.kill(pid, 9)
             os.wait4(pid, 0)
-            return HANGING, 0.0
+            return HANGING, 0.0, 0.0
         time.sleep(0.005)

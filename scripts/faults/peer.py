@@ -1,13 +1,21 @@
 """`trl sft` on the same faults: a configuration as near to our recipe as its keys allow."""
 
+import hashlib
+import os
+import random
 import shutil
+import signal
 import sys
+import time
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
-from ground import Ground
-from table import Case
+from ground import Ended, Ground
+from table import Case, Drill, Row
+from zygote import ZYGOTE
 
 RENAME = "RENAME"
 """Pseudo key: the rows get one text column of this name."""
@@ -50,3 +58,68 @@ def healthy(ground: Ground) -> dict[str, Any]:
         "bf16": False,
         "report_to": "none",
     }
+
+
+EVERY_STEP = {"max_steps": 8, "save_steps": 1, "save_total_limit": 2}
+SEED = 26
+
+
+def train(words: Sequence[str]) -> int:
+    """What `trl sft --config FILE` runs in its second process, called in a fork."""
+    from trl.scripts import sft  # slow to import, and only forks come here
+
+    parsed = sft.make_parser().parse_args_and_config(["--config", words[0]], fail_with_unknown_args=False)
+    sft.main(*parsed)  # type: ignore[no-untyped-call]  # trl ships no types
+    return 0
+
+
+def session(ground: Ground, *, resume: bool, seconds: float | None = None) -> Ended:
+    """One session of trl in a fork, killed after so many seconds."""
+    keys = EVERY_STEP | ({"resume_from_checkpoint": True} if resume else {})
+    path = ground.write("trl.yaml", yaml.safe_dump(healthy(ground) | keys))
+    pid, begun = ZYGOTE.start(ground, str(path), command=train)
+    if seconds is not None:
+        time.sleep(seconds)
+        os.kill(pid, signal.SIGKILL)
+    return ZYGOTE.end(ground, pid, begun)
+
+
+def trl_ground(folder: Path, model: Path) -> Ground:
+    """A folder whose rows lie where trl looks for them."""
+    ground = Ground(folder, model)
+    ground.write("data/train.jsonl", (folder / "rows.jsonl").read_bytes())
+    return ground
+
+
+def adapter(ground: Ground) -> str:
+    file = ground.folder / "trl" / "adapter_model.safetensors"
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else ""
+
+
+def random_kills(count: int, ground: Ground) -> Iterator[Row]:
+    """Kill trl's sessions as ours are killed, and resume those that have a checkpoint; told, not judged."""
+    begun = time.perf_counter()
+    whole = trl_ground(ground.folder / "unbroken", ground.model)
+    length = session(whole, resume=False).seconds
+    expected = adapter(whole)
+    if not expected:
+        raise RuntimeError(whole.said(whole.folder / ".err")[-300:])
+    chance = random.Random(SEED)
+    same = died = most_lines = 0
+    for kill in range(count):
+        place = trl_ground(ground.folder / f"kill-{kill}", ground.model)
+        session(place, resume=False, seconds=length * (kill + chance.random()) / count)
+        saved = any((place.folder / "trl").glob("checkpoint-*"))
+        end = session(place, resume=saved)
+        died += end.code != 0
+        same += end.code == 0 and adapter(place) == expected
+        most_lines = max(most_lines, end.lines)
+        shutil.rmtree(place.folder)
+    said = f"{same} of {count} end with the bits of the unbroken run, {died} die when they are resumed"
+    seconds = time.perf_counter() - begun
+    yield Row("26", f"trl sft: kill -9 at {count} random moments", "-", f"{same} same", seconds, most_lines, None, said)
+
+
+def drills(kills: int) -> list[Drill]:
+    """What trl is asked beside the single faults."""
+    return [Drill("26", "trl sft: random kills", partial(random_kills, kills))]

@@ -1,7 +1,7 @@
 """Stops: SIGTERM and Ctrl-C at exact moments, budgets of seconds; numbers 29, 30, 32 and 33 of the matrix."""
 
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from ground import Ended, Ground
 from table import Drill, Judge, Row
@@ -16,7 +16,7 @@ ACCUMULATED = {
     "trainer.eval_steps": 2,
     "trainer.save_steps": 3,
 }
-"""Steps of four micro-batches; evaluations after steps 2, 4 and 6, checkpoints after 3 and 6."""
+"""Steps of four micro-batches, of two at the end of the epoch; evaluations after steps 2, 4 and 6, saves at 3 and 6."""
 SIGTERM_MOMENTS = {
     "while the data are read": Moment("peftcli.data.ingest:_Pass._add"),
     "while the base is loaded": Moment("peftcli.train.run:load_base"),
@@ -31,7 +31,7 @@ SIGTERM_MOMENTS = {
     "before a checkpoint is written": Moment(f"{TRAINER}._save_checkpoint"),
     "before a checkpoint is sealed": Moment("peftcli.train.checkpoints:seal"),
     "after a checkpoint got its name": Moment("peftcli.train.checkpoints:promote", after=True),
-    "in the last step": Moment(f"{TRAINER}.training_step", 23),
+    "in the last step": Moment(f"{TRAINER}.training_step", 22),
     "while the adapter is written": Moment("peftcli.train.run:save_adapter"),
     "in the last evaluation": Moment("peftcli.train.run:_measure", 2),
 }
@@ -87,26 +87,25 @@ def told_of(end: Ended) -> int:
     return sum(line.startswith("error: ") for line in end.err.splitlines())
 
 
-def sigterm(ground: Ground) -> list[Row]:
+def sigterm(ground: Ground) -> Iterator[Row]:
     """SIGTERM wherever a run can be."""
     expected = unbroken(ground, ACCUMULATED)
-    found = [interrupted(ground, name, at, [signal.SIGTERM], 75, expected) for name, at in SIGTERM_MOMENTS.items()]
-    return found
+    for name, moment in SIGTERM_MOMENTS.items():
+        yield interrupted(ground, name, moment, [signal.SIGTERM], 75, expected)
 
 
-def ctrl_c(ground: Ground) -> list[Row]:
+def ctrl_c(ground: Ground) -> Iterator[Row]:
     """A second Ctrl-C ends at once; what was whole before stays whole."""
     expected = unbroken(ground, ACCUMULATED)
-    signals = [signal.SIGINT, signal.SIGINT]
-    return [interrupted(ground, name, at, signals, 130, expected) for name, at in CTRL_C_MOMENTS.items()]
+    for name, moment in CTRL_C_MOMENTS.items():
+        yield interrupted(ground, name, moment, [signal.SIGINT, signal.SIGINT], 130, expected)
 
 
-def budgets(ground: Ground) -> list[Row]:
+def budgets(ground: Ground) -> Iterator[Row]:
     """Five sessions of a few seconds each end with the bits of one long one, none of them beyond its budget."""
     keys = {"trainer.max_steps": BUDGET_STEPS, "trainer.save_steps": BUDGET_STEPS}
     expected = unbroken(ground, keys)
     ground.recipe(keys)
-    rows = []
     for session in range(1, SESSIONS + 1):
         limited = ("--max-time", f"{BUDGET_SECONDS}s") if session < SESSIONS else ()
         judge = Judge(
@@ -117,11 +116,10 @@ def budgets(ground: Ground) -> list[Row]:
         judge.holds(not limited or over <= 0, f"{over:.1f} s over its budget")
         judge.holds(bool(limited) or ground.digest() == expected, "other bits than the unbroken run")
         said = next((line for line in reversed(end.err.splitlines()) if "step" in line), "")
-        rows.append(judge.row(f"{-over:.1f} s under; {said[:90]}" if limited else "the bits of the unbroken run"))
-    return rows
+        yield judge.row(f"{-over:.1f} s under; {said[:90]}" if limited else "the bits of the unbroken run")
 
 
-def same_command(ground: Ground) -> list[Row]:
+def same_command(ground: Ground) -> Iterator[Row]:
     """The same command after the end says so; no step is trained."""
     judge = Judge("33", "the same command three times", "0")
     ground.recipe()
@@ -131,7 +129,7 @@ def same_command(ground: Ground) -> list[Row]:
         digests.add(ground.digest())
         seen.add((ground.folder / "run" / "log.jsonl").read_text())
     judge.holds(len(digests) == 1 and len(seen) == 1, "the run changed")
-    return [judge.row()]
+    yield judge.row()
 
 
 DRILLS = [

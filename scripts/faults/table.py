@@ -1,8 +1,10 @@
 """Cases, how they ended, and the table of both."""
 
+import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -11,6 +13,8 @@ from ground import Ended, Ground
 Prepare = Callable[[Ground], None]
 MOST_LINES = 5
 """On stderr, for a fault that the user made."""
+MOST_NOTE = 300
+"""Letters of a note in the table; the JSON file holds all of it."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +23,7 @@ class Row:
 
     Attributes:
         number: of the fault matrix; letters before it name a list of its own.
-        good: None where the case could not be shown on this machine.
+        good: None where the case could not be shown on this machine, or is told and not judged.
         peer: how `trl sft` ended on the same fault: exit code, seconds, lines; None where it has no such feature.
     """
 
@@ -47,6 +51,7 @@ class Case:
         words: the command, where it is not `train`; RECIPE stands for the recipe.
         says: parts that stderr must hold.
         most_seconds: it may take so long.
+        most_cpu_seconds: it may compute so long; unlike the other, this does not depend on what else the machine does.
         most_mib: it may take so much memory.
         repeats: how often it runs; the seconds are their median.
         peer: keys of the same fault for `trl sft`, laid over a healthy configuration; None where it has none.
@@ -63,6 +68,7 @@ class Case:
     words: tuple[str, ...] = ("train", "RECIPE", "--output-dir", "run")
     says: tuple[str, ...] = ()
     most_seconds: float | None = None
+    most_cpu_seconds: float | None = None
     most_mib: float | None = None
     most_lines: int = MOST_LINES
     repeats: int = 1
@@ -71,7 +77,7 @@ class Case:
     peer: Mapping[str, Any] | None = None
     peer_edit: Callable[[str], str] | None = None
 
-    def run(self, ground: Ground) -> list[Row]:
+    def run(self, ground: Ground) -> Iterator[Row]:
         """Spoil the folder, run the command, and judge how it ended."""
         text: str | bytes = ground.recipe(self.keys).read_text()
         if self.edit is not None:
@@ -86,18 +92,16 @@ class Case:
         ends = [ground.run(*words, within=within, environment=self.environment) for _ in range(self.repeats)]
         seconds = median(end.seconds for end in ends)
         problems = self.problems(ends[-1], seconds)
-        return [
-            Row(
-                self.number,
-                self.fault,
-                str(self.exit),
-                str(ends[-1].code),
-                seconds,
-                ends[-1].lines,
-                not problems,
-                "; ".join(problems) or first_error(ends[-1].err),
-            )
-        ]
+        yield Row(
+            self.number,
+            self.fault,
+            str(self.exit),
+            str(ends[-1].code),
+            seconds,
+            ends[-1].lines,
+            not problems,
+            "; ".join(problems) or first_error(ends[-1].err),
+        )
 
     def problems(self, end: Ended, seconds: float) -> list[str]:
         """What is wrong with how the command ended."""
@@ -111,6 +115,8 @@ class Case:
         found += [f"does not say {part!r}: {end.err[-300:]!r}" for part in self.says if part not in end.err + end.out]
         if self.most_seconds is not None and seconds > self.most_seconds:
             found.append(f"took {seconds:.2f} s")
+        if self.most_cpu_seconds is not None and end.cpu_seconds > self.most_cpu_seconds:
+            found.append(f"computed for {end.cpu_seconds:.2f} s")
         if self.most_mib is not None and end.peak_mib > self.most_mib:
             found.append(f"took {end.peak_mib:.0f} MiB")
         return found
@@ -122,7 +128,7 @@ class Drill:
 
     number: str
     fault: str
-    run: Callable[[Ground], Sequence[Row]]
+    run: Callable[[Ground], Iterable[Row]]
 
 
 class Judge:
@@ -174,13 +180,14 @@ def first_error(err: str) -> str:
 
 def print_row(row: Row, *, peer: bool) -> None:
     """Print one line of the table."""
-    verdict = {True: "ok", False: "FAILED", None: "skipped"}[row.good]
+    verdict = {True: "ok", False: "FAILED", None: "-"}[row.good]
     lines = "-" if row.lines is None else str(row.lines)
     cells = [f"{row.number:<5}", f"{row.fault[:58]:<58}", f"{row.expected[:12]:>12}", f"{row.actual[:12]:>12}"]
     cells += [f"{row.seconds:7.2f}", f"{lines:>5}", f"{verdict:<7}"]
     if peer:
         cells.append("{:>4} {:6.1f} {:4}".format(*row.peer) if row.peer else f"{'-':>4} {'-':>6} {'-':>4}")
-    print("  ".join(cells) + (f"  {row.note}" if row.good is not True else ""), flush=True)
+    note = "" if row.good and row.note.startswith("error:") else " ".join(row.note.split())[:MOST_NOTE]
+    print("  ".join([*cells, note]).rstrip(), flush=True)
 
 
 def print_head(*, peer: bool) -> None:
@@ -189,6 +196,15 @@ def print_head(*, peer: bool) -> None:
     print(head + ("  trl: exit, seconds, lines" if peer else ""), flush=True)
 
 
-def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """The rows as JSON objects."""
-    return [asdict(row) for row in rows]
+def write_rows(file: Path, rows: Sequence[Row]) -> None:
+    """Write the rows as JSON; rows of other cases that stand in the file already are kept."""
+    before = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.is_file() else []
+    new = [asdict(row) for row in rows]
+    names = {(row["number"], row["fault"]) for row in new}
+    kept = [row for row in before if (row["number"], row["fault"]) not in names]
+    text = json.dumps({"schema": 1, "rows": sorted([*kept, *new], key=_place)}, indent=1, ensure_ascii=False)
+    file.write_text(text + "\n", encoding="utf-8")
+
+
+def _place(row: dict[str, Any]) -> int:
+    return int(row["number"].split("+")[0]) if row["number"][0].isdigit() else 0

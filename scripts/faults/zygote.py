@@ -11,8 +11,8 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from ground import TIMEOUT, Ended, Ground, wait_for
 
 ROOMS = (
     "peftcli.cli.app",
-    "peftcli.cli.commands",
+    "peftcli.cli.training",
     "peftcli.cli.steps",
     "peftcli.train.run",
     "peftcli.evaluate",
@@ -38,10 +38,11 @@ PHASES = {
     "saving": "peftcli.train.trainer:Trainer._save_checkpoint",
     "writing the adapter": "peftcli.train.run:save_adapter",
     "last evaluation": "peftcli.train.run:_measure",
-    "report": "peftcli.cli.commands:_finish",
+    "report": "peftcli.cli.training:finish",
 }
 """What a session does, each with the function that does it."""
 PHASE_BYTES = 64
+Command = Callable[[Sequence[str]], int]
 
 
 @dataclass(frozen=True)
@@ -121,30 +122,42 @@ class Zygote:
         pid, begun = self.start(ground, *words, hook=hook)
         return self.end(ground, pid, begun)
 
-    def start(self, ground: Ground, *words: str, hook: Callable[[], None] | None = None) -> tuple[int, float]:
-        """Fork a session; its process id, and when it began."""
+    def start(
+        self, ground: Ground, *words: str, hook: Callable[[], None] | None = None, command: Command | None = None
+    ) -> tuple[int, float]:
+        """Fork a session; its process id, and when it began.
+
+        Args:
+            command: in place of peftcli, to run another program in the same way.
+        """
         self.warm_up()
         self._set_phase("before the data")
         begun = time.perf_counter()
         pid = os.fork()
         if pid == 0:
             code = 1
-            with suppress(BaseException):  # nothing of the child may run on in the parent's code
-                code = self._session(ground, words, hook)
-            os._exit(code)
+            try:
+                code = self._session(ground, words, hook, command)
+            except BaseException:  # nothing of the child may run on in the parent's code
+                traceback.print_exc()
+            finally:
+                os._exit(code)
         return pid, begun
 
     def end(self, ground: Ground, pid: int, begun: float) -> Ended:
         """Wait for a session."""
-        code, peak = wait_for(pid, begun + TIMEOUT)
+        code, peak, cpu = wait_for(pid, begun + TIMEOUT)
         seconds = time.perf_counter() - begun
-        return Ended(code, seconds, ground.said(ground.folder / ".out"), ground.said(ground.folder / ".err"), peak)
+        out, err = (ground.said(ground.folder / name) for name in (".out", ".err"))
+        return Ended(code, seconds, out, err, peak, cpu)
 
     def phase(self) -> str:
         """What the session was doing last."""
         return self._phase[:PHASE_BYTES].rstrip(b"\0").decode()
 
-    def _session(self, ground: Ground, words: Sequence[str], hook: Callable[[], None] | None) -> int:
+    def _session(
+        self, ground: Ground, words: Sequence[str], hook: Callable[[], None] | None, command: Command | None
+    ) -> int:
         os.setsid()
         os.chdir(ground.folder)
         os.environ.clear()
@@ -160,7 +173,7 @@ class Zygote:
             hook()
         from peftcli.cli.app import main  # imported already; the light cases never come here
 
-        code = main(list(words))
+        code = (command or main)(list(words))
         sys.stdout.flush()
         sys.stderr.flush()
         return code

@@ -1,0 +1,136 @@
+"""GPUs that a plan can be made for without having one: `plan --gpu NAME`."""
+
+import difflib
+import re
+from dataclasses import dataclass
+
+from peftcli.errors import RecipeError
+from peftcli.plan.facts import Machine
+
+GIB = 2**30
+SUSTAINED = 0.45
+"""Share of the peak that training reaches; of the published runs, taken over all of a step.
+
+LLaMA-Factory, Llama-2-7B in 4 bit on an A100, 8192 tokens: 3,128 tokens/s, 0.48 of the peak; 1024 tokens: 0.31
+(https://github.com/hiyouga/LLaMA-Factory/wiki/Performance-comparison). torchtune, compiled, Llama-3.2-3B with LoRA on
+an A100: 8,210 tokens/s, 0.53; Llama-3.1-8B in 4 bit on a 4090: 2,413 tokens/s, 0.67 (README of pytorch/torchtune).
+"""
+THROTTLED = 0.35
+"""The same for a T4, which its limit of 70 W holds back; an assumption, no published run was found."""
+
+
+@dataclass(frozen=True)
+class Card:
+    """One kind of GPU.
+
+    Attributes:
+        key: for `--gpu`.
+        name: as torch says it.
+        capability: (major, minor).
+        memory_gib: that torch reports; drivers differ by a few percent.
+        tflops: peak of dense 16-bit products that are summed in float32, in 10^12 a second.
+        gb_per_second: memory bandwidth in 10^9 bytes a second.
+        count: how many there are.
+        sustained: share of the peak that training reaches.
+        note: what else one should know.
+
+    Source: NVIDIA's data sheets; where they give the figure with sparsity, half of it.
+    """
+
+    key: str
+    name: str
+    capability: tuple[int, int]
+    memory_gib: float
+    tflops: float
+    gb_per_second: float
+    count: int = 1
+    sustained: float = SUSTAINED
+    note: str = ""
+
+    @property
+    def flops(self) -> float:
+        """Products and sums a second that training reaches."""
+        return self.tflops * 1e12 * self.sustained
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes a second."""
+        return self.gb_per_second * 1e9
+
+
+CARDS = (
+    Card("t4", "Tesla T4", (7, 5), 14.74, 65, 320, sustained=THROTTLED),
+    Card("t4x2", "Tesla T4", (7, 5), 14.74, 65, 320, count=2, sustained=THROTTLED),
+    Card(
+        "p100",
+        "Tesla P100-PCIE-16GB",
+        (6, 0),
+        15.89,
+        18.7,
+        732,
+        note="the torch of Kaggle's image has no kernels for a P100; choose GPU T4 x2 there",
+    ),
+    Card("v100", "Tesla V100-SXM2-16GB", (7, 0), 15.77, 125, 900),
+    Card("v100-32", "Tesla V100-SXM2-32GB", (7, 0), 31.73, 125, 900),
+    Card("l4", "NVIDIA L4", (8, 9), 22.03, 121, 300),
+    Card("a10", "NVIDIA A10", (8, 6), 22.0, 125, 600),
+    Card("a10g", "NVIDIA A10G", (8, 6), 22.06, 70, 600),
+    Card("a40", "NVIDIA A40", (8, 6), 44.4, 149.7, 696),
+    Card("a6000", "NVIDIA RTX A6000", (8, 6), 47.5, 154.8, 768),
+    Card("l40s", "NVIDIA L40S", (8, 9), 44.4, 362, 864),
+    Card("a100-40", "NVIDIA A100-SXM4-40GB", (8, 0), 39.4, 312, 1555),
+    Card("a100-80", "NVIDIA A100-SXM4-80GB", (8, 0), 79.2, 312, 2039),
+    Card("h100", "NVIDIA H100 80GB HBM3", (9, 0), 79.1, 989, 3350),
+    Card("h200", "NVIDIA H200", (9, 0), 139.8, 989, 4800),
+    Card("rtx3090", "NVIDIA GeForce RTX 3090", (8, 6), 23.6, 71, 936),
+    Card("rtx4090", "NVIDIA GeForce RTX 4090", (8, 9), 23.5, 165, 1008),
+    Card("rtx5090", "NVIDIA GeForce RTX 5090", (12, 0), 31.3, 209.5, 1792),
+)
+
+
+def find_card(key: str) -> Card:
+    """The card of `--gpu`.
+
+    Raises:
+        RecipeError: there is none of that name.
+
+    >>> find_card("T4 x2").count
+    2
+    """
+    plain = re.sub(r"[\s_]|nvidia|tesla|geforce", "", key.lower())
+    known = {card.key: card for card in CARDS}
+    bare = {card.key.replace("-", ""): card for card in CARDS} | {card.key.removeprefix("rtx"): card for card in CARDS}
+    found = known.get(plain) or bare.get(plain.replace("-", ""))
+    if found is not None:
+        return found
+    near = difflib.get_close_matches(plain, known, n=1, cutoff=0.5)
+    mean = f"; did you mean {near[0]}?" if near else ""
+    raise RecipeError(f"--gpu {key}: no card of that name is known{mean}\nknown are {', '.join(known)}")
+
+
+def card_of(machine: Machine) -> Card | None:
+    """The card that a machine has, by its name and memory; None for one that is not in the table."""
+    if machine.device != "cuda":
+        return None
+    words = re.sub(r"nvidia|tesla|geforce", "", machine.name.lower())
+    parts = re.sub(r"rtx (?=\d)", "rtx", re.sub(r"[^a-z0-9]+", " ", words).strip()).split()
+    fitting = [card for card in CARDS if card.count == 1 and card.key.split("-")[0] in parts]
+    near = [card for card in fitting if abs(card.memory_gib * GIB - machine.memory_bytes) < 0.1 * machine.memory_bytes]
+    return near[0] if near else None
+
+
+def machine_with(card: Card, processes: int = 1) -> Machine:
+    """A machine that has this card, with everything installed that the card can run."""
+    major, minor = card.capability
+    flash = ("flash_attention_2",) * (major >= 8) + ("flash_attention_3",) * (card.capability == (9, 0))
+    return Machine(
+        device="cuda",
+        name=card.name,
+        capability=card.capability,
+        native_bf16=major >= 8,
+        arch_list=(f"sm_{major}{minor}",),
+        memory_bytes=int(card.memory_gib * GIB),
+        count=card.count,
+        processes=processes,
+        flash_attention=flash,
+    )

@@ -1,0 +1,211 @@
+"""The forecast: what a run will need in memory, time and disk, before anything is downloaded or loaded."""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from peftcli.plan.cards import card_of
+from peftcli.plan.facts import Machine
+from peftcli.plan.mends import propose
+from peftcli.plan.peak import NF4_BITS, Load
+from peftcli.plan.plan import DTYPE_BYTES, Plan
+from peftcli.plan.setting import FULL_HEAD, Head, Setting
+from peftcli.plan.shape import Linear, Shape
+from peftcli.plan.work import step_seconds, token_flops
+
+FLASH_CAPABILITY = (8, 0)
+"""From which on torch has an attention that lets query heads share a key head and keeps no probabilities.
+
+Source: the docstring of `scaled_dot_product_attention` on `enable_gqa`, torch 2.13.
+"""
+FILLING = 1 / 0.85
+"""Places of attention for each token of a flat line: rows side by side have 0.7 to 1 of the longest one's length."""
+BLOCK_NUMBER = re.compile(r"(^|.*\.)\d+\.")
+DEFAULT_EPOCHS = 3.0
+"""Of transformers, where the recipe sets neither epochs nor steps."""
+OPTIMIZER = "adamw_torch_fused"
+"""Of transformers, where the recipe sets none."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows that are trained on.
+
+    Attributes:
+        longest: tokens of the longest row.
+        mean: tokens of a row.
+        count: number of rows, None where the data were not read.
+        known: False where both lengths are the recipe's `max_length`.
+    """
+
+    longest: int
+    mean: float
+    count: int | None = None
+    known: bool = True
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What the floors above know: `state_bytes` by the name of an optimizer, and the bytes on the disk."""
+
+    state_bytes: Callable[[str], float]
+    disk: Mapping[str, int]
+
+
+def rows_of(plan: Plan, data: Mapping[str, Any] | None) -> Rows:
+    """The rows as `data.json` describes them, or as long as the recipe allows where there is none.
+
+    Args:
+        data: the facts of the data, None before they were read.
+    """
+    most = plan.labels.max_length
+    if data is None:
+        return Rows(most, float(most), known=False)
+    rows = int(data["train_rows"])
+    # The lengths are those before rows were cut.
+    return Rows(min(most, int(data["length"]["max"])), data["tokens"]["train"] / rows, rows)
+
+
+def make_forecast(plan: Plan, shape: Shape | None, machine: Machine, rows: Rows, costs: Costs) -> dict[str, Any] | None:
+    """Compute what a run will need.
+
+    Returns:
+        What `plan.json` holds under "forecast"; None where the model's widths are not known.
+    """
+    if shape is None:
+        return None
+    load = plan_load(plan, shape, machine, rows, costs.state_bytes)
+    # A CPU run on a machine with a card: what the machine states is the memory of the card.
+    memory = machine.memory_bytes if machine.device == plan.base.device else None
+    parts = load.parts()
+    largest = None if memory is None else load.largest(memory)
+    fits = None if memory is None else load.total <= memory
+    return {
+        "schema": 1,
+        "rows": {"longest_tokens": rows.longest, "mean_tokens": round(rows.mean, 1), "known": rows.known},
+        "micro_batch": {"tokens": load.tokens, "largest_tokens": largest},
+        "memory_bytes": {**parts, "total": load.total, "machine": memory},
+        "peak_memory_bytes": load.counted,
+        "fits": fits,
+        "mends": _mends(load, plan, memory, costs) if memory is not None and not fits else [],
+        "time": _time(plan, load, machine, rows),
+        "disk_bytes": dict(costs.disk),
+    }
+
+
+def plan_load(plan: Plan, shape: Shape, machine: Machine, rows: Rows, state_bytes: Callable[[str], float]) -> Load:
+    """The largest micro-batch of a plan, in its setting."""
+    whole = plan.trainer.get("packing") or plan.trainer.get("padding_free")
+    at_once = plan.batch.per_device * (plan.labels.max_length if plan.trainer.get("packing") else rows.longest)
+    in_step = at_once * plan.batch.accumulation
+    tokens = min(plan.batching.tokens, in_step) if plan.batching.kind == "flat" else at_once
+    tokens = max(tokens, rows.longest)
+    setting = plan_setting(plan, shape, machine, state_bytes, one_row=tokens == rows.longest)
+    return Load(shape, setting, tokens, tokens if whole else rows.longest)
+
+
+def plan_setting(
+    plan: Plan, shape: Shape, machine: Machine, state_bytes: Callable[[str], float], *, one_row: bool
+) -> Setting:
+    """What of a plan decides memory and time.
+
+    Args:
+        one_row: a micro-batch is one row, so that nothing is padded or filled.
+    """
+    quantization = plan.base.quantization
+    targets = match_linears(plan.targets, shape)
+    of_linears = sum(plan.adapter.r * (linear.inputs + linear.outputs) * linear.count for linear in targets)
+    saved = plan.adapter.modules_to_save or ()
+    smooth = bool(plan.trainer.get("label_smoothing_factor"))
+    return Setting(
+        on_gpu=plan.base.device == "cuda",
+        base_bytes=DTYPE_BYTES[plan.base.dtype],
+        weight_bits=None if quantization is None else NF4_BITS[bool(quantization["double_quant"])],
+        autocast=bool(plan.trainer.get("bf16") or plan.trainer.get("fp16")),
+        adapter_bytes=DTYPE_BYTES[plan.adapter_dtype],
+        state_bytes=state_bytes(str(plan.trainer.get("optim", OPTIMIZER))),
+        targets=targets,
+        r=plan.adapter.r,
+        trainable=plan.trainable_parameters,
+        dropout=plan.adapter.dropout,
+        dora=plan.adapter.use_dora,
+        expert_adapters=shape.experts is not None and not saved and plan.trainable_parameters > 1.05 * of_linears,
+        checkpointing=bool(plan.trainer.get("activation_checkpointing")),
+        offloading=bool(plan.trainer.get("activation_offloading")),
+        attention=_attention(plan, shape, machine, one_row),
+        filling=FILLING if plan.batching.kind == "flat" and not one_row else 1.0,
+        head=FULL_HEAD if smooth else Head(),
+        head_trained=any(name in ("lm_head", "embed_out") for name in saved),
+        processes=plan.batch.processes,
+    )
+
+
+def match_linears(targets: Mapping[str, int], shape: Shape) -> tuple[Linear, ...]:
+    """The linear layers that the targets of a plan stand for.
+
+    Args:
+        targets: number of modules by name; a name with a block's number stands for that one alone.
+    """
+    found = {}
+    for name, count in targets.items():
+        bare = BLOCK_NUMBER.sub("", name)
+        for linear in shape.linears:
+            if linear.name == bare or linear.name.endswith("." + bare):
+                number = min(count, linear.count)
+                found[linear.name, linear.outputs] = Linear(linear.name, linear.inputs, linear.outputs, number)
+    return tuple(found.values())
+
+
+def _attention(plan: Plan, shape: Shape, machine: Machine, one_row: bool) -> str:
+    asked = plan.base.attention
+    if asked == "eager":
+        return "eager"
+    if asked.startswith("flash"):
+        return "flash"
+    packed = plan.trainer.get("packing") or plan.trainer.get("padding_free")
+    if packed or (plan.batching.kind == "padded" and not one_row):
+        return "masked"
+    old = machine.capability is not None and machine.capability < FLASH_CAPABILITY
+    return "math" if plan.base.device == "cuda" and old and shape.grouped else "flash"
+
+
+def _mends(load: Load, plan: Plan, memory: int, costs: Costs) -> list[dict[str, Any]]:
+    return [
+        {"keys": mend.keys.split("\n"), "total_bytes": mend.load.total, "fits": mend.load.total <= memory}
+        for mend in propose(load, plan, memory, costs.state_bytes)
+    ]
+
+
+def _time(plan: Plan, load: Load, machine: Machine, rows: Rows) -> dict[str, Any]:
+    """Steps and seconds; null for what is not known, such as the speed of a processor."""
+    card = card_of(machine) if load.setting.on_gpu and load.setting.width == 2 else None
+    in_step = plan.batch.per_device * plan.batch.accumulation
+    flat = plan.batching.kind == "flat"
+    tokens = in_step * (rows.mean if flat else rows.longest)
+    micro_batches = max(1, -(-round(tokens) // load.tokens)) if flat else plan.batch.accumulation
+    attended = (rows.mean if flat else rows.longest) / (2 if load.setting.attention == "flash" else 1)
+    seconds = None
+    if card is not None:
+        seconds = step_seconds(
+            load.shape, load.setting, card, tokens=tokens, micro_batches=micro_batches, attended=attended
+        )
+    steps = _steps(plan, rows)
+    return {
+        "steps": steps,
+        "flops_per_token": round(token_flops(load.shape, load.setting, attended)),
+        "tokens_per_step": round(tokens * plan.batch.processes),
+        "step_seconds": seconds,
+        "seconds": None if seconds is None or steps is None else seconds * steps,
+        "card": None if card is None else card.key,
+    }
+
+
+def _steps(plan: Plan, rows: Rows) -> int | None:
+    asked = plan.trainer.get("max_steps")
+    if isinstance(asked, int) and asked > 0:
+        return asked
+    if rows.count is None:
+        return None
+    epochs = float(plan.trainer.get("num_train_epochs", DEFAULT_EPOCHS))
+    return max(1, round(epochs * -(-rows.count // plan.batch.effective)))

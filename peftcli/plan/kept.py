@@ -1,0 +1,144 @@
+"""What the backward pass needs: the bytes that autograd keeps, tensor by tensor, from the widths of a model.
+
+Each term is a tensor that one operation of the forward pass saves. They were counted with
+`torch.autograd.graph.saved_tensors_hooks` on models of eleven families (transformers 5.23, peft 0.21, torch 2.13);
+`tests/test_forecast.py` holds them against that count. Terms that differ on a card are from the source named there.
+"""
+
+from peftcli.plan.setting import Setting
+from peftcli.plan.shape import Linear, Norm, Shape
+
+SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
+"""Layers that read one tensor, so that it is kept once where none of them makes a copy of its own."""
+ATTENTION_OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj", "wo")
+"""Layers that may read what attention keeps anyway."""
+
+
+def block_bytes(shape: Shape, setting: Setting, tokens: int, longest: int) -> float:
+    """Bytes that all blocks keep for one micro-batch when none is run again.
+
+    Args:
+        tokens: of the micro-batch, filling included.
+        longest: tokens of its longest row; attention with a mask grows with it.
+    """
+    a_token = (
+        sum(norm_bytes(norm, setting) * norm.count for norm in shape.norms)
+        + attention_bytes(shape, setting, longest) * shape.layers
+        + setting.width * shape.mlp * shape.mlp_kept * shape.mlp_layers
+        + adapter_bytes(shape, setting)
+        + expert_bytes(shape, setting)
+    )
+    return a_token * tokens + expert_copies(shape, setting)
+
+
+def end_bytes(shape: Shape, setting: Setting, tokens: int) -> float:
+    """Bytes that the last norm and the output layer keep."""
+    return (norm_bytes(shape.final_norm, setting) + setting.base_bytes * shape.hidden) * tokens
+
+
+def stream_bytes(shape: Shape, setting: Setting, tokens: int) -> float:
+    """Bytes of the inputs of all blocks, which is what checkpointing keeps."""
+    return float(setting.base_bytes * shape.hidden * shape.layers * tokens)
+
+
+def norm_bytes(norm: Norm, setting: Setting) -> int:
+    """Bytes a token that a norm keeps: its input, in float32 where it computes so, and one figure or two.
+
+    On a card autocast runs LayerNorm in float32 on a copy; on a CPU it does not.
+
+    Source: the list of operations that autocast to float32, https://docs.pytorch.org/docs/stable/amp.html.
+    """
+    if norm.in_float32:
+        return 4 * norm.width + 4
+    return (4 if setting.autocast and setting.on_gpu else setting.base_bytes) * norm.width + 4
+
+
+def attention_bytes(shape: Shape, setting: Setting, longest: int) -> float:
+    """Bytes a token that attention keeps in one block.
+
+    `flash` keeps queries, keys, values, the output and one float32 a head; `masked` keeps keys and values repeated for
+    all heads and its row of the mask; `math` keeps all in float32 with the probabilities; `eager` keeps probabilities
+    in float32 and in the width of the computation.
+    """
+    width, wide = setting.width, 4 * shape.queries
+    own = 2 * shape.queries + 2 * shape.keys
+    # A value that is a view keeps the whole output of the layer that made all three.
+    view = shape.queries + shape.keys if shape.fused_qkv and shape.rotary else 0
+    sums = 4 * shape.heads
+    if setting.attention == "flash":
+        return (width * (own + view) + sums) * setting.filling
+    if setting.attention == "math":
+        return 4 * 3 * shape.queries + width * shape.queries + 4 * shape.heads * longest
+    if setting.attention == "eager":
+        return width * wide + (4 + width) * shape.heads * longest
+    return width * ((wide if shape.grouped else own + view) + longest) + sums
+
+
+def adapter_bytes(shape: Shape, setting: Setting) -> float:
+    """Bytes a token that all adapters keep: their inputs, what is left after A, and what dropout and DoRA add."""
+    inputs = sum(_own_input(linear, setting) * linear.count for linear in setting.targets)
+    if not setting.casts_inputs and not setting.dropout:
+        inputs -= _saved_by_sharing(shape, setting)
+    inner = sum(setting.width * setting.r * linear.count for linear in setting.targets)
+    outputs = (
+        sum(2 * setting.width * linear.outputs * linear.count for linear in setting.targets) if setting.dora else 0
+    )
+    return inputs + inner + outputs
+
+
+def _own_input(linear: Linear, setting: Setting) -> int:
+    """Bytes a token of an adapter's input: a copy of its own under PEFT's cast, and the mask of dropout.
+
+    A card's dropout keeps one byte an entry, a CPU's the factors themselves.
+
+    Source: `native_dropout` and `dropout` in aten/src/ATen/native/Dropout.cpp.
+    """
+    narrow = setting.width if setting.autocast else max(setting.adapter_bytes, setting.width)
+    if not setting.dropout:
+        return narrow * linear.inputs
+    cast = setting.adapter_bytes if setting.casts_inputs else narrow
+    return (narrow + (1 if setting.on_gpu else cast)) * linear.inputs
+
+
+def _saved_by_sharing(shape: Shape, setting: Setting) -> int:
+    """Bytes a token that adapters do not keep, since another layer keeps the same tensor."""
+    groups = [list(group) for group in SHARED_INPUTS]
+    if shape.parallel:
+        groups[0] += ["fc1", "c_fc", "dense_h_to_4h"]
+    saved = 0
+    for group in groups:
+        members = [linear for linear in setting.targets if linear.leaf in group]
+        saved += sum(linear.inputs * linear.count for linear in members[1:])
+    if setting.attention in ("flash", "masked") and setting.filling == 1.0:
+        outputs = [linear for linear in setting.targets if linear.leaf in ATTENTION_OUTPUTS]
+        saved += sum(linear.inputs * linear.count for linear in outputs if "att" in linear.name)
+    return setting.width * saved
+
+
+def expert_bytes(shape: Shape, setting: Setting) -> float:
+    """Bytes a token that the experts keep: both factors of the gate, the activation, and what goes in and out."""
+    experts = shape.experts
+    if experts is None:
+        return 0.0
+    inner = 4 if setting.expert_adapters else 3
+    outer = 2 if setting.expert_adapters else 1
+    each = inner * experts.mlp + outer * shape.hidden
+    return setting.width * experts.layers * (experts.per_token * each + shape.hidden)
+
+
+def expert_copies(shape: Shape, setting: Setting) -> float:
+    """Bytes of the experts' weights with their adapters added, which PEFT makes anew in each forward pass."""
+    if shape.experts is None or not setting.expert_adapters:
+        return 0.0
+    return float(setting.width * shape.experts.parameters)
+
+
+def passing_bytes(shape: Shape, setting: Setting, tokens: int) -> float:
+    """Bytes of the gradients that are there at once while one block goes backward: two of the inner width, one outer.
+
+    PEFT's cast makes them float32. Measured with torch's profiler on five families: within 5 %.
+    """
+    experts = shape.experts
+    inner = max(shape.mlp, 0 if experts is None else experts.mlp * experts.per_token)
+    width = 4 if setting.casts_inputs else setting.width
+    return float(width * (2 * inner + shape.hidden) * tokens)

@@ -1,0 +1,143 @@
+"""What to change in a recipe so that it fits, the cheapest first, each with what it comes to."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+from peftcli.plan.peak import NF4_BITS, Load
+from peftcli.plan.plan import Plan
+from peftcli.plan.setting import Setting
+
+LEAST_SHARE = 0.01
+"""Of the total that a change must save to be worth a line."""
+SMALL_OPTIMIZER = "paged_adamw_8bit"
+FEW_TARGETS = ("q_proj", "v_proj")
+SHORTEST = 128
+"""Tokens below which `dataset.max_length` is not lowered."""
+
+
+@dataclass(frozen=True)
+class Mend:
+    """One change.
+
+    Attributes:
+        keys: what to write into the recipe.
+        load: what it comes to.
+    """
+
+    keys: str
+    load: Load
+
+
+Change = Callable[[Load], Mend | None]
+"""From a load to the change of it; None where it is made already."""
+
+
+def propose(load: Load, plan: Plan, memory_bytes: int, state_bytes: Callable[[str], float]) -> list[Mend]:
+    """All changes that lower the total of a load, each alone, then as many together as it takes.
+
+    Args:
+        memory_bytes: of the card.
+        state_bytes: bytes of optimizer state for a trainable weight, by the name of the optimizer.
+    """
+    changes = list(_changes(plan, memory_bytes, state_bytes))
+    alone = [mend for change in changes if (mend := change(load)) is not None and _helps(mend.load, load)]
+    if any(mend.load.total <= memory_bytes for mend in alone):
+        return alone
+    keys, now = [], load
+    for change in changes:
+        mend = change(now)
+        if mend is None or not _helps(mend.load, now):
+            continue
+        keys.append(mend.keys)
+        now = mend.load
+        if now.total <= memory_bytes:
+            break
+    return [*alone, Mend("\n".join(keys), now)] if len(keys) > 1 else alone
+
+
+def _helps(after: Load, before: Load) -> bool:
+    return after.total < before.total * (1 - LEAST_SHARE)
+
+
+def _changes(plan: Plan, memory_bytes: int, state_bytes: Callable[[str], float]) -> Iterator[Change]:
+    yield _quantize
+    if plan.batching.kind == "flat":
+        yield lambda load: _shorter_lines(load, memory_bytes)
+    else:
+        yield lambda load: _smaller_batch(load, plan, memory_bytes)
+    yield _checkpoint
+    yield _shorten
+    yield lambda load: _lower_rank(load, plan)
+    yield _fewer_targets
+    yield lambda load: _small_optimizer(load, state_bytes(SMALL_OPTIMIZER))
+
+
+def _quantize(load: Load) -> Mend | None:
+    if load.setting.weight_bits is not None:
+        return None
+    return _with(load, "quantization: {bits: 4}", replace(load.setting, weight_bits=NF4_BITS[True]))
+
+
+def _shorter_lines(load: Load, memory_bytes: int) -> Mend | None:
+    """Lines that fit, or those of one row each where nothing does; a shorter line never changes what is learned."""
+    tokens = max(load.longest, min(load.tokens, load.largest(memory_bytes) // 64 * 64))
+    if tokens >= load.tokens:
+        return None
+    return Mend(f"performance: {{tokens_per_micro_batch: {tokens}}}", load.with_tokens(tokens))
+
+
+def _smaller_batch(load: Load, plan: Plan, memory_bytes: int) -> Mend | None:
+    rows, accumulated, now = plan.batch.per_device, plan.batch.accumulation, load
+    while rows % 2 == 0 and (now is load or now.total > memory_bytes):
+        rows, accumulated = rows // 2, accumulated * 2
+        now = load.with_tokens(rows * load.longest)
+    if now.tokens >= load.tokens:
+        return None
+    keys = f"trainer: {{per_device_train_batch_size: {rows}, gradient_accumulation_steps: {accumulated}}}"
+    if rows == 1 and now.setting.attention == "masked":
+        now = replace(now, setting=replace(now.setting, attention="flash"))
+    return Mend(keys, now)
+
+
+def _checkpoint(load: Load) -> Mend | None:
+    if load.setting.checkpointing:
+        return None
+    return _with(load, "trainer: {activation_checkpointing: true}", replace(load.setting, checkpointing=True))
+
+
+def _shorten(load: Load) -> Mend | None:
+    longest = load.longest // 2
+    if longest < SHORTEST:
+        return None
+    shorter = replace(load, longest=longest, tokens=max(longest, load.tokens // 2))
+    return Mend(f"dataset: {{max_length: {longest}}}", shorter)
+
+
+def _lower_rank(load: Load, plan: Plan) -> Mend | None:
+    r = load.setting.r // 2
+    if r < 4 or plan.adapter.modules_to_save:
+        return None
+    lower = replace(load.setting, r=r, trainable=load.setting.trainable // 2)
+    return _with(load, f"adapter: {{r: {r}, alpha: {plan.adapter.alpha / 2:g}}}", lower)
+
+
+def _fewer_targets(load: Load) -> Mend | None:
+    setting = load.setting
+    few = tuple(linear for linear in setting.targets if linear.leaf in FEW_TARGETS)
+    if len({linear.leaf for linear in few}) < 2 or len(few) == len(setting.targets) or setting.expert_adapters:
+        return None
+    dropped = sum(
+        setting.r * (linear.inputs + linear.outputs) * linear.count for linear in setting.targets if linear not in few
+    )
+    fewer = replace(setting, targets=few, trainable=max(0, setting.trainable - dropped))
+    return _with(load, f"adapter: {{target_modules: [{', '.join(FEW_TARGETS)}]}}", fewer)
+
+
+def _small_optimizer(load: Load, state_bytes: float) -> Mend | None:
+    if not load.setting.on_gpu or state_bytes >= load.setting.state_bytes:
+        return None
+    return _with(load, f"trainer: {{optim: {SMALL_OPTIMIZER}}}", replace(load.setting, state_bytes=state_bytes))
+
+
+def _with(load: Load, keys: str, setting: Setting) -> Mend:
+    return Mend(keys, replace(load, setting=setting))

@@ -1,0 +1,97 @@
+"""The setting of a forecast: what of a plan decides how much memory and time a step takes."""
+
+from dataclasses import dataclass
+
+from peftcli.plan.shape import Linear
+
+
+@dataclass(frozen=True)
+class Head:
+    """The logits that are there at once, and what is kept for each.
+
+    TRL's fused output layer makes tiles of 4096 tokens by 32768 words in the width of the computation, and a
+    gradient of the last hidden states in float32 that is cast once (trl/kernels/chunked_logprob.py). Without it, all
+    logits are there, and a float32 copy, their log-probabilities and a gradient beside them.
+
+    Attributes:
+        tokens: at once, None for all.
+        words: at once, None for all; a tile has its full width even where the vocabulary is smaller.
+        bytes: of each logit, all its copies together; None for the fused layer, whose tile is as wide as the
+            computation.
+    """
+
+    tokens: int | None = 4096
+    words: int | None = 32768
+    bytes: int | None = None
+
+    @property
+    def fused(self) -> bool:
+        """It is TRL's, which makes each tile twice."""
+        return self.bytes is None
+
+
+FULL_HEAD = Head(None, None, 10)
+"""All logits: 2 bytes, their float32 copy and gradient in turns 4, the log-probabilities 4."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a model is trained.
+
+    Attributes:
+        on_gpu: the step runs on a card.
+        base_bytes: of a weight that is not quantized, and of a feature of the stream between the blocks.
+        weight_bits: of a quantized weight, or None.
+        autocast: products are computed in 16 bit whatever their inputs are.
+        adapter_bytes: of a trainable weight, and of its gradient.
+        state_bytes: of optimizer state for a trainable weight.
+        targets: linear layers with an adapter.
+        r: rank of the adapter.
+        trainable: number of trainable weights.
+        dropout: of the adapter's inputs, 0..1.
+        dora: the magnitudes of the columns are learned apart.
+        expert_adapters: the stacked weights of the experts have adapters.
+        checkpointing: blocks keep their input alone and run again in the backward pass.
+        offloading: what is kept for the backward pass waits in the memory of the machine.
+        attention: `flash` (nothing of the size of tokens by tokens), `masked` (a mask of that size, and keys and
+            values repeated for all query heads), `math` and `eager` (probabilities of that size).
+        filling: places of attention for each token, 1 where all rows have one length.
+        head: the logits that are there at once.
+        head_trained: the output layer is trained whole.
+        processes: that share the gradients.
+    """
+
+    on_gpu: bool
+    base_bytes: int
+    weight_bits: float | None
+    autocast: bool
+    state_bytes: float
+    targets: tuple[Linear, ...]
+    r: int
+    trainable: int
+    adapter_bytes: int = 4
+    dropout: float = 0.0
+    dora: bool = False
+    expert_adapters: bool = False
+    checkpointing: bool = False
+    offloading: bool = False
+    attention: str = "flash"
+    filling: float = 1.0
+    head: Head = Head()
+    head_trained: bool = False
+    processes: int = 1
+
+    @property
+    def width(self) -> int:
+        """Bytes of a feature within a block."""
+        return 2 if self.autocast else self.base_bytes
+
+    @property
+    def casts_inputs(self) -> bool:
+        """PEFT casts the input of each adapter to the adapter's dtype; its 4-bit layers do not under CUDA autocast.
+
+        Source: `_cast_input_dtype` in peft/tuners/tuners_utils.py, and the forward of peft/tuners/lora/bnb.py.
+        """
+        if self.weight_bits is not None and self.autocast and self.on_gpu:
+            return False
+        return self.adapter_bytes != self.base_bytes
