@@ -51,8 +51,12 @@ def model_of(family: str) -> Any:
     return AutoModelForCausalLM.from_config(FAMILIES[family], attn_implementation="sdpa").eval()
 
 
+@pytest.mark.parametrize("repeated", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_row_in_a_line_gives_what_it_gives_alone_and_the_same_gradient(family: str) -> None:
+def test_a_row_in_a_line_gives_what_it_gives_alone_and_the_same_gradient(
+    family: str, repeated: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("peftcli.model.documents.repeats_heads", lambda device: repeated)  # as on a T4
     model = model_of(family)
     texts = rows(5, 30, 17, 17, 2, 400, 290, 41)
     lengths = [len(row["input_ids"]) for row in texts]

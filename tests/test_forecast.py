@@ -503,12 +503,12 @@ def test_what_is_proposed_comes_to_the_total_that_it_says(make: Any) -> None:
     )
 
 
-def test_grouped_heads_on_an_old_card_keep_probabilities(make: Any) -> None:
+def test_grouped_heads_on_an_old_card_are_repeated(make: Any) -> None:
     loads = []
     for gpu in ("t4", "l4"):
         plan, shape, machine = make("quantization: {bits: 4}", gpu)
         loads.append(plan_load(plan, shape, machine, rows_of(plan, None), state_bytes))
-    assert [load.setting.attention for load in loads] == ["math", "flash"]
+    assert [load.setting.attention for load in loads] == ["repeated", "flash"]
     padded, shape, machine = make("quantization: {bits: 4}\nperformance: {batching: padded}")
     assert plan_load(padded, shape, machine, rows_of(padded, None), state_bytes).setting.attention == "masked"
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 NAME = "documents"
@@ -158,11 +158,43 @@ def documents_attention(
     for group in layout.groups:
         parts = [_beside(part, group, whole=layout.whole) for part in (query, key, value)]
         mask = _window(group.length, kwargs.get("sliding_window"), query.device)
-        found, _ = sdpa_attention_forward(module, *parts, mask, **{**kwargs, "is_causal": True})
+        if repeats_heads(query.device):
+            found = _repeated(module, parts, mask, kwargs)
+        else:
+            found, _ = sdpa_attention_forward(module, *parts, mask, **{**kwargs, "is_causal": True})
         outputs.append(found.flatten(0, 1))
     if layout.whole:
         return outputs[0][None], None
     return torch.cat(outputs).index_select(0, layout.back)[None], None
+
+
+def repeats_heads(device: torch.device) -> bool:
+    """Whether a card has no kernel that shares keys and values among query heads without making all probabilities.
+
+    Source: torch's documentation of `scaled_dot_product_attention`: `enable_gqa` is for the flash kernel, which begins
+    with sm_80, and the math kernel.
+    """
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
+
+
+def _repeated(module: torch.nn.Module, parts: list[Tensor], mask: Tensor | None, kwargs: dict[str, Any]) -> Tensor:
+    """Attention with keys and values repeated for every query head, for which every kernel is there.
+
+    Returns:
+        (rows, length, heads, size).
+    """
+    query, key, value = parts
+    times = query.shape[1] // key.shape[1]
+    found = torch.nn.functional.scaled_dot_product_attention(
+        query,
+        repeat_kv(key, times),
+        repeat_kv(value, times),
+        attn_mask=mask,
+        dropout_p=kwargs.get("dropout") or 0.0,
+        scale=kwargs.get("scaling"),
+        is_causal=mask is None and query.shape[2] > 1,
+    )
+    return found.transpose(1, 2).contiguous()
 
 
 def _beside(line: Tensor, group: Group, *, whole: bool) -> Tensor:

@@ -167,7 +167,10 @@ def _attention(plan: Plan, shape: Shape, machine: Machine, one_row: bool) -> str
     if packed or (plan.batching.kind == "padded" and not one_row):
         return "masked"
     old = machine.capability is not None and machine.capability < FLASH_CAPABILITY
-    return "math" if plan.base.device == "cuda" and old and shape.grouped else "flash"
+    if not (plan.base.device == "cuda" and old and shape.grouped):
+        return "flash"
+    # Lines repeat keys and values themselves on such a card; one padded row is left to transformers.
+    return "repeated" if plan.batching.kind == "flat" else "math"
 
 
 def _mends(load: Load, plan: Plan, memory: int, costs: Costs) -> list[dict[str, Any]]:

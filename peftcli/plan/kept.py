@@ -56,7 +56,8 @@ def norm_bytes(norm: Norm, setting: Setting) -> int:
 def attention_bytes(shape: Shape, setting: Setting, longest: int) -> float:
     """Bytes a token that attention keeps in one block.
 
-    `flash` keeps queries, keys, values, the output and one float32 a head; `masked` keeps keys and values repeated for
+    `flash` keeps queries, keys, values, the output and one float32 a head; `repeated` is that with keys and values
+    repeated for all heads; `masked` keeps keys and values repeated for
     all heads and its row of the mask; `math` keeps all in float32 with the probabilities; `eager` keeps probabilities
     in float32 and in the width of the computation.
     """
@@ -67,6 +68,8 @@ def attention_bytes(shape: Shape, setting: Setting, longest: int) -> float:
     sums = 4 * shape.heads
     if setting.attention == "flash":
         return (width * (own + view) + sums) * setting.filling
+    if setting.attention == "repeated":
+        return (width * (wide + view) + sums) * setting.filling
     if setting.attention == "math":
         return 4 * 3 * shape.queries + width * shape.queries + 4 * shape.heads * longest
     if setting.attention == "eager":
