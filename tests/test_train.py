@@ -236,7 +236,7 @@ def test_a_base_that_is_quantized_already_is_refused(
 def test_rows_are_counted_to_the_row() -> None:
     from types import SimpleNamespace
 
-    from peftcli.train.run import rows_seen
+    from peftcli.train.outcome import rows_seen
 
     arguments = SimpleNamespace(train_batch_size=32, gradient_accumulation_steps=1, world_size=1)
     assert rows_seen(600 / 1243, 39_750, arguments) == 600 * 32  # type: ignore[arg-type]

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from peftcli.data.encode import stop_ids
 from peftcli.data.facts import Side, balance, compare_rows, count_ends, count_rows, say_warnings
+from peftcli.data.held_out import held_out_table
 from peftcli.data.ingest import Asked
 from peftcli.data.kept import kept_rows
 from peftcli.data.limits import EQUAL, crossed_limits
@@ -21,7 +22,6 @@ from peftcli.data.sides import split_sides, without_equal
 from peftcli.data.sources.open import open_source
 from peftcli.data.split import weighted
 from peftcli.data.store import Store
-from peftcli.data.test_side import test_table
 from peftcli.data.turns import Chat, read_chats
 from peftcli.errors import DataError
 from peftcli.plan.plan import LabelRule
@@ -60,7 +60,7 @@ class PreparedData:
     @cached_property
     def test(self) -> pa.Table:
         """The test rows: `input_ids`, `labels`, `prompt_ids`, `prompt` and `reference`."""
-        return test_table(self.test_side, self.format, self.tokenizer)
+        return held_out_table(self.test_side, self.format, self.tokenizer)
 
     def sample_chats(self, count: int = 8) -> list[Chat]:
         """The first chats of the training rows; none where the rows are no chats."""

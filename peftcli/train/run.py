@@ -20,12 +20,12 @@ from peftcli.model.card import write_card
 from peftcli.model.documents import keeps_rows_apart, use_documents
 from peftcli.model.load import load_adapter, load_base
 from peftcli.model.measure import Measured, decoding_for, evaluation_json, measure
-from peftcli.model.probe import peak_memory_bytes
 from peftcli.plan.plan import Plan
 from peftcli.progress import Progress
 from peftcli.rundir import RunDir, read_json, write_json
 from peftcli.train import checkpoints
 from peftcli.train.disk import Forecast, forecast
+from peftcli.train.outcome import write_train
 from peftcli.train.stops import Heeding, StopRequests, is_first_process
 from peftcli.train.trainer import Trainer
 from peftcli.train.watch import Watch
@@ -119,13 +119,13 @@ def train(
     reason = watch.stop_reason
     steps = trainer.state.global_step
     if reason is not None and not stops.is_clock(reason):
-        _write_train(run, trainer, watch, plan, resume_from)
+        write_train(run, trainer, watch, plan, resume_from)
         return TrainResult(steps, reason)
     tuned = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     if is_first_process():
         save_adapter(tuned, tokenizer, plan, data, run.adapter)
     # After the adapter: who finds a finished training here finds its adapter too.
-    _write_train(run, trainer, watch, plan, resume_from)
+    write_train(run, trainer, watch, plan, resume_from)
     narrow_saved_modules(tuned, plan.base.dtype)
     heard: Progress = Heeding(progress, stops, "in the last evaluation") if reason is None else progress
     after = _measure(plan, data, tokenizer, tuned, heard, "adapter")
@@ -261,53 +261,3 @@ def _write_eval(
         for sample, old in zip(value["samples"], before["samples"], strict=True):
             sample["base"] = old["base"]
     write_json(run.eval, value)
-
-
-def rows_seen(epochs: float, rows: int, arguments: SFTConfig) -> int:
-    """Rows that were trained on, each pass over the data counted; the last step of an epoch may be short.
-
-    Args:
-        epochs: as the trainer counts them, in steps of the epoch.
-        rows: of the training side.
-    """
-    step = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
-    whole = int(epochs)
-    steps = round((epochs - whole) * -(-rows // step))
-    return whole * rows + int(min(steps * step, rows))
-
-
-def _write_train(run: RunDir, trainer: Trainer, watch: Watch, plan: Plan, resume_from: Path | None) -> None:
-    state = trainer.state
-    rows = len(trainer.train_dataset)
-    counted = trainer.counters()
-    if not is_first_process():
-        return
-    seconds = counted["seconds"]
-    write_json(
-        run.train,
-        {
-            "schema": 1,
-            "status": "finished" if watch.stop_reason is None else "stopped",
-            "stop_reason": watch.stop_reason,
-            "steps": state.global_step,
-            "planned_steps": state.max_steps,
-            "rows": rows_seen(state.epoch or 0.0, rows, trainer.args),
-            "epochs": state.epoch,
-            "tokens": int(counted["tokens"]),
-            "trained_tokens": int(counted["trained_tokens"]),
-            "tokens_per_second": round(counted["tokens"] / seconds, 1) if seconds else None,
-            "seconds": round(seconds, 3),
-            "peak_memory_bytes": peak_memory_bytes(trainer.args.device.type),
-            "resumed_from_step": None if resume_from is None else int(resume_from.name.rsplit("-", 1)[1]),
-            "first_loss": watch.losses[0][1] if watch.losses else None,
-            "last_loss": watch.losses[-1][1] if watch.losses else None,
-            "out_of_memory": [{"step": step, "pieces": pieces} for step, pieces in trainer.pieces.events],
-            "batching": {
-                "kind": plan.batching.kind if trainer.pieces.lines else "padded",
-                "real_tokens": trainer.pieces.real,
-                "padded_tokens": trainer.pieces.padded,
-            },
-            "stamp": trainer.stamp,
-        },
-    )
-    checkpoints.clear_staging(run.checkpoints)

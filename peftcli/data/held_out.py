@@ -14,7 +14,7 @@ LONGEST_OPENING = 64
 """Tokens of a text that the model goes on from, to show what it has learned."""
 
 
-def test_table(side: Side, kind: str, tokenizer: PreTrainedTokenizerBase) -> pa.Table:
+def held_out_table(side: Side, kind: str, tokenizer: PreTrainedTokenizerBase) -> pa.Table:
     """`input_ids`, `labels`, `prompt_ids` (what generation starts from), `prompt` and `reference` of the test rows."""
     whole = side.store.examples.take(pa.array(side.rows, pa.int64()))
     parts = [_prompts(part, kind, tokenizer) for part in whole.to_batches(max_chunksize=BATCH_ROWS)]
@@ -23,9 +23,6 @@ def test_table(side: Side, kind: str, tokenizer: PreTrainedTokenizerBase) -> pa.
     for name in ("prompt_ids", "prompt", "reference"):
         table = table.append_column(name, prompts.column(name))
     return table
-
-
-test_table.__test__ = False  # type: ignore[attr-defined]  # no test, whatever pytest thinks of its name
 
 
 def _prompts(part: pa.RecordBatch, kind: str, tokenizer: PreTrainedTokenizerBase) -> pa.Table:
