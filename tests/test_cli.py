@@ -49,7 +49,7 @@ def test_a_run_folder_that_cannot_be_made_is_a_fault_of_the_machine(
     write_recipe: Write, run_cli: Cli, capfd: Any
 ) -> None:
     assert run_cli("train", write_recipe(), "--output-dir", "/dev/null/run") == 4
-    assert capfd.readouterr().err.strip() == "error: /dev/null/run: Not a directory"
+    assert capfd.readouterr().err.strip() == "error: /dev/null is a file, not a folder; name another output_dir"
 
 
 def test_out_of_memory_exits_5_with_what_to_change(

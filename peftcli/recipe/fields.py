@@ -72,7 +72,7 @@ def read_test_size(value: Any) -> float | int:
     if isinstance(value, int | float) and not isinstance(value, bool):
         if 0 < value < 1 or (isinstance(value, int) and value >= 1):
             return value
-        if isinstance(value, float) and value >= 1 and value == int(value) and value < 1e15:
+        if isinstance(value, float) and 1 <= value < 1e15 and value.is_integer():
             raise wrong(f"must be a share between 0 and 1, or a whole number of rows such as {int(value)}")
     raise wrong("must be a share between 0 and 1, or a whole number of rows")
 

@@ -17,7 +17,7 @@ from stops import TRAINER, train, unbroken
 from table import Drill, Judge, Row
 from zygote import ZYGOTE, Moment, send
 
-EVERY_STEP = {"trainer.max_steps": 8, "trainer.save_steps": 1}
+EVERY_STEP = {"trainer.max_steps": 24, "trainer.save_steps": 1}
 FEW_STEPS = {"trainer.max_steps": 6, "trainer.save_steps": 2}
 SEED = 26
 PLACED = {
@@ -46,33 +46,44 @@ HARMS = ("flip", "cut", "remove", "empty")
 
 
 def random_kills(count: int, ground: Ground) -> Iterator[Row]:
-    """Kill sessions that save at every step, spread over all of their seconds; each goes on to the same bits."""
+    """Kill sessions that save at every step, at moments drawn from all of their seconds; each goes on to the same bits.
+
+    A session that ended before its moment came counts nothing.
+    """
     from peftcli.train.checkpoints import damage, list_checkpoints  # needs torch's room, which light cases do not
 
     judge = Judge("26", f"kill -9 at {count} random moments", f"{count} same")
-    begun = time.perf_counter()
-    expected = unbroken(ground, EVERY_STEP)
-    length = time.perf_counter() - begun
+    whole_run = Ground(ground.folder / "unbroken", ground.model)
+    whole_run.recipe(EVERY_STEP)
+    length = judge.ended(ZYGOTE.run(whole_run, *train(whole_run)), 0).seconds
+    expected = whole_run.digest()
     chance = random.Random(SEED)
     phases: Counter[str] = Counter()
     same = whole = 0
-    for kill in range(count):
-        place = Ground(ground.folder / f"kill-{kill}", ground.model)
+    while phases.total() < count:
+        place = Ground(ground.folder / "killed", ground.model)
         place.recipe(EVERY_STEP)
-        pid, begun = ZYGOTE.start(place, *train(place))
-        time.sleep(max(0.0, length * (kill + chance.random()) / count))
-        os.kill(pid, signal.SIGKILL)
-        ended = ZYGOTE.end(place, pid, begun)
-        phases[ZYGOTE.phase() if ended.code < 0 else "after its end"] += 1
+        if not killed(place, chance.random() * length):
+            shutil.rmtree(place.folder)
+            continue
+        phases[ZYGOTE.phase()] += 1
         there = list_checkpoints(place.folder / "run" / "checkpoints")
         whole += not there or damage(there[-1][1]) is None
         end = judge.ended(ZYGOTE.run(place, *train(place)), 0)
-        judge.holds("is damaged" not in end.err, f"kill {kill}: {end.err[:200]}")
+        judge.holds("is damaged" not in end.err, f"kill {phases.total()}: {end.err[:200]}")
         same += place.digest() == expected
         shutil.rmtree(place.folder)
     judge.holds(same == count and whole == count, f"{same} of {count} same bits, {whole} newest checkpoints whole")
     said = ", ".join(f"{number} {phase}" for phase, number in phases.most_common())
     yield judge.row(f"{same}/{count} same bits, {whole}/{count} newest checkpoints whole; {said}")
+
+
+def killed(place: Ground, seconds: float) -> bool:
+    """Kill a session after so many seconds; whether it was still there."""
+    pid, begun = ZYGOTE.start(place, *train(place))
+    time.sleep(seconds)
+    os.kill(pid, signal.SIGKILL)
+    return ZYGOTE.end(place, pid, begun).code < 0
 
 
 def cut_newest(staging: Path) -> None:
