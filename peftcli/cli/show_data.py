@@ -95,7 +95,7 @@ def _sources(data: Mapping[str, Any]) -> Table | None:
     sources = data.get("sources") or []
     table = _table("source", "rows|r", "read as", "weight|r")
     for source in sources:
-        read_as = str(source.get("read_as") or data.get("format") or "").replace("_", " + ")
+        read_as = str(source.get("read_as") or str(data.get("format") or "").replace("_", " + "))
         weight = source.get("weight")
         table.add_row(
             _cell(source.get("path")),
