@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-gpu check startup recipes install clean
+.PHONY: demo test test-gpu check startup recipes faults install clean
 
 install: $(READY)
 
@@ -39,6 +39,9 @@ startup: $(READY)  ## seconds of the light commands beside bare Python
 
 recipes: $(READY)  ## every shipped recipe is valid
 	@for recipe in recipes/*.yaml; do $(BIN)/peftcli validate $$recipe || exit 1; done
+
+faults: $(READY)  ## the fault matrix as real commands, and how each ended
+	$(BIN)/python scripts/faults
 
 clean:
 	rm -rf $(VENV) runs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
