@@ -5,6 +5,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from filelock import FileLock
@@ -23,13 +24,14 @@ def cache_root(cache: Path | None) -> Path:
     return Path(named).expanduser() if named else Path.home() / ".cache" / "peftcli"
 
 
-def built_once(root: Path, name: str, build: Callable[[Path], None]) -> Path:
+def built_once(root: Path, name: str, build: Callable[[Path], None], *, mode: int = 0o777) -> Path:
     """The folder `root/name`, which `build` fills at first use.
 
     Two processes may ask at once: one builds, the other waits for it.
 
     Args:
         build: writes the files into the empty folder given.
+        mode: of `root` where it is made here, less what the umask takes.
 
     Raises:
         MachineError: the cache cannot be written.
@@ -38,7 +40,7 @@ def built_once(root: Path, name: str, build: Callable[[Path], None]) -> Path:
     if folder.is_dir():
         return folder
     try:
-        root.mkdir(parents=True, exist_ok=True)
+        root.mkdir(parents=True, exist_ok=True, mode=mode)
         with FileLock(root / f".{name}.lock"):
             if not folder.is_dir():
                 _build(root, folder, build)
@@ -70,9 +72,13 @@ def forget_unused(root: Path, keep_bytes: int) -> None:
     """
     entries = [entry for entry in root.glob("*") if entry.is_dir() and not entry.name.startswith(".")]
     total = 0
-    for entry in sorted(entries, key=lambda entry: entry.stat().st_mtime, reverse=True):
-        total += sum(file.stat().st_size for file in entry.iterdir())
-        if total > keep_bytes or time.time() - entry.stat().st_mtime > UNUSED_SECONDS:
+    facts = []
+    for entry in entries:
+        with suppress(FileNotFoundError):  # another process removes it at this moment
+            facts.append((entry.stat().st_mtime, sum(file.stat().st_size for file in entry.iterdir()), entry))
+    for used, size, entry in sorted(facts, reverse=True):
+        total += size
+        if total > keep_bytes or time.time() - used > UNUSED_SECONDS:
             shutil.rmtree(entry, ignore_errors=True)
 
 

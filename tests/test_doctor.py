@@ -13,6 +13,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from packaging.requirements import Requirement
@@ -22,13 +23,14 @@ from peftcli.cli.doctoring import print_verdicts
 from peftcli.doctor import device, examine, fourbit, network, recipe, versions
 from peftcli.doctor.device import Card, Cuda
 from peftcli.doctor.fourbit import Trial
-from peftcli.doctor.host import Host, core_quota, judge_cores, judge_encoding, judge_memory, memory_limit
+from peftcli.doctor.host import Host, judge_cores, judge_encoding, judge_memory
 from peftcli.doctor.network import Hub, HubModel
 from peftcli.doctor.places import Place, judge_cache, judge_disk, judge_models, probe_place
 from peftcli.doctor.session import judge_session
 from peftcli.doctor.verdict import Verdict, anonymous, private_words, refused, without_private
 from peftcli.doctor.versions import Need
 from peftcli.errors import DataError, MachineError, RecipeError
+from peftcli.model.container import core_quota, memory_limit, usable_memory
 from peftcli.model.load import FAST_CPU_PATH
 from peftcli.plan.facts import Machine
 from peftcli.recipe.load import load_recipe
@@ -339,6 +341,7 @@ def test_limits_of_control_groups_of_version_1_are_found_also_where_only_the_top
         },
     )
     assert memory_limit(tmp_path) == (4 * GIB, GIB)
+    assert usable_memory(tmp_path) == min(4 * GIB, psutil.virtual_memory().total)
     assert core_quota(tmp_path) == 2.0
 
 

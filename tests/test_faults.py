@@ -17,6 +17,8 @@ from safetensors.torch import load_file
 
 from peftcli.errors import MemoryExhausted, RecipeError
 from peftcli.model import score as scoring
+from peftcli.model.memory import Shrinking
+from peftcli.progress import Silent
 from peftcli.rundir import read_json, read_log, write_json
 from peftcli.train import checkpoints
 from peftcli.train.pieces import Pieces, cut
@@ -155,6 +157,18 @@ def test_the_evaluation_takes_fewer_rows_when_memory_runs_out(
     assert metrics[0]["exact_match"] == metrics[1]["exact_match"]
 
 
+def test_a_batch_that_other_limits_made_smaller_is_halved_from_what_it_was() -> None:
+    fitting = Shrinking(128, "loss", Silent())
+
+    def work() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    for taken in (10, 5, 2):
+        assert fitting.attempt(taken, torch.device("cpu"), work) is None and fitting.rows == taken // 2
+    with pytest.raises(MemoryExhausted, match="loss: 1 rows at once do not fit"):
+        fitting.attempt(1, torch.device("cpu"), work)
+
+
 # Numbers
 
 
@@ -282,13 +296,26 @@ def test_a_changed_recipe_key_is_accepted_by_its_name_only(
 ) -> None:
     recipe = write_recipe(trainer={"max_steps": 6})
     assert run_cli("train", recipe, "--output-dir", "run", "--max-time", "1s") == 75
-    changed = ("--set", "trainer.max_steps=7", "--set", "trainer.weight_decay=0.1")
+    changed = ("--set", "trainer.max_steps=7", "--set", "trainer.max_grad_norm=0.5")
     assert run_cli("train", recipe, "--output-dir", "run", *changed, "--force", "trainer.max_steps") == 2
     said = capfd.readouterr().err
-    assert "trainer.weight_decay" in said and "trainer.max_steps" not in said.rsplit("another recipe", 1)[1]
-    both = ("--force", "trainer.max_steps", "--force", "trainer.weight_decay")
+    assert "trainer.max_grad_norm" in said and "trainer.max_steps" not in said.rsplit("another recipe", 1)[1]
+    both = ("--force", "trainer.max_steps", "--force", "trainer.max_grad_norm")
     assert run_cli("train", recipe, "--output-dir", "run", *changed, *both) == 0
     assert read_json(tmp_path / "run" / "train.json")["steps"] == 7
+
+
+@pytest.mark.parametrize("change", ["trainer.learning_rate=0.5", "trainer.weight_decay=0.1", "adapter.r=4"])
+def test_what_a_checkpoint_holds_cannot_be_forced_since_it_would_be_ignored(
+    write_recipe: Write, run_cli: Cli, capfd: Any, change: str
+) -> None:
+    recipe = write_recipe(trainer={"max_steps": 6})
+    assert run_cli("train", recipe, "--output-dir", "run", "--max-time", "1s") == 75
+    capfd.readouterr()
+    assert run_cli("train", recipe, "--output-dir", "run", "--set", change, "--force", change.split("=")[0]) == 2
+    said = capfd.readouterr().err
+    assert "its checkpoints hold these" in said and change.split("=")[0] in said and "--overwrite" in said
+    assert run_cli("train", recipe, "--output-dir", "run") == 0
 
 
 def test_another_version_of_a_library_is_listed() -> None:

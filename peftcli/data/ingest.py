@@ -63,30 +63,24 @@ def ingest(
     _Pass(folder, sources, joins, tokenizer, asked, progress).run()
 
 
+@dataclass
 class _Pass:
     """The state of one pass."""
 
-    def __init__(
-        self,
-        folder: Path,
-        sources: Sequence[tuple[Source, SourceSection]],
-        joins: Sequence[Join],
-        tokenizer: PreTrainedTokenizerBase,
-        asked: Asked,
-        progress: Progress,
-    ) -> None:
-        self._folder = folder
-        self._sources = sources
-        self._joins = joins
-        self._tokenizer = tokenizer
-        self._asked = asked
-        self._progress = progress
+    folder: Path
+    sources: Sequence[tuple[Source, SourceSection]]
+    joins: Sequence[Join]
+    tokenizer: PreTrainedTokenizerBase
+    asked: Asked
+    progress: Progress
+
+    def __post_init__(self) -> None:
         self._reading: Reading | None = None
         self._tokens: Tokens | None = None
         self._dropped = Dropped()
         self._files: dict[str, int] = {}
         self._labels: dict[str, int] | None = {}
-        self._special = _special_pattern(tokenizer)
+        self._special = _special_pattern(self.tokenizer)
         self._with_special = Dropped()
         self._read = 0
 
@@ -95,9 +89,9 @@ class _Pass:
         columns: list[dict[str, Any]] = []
         warnings: list[str] = []
         writer: Writer | None = None
-        self._progress.start("reading rows", 0)
+        self.progress.start("reading rows", 0)
         try:
-            for number, (source, section) in enumerate(self._sources):
+            for number, (source, section) in enumerate(self.sources):
                 reading, scan, before = None, None, self._read
                 for rows in self._limited(source):
                     self._dropped.add_unread(rows)
@@ -107,7 +101,7 @@ class _Pass:
                     if reading is None:
                         reading = self._choose(rows, source, section)
                         scan = Scan(source.name, reading.columns)
-                    writer = writer or Writer(self._folder, KINDS[reading.kind])
+                    writer = writer or Writer(self.folder, KINDS[reading.kind])
                     assert scan is not None  # made with the reading
                     scan.add(rows)
                     self._add(writer, number, rows, reading.examples(rows))
@@ -118,7 +112,7 @@ class _Pass:
                     columns += scan.facts()
                     warnings += scan.warnings()
         finally:
-            self._progress.end()
+            self.progress.end()
             if writer is not None:
                 writer.__exit__(None, None, None)
         if writer is None or not writer.rows:
@@ -129,26 +123,26 @@ class _Pass:
     def _limited(self, source: Source) -> Any:
         """The batches of a source, ended where the limit is reached; every row that was seen is counted."""
         seen = 0
-        limit = self._asked.limit
+        limit = self.asked.limit
         for rows in source.batches():
             if limit is not None and seen + len(rows) > limit:
                 rows = _head(rows, limit - seen)
             seen += len(rows)
             self._read += len(rows) + len(rows.unread)
-            self._progress.advance(self._read)
+            self.progress.advance(self._read)
             yield rows
             if limit is not None and seen >= limit:
                 return
 
     def _join(self, rows: Rows) -> Rows:
-        for join in self._joins:
+        for join in self.joins:
             before = rows
             rows, lost = join.apply(rows)
             self._dropped.add(before, lost)
         return rows
 
     def _choose(self, rows: Rows, source: Source, section: SourceSection) -> Reading:
-        reading = choose_reading(rows, section, chats=bool(self._tokenizer.chat_template))
+        reading = choose_reading(rows, section, chats=bool(self.tokenizer.chat_template))
         if self._reading is not None and self._reading.kind != reading.kind:
             raise DataError(
                 f"{source.name}: holds {reading.kind} ({reading.name}), the source before it {self._reading.kind} "
@@ -156,7 +150,7 @@ class _Pass:
             )
         if self._reading is None:
             self._reading = reading
-            self._tokens = Tokens(reading.kind, self._tokenizer, self._asked.rule)
+            self._tokens = Tokens(reading.kind, self.tokenizer, self.asked.rule)
         return reading
 
     def _add(self, writer: Writer, source: int, rows: Rows, examples: Examples) -> None:
@@ -165,10 +159,10 @@ class _Pass:
         if not examples.kept:
             return
         ends = None if rows.ends is None else [rows.ends[row] for row in examples.kept]
-        batch = self._tokens.batch(examples.columns, ends, self._asked.dataset.too_long)
+        batch = self._tokens.batch(examples.columns, ends, self.asked.dataset.too_long)
         self._dropped.add(rows, [(examples.kept[row], reason) for row, reason in batch.dropped])
         self._count_special(rows, examples)
-        known = known_of(rows, examples, batch, self._asked.dataset)
+        known = known_of(rows, examples, batch, self.asked.dataset)
         known["source"] = np.full(len(batch.of), source, np.int32)
         known["file"] = np.full(len(batch.of), self._files.setdefault(rows.file, len(self._files)), np.int32)
         known["label"] = np.array(self._label_numbers(examples), np.int32)[batch.of]
@@ -202,7 +196,7 @@ class _Pass:
             return []
         holds = counted(count, "row holds", "rows hold")
         return [
-            f"{holds} the text of a special token such as {self._tokenizer.eos_token}, which becomes that token "
+            f"{holds} the text of a special token such as {self.tokenizer.eos_token}, which becomes that token "
             f"(first {self._with_special.places['special'][0]})"
         ]
 
@@ -224,7 +218,7 @@ class _Pass:
             "kind": self._reading.kind,
             "prompt": self._reading.prompt,
             "rows": self._read,
-            "joins": [asdict(join.facts()) for join in self._joins],
+            "joins": [asdict(join.facts()) for join in self.joins],
             "files": list(self._files),
             "dropped": dict(self._dropped.counts),
             "dropped_examples": self._dropped.places,
@@ -232,8 +226,8 @@ class _Pass:
         }
 
     def _nothing_left(self) -> str:
-        names = ", ".join(source.name for source, _ in self._sources)
-        for join in self._joins:
+        names = ", ".join(source.name for source, _ in self.sources)
+        for join in self.joins:
             if join.facts().unmatched == self._read:
                 return join.no_partner()
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in self._dropped.counts.most_common(6))

@@ -21,6 +21,8 @@ from peftcli.recipe.schema import SourceSection
 
 CACHE_BYTES = 20 * 2**30
 """Prepared data beyond this are removed from the cache, the oldest first."""
+PRIVATE = 0o700
+"""Of the folder: what people train on is nobody else's business on a shared machine."""
 VERSION = 1
 """Raised with every change that makes other rows of the same sources."""
 
@@ -45,7 +47,7 @@ def kept_rows(
 
     if made and root.is_dir():
         forget_unused(root, CACHE_BYTES)
-    folder = built_once(root, key, build)
+    folder = built_once(root, key, build, mode=PRIVATE)
     mark_used(folder)
     return Store.open(folder), made
 

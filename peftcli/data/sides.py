@@ -49,7 +49,8 @@ def split_sides(
 def _draw(dataset: DatasetSection, store: Store, rows: Indices, seed: int) -> tuple[Indices, Indices]:
     if dataset.split.stratify is not None:
         return split_by_class(store.column("class")[rows], dataset.split.test_size, seed)
-    groups = store.column("group")[rows]
-    if dataset.split.group is not None or (dataset.too_long == "split" and len(np.unique(groups)) > 1):
-        return split_by_group(groups, dataset.split.test_size, seed)
+    if dataset.split.group is not None or dataset.too_long == "split":
+        groups = store.column("group")[rows]
+        if dataset.split.group is not None or len(np.unique(groups)) > 1:
+            return split_by_group(groups, dataset.split.test_size, seed)
     return split_indices(len(rows), dataset.split.test_size, seed)

@@ -3,7 +3,6 @@
 import platform
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 
 from peftcli.doctor import device, fourbit, host, places
 from peftcli.doctor.network import judge_hub, probe_hub
@@ -29,8 +28,6 @@ def examine(recipe: Recipe | None, encodings: dict[str, str], progress: Progress
     yield device.judge_cards(cuda, wanted=not _asks_cpu(recipe))
     machine = None if cuda.problem else probe_machine()
     if machine is not None:
-        if machine.device == "cpu":
-            machine = replace(machine, memory_bytes=found.usable_bytes)
         yield from _device_verdicts(cuda, machine, recipe)
     yield device.judge_kernels(*device.probe_kernels())
     on_cpu = machine is not None and machine.device == "cpu"

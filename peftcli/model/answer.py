@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from peftcli.model.memory import Shrinking, is_out_of_memory
+from peftcli.model.memory import Shrinking
 from peftcli.progress import Progress
 
 
@@ -74,17 +75,14 @@ def answer(
         while done < len(order):
             batch = order[done : done + fitting.rows]
             inputs, mask = _pad_left([prompts[row] for row in batch], tokenizer.pad_token_id or 0)
-            said = None
-            try:
-                made = model.generate(
-                    input_ids=inputs.to(device), attention_mask=mask.to(device), generation_config=config
-                )
-            except (RuntimeError, MemoryError) as problem:
-                if not is_out_of_memory(problem):
-                    raise
-                said = str(problem)
-            if said is not None:  # outside the handler, which keeps the tensors of the failed attempt alive
-                fitting.shrink(said, device)
+            answer_these = partial(
+                model.generate,
+                input_ids=inputs.to(device),
+                attention_mask=mask.to(device),
+                generation_config=config,
+            )
+            made = fitting.attempt(len(batch), device, answer_these)
+            if made is None:
                 continue
             for row, ids in zip(batch, made[:, inputs.shape[1] :].tolist(), strict=True):
                 answers[row] = _decode(ids, tokenizer, stop_ids)

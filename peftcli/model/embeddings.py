@@ -4,15 +4,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import safe_open
 
 from peftcli.data.checks import EmbeddingRows
+from peftcli.model.files import INPUTS, local_folder
 
 OUTPUTS = ("lm_head.weight", "embed_out.weight", "output.weight")
-INPUTS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight", "tok_embeddings.weight")
-"""Ends of the names that architectures give to the matrices at both ends; a tied output has no tensor of its own."""
+"""Ends of the names that architectures give to the output layer; a tied one has no tensor of its own."""
 SAMPLE_ROWS = 1000
 
 
@@ -26,7 +24,7 @@ def embedding_rows(path: str, revision: str | None, ids: Sequence[int]) -> Embed
     Returns:
         None where the files are not here, or hold no such matrix under a known name.
     """
-    folder = _folder(path, revision)
+    folder = local_folder(path, revision)
     found = _find(folder) if folder is not None else None
     if found is None:
         return None
@@ -44,15 +42,6 @@ def embedding_rows(path: str, revision: str | None, ids: Sequence[int]) -> Embed
             for tokens in (wanted, others)
         )
     return EmbeddingRows(wanted, rows, sample)
-
-
-def _folder(path: str, revision: str | None) -> Path | None:
-    if Path(path).is_dir():
-        return Path(path)
-    try:
-        return Path(snapshot_download(path, revision=revision, local_files_only=True))
-    except (LocalEntryNotFoundError, ValueError):  # never downloaded, or no id of the Hub
-        return None
 
 
 def _find(folder: Path) -> tuple[Path, str] | None:

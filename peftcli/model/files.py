@@ -12,8 +12,8 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 
-from peftcli.model.embeddings import INPUTS
-
+INPUTS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight", "tok_embeddings.weight")
+"""Ends of the names that architectures give to the embedding."""
 UNSAID = ("_name_or_path", "_commit_hash", "transformers_version")
 """Keys of a config.json that say where it lay and who wrote it, and nothing of the model."""
 PER_BLOCK = 32

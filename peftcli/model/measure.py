@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peftcli import metrics
 from peftcli.data.prepare import PreparedData
+from peftcli.data.traces import hide_keys
 from peftcli.metrics import Metrics
 from peftcli.model.answer import Answer, Decoding, answer
 from peftcli.model.score import Sums, score
@@ -133,7 +134,7 @@ def evaluation_json(
         sample = {name: data.test.column(name)[row].as_py() for name in ("prompt", "reference")}
         for name, one in measured.items():
             sample[name] = one.answers[row].text if one is not None and row < len(one.answers) else None
-        samples.append(sample)
+        samples.append({name: None if said is None else hide_keys([said])[0] for name, said in sample.items()})
     return {
         "schema": 1,
         "rows": data.test.num_rows,

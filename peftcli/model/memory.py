@@ -1,6 +1,8 @@
 """Out of memory: how it is recognised, and batches that become smaller instead of ending a run."""
 
 import gc
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
@@ -8,6 +10,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from peftcli.errors import MemoryExhausted
 from peftcli.progress import Progress
 
+T = TypeVar("T")
 MOST_HALVINGS = 3
 
 
@@ -49,22 +52,30 @@ class Shrinking:
         self._progress = progress
         self._halvings = 0
 
-    def shrink(self, said: str, device: torch.device) -> None:
-        """Halve the rows.
+    def attempt(self, taken: int, device: torch.device, work: Callable[[], T]) -> T | None:
+        """What the work returns; None where memory ran out, so that fewer rows are to be taken.
 
         Args:
-            said: the first line of the error.
+            taken: rows that the work is on, which may be fewer than `rows`.
 
         Raises:
             MemoryExhausted: a single row does not fit, or they were halved three times already.
         """
-        if self.rows == 1 or self._halvings == MOST_HALVINGS:
+        try:
+            return work()
+        except (RuntimeError, MemoryError) as problem:
+            if not is_out_of_memory(problem):
+                raise
+            said = str(problem)
+        # Outside the handler, which keeps the tensors of the failed attempt alive.
+        if taken == 1 or self._halvings == MOST_HALVINGS:
             raise MemoryExhausted(
-                f"{self._what}: {self.rows} rows at once do not fit into {memory_said(device)} ({said[:120]}); lower "
+                f"{self._what}: {taken} rows at once do not fit into {memory_said(device)} ({said[:120]}); lower "
                 "evaluation.batch_size, evaluation.max_new_tokens or dataset.max_length, or add "
                 "quantization: {bits: 4}"
             )
         self._halvings += 1
-        self.rows = max(1, self.rows // 2)
+        self.rows = taken // 2
         free_memory()
         self._progress.note(f"{self._what}: out of memory, so {self.rows} rows are taken at once")
+        return None

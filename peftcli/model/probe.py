@@ -10,6 +10,7 @@ from typing import Any
 import psutil
 import torch
 
+from peftcli.model.container import usable_memory
 from peftcli.plan.facts import Machine
 
 PACKAGES = ("peftcli", "torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "tokenizers")
@@ -26,7 +27,7 @@ def probe_machine() -> Machine:
             capability=None,
             native_bf16=False,
             arch_list=(),
-            memory_bytes=psutil.virtual_memory().total,
+            memory_bytes=usable_memory(),
             processes=processes,
         )
     properties = torch.cuda.get_device_properties(0)

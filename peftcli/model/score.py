@@ -2,6 +2,7 @@
 
 import inspect
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from peftcli.data.tokens import IGNORED
 from peftcli.metrics import Metrics, perplexity
-from peftcli.model.memory import Shrinking, is_out_of_memory
+from peftcli.model.memory import Shrinking
 from peftcli.progress import Progress
 
 LOGIT_BYTES = 256 * 2**20
@@ -76,15 +77,9 @@ def score(
     while done < len(order):
         batch = order[done : done + rows_at_once(fitting.rows, len(ids[order[done]]), vocabulary)]
         inputs, targets, mask = pad_right([ids[row] for row in batch], [labels[row] for row in batch], pad_id)
-        said = None
-        try:
-            sums = _score_batch(model, inputs.to(device), targets.to(device), mask.to(device))
-        except (RuntimeError, MemoryError) as problem:
-            if not is_out_of_memory(problem):
-                raise
-            said = str(problem)
-        if said is not None:  # outside the handler, which keeps the tensors of the failed attempt alive
-            fitting.shrink(said, device)
+        score_these = partial(_score_batch, model, inputs.to(device), targets.to(device), mask.to(device))
+        sums = fitting.attempt(len(batch), device, score_these)
+        if sums is None:
             continue
         nll, tokens, correct = nll + sums[0], tokens + sums[1], correct + sums[2]
         done += len(batch)

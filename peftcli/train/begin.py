@@ -26,6 +26,23 @@ HARMLESS = (
     "dataset.limits",
 )
 """Keys that change nothing of what is trained."""
+HELD = frozenset(
+    [
+        "model.name",
+        "adapter.method",
+        "adapter.r",
+        "adapter.target_modules",
+        "adapter.use_dora",
+        "adapter.modules_to_save",
+        "trainer.optim",
+        "trainer.learning_rate",
+        "trainer.weight_decay",
+        "trainer.adam_beta1",
+        "trainer.adam_beta2",
+        "trainer.adam_epsilon",
+    ]
+)
+"""Keys whose value is loaded with the adapter, the optimizer or the schedule: a new one would be ignored in silence."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +95,13 @@ def begin(run: RunDir, recipe: Recipe, *, overwrite: bool, resume: bool, allowed
         return Beginning(False, None, ())
     changed = [line for line in changes(run, recipe) if not is_allowed(line.split(":")[0], allowed)]
     status = run.status()
+    held = [line for line in changes(run, recipe) if line.split(":")[0] in HELD]
+    if held and status != "finished":
+        raise RecipeError(
+            f"{run.path}: its checkpoints hold these, so they cannot change in a run that goes on:\n"
+            + "\n".join(f"  {line}" for line in held)
+            + "\nput them back, name another output_dir, or pass --overwrite to begin anew"
+        )
     if changed:
         state = "a finished run" if status == "finished" else "a run"
         raise RecipeError(

@@ -128,10 +128,7 @@ def train(
     write_train(run, trainer, watch, plan, resume_from)
     narrow_saved_modules(tuned, plan.base.dtype)
     heard: Progress = Heeding(progress, stops, "in the last evaluation") if reason is None else progress
-    after = _measure(plan, data, tokenizer, tuned, heard, "adapter")
-    if is_first_process():
-        _write_eval(plan, run, data, tokenizer, before, after)
-        write_card(run)
+    _measure_adapter(plan, run, data, tokenizer, tuned, heard, before)
     return TrainResult(steps, reason)
 
 
@@ -152,10 +149,7 @@ def evaluate_trained(
     heeding = Heeding(progress, session.stops, "in the last evaluation")
     model = load_adapter(load_base(plan.base), run.adapter)
     before, _ = _baseline(plan, run, data, tokenizer, model, heeding, resuming=True)
-    after = _measure(plan, data, tokenizer, model, heeding, "adapter")
-    if is_first_process():
-        _write_eval(plan, run, data, tokenizer, before, after)
-        write_card(run)
+    _measure_adapter(plan, run, data, tokenizer, model, heeding, before)
     return TrainResult(int(read_json(run.train)["steps"]), None)
 
 
@@ -246,14 +240,19 @@ def _evaluation(
     return evaluation_json(data, plan.evaluation.samples, decoding, measured)
 
 
-def _write_eval(
+def _measure_adapter(
     plan: Plan,
     run: RunDir,
     data: PreparedData,
     tokenizer: PreTrainedTokenizerBase,
+    model: Any,
+    progress: Progress,
     before: dict[str, Any] | None,
-    after: Measured,
 ) -> None:
+    """Measure the adapter, and put it beside its base into `eval.json` and the model card."""
+    after = _measure(plan, data, tokenizer, model, progress, "adapter")
+    if not is_first_process():
+        return
     value = _evaluation(plan, data, tokenizer, {"base": None, "adapter": after})
     if before is not None:
         value["base"] = before["base"]
@@ -261,3 +260,4 @@ def _write_eval(
         for sample, old in zip(value["samples"], before["samples"], strict=True):
             sample["base"] = old["base"]
     write_json(run.eval, value)
+    write_card(run)
