@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.pytorch_utils import Conv1D
 
 from peftcli.errors import MachineError, RecipeError
-from peftcli.methods import peft_config
+from peftcli.adapters.build import peft_config
 from peftcli.model.hub import explain_missing, look_for_network
 from peftcli.model.shape import read_shape
 from peftcli.plan.facts import ModelFacts

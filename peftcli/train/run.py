@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig
 
 from peftcli.data.prepare import PreparedData
-from peftcli.methods import peft_config
+from peftcli.adapters.build import peft_config
 from peftcli.model.adapter import save_adapter
 from peftcli.model.card import write_card
 from peftcli.model.documents import keeps_rows_apart, use_documents
