@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-gpu check startup recipes faults install clean
+.PHONY: demo test test-gpu check startup bench-smoke recipes faults install clean
 
 install: $(READY)
 
@@ -36,6 +36,9 @@ check: $(READY)
 
 startup: $(READY)  ## seconds of the light commands beside bare Python
 	$(BIN)/python scripts/startup.py
+
+bench-smoke: $(READY)  ## speed against plain SFTTrainer, beside the recorded ratios
+	$(BIN)/python scripts/bench/smoke.py
 
 recipes: $(READY)  ## every shipped recipe is valid
 	@for recipe in recipes/*.yaml; do $(BIN)/peftcli validate $$recipe || exit 1; done

@@ -1,11 +1,13 @@
 """`eval`: a run, an adapter, a merged model or a base, measured on the test split of a recipe."""
 
 import time
+from dataclasses import replace
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from peftcli.data.prepare import PreparedData
+from peftcli.model.load import load_base
 from peftcli.model.measure import Measured, decoding_for, evaluation_json, measure
 from peftcli.model.target import Target
 from peftcli.progress import Progress
@@ -39,15 +41,17 @@ def evaluate(
     decoding = decoding_for(evaluation, data, tokenizer, seed)
     measured: dict[str, Measured | None] = {}
 
-    def run(what: str, tokenizer: PreTrainedTokenizerBase) -> Measured:
+    def run(what: str, model: PreTrainedModel) -> Measured:
         return measure(
             model, tokenizer, data, evaluation, decoding, batch_rows=batch_rows, progress=progress, what=what
         )
 
-    if with_base and target.adapter is not None:
+    if with_base and target.base.absorbed:  # switched off, the adapter would leave the result of the stage before
+        measured["base"] = run("base", load_base(replace(target.base, absorbed=())).eval())
+    elif with_base and target.adapter is not None:
         with model.disable_adapter():
-            measured["base"] = run("base", tokenizer)
-    measured[target.kind] = run(target.kind, tokenizer)
+            measured["base"] = run("base", model)
+    measured[target.kind] = run(target.kind, model)
     value = {"base": None, "adapter": None} | evaluation_json(data, evaluation.samples, decoding, measured)
     value["seconds"] = round(time.monotonic() - begun, 3)
     return value

@@ -10,8 +10,11 @@ from transformers import PreTrainedTokenizerBase
 from peftcli.data.encode import encode_prompts, stop_ids
 from peftcli.errors import DataError, RecipeError
 from peftcli.model.answer import Decoding, answer
+from peftcli.model.label_images import label_images
+from peftcli.model.label_texts import Labelled, Tagged, label_texts
 from peftcli.model.target import Target
 from peftcli.progress import Progress
+from peftcli.recipe.tasks import IMAGES
 from peftcli.recipe.template import render, split_path, template_columns
 
 
@@ -60,18 +63,45 @@ def generate(
     return [Generated(text, prompt, one.text, one.finished) for text, prompt, one in rows]
 
 
+def label(
+    target: Target, asked: Sequence[str], *, raw: bool, batch_rows: int, progress: Progress
+) -> Sequence[Labelled | Tagged]:
+    """Label texts or images.
+
+    Args:
+        target: a model that was trained to label.
+        asked: paths of images; texts, or values for the columns of the run's template; of two texts a JSON object.
+        raw: take each as it is, without a template.
+
+    Raises:
+        RecipeError: a value does not fit the template.
+    """
+    if target.base.task == IMAGES:
+        return label_images(target, asked, batch_rows=batch_rows, progress=progress)
+    plain = raw or target.identity.get("prompt") is None
+    texts = list(asked) if plain else [fill_template(text, str(target.identity["prompt"])) for text in asked]
+    return label_texts(target, asked, texts, raw=raw, batch_rows=batch_rows, progress=progress)
+
+
 def write_prompt(text: str, identity: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
     """Put what was asked into the form of the training prompts.
 
     Raises:
-        RecipeError: the template has several columns and the text is no JSON object with them.
+        RecipeError: a value does not fit the template.
     """
     if identity.get("format") == "messages":
         turns = [{"role": "user", "content": text}]
         return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
     template = identity.get("prompt")
-    if template is None:
-        return text
+    return text if template is None else fill_template(text, template)
+
+
+def fill_template(text: str, template: str) -> str:
+    """Put what was asked into the columns of a template.
+
+    Raises:
+        RecipeError: it has several columns and the text is no JSON object with them.
+    """
     columns = template_columns(template)
     if len(columns) == 1 and not text.lstrip().startswith("{"):
         return render(template, {columns[0]: text})

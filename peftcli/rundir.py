@@ -47,6 +47,14 @@ class RunDir:
         return self.path / "adapter"
 
     @property
+    def ranks(self) -> Path:
+        return self.path / "ranks.json"
+
+    @property
+    def selection(self) -> Path:
+        return self.path / "selection.json"
+
+    @property
     def merged(self) -> Path:
         return self.path / "merged"
 
@@ -73,6 +81,14 @@ class RunDir:
     @property
     def report_html(self) -> Path:
         return self.path / "report.html"
+
+    @property
+    def stages(self) -> Path:
+        return self.path / "stages"
+
+    def stage(self, number: int, name: str) -> "RunDir":
+        """The run of a stage before the last, counted from 1."""
+        return RunDir(self.stages / f"{number}-{name}")
 
     def remove_torn(self) -> None:
         """Remove what `write_text` left of these files when a process was killed in it."""

@@ -19,6 +19,9 @@ TRAIN_FIGURES = (
     "peak_memory_bytes",
     "resumed_from_step",
 )
+RETENTION_FIGURES = ("path", "tokens", "base_loss", "adapter_loss", "change")
+RETENTION_GATES = {"retention_loss": "adapter_loss", "retention_change": "change"}
+"""Names of gates, and the figure of `retention` that each watches."""
 DATA_FIGURES = ("train_rows", "test_rows", "dropped_rows", "truncated_rows", "leaked_rows")
 
 
@@ -38,6 +41,7 @@ def write_metrics(run: RunDir, gates: Sequence[Gate]) -> dict[str, Any]:
         "base": evaluation.get("base"),
         "adapter": evaluation.get("adapter"),
         "merged": merge.get("metrics"),
+        "retention": _retention(evaluation),
         "train": {name: train.get(name) for name in TRAIN_FIGURES} if train else None,
         "data": {name: data.get(name) for name in DATA_FIGURES},
         "parameters": plan["parameters"],
@@ -59,16 +63,18 @@ def unmet(metrics: dict[str, Any]) -> list[str]:
 
 
 def _judge(gate: Gate, metrics: dict[str, Any]) -> dict[str, Any]:
-    holder, name = (
-        (metrics["merge"], gate.name.removeprefix("merge_"))
-        if gate.name.startswith("merge_")
-        else (
-            metrics["adapter"],
-            gate.name,
-        )
-    )
-    value = (holder or {}).get(name)
+    holder, name = "adapter", gate.name
+    if gate.name.startswith("merge_"):
+        holder, name = "merge", gate.name.removeprefix("merge_")
+    elif gate.name in RETENTION_GATES:
+        holder, name = "retention", RETENTION_GATES[gate.name]
+    value = (metrics[holder] or {}).get(name)
     return {"name": gate.name, "limit": gate.text, "value": value, "met": None if value is None else gate.met(value)}
+
+
+def _retention(evaluation: dict[str, Any]) -> dict[str, Any] | None:
+    found = evaluation.get("retention")
+    return {name: found.get(name) for name in RETENTION_FIGURES} if found else None
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -23,7 +23,8 @@ from peftcli.rundir import read_json, read_log, write_json
 from peftcli.train import checkpoints
 from peftcli.train.pieces import Pieces, cut
 from peftcli.train.stamp import refuse_changes
-from peftcli.train.trainer import MOST_FLAT_STEPS, Trainer
+from peftcli.train.steps import MOST_FLAT_STEPS
+from peftcli.train.trainer import Trainer
 
 Write = Callable[..., Path]
 Cli = Callable[..., int]

@@ -29,6 +29,7 @@ from transformers import (
 from peftcli.errors import RecipeError
 from peftcli.model.shape import read_shape
 from peftcli.plan.cards import CARDS, card_of, find_card, machine_with
+from peftcli.plan.checkpointing import USED, spare_blocks
 from peftcli.plan.decide import make_plan
 from peftcli.plan.facts import Machine, ModelFacts
 from peftcli.plan.forecast import Costs, make_forecast, match_linears, plan_load, rows_of
@@ -513,6 +514,36 @@ def test_grouped_heads_on_an_old_card_are_repeated(make: Any) -> None:
     assert plan_load(padded, shape, machine, rows_of(padded, None), state_bytes).setting.attention == "masked"
 
 
+def blocks_of(make: Any, more: str, gpu: str, asked: object = None) -> tuple[Plan, Load, Machine, str]:
+    plan, shape, machine = make(more, gpu)
+    plan = spare_blocks(plan, shape, machine, asked, state_bytes)
+    load = plan_load(plan, shape, machine, rows_of(plan, None), state_bytes)
+    said = next(one.value for one in plan.decisions if one.key == "activation checkpointing")
+    return plan, load, machine, said
+
+
+def test_only_the_blocks_that_do_not_fit_are_checkpointed(make: Any) -> None:
+    plan, load, machine, said = blocks_of(make, "quantization: {bits: 4}", "l4")
+    blocks = plan.checkpointed_blocks
+    assert blocks is not None and 0 < blocks < 32 and said == f"{blocks} of 32 blocks"
+    assert load.setting.checkpointing == blocks / 32 and plan.trainer["activation_checkpointing"] is True
+    fewer = replace(load, setting=replace(load.setting, checkpointing=(blocks - 1) / 32))
+    assert load.total <= USED * machine.memory_bytes < fewer.total
+
+
+def test_a_large_card_checkpoints_nothing_and_a_small_one_every_block(make: Any) -> None:
+    plan, load, _, said = blocks_of(make, "quantization: {bits: 4}", "h200")
+    assert (said, plan.trainer["activation_checkpointing"], load.setting.checkpointing) == ("off", False, 0.0)
+    plan, load, _, said = blocks_of(make, "quantization: {bits: 4}\ntrainer: {per_device_train_batch_size: 64}", "t4")
+    assert (said, plan.checkpointed_blocks, load.setting.checkpointing) == ("on", None, 1.0)
+
+
+def test_what_the_recipe_says_of_checkpointing_is_done(make: Any) -> None:
+    asked = "quantization: {bits: 4}\ntrainer: {activation_checkpointing: true}"
+    plan, load, _, said = blocks_of(make, asked, "h200", True)
+    assert (said, plan.checkpointed_blocks, load.setting.checkpointing) == ("on", None, 1.0)
+
+
 def test_targets_are_counted_one_by_one() -> None:
     shape = llama("llama-3.1-8b")
     found = match_linears({"self_attn.q_proj": 32, "layers.3.mlp.up_proj": 1}, shape)
@@ -564,8 +595,8 @@ def test_a_run_keeps_its_forecast_and_the_report_holds_it_against_the_measuremen
     plan = json.loads((run / "plan.json").read_text())
     assert plan["forecast"]["rows"]["known"] is True
     line = next(line for line in (run / "report.md").read_text().splitlines() if line.startswith("| Peak memory |"))
-    assert len(line.split("|")) == 6
+    assert len(line.split("|")) == 7
     del plan["forecast"]
     (run / "plan.json").write_text(json.dumps(plan))
     assert run_cli("report", run) == 0
-    assert "Measured / predicted" not in (run / "report.md").read_text()
+    assert "Measured / forecast" not in (run / "report.md").read_text()

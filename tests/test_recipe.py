@@ -181,8 +181,8 @@ def test_all_problems_are_told_at_once_in_the_order_of_the_file(tmp_path: Path) 
         "FILE has 5 problems\n"
         "  FILE:4: dataset.path is set twice; the first is on line 3\n"
         "  FILE:5: trainer.max_steps = 4.7: must be a whole number\n"
-        "  FILE:6: adapter.dropout = 1.5: must be less than 1\n"
         "  FILE:6: adapter.lora_r is not a recipe key; did you mean adapter.r?\n"
+        "  FILE:6: adapter.dropout = 1.5: must be less than 1\n"
         "  --set seed: seed = -1: must be at least 0"
     )
 

@@ -545,7 +545,7 @@ def test_data_section_names_places_labels_checks_and_columns(tmp_path: Path) -> 
     for line in (
         r"| an empty prompt | 4 | \~/data/products.csv:12, products.csv:340 |",
         "| with a prompt longer than max_length 64 | 1 | – |",
-        "| Held out, prompt also in training | 44 | 0.44 % |",
+        "| Held out, prompt or text also in training | 44 | 0.44 % |",
         "| Training, end token trained | 39,731 | &gt; 99.99 % |",
         "| personal care | 5,254 | 13.2 % | 13.2 % |",
         "| Held out, also in training | products.csv:3 | products.csv:700 |",

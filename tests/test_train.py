@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from peftcli.model.load import load_base
 from peftcli.progress import Silent
 from peftcli.recipe.load import load_recipe
 from peftcli.rundir import RunDir, read_json, read_log
+from peftcli.train.begin import changes
 from peftcli.train.run import adapter_off, make_trainer
 from peftcli.train.trainer import Trainer
 
@@ -122,6 +124,49 @@ def test_two_processes_give_the_losses_and_metrics_of_one(write_recipe: Write, r
     assert two["adapter"]["loss"] == pytest.approx(one["adapter"]["loss"], abs=1e-4)
     for name in ("tokens", "trained_tokens", "rows"):
         assert two["train"][name] == one["train"][name]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batching", ["flat", "padded"])
+def test_runs_of_one_and_of_two_processes_resume_into_one_another(
+    write_recipe: Write, run_cli: Cli, tmp_path: Path, batching: str
+) -> None:
+    # 32 rows, 8 a step: the checkpoint lies in the second pass over the data, and the third begins after it.
+    recipe = write_recipe(
+        dataset={"split": {"test_size": 16, "seed": 1}},
+        trainer={"per_device_train_batch_size": 4, "max_steps": 12, "save_steps": 7, "save_total_limit": 3},
+        evaluation={"baseline": False, "rows": 1, "samples": 0},
+        performance={"batching": batching},
+    )
+    two = [sys.executable, "-m", "peftcli", "train", str(recipe), "--num-processes", "2", "--output-dir"]
+    one = ["train", recipe, "--set", "trainer.gradient_accumulation_steps=2", "--output-dir"]
+    assert run_cli(*one, "whole") == 0
+    subprocess.run([*two, "begun-by-two"], cwd=tmp_path, check=True, capture_output=True)
+    shutil.copytree(tmp_path / "whole", tmp_path / "begun-by-one")
+    for name in ("begun-by-one", "begun-by-two"):
+        for what in ("checkpoints/checkpoint-12", "adapter"):
+            shutil.rmtree(tmp_path / name / what)
+        for file in ("train.json", "metrics.json", "eval.json"):
+            (tmp_path / name / file).unlink()
+    assert run_cli(*one, "begun-by-two") == 0
+    subprocess.run([*two, "begun-by-one"], cwd=tmp_path, check=True, capture_output=True)
+    expected = pytest.approx(losses(tmp_path / "whole"), abs=1e-5)
+    assert losses(tmp_path / "begun-by-one") == expected and losses(tmp_path / "begun-by-two") == expected
+
+
+def test_another_number_of_processes_is_refused_where_a_step_would_have_other_rows(
+    write_recipe: Write, run_cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = write_recipe()
+    assert run_cli("train", recipe, "--output-dir", "run") == 0
+    (tmp_path / "run" / "metrics.json").unlink()
+    loaded = load_recipe(recipe).recipe
+    run = RunDir(tmp_path / "run")
+    assert changes(run, loaded) == []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert changes(run, loaded) == ["processes: 1 -> 2, so a step would have 8 rows and no longer 4"]
+    halved = loaded.model_copy(update={"trainer": {**loaded.trainer, "per_device_train_batch_size": 2}})
+    assert changes(run, halved) == []
 
 
 def test_of_several_processes_the_exit_code_is_that_of_the_first(write_recipe: Write, tmp_path: Path) -> None:

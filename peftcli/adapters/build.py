@@ -1,23 +1,88 @@
 """The PEFT methods: from the adapter section of a recipe to a PEFT configuration."""
 
-from peft import LoraConfig, PeftConfig, TaskType
+import inspect
+from typing import Any
 
-from peftcli.recipe.schema import AdapterSection
+import peft
+from peft import PeftConfig, TaskType
 
-TASK_TYPES = {"causal-lm": TaskType.CAUSAL_LM}
+from peftcli.adapters.own.register import own_config
+from peftcli.methods.method import Method
+from peftcli.methods.table import METHODS
+from peftcli.plan.ranks import first_rank
+from peftcli.recipe.adapter_section import AdapterSection
+
+TASK_TYPES = {
+    "causal-lm": TaskType.CAUSAL_LM,
+    "sequence-classification": TaskType.SEQ_CLS,
+    "token-classification": TaskType.TOKEN_CLS,
+    "image-classification": None,  # PEFT has none: its plain model hands on what it is given
+}
+NESTED = {"eva_config": peft.EvaConfig}
+"""Arguments that a recipe writes as a mapping and PEFT wants as an object."""
+ENDLESS = 10**9
+"""Steps of AdaLoRA's schedule before the trainer knows the real number."""
 
 
-def peft_config(adapter: AdapterSection, task: str) -> PeftConfig:
-    """The PEFT configuration of an adapter section."""
-    targets = adapter.target_modules
-    return LoraConfig(
-        task_type=TASK_TYPES[task],
-        r=adapter.r,
-        lora_alpha=adapter.alpha,
-        lora_dropout=adapter.dropout,
-        target_modules=targets if isinstance(targets, str) else list(targets),
-        modules_to_save=None if adapter.modules_to_save is None else list(adapter.modules_to_save),
-        use_rslora=adapter.use_rslora,
-        use_dora=adapter.use_dora,
-        bias=adapter.bias,
-    )
+def peft_config(adapter: AdapterSection, task: str, *, tokenizer: str | None = None) -> PeftConfig:
+    """The PEFT configuration of an adapter section.
+
+    Args:
+        adapter: of a plan, whose targets are names or `all-linear`.
+        tokenizer: path of the base's tokenizer, for a prompt that begins as a text; None begins it at random.
+
+    Raises:
+        ValueError: PEFT does not take a value; the text is its own.
+    """
+    method = METHODS[adapter.method]
+    made = _config_class(method)
+    values: dict[str, Any] = {"task_type": TASK_TYPES[task]}
+    values |= {name: value for name, value in method.defaults.items() if name not in ("r", "alpha", "dropout")}
+    values |= {argument: getattr(adapter, key) for key, argument in method.core.items()}
+    ours = () if method.room is None else method.arguments
+    values |= {name: _plain(name, value) for name, value in adapter.arguments.items() if name not in ours}
+    values |= _shared(adapter, inspect.signature(made).parameters)
+    if values.get("init_lora_weights") not in (None, True, False, "eva", "gaussian", "orthogonal", "mica"):
+        values["init_lora_weights"] = True  # the trainer begins from the weights, which PEFT would change
+    if method.name == "adalora":
+        values |= _schedule(adapter)
+    if method.name == "prompt":
+        values |= _start(values, tokenizer)
+    config: PeftConfig = made(**values)
+    return config
+
+
+def _config_class(method: Method) -> type[PeftConfig]:
+    found: type[PeftConfig] = getattr(peft, method.config) if method.room is not None else own_config(method.config)
+    return found
+
+
+def _plain(name: str, value: Any) -> Any:
+    return NESTED[name](**value) if name in NESTED and isinstance(value, dict) else value
+
+
+def _shared(adapter: AdapterSection, takes: Any) -> dict[str, Any]:
+    """What the schema has for many methods, where this one takes it."""
+    targets, saved = adapter.target_modules, adapter.modules_to_save
+    values: dict[str, Any] = {
+        "target_modules": targets if targets is None or isinstance(targets, str) else list(targets),
+        "modules_to_save": None if saved is None else list(saved),
+        "bias": adapter.bias,
+    }
+    if adapter.method == "lora":
+        values |= {"use_rslora": adapter.use_rslora, "use_dora": adapter.use_dora}
+    return {name: value for name, value in values.items() if name in takes}
+
+
+def _schedule(adapter: AdapterSection) -> dict[str, Any]:
+    """The trainer sets the steps once it knows how many there are."""
+    return {"init_r": first_rank(adapter), "total_step": ENDLESS, "tinit": 0, "tfinal": 0}
+
+
+def _start(values: dict[str, Any], tokenizer: str | None) -> dict[str, Any]:
+    from_text = values.get("prompt_tuning_init") == "TEXT"
+    if from_text and tokenizer is None:
+        return {"prompt_tuning_init": "RANDOM", "prompt_tuning_init_text": None}
+    return {"tokenizer_name_or_path": tokenizer} if from_text else {}
+
+

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.main import get_command
 
+from peftcli.cli.bench import bench
 from peftcli.cli.printable import printable
 from peftcli.errors import MachineError, PeftcliError
 
@@ -81,7 +82,7 @@ def plan(
     as_json: JsonOption = False,
 ) -> None:
     """Say what will happen and what it needs: each choice with its reason, memory, time, disk. No weight is loaded."""
-    from peftcli.cli.commands import plan_command
+    from peftcli.cli.planning import plan_command
 
     plan_command(recipe, set_ or (), gpu=gpu, smoke=smoke, as_json=as_json)
 
@@ -104,6 +105,9 @@ def train(
     num_processes: Annotated[
         int | None, typer.Option(min=1, help="Processes to start through accelerate, one for each GPU.")
     ] = None,
+    baseline_from: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="Take the base's figures from this run, where they are the same.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Train: plan, data, baseline, training, evaluation, report. The same command again goes on where it stopped."""
@@ -115,7 +119,8 @@ def train(
     from peftcli.cli.training import TrainFlags, train_command
 
     overrides = [*(set_ or ()), *([f"budget.wall_clock={max_time}"] if max_time else [])]
-    train_command(recipe, overrides, TrainFlags(output_dir, resume, overwrite, smoke, as_json, tuple(force or ())))
+    flags = TrainFlags(output_dir, resume, overwrite, smoke, as_json, tuple(force or ()), baseline_from)
+    train_command(recipe, overrides, flags)
 
 
 @app.command("eval")
@@ -189,6 +194,38 @@ def report(run: RunArgument, as_json: JsonOption = False) -> None:
 
 
 @app.command()
+def compare(
+    targets: Annotated[list[str], typer.Argument(help="Recipes to train, or run folders that are there already.")],
+    vary: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=A,B", help="Try each of these values; may be repeated, for every combination."),
+    ] = None,
+    set_: SetOption = None,
+    output_dir: Annotated[
+        Path | None, typer.Option(help="Folder of the comparison and its runs; runs/NAME-compare when left out.")
+    ] = None,
+    smoke: SmokeOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Train variants one after the other and hold quality, forgetting, size, memory and time against each other."""
+    from peftcli.cli.comparing import CompareFlags, compare_command
+
+    flags = CompareFlags(tuple(vary or ()), tuple(set_ or ()), output_dir, smoke, as_json)
+    raise typer.Exit(compare_command(targets, flags, sys.stdout, sys.stderr))
+
+
+@app.command()
+def methods(
+    name: Annotated[str | None, typer.Argument(help="A method, to see all of it.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show the methods: what each trains, whether it works in 4 bit, whether it can be merged, for which tasks."""
+    from peftcli.cli.show_methods import methods_command
+
+    methods_command(name, as_json=as_json)
+
+
+@app.command()
 def doctor(
     recipe: Annotated[
         str | None, typer.Argument(help="A recipe that this machine is held against; none asks it in general.")
@@ -200,6 +237,9 @@ def doctor(
     from peftcli.cli.doctoring import doctor_command
 
     doctor_command(recipe, set_ or (), as_json=as_json)
+
+
+app.command()(bench)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

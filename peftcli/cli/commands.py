@@ -11,15 +11,14 @@ from typing import Any
 
 from peftcli.cli.quiet import Streams, quiet
 from peftcli.cli.recipes import find_recipe
-from peftcli.cli.show import Shown, console, metric_table, sample_table
+from peftcli.cli.show import Shown, console, metric_table, retention_line, sample_table
 from peftcli.cli.show_data import show_data
-from peftcli.cli.show_forecast import show_forecast
 from peftcli.errors import DataError, GateNotMet, MemoryExhausted, RecipeError
-from peftcli.plan.cards import find_card, machine_with
 from peftcli.plan.plan import DTYPE_BYTES
 from peftcli.plan.smoke import smoke_recipe
 from peftcli.recipe.load import Loaded, load_recipe
 from peftcli.recipe.schema import Recipe
+from peftcli.recipe.tasks import CAUSAL
 from peftcli.report.write import write_report
 from peftcli.rundir import RunDir, read_json, write_json
 from peftcli.summary import unmet, write_metrics
@@ -39,27 +38,6 @@ class GenerateFlags:
     as_json: bool
 
 
-def plan_command(name: str, overrides: Sequence[str], *, gpu: str | None, smoke: bool, as_json: bool) -> None:
-    """Print the plan of a recipe and what it will need, on this machine or on a card by name."""
-    card = None if gpu is None else find_card(gpu)
-    loaded = load(name, overrides, smoke=smoke)
-    with shown_run(None) as (shown, streams):
-        from peftcli.cli.steps import forecast_run, plan_recipe
-
-        planned = plan_recipe(loaded, shown, smoke=smoke, machine=None if card is None else machine_with(card))
-        plan, forecast = planned.plan, forecast_run(planned)
-        if as_json:
-            _print_json(streams, plan.as_json() | {"forecast": forecast})
-            return
-        out = console(streams.out)
-        width = max(len(decision.key) for decision in plan.decisions)
-        for decision in plan.decisions:
-            out.print(f"{decision.key:<{width}}  {decision.value}: {decision.reason}")
-        for notice in (*plan.notices, *((card.note,) if card is not None and card.note else ())):
-            out.print(f"note: {notice}")
-        show_forecast(forecast, planned.machine, out)
-
-
 def data_command(name: str, overrides: Sequence[str], *, preview: int, smoke: bool, as_json: bool) -> None:
     """Print what the data of a recipe hold, and how some rows will be trained."""
     loaded = load(name, overrides, smoke=smoke)
@@ -70,7 +48,7 @@ def data_command(name: str, overrides: Sequence[str], *, preview: int, smoke: bo
         data = look_at_data(loaded.recipe, shown, smoke=smoke, preview=preview)
         data.facts["prepare_seconds"] = round(time.monotonic() - begun, 3)
         if as_json:
-            _print_json(streams, data.facts | {"crossed": data.crossed})
+            print_json(streams, data.facts | {"crossed": data.crossed})
         else:
             show_data(data.facts, console(streams.out))
         data.raise_if_crossed(f"peftcli data {loaded.path}")
@@ -79,17 +57,16 @@ def data_command(name: str, overrides: Sequence[str], *, preview: int, smoke: bo
 def eval_command(name: str, recipe: str | None, overrides: Sequence[str], *, with_base: bool, as_json: bool) -> None:
     """Measure a target and print the table; a run folder's `eval.json` is written again."""
     with shown_run(None) as (shown, streams):
-        from peftcli.cli.steps import plan_recipe, prepare_data
+        from peftcli.cli.steps import plan_recipe, prepare_for
         from peftcli.evaluate import evaluate
         from peftcli.model.target import open_target
 
         target = open_target(name) if recipe is None else None
         loaded = _recipe_for(recipe, target.run if target is not None else None, overrides)
         smoke = bool(target is not None and target.identity.get("smoke"))
-        plan = plan_recipe(loaded, shown, smoke=smoke).plan
-        if target is None:
-            target = open_target(name, plan.base)
-        _, data = prepare_data(plan, shown, target.adapter)
+        planned = plan_recipe(loaded, shown, smoke=smoke)
+        plan = planned.plan
+        target, data = prepare_for(planned, target or open_target(name, plan.base), shown)
         value = evaluate(
             target,
             data,
@@ -103,10 +80,12 @@ def eval_command(name: str, recipe: str | None, overrides: Sequence[str], *, wit
         if run is not None and target.kind == "adapter" and not overrides and recipe is None:
             before = read_json(run.eval) if run.eval.is_file() else {}
             value["base"] = value["base"] or before.get("base")
+            if "retention" in before:  # of the training; the test rows say nothing about it
+                value["retention"] = before["retention"]
             write_json(run.eval, value)
             finish(run, loaded.recipe)
         if as_json:
-            _print_json(streams, value)
+            print_json(streams, value)
             return
         out = console(streams.out)
         out.print(metric_table({key: value.get(key) for key in ("base", "adapter", "merged")}))
@@ -124,14 +103,18 @@ def merge_command(path: Path, into: str, output_dir: Path | None, dtype: str | N
     if not run.recipe.is_file():
         raise RecipeError(f"{path}: no run folder (recipe.yaml is missing); `peftcli train` makes one")
     with shown_run(run.library_log) as (shown, streams):
-        from peftcli.cli.steps import plan_recipe, prepare_data
+        from peftcli.cli.steps import plan_recipe, prepare_for
+        from peftcli.merge.refuse import refuse_unmergeable
         from peftcli.merge.run import DriftTooLarge, MergeSettings, merge
         from peftcli.model.target import open_target
 
         target = open_target(str(path))
+        if target.adapter is not None:
+            refuse_unmergeable(target.adapter)
         loaded = load_recipe(run.recipe)
-        plan = plan_recipe(loaded, shown, smoke=bool(target.identity.get("smoke"))).plan
-        _, data = prepare_data(plan, shown, target.adapter)
+        planned = plan_recipe(loaded, shown, smoke=bool(target.identity.get("smoke")))
+        plan = planned.plan
+        target, data = prepare_for(planned, target, shown)
         stored = DTYPE_BYTES[dtype or plan.base.dtype]
         check_room(output_dir or run.merged, Forecast(0, 0, 0, plan.total_parameters * stored, RESERVE_BYTES))
         settings = MergeSettings(into, dtype, plan.gates, plan.evaluation, plan.evaluation_batch, plan.seed)
@@ -144,7 +127,7 @@ def merge_command(path: Path, into: str, output_dir: Path | None, dtype: str | N
         write_json(run.merge, found)
         metrics = finish(run, loaded.recipe)
         if as_json:
-            _print_json(streams, found)
+            print_json(streams, found)
         else:
             _show_merge(run, found, metrics, output_dir or run.merged, streams)
         raise_unmet(metrics)
@@ -162,19 +145,32 @@ def generate_command(name: str, prompts: list[str], file: Path | None, flags: Ge
     except UnicodeDecodeError as problem:
         raise DataError(f"{file or 'standard input'}: byte {problem.start} is not UTF-8") from problem
     with shown_run(None) as (shown, streams):
-        from peftcli.generate import generate
+        from peftcli.generate import generate, label
         from peftcli.model.answer import Decoding
         from peftcli.model.target import open_target
 
         target = open_target(name)
         decoding = Decoding(flags.max_new_tokens, flags.temperature, flags.top_p, flags.seed)
         rows = int(target.identity.get("evaluation_batch", 16))
+        if target.base.task != CAUSAL:
+            _show_labels(label(target, asked, raw=flags.raw, batch_rows=rows, progress=shown), flags, streams)
+            return
         made = generate(target, asked, decoding, raw=flags.raw, batch_rows=rows, progress=shown)
         if flags.as_json:
-            _print_json(streams, {"answers": [vars(one) for one in made]})
+            print_json(streams, {"answers": [vars(one) for one in made]})
             return
         for one in made:
             streams.out.write((f"{one.asked}\t" if len(made) > 1 else "") + one.answer.strip() + "\n")
+
+
+def _show_labels(made: Sequence[Any], flags: GenerateFlags, streams: Streams) -> None:
+    if flags.as_json:
+        print_json(streams, {"answers": [one.as_dict() for one in made]})
+        return
+    for one in made:
+        # A tagged line shows its words already.
+        before = f"{one.asked}\t" if len(made) > 1 and not hasattr(one, "words") else ""
+        streams.out.write(before + one.line() + "\n")
 
 
 def load(name: str, overrides: Sequence[str], *, smoke: bool) -> Loaded:
@@ -198,13 +194,15 @@ def finish(run: RunDir, recipe: Recipe) -> dict[str, Any]:
 
 def show_result(run: RunDir, metrics: dict[str, Any], streams: Streams, *, as_json: bool) -> None:
     if as_json:
-        _print_json(streams, metrics)
+        print_json(streams, metrics)
         return
     out = console(streams.out)
     if metrics["smoke"]:
         out.print("smoke run: a tiny random stand-in; the numbers say nothing about the real model")
     if metrics["base"] or metrics["adapter"]:
         out.print(metric_table({name: metrics[name] for name in ("base", "adapter", "merged")}))
+    if metrics["retention"]:
+        out.print(retention_line(metrics["retention"]))
     if run.eval.is_file():
         samples = read_json(run.eval)["samples"]
         if samples:
@@ -218,8 +216,8 @@ def _show_merge(run: RunDir, found: dict[str, Any], metrics: dict[str, Any], fol
     out = console(streams.out)
     out.print(
         f"merged into the {found['into']} base ({found['dtype']}): top-1 agreement {found['top1_agreement']:.4%} over "
-        f"{found['positions']:,} positions, largest logit difference {found['max_abs_logit_difference']:.2g}, "
-        f"KL {found['kl_nats']:.2g} nats"
+        f"{found['positions']:,} positions, largest logit difference {found['max_abs_logit_difference']:.2g}"
+        + ("" if found["kl_nats"] is None else f", KL {found['kl_nats']:.2g} nats")
     )
     out.print(metric_table({name: metrics[name] for name in ("base", "adapter", "merged")}))
     if run.eval.is_file():
@@ -256,6 +254,6 @@ def shown_run(log: Path | None) -> Iterator[tuple[Shown, Streams]]:
             shown.end()
 
 
-def _print_json(streams: Streams, value: dict[str, Any]) -> None:
+def print_json(streams: Streams, value: dict[str, Any]) -> None:
     streams.out.write(json.dumps(value, ensure_ascii=False) + "\n")
     streams.out.flush()

@@ -22,6 +22,21 @@ METRICS = (
     ("exact_match", "exact match", "{:.4f}"),
     ("chrf", "chrF (0 to 100)", "{:.2f}"),
     ("unfinished_answers", "answers that did not stop", "{:.4f}"),
+    ("accuracy", "accuracy", "{:.4f}"),
+    ("precision", "precision", "{:.4f}"),
+    ("recall", "recall", "{:.4f}"),
+    ("f1", "F1", "{:.4f}"),
+    ("f1_macro", "F1, macro", "{:.4f}"),
+    ("f1_weighted", "F1, weighted", "{:.4f}"),
+    ("entity_precision", "entity precision", "{:.4f}"),
+    ("entity_recall", "entity recall", "{:.4f}"),
+    ("entity_f1", "entity F1", "{:.4f}"),
+    ("token_entity_f1", "F1 of words, entity or not", "{:.4f}"),
+    ("mse", "mean squared error", "{:.4g}"),
+    ("mae", "mean absolute error", "{:.4g}"),
+    ("pearson", "Pearson correlation", "{:.4f}"),
+    ("spearman", "Spearman correlation", "{:.4f}"),
+    ("r2", "R squared", "{:.4f}"),
 )
 
 
@@ -125,11 +140,25 @@ def metric_table(models: Mapping[str, Mapping[str, Any] | None]) -> Table:
     shown = {name: found for name, found in models.items() if found is not None}
     for name in shown:
         table.add_column(name, justify="right")
+    of_tokens = any("perplexity" in found for found in shown.values())
+    writes = any("perplexity" in found for found in shown.values())
     for key, label, form in METRICS:
+        if key == "loss" and not writes:
+            label = "loss (of rows or tagged words)"
         values = [found.get(key) for found in shown.values()]
+        label = label if of_tokens else label.removesuffix(" (nats per trained token)")
         if any(value is not None for value in values):
             table.add_row(label, *("-" if value is None else form.format(value) for value in values))
     return table
+
+
+def retention_line(retention: Mapping[str, Any]) -> str:
+    """What became of the loss on the text that forgetting is measured on."""
+    base, adapter, change = (retention[key] for key in ("base_loss", "adapter_loss", "change"))
+    written = ["-" if loss is None else f"{loss:.4f}" for loss in (base, adapter)]
+    grown = "" if change is None else f" ({change:+.4f} nats per token)"
+    name = printable(str(retention["path"]))
+    return f"forgetting: loss on {retention['tokens']:,} tokens of {name}, {' -> '.join(written)}{grown}"
 
 
 def sample_table(samples: Sequence[Mapping[str, Any]]) -> Table:
@@ -167,14 +196,15 @@ def plan_lines(plan: Mapping[str, Any], data: Mapping[str, Any] | None) -> list[
 
 def data_line(data: Mapping[str, Any]) -> str:
     """The facts of the data on one line."""
-    tokens = data["tokens"]
-    share = tokens["trained"] / tokens["train"] if tokens["train"] else 0.0
     parts = [
         f"{data['train_rows']:,} train and {data['test_rows']:,} test rows of {data['rows']:,} ({data['format']})",
         f"{data['dropped_rows']:,} dropped",
         f"{data['truncated_rows']:,} truncated",
         f"{data['leaked_rows']:,} test rows also in training",
-        f"{share:.0%} of {tokens['train']:,} tokens trained",
-        f"end token trained in {data['eos_trained_rows']:,}",
     ]
+    if "eos_trained_rows" in data:  # rows with labels have no tokens to train
+        tokens = data["tokens"]
+        share = tokens["trained"] / tokens["train"] if tokens["train"] else 0.0
+        parts.append(f"{share:.0%} of {tokens['train']:,} tokens trained")
+        parts.append(f"end token trained in {data['eos_trained_rows']:,}")
     return "  data: " + ", ".join(parts)

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from peftcli.cli.printable import printable
+from peftcli.cli.show_labels import numbers_table, words_table
 from peftcli.cli.show_rows import as_line, preview_lines, warning_lines
 
 ROWS = (
@@ -21,10 +22,11 @@ ROWS = (
     ("test, also in training", "leaked_rows", "test_rows"),
 )
 RARE_ROWS = (
-    ("test, prompt also in training", "leaked_prompts", "test_rows"),
+    ("test, prompt or text also in training", "leaked_prompts", "test_rows"),
     ("test, nearly in training", "near_leaked_rows", "test_rows"),
     ("equal to an earlier row", "duplicate_rows", "rows"),
     ("nearly equal to an earlier row", "near_duplicate_rows", "rows"),
+    ("text of an earlier row, another label", "conflicting_rows", "train_rows"),
     ("token over the end of the prompt", "merged_boundary_rows", "train_rows"),
     ("start token twice", "doubled_bos_rows", "rows"),
     ("with an unknown token", "unknown_token_rows", "rows"),
@@ -36,6 +38,7 @@ EXAMPLES = {
     "near_leaked_rows": "near_leaked_examples",
     "duplicate_rows": "duplicate_examples",
     "near_duplicate_rows": "near_duplicate_examples",
+    "conflicting_rows": "conflicting_examples",
 }
 SCANNED = ("control_characters", "replacement_characters", "email", "phone", "key")
 SIGNS = {"ok": ("ok", "green"), "warn": ("warn", "yellow"), "fail": ("fail", "bold red"), "skip": ("-", "dim")}
@@ -64,6 +67,8 @@ def data_tables(data: Mapping[str, Any]) -> list[RenderableType]:
         _tokens(data),
         _lengths(data),
         _labels(data),
+        numbers_table(data),
+        words_table(data),
         _columns(data),
         _checks(data),
     ]
@@ -119,6 +124,11 @@ def _tokens(data: Mapping[str, Any]) -> Table | None:
     tokens = data.get("tokens")
     if not tokens:
         return None
+    if data.get("format") == "classification":  # a class belongs to a row, not to its tokens
+        table = _table("tokens", "all|r")
+        for title, whole in (("training", "train"), ("test", "test")):
+            table.add_row(title, _count(tokens.get(whole)))
+        return table
     table = _table("tokens", "all|r", "trained or scored|r", "share|r")
     for title, whole, part in (("training", "train", "trained"), ("test", "test", "test_trained")):
         share = _share(tokens.get(part), tokens.get(whole))
@@ -164,7 +174,8 @@ def _labels(data: Mapping[str, Any]) -> Table | None:
         return None
     train, test = labels["train"], labels.get("test") or {}
     # Of many values only the most frequent are stored, so the shares are those of all rows.
-    totals = data.get("train_rows"), data.get("test_rows") if test else None
+    total = labels.get("total") or {"train": data.get("train_rows"), "test": data.get("test_rows")}
+    totals = total["train"], total["test"] if test else None
     table = _table(str(labels.get("of") or "value"), "", "training|r", "share|r", "of the test rows|r")
     values = sorted(train, key=lambda value: -train[value])
     for value in values[:MOST_LABELS]:

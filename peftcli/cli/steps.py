@@ -1,7 +1,8 @@
 """The walk that the heavy commands share: recipe, machine, model structure, plan, tokenizer, data."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,20 +10,30 @@ from transformers import PreTrainedTokenizerBase
 
 from peftcli.data.checks import Check, check_embeddings, check_tokenizer
 from peftcli.data.prepare import PreparedData, prepare
+from peftcli.data.readings import LABELLED
 from peftcli.data.shown import shown_rows
+from peftcli.errors import RecipeError
 from peftcli.model.embeddings import embedding_rows
+from peftcli.model.heads import positions_of
 from peftcli.model.inspect import inspect_model, trainable_counter
+from peftcli.model.label import output_names
 from peftcli.model.load import load_tokenizer
 from peftcli.model.locate import locate
 from peftcli.model.probe import probe_machine
+from peftcli.model.start import adapter_folder
+from peftcli.model.target import Target
+from peftcli.plan.checkpointing import spare_blocks
 from peftcli.plan.decide import label_rule, make_plan
 from peftcli.plan.facts import Machine
 from peftcli.plan.forecast import OPTIMIZER, Costs, make_forecast, rows_of
+from peftcli.plan.heads import first_labels, keep_labels, settle_labels
 from peftcli.plan.plan import LabelRule, Plan, TokenizerChoice
 from peftcli.plan.shape import Shape
 from peftcli.progress import Progress
+from peftcli.recipe.adapter_section import AdapterSection
 from peftcli.recipe.load import Loaded
-from peftcli.recipe.schema import AdapterSection, Recipe
+from peftcli.recipe.schema import Recipe
+from peftcli.recipe.tasks import CAUSAL, IMAGES
 from peftcli.train.disk import forecast as disk_forecast
 from peftcli.train.disk import state_bytes
 
@@ -34,11 +45,16 @@ EMBEDDINGS = {"embed_tokens", "lm_head", "wte", "embed_in", "embed_out", "word_e
 
 @dataclass(frozen=True)
 class Planned:
-    """A plan, the machine it was made for, and the widths of its model where they can be read."""
+    """A plan, the machine it was made for, and the widths of its model where they can be read.
+
+    Attributes:
+        counter: makes a function that counts trainable parameters, given the labels of the head.
+    """
 
     plan: Plan
     machine: Machine
     shape: Shape | None = None
+    counter: Callable[..., Callable[[AdapterSection], int]] | None = None
 
 
 def plan_recipe(loaded: Loaded, progress: Progress, *, smoke: bool = False, machine: Machine | None = None) -> Planned:
@@ -48,13 +64,45 @@ def plan_recipe(loaded: Loaded, progress: Progress, *, smoke: bool = False, mach
         machine: to plan for; the one at hand when None.
     """
     recipe = loaded.recipe
+    if recipe.adapter.init_from is not None:
+        adapter_folder(recipe.adapter.init_from)  # whether there is one is known before anything is loaded
     machine = probe_machine() if machine is None else machine
     path, config, note = locate(recipe.model, progress, smoke=smoke)
     trust = recipe.model.trust_remote_code
-    facts = inspect_model(path, config, note=note, trust_remote_code=trust)
-    count = trainable_counter(path, config, recipe.model.task, trust_remote_code=trust)
-    plan = make_plan(recipe, machine, facts, count, smoke=smoke, notices=loaded.notices)
-    return Planned(plan, machine, facts.shape)
+    task, labels = recipe.model.task, first_labels(recipe)
+    facts = inspect_model(path, config, task, labels=labels, note=note, trust_remote_code=trust)
+    counter = partial(trainable_counter, path, config, task, trust_remote_code=trust)
+    plan = make_plan(recipe, machine, facts, counter(labels=labels), smoke=smoke, notices=loaded.notices)
+    plan = spare_blocks(
+        plan, facts.shape, machine, recipe.trainer.get("activation_checkpointing"), state_bytes
+    )
+    return Planned(plan, machine, facts.shape, counter)
+
+
+def prepare_for(planned: Planned, target: Target, progress: Progress) -> tuple[Target, PreparedData]:
+    """The rows of a plan as a target reads them, and the target; one without labels of its own gets those of the rows.
+
+    Raises:
+        RecipeError: the target was trained for another task.
+    """
+    plan, knows = planned.plan, "base" in target.identity
+    if target.base.task != plan.task:
+        raise RecipeError(f"{target.base.task} is what the target was trained for; the recipe's task is {plan.task}")
+    if knows and plan.task != CAUSAL:
+        plan = keep_labels(plan, target.base)
+    _, data = prepare_data(plan, progress, target.adapter)
+    if knows or plan.task == CAUSAL:
+        return target, data
+    return replace(target, base=settle(planned, data).plan.base), data
+
+
+def settle(planned: Planned, data: PreparedData) -> Planned:
+    """The plan with the labels that the rows turned out to have; of a language model as it was."""
+    if planned.plan.task == CAUSAL or planned.counter is None:
+        return planned
+    labels = output_names(data)
+    count = planned.counter(labels=labels)
+    return replace(planned, plan=settle_labels(planned.plan, labels, data.problem, count))
 
 
 def forecast_run(planned: Planned, data: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
@@ -91,9 +139,10 @@ def prepare_data(
 def look_at_data(recipe: Recipe, progress: Progress, *, smoke: bool, preview: int) -> PreparedData:
     """The data of a recipe with their checks and preview; of the model only the tokenizer and the length are asked."""
     path, config, _ = locate(recipe.model, progress, smoke=smoke)
-    rule = label_rule(recipe, getattr(config.get_text_config(), "max_position_embeddings", None))
+    rule = label_rule(recipe, positions_of(config))
     model = recipe.model
-    choice = TokenizerChoice(path, model.revision, model.chat_template, model.eos_token, model.trust_remote_code)
+    images = model.task == IMAGES
+    choice = TokenizerChoice(path, model.revision, model.chat_template, model.eos_token, model.trust_remote_code, images)
     tokenizer = load_tokenizer(choice)
     data = prepare(recipe.dataset, tokenizer, rule, recipe.seed, progress, smoke=smoke)
     add_view(data, tokenizer, rule, preview, check_ends(choice, tokenizer, data, recipe.adapter))
@@ -108,10 +157,12 @@ def add_view(
     Args:
         more: checks that were made already.
     """
-    checks = check_tokenizer(
-        tokenizer, data.format, sample_chats=data.sample_chats(), assistant_only=rule.assistant_only
-    )
-    checks += more
+    checks = list(more)
+    if data.format not in LABELLED:  # where no row ends on a token that must be trained
+        checks = check_tokenizer(
+            tokenizer, data.format, sample_chats=data.sample_chats(), assistant_only=rule.assistant_only
+        )
+        checks += more
     data.facts["checks"] = [asdict(check) for check in checks]
     data.crossed.extend(f"{check.name}: {check.said}" for check in checks if check.result == "fail")
     data.facts["warnings"] = [
@@ -125,6 +176,8 @@ def check_ends(
     choice: TokenizerChoice, tokenizer: PreTrainedTokenizerBase, data: PreparedData, adapter: AdapterSection
 ) -> list[Check]:
     """Ask the base's embedding whether it knows the end tokens and the added tokens; nothing where it is not here."""
+    if data.format in LABELLED:
+        return []
     added = set(tokenizer.get_added_vocab().values()) & data.used_ids()
     found = embedding_rows(choice.path, choice.revision, sorted(data.stop_ids | added))
     if found is None:

@@ -3,9 +3,9 @@
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,14 @@ from peftcli.cli.commands import finish, load, raise_unmet, show_result, shown_r
 from peftcli.cli.launch import first_decides
 from peftcli.cli.show import Shown, plan_lines
 from peftcli.cli.show_forecast import forecast_line
+from peftcli.cli.stages import loaded_stages
 from peftcli.errors import Stopped
+from peftcli.plan.plan import Plan
 from peftcli.recipe.load import Loaded
+from peftcli.recipe.schema import Recipe
 from peftcli.rundir import RunDir, write_json
 from peftcli.train.begin import Beginning, begin, write_recipe
+from peftcli.train.borrow import why_not
 from peftcli.train.disk import check_room, check_writable
 from peftcli.train.lock import RunLock
 from peftcli.train.session import deadline, session_note, wall_clock_limit
@@ -34,6 +38,7 @@ class TrainFlags:
     smoke: bool
     as_json: bool
     force: tuple[str, ...] = ()
+    baseline_from: Path | None = None
 
 
 def train_command(name: str, overrides: Sequence[str], flags: TrainFlags) -> None:
@@ -63,36 +68,106 @@ def train_command(name: str, overrides: Sequence[str], flags: TrainFlags) -> Non
                     shown.note(line)
             reason = None
             if not beginning.finished:
-                reason = _train(loaded, run, shown, stops, beginning, flags)
+                reason = _train_stages(loaded, run, shown, stops, beginning, flags)
             if is_first_process():
                 metrics = finish(run, loaded.recipe)
                 show_result(run, metrics, streams, as_json=flags.as_json)
                 _raise_unless_good(run, metrics, reason)
 
 
-def _train(
+def _train_stages(
     loaded: Loaded, run: RunDir, shown: Shown, stops: StopRequests, beginning: Beginning, flags: TrainFlags
 ) -> str | None:
-    """The heavy part of `train`; returns why it stopped early, if it did."""
-    from peftcli.cli.steps import SHOWN_ROWS, add_view, check_ends, forecast_run, plan_recipe, prepare_data
+    """Train the stages of a recipe, the last one in the run's own folder; returns why that stopped early, if it did.
+
+    Raises:
+        Stopped: in a stage before the last.
+    """
+    from peftcli.model.shards import leave_group
+
+    stages = loaded_stages(loaded, smoke=flags.smoke)
+    before: list[RunDir] = []
+    for number, stage in enumerate(stages[:-1], start=1):
+        part = run.stage(number, loaded.recipe.stages[number - 1].name)
+        shown.note(f"stage {number} of {len(stages)}: {part.path.name}")
+        _train_part(stage, part, shown, stops, flags, before)
+        before.append(part)
+    if before:
+        shown.note(f"stage {len(stages)} of {len(stages)}: {loaded.recipe.stages[-1].name}")
+    reason = _train(stages[-1], run, shown, stops, beginning, flags, before)
+    leave_group()
+    return reason
+
+
+def _train_part(
+    loaded: Loaded,
+    run: RunDir,
+    shown: Shown,
+    stops: StopRequests,
+    flags: TrainFlags,
+    before: Sequence[RunDir],
+) -> None:
+    """Train a stage before the last in a folder of its own, unless that was done."""
+    recipe = loaded.recipe.model_copy(update={"gates": ()})
+
+    def prepare_folder() -> Beginning:
+        found = begin(run, recipe, overwrite=False, resume=False, allowed=flags.force)
+        if not found.finished:
+            run.path.mkdir(parents=True, exist_ok=True)
+            write_recipe(run, recipe)
+        return found
+
+    beginning = first_decides(prepare_folder)
+    for line in beginning.notes:
+        shown.note(line)
+    if beginning.finished:
+        return
+    reason = _train(loaded, run, shown, stops, beginning, flags, before)
+    if is_first_process():
+        finish(run, recipe)
+    if reason is not None:
+        raise Stopped(
+            f"stopped in stage {run.path.name} by {reason}; a whole checkpoint is in {run.checkpoints}; "
+            "the same command goes on"
+        )
+
+
+def _train(
+    loaded: Loaded,
+    run: RunDir,
+    shown: Shown,
+    stops: StopRequests,
+    beginning: Beginning,
+    flags: TrainFlags,
+    before: Sequence[RunDir],
+) -> str | None:
+    """The heavy part of `train`; returns why it stopped early, if it did.
+
+    Args:
+        before: the runs of earlier stages, whose results this one starts from.
+    """
+    from peftcli.cli.steps import SHOWN_ROWS, add_view, check_ends, forecast_run, plan_recipe, prepare_data, settle
+    from peftcli.model.absorb import base_hash, with_earlier
     from peftcli.model.files import base_facts
     from peftcli.model.probe import describe_environment
-    from peftcli.model.shards import leave_group
     from peftcli.train.run import Session, evaluate_trained, run_forecast, train
 
     planned = plan_recipe(loaded, shown, smoke=flags.smoke)
-    plan = planned.plan
+    plan = with_earlier(planned.plan, [str(part.adapter) for part in before])
     needs = run_forecast(plan)
     if is_first_process():
         check_room(run.path, needs)
     begun = time.monotonic()
     tokenizer, data = prepare_data(plan, Heeding(shown, stops, "before the first step"))
+    planned = settle(replace(planned, plan=plan), data)
+    plan = planned.plan
     prepared = {"prepare_seconds": round(time.monotonic() - begun, 3)}
     ends = check_ends(plan.base.tokenizer, tokenizer, data, plan.adapter)
     add_view(data, tokenizer, plan.labels, SHOWN_ROWS, ends)
     environment = describe_environment(planned.machine, command_line())
     base = base_facts(plan.base.path, plan.base.revision)
-    stamp = make_stamp(data.facts, base.weights_sha256 or base.config_sha256, environment["packages"])
+    weights = base_hash(base.weights_sha256 or base.config_sha256, plan.base.absorbed)
+    stamp = make_stamp(data.facts, weights, environment["packages"])
     for note in refuse_changes(beginning.stamp, stamp, flags.force):
         shown.note(f"  note: {note}")
     forecast = forecast_run(planned, data.facts)
@@ -108,11 +183,22 @@ def _train(
     if foretold := forecast_line(forecast):
         shown.note(foretold)
     shown.note(f"  run folder {run.path}")
-    session = Session(stops, beginning.resume_from, stamp, needs.checkpoint_bytes)
+    baseline = before[0].eval if before else _borrowed(loaded.recipe, plan, stamp, shown, flags.baseline_from)
+    session = Session(stops, beginning.resume_from, stamp, needs.checkpoint_bytes, baseline)
     work = evaluate_trained if beginning.trained else train
-    reason = work(plan, run, data, tokenizer, shown, session).stop_reason
-    leave_group()
-    return reason
+    return work(plan, run, data, tokenizer, shown, session).stop_reason
+
+
+def _borrowed(
+    recipe: Recipe, plan: Plan, stamp: Mapping[str, Any], shown: Shown, lender: Path | None
+) -> Path | None:
+    """The file of another run with the figures of this run's base, where they may be taken over."""
+    if lender is None:
+        return None
+    reason = why_not(RunDir(lender), recipe, plan, stamp)
+    taken = "the figures of the base are those of" if reason is None else "the base is measured anew, not as in"
+    shown.note(f"  {taken} {lender.name}" + (f" ({reason})" if reason else ""))
+    return RunDir(lender).eval if reason is None else None
 
 
 def _raise_unless_good(run: RunDir, metrics: dict[str, Any], stop_reason: str | None) -> None:

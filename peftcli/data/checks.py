@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from peftcli.data.encode import stop_ids
+from peftcli.data.readings import LABELLED
 from peftcli.data.turns import Chat, mark_turns, render, training_template
 from peftcli.errors import DataError
 
@@ -58,10 +59,14 @@ def check_tokenizer(
 
     Args:
         tokenizer: with the chat template that is used.
-        kind: format of the data: `messages`, `prompt_completion` or `text`.
+        kind: format of the data: `messages`, `prompt_completion`, `text`, or one with labels, which writes nothing.
         sample_chats: some chats of the data; used where `kind` is `messages`.
         assistant_only: only the assistant's turns are trained.
     """
+    if kind == "images":
+        return []
+    if kind in LABELLED:
+        return [_pad_of_labelled(tokenizer), _single_start(tokenizer(PROBE)["input_ids"], tokenizer)]
     checks = [_end_token(tokenizer), _pad_token(tokenizer)]
     if kind != "messages":
         return [*checks, _single_start(tokenizer(PROBE)["input_ids"], tokenizer), _round_trip([PROBE], tokenizer)]
@@ -182,6 +187,12 @@ def _pad_token(tokenizer: PreTrainedTokenizerBase) -> Check:
         said = "It is the end token; labels are masked by position and not by id, so end tokens are still trained."
         return Check("pad token", "ok", said)
     return Check("pad token", "ok", f"{_names([pad], tokenizer)} fills short rows and is not trained.")
+
+
+def _pad_of_labelled(tokenizer: PreTrainedTokenizerBase) -> Check:
+    pad = tokenizer.pad_token_id
+    name = "A token of the vocabulary" if pad is None else _names([pad], tokenizer)
+    return Check("pad token", "ok", f"{name} fills short rows and is masked.")
 
 
 def _rendered(chats: Sequence[Chat], tokenizer: PreTrainedTokenizerBase) -> tuple[list[tuple[Chat, str]], list[str]]:

@@ -12,10 +12,13 @@ from transformers import PreTrainedTokenizerBase
 from peftcli.data.time_limit import PROBE_SECONDS, template_time
 
 
-def encode(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, special: bool = True) -> list[list[int]]:
+def encode(
+    texts: Sequence[str] | Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerBase, *, special: bool = True
+) -> list[list[int]]:
     """Ids of each text, without any cut or padding; equal to calling the tokenizer.
 
     Args:
+        texts: single texts or, all of them, pairs of texts.
         special: let the tokenizer add its own beginning and end.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -80,7 +83,8 @@ def flatten(rows: Sequence[Sequence[int]]) -> tuple[NDArray[np.int32], NDArray[n
     return np.fromiter(chain.from_iterable(rows), np.int32, int(lengths.sum())), lengths
 
 
-def as_lists(flat: NDArray[np.int32], lengths: NDArray[np.int64]) -> pa.LargeListArray:
-    """Ids in one line as an Arrow column of lists; 25 times faster than from Python lists."""
+def as_lists(flat: NDArray[np.int32] | NDArray[np.float32], lengths: NDArray[np.int64]) -> pa.LargeListArray:
+    """Ids or numbers in one line as an Arrow column of lists; 25 times faster than from Python lists."""
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    return pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), pa.array(flat, pa.int32()))
+    kind = pa.float32() if flat.dtype.kind == "f" else pa.int32()
+    return pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), pa.array(flat, kind))

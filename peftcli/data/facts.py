@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from peftcli.data.encode import stop_ids
+from peftcli.data.readings import LABELLED
 from peftcli.data.rows import FIRST_PLACES
 from peftcli.data.store import Store, StoredSignatures
 from peftcli.data.tokens import IGNORED
@@ -123,7 +124,7 @@ def compare_rows(train: Side, test: Side) -> dict[str, Any]:
     near_leak = near_partners(test_signatures, signatures)
     near_leak[leaked] = -1
     close = np.flatnonzero(near_leak >= 0)
-    prompts = train.store.facts["kind"] == "prompt_completion"
+    prompts = train.store.facts["kind"] in ("prompt_completion", *LABELLED)
     return {
         "leaked_rows": len(leaked),
         "leaked_examples": _pairs(test, train, leaked, leak, ("test", "train")),
@@ -172,9 +173,10 @@ def odd_labels(train: Side) -> list[int]:
 def say_warnings(facts: Mapping[str, Any], train: Side, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """What a person should know of the rows before the first step, as sentences."""
     begin, unknown = tokenizer.bos_token, tokenizer.unk_token
+    before = ", before the end token" if "eos_expected_rows" in facts else ""
     said = []
     for key, one, many, rest in (
-        ("truncated_rows", "row is", "rows are", f"cut at {facts['max_length']} tokens, before the end token"),
+        ("truncated_rows", "row is", "rows are", f"cut at {facts['max_length']} tokens{before}"),
         ("leaked_rows", "test row stands", "test rows stand", "in the training rows too"),
         ("near_leaked_rows", "test row is", "test rows are", "nearly equal to a training row"),
         ("duplicate_rows", "training row is", "training rows are", "equal to an earlier one"),

@@ -1,5 +1,6 @@
 """The test rows as the evaluation takes them: with the prompt to answer and the reference to compare with."""
 
+import json
 from typing import Any
 
 import pyarrow as pa
@@ -7,6 +8,8 @@ from transformers import PreTrainedTokenizerBase
 
 from peftcli.data.encode import as_lists, encode, encode_prompts, flatten
 from peftcli.data.facts import Side
+from peftcli.data.labels import label_said
+from peftcli.data.readings import LABELLED
 from peftcli.data.rows import BATCH_ROWS
 from peftcli.data.turns import last_answer, read_chats, render
 
@@ -15,12 +18,20 @@ LONGEST_OPENING = 64
 
 
 def held_out_table(side: Side, kind: str, tokenizer: PreTrainedTokenizerBase) -> pa.Table:
-    """`input_ids`, `labels`, `prompt_ids` (what generation starts from), `prompt` and `reference` of the test rows."""
+    """`input_ids`, `labels`, `prompt_ids` (what generation starts from), `prompt` and `reference` of the test rows.
+
+    Of rows with labels, `prompt_ids` are the whole text and `reference` is the label as text; tagged rows also have
+    `words`, images their path in `image`.
+    """
     whole = side.store.examples.take(pa.array(side.rows, pa.int64()))
-    parts = [_prompts(part, kind, tokenizer) for part in whole.to_batches(max_chunksize=BATCH_ROWS)]
+    batches = whole.to_batches(max_chunksize=BATCH_ROWS)
+    problem = str(side.store.facts.get("problem"))
+    parts = [
+        _labelled(part, kind, problem) if kind in LABELLED else _prompts(part, kind, tokenizer) for part in batches
+    ]
     prompts = pa.concat_tables(parts)
     table = whole.select(["input_ids", "labels"])
-    for name in ("prompt_ids", "prompt", "reference"):
+    for name in prompts.column_names:
         table = table.append_column(name, prompts.column(name))
     return table
 
@@ -35,6 +46,24 @@ def _prompts(part: pa.RecordBatch, kind: str, tokenizer: PreTrainedTokenizerBase
             "reference": pa.array(references, pa.large_string()),
         }
     )
+
+
+def _labelled(part: pa.RecordBatch, kind: str, problem: str) -> pa.Table:
+    columns = {"prompt_ids": part.column("input_ids")}
+    rows = part.to_pydict()
+    if kind == "tagging":
+        words, tags = ([json.loads(text) for text in rows[name]] for name in ("tokens", "tags"))
+        columns["words"] = pa.array(words, pa.large_list(pa.large_string()))
+        prompts, references = list(map(" ".join, words)), list(map(" ".join, tags))
+    elif kind == "images":
+        columns["image"] = part.column("image")
+        prompts, references = rows["name"], [label_said(label, problem) for label in rows["label"]]
+    else:
+        texts = zip(rows["text"], rows["text_pair"], strict=True)
+        prompts = [f"{text}\n{pair}" if pair else text for text, pair in texts]
+        references = [label_said(label, problem) for label in rows["label"]]
+    columns |= {"prompt": pa.array(prompts, pa.large_string()), "reference": pa.array(references, pa.large_string())}
+    return pa.table(columns)
 
 
 def _of_pairs(

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +11,22 @@ from transformers import PreTrainedTokenizerBase
 
 from peftcli.data.dropped import Dropped
 from peftcli.data.facts import counted
+from peftcli.data.image_rows import ImageClasses, choose_images
 from peftcli.data.join import Join
 from peftcli.data.known import known_of, signatures_of
+from peftcli.data.label_tokens import Classes, TextClasses, WordTags
+from peftcli.data.labelled import Given, choose_labelled
 from peftcli.data.readings import KINDS, Examples, Reading, choose_reading
 from peftcli.data.rows import Rows, Source
 from peftcli.data.scan import Scan
 from peftcli.data.store import Writer
+from peftcli.data.tag_counts import TagCounts
 from peftcli.data.tokens import Tokens
 from peftcli.errors import DataError
 from peftcli.plan.plan import LabelRule
 from peftcli.progress import Progress
 from peftcli.recipe.schema import DatasetSection, SourceSection
+from peftcli.recipe.tasks import IMAGES
 
 MANY_LABELS = 5000
 """With more different answers than this, answers are no labels and their balance is not counted."""
@@ -76,7 +81,9 @@ class _Pass:
 
     def __post_init__(self) -> None:
         self._reading: Reading | None = None
-        self._tokens: Tokens | None = None
+        self._tokens: Tokens | TextClasses | WordTags | None = None
+        self._classes = Classes()
+        self._tags = TagCounts()
         self._dropped = Dropped()
         self._files: dict[str, int] = {}
         self._labels: dict[str, int] | None = {}
@@ -101,7 +108,7 @@ class _Pass:
                     if reading is None:
                         reading = self._choose(rows, source, section)
                         scan = Scan(source.name, reading.columns)
-                    writer = writer or Writer(self.folder, KINDS[reading.kind])
+                    writer = writer or Writer(self.folder, KINDS[reading.kind], numbers=reading.problem == "regression")
                     assert scan is not None  # made with the reading
                     scan.add(rows)
                     self._add(writer, number, rows, reading.examples(rows))
@@ -142,7 +149,7 @@ class _Pass:
         return rows
 
     def _choose(self, rows: Rows, source: Source, section: SourceSection) -> Reading:
-        reading = choose_reading(rows, section, chats=bool(self.tokenizer.chat_template))
+        reading = self._read_as(rows, source, section)
         if self._reading is not None and self._reading.kind != reading.kind:
             raise DataError(
                 f"{source.name}: holds {reading.kind} ({reading.name}), the source before it {self._reading.kind} "
@@ -150,8 +157,30 @@ class _Pass:
             )
         if self._reading is None:
             self._reading = reading
-            self._tokens = Tokens(reading.kind, self.tokenizer, self.asked.rule)
+            self._tokens = self._tokenizing(reading)
         return reading
+
+    def _read_as(self, rows: Rows, source: Source, section: SourceSection) -> Reading:
+        rule = self.asked.rule
+        if rule.task == "causal-lm":
+            return choose_reading(rows, section, chats=bool(self.tokenizer.chat_template))
+        if self._reading is not None and self._reading.problem is not None:
+            rule = replace(rule, problem=self._reading.problem)
+        folder = getattr(source, "folder", None)
+        given = Given(rule, self.asked.dataset.labels, getattr(source, "class_names", {}), folder)
+        if rule.task == IMAGES:
+            return choose_images(rows, section, given)
+        return choose_labelled(rows, section, given)
+
+    def _tokenizing(self, reading: Reading) -> Tokens | TextClasses | WordTags:
+        for name in reading.names or ():
+            self._classes.number(name)
+        if reading.kind == "tagging":
+            return WordTags(self.tokenizer, self.asked.rule, self._classes)
+        if reading.problem is not None:
+            make = ImageClasses if reading.kind == "images" else TextClasses
+            return make(self.tokenizer, self.asked.rule, reading.problem, self._classes)
+        return Tokens(reading.kind, self.tokenizer, self.asked.rule)
 
     def _add(self, writer: Writer, source: int, rows: Rows, examples: Examples) -> None:
         assert self._tokens is not None and self._reading is not None  # chosen before the first batch
@@ -161,6 +190,8 @@ class _Pass:
         ends = None if rows.ends is None else [rows.ends[row] for row in examples.kept]
         batch = self._tokens.batch(examples.columns, ends, self.asked.dataset.too_long)
         self._dropped.add(rows, [(examples.kept[row], reason) for row, reason in batch.dropped])
+        if isinstance(self._tokens, WordTags):
+            self._tags.add(rows, examples)
         self._count_special(rows, examples)
         known = known_of(rows, examples, batch, self.asked.dataset)
         known["source"] = np.full(len(batch.of), source, np.int32)
@@ -170,6 +201,9 @@ class _Pass:
 
     def _label_numbers(self, examples: Examples) -> list[int]:
         """A number for each different answer, as long as there are few enough to be labels."""
+        if not isinstance(self._tokens, Tokens):
+            assert self._tokens is not None  # chosen before the first batch
+            return self._tokens.numbers(examples.columns)
         answers = examples.columns.get("completion")
         if answers is None or self._labels is None:
             self._labels = None
@@ -223,6 +257,19 @@ class _Pass:
             "dropped": dict(self._dropped.counts),
             "dropped_examples": self._dropped.places,
             "labels": list(labels) if few else None,
+            **self._label_facts(self._reading),
+        }
+
+    def _label_facts(self, reading: Reading) -> dict[str, Any]:
+        if isinstance(self._tokens, Tokens):
+            return {}
+        words = {"words": dict(self._tokens.counts), **self._tags.facts()} if isinstance(self._tokens, WordTags) else {}
+        return {
+            "problem": reading.problem,
+            "label_column": reading.reads[-1],
+            "classes": self._classes.names,
+            "named": reading.names is not None,
+            **words,
         }
 
     def _nothing_left(self) -> str:

@@ -11,6 +11,7 @@ import transformers
 from transformers import PreTrainedTokenizerBase
 
 from peftcli.cache import built_once, cache_root, forget_unused, mark_used
+from peftcli.data.images import ImageReader
 from peftcli.data.ingest import Asked, ingest
 from peftcli.data.join import Join
 from peftcli.data.rows import Source
@@ -69,6 +70,7 @@ def _key(
         "split": [asked.dataset.split.stratify, asked.dataset.split.group],
         "rule": [asked.rule.completion_only, asked.rule.assistant_only, asked.rule.max_length],
         "too_long": asked.dataset.too_long,
+        "task": [asked.rule.task, asked.rule.problem, asked.dataset.labels],
         "limit": asked.limit,
         "tokenizer": tokenizer_fingerprint(tokenizer),
     }
@@ -77,6 +79,8 @@ def _key(
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """SHA-256 over all of a tokenizer that decides which ids a text gets."""
+    if isinstance(tokenizer, ImageReader):
+        return tokenizer.fingerprint()
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:  # a cut or a padding that an earlier call has set is no property of the tokenizer
         backend.no_truncation()

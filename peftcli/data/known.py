@@ -33,12 +33,14 @@ def known_of(rows: Rows, examples: Examples, batch: TokenBatch, dataset: Dataset
         DataError: a column of the split is missing.
     """
     kept = np.array(examples.kept, np.int64)[batch.of]
-    wholes = ["\x1f".join(parts) for parts in zip(*examples.columns.values(), strict=True)]
+    # An image is what it shows, whatever file it stands in.
+    of_images = [examples.columns[name] for name in ("pixels", "label") if "pixels" in examples.columns]
+    wholes = ["\x1f".join(parts) for parts in zip(*(of_images or examples.columns.values()), strict=True)]
     return {
         "number": np.array(rows.numbers, np.int64)[kept],
         "exact": _digests(wholes)[batch.of],
         "plain": _pieces(_digests(list(map(plain, wholes))), batch),
-        "prompt": _prompts(examples)[batch.of],
+        "prompt": _prompts(examples, batch),
         "class": _column(rows, dataset.split.stratify, "stratify")[kept],
         "group": _groups(rows, dataset)[kept],
     }
@@ -58,9 +60,12 @@ def _groups(rows: Rows, dataset: DatasetSection) -> Hashes:
     return _column(rows, dataset.split.group, "group")
 
 
-def _prompts(examples: Examples) -> Hashes:
+def _prompts(examples: Examples, batch: TokenBatch) -> Hashes:
+    """64 bits of what each answer or label is of; zeros where there is none."""
+    if "label" in examples.columns or "tags" in examples.columns:
+        return _pieces(_digests(list(map(plain, examples.content))), batch)
     prompts = examples.columns.get("prompt")
-    return np.zeros(len(examples.kept), np.uint64) if prompts is None else _digests(list(map(plain, prompts)))
+    return np.zeros(len(batch.of), np.uint64) if prompts is None else _digests(list(map(plain, prompts)))[batch.of]
 
 
 def _column(rows: Rows, name: str | None, key: str) -> Hashes:

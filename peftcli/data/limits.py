@@ -30,8 +30,8 @@ def crossed_limits(facts: Mapping[str, Any], limits: LimitsSection) -> list[str]
         longest = facts["length"]["max"]
         found.append(
             _sentence("truncated", facts["truncated_rows"], kept, "rows are cut", limits.truncated)
-            + f" at dataset.max_length {facts['max_length']}, so their end is not trained; the longest has {longest} "
-            "tokens: raise it, or set dataset.too_long: drop"
+            + f" at dataset.max_length {facts['max_length']}, so their end is not {_use(facts)}; the longest has "
+            f"{longest} tokens: raise it, or set dataset.too_long: drop"
         )
     if _above(facts["leaked_rows"], facts["test_rows"], limits.leaked):
         pair = next(iter(facts["leaked_examples"]), None)
@@ -40,7 +40,7 @@ def crossed_limits(facts: Mapping[str, Any], limits: LimitsSection) -> list[str]
             _sentence("leaked", facts["leaked_rows"], facts["test_rows"], "test rows stand in training", limits.leaked)
             + f"{where}; {_against_leaks(facts)}"
         )
-    expected, trained = facts["eos_expected_rows"], facts["eos_trained_rows"]
+    expected, trained = facts.get("eos_expected_rows", 0), facts.get("eos_trained_rows", 0)
     if expected and trained < limits.eos_trained * expected:
         lacking = expected - trained
         found.append(
@@ -49,6 +49,10 @@ def crossed_limits(facts: Mapping[str, Any], limits: LimitsSection) -> list[str]
             + (f", first {facts['eos_lacking_examples'][0]}" if lacking and facts["eos_lacking_examples"] else "")
         )
     return found
+
+
+def _use(facts: Mapping[str, Any]) -> str:
+    return "trained" if "eos_expected_rows" in facts else "read"
 
 
 def _against_leaks(facts: Mapping[str, Any]) -> str:

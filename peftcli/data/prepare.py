@@ -1,8 +1,8 @@
 """From the dataset section to what the trainer and the evaluation get, with the facts of `data.json`."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,14 @@ from peftcli.data.facts import Side, balance, compare_rows, count_ends, count_ro
 from peftcli.data.held_out import held_out_table
 from peftcli.data.ingest import Asked
 from peftcli.data.kept import kept_rows
+from peftcli.data.label_facts import check_classes, class_names, label_facts, say_label_warnings
 from peftcli.data.limits import EQUAL, crossed_limits
 from peftcli.data.made_up import MadeUp
+from peftcli.data.readings import LABELLED
 from peftcli.data.rows import BATCH_ROWS, Source
 from peftcli.data.sides import split_sides, without_equal
 from peftcli.data.sources.open import open_source
+from peftcli.data.sources.photos import open_photos
 from peftcli.data.split import weighted
 from peftcli.data.store import Store
 from peftcli.data.turns import Chat, read_chats
@@ -27,6 +30,7 @@ from peftcli.errors import DataError
 from peftcli.plan.plan import LabelRule
 from peftcli.progress import Progress
 from peftcli.recipe.schema import DatasetSection, SourceSection, TestSection
+from peftcli.recipe.tasks import IMAGES
 
 SMOKE_ROWS = 48
 """Rows that a smoke run takes from the head of each source."""
@@ -39,12 +43,14 @@ class PreparedData:
     Attributes:
         train: the training rows; a row with a weight above 1 stands there several times.
         test_side: the test rows.
-        format: `prompt_completion`, `messages` or `text`.
-        stop_ids: token ids on which an answer ends.
+        format: `prompt_completion`, `messages`, `text`, `classification`, `tagging` or `images`.
+        stop_ids: token ids on which an answer ends; none where rows have labels.
         prompt: template that new prompts are written in; None for chats and for plain text.
         facts: the content of `data.json`.
         crossed: one sentence for each limit of the recipe that the data cross.
         too_long: what was done with rows longer than the limit, None for what fits the source.
+        labels: names of the classes or tags by number; none where rows have no labels, or numbers.
+        problem: of a classification: `single-label`, `multi-label` or `regression`.
     """
 
     train: Side
@@ -56,10 +62,12 @@ class PreparedData:
     crossed: list[str]
     tokenizer: PreTrainedTokenizerBase
     too_long: str | None
+    labels: tuple[str, ...] = ()
+    problem: str | None = None
 
     @cached_property
     def test(self) -> pa.Table:
-        """The test rows: `input_ids`, `labels`, `prompt_ids`, `prompt` and `reference`."""
+        """The test rows: `input_ids`, `labels`, `prompt_ids`, `prompt` and `reference`; of tagging also `words`, of images `image`."""
         return held_out_table(self.test_side, self.format, self.tokenizer)
 
     def sample_chats(self, count: int = 8) -> list[Chat]:
@@ -109,24 +117,33 @@ def prepare(
         DataError: a source cannot be read or holds nothing usable, or a side of the split is empty.
     """
     asked = Asked(dataset, rule, SMOKE_ROWS if smoke else None)
-    test_section = _test_section(dataset)
-    test_source = None if test_section is None else _open(test_section, "dataset.test", smoke=smoke)
-    apart = frozenset(getattr(test_source, "files", ()))
     sections: Sequence[SourceSection] = dataset.sources or (dataset,)
+    made_up = partial(MadeUp, rows=SMOKE_ROWS, task=rule.task, problem=rule.problem, labels=dataset.labels)
+    open_ = partial(_open, made_up=made_up if smoke else None, images=rule.task == IMAGES)
+    test_section = _test_section(dataset)
+    test_source = None
+    if test_section is not None:
+        like = partial(made_up, like=sections[0])
+        test_source = _open(
+            test_section, "dataset.test", made_up=like if smoke else None, images=rule.task == IMAGES
+        )
+    apart = frozenset(getattr(test_source, "files", ()))
     keys = [f"dataset.sources[{number}]" for number in range(len(dataset.sources))] or ["dataset"]
-    sources = [
-        (_open(section, key, smoke=smoke, without=apart), section) for key, section in zip(keys, sections, strict=True)
-    ]
+    sources = [(open_(section, key, without=apart), section) for key, section in zip(keys, sections, strict=True)]
     store, made = kept_rows(sources, tokenizer, asked, progress)
     _check_rule(rule, store.facts["kind"])
     test_store = None
     if test_source is not None:
+        asked = replace(asked, rule=replace(rule, problem=store.facts.get("problem") or rule.problem))
         test_store, _ = kept_rows([(test_source, sections[0])], tokenizer, asked, progress)
         if test_store.facts["kind"] != store.facts["kind"]:
             raise DataError(
                 f"{test_source.name}: holds {test_store.facts['kind']}, the training rows are {store.facts['kind']}; "
                 "test rows need the columns of the training rows"
             )
+    labels: tuple[str, ...] = ()
+    if store.facts["kind"] in LABELLED:
+        store, test_store, labels = _with_classes(store, test_store, smoke=smoke)
     rows, equal, equal_places = without_equal(dataset, store)
     train, test, split = split_sides(dataset, store, test_store, rows, seed)
     facts = _facts(store, test_store, train, test, tokenizer, rule, equal, equal_places)
@@ -138,19 +155,43 @@ def prepare(
         train=Side(store, order),
         test_side=test,
         format=store.facts["kind"],
-        stop_ids=stop_ids(tokenizer),
+        stop_ids=frozenset() if store.facts["kind"] in LABELLED else stop_ids(tokenizer),
         prompt=store.facts["prompt"],
         facts=facts,
         crossed=[] if smoke else crossed_limits(facts, dataset.limits),
         tokenizer=tokenizer,
         too_long=dataset.too_long,
+        labels=labels,
+        problem=store.facts.get("problem"),
     )
 
 
-def _open(section: Any, key: str, *, smoke: bool, without: frozenset[Path] = frozenset()) -> Source:
-    if smoke and (section.name is not None or getattr(section, "url", None) or getattr(section, "url_env", None)):
-        return MadeUp(section, SMOKE_ROWS)
-    return open_source(section, without=without, key=key)
+def _with_classes(
+    store: Store, test_store: Store | None, *, smoke: bool
+) -> tuple[Store, Store | None, tuple[str, ...]]:
+    """The stores with one order of classes, and their names."""
+    labels = class_names([store] if test_store is None else [store, test_store])
+    if not smoke:
+        check_classes(labels, store)
+    elif labels and len(labels) < 2:  # the first rows of a sorted file have one class; a rehearsal goes on
+        labels = (*labels, "other")
+    return replace(store, classes=labels), test_store and replace(test_store, classes=labels), labels
+
+
+def _open(
+    section: Any,
+    key: str,
+    *,
+    made_up: Callable[[Any], Source] | None,
+    images: bool,
+    without: frozenset[Path] = frozenset(),
+) -> Source:
+    """The source of a section; made-up rows in a smoke run, where it is not a file."""
+    far = section.name is not None or getattr(section, "url", None) or getattr(section, "url_env", None)
+    if made_up is not None and far:
+        return made_up(section)
+    open_ = open_photos if images else open_source
+    return open_(section, without=without, key=key)
 
 
 def _test_section(dataset: DatasetSection) -> TestSection | None:
@@ -191,6 +232,7 @@ def _facts(
     facts: dict[str, Any] = {
         "schema": 1,
         "format": store.facts["kind"],
+        "task": rule.task,
         "sources": [source for one in stores for source in one.facts["sources"]],
         "joins": [join for one in stores for join in one.facts["joins"]],
         "rows": sum(one.facts["rows"] for one in stores),
@@ -200,6 +242,11 @@ def _facts(
         "columns": [column for one in stores for column in one.facts["columns"]],
         "labels": balance(train, test),
     }
-    facts |= count_rows(train, test, rule) | count_ends(train, tokenizer) | compare_rows(train, test)
+    facts |= count_rows(train, test, rule) | compare_rows(train, test)
     warnings = [warning for one in stores for warning in one.facts["warnings"]]
+    if store.facts["kind"] in LABELLED:
+        facts |= label_facts(train, test)
+        warnings = [*say_label_warnings(facts), *warnings]
+    else:
+        facts |= count_ends(train, tokenizer)
     return facts | {"warnings": [*say_warnings(facts, train, tokenizer), *warnings]}

@@ -15,13 +15,21 @@ from peftcli.data.fill import (
 )
 from peftcli.data.recognise import Dialect, first_value, joined, missing_columns, recognise
 from peftcli.data.rows import Rows
-from peftcli.data.values import Unused
+from peftcli.data.values import Unused, Wrong
 from peftcli.errors import DataError
 from peftcli.recipe.schema import ColumnsSection, SourceSection
 from peftcli.recipe.template import split_path, template_columns
 
-KINDS = {"prompt_completion": ("prompt", "completion"), "messages": ("messages", "tools"), "text": ("text",)}
-"""The columns of the examples of each kind."""
+KINDS = {
+    "prompt_completion": ("prompt", "completion"),
+    "messages": ("messages", "tools"),
+    "text": ("text",),
+    "classification": ("text", "text_pair", "label"),
+    "tagging": ("tokens", "tags"),
+    "images": ("image", "name", "pixels", "label"),
+}
+"""The columns of the examples of each kind; of `LABELLED` kinds the last is the label, as text or as JSON."""
+LABELLED = ("classification", "tagging", "images")
 
 _HALF_CHARACTER = "with half a character (a lone surrogate)"
 
@@ -31,7 +39,7 @@ class Examples:
     """Examples of one kind made from one batch of rows.
 
     Attributes:
-        columns: the names of KINDS[kind]; messages and tools are JSON, tools empty where a row has none.
+        columns: the names of KINDS[kind]; messages and tools are JSON, tools and text_pair empty where a row has none.
         kept: for each example the row of the batch that it was made from.
         dropped: rows of the batch that make no example, with the reason.
         content: for each example the user's own words, without templates and system turns.
@@ -55,6 +63,8 @@ class Reading:
         prompt: template that new prompts are written in; None for chats and for plain text.
         reads: columns whose values `make` takes, in its order; later rows may have some that the first lack.
         make: makes the example of one row.
+        problem: of a classification: single-label, multi-label or regression.
+        names: of the classes or tags in their order, where they are given.
     """
 
     kind: str
@@ -64,6 +74,8 @@ class Reading:
     prompt: str | None
     reads: tuple[str, ...] = field(repr=False)
     make: Maker = field(repr=False)
+    problem: str | None = None
+    names: tuple[str, ...] | None = None
 
     def examples(self, rows: Rows) -> Examples:
         """The examples of a batch; each row is either kept or dropped with a reason."""
@@ -76,6 +88,8 @@ class Reading:
                 made.append(self.make(values))
             except Unused as reason:
                 dropped.append((number, str(reason)))
+            except Wrong as problem:
+                raise DataError(f"{rows.place(number)}: {problem}") from problem
             else:
                 kept.append(number)
         halves = _half_characters(made)

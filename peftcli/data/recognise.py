@@ -185,12 +185,12 @@ def _refuse_other_trades(first: Rows) -> None:
         )
     elif "tokens" in names and tags is not None:
         what = f"a tag for each word ({tags}; token classification)"
-        mend = f"to learn the tags as text, set {_pair('tokens', tags)}"
+        mend = f"set model.task: token-classification, or, to learn the tags as text, {_pair('tokens', tags)}"
         if isinstance(first_value(first, tags), list) and not all(isinstance(v, str) for v in first_value(first, tags)):
             mend += f", with the tags' names in {tags} in place of numbers"
     elif labelled is not None and "label" in names and not {"prompt", "completion"} <= names:
         what = f"a label for each {labelled} (classification)"
-        mend = f"to learn the label as text, set {_pair(labelled, 'label')}"
+        mend = f"set model.task: sequence-classification, or, to learn the label as text, {_pair(labelled, 'label')}"
         mend += "; to learn the text alone, dataset.format: text" if labelled == "text" else ""
     else:
         return

@@ -17,7 +17,8 @@ class Rows:
     """Some consecutive rows of one file.
 
     Attributes:
-        file: name of the file, as messages show it.
+        file: name of the file, as messages show it; one that ends in / is a folder, whose rows are files by the
+            names of the column `image`.
         numbers: where each row begins: the 1-based line of a text file, the 1-based row of any other.
         columns: a list of one value for each row; None where a row lacks the column.
         unread: rows of this stretch that could not be read, with the reason; they are not in the columns.
@@ -34,12 +35,17 @@ class Rows:
         return len(self.numbers)
 
     def place(self, row: int) -> str:
-        """File and line of a row.
+        """File and line of a row, or the file that it is.
 
         >>> Rows("a.csv", [2, 3], {"x": ["p", "q"]}).place(1)
         'a.csv:3'
         """
-        return f"{self.file}:{self.numbers[row]}"
+        return f"{self.file}{self.columns['image'][row]}" if self.is_folder else f"{self.file}:{self.numbers[row]}"
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether each row is a file of a folder."""
+        return self.file.endswith("/")
 
 
 class Source(Protocol):

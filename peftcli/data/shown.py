@@ -11,6 +11,8 @@ from transformers import PreTrainedTokenizerBase
 from peftcli.data.facts import Indices, Side
 from peftcli.data.parts import Part, shorten
 from peftcli.data.preview import preview_rows
+from peftcli.data.readings import LABELLED
+from peftcli.data.shown_labels import label_parts
 from peftcli.data.tokens import Tokens
 from peftcli.data.traces import hide_keys
 from peftcli.plan.plan import LabelRule
@@ -22,7 +24,7 @@ UNCUT = 2**40
 def shown_rows(
     train: Side, tokenizer: PreTrainedTokenizerBase, rule: LabelRule, too_long: str | None, count: int
 ) -> list[dict[str, Any]]:
-    """The preview of some training rows, from the batch that TRL's own collator makes of them.
+    """The preview of some training rows, from the batch that TRL's own collator makes of them, or with their labels.
 
     Args:
         train: the training side.
@@ -30,24 +32,35 @@ def shown_rows(
         count: number of rows; one that is cut takes the place of the last, where there is one.
 
     Returns:
-        `place`, `tokens`, `trained` and `parts` (`kind` and `text`) of each row.
+        `place`, `tokens`, `trained` (None where a row has a class) and `parts` (`kind` and `text`) of each row.
     """
-    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling  # seconds; the light commands stay without
-
     chosen = _choose(train, count)
     if not len(chosen):
         return []
     rows = train.store.examples.take(pa.array(train.rows[chosen], pa.int64())).to_pydict()
+    if train.store.facts["kind"] in LABELLED:
+        rows |= {name: train.column(name)[chosen].tolist() for name in ("uncut", "length")}
+        parts = label_parts(rows, train.store.facts["problem"], train.store.classes, tokenizer)
+    else:
+        parts = _trained_parts(train, rows, tokenizer, rule, too_long)
+    # A class belongs to a row, and to none of its tokens.
+    trained = [None] * len(chosen) if train.store.facts.get("problem") else train.column("trained")[chosen].tolist()
+    return [
+        {"place": place, "tokens": len(ids), "trained": count, "parts": [asdict(part) for part in _fit(row)]}
+        for place, ids, count, row in zip(train.places(chosen), rows["input_ids"], trained, parts, strict=True)
+    ]
+
+
+def _trained_parts(
+    train: Side, rows: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, rule: LabelRule, too_long: str | None
+) -> list[list[Part]]:
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling  # seconds; the light commands stay without
+
     features = [
         {"input_ids": ids, "labels": labels} for ids, labels in zip(rows["input_ids"], rows["labels"], strict=True)
     ]
     batch = DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id or 0)(features)
-    parts = preview_rows(batch, _whole(train, rows, tokenizer, rule, too_long), tokenizer)
-    trained, places = train.column("trained")[chosen], train.places(chosen)
-    return [
-        {"place": place, "tokens": len(ids), "trained": int(count), "parts": [asdict(part) for part in _fit(row)]}
-        for place, ids, count, row in zip(places, rows["input_ids"], trained, parts, strict=True)
-    ]
+    return preview_rows(batch, _whole(train, rows, tokenizer, rule, too_long), tokenizer)
 
 
 def _fit(parts: Sequence[Part]) -> list[Part]:

@@ -71,6 +71,8 @@ class Store:
 
     folder: Path
     facts: dict[str, Any]
+    classes: tuple[str, ...] = ()
+    """Names of the classes or tags by the numbers that `examples` gives them; those of the facts when empty."""
 
     @classmethod
     def open(cls, folder: Path) -> Self:
@@ -84,12 +86,18 @@ class Store:
     @cached_property
     def examples(self) -> pa.Table:
         """`input_ids`, `labels` and the text columns of the examples; stays on disk until it is looked at."""
-        return pa.ipc.open_file(pa.memory_map(str(self.folder / "examples.arrow"))).read_all()
+        table = pa.ipc.open_file(pa.memory_map(str(self.folder / "examples.arrow"))).read_all()
+        numbers = self._numbers
+        if numbers is None:
+            return table
+        labels = [_renumbered(chunk, numbers) for chunk in table.column("labels").chunks]
+        return table.set_column(1, "labels", pa.chunked_array(labels, LISTS))
 
     def column(self, name: str) -> NDArray[Any]:
         """(rows,), what is known of each row under a name of ROW_COLUMNS."""
         values: NDArray[Any] = self._known.column(name).combine_chunks().to_numpy(zero_copy_only=False)
-        return values
+        numbers = self._numbers if name == "label" else None
+        return values if numbers is None else np.where(values >= 0, numbers[np.maximum(values, 0)], values)
 
     @cached_property
     def signatures(self) -> list[NDArray[np.uint32]]:
@@ -103,29 +111,52 @@ class Store:
         return found
 
     def places(self, rows: Iterable[int]) -> list[str]:
-        """File and line of some rows."""
+        """File and line of some rows, or the files that they are."""
         chosen = pa.array([int(row) for row in rows], pa.int64())
         known = self._known.select(["file", "number"]).take(chosen).to_pylist()
-        return [f"{self.facts['files'][one['file']]}:{one['number']}" for one in known]
+        files = [self.facts["files"][one["file"]] for one in known]
+        if not any(file.endswith("/") for file in files):
+            return [f"{file}:{one['number']}" for file, one in zip(files, known, strict=True)]
+        names = self.examples.column("name").take(chosen).to_pylist()
+        rows_of = zip(files, known, names, strict=True)
+        return [f"{file}{name}" if file.endswith("/") else f"{file}:{one['number']}" for file, one, name in rows_of]
+
+    @property
+    def _numbers(self) -> NDArray[np.int32] | None:
+        """The number of each class by the number it was stored under; None where they are the same."""
+        stored = self.facts.get("classes") or []
+        if not self.classes or tuple(stored) == self.classes[: len(stored)]:
+            return None
+        at = {name: number for number, name in enumerate(self.classes)}
+        return np.array([at[name] for name in stored], np.int32)
 
     @cached_property
     def _known(self) -> pa.Table:
         return pa.ipc.open_file(pa.memory_map(str(self.folder / "rows.arrow"))).read_all()
 
 
+def _renumbered(lists: pa.LargeListArray, numbers: NDArray[np.int32]) -> pa.LargeListArray:
+    """Lists of class numbers under other numbers; what is no class stays."""
+    values = lists.values.to_numpy(zero_copy_only=False)
+    changed = np.where(values >= 0, numbers[np.maximum(values, 0)], values).astype(np.int32)
+    return pa.LargeListArray.from_arrays(lists.offsets, pa.array(changed, pa.int32()))
+
+
 class Writer:
     """Writes a store batch by batch."""
 
-    def __init__(self, folder: Path, columns: Sequence[str]) -> None:
+    def __init__(self, folder: Path, columns: Sequence[str], *, numbers: bool = False) -> None:
         """
         Args:
             folder: where the two files are put.
             columns: names of the text columns of an example.
+            numbers: the labels are numbers with decimals.
         """
         self._folder = folder
         self._columns = list(columns)
         strings = [(name, pa.large_string()) for name in columns]
-        self._schema = pa.schema([("input_ids", LISTS), ("labels", LISTS), *strings])
+        labels = pa.large_list(pa.float32()) if numbers else LISTS
+        self._schema = pa.schema([("input_ids", LISTS), ("labels", labels), *strings])
         self._known_schema = pa.schema([*ROW_COLUMNS.items(), (SIGNATURES, pa.list_(pa.uint32(), HASHES))])
         self._examples = pa.ipc.new_file(folder / "examples.arrow", self._schema)
         self._known = pa.ipc.new_file(folder / "rows.arrow", self._known_schema)
@@ -158,7 +189,8 @@ class Writer:
         if not len(tokens.of):
             return
         chosen = tokens.of.tolist()
-        lists = [as_lists(tokens.flat, tokens.lengths), as_lists(tokens.labels(), tokens.lengths)]
+        labels = (tokens.labels(), tokens.lengths) if tokens.classes is None else tokens.classes
+        lists = [as_lists(tokens.flat, tokens.lengths), as_lists(*labels)]
         strings = [pa.array([texts[name][row] for row in chosen], pa.large_string()) for name in self._columns]
         self._examples.write_batch(pa.record_batch([*lists, *strings], schema=self._schema))
         bits = np.zeros(len(chosen), np.uint8)

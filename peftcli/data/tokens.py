@@ -7,7 +7,7 @@ shown before a model is loaded.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,6 +58,8 @@ class TokenBatch:
         flags: by name, (rows,): truncated, ends (the end token should be trained), end_trained, merged, doubled_bos,
             unknown (a token that the tokenizer does not know).
         dropped: example and reason.
+        classes: of rows with labels, what each row is given in place of its own tokens: the values of all rows in one
+            line, int32 or float32, and how many each row has.
     """
 
     of: Counts
@@ -68,6 +70,7 @@ class TokenBatch:
     trained: Counts
     flags: Mapping[str, Flags]
     dropped: list[tuple[int, str]]
+    classes: tuple[NDArray[Any], Counts] | None = None
 
     def labels(self) -> Ids:
         """(tokens,), the ids of the trained tokens and IGNORED for the others."""

@@ -21,6 +21,10 @@ class Unused(Exception):
     """A row that makes no example; the text is the reason, as the counts show it."""
 
 
+class Wrong(Exception):
+    """A value that stops the run; the text is what stands behind the place in the message."""
+
+
 def is_null(value: Any) -> bool:
     """Whether nothing stands there: None, or a float that is no number.
 

@@ -17,6 +17,7 @@ from peftcli.model.inspect import inspect_model, load_config, trainable_counter
 from peftcli.model.locate import TINY, locate
 from peftcli.plan.decide import make_plan
 from peftcli.plan.facts import Machine
+from peftcli.plan.heads import first_labels
 from peftcli.plan.plan import Plan
 from peftcli.progress import Progress
 from peftcli.recipe.schema import Recipe
@@ -125,9 +126,10 @@ def plan_for(recipe: Recipe, machine: Machine, path: str, revision: str | None) 
     """
     trust = recipe.model.trust_remote_code
     config = load_config(path, revision, trust_remote_code=trust)
-    facts = inspect_model(path, config, trust_remote_code=trust)
+    task, labels = recipe.model.task, first_labels(recipe)
+    facts = inspect_model(path, config, task, labels=labels, trust_remote_code=trust)
     return make_plan(
-        recipe, machine, facts, trainable_counter(path, config, recipe.model.task, trust_remote_code=trust)
+        recipe, machine, facts, trainable_counter(path, config, task, labels=labels, trust_remote_code=trust)
     )
 
 

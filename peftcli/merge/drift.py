@@ -24,7 +24,7 @@ class Drift:
     Attributes:
         rows, positions: what was compared.
         max_abs_logit_difference, mean_abs_logit_difference: over positions and vocabulary.
-        kl_nats: mean over positions of KL(adapter || merged).
+        kl_nats: mean over positions of KL(adapter || merged), None where the outputs are no probabilities.
         top1_agreement: share of positions with the same first choice.
     """
 
@@ -32,7 +32,7 @@ class Drift:
     positions: int
     max_abs_logit_difference: float
     mean_abs_logit_difference: float
-    kl_nats: float
+    kl_nats: float | None
     top1_agreement: float
 
 

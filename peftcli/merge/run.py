@@ -8,20 +8,21 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peftcli.data.prepare import PreparedData
-from peftcli.errors import GateNotMet
-from peftcli.merge.drift import Drift, compare, rows_to_compare, trained_logits
-from peftcli.merge.fold import fold, loaded_weights, original_weights
+from peftcli.errors import GateNotMet, RecipeError
+from peftcli.merge.comparison import Comparison
+from peftcli.merge.drift import Drift
+from peftcli.merge.fold import bare_base, fold
 from peftcli.merge.write import write_config, write_weights
 from peftcli.model.adapter import replace_folder, write_companions
 from peftcli.model.identity import IDENTITY, merged_identity
 from peftcli.model.load import DTYPES, load_base
 from peftcli.model.measure import Measured, decoding_for, measure
 from peftcli.model.target import Target
+from peftcli.model.weights import loaded_weights, original_weights
 from peftcli.progress import Progress
 from peftcli.recipe.schema import EvaluationSection
 from peftcli.recipe.values import Gate
@@ -85,20 +86,26 @@ def merge(
         The content of `merge.json`.
 
     Raises:
+        RecipeError: the base asked for is not one that the adapter can be merged into.
         GateNotMet: the merged model is too far from the adapter; nothing is left of it, and the exception's `merge`
             holds what was measured.
     """
     begun = time.monotonic()
     assert target.adapter is not None
+    if target.base.absorbed and target.base.quantization is not None and settings.into != "dequantized":
+        raise RecipeError(
+            f"--into {settings.into}: the earlier stages of this run were trained on 4-bit weights, so they fit those "
+            "alone; leave --into out"
+        )
     model, tokenizer = target.load()
-    rows = rows_to_compare(data.test, model.config.get_text_config().vocab_size)
-    reference = _logits(model, rows, tokenizer, settings, progress, "adapter")
+    comparison = Comparison(data, tokenizer, settings.batch_rows, progress)
+    reference = comparison.logits(model, "adapter")
     written = _write_all(target, model, tokenizer, data, final, settings)
     del model
     _forget()
     try:
         candidates = [
-            _measure(target, into, folder, size, rows, reference, data, tokenizer, settings, progress)
+            _measure(target, (into, folder, size), reference, comparison, settings)
             for into, folder, size in written
         ]
         kept = min(candidates, key=lambda one: one.loss)
@@ -124,7 +131,7 @@ def _fail(kept: Candidate, value: dict[str, Any], *, quantized: bool) -> None:
     crossed = [
         f"{name} is {value[name]:.4g}, the limit is {limit}"
         for name, limit in value["limit"].items()
-        if not value["limits_met"][name]
+        if value["limits_met"][name] is False
     ]
     others = [one for one in ("dequantized", "original") if one != kept.into] if quantized else []
     mends = [*(f"--into {one}" for one in others), "a wider --dtype", "another limit in gates"]
@@ -153,7 +160,7 @@ def _write_all(
     base = model.get_base_model()
     written = []
     # The wrapped base names its layers with PEFT's prefixes; a bare one of the same weights is what is folded.
-    bare = model.unload() if hasattr(model, "unload") else base
+    bare = bare_base(model)
     for into in wanted:
         folder = final.with_name(f"{final.name}.{into}.staging")
         shutil.rmtree(folder, ignore_errors=True)
@@ -172,26 +179,29 @@ def _write_all(
 
 def _measure(
     target: Target,
-    into: str,
-    folder: Path,
-    size: int,
-    rows: pa.Table,
+    written: tuple[str, Path, int],
     reference: list[torch.Tensor],
-    data: PreparedData,
-    tokenizer: PreTrainedTokenizerBase,
+    comparison: Comparison,
     settings: MergeSettings,
-    progress: Progress,
 ) -> Candidate:
-    """Load what was written, as anybody would, and hold it against the adapter."""
+    """Load what was written, as anybody would, and hold it against the adapter.
+
+    Args:
+        written: its kind, folder and bytes.
+        reference: outputs of the adapter.
+    """
+    into, folder, size = written
+    data, tokenizer = comparison.data, comparison.tokenizer
     stored = settings.dtype or target.base.dtype
     device = target.base.device
     if device == "cuda" and size > 0.9 * torch.cuda.mem_get_info()[0]:
         device = "cpu"  # the card held the 4-bit weights; unpacked they are four times as large
-    merged = replace(target.base, path=str(folder), revision=None, quantization=None, dtype=stored, device=device)
+    merged = replace(target.base, path=str(folder), revision=None, quantization=None, absorbed=(), dtype=stored)
+    merged = replace(merged, device=device)
     model = load_base(merged)
     model.eval()
     what = f"merged into {into}"
-    logits = _logits(model, rows, tokenizer, settings, progress, what)
+    logits = comparison.logits(model, what)
     decoding = decoding_for(settings.evaluation, data, tokenizer, settings.seed)
     measured = measure(
         model,
@@ -200,26 +210,16 @@ def _measure(
         settings.evaluation,
         decoding,
         batch_rows=settings.batch_rows,
-        progress=progress,
+        progress=comparison.progress,
         what=what,
     )
     del model
     _forget()
-    return Candidate(into, folder, compare(reference, logits), measured, size)
+    return Candidate(into, folder, comparison.drift(reference, logits), measured, size)
 
 
-def _logits(
-    model: PreTrainedModel,
-    rows: pa.Table,
-    tokenizer: PreTrainedTokenizerBase,
-    settings: MergeSettings,
-    progress: Progress,
-    what: str,
-) -> list[torch.Tensor]:
-    pad = tokenizer.pad_token_id or 0
-    return trained_logits(
-        model, rows, pad_id=pad, batch_rows=settings.batch_rows, progress=progress, what=f"{what}: logits"
-    )
+def _met(gate: Gate, value: float | None) -> bool | None:
+    return None if value is None else gate.met(value)
 
 
 def _merge_json(
@@ -231,9 +231,10 @@ def _merge_json(
     target: Target,
 ) -> dict[str, Any]:
     drift = asdict(kept.drift)
-    default = DEFAULT_LIMITS if kept.drift.positions >= FEW_POSITIONS else LIMITS_OF_FEW
+    few = kept.drift.positions < FEW_POSITIONS and kept.drift.kl_nats is not None
+    default = LIMITS_OF_FEW if few else DEFAULT_LIMITS
     limits = tuple(gate for gate in settings.gates if gate.name.startswith("merge_")) or default
-    met = {gate.name.removeprefix("merge_"): gate.met(drift[gate.name.removeprefix("merge_")]) for gate in limits}
+    met = {name: _met(gate, drift[name]) for gate in limits for name in (gate.name.removeprefix("merge_"),)}
     shown = min(settings.evaluation.samples, len(kept.measured.answers))
     return {
         "schema": 1,
@@ -242,8 +243,8 @@ def _merge_json(
         **drift,
         "limit": {gate.name.removeprefix("merge_"): gate.text for gate in limits},
         "limits_met": met,
-        "met": all(met.values()),
-        "metrics": asdict(kept.measured.metrics),
+        "met": all(one is not False for one in met.values()),
+        "metrics": kept.measured.figures(),
         "candidates": [{"into": one.into, "loss": one.loss, **asdict(one.drift)} for one in candidates],
         "samples": [
             {"prompt": data.test.column("prompt")[row].as_py(), "merged": kept.measured.answers[row].text}

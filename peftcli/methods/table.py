@@ -1,25 +1,14 @@
-"""One row for each method: its name in a recipe, its class in PEFT, what it takes and what it can do."""
+"""The methods by name: the one place that says what each takes and can do."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
-
-@dataclass(frozen=True)
-class Method:
-    """What is known of a method before anything heavy is imported.
-
-    Attributes:
-        name: as a recipe writes it.
-        title: one line, what it is.
-        config: name of its configuration class in PEFT, or of ours.
-    """
-
-    name: str
-    title: str
-    config: str
-
+from peftcli.methods.low_rank import LOW_RANK
+from peftcli.methods.method import Method
+from peftcli.methods.own import OWN
+from peftcli.methods.prompts import PROMPTS
+from peftcli.methods.rotations import ROTATIONS
+from peftcli.methods.sparse import SHARED, SPARSE, SPECTRAL
 
 METHODS: Mapping[str, Method] = {
-    method.name: method
-    for method in (Method("lora", "low-rank update of linear layers (Hu et al. 2021, arXiv:2106.09685)", "LoraConfig"),)
+    method.name: method for method in (*LOW_RANK, *SHARED, *SPECTRAL, *SPARSE, *ROTATIONS, *PROMPTS, *OWN)
 }

@@ -11,7 +11,8 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from peftcli.data.prepare import PreparedData
 from peftcli.errors import Diverged
-from peftcli.model.identity import IDENTITY, identity
+from peftcli.model.identity import EARLIER, IDENTITY, identity
+from peftcli.model.tensors import CONFIG, WEIGHTS
 from peftcli.plan.plan import Plan
 from peftcli.rundir import write_json
 
@@ -37,20 +38,40 @@ def save_adapter(
     # Whether embeddings changed is known here: asking the Hub for the base's vocabulary would need a network.
     model.save_pretrained(str(staging), save_embedding_layers=False)
     write_companions(model, tokenizer, data.stop_ids, staging)
+    for number, earlier in enumerate(plan.base.absorbed, start=1):
+        copy_adapter(Path(earlier), staging / EARLIER / str(number))
     write_json(staging / IDENTITY, identity(plan, data, staging))
     replace_folder(staging, folder)
+
+
+def copy_adapter(folder: Path, target: Path) -> None:
+    """Copy the files of an adapter that decide what it computes."""
+    target.mkdir(parents=True)
+    for name in (WEIGHTS, CONFIG):
+        shutil.copyfile(folder / name, target / name)
 
 
 def sort_targets(model: PeftModel) -> None:
     """Give the targets in the saved configuration one order, so that equal runs write equal files."""
     for config in model.peft_config.values():
-        if isinstance(config.target_modules, (set, list, tuple)):
-            config.target_modules = sorted(config.target_modules)
+        for name in ("target_modules", "feedforward_modules"):
+            if isinstance(getattr(config, name, None), (set, list, tuple)):
+                setattr(config, name, sorted(getattr(config, name)))
 
 
 def write_companions(model: Any, tokenizer: PreTrainedTokenizerBase, stop_ids: frozenset[int], folder: Path) -> None:
-    """Write the tokenizer with its chat template, and a generation config that stops where training did."""
+    """Write the tokenizer with its chat template, and a generation config that stops where training did.
+
+    A model that gives labels has none; its configuration is written instead, which holds their names.
+    """
     tokenizer.save_pretrained(str(folder))
+    if getattr(model, "generation_config", None) is None:
+        if not (folder / "config.json").is_file():
+            config = type(model.config).from_dict(model.config.to_dict())
+            config.quantization_config = None
+            del config.quantization_config
+            config.save_pretrained(str(folder))
+        return
     config = GenerationConfig.from_dict(model.generation_config.to_dict())
     config.eos_token_id = sorted(stop_ids) or None
     config.pad_token_id = tokenizer.pad_token_id

@@ -5,6 +5,7 @@ from typing import Any
 
 import yaml
 
+from peftcli.recipe.tasks import IMAGES, SEQUENCE, TOKENS
 from peftcli.rundir import RunDir, read_json, write_text
 
 LABELS = {
@@ -13,7 +14,18 @@ LABELS = {
     "exact_match": "exact match",
     "chrf": "chrF",
     "unfinished_answers": "answers that did not stop",
+    "accuracy": "accuracy",
+    "precision": "precision",
+    "recall": "recall",
+    "f1": "F1",
+    "entity_precision": "entity precision",
+    "entity_recall": "entity recall",
+    "entity_f1": "entity F1",
+    "mae": "mean absolute error",
+    "r2": "R squared",
 }
+PIPELINES = {SEQUENCE: "text-classification", TOKENS: "token-classification", IMAGES: IMAGES}
+"""The Hub's names of tasks with labels."""
 
 
 def write_card(run: RunDir) -> None:
@@ -21,6 +33,8 @@ def write_card(run: RunDir) -> None:
     plan, data, evaluation = read_json(run.plan), read_json(run.data), read_json(run.eval)
     base = Path(plan["model"]["name"]).name if Path(plan["model"]["name"]).is_absolute() else plan["model"]["name"]
     head: dict[str, Any] = {"library_name": "peft", "tags": ["peft", "lora"]}
+    if plan["task"] in PIPELINES:
+        head["pipeline_tag"] = PIPELINES[plan["task"]]
     if not base.startswith("tiny:") and base.count("/") == 1:
         head["base_model"] = base
     chosen = {decision["key"]: decision["value"] for decision in plan["decisions"]}
@@ -42,6 +56,8 @@ def write_card(run: RunDir) -> None:
         "",
         *_table(evaluation),
     ]
+    if outputs := (evaluation.get("adapter") or {}).get("labels"):
+        lines += ["", f"Labels, in the order of its outputs: {', '.join(outputs)}."]
     write_text(run.adapter / "README.md", "\n".join(lines) + "\n")
 
 
@@ -49,6 +65,8 @@ def _table(evaluation: dict[str, Any]) -> list[str]:
     models = [name for name in ("base", "adapter") if evaluation.get(name)]
     lines = ["| on the test rows | " + " | ".join(models) + " |", "|---|" + "---:|" * len(models)]
     for key, label in LABELS.items():
+        if key == "loss" and not any("perplexity" in evaluation[name] for name in models):
+            label = "loss"
         values = [evaluation[name].get(key) for name in models]
         if any(value is not None for value in values):
             shown = ["-" if value is None else f"{value:.4f}" for value in values]

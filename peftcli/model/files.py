@@ -61,6 +61,15 @@ def base_facts(path: str, revision: str | None) -> BaseFacts:
         return BaseFacts(_config_hash(folder), commit=commit)
 
 
+def stored_names(path: str, revision: str | None) -> set[str] | None:
+    """Names of the tensors in a model's files, None where they are not here or cannot be read."""
+    folder = local_folder(path, revision)
+    try:
+        return None if folder is None else set(_tensors(folder)) or None
+    except (OSError, ValueError, KeyError, SafetensorError):  # loading them says more than could be said here
+        return None
+
+
 def local_folder(path: str, revision: str | None) -> Path | None:
     """The folder of a model on this disk, or None for one of the Hub that was never downloaded."""
     if Path(path).is_dir():

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,13 @@ from peftcli.tiny.build import NAMES as TINY_NAMES
 from peftcli.tiny.build import tiny_model
 
 IDENTITY = "peftcli.json"
+EARLIER = "earlier"
+"""Folder in that of an adapter, with the adapters of earlier stages, which its base is folded with."""
 SCHEMA = 2
 """1 held the hash of the bytes of config.json, and nothing of weights, tokenizer and tensors."""
 TOKENIZER_ENDINGS = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")
+OPTIONAL = {field.name for field in fields(Base) if field.default is not MISSING}
+"""Of a base; they came later than the first identities."""
 OTHERS = (IDENTITY, "adapter_config.json", "config.json", "generation_config.json", "model.safetensors.index.json")
 """Files with such an ending that say nothing of the tokenizer."""
 
@@ -46,6 +50,7 @@ def identity(plan: Plan, data: PreparedData, folder: Path) -> dict[str, Any]:
         folder: holds the written adapter and its tokenizer.
     """
     base = asdict(plan.base) | asdict(base_facts(plan.base.path, plan.base.revision))
+    base["absorbed"] = [os.path.relpath(one, folder) for one in earlier_in(folder)]
     base["beside"] = os.path.relpath(plan.base.path, folder) if Path(plan.base.path).is_dir() else None
     return {
         "schema": SCHEMA,
@@ -64,6 +69,11 @@ def identity(plan: Plan, data: PreparedData, folder: Path) -> dict[str, Any]:
     }
 
 
+def earlier_in(folder: Path) -> list[Path]:
+    """The adapters of earlier stages that an adapter's folder holds, in the order in which they were trained."""
+    return sorted((folder / EARLIER).glob("*"), key=lambda path: int(path.name))
+
+
 def merged_identity(found: dict[str, Any], dtype: str, folder: Path, choice: TokenizerChoice) -> dict[str, Any]:
     """The identity of a model that was merged from an adapter.
 
@@ -73,7 +83,7 @@ def merged_identity(found: dict[str, Any], dtype: str, folder: Path, choice: Tok
         folder: of the merged model, with its tokenizer.
     """
     kept = {key: value for key, value in found.items() if key != "tensors"}
-    merged = {"kind": "merged", "base": found["base"] | {"dtype": dtype}}
+    merged = {"kind": "merged", "base": found["base"] | {"dtype": dtype, "absorbed": []}}
     return kept | merged | {"tokenizer": tokenizer_record(folder, choice)}
 
 
@@ -91,7 +101,7 @@ def read_identity(folder: Path) -> dict[str, Any] | None:
         missing = {"kind", "base"} - found.keys() or {field.name for field in fields(Base)} - found["base"].keys()
     except (ValueError, AttributeError, TypeError) as problem:
         raise MachineError(f"{file}: damaged, not what training wrote ({problem}); restore the file") from problem
-    if missing - {"eos_token"}:  # came later than the first identities
+    if missing - OPTIONAL:
         raise MachineError(f"{file}: damaged, lacks {', '.join(sorted(missing))}; restore the file")
     return found
 
@@ -99,7 +109,9 @@ def read_identity(folder: Path) -> dict[str, Any] | None:
 def stated_base(found: dict[str, Any]) -> Base:
     """The base as an identity states it."""
     names = {field.name for field in fields(Base)}
-    return Base(**{key: value for key, value in found["base"].items() if key in names})
+    given: dict[str, Any] = {key: value for key, value in found["base"].items() if key in names}
+    lists = {key: tuple(value) for key, value in given.items() if isinstance(value, list)}
+    return Base(**(given | lists))
 
 
 def base_of(found: dict[str, Any], device: str, places: Sequence[Place]) -> Base:

@@ -1,20 +1,22 @@
 """The structure of a base model from its configuration alone: no weight is loaded."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from peft import get_peft_model
-from peft.tuners.tuners_utils import BaseTunerLayer
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
+from peftcli.adapters.own.places import all_widths, end_name, hidden_width, parameter_owners
 from peftcli.errors import MachineError, RecipeError
-from peftcli.adapters.build import peft_config
+from peftcli.model.heads import build_empty, head_modules, is_within, positions_of
 from peftcli.model.hub import explain_missing, look_for_network
 from peftcli.model.shape import read_shape
+from peftcli.model.statistics import keeps_statistics
+from peftcli.model.trainable import count_trainable
 from peftcli.plan.facts import ModelFacts
-from peftcli.recipe.schema import AdapterSection
+from peftcli.recipe.adapter_section import AdapterSection
+from peftcli.recipe.tasks import CAUSAL, SEQUENCE
 
 
 def load_config(path: str, revision: str | None, *, trust_remote_code: bool = False) -> PreTrainedConfig:
@@ -31,12 +33,21 @@ def load_config(path: str, revision: str | None, *, trust_remote_code: bool = Fa
 
 
 def inspect_model(
-    path: str, config: PreTrainedConfig, *, note: str = "", trust_remote_code: bool = False
+    path: str,
+    config: PreTrainedConfig,
+    task: str = CAUSAL,
+    *,
+    labels: tuple[str, ...] = (),
+    note: str = "",
+    trust_remote_code: bool = False,
 ) -> ModelFacts:
     """Build the model on the meta device and name its parts.
 
+    Args:
+        labels: what the head of the task gives; none for a language model.
+
     Raises:
-        MachineError: the architecture is not a causal language model, or holds only pickled weights.
+        MachineError: the architecture has no model for the task, or holds only pickled weights.
         RecipeError: the weights are quantized already.
     """
     _refuse_pickles(path)
@@ -47,58 +58,62 @@ def inspect_model(
             f"model.name {path}: its weights are quantized already ({method}); name the repository with the full "
             "weights and let `quantization: {bits: 4}` quantize them"
         )
-    model = _meta_model(path, config, trust_remote_code=trust_remote_code)
+    model = build_empty(path, config, task, labels, trust_remote_code=trust_remote_code)
+    head = head_modules(model, task, path)
     output = model.get_output_embeddings()
     names = {name: module for name, module in model.named_modules() if name}
+    embedding = end_name(model, "input")
     output_layer = next((name for name, module in names.items() if module is output), None)
     text = config.get_text_config()
+    beside = {name: one for name, one in names.items() if name != output_layer and not is_within(name, head)}
+    linear = tuple(name for name, module in beside.items() if isinstance(module, (torch.nn.Linear, Conv1D)))
+    convolutions = () if linear else _convolutions(beside)
     return ModelFacts(
         path=path,
         architecture=type(model).__name__,
         parameters=model.num_parameters(),
         modules=tuple(names),
-        linear=tuple(
-            name
-            for name, module in names.items()
-            if isinstance(module, (torch.nn.Linear, Conv1D)) and name != output_layer
-        ),
+        linear=linear or convolutions,
         output_layer=output_layer,
-        positions=getattr(text, "max_position_embeddings", None),
+        positions=positions_of(config),
+        norms=tuple(name for name, module in names.items() if "norm" in type(module).__name__.lower()),
+        embeddings=() if embedding is None else (embedding,),
         sdpa=bool(getattr(model, "_supports_sdpa", True)),
         note=note,
         shape=read_shape(model, text),
+        owners=parameter_owners(model),
+        widths=all_widths(model),
+        hidden=hidden_width(model),
+        head=head,
+        reads_end=task == SEQUENCE and "score" in head,  # so transformers calls a head on the last token
+        convolutions=bool(convolutions),
+        statistics=any(keeps_statistics(module) for module in names.values()),
+        checkpointing=bool(model.supports_gradient_checkpointing),
+    )
+
+
+def _convolutions(modules: Mapping[str, torch.nn.Module]) -> tuple[str, ...]:
+    """Names of the convolutions of images; those in groups aside, whose rank the groups would have to divide."""
+    return tuple(
+        name for name, module in modules.items() if isinstance(module, torch.nn.Conv2d) and module.groups == 1
     )
 
 
 def trainable_counter(
-    path: str, config: PreTrainedConfig, task: str, *, trust_remote_code: bool = False
+    path: str,
+    config: PreTrainedConfig,
+    task: str,
+    *,
+    labels: tuple[str, ...] = (),
+    trust_remote_code: bool = False,
 ) -> Callable[[AdapterSection], int]:
     """A function that counts the trainable parameters of an adapter on this model, by letting PEFT build it there."""
 
     def count(adapter: AdapterSection) -> int:
-        model = _meta_model(path, config, trust_remote_code=trust_remote_code)
-        try:
-            with torch.device("meta"):
-                wrapped = get_peft_model(model, peft_config(adapter, task), low_cpu_mem_usage=True)
-        except ValueError as problem:
-            raise RecipeError(f"adapter: {' '.join(str(problem).split())[:400]}") from problem
-        if not any(isinstance(module, BaseTunerLayer) for module in wrapped.modules()):
-            raise RecipeError(f"adapter.method {adapter.method} found no module to stand on in {path}")
-        return sum(parameter.numel() for parameter in wrapped.parameters() if parameter.requires_grad)
+        model = build_empty(path, config, task, labels, trust_remote_code=trust_remote_code)
+        return count_trainable(model, adapter, task)
 
     return count
-
-
-def _meta_model(path: str, config: PreTrainedConfig, *, trust_remote_code: bool) -> PreTrainedModel:
-    # A copy, since building a model writes into its configuration.
-    config = type(config).from_dict(config.to_dict())
-    try:
-        with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError) as problem:
-        kind = getattr(config, "model_type", "?")
-        raise MachineError(f"{path}: a model of type {kind} is no causal language model of transformers") from problem
-    return model
 
 
 def _refuse_pickles(path: str) -> None:

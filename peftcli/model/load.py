@@ -6,19 +6,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, PeftType
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
+from peftcli.adapters.own.register import register
 from peftcli.errors import MachineError, RecipeError
+from peftcli.model.absorb import absorb
+from peftcli.model.heads import AUTO_CLASSES, load_with_head, unquantized_modules
 from peftcli.model.hub import explain_missing, look_for_network
+from peftcli.model.images import load_image_reader
 from peftcli.model.tensors import explain_unfit, refuse_unfit
 from peftcli.plan.plan import Base, TokenizerChoice
+from peftcli.recipe.tasks import CAUSAL, SEQUENCE
 
 FAST_CPU_PATH = "support_avx512bf16_for_cpu"
 """Attribute of bitsandbytes' Linear4bit."""
@@ -37,6 +41,8 @@ def load_tokenizer(choice: TokenizerChoice, path: str | None = None) -> PreTrain
         RecipeError: the tokenizer has no such end token.
     """
     look_for_network(path or choice.path)
+    if choice.images:
+        return load_image_reader(path or choice.path, choice, revision=None if path else choice.revision)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             path or choice.path,
@@ -87,6 +93,7 @@ def load_base(base: Base, *, quantized: bool = True) -> PreTrainedModel:
     Raises:
         MachineError: the weights cannot be had, or this machine cannot load them.
     """
+    register()  # an adapter of ours may be folded into it, or loaded on it
     arguments: dict[str, Any] = {
         "dtype": DTYPES[base.dtype],
         "attn_implementation": base.attention,
@@ -99,7 +106,7 @@ def load_base(base: Base, *, quantized: bool = True) -> PreTrainedModel:
         arguments["quantization_config"] = quantization_config(base)
     look_for_network(base.path)
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(base.path, **arguments)
+        model = _load(base, arguments)
     except ImportError as problem:
         raise MachineError(f"{base.name}: a package is missing: {' '.join(str(problem).split())[:300]}") from problem
     except (OSError, ValueError) as problem:
@@ -109,6 +116,16 @@ def load_base(base: Base, *, quantized: bool = True) -> PreTrainedModel:
             raise
         raise MachineError(f"{base.path}: the weights do not fit the configuration: {problem}") from problem
     keep_gradients_of_4bit(model)
+    if base.task == SEQUENCE:
+        # The last token that is no padding decides for a decoder, which its configuration must know.
+        model.config.get_text_config().pad_token_id = load_tokenizer(base.tokenizer).pad_token_id or 0
+    return absorb(model, base.absorbed)
+
+
+def _load(base: Base, arguments: dict[str, Any]) -> PreTrainedModel:
+    if base.task != CAUSAL:
+        return load_with_head(base, arguments)
+    model: PreTrainedModel = AUTO_CLASSES[CAUSAL].from_pretrained(base.path, **arguments)
     return model
 
 
@@ -125,13 +142,35 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     device = str(model.device)
     try:
         tuned = PeftModel.from_pretrained(model, place, torch_device=device)
-        # Read a second time for what it says: the first only warns of weights that are missing.
         renamed = getattr(model, "_checkpoint_conversion_mapping", {})
-        fit = tuned.load_adapter(place, "default", torch_device=device, key_mapping=renamed)
+        fit = _fit(tuned, place, device, renamed)
     except (RuntimeError, ValueError, KeyError) as problem:
         raise MachineError(explain_unfit(folder, problem)) from problem
-    refuse_unfit(folder, fit.missing_keys, fit.unexpected_keys)
+    # PEFT hands the vectors of a prompt to its encoder by itself, under another name.
+    taken = {"prompt_embeddings"} if tuned.active_peft_config.is_prompt_learning else set()
+    unexpected = [name for name in fit.unexpected_keys if name not in taken]
+    refuse_unfit(folder, _unfilled(tuned, fit.missing_keys), unexpected)
     return tuned
+
+
+def _fit(tuned: PeftModel, place: str, device: str, renamed: Any) -> Any:
+    """Read the adapter a second time for what PEFT says: the first only warns of weights that are missing."""
+    config = tuned.active_peft_config
+    cut = config.peft_type == PeftType.ADALORA
+    pattern = config.rank_pattern if cut else None
+    if cut:
+        config.rank_pattern = None  # the first reading has cut the ranks already
+    fit = tuned.load_adapter(place, "default", torch_device=device, key_mapping=renamed)
+    if cut:
+        config.rank_pattern = pattern
+    return fit
+
+
+def _unfilled(model: PeftModel, missing: list[str]) -> list[str]:
+    """The names among the missing ones that no other name stands for: what layers share is stored once."""
+    tensors = dict(model.named_parameters(remove_duplicate=False))
+    filled = {id(tensor) for name, tensor in tensors.items() if name not in missing}
+    return [name for name in missing if id(tensors.get(name)) not in filled]
 
 
 def quantization_config(base: Base) -> BitsAndBytesConfig:
@@ -142,6 +181,7 @@ def quantization_config(base: Base) -> BitsAndBytesConfig:
         bnb_4bit_quant_type=base.quantization["type"],
         bnb_4bit_use_double_quant=base.quantization["double_quant"],
         bnb_4bit_compute_dtype=DTYPES[base.quantization["compute_dtype"]],
+        llm_int8_skip_modules=unquantized_modules(base),
     )
 
 

@@ -8,11 +8,12 @@ from typing import Any
 import pyarrow as pa
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from peftcli import metrics
 from peftcli.data.prepare import PreparedData
+from peftcli.data.readings import LABELLED
 from peftcli.data.traces import hide_keys
-from peftcli.metrics import Metrics
+from peftcli.metrics.answers import Metrics, chrf, exact_match
 from peftcli.model.answer import Answer, Decoding, answer
+from peftcli.model.label_rows import LabelMetrics, measure_labels
 from peftcli.model.score import Sums, score
 from peftcli.model.shards import gather, interleave, my_share
 from peftcli.progress import Progress
@@ -26,15 +27,19 @@ LONGEST_AUTO_ANSWER = 256
 class Measured:
     """The metrics of a model and its answers to the first rows of the test split."""
 
-    metrics: Metrics
+    metrics: Metrics | LabelMetrics
     answers: list[Answer]
+
+    def figures(self) -> dict[str, Any]:
+        """The metrics as `metrics.json` holds them."""
+        return self.metrics.as_dict() if isinstance(self.metrics, LabelMetrics) else asdict(self.metrics)
 
 
 def decoding_for(
     evaluation: EvaluationSection, data: PreparedData, tokenizer: PreTrainedTokenizerBase, seed: int
 ) -> Decoding:
     """How the test rows are answered; without a number, an answer may be as long as the longest reference."""
-    asked = evaluation.max_new_tokens
+    asked = 1 if data.format in LABELLED else evaluation.max_new_tokens
     if isinstance(asked, int):
         longest = asked
     else:
@@ -72,6 +77,11 @@ def measure(
         batch_rows: rows at once; the metrics do not depend on it.
         what: name of the model, for progress.
     """
+    if data.format in LABELLED:
+        labelled = measure_labels(
+            model, tokenizer, data, evaluation, batch_rows=batch_rows, progress=progress, what=what
+        )
+        return Measured(*labelled)
     with router_silent(model):
         pad = tokenizer.pad_token_id or 0
         mine = data.test.select(["input_ids", "labels"]).take(pa.array(my_share(data.test.num_rows), pa.int64()))
@@ -99,8 +109,8 @@ def measure(
         texts = [one.text for one in answers]
         found = replace(
             found,
-            exact_match=metrics.exact_match(texts, references),
-            chrf=metrics.chrf(texts, references),
+            exact_match=exact_match(texts, references),
+            chrf=chrf(texts, references),
             unfinished_answers=sum(not one.finished for one in answers) / len(answers),
         )
     return Measured(found, answers)
@@ -135,13 +145,14 @@ def evaluation_json(
         for name, one in measured.items():
             sample[name] = one.answers[row].text if one is not None and row < len(one.answers) else None
         samples.append({name: None if said is None else hide_keys([said])[0] for name, said in sample.items()})
+    answered = [len(one.answers) for one in measured.values() if one is not None]
     return {
         "schema": 1,
         "rows": data.test.num_rows,
-        "generated_rows": max((len(one.answers) for one in measured.values() if one is not None), default=0),
-        **{name: None if one is None else asdict(one.metrics) for name, one in measured.items()},
+        "generated_rows": 0 if data.format in LABELLED else max(answered, default=0),
+        **{name: None if one is None else one.figures() for name, one in measured.items()},
         "samples": samples,
-        "decoding": asdict(decoding),
+        "decoding": None if data.format in LABELLED else asdict(decoding),
     }
 
 

@@ -83,6 +83,11 @@ def peak_memory_bytes(device: str) -> int:
     return kib * 1024 if platform.system() != "Darwin" else kib
 
 
+def resident_bytes() -> int:
+    """Memory of this process that is in the machine's memory now."""
+    return int(psutil.Process().memory_info().rss)
+
+
 def _processor() -> str:
     info = Path("/proc/cpuinfo")
     if info.is_file():

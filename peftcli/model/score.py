@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from peftcli.data.tokens import IGNORED
-from peftcli.metrics import Metrics, perplexity
+from peftcli.metrics.answers import Metrics, perplexity
 from peftcli.model.memory import Shrinking
 from peftcli.progress import Progress
 

@@ -30,7 +30,7 @@ def read_shape(model: PreTrainedModel, config: PreTrainedConfig) -> Shape | None
     inside = _blocks(model)
     linears = _linears(inside)
     hidden, heads = _number(config, "hidden_size", "n_embd"), _number(config, "num_attention_heads", "n_head")
-    if not linears or not hidden or not heads:
+    if not linears or not hidden or not heads or not _number(config, "vocab_size"):
         return None
     size = _head_size(linears, hidden, heads, config)
     queries, keys = heads * size, _key_heads(linears, size, heads, config) * size

@@ -23,6 +23,7 @@ from peftcli.model.load import load_adapter, load_base, load_tokenizer
 from peftcli.model.tensors import CONFIG, check_adapter_files, refuse_changed
 from peftcli.plan.plan import Base
 from peftcli.recipe.load import load_recipe
+from peftcli.recipe.tasks import IMAGES
 from peftcli.rundir import RunDir
 
 
@@ -58,7 +59,7 @@ class Target:
         if self.adapter is not None:
             if "base" in self.identity:
                 refuse_other_base(self.identity, self.base)  # again, since it may have been downloaded just now
-            else:
+            elif self.base.task != IMAGES:
                 rows = int(model.get_input_embeddings().weight.shape[0])
                 refuse_small_embedding({}, rows, token_ids(tokenizer), self.base.path)
             model = load_adapter(model, self.adapter)
@@ -123,6 +124,7 @@ def _adapter(folder: Path, found: dict[str, Any], base: Base | None, run: RunDir
     refuse_changed(folder, found.get("files") or {})
     under = base_of(found, _device(), _places(folder, found, base, run))
     check_tokenizer(folder, found, under)
+    under = replace(under, absorbed=tuple(str(folder / place) for place in under.absorbed))
     return Target(under, folder, found, run)
 
 
@@ -165,5 +167,6 @@ def _merged_base(folder: Path, found: dict[str, Any], device: str) -> Base:
         quantization=None,
         chat_template=None,
         eos_token=None,
+        absorbed=(),
         device=device,
     )

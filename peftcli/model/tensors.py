@@ -47,9 +47,10 @@ def check_adapter_files(folder: Path, stated: Mapping[str, str] | None) -> None:
 def hash_files(folder: Path) -> dict[str, str]:
     """SHA-256 of the files that decide what an adapter computes, by name."""
     found = {}
-    for name in (WEIGHTS, CONFIG):
+    earlier = sorted(str(path.parent.relative_to(folder)) for path in folder.glob(f"*/*/{CONFIG}"))
+    for name in (f"{place}/{file}" for place in (".", *earlier) for file in (WEIGHTS, CONFIG)):
         with (folder / name).open("rb") as stream:
-            found[name] = hashlib.file_digest(stream, "sha256").hexdigest()
+            found[name.removeprefix("./")] = hashlib.file_digest(stream, "sha256").hexdigest()
     return found
 
 
@@ -62,7 +63,8 @@ def refuse_changed(folder: Path, stated: Mapping[str, str]) -> None:
     Raises:
         MachineError: a file differs.
     """
-    changed = [name for name, digest in hash_files(folder).items() if stated.get(name, digest) != digest]
+    now = hash_files(folder)
+    changed = [name for name, digest in stated.items() if now.get(name) != digest]
     if changed:
         raise MachineError(f"{folder}: {' and '.join(changed)} changed after training; restore the file, or train anew")
 

@@ -1,9 +1,11 @@
 """Whether the rows of a step run as flat lines without padding: the same rows, the same loss, less work."""
 
 from peftcli.errors import RecipeError
+from peftcli.methods.table import METHODS
 from peftcli.plan.choices import Choices
 from peftcli.plan.plan import Batch, Batching, Decision, LabelRule
 from peftcli.recipe.schema import Recipe
+from peftcli.recipe.tasks import CAUSAL
 
 CPU_TOKENS = 4096
 """Of a line on a CPU, where longer ones only leave the caches."""
@@ -31,7 +33,11 @@ def choose_batching(recipe: Recipe, choices: Choices, batch: Batch, labels: Labe
         tokens = given
     elif not choices.on_gpu:
         tokens = min(tokens, max(CPU_TOKENS, labels.max_length))
-    why = next((why for name, why in APART.items() if recipe.trainer.get(name)), None)
+    why = METHODS[recipe.adapter.method].padded or None
+    if why is None:
+        why = next((why for name, why in APART.items() if recipe.trainer.get(name)), None)
+    if recipe.model.task != CAUSAL:
+        why = "a head reads whole rows, which a line would not keep apart"
     if why is None and choices.attention.value != "sdpa":
         why = f"lines need model.attention sdpa, not {choices.attention.value}"
     if asked == "flat" and why is not None:

@@ -4,10 +4,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from peftcli.errors import MachineError
+from peftcli.errors import MachineError, RecipeError
+from peftcli.methods.table import METHODS
 from peftcli.plan.facts import Machine, ModelFacts
 from peftcli.plan.plan import Batch, Decision
 from peftcli.recipe.schema import QuantizationSection, Recipe
+
+CHECKPOINTING = "activation checkpointing"
+"""Key of the decision."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,7 @@ def choose(recipe: Recipe, machine: Machine, facts: ModelFacts) -> Choices:
 
     Raises:
         MachineError: this machine cannot do what the recipe asks for.
+        RecipeError: the model cannot.
     """
     device = choose_device(recipe, machine)
     on_gpu = device.value == "cuda"
@@ -41,8 +46,17 @@ def choose(recipe: Recipe, machine: Machine, facts: ModelFacts) -> Choices:
         dtype=dtype,
         compute_dtype=choose_compute_dtype(recipe.quantization, dtype.value, machine, on_gpu),
         attention=choose_attention(recipe, machine, facts, on_gpu),
-        checkpointing=choose_checkpointing(recipe.trainer, on_gpu),
+        checkpointing=choose_checkpointing(recipe.trainer, on_gpu, _not_twice(recipe, facts)),
     )
+
+
+def _not_twice(recipe: Recipe, facts: ModelFacts) -> str:
+    """Why activations cannot be computed a second time, empty where they can."""
+    if facts.checkpointing:
+        return METHODS[recipe.adapter.method].checkpointing
+    if recipe.trainer.get("activation_checkpointing"):
+        raise RecipeError(f"trainer.activation_checkpointing: {facts.architecture} does not support it; leave it out")
+    return f"{facts.architecture} does not support it"
 
 
 def check_wheel(machine: Machine) -> None:
@@ -136,19 +150,22 @@ def choose_attention(recipe: Recipe, machine: Machine, facts: ModelFacts, on_gpu
     return Decision("model.attention", asked, "the recipe")
 
 
-def choose_checkpointing(trainer: Mapping[str, Any], on_gpu: bool) -> Decision:
-    key = "activation checkpointing"
+def choose_checkpointing(trainer: Mapping[str, Any], on_gpu: bool, excluded: str = "") -> Decision:
+    key = CHECKPOINTING
     asked = trainer.get("activation_checkpointing")
     if asked is not None:
         return Decision(key, "on" if asked else "off", "the recipe")
+    if excluded:
+        return Decision(key, "off", excluded)
     if on_gpu:
         return Decision(key, "on", "saves activation memory for about a third more compute")
     return Decision(key, "off", "a CPU has the memory, and it costs a third more compute")
 
 
-def count_batch(trainer: Mapping[str, Any], machine: Machine) -> Batch:
+def count_batch(trainer: Mapping[str, Any], processes: int) -> Batch:
+    """The rows of a step, as the trainer section shares them out."""
     return Batch(
         per_device=int(trainer.get("per_device_train_batch_size", 8)),
         accumulation=int(trainer.get("gradient_accumulation_steps", 1)),
-        processes=machine.processes,
+        processes=processes,
     )

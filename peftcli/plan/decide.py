@@ -4,12 +4,20 @@ from collections.abc import Callable
 from typing import Any
 
 from peftcli.errors import MachineError, RecipeError
+from peftcli.methods.prompts import VIRTUAL_TOKENS
+from peftcli.methods.table import METHODS
+from peftcli.plan.adapter import settle_adapter
 from peftcli.plan.batching import choose_batching
 from peftcli.plan.choices import Choices, choose, count_batch
 from peftcli.plan.facts import Machine, ModelFacts
+from peftcli.plan.heads import base_with_head, head_decisions, head_notices, with_head
+from peftcli.plan.layers import choice_decisions, choice_of, named_targets, within_choice
 from peftcli.plan.plan import DTYPE_BYTES, Base, Batch, Decision, LabelRule, Plan
+from peftcli.plan.ranks import check_ranks
 from peftcli.plan.targets import match_saved, match_targets
-from peftcli.recipe.schema import AdapterSection, Recipe
+from peftcli.recipe.adapter_section import AdapterSection
+from peftcli.recipe.schema import Recipe
+from peftcli.recipe.tasks import CAUSAL
 
 LABEL_RULES = ("completion_only_loss", "assistant_only_loss")
 NF4_BITS = 4.127
@@ -40,22 +48,26 @@ def make_plan(
         MachineError: this machine cannot do it.
     """
     choices = choose(recipe, machine, facts)
-    targets = match_targets(recipe.adapter.target_modules, facts)
+    widest, choice = choice_of(recipe.adapter, facts)
+    settled, sizes = settle_adapter(widest, facts)
+    check_ranks(settled, recipe.trainer.get("max_steps"))
+    targets = match_targets(named_targets(settled), facts)
     match_saved(recipe.adapter.modules_to_save or (), facts)
     labels = label_rule(recipe, facts.positions)
     _check_room(recipe, facts, machine, choices)
-    batch = count_batch(recipe.trainer, machine)
+    batch = count_batch(recipe.trainer, machine.processes)
     batching, how = choose_batching(recipe, choices, batch, labels)
-    trainable = count_trainable(recipe.adapter)
+    adapter = with_head(settled, facts, recipe.model.task)
+    trainable = within_choice(count_trainable(adapter), choice)
     total = facts.parameters + trainable
     return Plan(
         name=recipe.name,
         task=recipe.model.task,
         smoke=smoke,
         seed=recipe.seed,
-        base=_base(recipe, facts, choices),
+        base=base_with_head(_base(recipe, facts, choices), recipe, facts),
         architecture=facts.architecture,
-        adapter=recipe.adapter,
+        adapter=adapter,
         adapter_dtype="float32",
         dataset=recipe.dataset,
         labels=labels,
@@ -68,9 +80,21 @@ def make_plan(
         budget=recipe.budget,
         targets=targets,
         trainable_parameters=trainable,
+        choice=choice,
         total_parameters=total,
-        decisions=(*_decisions(recipe, choices, batch, targets, trainable, total), how),
-        notices=notices + ((facts.note,) if facts.note else ()) + _notices(recipe, machine, choices.on_gpu),
+        decisions=(
+            *_decisions(recipe, choices, batch, targets, trainable, total),
+            *sizes,
+            *choice_decisions(choice),
+            *head_decisions(recipe, facts),
+            how,
+        ),
+        notices=(
+            *notices,
+            *((facts.note,) if facts.note else ()),
+            *_notices(recipe, machine, choices.on_gpu),
+            *head_notices(recipe),
+        ),
     )
 
 
@@ -116,11 +140,25 @@ def _decisions(
         ),
         Decision(
             "adapter",
-            f"{recipe.adapter.method} r {recipe.adapter.r} on {sum(targets.values())} modules",
-            ", ".join(f"{name} x {count}" for name, count in targets.items()),
+            _adapter_said(recipe.adapter, sum(targets.values())),
+            ", ".join(f"{name} x {count}" for name, count in targets.items()) or METHODS[recipe.adapter.method].what,
         ),
-        Decision("trainable", f"{trainable:,} parameters", f"{trainable / total:.2%} of {total:,}"),
+        Decision("trainable", f"{trainable:,} parameters", _share(recipe.adapter, trainable, total)),
     )
+
+
+def _share(adapter: AdapterSection, trainable: int, total: int) -> str:
+    base = total - trainable
+    if METHODS[adapter.method].targets == "whole":
+        return f"{trainable / base:.2%} of the {base:,} of the base, in a copy beside it"
+    return f"{trainable / total:.2%} of {total:,}"
+
+
+def _adapter_said(adapter: AdapterSection, modules: int) -> str:
+    rank = "" if adapter.r is None else f" r {adapter.r}"
+    if METHODS[adapter.method].prompts:
+        return f"{adapter.method}, {adapter.arguments.get('num_virtual_tokens', VIRTUAL_TOKENS)} virtual tokens"
+    return f"{adapter.method}{rank} on {modules} modules"
 
 
 def label_rule(recipe: Recipe, positions: int | None) -> LabelRule:
@@ -137,6 +175,8 @@ def label_rule(recipe: Recipe, positions: int | None) -> LabelRule:
         assistant_only=recipe.trainer.get("assistant_only_loss") is not False,
         asked=tuple(name for name in LABEL_RULES if recipe.trainer.get(name)),
         max_length=_max_length(recipe, positions),
+        task=recipe.model.task,
+        problem=recipe.model.problem,
     )
 
 
@@ -181,7 +221,7 @@ def _trainer_arguments(recipe: Recipe, labels: LabelRule, choices: Choices) -> d
         "save_strategy": "no" if "save_steps" not in given else "steps",
         "save_total_limit": 2,
         # The rows are cut already; packing still needs to know the length of a packed row.
-        "max_length": labels.max_length if given.get("packing") else None,
+        **({"max_length": labels.max_length if given.get("packing") else None} if labels.task == CAUSAL else {}),
         "learning_rate": 2e-4,
     }
     decided = {

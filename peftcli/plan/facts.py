@@ -1,6 +1,8 @@
 """What a plan is made from besides the recipe: the machine and the model's structure."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from peftcli.plan.shape import Shape
 
@@ -51,9 +53,19 @@ class ModelFacts:
         linear: names of the modules that an adapter of LoRA's kind can stand on, the output layer aside.
         output_layer: name of the module that makes the logits, None where there is none.
         positions: longest row that the model was made for, None where it does not say.
+        norms: paths of the norms.
+        embeddings: paths of the embeddings of tokens, that of the input first.
         sdpa: the architecture can use torch's scaled dot product attention.
         note: what is unusual about where the structure comes from, empty as a rule.
         shape: the widths that memory and time are computed from, None where they cannot be read.
+        owners: names of the modules that own parameters, in order; empty where they do not stand apart.
+        widths: inputs and outputs of all linear layers by name, in order.
+        hidden: width of the residual stream, 0 where it is not known.
+        head: names of the modules that a task adds and trains whole, empty for a language model.
+        reads_end: a text is classified by its last token, as a model does that reads from left to right.
+        convolutions: it has no linear layer but in its head, so `linear` names its convolutions.
+        statistics: it keeps running statistics of what it has seen, as batch norms do.
+        checkpointing: it can compute its activations a second time.
     """
 
     path: str
@@ -63,6 +75,16 @@ class ModelFacts:
     linear: tuple[str, ...]
     output_layer: str | None
     positions: int | None
+    norms: tuple[str, ...] = ()
+    embeddings: tuple[str, ...] = ()
     sdpa: bool = True
     note: str = ""
     shape: Shape | None = None
+    owners: tuple[str, ...] = ()
+    widths: Mapping[str, tuple[int, int]] = field(default_factory=lambda: MappingProxyType({}))
+    hidden: int = 0
+    head: tuple[str, ...] = ()
+    reads_end: bool = False
+    convolutions: bool = False
+    statistics: bool = False
+    checkpointing: bool = True

@@ -13,6 +13,7 @@ from peftcli.plan.plan import DTYPE_BYTES, Plan
 from peftcli.plan.setting import FULL_HEAD, Head, Setting
 from peftcli.plan.shape import Linear, Shape
 from peftcli.plan.work import step_seconds, token_flops
+from peftcli.recipe.tasks import CAUSAL
 
 FLASH_CAPABILITY = (8, 0)
 """From which on torch has an attention that lets query heads share a key head and keeps no probabilities.
@@ -115,9 +116,8 @@ def plan_setting(
     """
     quantization = plan.base.quantization
     targets = match_linears(plan.targets, shape)
-    of_linears = sum(plan.adapter.r * (linear.inputs + linear.outputs) * linear.count for linear in targets)
+    of_linears = sum((plan.adapter.r or 0) * (linear.inputs + linear.outputs) * linear.count for linear in targets)
     saved = plan.adapter.modules_to_save or ()
-    smooth = bool(plan.trainer.get("label_smoothing_factor"))
     return Setting(
         on_gpu=plan.base.device == "cuda",
         base_bytes=DTYPE_BYTES[plan.base.dtype],
@@ -126,19 +126,32 @@ def plan_setting(
         adapter_bytes=DTYPE_BYTES[plan.adapter_dtype],
         state_bytes=state_bytes(str(plan.trainer.get("optim", OPTIMIZER))),
         targets=targets,
-        r=plan.adapter.r,
+        r=plan.adapter.r or 0,
         trainable=plan.trainable_parameters,
-        dropout=plan.adapter.dropout,
+        dropout=plan.adapter.dropout or 0.0,
         dora=plan.adapter.use_dora,
         expert_adapters=shape.experts is not None and not saved and plan.trainable_parameters > 1.05 * of_linears,
-        checkpointing=bool(plan.trainer.get("activation_checkpointing")),
+        checkpointing=_checkpointed(plan, shape),
+        casts=False,
         offloading=bool(plan.trainer.get("activation_offloading")),
         attention=_attention(plan, shape, machine, one_row),
         filling=FILLING if plan.batching.kind == "flat" and not one_row else 1.0,
-        head=FULL_HEAD if smooth else Head(),
+        head=_head(plan),
         head_trained=any(name in ("lm_head", "embed_out") for name in saved),
         processes=plan.batch.processes,
     )
+
+
+def _head(plan: Plan) -> Head:
+    if plan.task != CAUSAL:
+        return Head(None, len(plan.base.labels), FULL_HEAD.bytes)
+    return FULL_HEAD if plan.trainer.get("label_smoothing_factor") else Head()
+
+
+def _checkpointed(plan: Plan, shape: Shape) -> float:
+    if not plan.trainer.get("activation_checkpointing"):
+        return 0.0
+    return 1.0 if plan.checkpointed_blocks is None else plan.checkpointed_blocks / shape.layers
 
 
 def match_linears(targets: Mapping[str, int], shape: Shape) -> tuple[Linear, ...]:

@@ -100,9 +100,9 @@ def _smaller_batch(load: Load, plan: Plan, memory_bytes: int) -> Mend | None:
 
 
 def _checkpoint(load: Load) -> Mend | None:
-    if load.setting.checkpointing:
+    if load.setting.checkpointing == 1:
         return None
-    return _with(load, "trainer: {activation_checkpointing: true}", replace(load.setting, checkpointing=True))
+    return _with(load, "trainer: {activation_checkpointing: true}", replace(load.setting, checkpointing=1.0))
 
 
 def _shorten(load: Load) -> Mend | None:
@@ -115,7 +115,7 @@ def _shorten(load: Load) -> Mend | None:
 
 def _lower_rank(load: Load, plan: Plan) -> Mend | None:
     r = load.setting.r // 2
-    if r < 4 or plan.adapter.modules_to_save:
+    if r < 4 or plan.adapter.modules_to_save or plan.adapter.alpha is None:
         return None
     lower = replace(load.setting, r=r, trainable=load.setting.trainable // 2)
     return _with(load, f"adapter: {{r: {r}, alpha: {plan.adapter.alpha / 2:g}}}", lower)

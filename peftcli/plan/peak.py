@@ -73,10 +73,9 @@ class Load:
     def activations(self) -> float:
         """Bytes that wait for the backward pass when it begins."""
         shape, setting = self.shape, self.setting
-        if setting.checkpointing:
-            waiting = kept.stream_bytes(shape, setting, self.tokens)
-        else:
-            waiting = kept.block_bytes(shape, setting, self.tokens, self.longest)
+        waiting = setting.checkpointing * kept.stream_bytes(shape, setting, self.tokens)
+        if setting.checkpointing < 1:
+            waiting += (1 - setting.checkpointing) * kept.block_bytes(shape, setting, self.tokens, self.longest)
         return waiting * min(1.0, OFFLOADED_BLOCKS / shape.layers) if setting.offloading else waiting
 
     def working(self) -> float:

@@ -4,7 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from peftcli.recipe.schema import AdapterSection, BudgetSection, DatasetSection, EvaluationSection
+from peftcli.plan.selection import Choice
+from peftcli.recipe.adapter_section import AdapterSection
+from peftcli.recipe.schema import BudgetSection, DatasetSection, EvaluationSection
+from peftcli.recipe.tasks import IMAGES
 from peftcli.recipe.values import Gate
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -29,6 +32,7 @@ class TokenizerChoice:
         chat_template: path of a Jinja file that replaces the tokenizer's, or None.
         eos_token: token that takes the place of the tokenizer's end token, or None.
         trust_remote_code: run code that comes with the model.
+        images: it is an image processor, which stands in the place of a tokenizer.
     """
 
     path: str
@@ -36,6 +40,7 @@ class TokenizerChoice:
     chat_template: str | None
     eos_token: str | None
     trust_remote_code: bool
+    images: bool = False
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,12 @@ class Base:
         chat_template: path of a Jinja file that replaces the tokenizer's, or None.
         trust_remote_code: run code that comes with the model.
         eos_token: token that takes the place of the tokenizer's end token, or None.
+        absorbed: folders of adapters that are folded into the weights, in the order in which they were trained.
+        task: of the recipe; it decides which head the model has.
+        labels: what the head gives, in the order of its outputs; empty for a language model.
+        problem: of whole texts and images: `single-label`, `multi-label` or `regression`.
+        head: names of the modules that are trained whole with the task and stay out of 4 bits.
+        seed: of a head that begins at random.
     """
 
     name: str
@@ -65,27 +76,40 @@ class Base:
     chat_template: str | None
     trust_remote_code: bool
     eos_token: str | None = None
+    absorbed: tuple[str, ...] = ()
+    task: str = "causal-lm"
+    labels: tuple[str, ...] = ()
+    problem: str | None = None
+    head: tuple[str, ...] = ()
+    seed: int = 0
 
     @property
     def tokenizer(self) -> TokenizerChoice:
-        return TokenizerChoice(self.path, self.revision, self.chat_template, self.eos_token, self.trust_remote_code)
+        images = self.task == IMAGES
+        return TokenizerChoice(
+            self.path, self.revision, self.chat_template, self.eos_token, self.trust_remote_code, images
+        )
 
 
 @dataclass(frozen=True)
 class LabelRule:
-    """Which tokens are trained.
+    """Which tokens are trained, or which labels a row is given.
 
     Attributes:
         completion_only: prompt tokens are not trained.
         assistant_only: of messages, only the assistant's turns are trained, each with its end token.
         asked: names of the two rules that the recipe demands; data on which one has no meaning are refused.
         max_length: tokens of a row; what is beyond is cut off at the end.
+        task: `causal-lm`, `sequence-classification`, `token-classification` or `image-classification`.
+        problem: of whole texts and images: `single-label`, `multi-label`, `regression`, or `auto`: the data say it.
     """
 
     completion_only: bool
     assistant_only: bool
     asked: tuple[str, ...]
     max_length: int
+    task: str = "causal-lm"
+    problem: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -126,6 +150,9 @@ class Plan:
         targets: number of modules by name of the target.
         trainable_parameters, total_parameters: counted on the model's structure.
         decisions: for people, in the order of the work.
+        choice: what the gradient chooses before the first step; until then `adapter` and `targets` hold all that may be
+            chosen, and `trainable_parameters` is a bound.
+        checkpointed_blocks: that run again in the backward pass, None for all or none, as `trainer` says.
     """
 
     name: str
@@ -150,6 +177,8 @@ class Plan:
     total_parameters: int
     decisions: tuple[Decision, ...]
     notices: tuple[str, ...] = field(default=())
+    checkpointed_blocks: int | None = None
+    choice: Choice | None = None
 
     def as_json(self) -> dict[str, Any]:
         """The content of `plan.json`."""

@@ -51,7 +51,8 @@ class Setting:
         dropout: of the adapter's inputs, 0..1.
         dora: the magnitudes of the columns are learned apart.
         expert_adapters: the stacked weights of the experts have adapters.
-        checkpointing: blocks keep their input alone and run again in the backward pass.
+        checkpointing: share of the blocks that keep their input alone and run again in the backward pass, 0..1.
+        casts: inputs of adapters are cast where products would cast them anyway.
         offloading: what is kept for the backward pass waits in the memory of the machine.
         attention: `flash` (nothing of the size of tokens by tokens), `masked` (a mask of that size, and keys and
             values repeated for all query heads), `math` and `eager` (probabilities of that size).
@@ -73,7 +74,8 @@ class Setting:
     dropout: float = 0.0
     dora: bool = False
     expert_adapters: bool = False
-    checkpointing: bool = False
+    checkpointing: float = 0.0
+    casts: bool = True
     offloading: bool = False
     attention: str = "flash"
     filling: float = 1.0
@@ -92,6 +94,6 @@ class Setting:
 
         Source: `_cast_input_dtype` in peft/tuners/tuners_utils.py, and the forward of peft/tuners/lora/bnb.py.
         """
-        if self.weight_bits is not None and self.autocast and self.on_gpu:
+        if self.autocast and (not self.casts or (self.weight_bits is not None and self.on_gpu)):
             return False
         return self.adapter_bytes != self.base_bytes

@@ -1,8 +1,17 @@
 """The rehearsal of a recipe: the same path from end to end, on a few rows for a few steps."""
 
+from typing import Any
+
+from peftcli.recipe.adapter_section import AdapterSection
 from peftcli.recipe.schema import Recipe
+from peftcli.recipe.select_section import SelectSection
+from peftcli.recipe.tasks import CAUSAL
 
 STEPS = 6
+LAYERS = 2
+"""Of every stand-in, at least."""
+BUDGET = 0.5
+"""Of a choice by gradient, as a share of the stand-in, which is small beside its adapters."""
 DROPPED = ("num_train_epochs", "save_steps", "save_strategy", "eval_steps", "eval_strategy", "torch_compile")
 
 
@@ -30,11 +39,33 @@ def smoke_recipe(recipe: Recipe) -> Recipe:
             "quantization": None
             if recipe.quantization is None
             else recipe.quantization.model_copy(update={"compute_dtype": "auto"}),
+            "adapter": _adapter(recipe.adapter),
             "dataset": recipe.dataset.model_copy(update={"max_length": longest}),
             "trainer": trainer,
-            "evaluation": recipe.evaluation.model_copy(update={"max_new_tokens": 8, "rows": 8}),
+            "evaluation": recipe.evaluation.model_copy(update=_evaluation(recipe)),
             "gates": (),
             "budget": type(recipe.budget)(),
             "report": type(recipe.report)(),
         }
     )
+
+
+def _adapter(adapter: AdapterSection) -> AdapterSection:
+    """The adapter with layers that the stand-in has, and a budget that one of its modules fits."""
+    update: dict[str, Any] = {}
+    for key in ("target_modules", "layers"):
+        asked = getattr(adapter, key)
+        if isinstance(asked, SelectSection):
+            update[key] = asked.model_copy(update={"budget": max(asked.budget, BUDGET)})
+        elif key == "layers" and asked is not None:
+            update[key] = tuple(sorted({number % LAYERS for number in asked}))
+    last = adapter.arguments.get("last_layers")
+    if last is not None:
+        update["arguments"] = {**adapter.arguments, "last_layers": min(last, LAYERS)}
+    return adapter.model_copy(update=update)
+
+
+def _evaluation(recipe: Recipe) -> dict[str, int]:
+    if recipe.model.task != CAUSAL:
+        return {}  # nothing is written
+    return {"max_new_tokens": 8, "rows": 8, "retention_tokens": 1000}

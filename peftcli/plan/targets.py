@@ -1,21 +1,22 @@
 """Adapter targets held against the names of the model's modules."""
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from peftcli.errors import RecipeError
 from peftcli.plan.facts import ModelFacts
+from peftcli.plan.places import BLOCK
 
 ALL_LINEAR = "all-linear"
 
 
-def match_targets(wanted: Sequence[str] | str, facts: ModelFacts) -> dict[str, int]:
+def match_targets(wanted: Sequence[str] | str | None, facts: ModelFacts) -> dict[str, int]:
     """Count the modules that each wanted name stands for.
 
     A name matches a module of that name and every module whose path ends in it, as PEFT matches.
 
     Args:
-        wanted: names, or `all-linear` for every linear layer but the output layer.
+        wanted: names, `all-linear` for every linear layer but the output layer, or None for no module at all.
         facts: of the base model.
 
     Returns:
@@ -24,6 +25,8 @@ def match_targets(wanted: Sequence[str] | str, facts: ModelFacts) -> dict[str, i
     Raises:
         RecipeError: a name matches nothing (even beside one that matches), or it matches the output layer.
     """
+    if wanted is None:
+        return {}
     if wanted == ALL_LINEAR:
         counts: dict[str, int] = {}
         for module in facts.linear:
@@ -32,7 +35,8 @@ def match_targets(wanted: Sequence[str] | str, facts: ModelFacts) -> dict[str, i
         if not counts:
             raise RecipeError(f"adapter.target_modules: {facts.architecture} has no linear layer for {ALL_LINEAR}")
         return counts
-    counts = {name: sum(_matches(module, name) for module in facts.modules) for name in wanted}
+    adaptable = [module for module in facts.modules if not of_head(module, facts)]  # the head is trained whole
+    counts = {name: sum(matches(module, name) for module in adaptable) for name in wanted}
     nothing = [name for name, count in counts.items() if count == 0]
     if nothing:
         leaves = sorted({module.rsplit(".", 1)[-1] for module in facts.linear})
@@ -40,13 +44,13 @@ def match_targets(wanted: Sequence[str] | str, facts: ModelFacts) -> dict[str, i
             f"no module of {facts.architecture} matches adapter.target_modules [{', '.join(nothing)}]; "
             f"nearest: {', '.join(_nearest(nothing, leaves))}"
         )
-    output = [name for name in wanted if facts.output_layer and _matches(facts.output_layer, name)]
+    output = [name for name in wanted if facts.output_layer and matches(facts.output_layer, name)]
     if output:
         raise RecipeError(
             f"adapter.target_modules names the output layer ({output[0]}), on which an adapter would not be trained "
             f"(the loss reads its weight directly); put it into adapter.modules_to_save instead"
         )
-    return counts
+    return without_numbers(counts)
 
 
 def match_saved(wanted: Iterable[str], facts: ModelFacts) -> None:
@@ -55,7 +59,7 @@ def match_saved(wanted: Iterable[str], facts: ModelFacts) -> None:
     Raises:
         RecipeError: a name matches nothing.
     """
-    nothing = [name for name in wanted if not any(_matches(module, name) for module in facts.modules)]
+    nothing = [name for name in wanted if not any(matches(module, name) for module in facts.modules)]
     if nothing:
         leaves = sorted({module.rsplit(".", 1)[-1] for module in facts.modules if module})
         raise RecipeError(
@@ -64,8 +68,29 @@ def match_saved(wanted: Iterable[str], facts: ModelFacts) -> None:
         )
 
 
-def _matches(module: str, name: str) -> bool:
+def without_numbers(counts: Mapping[str, int]) -> dict[str, int]:
+    """Full paths that differ only in the number of their block, counted together."""
+    found: dict[str, int] = {}
+    for name, count in counts.items():
+        inside = BLOCK.match(name)
+        short = name if inside is None else inside["inside"]
+        found[short] = found.get(short, 0) + count
+    return found
+
+
+def matches(module: str, name: str) -> bool:
+    """Whether a name stands for a module, as PEFT matches them.
+
+    >>> matches("layers.0.q_proj", "q_proj"), matches("layers.0.aq_proj", "q_proj")
+    (True, False)
+    """
+    """Whether a wanted name means a module: it is its path, or the end of it."""
     return module == name or module.endswith("." + name)
+
+
+def of_head(module: str, facts: ModelFacts) -> bool:
+    """Whether a module is a part of the head that a task adds."""
+    return any(module == name or module.startswith(f"{name}.") for name in facts.head)
 
 
 def _nearest(wanted: list[str], known: list[str]) -> list[str]:

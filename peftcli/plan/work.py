@@ -25,8 +25,9 @@ def token_flops(shape: Shape, setting: Setting, attended: float) -> float:
     forward = 2 * (shape.active + setting.trainable) + attention
     backward = 2 * shape.active + 4 * setting.trainable + 2 * attention
     # The fused output layer makes its logits twice.
-    head = (6 if setting.head.fused else 4) * shape.vocabulary * shape.hidden
-    return forward + backward + head + (forward if setting.checkpointing else 0)
+    words = shape.vocabulary if setting.head.fused else setting.head.words or shape.vocabulary
+    head = (6 if setting.head.fused else 4) * words * shape.hidden
+    return forward + backward + head + forward * setting.checkpointing
 
 
 def step_seconds(
@@ -39,7 +40,7 @@ def step_seconds(
         micro_batches: that the tokens are spread over; each reads all weights anew.
         attended: tokens that a token sees, in the mean.
     """
-    passes = (3 if setting.checkpointing else 2) * micro_batches
+    passes = (2 + setting.checkpointing) * micro_batches
     products = tokens * token_flops(shape, setting, attended) / card.flops
     reading = passes * weight_bytes(shape, setting) / card.bandwidth
     unpacking = passes * shape.quantizable * UNPACK_BYTES / card.bandwidth if setting.weight_bits is not None else 0.0

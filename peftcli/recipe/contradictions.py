@@ -5,6 +5,7 @@ import re
 from typing import Any
 
 from peftcli.recipe.problems import KeyPath, Problems, dotted
+from peftcli.recipe.tasks import CAUSAL, IMAGES, LABEL_TASKS, SEQUENCE, TOKENS, find_idle_keys
 from peftcli.recipe.template import template_columns
 from peftcli.recipe.yaml_text import Tree
 
@@ -27,6 +28,16 @@ _APART: tuple[tuple[str, str, str], ...] = (
 _OWN_SOURCE = ("path", "name", "url", "url_env", "config", "revision", "hub_split", "table", "query", "file_format")
 _OF_THE_SOURCES = (*_OWN_SOURCE, "encoding", "csv", "format", "text", "prompt", "completion", "columns")
 _PLACES = ("path", "name", "url", "url_env")
+_TASKS = (CAUSAL, *LABEL_TASKS)
+_TASK_OF_COLUMN: dict[str, tuple[str, ...]] = {
+    "text": (CAUSAL, SEQUENCE),
+    "text_pair": (SEQUENCE,),
+    "label": (SEQUENCE, IMAGES),
+    "tokens": (TOKENS,),
+    "tags": (TOKENS,),
+    "image": (IMAGES,),
+}
+"""Tasks that read a column."""
 
 
 def find_contradictions(tree: Tree, problems: Problems) -> None:
@@ -35,6 +46,9 @@ def find_contradictions(tree: Tree, problems: Problems) -> None:
     if isinstance(dataset, dict):
         _check_dataset(dataset, tree, problems)
     _check_model(tree, problems)
+    find_idle_keys(tree, problems)
+    _check_labels(tree, problems)
+    _check_retention(tree, problems)
 
 
 def _check_dataset(dataset: dict[str, Any], tree: Tree, problems: Problems) -> None:
@@ -81,8 +95,9 @@ def _check_source(path: KeyPath, source: dict[str, Any], tree: Tree, problems: P
     def given(key: str) -> bool:
         return source.get(key) is not None
 
+    task = tree.get("model", "task") or CAUSAL
     for first, second, why in _APART:
-        if given(first) and given(second):
+        if given(first) and given(second) and not _text_with_label(first, second, source, task):
             _apart((*path, first), (*path, second), why, tree, problems)
     if not any(map(given, _PLACES)) and not any((*path, key) in tree.spoiled for key in _PLACES):
         text = f"{name} has no source; give {name}.path (files) or {name}.name (a data set of the Hub)"
@@ -99,6 +114,7 @@ def _check_source(path: KeyPath, source: dict[str, Any], tree: Tree, problems: P
         text = f"{name}.url names a database; say which rows with {name}.table or {name}.query"
         problems.add(tree.place((*path, "url" if given("url") else "url_env")), text)
     _check_columns((*path, "columns"), source.get("columns"), tree, problems)
+    _check_task(path, source, task, tree, problems)
     for key in ("text", "completion"):
         if isinstance(source.get(key), str) and _is_constant(source[key]):
             text = f"{name}.{key} names no column, so all rows are equal; write {{column}} where a column goes"
@@ -122,6 +138,44 @@ def _check_columns(path: KeyPath, columns: Any, tree: Tree, problems: Problems) 
             problems.add(tree.place((*path, key)), text)
 
 
+def _text_with_label(first: str, second: str, source: dict[str, Any], task: Any) -> bool:
+    """Whether a template makes the text of a class, and the columns name the rest."""
+    columns = source.get("columns")
+    return (
+        (first, second) == ("text", "columns")
+        and task == SEQUENCE
+        and isinstance(columns, dict)
+        and (not columns.get("text"))
+    )
+
+
+def _check_task(path: KeyPath, source: dict[str, Any], task: Any, tree: Tree, problems: Problems) -> None:
+    """Columns and templates that the task of the recipe does not read."""
+    columns = source.get("columns")
+    columns = columns if isinstance(columns, dict) else {}
+    for key, needed in _TASK_OF_COLUMN.items():
+        if columns.get(key) and task in _TASKS and task not in needed:
+            text = f"{dotted((*path, 'columns', key))} belongs to model.task: {needed[0]}, and the task is {task}"
+            problems.add(tree.place((*path, "columns", key)), f"{text}; set the one or leave out the other")
+    if task in LABEL_TASKS and source.get("format") is not None:
+        text = (
+            f"{dotted((*path, 'format'))} says how text is learned, and model.task: {task} learns labels; leave it out"
+        )
+        problems.add(tree.place((*path, "format")), text)
+    if task == TOKENS and source.get("text") is not None:
+        text = f"{dotted((*path, 'text'))} makes one text, and model.task: {task} reads words with their tags; "
+        problems.add(tree.place((*path, "text")), text + f"name them in {dotted((*path, 'columns'))}")
+
+
+def _check_labels(tree: Tree, problems: Problems) -> None:
+    if tree.get("model", "task") == SEQUENCE and tree.get("dataset", "too_long") == "split":
+        text = "dataset.too_long: split would give each piece of a text the class of the whole; truncate or drop"
+        problems.add(tree.place(("dataset", "too_long")), text)
+    if tree.get("model", "problem") == "regression" and tree.get("dataset", "labels") is not None:
+        text = "dataset.labels names classes, and model.problem: regression has numbers; leave out one of the two"
+        problems.add(tree.place(("dataset", "labels")), text)
+
+
 def _check_model(tree: Tree, problems: Problems) -> None:
     revision = tree.get("model", "revision")
     if tree.get("model", "trust_remote_code") is not True or ("model", "trust_remote_code") in tree.spoiled:
@@ -132,6 +186,23 @@ def _check_model(tree: Tree, problems: Problems) -> None:
             "model.trust_remote_code runs code from the repository, so model.revision must pin a commit "
             "(40 characters of 0-9 and a-f)",
         )
+
+
+def _check_retention(tree: Tree, problems: Problems) -> None:
+    path: KeyPath = ("evaluation", "retention")
+    task = tree.get("model", "task")
+    if tree.get(*path) is not None:
+        if task is not None and task != "causal-lm":
+            problems.add(tree.place(path), "evaluation.retention needs model.task: causal-lm; remove one of the two")
+        return
+    if path in tree.spoiled:
+        return
+    if tree.get("evaluation", "retention_tokens") is not None:
+        text = "evaluation.retention_tokens stands alone; name the text in evaluation.retention too"
+        problems.add(tree.place(("evaluation", "retention_tokens")), text)
+    for name in ("retention_loss", "retention_change"):
+        if tree.get("gates", name) is not None:
+            problems.add(tree.place(("gates", name)), f"gates.{name} watches a text; name it in evaluation.retention")
 
 
 def _apart(first: KeyPath, second: KeyPath, why: str, tree: Tree, problems: Problems) -> None:

@@ -9,7 +9,9 @@ from typing import Any
 
 import yaml
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
+from peftcli.recipe.adapter_section import AdapterSection
 from peftcli.recipe.problems import KeyPath, dotted, show
 from peftcli.recipe.schema import Recipe
 from peftcli.recipe.values import Gate, duration_text
@@ -90,21 +92,35 @@ def _effective(recipe: Recipe) -> dict[str, Any]:
 
 
 def _given(section: BaseModel) -> dict[str, Any]:
-    return {key: _plain(getattr(section, key), whole=False) for key in _written_keys(section)}
+    return _beside({key: _plain(getattr(section, key), whole=False) for key in _written_keys(section)})
+
+
+def _beside(values: dict[str, Any]) -> dict[str, Any]:
+    """Put the arguments of a method beside the keys of their section, where a recipe has them."""
+    arguments: dict[str, Any] = values.pop("arguments", {})
+    return values | arguments
 
 
 def _written_keys(section: BaseModel) -> list[str]:
     """Keys that were given, or whose value is not the default."""
     fields = type(section).model_fields
     given = section.model_fields_set
-    keys = [key for key in fields if key in given or getattr(section, key) != fields[key].default]
+    if isinstance(section, AdapterSection):  # what the method has filled in was not given
+        return [key for key in fields if key in given]
+    default = {key: _default(field) for key, field in fields.items()}
+    keys = [key for key in fields if key in given or getattr(section, key) != default[key]]
     # An empty trainer or gates section came from the loader, not from the file.
-    return [key for key in keys if key not in ("trainer", "gates") or getattr(section, key)]
+    return [key for key in keys if key not in ("trainer", "gates", "stages") or getattr(section, key)]
+
+
+def _default(field: FieldInfo) -> Any:
+    # Not pydantic's own, which copies the default, and a frozen mapping cannot be copied.
+    return field.default if field.default_factory is None else field.default_factory()  # type: ignore[call-arg]
 
 
 def _plain(value: Any, *, whole: bool) -> Any:
     if isinstance(value, BaseModel):
-        return {key: _plain(item, whole=True) for key, item in value} if whole else _given(value)
+        return _beside({key: _plain(item, whole=True) for key, item in value}) if whole else _given(value)
     if isinstance(value, tuple) and value and isinstance(value[0], Gate):
         return {gate.name: gate.text for gate in value}
     if isinstance(value, tuple | list):
@@ -121,6 +137,8 @@ def _path_holders(values: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any],
         (("model", "chat_template"), values.get("model")),
         (("dataset", "path"), dataset),
         (("dataset", "test", "path"), dataset.get("test")),
+        (("evaluation", "retention"), values.get("evaluation")),
+        (("adapter", "init_from"), values.get("adapter")),
     ]
     for name in ("sources", "join"):
         holders += [(("dataset", name, i, "path"), item) for i, item in enumerate(dataset.get(name, []))]

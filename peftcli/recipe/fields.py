@@ -5,10 +5,16 @@ They raise `PydanticCustomError("recipe", text)`; the text is the end of the mes
 
 import codecs
 import re
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from pydantic_core import PydanticCustomError
 
+from peftcli.methods.left_out import LEFT_OUT
+from peftcli.methods.table import METHODS
+from peftcli.recipe.foreign import METHOD_WORDS
+from peftcli.recipe.problems import nearest
 from peftcli.recipe.template import template_columns
 from peftcli.recipe.values import parse_duration
 
@@ -38,8 +44,10 @@ def freeze_names(value: Any) -> tuple[str, ...]:
     return tuple(names)
 
 
-def read_targets(value: Any) -> tuple[str, ...] | str:
+def read_targets(value: Any) -> tuple[str, ...] | str | None:
     """Read `adapter.target_modules`: the word all-linear or a list of names."""
+    if value is None:
+        return None
     if value == "all-linear":
         return "all-linear"
     if isinstance(value, str):
@@ -50,6 +58,25 @@ def read_targets(value: Any) -> tuple[str, ...] | str:
         if isinstance(value, list) and value and all(isinstance(name, str) and name for name in value):
             raise
         raise wrong("must be all-linear or a list of module names, such as [q_proj, v_proj]") from None
+
+
+def read_method(value: Any) -> str:
+    """Read `adapter.method`."""
+    if isinstance(value, str) and value in METHODS:
+        return value
+    if not isinstance(value, str):
+        raise wrong("must be the name of a method; `peftcli methods` lists them")
+    plain = value.lower().replace("-", "_")
+    same = next((row.name for row in METHODS.values() if plain in (row.name, row.room, row.title.lower())), None)
+    near = same or METHOD_WORDS.get(plain) or nearest(value, METHODS)
+    if near is None and plain.upper() in LEFT_OUT:
+        raise wrong(f"is not offered: {LEFT_OUT[plain.upper()]}")
+    raise wrong(f"is not a method; did you mean {near}?" if near else "is not a method; `peftcli methods` lists them")
+
+
+def freeze_mapping(value: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Make a mapping that nobody changes."""
+    return MappingProxyType(dict(value))
 
 
 def read_template(value: Any) -> str:

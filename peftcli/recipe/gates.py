@@ -1,8 +1,10 @@
 """The `gates` section: names of figures, each with a limit."""
 
 from peftcli.recipe.problems import Problems, nearest, printable, show
-from peftcli.recipe.values import GATE_NAMES, Gate, parse_gate
+from peftcli.recipe.values import AVERAGED_FIGURES, GATE_NAMES, Gate, parse_gate
 from peftcli.recipe.yaml_text import Tree
+
+_SHORT = [name for name in GATE_NAMES if name not in AVERAGED_FIGURES]
 
 
 def read_gates(tree: Tree, problems: Problems) -> tuple[Gate, ...]:
@@ -20,7 +22,7 @@ def read_gates(tree: Tree, problems: Problems) -> tuple[Gate, ...]:
             continue
         if name not in GATE_NAMES:
             near = nearest(name, GATE_NAMES)
-            mend = f"did you mean gates.{near}?" if near else f"the figures are {', '.join(GATE_NAMES)}"
+            mend = f"did you mean gates.{near}?" if near else f"the figures are {', '.join(_SHORT)}"
             problems.add(where, f"gates.{printable(name)} is not a figure that a gate can watch; {mend}")
             continue
         try:

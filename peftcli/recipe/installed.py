@@ -34,20 +34,20 @@ class Argument:
 @cache
 def installed_arguments() -> dict[str, Argument] | None:
     """The arguments by name, or None when trl or transformers is not installed or reads in no known way."""
-    folders = {package: _folder(package) for package in ("transformers", "trl")}
+    folders = {package: package_folder(package) for package in ("transformers", "trl")}
     transformers = folders["transformers"]
     arguments: dict[str, Argument] = {}
     for package, file, name in _CLASSES:
         folder = folders[package]
         if folder is None or transformers is None:
             return None
-        for field in _fields(folder / file, name):
+        for field in class_fields(folder / file, name):
             argument = _argument(field, transformers)
             arguments[argument.name] = argument
     return arguments if "learning_rate" in arguments and "max_length" in arguments else None
 
 
-def _folder(package: str) -> Path | None:
+def package_folder(package: str) -> Path | None:
     try:
         spec = find_spec(package)
     except (ImportError, ValueError):
@@ -56,8 +56,8 @@ def _folder(package: str) -> Path | None:
     return Path(next(iter(places))) if places else None
 
 
-def _fields(path: Path, name: str) -> Iterator[ast.AnnAssign]:
-    for node in _class_body(path, name):
+def class_fields(path: Path, name: str) -> Iterator[ast.AnnAssign]:
+    for node in class_body(path, name):
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             yield node
 
@@ -70,7 +70,7 @@ def _text(path: Path) -> str:
         return ""
 
 
-def _class_body(path: Path, name: str) -> list[ast.stmt]:
+def class_body(path: Path, name: str) -> list[ast.stmt]:
     """The statements of a class up to its first method; empty when the file or the class is not there."""
     head = re.search(rf"^class {name}\b.*?:\n", _text(path), re.MULTILINE | re.DOTALL)
     if head is None:
@@ -88,22 +88,22 @@ def _argument(node: ast.AnnAssign, transformers: Path) -> Argument:
     assert isinstance(node.target, ast.Name)
     kinds: set[str] = set()
     choices = _metadata_choices(node.value)
-    for part in _union(node.annotation):
+    for part in union_parts(node.annotation):
         kind, names = _kind(part, transformers)
         kinds.add(kind)
         choices += names
     return Argument(node.target.id, frozenset(kinds), tuple(dict.fromkeys(choices)))
 
 
-def _union(node: ast.expr) -> list[ast.expr]:
+def union_parts(node: ast.expr) -> list[ast.expr]:
     """The parts of `A | B`, `Union[A, B]` and `Optional[A]`."""
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
-        return _union(ast.parse(node.value, mode="eval").body)
+        return union_parts(ast.parse(node.value, mode="eval").body)
     if isinstance(node, ast.BinOp):
-        return [*_union(node.left), *_union(node.right)]
+        return [*union_parts(node.left), *union_parts(node.right)]
     if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Name) and node.value.id in ("Union", "Optional"):
         inner = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
-        parts = [part for item in inner for part in _union(item)]
+        parts = [part for item in inner for part in union_parts(item)]
         return [*parts, ast.Constant(None)] if node.value.id == "Optional" else parts
     return [node]
 
@@ -124,7 +124,7 @@ def _kind(node: ast.expr, transformers: Path) -> tuple[str, list[str]]:
 
 def _enum_members(name: str, transformers: Path) -> list[str]:
     for file in _ENUM_FILES:
-        body = _class_body(transformers / file, name)
+        body = class_body(transformers / file, name)
         values = [node.value for node in body if isinstance(node, ast.Assign)]
         members = [value.value for value in values if isinstance(value, ast.Constant) and isinstance(value.value, str)]
         if members:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from peftcli.recipe.adapter import read_adapter
 from peftcli.recipe.contradictions import find_contradictions
 from peftcli.recipe.gates import read_gates
 from peftcli.recipe.messages import add_schema_problems
@@ -15,6 +16,7 @@ from peftcli.recipe.problems import Problems
 from peftcli.recipe.schema import Recipe
 from peftcli.recipe.secrets import find_secrets
 from peftcli.recipe.source import lay_over, read_tree
+from peftcli.recipe.stages import read_stages
 from peftcli.recipe.trainer import read_trainer
 
 
@@ -41,11 +43,13 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Loaded:
     tree = read_tree(path, problems)
     lay_over(tree, overrides, problems)
     find_secrets(tree, problems)
+    relative = resolve_paths(tree, path, problems)
     arguments = read_trainer(tree, problems)
+    adapter = read_adapter(tree, arguments, problems)
+    stages = read_stages(tree, arguments, problems)
     gates = read_gates(tree, problems)
     find_contradictions(tree, problems)
-    relative = resolve_paths(tree, path, problems)
-    values = {"name": _default_name(path), **tree.values, "trainer": arguments, "gates": gates}
+    values = {"name": _default_name(path), **tree.values, **adapter, **stages, "trainer": arguments, "gates": gates}
     recipe = None
     try:
         recipe = Recipe.model_validate(values)

@@ -1,6 +1,7 @@
 """What pydantic found, said in the words of the recipe: the key, what is there, what may be, the mend."""
 
 import types
+from collections.abc import Sequence
 from functools import cache
 from typing import Any, get_args, get_origin
 
@@ -57,27 +58,30 @@ def add_schema_problems(error: ValidationError, tree: Tree, problems: Problems) 
             problems.add(tree.place(path), _sentence(item, path, tree))
 
 
-def unknown_key(path: KeyPath) -> str:
+def unknown_key(path: KeyPath, beside: Sequence[str] = ()) -> str:
     """Say that a key is not one of the recipe, and which one was meant.
+
+    Args:
+        beside: keys of the section that the schema does not know.
 
     >>> unknown_key(("adapter", "lora_dropout"))
     'adapter.lora_dropout is not a recipe key; did you mean adapter.dropout?'
     """
     name = hide_secrets(dotted(path))
     section = tuple(part for part in path[:-1] if isinstance(part, str))
-    meant = _meant(section, str(path[-1]))
+    meant = _meant(section, str(path[-1]), beside)
     if meant is not None:
         return f"{name} is not a recipe key; did you mean {meant}?"
-    keys = _schema_keys().get(".".join(section), [])
+    keys = [*_schema_keys().get(".".join(section), []), *beside]
     where = f"the keys of {dotted(path[:-1])}" if section else "the sections and keys"
     return f"{name} is not a recipe key; {where} are {', '.join(keys)}"
 
 
-def _meant(section: tuple[str, ...], word: str) -> str | None:
+def _meant(section: tuple[str, ...], word: str, beside: Sequence[str]) -> str | None:
     plain = word.lower().replace("-", "_")
     own = ".".join(section)
     keys = _schema_keys()
-    siblings = keys.get(own, [])
+    siblings = [*keys.get(own, []), *beside]
     if plain in siblings:
         return _join(own, plain)
     # For a section inside a section only its own names can be meant: `split.text` is no hint at dataset.text.
@@ -109,7 +113,8 @@ def _schema_keys() -> dict[str, list[str]]:
     keys: dict[str, list[str]] = {}
 
     def walk(model: type[BaseModel], name: str) -> None:
-        keys[name] = list(model.model_fields)
+        # The arguments of a method stand beside the keys of their section.
+        keys[name] = [key for key in model.model_fields if key != "arguments"]
         for key, info in model.model_fields.items():
             for section in _sections(info.annotation):
                 walk(section, _join(name, key))

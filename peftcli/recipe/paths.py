@@ -11,6 +11,8 @@ _PATH_KEYS: tuple[tuple[str, ...], ...] = (
     ("dataset", "path"),
     ("dataset", "test", "path"),
     ("model", "chat_template"),
+    ("evaluation", "retention"),
+    ("adapter", "init_from"),
 )
 
 
@@ -26,6 +28,10 @@ def resolve_paths(tree: Tree, recipe: Path, problems: Problems) -> frozenset[str
     for name in ("sources", "join"):
         rows = tree.get("dataset", name)
         keys += [("dataset", name, index, "path") for index in range(len(rows) if isinstance(rows, list) else 0)]
+    stages = tree.get("stages")
+    keys += [
+        ("stages", index, "adapter", "init_from") for index in range(len(stages) if isinstance(stages, list) else 0)
+    ]
     name = tree.get("model", "name")
     if isinstance(name, str) and _is_local(name, folder):
         keys.append(("model", "name"))

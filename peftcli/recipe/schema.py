@@ -8,16 +8,16 @@ from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     PlainSerializer,
     PlainValidator,
     PrivateAttr,
 )
 
+from peftcli.recipe.adapter_section import AdapterSection
 from peftcli.recipe.fields import (
+    freeze_mapping,
     freeze_names,
     freeze_rows,
     read_delimiter,
@@ -26,11 +26,11 @@ from peftcli.recipe.fields import (
     read_quote,
     read_seconds,
     read_share,
-    read_targets,
     read_template,
     read_test_size,
     read_tokens,
 )
+from peftcli.recipe.section import Section
 from peftcli.recipe.values import Gate
 
 Text = Annotated[str, Field(min_length=1)]
@@ -42,12 +42,6 @@ Automatic = Annotated[int | Literal["auto"], BeforeValidator(read_tokens)]
 Tracker = Literal["wandb", "tensorboard", "mlflow", "trackio", "comet_ml", "swanlab"]
 
 
-class Section(BaseModel):
-    """What all sections share: nothing is guessed, nothing unknown is taken, nothing changes afterwards."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
-
-
 class ModelSection(Section):
     """The base model."""
 
@@ -55,8 +49,11 @@ class ModelSection(Section):
     """Hub id, local folder (absolute once loaded) or `tiny:llama`."""
     revision: Text | None = None
     """Branch, tag or commit of the Hub repository."""
-    task: Literal["causal-lm"] = "causal-lm"
-    """What the model learns to do."""
+    task: Literal["causal-lm", "sequence-classification", "token-classification", "image-classification"] = "causal-lm"
+    """What the model learns to do: write text, name the class of a text or an image, or tag the words of a text."""
+    problem: Literal["auto", "single-label", "multi-label", "regression"] = "auto"
+    """What a text or an image is given: one class, any number of them, or a number; `auto` is read
+    from the labels."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Number format of the computation and of weights that are not quantized; the plan decides `auto`."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3"] = "auto"
@@ -80,29 +77,6 @@ class QuantizationSection(Section):
     """Quantize the block constants as well; saves about 0.4 bits per weight."""
     compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Format that weights are unpacked to for each product; `auto` follows the plan's dtype."""
-
-
-class AdapterSection(Section):
-    """What is trained."""
-
-    method: Literal["lora"] = "lora"
-    """The PEFT method."""
-    r: Annotated[int, Field(ge=1, le=4096)] = 16
-    """Rank of the update."""
-    alpha: Annotated[float, Field(gt=0)] = 32.0
-    """Numerator of the update's scale: alpha / r, or alpha / sqrt(r) with `use_rslora`."""
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of the adapter's inputs that a training step sets to zero."""
-    target_modules: Annotated[tuple[str, ...] | Literal["all-linear"], BeforeValidator(read_targets)] = "all-linear"
-    """Module names that get an adapter, or every linear layer except the output."""
-    use_rslora: bool = False
-    """Scale by sqrt(r) in place of r."""
-    use_dora: bool = False
-    """Learn the magnitude of each weight column apart from its direction."""
-    modules_to_save: Names | None = None
-    """Modules trained whole and stored with the adapter."""
-    bias: Literal["none"] = "none"
-    """Bias vectors are not trained: with them, switching the adapter off would not give the base back."""
 
 
 class CsvSection(Section):
@@ -153,6 +127,16 @@ class ColumnsSection(Section):
     """Column with the answer to learn."""
     messages: Text | None = None
     """Column with a list of chat turns."""
+    text_pair: Text | None = None
+    """Column with a second text that the class belongs to as well."""
+    label: Text | None = None
+    """Column with the class of a text, with a list of classes, or with a number."""
+    tokens: Text | None = None
+    """Column with a list of words."""
+    tags: Text | None = None
+    """Column with a list of tags, one for each word."""
+    image: Text | None = None
+    """Column with the name of an image file, relative to the file of the rows."""
 
 
 class SourceSection(FilesSection):
@@ -237,6 +221,8 @@ class DatasetSection(SourceSection):
     """Several sources, in place of one."""
     join: Annotated[tuple[JoinSection, ...], BeforeValidator(freeze_rows)] = ()
     """Tables to join, in order."""
+    labels: Annotated[Names, Field(min_length=1)] | None = None
+    """Names of the classes or tags in the order of their numbers; all that the rows hold, sorted, when null."""
     deduplicate: bool = False
     """Keep the first of equal rows only, case and white space aside."""
     split: SplitSection = SplitSection()
@@ -277,8 +263,14 @@ class EvaluationSection(Section):
     """Softmax temperature of generation; 0 takes the likeliest token."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of the probability that generation draws from."""
+    positive_label: Text | None = None
+    """Of two classes the one that precision, recall and F1 are of; the last one when null."""
     baseline: bool = True
     """Measure the base model before the first step."""
+    retention: Text | None = None
+    """Text on which forgetting is measured: file, folder or glob; absolute once loaded."""
+    retention_tokens: Annotated[int, Field(ge=100)] = 50_000
+    """Tokens of that text to predict, from its beginning."""
 
 
 class BudgetSection(Section):
@@ -297,8 +289,18 @@ class ReportSection(Section):
     """Experiment trackers."""
 
 
-def _frozen_mapping(value: Mapping[str, Any]) -> Mapping[str, Any]:
-    return MappingProxyType(dict(value))
+Arguments = Annotated[Mapping[str, Any], PlainValidator(freeze_mapping), PlainSerializer(dict)]
+
+
+class StageSection(Section):
+    """One of several trainings in a row; it starts from the result of the one before."""
+
+    name: Annotated[str, BeforeValidator(read_name)]
+    """Names the folder of the stage."""
+    adapter: AdapterSection | None = None
+    """What this stage trains, in place of the recipe's own section."""
+    trainer: Arguments | None = None
+    """Arguments of the trainer, the recipe's own among them."""
 
 
 class Recipe(Section):
@@ -312,9 +314,11 @@ class Recipe(Section):
     """The run folder, relative to the working directory; runs/NAME when null."""
     model: ModelSection
     quantization: QuantizationSection | None = None
-    adapter: AdapterSection = AdapterSection()
+    adapter: AdapterSection = Field(default_factory=AdapterSection)
+    stages: Annotated[tuple[StageSection, ...], BeforeValidator(freeze_rows)] = ()
+    """Trainings in a row, in place of one."""
     dataset: DatasetSection
-    trainer: Annotated[Mapping[str, Any], PlainValidator(_frozen_mapping), PlainSerializer(dict)] = MappingProxyType({})
+    trainer: Arguments = MappingProxyType({})
     """Arguments of SFTConfig that the recipe sets, under the names of the installed version."""
     performance: PerformanceSection = PerformanceSection()
     evaluation: EvaluationSection = EvaluationSection()

@@ -2,22 +2,14 @@
 
 from typing import Any
 
+from peftcli.recipe.argument_values import kind_fault, nested_fault
 from peftcli.recipe.foreign import FOREIGN_NAMES
 from peftcli.recipe.installed import Argument, installed_arguments
-from peftcli.recipe.messages import choices_text, type_hint
-from peftcli.recipe.problems import KeyPath, Problems, Where, choice_text, dotted, nearest, show
+from peftcli.recipe.messages import type_hint
+from peftcli.recipe.problems import KeyPath, Problems, Where, dotted, nearest, show
 from peftcli.recipe.trainer_names import BOUNDS, DROP, OWNED, REMOVED, RENAMED, RENAMED_VALUES, WHOLE_FROM_ONE
 from peftcli.recipe.yaml_text import Tree
 
-_KIND_WORDS = {
-    "int": "a whole number",
-    "float": "a number",
-    "bool": "true or false",
-    "str": "text",
-    "dict": "a mapping",
-    "list": "a list",
-    "none": "null",
-}
 _BOUND_WORDS = {">": "greater than", ">=": "at least", "<": "less than", "<=": "at most"}
 
 
@@ -129,7 +121,7 @@ class _Section:
         if renamed is not None:
             self.problems.note(where, f"trainer.{name} = {show(value)} is now {renamed}; {renamed} is used")
             value = renamed
-        fault = _fault(self.installed[name], value) if self.installed is not None else _nested_fault(value)
+        fault = _fault(self.installed[name], value) if self.installed is not None else nested_fault(value)
         if fault is not None:
             self.problems.add(where, f"trainer.{given} = {show(value)}: {fault}")
             return False
@@ -175,19 +167,7 @@ class _Section:
 
 def _fault(argument: Argument, value: Any) -> str | None:
     """What is wrong with the value of an argument, or None."""
-    kinds = argument.kinds
-    if argument.choices and not (value is None and "none" in kinds):
-        return (
-            None if isinstance(value, str) and value in argument.choices else choices_text([*argument.choices], value)
-        )
-    if "any" not in kinds and not any(_is_kind(value, kind) for kind in kinds):
-        order = [kind for kind in _KIND_WORDS if kind in kinds]
-        if "float" in order and "int" in order:
-            order.remove("int")
-        words = [_KIND_WORDS[kind] for kind in order]
-        hint = next((hint for kind in order if (hint := type_hint(kind, value))), "")
-        return f"must be {choice_text(words)}{hint}"
-    return _bound_fault(argument.name, value) or _nested_fault(value)
+    return kind_fault(argument, value) or _bound_fault(argument.name, value) or nested_fault(value)
 
 
 def _bound_fault(name: str, value: Any) -> str | None:
@@ -204,22 +184,3 @@ def _bound_fault(name: str, value: Any) -> str | None:
     if name in WHOLE_FROM_ONE and value >= 1 and value != int(value):
         return "must be a share of the steps below 1, or a whole number of steps"
     return None
-
-
-def _nested_fault(value: Any) -> str | None:
-    """A number inside a mapping or a list that is not finite."""
-    if isinstance(value, dict | list):
-        items = value.values() if isinstance(value, dict) else value
-        return next((fault for item in items if (fault := _nested_fault(item))), None)
-    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
-        return "must hold finite numbers only"
-    return None
-
-
-def _is_kind(value: Any, kind: str) -> bool:
-    if isinstance(value, bool) or kind == "bool":
-        return isinstance(value, bool) and kind == "bool"
-    if kind == "none":
-        return value is None
-    classes: dict[str, Any] = {"int": int, "float": (int, float), "str": str, "dict": dict, "list": list}
-    return isinstance(value, classes[kind])

@@ -9,6 +9,15 @@ _DURATION = re.compile(
 )
 _UNIT_SECONDS = {"d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0}
 
+AVERAGED_FIGURES = tuple(
+    f"{name}_{average}"
+    for average in ("macro", "micro", "weighted", "samples")
+    for name in ("precision", "recall", "f1")
+)
+"""Figures of classes by how they are averaged over them."""
+CLASS_FIGURES = ("accuracy", "precision", "recall", "f1")
+ENTITY_FIGURES = tuple(f"{of}_{name}" for of in ("entity", "token_entity") for name in ("precision", "recall", "f1"))
+NUMBER_FIGURES = ("mse", "mae", "pearson", "spearman", "r2")
 GATE_NAMES = (
     "loss",
     "perplexity",
@@ -16,10 +25,16 @@ GATE_NAMES = (
     "exact_match",
     "chrf",
     "unfinished_answers",
+    "retention_loss",
+    "retention_change",
     "merge_top1_agreement",
     "merge_max_abs_logit_difference",
     "merge_mean_abs_logit_difference",
     "merge_kl_nats",
+    *CLASS_FIGURES,
+    *AVERAGED_FIGURES,
+    *ENTITY_FIGURES,
+    *NUMBER_FIGURES,
 )
 _GATE = re.compile(r"\s*(>=|<=|>|<)\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*")
 

@@ -13,12 +13,13 @@ Tone = Literal["", "good", "bad", "warn", "quiet"]
 class Cell:
     """One cell of a table; its tone is said by the text as well, never by the colour alone.
 
-    A `bar` of 0..1 is drawn behind the text, whose figure says the same.
+    A `bar` of 0..1 is drawn behind the text, and a `shade` of 0..1 colours the cell; its figure says the same.
     """
 
     text: str
     tone: Tone = ""
     bar: float | None = None
+    shade: float | None = None
 
 
 @dataclass(frozen=True)
@@ -177,7 +178,7 @@ class Gate:
 
 @dataclass(frozen=True)
 class Report:
-    """All that a report says, in reading order."""
+    """All that a report says, in reading order; `kind` and `footer` say of what it is one."""
 
     name: str
     subtitle: str
@@ -189,6 +190,8 @@ class Report:
     tiles: tuple[Tile, ...]
     gates: tuple[Gate, ...]
     sections: tuple[Section, ...]
+    kind: str = "run report"
+    footer: str = "Written by peftcli from the JSON files of this run."
 
 
 def table(

@@ -1,12 +1,16 @@
 """What a run's files amount to: the report, section by section, before it is written in any format."""
 
 from peftcli.report.blocks import Block, Folded, Report, Section
+from peftcli.report.classes import classes_section
 from peftcli.report.data import data_section
+from peftcli.report.earlier import earlier_section
 from peftcli.report.head import gates, status, subtitle, tiles, verdict, warnings
 from peftcli.report.outcome import environment_section, merge_section, sizes_section, training_facts
 from peftcli.report.plots import log_plots, log_table
+from peftcli.report.ranks import ranks_section
 from peftcli.report.scores import metric_table
 from peftcli.report.sections import plan_section, samples_section
+from peftcli.report.selection import selection_section
 from peftcli.report.stages import Stages, text
 
 
@@ -14,7 +18,11 @@ def make_report(stages: Stages) -> Report:
     """Make the report of a run from what its stages wrote."""
     sections = (
         _results(stages),
+        classes_section(stages),
+        earlier_section(stages),
+        selection_section(stages),
         _training(stages),
+        ranks_section(stages),
         samples_section(stages),
         data_section(stages),
         plan_section(stages),

@@ -20,6 +20,7 @@ from peftcli.report.blocks import (
 )
 from peftcli.report.format import DASH, compact, count, several, share
 from peftcli.report.histogram import length_plots
+from peftcli.report.labels import label_table, number_table, word_table
 from peftcli.report.stages import Stages, figure, find, objects, text
 from peftcli.report.text import without_home
 
@@ -33,21 +34,25 @@ ROWS = (
     ("Training, end token trained", "eos_trained_rows", "train_rows"),
 )
 RARE_ROWS = (
-    ("Held out, prompt also in training", "leaked_prompts", "test_rows"),
+    ("Held out, prompt or text also in training", "leaked_prompts", "test_rows"),
     ("Held out, nearly in training", "near_leaked_rows", "test_rows"),
     ("Equal to an earlier row", "duplicate_rows", "rows"),
     ("Nearly equal to an earlier row", "near_duplicate_rows", "rows"),
+    ("Text of an earlier row, another label", "conflicting_rows", "train_rows"),
     ("A token over the end of the prompt", "merged_boundary_rows", "train_rows"),
     ("Start token twice", "doubled_bos_rows", "rows"),
     ("With an unknown token", "unknown_token_rows", "rows"),
 )
 """Shown where there are any."""
+LABELLED = ("classification", "tagging")
+"""Formats whose rows have labels and no end token to learn."""
 TOKEN_SIDES = (("Training", "train", "trained"), ("Held out", "test", "test_trained"))
 ALIKE = (
     ("Held out, also in training", "leaked_examples", "test", "train"),
     ("Held out, nearly in training", "near_leaked_examples", "test", "train"),
     ("Equal to an earlier row", "duplicate_examples", "row", "first"),
     ("Nearly equal to an earlier row", "near_duplicate_examples", "row", "first"),
+    ("Text of an earlier row, another label", "conflicting_examples", "row", "first"),
 )
 SCANNED = (
     ("control_characters", "control characters"),
@@ -62,7 +67,6 @@ RESULTS: dict[str, tuple[str, Tone]] = {
     "fail": ("✗ wrong", "bad"),
     "skip": (f"{DASH} does not apply", "quiet"),
 }
-MOST_LABELS = 12
 LEGEND = (Span("prompt", "read"), Span("trained", "trained"), Span("dropped", "cut off"))
 
 
@@ -77,7 +81,9 @@ def data_section(stages: Stages) -> Section | None:
         _warnings(data),
         Beside((_present(left), _present(right))),
         length_plots(data),
-        _labels(data),
+        label_table(data),
+        number_table(data),
+        word_table(data),
         _checks(data),
         _preview(data),
         _folded("Rows that are alike, the first of them", _alike(data)),
@@ -107,7 +113,9 @@ def _warnings(data: dict[str, Any]) -> Notices | None:
 
 def _row_table(data: dict[str, Any]) -> Table:
     expected = figure(data, "eos_expected_rows")
-    shown = [*ROWS, *(row for row in RARE_ROWS if figure(data, row[1]))]
+    labelled = find(data, "format") in LABELLED
+    shown = [row for row in ROWS if not (labelled and row[1] == "eos_trained_rows")]
+    shown += [row for row in RARE_ROWS if figure(data, row[1])]
     rows = []
     for title, key, of in shown:
         whole = expected if key == "eos_trained_rows" and expected is not None else figure(data, of)
@@ -168,39 +176,11 @@ def _truncated(data: dict[str, Any]) -> Table | None:
 def _token_table(data: dict[str, Any]) -> Table:
     tokens = [(side, figure(data, "tokens", a), figure(data, "tokens", b)) for side, a, b in TOKEN_SIDES]
     lengths = ", ".join(f"{key} {compact(figure(data, 'length', key))}" for key in ("min", "median", "p95", "max"))
-    limit = compact(figure(data, "max_length"))
-    return table(
-        ("Tokens", "All", "Trained or scored", "Share"),
-        [(side, count(whole), count(part), share(part, whole)) for side, whole, part in tokens],
-        numeric=(1, 2, 3),
-        note=f"Tokens of a training row: {lengths}; the maximum length is {limit}.",
-    )
-
-
-def _labels(data: dict[str, Any]) -> Table | None:
-    """How often each answer stands on either side, the most frequent first."""
-    sides = {side: _counts(find(data, "labels", side)) for side in ("train", "test")}
-    values = sorted({**sides["train"], **sides["test"]}, key=lambda value: -sides["train"].get(value, 0))
-    if not values:
-        return None
-    # Of many values only the most frequent are stored, so the shares are those of all rows.
-    totals = {side: figure(data, f"{side}_rows") if found else None for side, found in sides.items()}
-    highest = max(sides["train"].values(), default=0)
-    rows = []
-    for value in values[:MOST_LABELS]:
-        number = sides["train"].get(value, 0)
-        bar = Cell(share(number, totals["train"]), bar=number / highest if highest else 0)
-        rows.append((value, count(number), bar, share(sides["test"].get(value, 0), totals["test"])))
-    distinct = figure(data, "labels", "distinct") or len(values)
-    more = several(distinct - len(rows), "more value", "more values")
-    note = f"{more} not shown." if distinct > len(rows) else ""
-    of = text(data, "labels", "of").capitalize() if find(data, "labels", "of") else "Value"
-    return table((of, "Training", "Share", "Held out"), rows, numeric=(1, 3), note=note)
-
-
-def _counts(value: Any) -> dict[str, float]:
-    found = value if isinstance(value, dict) else {}
-    return {str(key): number for key in found if (number := figure(found, key)) is not None}
+    note = f"Tokens of a training row: {lengths}; the maximum length is {compact(figure(data, 'max_length'))}."
+    if find(data, "format") == "classification":  # a class belongs to a row, not to its tokens
+        return table(("Tokens", "All"), [(side, count(whole)) for side, whole, _ in tokens], numeric=(1,), note=note)
+    rows = [(side, count(whole), count(part), share(part, whole)) for side, whole, part in tokens]
+    return table(("Tokens", "All", "Trained or scored", "Share"), rows, numeric=(1, 2, 3), note=note)
 
 
 def _checks(data: dict[str, Any]) -> Table | None:
@@ -218,7 +198,9 @@ def _preview(data: dict[str, Any]) -> Preview | None:
     rows = []
     for row in objects(data, "preview"):
         spans = tuple(Span(text(part, "kind"), text(part, "text")) for part in objects(row, "parts"))
-        about = f"{count(figure(row, 'tokens'))} tokens, {count(figure(row, 'trained'))} trained"
+        about = f"{count(figure(row, 'tokens'))} tokens"
+        if "trained" not in row or row["trained"] is not None:
+            about += f", {count(figure(row, 'trained'))} trained"
         rows.append(PreviewRow(without_home(text(row, "place")), about, spans))
     return Preview("What the trainer does with a row", LEGEND, tuple(rows)) if rows else None
 

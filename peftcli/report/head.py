@@ -14,7 +14,7 @@ from peftcli.report.format import (
     significant,
     size,
 )
-from peftcli.report.scores import BY_KEY, interval, primary_metric, rows_scored
+from peftcli.report.scores import BY_KEY, LOSS_OF, interval, primary_metric, rows_scored
 from peftcli.report.stages import Stages, figure, find, objects, text
 
 STATUS: dict[str, tuple[str, Tone]] = {
@@ -60,7 +60,7 @@ def _learned(stages: Stages) -> str:
     rows = rows_scored(stages, metric.key)
     on = f" on {rows:,} held-out rows" if rows else " on the held-out rows"
     name = metric.title.split(",")[0]
-    unit = " nats per trained token" if metric.key == "loss" else ""
+    unit = " nats per trained token" if metric.key == "loss" and stages.metrics.get("task") not in LOSS_OF else ""
     base, adapter = figure(stages.metrics, "base", metric.key), figure(stages.metrics, "adapter", metric.key)
     if adapter is None or base is None:
         side, measured = ("adapter", adapter) if base is None else ("base", base)
@@ -140,11 +140,16 @@ def tiles(stages: Stages) -> tuple[Tile, ...]:
         base, adapter = figure(stages.metrics, "base", key), figure(stages.metrics, "adapter", key)
         if base is not None or adapter is not None:
             write = BY_KEY[key].write
-            note = "base → adapter, nats per token" if key == "loss" else "base → adapter"
+            per_token = key == "loss" and stages.metrics.get("task") not in LOSS_OF
+            note = "base → adapter, nats per token" if per_token else "base → adapter"
             found.append(Tile(BY_KEY[key].title.split(",")[0], f"{write(base)} → {write(adapter)}", note))
+    if find(stages.metrics, "retention"):
+        losses = [significant(figure(stages.metrics, "retention", key)) for key in ("base_loss", "adapter_loss")]
+        found.append(Tile("Forgetting", " → ".join(losses), "loss on another text, base → adapter"))
     agreement = _merge_figure(stages, "top1_agreement")
     if agreement is not None:
-        found.append(Tile("Merge agreement", percent(agreement), "same next token as the adapter"))
+        what = "label" if stages.metrics.get("task") in LOSS_OF else "next token"
+        found.append(Tile("Merge agreement", percent(agreement), f"same {what} as the adapter"))
     seconds = _first(figure(stages.train, "seconds"), figure(stages.metrics, "train", "seconds"))
     if seconds is not None:
         speed = _first(figure(stages.train, "tokens_per_second"), figure(stages.metrics, "train", "tokens_per_second"))

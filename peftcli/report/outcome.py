@@ -21,10 +21,7 @@ def training_facts(stages: Stages) -> Block | None:
             ("Steps", count(figure(train, "steps"))),
             ("Rows", count(figure(train, "rows"))),
             ("Epochs", compact(figure(train, "epochs"))),
-            (
-                "Tokens",
-                f"{count(figure(train, 'tokens'))}, {count(figure(train, 'trained_tokens'))} of them trained",
-            ),
+            ("Tokens", _tokens(train, find(stages.data, "format") == "classification")),
             ("Time", duration(figure(train, "seconds"))),
             ("Speed", f"{significant(figure(train, 'tokens_per_second'))} tokens/s"),
             ("Peak memory", size(figure(train, "peak_memory_bytes"))),
@@ -35,11 +32,17 @@ def training_facts(stages: Stages) -> Block | None:
 
 
 DRIFT = (
-    ("top1_agreement", "Same next token (top-1 agreement)", percent),
+    ("top1_agreement", "Same first choice (top-1 agreement)", percent),
     ("max_abs_logit_difference", "Largest difference of a logit", compact),
     ("mean_abs_logit_difference", "Mean difference of a logit", compact),
-    ("kl_nats", "KL divergence, nats per token", compact),
+    ("kl_nats", "KL divergence, nats per position", compact),
 )
+
+
+def _tokens(train: dict[str, Any], of_rows: bool) -> str:
+    """Tokens that were read and, where they are what is trained, how many of them were."""
+    tokens, trained = count(figure(train, "tokens")), count(figure(train, "trained_tokens"))
+    return tokens if of_rows else f"{tokens}, {trained} of them trained"
 
 
 def merge_section(stages: Stages) -> Section | None:

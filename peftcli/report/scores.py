@@ -1,12 +1,13 @@
 """How each metric is called, written and read: which direction is better, and what changed."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from peftcli.report.blocks import Cell, Table, Tone, table
-from peftcli.report.format import DASH, MINUS, compact, percent, score, significant, wilson_interval
-from peftcli.report.stages import Stages, figure
+from peftcli.report.classes import f1_kind
+from peftcli.report.format import DASH, MINUS, compact, count, percent, score, several, significant, wilson_interval
+from peftcli.report.stages import Stages, figure, find, text
 
 SIDES = ("base", "adapter", "merged")
 
@@ -51,12 +52,30 @@ METRICS = (
     Metric("precision", "Precision", score, "higher"),
     Metric("recall", "Recall", score, "higher"),
     Metric("f1", "F1", score, "higher"),
+    Metric("f1_macro", "F1, macro", score, "higher"),
+    Metric("f1_weighted", "F1, weighted", score, "higher"),
     Metric("entity_precision", "Entity precision", score, "higher"),
     Metric("entity_recall", "Entity recall", score, "higher"),
     Metric("entity_f1", "Entity F1", score, "higher"),
+    Metric("token_entity_f1", "F1 of words, entity or not", score, "higher"),
+    Metric("mse", "Mean squared error", significant, "lower"),
+    Metric("mae", "Mean absolute error", significant, "lower"),
+    Metric("pearson", "Pearson correlation", score, "higher"),
+    Metric("spearman", "Spearman correlation", score, "higher"),
+    Metric("r2", "R squared", score, "higher"),
 )
+FORGETTING = Metric("retention_loss", "Forgetting: loss on another text, nats per token", significant, "lower")
 BY_KEY = {metric.key: metric for metric in METRICS}
-PRIMARY = ("exact_match", "entity_f1", "f1", "accuracy", "loss")
+ELSEWHERE = frozenset(
+    [f"{name}_{kind}" for name in ("precision", "recall", "f1") for kind in ("macro", "micro", "weighted", "samples")]
+    + ["token_entity_precision", "token_entity_recall"]
+)
+"""Figures that stand with the classes, or nowhere."""
+LOSS_OF = {
+    "token-classification": "Loss, nats per tagged word",
+    "sequence-classification": "Loss per row",
+}
+PRIMARY = ("exact_match", "entity_f1", "f1", "accuracy", "pearson", "loss")
 COUNTED_ON_ANSWERS = ("exact_match", "chrf", "unfinished_answers")
 
 
@@ -85,6 +104,8 @@ def metric_table(stages: Stages) -> Table | None:
     """Base, adapter and merged model side by side; None where no metric was measured."""
     metrics = stages.metrics
     shown = [metric for metric in (*METRICS, *_unknown(metrics)) if _measured(metrics, metric.key)]
+    loss = LOSS_OF.get(str(metrics.get("task")))
+    shown = [replace(metric, title=loss) if loss and metric.key == "loss" else metric for metric in shown]
     if not shown:
         return None
     rows: list[tuple[Cell | str, ...]] = []
@@ -96,6 +117,7 @@ def metric_table(stages: Stages) -> Table | None:
             change = Cell(f"{metric.change(base, adapter)} {word}".strip(), tone)
         written = [metric.write(figure(metrics, side, metric.key)) for side in SIDES]
         rows.append((metric.heading, *written, change))
+    rows += _retention_row(metrics)
     columns = ("Metric", "Base", "Adapter", "Merged", "Change")
     made = table(columns, rows, numeric=(1, 2, 3, 4), note=_note(stages))
     return Table(made.columns, made.rows, made.numeric, strong=2, note=made.note)
@@ -106,6 +128,7 @@ def _note(stages: Stages) -> str:
     rows, answered = rows_scored(stages, "loss"), rows_scored(stages, "exact_match")
     if rows is not None:
         parts.append(f"Scored on {rows:,} held-out rows" + (f", {answered:,} of them answered." if answered else "."))
+    parts += filter(None, [f1_kind(find(stages.metrics, "adapter") or find(stages.metrics, "base"))])
     bounds = [
         f"{side} {score(found[0])} to {score(found[1])}"
         for side in SIDES
@@ -113,7 +136,29 @@ def _note(stages: Stages) -> str:
     ]
     if bounds:
         parts.append(f"95 % interval of the exact match: {', '.join(bounds)}.")
+    if retention := find(stages.metrics, "retention"):
+        tokens = count(figure(retention, "tokens"))
+        parts.append(f"Forgetting is the loss on {tokens} tokens of {text(retention, 'path')}{_left_out(stages)}.")
     return " ".join(parts)
+
+
+def _left_out(stages: Stages) -> str:
+    dropped = find(stages.eval, "retention", "dropped") or {}
+    parts = [f"{several(number, 'row', 'rows')} {reason}" for reason, number in dropped.items()]
+    return f" (left out there: {', '.join(parts)})" if parts else ""
+
+
+def _retention_row(metrics: dict[str, Any]) -> list[tuple[Cell | str, ...]]:
+    """The loss on the text that forgetting is measured on; no row where there is none."""
+    found = find(metrics, "retention")
+    if not found:
+        return []
+    base, adapter = figure(found, "base_loss"), figure(found, "adapter_loss")
+    change = Cell(DASH, "quiet")
+    if base is not None and adapter is not None:
+        word, tone = FORGETTING.verdict(base, adapter)
+        change = Cell(f"{FORGETTING.change(base, adapter)} {word}".strip(), tone)
+    return [(FORGETTING.heading, FORGETTING.write(base), FORGETTING.write(adapter), DASH, change)]
 
 
 def _measured(metrics: dict[str, Any], key: str) -> bool:
@@ -124,5 +169,7 @@ def _measured(metrics: dict[str, Any], key: str) -> bool:
 
 def _unknown(metrics: dict[str, Any]) -> list[Metric]:
     """Metrics that this version has no name for: shown under their key, judged by nobody."""
-    keys = {key for side in SIDES for key in (metrics.get(side) or {}) if key not in BY_KEY}
+    known = BY_KEY.keys() | ELSEWHERE
+    found = {key for side in SIDES if isinstance(of := metrics.get(side), dict) for key in of if key not in known}
+    keys = {key for key in found if any(figure(metrics, side, key) is not None for side in SIDES)}
     return [Metric(key, key, compact, None) for key in sorted(keys)]

@@ -94,13 +94,18 @@ def _predicted(stages: Stages) -> Block | None:
     if not forecast:
         return None
     train = {**(find(stages.metrics, "train") or {}), **stages.train}
-    pairs = (
-        ("Peak memory", size, figure(forecast, "peak_memory_bytes"), figure(train, "peak_memory_bytes")),
-        ("Training time", duration, figure(forecast, "time", "seconds"), figure(train, "seconds")),
+    known = find(train, "calibration") or {}
+    steps, a_step = figure(train, "planned_steps"), figure(known, "step_seconds")
+    calibrated = None if steps is None or a_step is None else steps * a_step
+    peaks = figure(forecast, "peak_memory_bytes"), figure(known, "peak_memory_bytes")
+    lines = (
+        ("Peak memory", size, *peaks, figure(train, "peak_memory_bytes")),
+        ("Training time", duration, figure(forecast, "time", "seconds"), calibrated, figure(train, "seconds")),
     )
     rows = [
-        (label, write(said), write(found), share(found, said))
-        for label, write, said, found in pairs
-        if said is not None
+        (label, write(before), write(step), write(found), share(found, before if before is not None else step))
+        for label, write, before, step, found in lines
+        if before is not None or step is not None
     ]
-    return table(("Forecast", "Predicted", "Measured", "Measured / predicted"), rows) if rows else None
+    columns = ("Forecast", "Before loading", "After one micro-batch", "Measured", "Measured / forecast")
+    return table(columns, rows) if rows else None

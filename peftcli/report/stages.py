@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,12 @@ class Stages:
     eval: dict[str, Any]
     merge: dict[str, Any]
     log: list[dict[str, Any]]
+    selection: dict[str, Any] = field(default_factory=dict)
+    """What the gradient chose to train; empty where nothing was left to it."""
+    ranks: dict[str, Any] = field(default_factory=dict)
+    """How AdaLoRA's ranks moved; empty for every other method."""
+    earlier: tuple[tuple[str, dict[str, Any], dict[str, Any]], ...] = ()
+    """Folder name, plan and metrics of each stage before the run's own."""
 
 
 def load_stages(run: RunDir) -> Stages:
@@ -48,8 +54,19 @@ def load_stages(run: RunDir) -> Stages:
         train=_read(run.train),
         eval=_read(run.eval),
         merge=_read(run.merge),
+        selection=_read(run.selection),
+        ranks=_read(run.ranks),
         log=[row for row in log if isinstance(row, dict)],
+        earlier=tuple(
+            (part.path.name, _read(part.plan), _read(part.metrics))
+            for part in map(RunDir, sorted(run.stages.glob("*"), key=_number))
+        ),
     )
+
+
+def _number(path: Path) -> int:
+    number, _, _ = path.name.partition("-")
+    return int(number) if number.isdigit() else 0
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Whether a run folder is new, may be gone on from, is finished, or belongs to something else."""
 
 import json
+import os
 import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -8,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from peftcli.errors import RecipeError
+from peftcli.plan.choices import count_batch
+from peftcli.plan.plan import Batch
 from peftcli.recipe.dump import changed_keys, dump_recipe
 from peftcli.recipe.load import load_recipe
 from peftcli.recipe.schema import Recipe
@@ -26,12 +29,16 @@ HARMLESS = (
     "dataset.limits",
 )
 """Keys that change nothing of what is trained."""
+SHARES = ("trainer.per_device_train_batch_size", "trainer.gradient_accumulation_steps")
+"""Keys that say how the rows of a step are shared out; they may change where their number stays."""
 HELD = frozenset(
     [
         "model.name",
         "adapter.method",
         "adapter.r",
+        "adapter.init_from",
         "adapter.target_modules",
+        "adapter.layers",
         "adapter.use_dora",
         "adapter.modules_to_save",
         "trainer.optim",
@@ -126,7 +133,19 @@ def _is_trained(run: RunDir) -> bool:
 def changes(run: RunDir, recipe: Recipe) -> list[str]:
     """The keys in which a run's recipe differs, those that change nothing of the training aside."""
     before = load_recipe(run.recipe).recipe
-    return [line for line in changed_keys(before, recipe) if not line.startswith(HARMLESS)]
+    lines = changed_keys(before, recipe)
+    if not run.plan.is_file():
+        return [line for line in lines if not line.startswith(HARMLESS)]
+    batch, now = read_json(run.plan)["batch"], _batch(recipe)
+    same = batch["effective"] == now.effective
+    if not same and batch["processes"] != now.processes:
+        rows = f"so a step would have {now.effective} rows and no longer {batch['effective']}"
+        lines.append(f"processes: {batch['processes']} -> {now.processes}, {rows}")
+    return [line for line in lines if not line.startswith((*HARMLESS, *SHARES) if same else HARMLESS)]
+
+
+def _batch(recipe: Recipe) -> Batch:
+    return count_batch(recipe.trainer, int(os.environ.get("WORLD_SIZE", "1")))
 
 
 def write_recipe(run: RunDir, recipe: Recipe) -> None:
@@ -136,13 +155,13 @@ def write_recipe(run: RunDir, recipe: Recipe) -> None:
 
 def clear(run: RunDir) -> None:
     """Remove what a run of ours wrote, and nothing else."""
-    for path in (run.checkpoints, run.adapter, run.merged):
+    for path in (run.checkpoints, run.adapter, run.merged, run.stages):
         if path.is_symlink():
             path.unlink()
         elif path.is_dir():
             shutil.rmtree(path)
     files = (run.recipe, run.plan, run.environment, run.data, run.log, run.library_log, run.train, run.eval, run.merge)
-    for path in (*files, run.metrics, run.report_md, run.report_html, run.path / "STOP"):
+    for path in (*files, run.selection, run.metrics, run.report_md, run.report_html, run.path / "STOP"):
         path.unlink(missing_ok=True)
 
 
@@ -156,7 +175,8 @@ def _go_on(run: RunDir) -> Beginning:
     ]
     if found.path is None:
         run.log.unlink(missing_ok=True)
-        notes.append(f"{run.path}: no checkpoint to go on from, so training starts at step 0")
+        if not run.stages.is_dir():  # the training may be in an earlier stage
+            notes.append(f"{run.path}: no checkpoint to go on from, so training starts at step 0")
         return Beginning(False, None, tuple(notes))
     _cut_log(run, found.step)
     if run.merge.is_file():

@@ -8,8 +8,8 @@ from peftcli.model.probe import peak_memory_bytes
 from peftcli.plan.plan import Plan
 from peftcli.rundir import RunDir, write_json
 from peftcli.train import checkpoints
+from peftcli.train.steps import StepTrainer
 from peftcli.train.stops import is_first_process
-from peftcli.train.trainer import Trainer
 from peftcli.train.watch import Watch
 
 
@@ -26,7 +26,7 @@ def rows_seen(epochs: float, rows: int, arguments: SFTConfig) -> int:
     return whole * rows + int(min(steps * step, rows))
 
 
-def write_train(run: RunDir, trainer: Trainer, watch: Watch, plan: Plan, resume_from: Path | None) -> None:
+def write_train(run: RunDir, trainer: StepTrainer, watch: Watch, plan: Plan, resume_from: Path | None) -> None:
     """Write `train.json`; every process counts, the first one writes."""
     state = trainer.state
     rows = len(trainer.train_dataset)
@@ -49,6 +49,7 @@ def write_train(run: RunDir, trainer: Trainer, watch: Watch, plan: Plan, resume_
             "tokens_per_second": round(counted["tokens"] / seconds, 1) if seconds else None,
             "seconds": round(seconds, 3),
             "peak_memory_bytes": peak_memory_bytes(trainer.args.device.type),
+            "resident_before_bytes": watch.resident_before,
             "resumed_from_step": None if resume_from is None else int(resume_from.name.rsplit("-", 1)[1]),
             "first_loss": watch.losses[0][1] if watch.losses else None,
             "last_loss": watch.losses[-1][1] if watch.losses else None,
@@ -58,6 +59,7 @@ def write_train(run: RunDir, trainer: Trainer, watch: Watch, plan: Plan, resume_
                 "real_tokens": trainer.pieces.real,
                 "padded_tokens": trainer.pieces.padded,
             },
+            "calibration": trainer.calibration,
             "stamp": trainer.stamp,
         },
     )

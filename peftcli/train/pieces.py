@@ -223,6 +223,8 @@ def _trimmed(inputs: Inputs) -> Inputs:
     width = mask.shape[1]
 
     def part(value: Any) -> Any:
-        return value[:, span] if torch.is_tensor(value) and value.dim() == 2 and value.shape[1] == width else value
+        # Numbers with decimals are labels of whole rows, whose count may be that of the tokens by chance.
+        of_tokens = torch.is_tensor(value) and value.dim() == 2 and not value.is_floating_point()
+        return value[:, span] if of_tokens and value.shape[1] == width else value
 
     return {name: part(value) for name, value in inputs.items()}

@@ -7,28 +7,38 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset
-from peft.utils import ModulesToSaveWrapper
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, TrainingArguments
 from trl import SFTConfig
 
-from peftcli.data.prepare import PreparedData
 from peftcli.adapters.build import peft_config
+from peftcli.data.prepare import PreparedData
 from peftcli.model.adapter import save_adapter
 from peftcli.model.card import write_card
 from peftcli.model.documents import keeps_rows_apart, use_documents
 from peftcli.model.load import load_adapter, load_base
 from peftcli.model.measure import Measured, decoding_for, evaluation_json, measure
+from peftcli.model.retention import adapter_retention, base_retention, load_retention
+from peftcli.model.start import start_from
 from peftcli.plan.plan import Plan
 from peftcli.progress import Progress
+from peftcli.recipe.tasks import CAUSAL
 from peftcli.rundir import RunDir, read_json, write_json
 from peftcli.train import checkpoints
+from peftcli.train.calibrate import Calibrate
 from peftcli.train.disk import Forecast, forecast
+from peftcli.train.forward import Forward
+from peftcli.train.gradient_starts import begin_from_gradient, takes_gradient
+from peftcli.train.labels import make_label_trainer
 from peftcli.train.outcome import write_train
+from peftcli.train.ranks import Ranks
+from peftcli.train.select import make_choice
+from peftcli.train.starts import begin
+from peftcli.train.steps import StepTrainer
 from peftcli.train.stops import Heeding, StopRequests, is_first_process
 from peftcli.train.trainer import Trainer
 from peftcli.train.watch import Watch
+from peftcli.train.widths import narrow_saved_modules, widen_trained
 
 UNMEASURED_RESERVE_SECONDS = 60.0
 """Set aside for the last evaluation where no baseline told how long one takes."""
@@ -49,12 +59,14 @@ class Session:
         resume_from: a verified checkpoint to go on from.
         stamp: what the run is made from.
         checkpoint_bytes: forecast of one checkpoint on the disk.
+        baseline: `eval.json` of an earlier stage, which has measured the base already.
     """
 
     stops: StopRequests
     resume_from: Path | None
     stamp: dict[str, Any]
     checkpoint_bytes: int
+    baseline: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -90,18 +102,29 @@ def train(
         MachineError: the weights cannot be loaded.
     """
     stops, resume_from = session.stops, session.resume_from
+    load_retention(plan, tokenizer)  # what is wrong with the text is said before the weights are loaded
     model = load_base(plan.base)
+    plan, chosen = make_choice(plan, run, data, tokenizer, model, resuming=resume_from is not None)
+    if chosen is not None:
+        progress.note(chosen)
     lines = plan.batching.kind == "flat" and use_documents(model) and keeps_rows_apart(model)
     if plan.batching.kind == "flat" and not lines:
         progress.note("  note: this model does not keep the rows of a flat line apart, so padded batches are used")
-    trainer = make_trainer(plan, run, data, tokenizer, model)
+    make = make_trainer if plan.task == CAUSAL else make_label_trainer
+    trainer: StepTrainer = make(plan, run, data, tokenizer, model)
     trainer.stamp, trainer.checkpoint_bytes = session.stamp, session.checkpoint_bytes
     if lines and not trainer.aux_loss_enabled:  # a router's balance is judged on the rows of a micro-batch
         trainer.use_lines(plan.batching.tokens)
+    trainer.start = begin(trainer.model, plan, data, tokenizer.pad_token_id or 0, resume_from)
+    if takes_gradient(plan.adapter):
+        trainer.start = begin_from_gradient(trainer.model, plan, data, tokenizer, resume_from)
+    trainer.second_matrix_ratio = plan.adapter.arguments.get("loraplus_lr_ratio")
+    widen_trained(trainer.model, plan.adapter_dtype)
     heeding = Heeding(progress, stops, "before the first step" if resume_from is None else "before the next step")
-    before, baseline_seconds = _baseline(
-        plan, run, data, tokenizer, trainer.model, heeding, resuming=resume_from is not None
-    )
+    known = _known_baseline(run, session, resuming=resume_from is not None)
+    before, baseline_seconds = _baseline(plan, run, data, tokenizer, trainer.model, heeding, known=known)
+    if resume_from is None and plan.adapter.init_from is not None:
+        progress.note(start_from(trainer.model, plan.adapter.init_from, plan.base))
     watch = Watch(
         trainer,
         run.log,
@@ -113,6 +136,11 @@ def train(
         writes=is_first_process(),
     )
     trainer.add_callback(watch)
+    trainer.add_callback(Forward(plan.checkpointed_blocks))
+    trainer.add_callback(Calibrate(trainer, plan, data.train.column("length"), progress))
+    if plan.adapter.method == "adalora":
+        trainer.ranks = Ranks(trainer.model, plan.adapter, resume_from)
+        trainer.add_callback(trainer.ranks)
     if resume_from is not None:
         trainer.go_on_from(read_json(resume_from / checkpoints.MANIFEST)["counters"])
     trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
@@ -122,7 +150,11 @@ def train(
         write_train(run, trainer, watch, plan, resume_from)
         return TrainResult(steps, reason)
     tuned = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    if trainer.start is not None:
+        trainer.start.settle()
     if is_first_process():
+        if trainer.ranks is not None:
+            trainer.ranks.write(run.ranks)
         save_adapter(tuned, tokenizer, plan, data, run.adapter)
     # After the adapter: who finds a finished training here finds its adapter too.
     write_train(run, trainer, watch, plan, resume_from)
@@ -148,14 +180,16 @@ def evaluate_trained(
     """
     heeding = Heeding(progress, session.stops, "in the last evaluation")
     model = load_adapter(load_base(plan.base), run.adapter)
-    before, _ = _baseline(plan, run, data, tokenizer, model, heeding, resuming=True)
+    known = _known_baseline(run, session, resuming=True)
+    before, _ = _baseline(plan, run, data, tokenizer, model, heeding, known=known)
     _measure_adapter(plan, run, data, tokenizer, model, heeding, before)
     return TrainResult(int(read_json(run.train)["steps"]), None)
 
 
 def run_forecast(plan: Plan) -> Forecast:
     """What a run will have on the disk; the merged model is asked for when it is merged."""
-    arguments = SFTConfig(output_dir="unused", **plan.trainer)
+    kind = SFTConfig if plan.task == CAUSAL else TrainingArguments
+    arguments = kind(output_dir="unused", **plan.trainer)
     keep = (arguments.save_total_limit or 2) + bool(arguments.load_best_model_at_end)
     return forecast(plan.trainable_parameters, optimizer=str(arguments.optim.value), keep=keep)
 
@@ -173,22 +207,14 @@ def make_trainer(
         train_dataset=Dataset(data.train.store.examples.select(["input_ids", "labels"])).select(data.train.rows),
         eval_dataset=Dataset(data.test.select(["input_ids", "labels"])),
         processing_class=tokenizer,
-        peft_config=peft_config(plan.adapter, plan.task),
+        peft_config=peft_config(plan.adapter, plan.task, tokenizer=plan.base.path),
     )
-    for parameter in trainer.model.parameters():
-        if parameter.requires_grad:  # TRL makes those of a quantized model bfloat16, for which fp16 has no scaler
-            parameter.data = parameter.data.to(getattr(torch, plan.adapter_dtype))
+    widen_trained(trainer.model, plan.adapter_dtype)
     return trainer
 
 
-def narrow_saved_modules(model: torch.nn.Module, dtype: str) -> None:
-    """Give modules that were trained whole the dtype of the base again, as loading the adapter does.
-
-    They are trained in float32 under autocast; the evaluation runs without it, and PEFT does not cast their inputs.
-    """
-    for module in model.modules():
-        if isinstance(module, ModulesToSaveWrapper):
-            module.modules_to_save.to(getattr(torch, dtype))
+def _known_baseline(run: RunDir, session: Session, *, resuming: bool) -> Path | None:
+    return run.eval if resuming and run.eval.is_file() else session.baseline
 
 
 @contextmanager
@@ -206,19 +232,25 @@ def _baseline(
     model: Any,
     progress: Progress,
     *,
-    resuming: bool,
+    known: Path | None,
 ) -> tuple[dict[str, Any] | None, float]:
-    """`eval.json` with the base alone, measured now or in the session before, and the seconds that it took."""
-    if resuming and run.eval.is_file():
-        stored = read_json(run.eval)
-        return stored, float(stored.get("baseline_seconds") or 0.0)
-    if not plan.evaluation.baseline:
+    """`eval.json` with the base alone, measured now or earlier, and the seconds that it took.
+
+    Args:
+        known: a file that holds it.
+    """
+    if known is not None:
+        stored = read_json(known)
+        measured_before = "baseline_seconds" in stored
+        return (stored if measured_before else None), float(stored.get("baseline_seconds") or 0.0)
+    if not plan.evaluation.baseline and plan.evaluation.retention is None:
         return None, UNMEASURED_RESERVE_SECONDS
     begun = time.monotonic()
     with adapter_off(model):
-        measured = _measure(plan, data, tokenizer, model, progress, "base")
+        measured = _measure(plan, data, tokenizer, model, progress, "base") if plan.evaluation.baseline else None
+        retention = base_retention(plan, tokenizer, model, progress)
     seconds = time.monotonic() - begun
-    before = _evaluation(plan, data, tokenizer, {"base": measured, "adapter": None})
+    before = _evaluation(plan, data, tokenizer, {"base": measured, "adapter": None}) | retention
     before["baseline_seconds"] = round(seconds, 3)
     if is_first_process():
         write_json(run.eval, before)
@@ -251,9 +283,10 @@ def _measure_adapter(
 ) -> None:
     """Measure the adapter, and put it beside its base into `eval.json` and the model card."""
     after = _measure(plan, data, tokenizer, model, progress, "adapter")
+    retention = adapter_retention(plan, tokenizer, model, progress, before)
     if not is_first_process():
         return
-    value = _evaluation(plan, data, tokenizer, {"base": None, "adapter": after})
+    value = _evaluation(plan, data, tokenizer, {"base": None, "adapter": after}) | retention
     if before is not None:
         value["base"] = before["base"]
         value["baseline_seconds"] = before["baseline_seconds"]

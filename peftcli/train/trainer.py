@@ -1,229 +1,26 @@
 """TRL's SFTTrainer with a token-weighted evaluation, exact counts and checkpoints that are whole or absent."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate.utils import DistributedType
 from torch import Tensor
-from torch.utils.data import DataLoader
-from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
 from peftcli.data.tokens import IGNORED
-from peftcli.errors import Diverged, MachineError
-from peftcli.model.shards import gather
-from peftcli.train import checkpoints
-from peftcli.train.disk import room_for_checkpoint
-from peftcli.train.pieces import Pieces
-
-MOST_FLAT_STEPS = 5
-"""Steps in a row without any gradient; one alone may be chance, such as a row whose answer is certain."""
-MOST_SKIPPED_STEPS = 30
-"""Steps in a row that float16's scaler skips; it begins at 65536 and halves its scale each time."""
+from peftcli.train.steps import StepTrainer
 
 
-class Trainer(SFTTrainer):  # type: ignore[misc]  # trl ships no types
-    """SFTTrainer; the training step, the loss and the loop are TRL's.
+class Trainer(StepTrainer, SFTTrainer):  # type: ignore[misc]  # trl ships no types
+    """SFTTrainer; the training step, the loss and the loop are TRL's."""
 
-    Attributes:
-        seconds_before: seconds of training in earlier sessions of the run.
-        seconds: seconds of training in this one, kept by the callback that watches.
-        stamp: what the run is made from, for the manifest of each checkpoint.
-        pieces: what is run at once, and how often it became smaller.
-        checkpoint_bytes: forecast of a checkpoint on the disk.
-    """
+    def targets(self, labels: Tensor) -> Tensor:
+        """The tokens that are trained; the first of a row is predicted by nothing."""
+        return (labels[..., 1:] != IGNORED).sum()
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.seconds_before = 0.0
-        self.seconds = 0.0
-        self.stamp: dict[str, Any] = {}
-        self.checkpoint_bytes = 0
-        self.pieces = Pieces(tokens=None, agree=self._agree())
-        self._waiting: list[dict[str, Any]] = []
-        self._trained_tokens: Tensor | int = 0
-        self._counted_before = {"tokens": 0.0, "trained_tokens": 0.0}
-        self._step_loss: Tensor | None = None
-        self._gradient: Tensor | float | None = None
-        self._flat_steps = 0
-        self._skipped_steps = 0
-        self._batches: Sequence[dict[str, Any]] = ()
-        self._before_step: tuple[Tensor | int, Any] = (0, 0)
-        self._staging: str | None = None
-
-    def use_lines(self, tokens: int) -> None:
-        """Run each step as flat lines of rows, of so many tokens at most."""
-        self.pieces = Pieces(tokens=tokens, agree=self._agree())
-
-    def _agree(self) -> Callable[[int], list[int]] | None:
-        return gather if self.accelerator.num_processes > 1 else None
-
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """Remember the micro-batches of the step that begins, and what was counted before it."""
-        batches, items = super().get_batch_samples(*args, **kwargs)
-        self._batches, self._waiting = batches, list(batches)
-        self._before_step = (self._trained_tokens, self._total_train_tokens)
-        return batches, items
-
-    def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """Forward and backward of the whole step with its last micro-batch, in pieces; nothing before it."""
-        self._waiting.pop()
-        if self._waiting:
-            return torch.zeros((), device=self.args.device)
-        parent = super().training_step
-
-        def one(piece: dict[str, Any]) -> Tensor:
-            # What TRL averages over the micro-batches of a step, such as a router's balancing loss, counts the pieces.
-            self.current_gradient_accumulation_steps = self.pieces.count
-            loss: Tensor = parent(model, piece, num_items_in_batch)
-            self._trained_tokens = self._trained_tokens + (piece["labels"][..., 1:] != IGNORED).sum()
-            self._step_loss = loss if self._step_loss is None else self._step_loss + loss
-            return loss
-
-        def restart() -> None:
-            model.zero_grad()
-            self._step_loss = None
-            self._trained_tokens, self._total_train_tokens = self._before_step
-
-        step = self.state.global_step + 1
-        return self.pieces.run(self._batches, one, restart, lambda: self._apart(model), step)
-
-    @contextmanager
-    def _apart(self, model: torch.nn.Module) -> Iterator[None]:
-        """Gradients stay in their process, as those of every piece of a step but the last."""
-        state = self.accelerator.gradient_state
-        deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
-        state._set_sync_gradients(False)
-        with nullcontext() if deepspeed else self.accelerator.no_sync(model):
-            yield
-        state._set_sync_gradients(True)
-
-    def counters(self) -> dict[str, float]:
-        """What all processes of all sessions have counted: tokens, trained tokens and seconds of training."""
-        mine = torch.as_tensor(self._trained_tokens, device=self.args.device)
-        trained = float(self.accelerator.reduce(mine, "sum"))
-        return {
-            "tokens": self._counted_before["tokens"] + float(self._total_train_tokens),
-            "trained_tokens": self._counted_before["trained_tokens"] + trained,
-            "seconds": self.seconds_before + self.seconds,
-            "shrunk": float(self.pieces.shrunk),
-        }
-
-    @property
-    def tokens_before(self) -> float:
-        """Tokens of earlier sessions of the run."""
-        return self._counted_before["tokens"]
-
-    def go_on_from(self, counters: dict[str, float]) -> None:
-        """Take over what the sessions before have counted."""
-        self._counted_before = {name: counters[name] for name in self._counted_before}
-        self.seconds_before = counters["seconds"]
-        self.pieces.shrunk = int(counters.get("shrunk", 0))
-
-    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
-        self._gradient = super()._get_grad_norm(model, grad_norm=grad_norm)
-        return self._gradient
-
-    def check_step(self, step: int) -> None:
-        """Stop before the optimizer applies a step that would spoil the weights, or once nothing is learned any more.
-
-        Raises:
-            Diverged: the loss or the gradient of the step is not finite, or the gradient has been 0 for some steps.
-        """
-        loss, self._step_loss = self._step_loss, None
-        if loss is None or self._gradient is None:
-            return
-        # One transfer for both: each waits for the device.
-        loss_value, norm = torch.stack([loss.float(), torch.as_tensor(self._gradient).to(loss).float()]).tolist()
-        scaled = getattr(self.accelerator, "scaler", None) is not None
-        if not math.isfinite(loss_value):
-            raise Diverged(
-                f"step {step}: the loss is {loss_value}, so training stopped before the weights took it; lower "
-                "trainer.learning_rate, or look at the rows of this step"
-            )
-        if not math.isfinite(norm):
-            # The gradient scaler of float16 finds its scale by steps that overflow, and skips them itself.
-            self._skipped_steps += 1
-            if not scaled or self._skipped_steps >= MOST_SKIPPED_STEPS:
-                raise Diverged(
-                    f"step {step}: the gradient is {norm} at a loss of {loss_value:.4f}, so training stopped before "
-                    "the weights took it; lower trainer.learning_rate or trainer.max_grad_norm"
-                )
-            return
-        self._skipped_steps = 0
-        self._flat_steps = self._flat_steps + 1 if norm == 0.0 else 0
-        if self._flat_steps >= MOST_FLAT_STEPS:
-            vocabulary = self.model.config.get_text_config().vocab_size
-            raise Diverged(
-                f"step {step}: the gradient has been 0 for {self._flat_steps} steps at a loss of {loss_value:.3f} "
-                f"(a guess among all {vocabulary} tokens has {math.log(vocabulary):.3f}), so nothing is learned any "
-                "more; lower trainer.learning_rate and begin anew, or from an earlier checkpoint"
-            )
-
-    def evaluation_loop(
-        self,
-        dataloader: DataLoader[Any],
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
-        """Evaluate with every trained token weighing the same, so that the loss does not depend on the batch size."""
-        self.model.eval()
-        nll = torch.zeros((), dtype=torch.float64, device=self.args.device)
-        tokens = torch.zeros((), dtype=torch.float64, device=self.args.device)
-        rows = 0
-        for inputs in dataloader:
-            loss = self.prediction_step(self.model, inputs, prediction_loss_only=True)[0]
-            count = (inputs["labels"][..., 1:] != IGNORED).sum().to(nll)
-            nll += loss.double() * count
-            tokens += count
-            rows += inputs["labels"].shape[0]
-        total = self.accelerator.reduce(torch.stack([nll, tokens]), "sum")
-        metrics = {f"{metric_key_prefix}_loss": (total[0] / total[1]).item()}
-        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=rows)
-
-    def _refuse_without_room(self, folder: Path) -> None:
-        """Stop before a checkpoint that would not fit; those that are there stay as they are.
-
-        Raises:
-            MachineError: in every process.
-        """
-        mine = room_for_checkpoint(folder, self.checkpoint_bytes) if self.args.should_save else None
-        reason = next((one for one in gather(mine) if one is not None), None)
-        if reason is not None:
-            raise MachineError(f"step {self.state.global_step}: {reason}; the checkpoints before it are whole")
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return self._staging or str(super()._get_output_dir(trial))
-
-    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        folder = Path(self.args.output_dir)
-        name = f"checkpoint-{self.state.global_step}"
-        self._refuse_without_room(folder)
-        self._staging = str(folder / checkpoints.STAGING)
-        try:
-            super()._save_checkpoint(model, trial)
-        except Exception:
-            checkpoints.clear_staging(folder)
-            self._refuse_without_room(folder)  # what the libraries say of a full disk has many forms
-            raise
-        finally:
-            self._staging = None
-        counters = self.counters()
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            if self.state.best_global_step == self.state.global_step:
-                self.state.best_model_checkpoint = str(folder / name)
-                self.state.save_to_json(str(folder / checkpoints.STAGING / name / "trainer_state.json"))
-            checkpoints.seal(folder / checkpoints.STAGING / name, self.state.global_step, counters, self.stamp)
-            checkpoints.promote(folder / checkpoints.STAGING / name, folder / name)
-            checkpoints.rotate(folder, self.args.save_total_limit or 2, self.state.best_model_checkpoint)
-        self.accelerator.wait_for_everyone()
+    def chance(self) -> str:
+        """The loss of a guess among all tokens."""
+        vocabulary = self.model.config.get_text_config().vocab_size
+        return f" (a guess among all {vocabulary} tokens has {math.log(vocabulary):.3f})"
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write none: the adapter folder gets a card with this run's own figures."""

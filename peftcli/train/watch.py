@@ -8,11 +8,11 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from peftcli.model.probe import peak_memory_bytes
+from peftcli.model.probe import peak_memory_bytes, resident_bytes
 from peftcli.model.shards import gather
 from peftcli.progress import Progress
+from peftcli.train.steps import StepTrainer
 from peftcli.train.stops import StopRequests
-from peftcli.train.trainer import Trainer
 
 FIRST_SAVE_SECONDS = 1.0
 """Of a checkpoint, before one was written and measured."""
@@ -24,11 +24,12 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers' callbacks a
     Attributes:
         losses: (step, loss) as logged.
         stop_reason: why the run stopped early, None where it did not.
+        resident_before: memory of the process in bytes when the loop began.
     """
 
     def __init__(
         self,
-        trainer: Trainer,
+        trainer: StepTrainer,
         log: Path,
         progress: Progress,
         stops: StopRequests,
@@ -49,6 +50,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers' callbacks a
         """
         self.losses: list[tuple[int, float]] = []
         self.stop_reason: str | None = None
+        self.resident_before = 0
         self._trainer = trainer
         self._log = log
         self._progress = progress
@@ -68,6 +70,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers' callbacks a
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self.resident_before = resident_bytes()
         self._begun = self._saved = self._stepped = time.monotonic()
         self._last_logged = (self._begun, self._trainer.tokens_before)
         left = self._stops.seconds_left

@@ -1,5 +1,6 @@
 """Parquet and Arrow files, read some rows at a time; a row is named by its number."""
 
+import json
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -67,6 +68,29 @@ def rows_of_arrow(name: str, place: str, batches: Iterable[pa.RecordBatch]) -> I
             columns = {column: _values(piece.column(column), place, column, number) for column in piece.schema.names}
             yield Rows(name, list(range(number, number + piece.num_rows)), columns)
             number += piece.num_rows
+
+
+def class_names(file: DataFile) -> dict[str, tuple[str, ...]]:
+    """Names of the classes by column, where the `datasets` library wrote them into a Parquet or Arrow file."""
+    with pa.memory_map(str(file.path)) as source:
+        if file.kind == "parquet":
+            metadata = pq.read_schema(source).metadata
+        else:
+            is_file = source.read(6) == b"ARROW1"
+            source.seek(0)
+            metadata = (pa.ipc.open_file if is_file else pa.ipc.open_stream)(source).schema.metadata
+    try:
+        features = json.loads((metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
+        return {name: tuple(map(str, found)) for name, kind in features.items() if (found := _names_of(kind))}
+    except (ValueError, LookupError, TypeError, AttributeError):  # another writer's notes
+        return {}
+
+
+def _names_of(kind: Any) -> list[str] | None:
+    """The names of a class, or of a list of classes, in the notation of the `datasets` library."""
+    while isinstance(kind, list) or "feature" in kind:
+        kind = kind[0] if isinstance(kind, list) else kind["feature"]
+    return kind["names"] if kind.get("_type") == "ClassLabel" else None
 
 
 def _values(column: pa.Array, place: str, name: str, number: int) -> list[Any]:

@@ -46,6 +46,12 @@ class HubSource:
         tables = self._dataset.with_format("arrow").iter(batch_size=BATCH_ROWS)
         yield from rows_of_arrow(self.name, place, (batch for table in tables for batch in table.to_batches()))
 
+    @property
+    def class_names(self) -> dict[str, tuple[str, ...]]:
+        """The names of classes by column, where the data set keeps them: of single classes and of lists of them."""
+        features = {name: getattr(kind, "feature", kind) for name, kind in self._dataset.features.items()}
+        return {name: tuple(kind.names) for name, kind in features.items() if getattr(kind, "names", None)}
+
     @cached_property
     def _dataset(self) -> Any:
         import datasets  # half a second, and only a Hub source needs it

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from peftcli.data.names import listed
 from peftcli.data.rows import Rows, Source
-from peftcli.data.sources.columnar import read_arrow, read_parquet
+from peftcli.data.sources.columnar import class_names, read_arrow, read_parquet
 from peftcli.data.sources.database import open_database, read_sqlite
 from peftcli.data.sources.delimited import read_delimited
 from peftcli.data.sources.files import DataFile, data_files
@@ -62,6 +62,14 @@ class FileSource:
                     with reading(part), path.open("rb") as file:
                         digest.update(part.kind.encode() + hashlib.file_digest(file, "sha256").digest())
         return digest.hexdigest()
+
+    @property
+    def class_names(self) -> dict[str, tuple[str, ...]]:
+        """Names of the classes by column, where the files keep them."""
+        if self.parts[0].kind not in ("parquet", "arrow"):
+            return {}
+        found = [class_names(part) for part in self.parts]
+        return {name: names for name, names in found[0].items() if all(one.get(name) == names for one in found)}
 
     def batches(self) -> Iterator[Rows]:
         """The rows of all files in order.

@@ -1,4 +1,4 @@
-"""Sums and answers to the numbers of `metrics.json`."""
+"""Sums and answers of a language model to the numbers of `metrics.json`."""
 
 import math
 from collections.abc import Sequence

@@ -1,0 +1,1 @@
+"""Tuners that PEFT does not have, behind PEFT's own interface."""

@@ -1,0 +1,159 @@
+"""Bottleneck adapters: a small feed-forward net behind a layer, inside the residual.
+
+Source: Houlsby et al. 2019, arXiv:1902.00751; placement and sizes of Pfeiffer et al. 2021, arXiv:2005.00247.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import PeftConfig, PeftType
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+from peftcli.adapters.own.places import all_widths, hidden_width, linear_widths
+from peftcli.plan.places import bottleneck_places
+
+NOT_MERGEABLE = "a bottleneck adapter is not linear, so no weight of the base can hold it; use the adapter as it is"
+FIRST_STD = 0.01
+"""Of the first down-projection (Houlsby et al. 2019, section 3.6)."""
+
+
+@dataclass
+class BottleneckConfig(PeftConfig):  # type: ignore[misc]  # peft's types are not followed
+    """Configuration of bottleneck adapters.
+
+    Attributes:
+        placement: `houlsby`, behind attention and feed-forward, or `pfeiffer`, behind feed-forward alone.
+        reduction_factor: hidden size over the width of the bottleneck.
+        non_linearity: an activation of transformers.
+        dropout: share of the bottleneck's inputs that a training step sets to zero.
+        target_modules: linear layers that get one behind them, in place of what the placement finds.
+        layers: numbers of the blocks that get one, all when None; only where the placement finds the modules.
+    """
+
+    placement: str = "houlsby"
+    reduction_factor: float = 16.0
+    non_linearity: str = "relu"
+    dropout: float = 0.0
+    target_modules: list[str] | str | None = None
+    layers: list[int] | None = None
+    modules_to_save: list[str] | None = None
+    # PEFT asks every configuration for it when it matches modules.
+    target_parameters: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.BOTTLENECK
+        if self.non_linearity not in ACT2FN:
+            raise ValueError(f"non_linearity {self.non_linearity}: must be one of {', '.join(sorted(ACT2FN))}")
+        if self.reduction_factor <= 0:
+            raise ValueError(f"reduction_factor {self.reduction_factor}: must be above 0")
+
+
+class BottleneckLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
+    """A linear layer with a bottleneck behind it: y + up(act(down(y)))."""
+
+    adapter_layer_names = ("bottleneck_down", "bottleneck_up")
+    other_param_names = ("bottleneck_width",)
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: BottleneckConfig) -> None:
+        super().__init__()
+        widths = linear_widths(base_layer)
+        if widths is None:
+            raise ValueError(
+                f"a bottleneck adapter stands behind a linear layer, not behind {type(base_layer).__name__}"
+            )
+        self.base_layer = base_layer
+        self.hidden = widths[1]
+        self.bottleneck_down = nn.ModuleDict()
+        self.bottleneck_up = nn.ModuleDict()
+        self.bottleneck_width: dict[str, int] = {}
+        self.activation = ACT2FN[config.non_linearity]
+        self.dropout = nn.Dropout(config.dropout)
+        self.merged_adapters: list[str] = []
+        self._disable_adapters = False
+        self._active_adapter = [adapter_name]
+        self.add(adapter_name, config)
+
+    if TYPE_CHECKING:  # nn.Module says that every other name is a tensor or a module
+
+        def __getattr__(self, name: str) -> Any: ...
+
+    def add(self, adapter_name: str, config: BottleneckConfig) -> None:
+        """Add an adapter that changes nothing yet."""
+        width = max(1, int(self.hidden / config.reduction_factor))
+        down, up = nn.Linear(self.hidden, width), nn.Linear(width, self.hidden)
+        nn.init.normal_(down.weight, std=FIRST_STD)
+        for zeros in (down.bias, up.weight, up.bias):
+            nn.init.zeros_(zeros)
+        self.bottleneck_width[adapter_name] = width
+        self.bottleneck_down[adapter_name], self.bottleneck_up[adapter_name] = down, up
+        device = self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
+        # In float32 on every base, also a quantized one, whose weights are no numbers to compute in.
+        if device is not None and not any(weight.is_meta for weight in down.parameters()):
+            down.to(device)
+            up.to(device)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The layer's output with those of the active adapters added, in the dtype of the layer's output."""
+        result: Tensor = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters:
+            return result
+        for name in self.active_adapters:
+            if name in self.bottleneck_down:
+                result = result + self._added(name, result).to(result.dtype)
+        return result
+
+    def _added(self, name: str, result: Tensor) -> Tensor:
+        down, up = self.bottleneck_down[name], self.bottleneck_up[name]
+        if not torch.is_autocast_enabled(result.device.type):
+            result = result.to(next(down.parameters()).dtype)
+        added: Tensor = up(self.activation(down(self.dropout(result))))
+        return added
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Refuse.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError(NOT_MERGEABLE)
+
+    def unmerge(self) -> None:
+        """Nothing was ever merged."""
+
+
+class BottleneckModel(BaseTuner):  # type: ignore[misc]
+    """Puts bottleneck adapters behind the layers of a model that write into its residual stream."""
+
+    prefix = "bottleneck_"
+    tuner_layer_cls = BottleneckLayer
+
+    def _pre_injection_hook(self, model: nn.Module, config: BottleneckConfig, adapter_name: str) -> None:
+        if config.target_modules is None:
+            linears, hidden = all_widths(model), hidden_width(model)
+            config.target_modules = bottleneck_places(linears, hidden, config.placement, config.layers)
+
+    def _create_and_replace(
+        self,
+        peft_config: BottleneckConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        if isinstance(target, BottleneckLayer):
+            target.add(adapter_name, peft_config)
+            return
+        layer = BottleneckLayer(target, adapter_name, peft_config)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+    def _check_merge_allowed(self) -> None:
+        raise ValueError(NOT_MERGEABLE)

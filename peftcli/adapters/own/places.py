@@ -1,0 +1,57 @@
+"""What of a model decides where the tuners of ours stand."""
+
+from typing import Any
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from peftcli.plan.places import Parts, sort_parts
+
+
+def read_parts(model: nn.Module) -> Parts:
+    """The modules of a model that own parameters, by where they stand.
+
+    Raises:
+        ValueError: one stands inside another, so no copy of it alone can be made.
+    """
+    return sort_parts(parameter_owners(model), end_name(model, "input"), end_name(model, "output"))
+
+
+def parameter_owners(model: nn.Module) -> tuple[str, ...]:
+    """Names of the modules that own parameters, in order."""
+    return tuple(
+        name for name, module in model.named_modules() if next(module.parameters(recurse=False), None) is not None
+    )
+
+
+def end_name(model: nn.Module, side: str) -> str | None:
+    """Name of the embedding (`input`) or of the output layer (`output`), None where there is none."""
+    asked = getattr(model, f"get_{side}_embeddings", None)
+    try:
+        end = asked() if asked is not None else None
+    except NotImplementedError:
+        return None
+    return next((name for name, module in model.named_modules() if module is end), None) if end is not None else None
+
+
+def all_widths(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Inputs and outputs of all linear layers by name, in order."""
+    found = {name: linear_widths(module) for name, module in model.named_modules()}
+    return {name: widths for name, widths in found.items() if widths is not None}
+
+
+def linear_widths(module: nn.Module) -> tuple[int, int] | None:
+    """Inputs and outputs of a linear layer, quantized or not; None for any other module."""
+    if isinstance(module, nn.Linear):
+        return int(module.in_features), int(module.out_features)
+    if isinstance(module, Conv1D):
+        return int(module.weight.shape[0]), int(module.weight.shape[1])
+    return None
+
+
+def hidden_width(model: nn.Module) -> int:
+    """Width of the residual stream, 0 where the configuration does not tell it."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    widths = (getattr(text, key, None) for key in ("hidden_size", "n_embd", "d_model", "dim"))
+    return next((width for width in widths if isinstance(width, int)), 0)

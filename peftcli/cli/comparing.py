@@ -1,0 +1,141 @@
+"""The body of `compare`: the variants or the runs, one training after the other, the table and the report."""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peftcli.cli.recipes import find_recipe
+from peftcli.cli.show import Shown, console
+from peftcli.cli.show_compare import show_comparison
+from peftcli.compare.child import Children
+from peftcli.compare.collect import Entry, collect
+from peftcli.compare.runs import RESULT, is_run, open_runs
+from peftcli.compare.variants import Variant, check_variants, make_variants, read_axes
+from peftcli.errors import Aborted, RecipeError, Stopped
+from peftcli.report.compare import write_comparison
+from peftcli.report.format import several
+from peftcli.rundir import write_json
+
+GATE_NOT_MET = 7
+
+
+@dataclass(frozen=True)
+class CompareFlags:
+    """The flags of `compare`."""
+
+    vary: tuple[str, ...]
+    overrides: tuple[str, ...]
+    output_dir: Path | None
+    smoke: bool
+    as_json: bool
+
+
+def compare_command(targets: Sequence[str], flags: CompareFlags, out: Any, err: Any) -> int:
+    """Compare runs that are there, or train the variants of recipes first.
+
+    Args:
+        targets: run folders, or recipes.
+        out: stream for the result.
+        err: stream for people.
+
+    Returns:
+        The exit code: 0 where every variant is finished, else that of the first that is not.
+    """
+    if all(is_run(Path(target)) for target in targets):
+        return _compare_runs([Path(target) for target in targets], flags, out)
+    for target in targets:
+        if is_run(Path(target)):
+            raise RecipeError(f"{target} is a run, others are recipes; compare runs with runs, or recipes with recipes")
+    recipes = [find_recipe(target) for target in targets]
+    variants = make_variants(recipes, read_axes(flags.vary), flags.overrides)
+    check_variants(variants)
+    name = recipes[0].stem if len(recipes) == 1 else "recipes"
+    home = Path(os.path.abspath(flags.output_dir or Path("runs") / f"{name}-compare{'-smoke' if flags.smoke else ''}"))
+    shown = Shown(console(err))
+    shown.note(f"{len(variants)} variants, one after the other, in {home}; a finished one is not trained again")
+    entries: list[Entry] = []
+    with Children() as children:
+        for number, variant in enumerate(variants, start=1):
+            if children.stopped_by is None:
+                shown.note(f"variant {number} of {len(variants)}: {variant.name}")
+                entries.append(_train(children, variant, home, entries, flags.smoke, shown))
+            else:
+                entries.append(Entry(variant.name, home / variant.name, dict(variant.varied)))
+    comparison = _write(name, entries, home)
+    _say_cache(comparison, shown)
+    if flags.as_json or any(row["status"] == "finished" for row in comparison["variants"]):
+        _show(comparison, home, flags, out)
+    _raise_if_stopped(children, entries)
+    return _ended(entries, shown)
+
+
+def _compare_runs(folders: Sequence[Path], flags: CompareFlags, out: Any) -> int:
+    if flags.vary or flags.overrides or flags.smoke:
+        raise RecipeError("--vary, --set and --smoke belong to recipes; runs that are there are compared as they are")
+    entries = open_runs(folders)
+    alone = folders[0] if len(folders) == 1 else Path("runs") / "compare"
+    home = Path(os.path.abspath(flags.output_dir or alone))
+    _show(_write(home.name, entries, home), home, flags, out)
+    return 0
+
+
+def _train(
+    children: Children, variant: Variant, home: Path, before: Sequence[Entry], smoke: bool, shown: Shown
+) -> Entry:
+    folder = home / variant.name
+    lender = next((entry.folder for entry in before if entry.exit_code in (0, GATE_NOT_MET)), None)
+    flags = [*(["--smoke"] if smoke else []), *([] if lender is None else ["--baseline-from", str(lender)])]
+    code, error = children.train(variant, folder, flags, shown)
+    if children.stopped_by is not None and code not in (0, GATE_NOT_MET):
+        # The exit code is another one where the signal came before the child could listen to it.
+        code, error = Stopped.exit_code, None
+    return Entry(variant.name, folder, dict(variant.varied), code, error)
+
+
+def _write(name: str, entries: Sequence[Entry], home: Path) -> dict[str, Any]:
+    comparison = collect(name, entries, home)
+    write_json(home / RESULT, comparison)
+    write_comparison(comparison, home)
+    return comparison
+
+
+def _show(comparison: dict[str, Any], home: Path, flags: CompareFlags, out: Any) -> None:
+    if flags.as_json:
+        out.write(json.dumps(comparison, ensure_ascii=False) + "\n")
+        out.flush()
+        return
+    show_comparison(comparison, console(out))
+    console(out).print(f"\nreport  {home / 'compare.html'}")
+
+
+def _say_cache(comparison: dict[str, Any], shown: Shown) -> None:
+    caches = [row["data_cache"] for row in comparison["variants"] if row["data_cache"]]
+    if caches:
+        made, reused = caches.count("made"), caches.count("reused")
+        shown.note(f"data prepared by {several(made, 'variant', 'variants')}, taken from the cache by {reused}")
+
+
+def _raise_if_stopped(children: Children, entries: Sequence[Entry]) -> None:
+    if children.stopped_by is None:
+        return
+    done = sum(entry.exit_code in (0, GATE_NOT_MET) for entry in entries)
+    if done == len(entries):
+        return
+    said = f"with {done} of {len(entries)} variants finished; the same command goes on"
+    if children.at_once:
+        raise Aborted(f"stopped at once {said} from the last checkpoint")
+    raise Stopped(f"stopped by {children.stopped_by} {said}")
+
+
+def _ended(entries: Sequence[Entry], shown: Shown) -> int:
+    bad = [entry for entry in entries if entry.exit_code]
+    if not bad:
+        return 0
+    first = bad[0]
+    shown.note(
+        f"{len(bad)} of {len(entries)} variants did not end well; exit code {first.exit_code} is that of {first.name}"
+    )
+    return first.exit_code or 0

@@ -1,0 +1,47 @@
+"""The body of `plan`: what will happen and what it needs, stage by stage."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from peftcli.cli.commands import load, print_json, shown_run
+from peftcli.cli.show import console
+from peftcli.cli.show_forecast import show_forecast
+from peftcli.cli.stages import loaded_stages
+from peftcli.plan.cards import Card, find_card, machine_with
+
+if TYPE_CHECKING:
+    from peftcli.cli.steps import Planned
+
+
+def plan_command(name: str, overrides: Sequence[str], *, gpu: str | None, smoke: bool, as_json: bool) -> None:
+    """Print the plan of a recipe and what it will need, on this machine or on a card by name."""
+    card = None if gpu is None else find_card(gpu)
+    loaded = load(name, overrides, smoke=smoke)
+    stages = loaded_stages(loaded, smoke=smoke)
+    with shown_run(None) as (shown, streams):
+        from peftcli.cli.steps import forecast_run, plan_recipe
+
+        machine = None if card is None else machine_with(card)
+        known = [plan_recipe(stage, shown, smoke=smoke, machine=machine) for stage in stages]
+        forecasts = [forecast_run(planned) for planned in known]
+        if as_json:
+            plans = [one.plan.as_json() | {"forecast": what} for one, what in zip(known, forecasts, strict=True)]
+            print_json(streams, plans[0] if len(plans) == 1 else {"schema": 1, "stages": plans})
+            return
+        out = console(streams.out)
+        for number, (planned, forecast) in enumerate(zip(known, forecasts, strict=True), start=1):
+            if len(known) > 1:
+                out.print(f"stage {number} of {len(known)}: {planned.plan.name}", style="bold")
+            _show(planned, forecast, card, out)
+
+
+def _show(planned: "Planned", forecast: dict[str, Any] | None, card: Card | None, out: Console) -> None:
+    plan = planned.plan
+    width = max(len(decision.key) for decision in plan.decisions)
+    for decision in plan.decisions:
+        out.print(f"{decision.key:<{width}}  {decision.value}: {decision.reason}")
+    for notice in (*plan.notices, *((card.note,) if card is not None and card.note else ())):
+        out.print(f"note: {notice}")
+    show_forecast(forecast, planned.machine, out)

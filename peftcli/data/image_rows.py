@@ -1,0 +1,109 @@
+"""How rows with images are read: a file and its class, from folders or from the columns of a table."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from peftcli.data.fill import Maker
+from peftcli.data.images import pixel_hash, read_image
+from peftcli.data.label_tokens import TextClasses
+from peftcli.data.labelled import LABEL_WORDS, Given, check_named, choose_label, only_column
+from peftcli.data.labels import LabelColumn
+from peftcli.data.readings import Reading
+from peftcli.data.rows import Rows
+from peftcli.data.tokens import FLAGS, TokenBatch
+from peftcli.data.values import Unused, is_null
+from peftcli.recipe.schema import SourceSection
+
+IMAGES = ("image", "file", "file_name", "filename", "path", "image_path", "img")
+NO_CLASS = "beside the folders of the classes"
+BELOW = "in a folder below that of a class"
+NOTHING_IN = "with no image in the folder of a class"
+
+
+def choose_images(first: Rows, section: SourceSection, given: Given) -> Reading:
+    """The reading of rows that name an image and its class.
+
+    Args:
+        first: the first rows of the source.
+        section: the source in the recipe.
+        given: what is known of the labels, and the folder that the names of the images are relative to.
+
+    Raises:
+        DataError: a column is missing, or the columns fit no reading.
+    """
+    check_named(first, section)
+    named = section.columns
+    image = (named.image if named else None) or only_column(first, IMAGES, "image", "the image", ())
+    asked = "single-label" if first.is_folder and given.rule.problem == "auto" else None
+    column, names = choose_label(first, section, given, (image,), asked)
+    said = f"the images of {image} with the {LABEL_WORDS[column.problem]} in {column.name}"
+    return Reading(
+        kind="images",
+        name="images",
+        said="images, each in the folder of its class" if first.is_folder else said,
+        columns=(image, column.name),
+        prompt=None,
+        reads=(image, column.name),
+        make=_from_files(given.folder or Path(), column, folders=first.is_folder),
+        problem=column.problem,
+        names=None if column.problem == "regression" else names,
+    )
+
+
+def _from_files(folder: Path, column: LabelColumn, *, folders: bool) -> Maker:
+    """A maker of: path, name as it was given, digest of the pixels, label, and the digest again."""
+
+    def make(values: tuple[Any, ...]) -> tuple[str, ...]:
+        name = _file_name(values[0])
+        if folders:
+            _check_place(name)
+        label = column.text(values[1])
+        pixels = pixel_hash(read_image(folder / name))
+        return str(folder / name), name, pixels, label, pixels
+
+    return make
+
+
+def _file_name(value: Any) -> str:
+    if is_null(value) or value == "":
+        raise Unused("with no image named")
+    if not isinstance(value, str):
+        raise Unused("with an image that is not the name of a file")
+    if "://" in value:
+        raise Unused("with an address in place of a file")
+    if "\0" in value:
+        raise Unused("with a zero byte in the name of its image")
+    return value
+
+
+def _check_place(name: str) -> None:
+    depth = name.rstrip("/").count("/") + name.endswith("/")
+    if name.endswith("/"):
+        raise Unused(NOTHING_IN)
+    if depth != 1:
+        raise Unused(NO_CLASS if depth == 0 else BELOW)
+
+
+class ImageClasses(TextClasses):
+    """Numbers the classes of images, each of which counts as one token."""
+
+    def batch(
+        self, columns: Mapping[str, Sequence[str]], ends: Sequence[bool] | None, too_long: str | None
+    ) -> TokenBatch:
+        """One token for each image, and its label."""
+        count = len(columns["image"])
+        ones, none = np.ones(count, np.int64), np.zeros(count, bool)
+        return TokenBatch(
+            of=np.arange(count),
+            flat=np.zeros(count, np.int32),
+            trained_flat=none,
+            lengths=ones,
+            uncut=ones,
+            trained=ones,
+            flags=dict.fromkeys(FLAGS, none),
+            dropped=[],
+            classes=self._flat_labels([self._labels(label) for label in columns["label"]]),
+        )

@@ -1,0 +1,62 @@
+"""The test rows that a merged model is compared on, and the outputs of both sides for them."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from peftcli.data.prepare import PreparedData
+from peftcli.data.readings import LABELLED
+from peftcli.merge.drift import MOST_ROWS, Drift, compare, rows_to_compare, trained_logits
+from peftcli.merge.label_drift import compare_labels
+from peftcli.model.label import Head, head_of, output_names
+from peftcli.model.label_rows import row_logits
+from peftcli.progress import Progress
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Test rows that go through the adapter and through each merged model.
+
+    Attributes:
+        data: whose first test rows are taken.
+        batch_rows: rows that go through together.
+    """
+
+    data: PreparedData
+    tokenizer: PreTrainedTokenizerBase
+    batch_rows: int
+    progress: Progress
+
+    def logits(self, model: PreTrainedModel, what: str) -> list[Tensor]:
+        """The outputs of a model: for each row those that its loss is taken on, float32 on the CPU."""
+        if self.data.format not in LABELLED:
+            return self._of_text(model, what)
+        rows = self.data.test.slice(0, MOST_ROWS)
+        head = head_of(output_names(self.data), self.data.problem, model, self.tokenizer)
+        ids, labels = (rows.column(name).to_pylist() for name in (head.column, "labels"))
+        return row_logits(
+            model,
+            ids,
+            labels if head.problem == "tagging" else None,
+            head,
+            batch_rows=self.batch_rows,
+            progress=self.progress,
+            what=f"{what}: labels",
+        )
+
+    def drift(self, reference: list[Tensor], merged: list[Tensor]) -> Drift:
+        """How far the outputs of a merged model are from those of the adapter."""
+        if self.data.format not in LABELLED:
+            return compare(reference, merged)
+        return compare_labels(Head(output_names(self.data), self.data.problem or "tagging"), reference, merged)
+
+    def _of_text(self, model: PreTrainedModel, what: str) -> list[Tensor]:
+        return trained_logits(
+            model,
+            rows_to_compare(self.data.test, model.config.get_text_config().vocab_size),
+            pad_id=self.tokenizer.pad_token_id or 0,
+            batch_rows=self.batch_rows,
+            progress=self.progress,
+            what=f"{what}: logits",
+        )

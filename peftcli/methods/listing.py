@@ -1,0 +1,81 @@
+"""The table of methods as rows: for the terminal, for JSON and for the README."""
+
+from typing import Any
+
+from peftcli.methods.left_out import LEFT_OUT
+from peftcli.methods.method import Method
+from peftcli.methods.options import OPTIONS
+from peftcli.methods.table import METHODS
+
+SHORT_TASKS = {
+    "causal-lm": "text",
+    "sequence-classification": "classes",
+    "token-classification": "tags",
+    "image-classification": "images",
+}
+HEAD = ("method", "what is trained", "4-bit", "merge", "tasks", "not with")
+
+
+def conflicts(method: Method) -> tuple[str, ...]:
+    """What a method cannot go with, in a word each."""
+    return ("packing, flat lines",) * bool(method.padded) + ("activation checkpointing",) * bool(method.checkpointing)
+
+
+def tasks_text(method: Method) -> str:
+    """The tasks of a method in a word each.
+
+    >>> tasks_text(METHODS["lora"])
+    'text, classes, tags, images'
+    """
+    return ", ".join(SHORT_TASKS[task] for task in SHORT_TASKS if task in method.tasks)
+
+
+def row(one: Method) -> dict[str, Any]:
+    """All that the table says of a method."""
+    return {
+        "name": one.name,
+        "title": one.title,
+        "what": one.what,
+        "paper": one.paper,
+        "config": one.config,
+        "keys": dict(one.core),
+        "defaults": dict(one.defaults),
+        "four_bit": not one.four_bit,
+        "four_bit_reason": one.four_bit or None,
+        "merge": not one.merge,
+        "merge_reason": one.merge or None,
+        "tasks": list(one.tasks),
+        "conflicts": list(conflicts(one)),
+    }
+
+
+def as_json() -> dict[str, Any]:
+    """The whole table, reasons and all."""
+    return {
+        "schema": 1,
+        "methods": [row(one) for one in METHODS.values()],
+        "options": [vars(option) for option in OPTIONS],
+        "left_out": [{"type": kind, "reason": reason} for kind, reason in LEFT_OUT.items()],
+    }
+
+
+def markdown() -> str:
+    """The table of the README."""
+    lines = [f"| {' | '.join(HEAD)} |", "|" + "---|" * len(HEAD)]
+    for one in METHODS.values():
+        cells = (
+            f"`{one.name}`",
+            f"{one.title}: {one.what} ({one.paper})",
+            "no" if one.four_bit else "yes",
+            "no" if one.merge else "yes",
+            tasks_text(one),
+            ", ".join(conflicts(one)),
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "LoRA with a key more:", "", "| option | keys | what it changes |", "|---|---|---|"]
+    for option in OPTIONS:
+        needs = f"; needs `{option.needs}`" if option.needs else ""
+        lines.append(f"| {option.name} | `{option.keys}`{needs} | {option.what} ({option.paper}) |")
+    lines += ["", "Not offered, of the installed PEFT:", ""]
+    lines += [f"- `{kind}`: {reason}." for kind, reason in LEFT_OUT.items()]
+    return "\n".join(lines) + "\n"

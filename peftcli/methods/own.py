@@ -1,0 +1,69 @@
+"""Methods that PEFT does not have: tuners of ours, behind PEFT's own interface."""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from peftcli.methods.method import Method
+
+_SWITCH = frozenset({"bool"})
+
+BOTTLENECK_WIDTH = 16.0
+LAST_LAYERS = 2
+_NEW_TOKENS: Mapping[str, frozenset[str]] = MappingProxyType({"trainable_token_indices": frozenset({"list", "none"})})
+
+OWN = (
+    Method(
+        name="bottleneck",
+        title="Bottleneck adapters",
+        what="a small net of two layers behind the attention and the feed-forward part of each block",
+        paper="Houlsby et al. 2019, arXiv:1902.00751; Pfeiffer et al. 2021, arXiv:2005.00247",
+        config="BottleneckConfig",
+        room=None,
+        core={"dropout": "dropout"},
+        defaults={
+            "dropout": 0.0,
+            "placement": "houlsby",
+            "reduction_factor": BOTTLENECK_WIDTH,
+            "non_linearity": "relu",
+        },
+        arguments={
+            "placement": frozenset({"str"}),
+            "reduction_factor": frozenset({"float"}),
+            "non_linearity": frozenset({"str"}),
+            "modules_to_save": frozenset({"list", "none"}),
+        },
+        choices={
+            "placement": ("houlsby", "pfeiffer"),
+            "non_linearity": ("relu", "gelu", "gelu_new", "silu", "swish", "tanh", "sigmoid", "leaky_relu", "linear"),
+        },
+        targets="writers",
+        merge="it is not linear, so no weight of the base can hold it",
+    ),
+    Method(
+        name="freeze",
+        title="Freezing",
+        what="the last blocks of the model are trained whole, the rest of it is frozen",
+        paper="Lee et al. 2019, arXiv:1911.03090",
+        config="WholeConfig",
+        room=None,
+        defaults={"last_layers": LAST_LAYERS, "head": False, "embeddings": False},
+        arguments={
+            "last_layers": frozenset({"int"}),
+            "head": _SWITCH,
+            "embeddings": _SWITCH,
+            **_NEW_TOKENS,
+        },
+        targets="whole",
+    ),
+    Method(
+        name="full",
+        title="Full tuning",
+        what="all weights of the model are trained, beside the frozen ones of the base",
+        paper="the baseline of all others",
+        config="WholeConfig",
+        room=None,
+        defaults={"everything": True},
+        targets="whole",
+        four_bit="all weights would be trained, and those of 4 bits have no gradient",
+    ),
+)

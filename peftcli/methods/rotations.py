@@ -1,0 +1,47 @@
+"""Methods that turn a weight instead of adding to it."""
+
+from peftcli.methods.method import SHAPE, Method
+
+ROTATIONS = (
+    Method(
+        name="oft",
+        title="OFT",
+        what="each weight is turned by block-diagonal orthogonal matrices",
+        paper="Qiu et al. 2023, arXiv:2306.07280",
+        config="OFTConfig",
+        room="oft",
+        core={"dropout": "module_dropout"},
+        defaults={"dropout": 0.0},
+        divides={"oft_block_size": 32},
+    ),
+    Method(
+        name="boft",
+        title="BOFT",
+        what="orthogonal turns as products of sparse butterfly matrices",
+        paper="Liu et al. 2023, arXiv:2311.06243",
+        config="BOFTConfig",
+        room="boft",
+        core={"dropout": "boft_dropout"},
+        defaults={"dropout": 0.0},
+    ),
+    Method(
+        name="hra",
+        title="HRA",
+        what="each weight is mirrored by a few learned Householder reflections",
+        paper="Yuan et al. 2024, arXiv:2405.17484",
+        config="HRAConfig",
+        room="hra",
+        core={"r": "r"},
+        defaults={"r": 8},
+        four_bit=SHAPE,
+    ),
+    Method(
+        name="road",
+        title="RoAd",
+        what="pairs of output features are turned and scaled",
+        paper="Liao and Monz 2024, arXiv:2409.00119",
+        config="RoadConfig",
+        room="road",
+        divides={"group_size": 64},
+    ),
+)

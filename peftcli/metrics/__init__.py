@@ -1,0 +1,1 @@
+"""Sums, answers and labels to the numbers of `metrics.json`."""

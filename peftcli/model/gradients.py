@@ -1,0 +1,145 @@
+"""How much a loss would change each layer's weight: the norms of gradients that are never stored."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftcli.adapters.own.places import linear_widths
+from peftcli.errors import Diverged
+from peftcli.model.shards import gather
+
+Inputs = Mapping[str, Tensor]
+FLOAT16_SCALE = 1024.0
+"""Small gradients of float16 would be zero; the loss is made larger, and the norms smaller again."""
+
+
+def gradient_norms(
+    model: nn.Module, names: Sequence[str], batches: Sequence[Inputs], loss: Callable[[Any, Inputs], Tensor]
+) -> dict[str, float]:
+    """Mean over batches of the norm of the loss's gradient by the weight of each layer, per root of its size.
+
+    The weights themselves need no gradient, so that 4-bit layers are measured like all others: from a layer's inputs x
+    and the gradients g of its outputs, the gradient by its weight is the sum over tokens of g xᵀ.
+
+    Args:
+        model: left as it was.
+        names: of linear layers.
+        batches: inputs with labels; where there are several processes, those of this one.
+        loss: of the model on a batch.
+
+    Returns:
+        For each name the root mean square of its gradient; the same on every process.
+
+    Raises:
+        Diverged: a gradient is not finite.
+    """
+    sums = dict.fromkeys(names, 0.0)
+    scale = FLOAT16_SCALE if _dtype(model) == torch.float16 else 1.0
+
+    def add(name: str, inputs: Tensor, gradient: Tensor) -> None:
+        squares[name] += squared_norm(inputs, gradient)
+
+    with _frozen(model), _watched(model, names, add):
+        for batch in batches:
+            squares = dict.fromkeys(names, 0.0)
+            (loss(model, batch) * scale).backward()  # type: ignore[no-untyped-call]
+            for name, square in squares.items():
+                sums[name] += math.sqrt(square) / scale
+    shares = gather((sums, len(batches)))
+    count = max(1, sum(number for _, number in shares))
+    found = {}
+    for name in names:
+        inputs, outputs = linear_widths(model.get_submodule(name)) or (1, 1)
+        found[name] = sum(share[name] for share, _ in shares) / count / math.sqrt(inputs * outputs)
+    broken = [name for name, norm in found.items() if not math.isfinite(norm)]
+    if broken:
+        raise Diverged(f"the gradient by {broken[0]} is not finite before training; set model.dtype to another format")
+    return found
+
+
+def gradient_matrices(
+    model: nn.Module, names: Sequence[str], batches: Iterable[Inputs], loss: Callable[[Any, Inputs], Tensor]
+) -> dict[str, Tensor]:
+    """The gradient by each layer's weight, summed over batches, float32 on the CPU, of the shape (outputs, inputs).
+
+    Args:
+        model: left as it was.
+        names: of linear layers.
+        loss: of the model on a batch.
+    """
+    sums: dict[str, Tensor] = {}
+    scale = FLOAT16_SCALE if _dtype(model) == torch.float16 else 1.0
+
+    def add(name: str, inputs: Tensor, gradient: Tensor) -> None:
+        product = (gradient.flatten(0, -2).float().t() @ inputs.flatten(0, -2).float()).cpu() / scale
+        sums[name] = product if name not in sums else sums[name] + product
+
+    with _frozen(model), _watched(model, names, add):
+        for batch in batches:
+            (loss(model, batch) * scale).backward()  # type: ignore[no-untyped-call]
+    return sums
+
+
+def squared_norm(inputs: Tensor, gradient: Tensor) -> float:
+    """The squared Frobenius norm of a weight's gradient, by the shorter one of two ways.
+
+    Args:
+        inputs: (..., inputs) of a layer.
+        gradient: (..., outputs), of the loss by its outputs.
+
+    >>> squared_norm(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0]]))
+    45.0
+    """
+    x, g = inputs.flatten(0, -2).float(), gradient.flatten(0, -2).float()
+    if len(x) ** 2 <= x.shape[-1] * g.shape[-1]:  # |Σ g xᵀ|² = Σ (x·x')(g·g') over all pairs of tokens
+        return max(0.0, float(((x @ x.t()) * (g @ g.t())).sum()))
+    return float((g.t() @ x).pow(2).sum())
+
+
+@contextmanager
+def _watched(model: nn.Module, names: Sequence[str], add: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
+    def watch(name: str) -> Callable[..., None]:
+        def after(_: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+            given = inputs[0].detach()
+            if output.requires_grad:
+                output.register_hook(lambda gradient: add(name, given, gradient))  # type: ignore[no-untyped-call]
+
+        return after
+
+    handles = [model.get_submodule(name).register_forward_hook(watch(name)) for name in names]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No dropout, and gradients by activations alone, from the embeddings on."""
+    training, wanted = model.training, [weight for weight in model.parameters() if weight.requires_grad]
+    model.requires_grad_(False)
+    model.eval()
+    asked: Any = getattr(model, "get_input_embeddings", None)
+    handle = None if asked is None else asked().register_forward_hook(_begin)
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        if handle is not None:
+            handle.remove()
+        for weight in wanted:
+            weight.requires_grad_(True)
+        model.train(training)
+
+
+def _begin(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+    return output.detach().requires_grad_(True)
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    return next((weight.dtype for weight in model.parameters() if weight.is_floating_point()), torch.float32)

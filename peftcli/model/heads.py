@@ -1,0 +1,167 @@
+"""The head of a task: which class of transformers has it, which modules it is made of, and how a new one begins."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.quantizers.base import get_keys_to_not_convert
+
+from peftcli.errors import MachineError
+from peftcli.model.files import stored_names
+from peftcli.plan.plan import Base
+from peftcli.recipe.tasks import CAUSAL, IMAGES, SEQUENCE, TOKENS
+
+AUTO_CLASSES: Mapping[str, Any] = {
+    CAUSAL: AutoModelForCausalLM,
+    SEQUENCE: AutoModelForSequenceClassification,
+    TOKENS: AutoModelForTokenClassification,
+    IMAGES: AutoModelForImageClassification,
+}
+WHAT = {
+    CAUSAL: "causal language model",
+    SEQUENCE: "model for sequence-classification",
+    TOKENS: "model for token-classification",
+    IMAGES: "model for image-classification",
+}
+PROBLEM_TYPES = {
+    "single-label": "single_label_classification",
+    "multi-label": "multi_label_classification",
+    "regression": "regression",
+}
+"""Of transformers, by our name."""
+POOLER = "pooler"
+"""A module of the base model that a checkpoint trained without it lacks, as those of masked language models do."""
+OFFSET_POSITIONS = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "data2vec-text", "roberta-prelayernorm")
+"""Model types that count positions from the pad token's id on."""
+
+
+def label_settings(task: str, labels: tuple[str, ...], problem: str | None) -> dict[str, Any]:
+    """What a model's configuration says of its labels; nothing for a language model.
+
+    >>> label_settings("token-classification", ("O", "B-group"), None)["id2label"]
+    {0: 'O', 1: 'B-group'}
+    """
+    if task == CAUSAL:
+        return {}
+    settings: dict[str, Any] = {
+        "num_labels": len(labels),
+        "id2label": dict(enumerate(labels)),
+        "label2id": {label: number for number, label in enumerate(labels)},
+    }
+    return settings | ({"problem_type": PROBLEM_TYPES[problem]} if problem is not None else {})
+
+
+def build_empty(
+    path: str,
+    config: PreTrainedConfig,
+    task: str = CAUSAL,
+    labels: tuple[str, ...] = (),
+    *,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """Build the model of a task on the meta device.
+
+    Raises:
+        MachineError: transformers has no such model of this type.
+    """
+    # A copy, since building a model writes into its configuration.
+    config = type(config).from_dict(config.to_dict())
+    if task != CAUSAL:
+        config.num_labels = len(labels)
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = AUTO_CLASSES[task].from_config(config, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError) as problem:
+        kind = getattr(config, "model_type", "?")
+        raise MachineError(f"{path}: transformers has no {WHAT[task]} of type {kind}; name another model") from problem
+    return model
+
+
+def head_modules(model: PreTrainedModel, task: str, path: str, revision: str | None = None) -> tuple[str, ...]:
+    """Names of the modules that are trained whole with a task: those that the bare model lacks or its files lack.
+
+    Args:
+        model: of the task, also on the meta device.
+        path: of the base, whose files tell whether they hold its pooler; one that is not here yet is taken to.
+    """
+    if task == CAUSAL:
+        return ()
+    body = model.base_model_prefix
+    head = [name for name, child in model.named_children() if name != body and any(True for _ in child.parameters())]
+    stored = stored_names(path, revision)
+    pooler = getattr(getattr(model, body, None), POOLER, None)
+    if pooler is not None and stored is not None:
+        names = [f"{POOLER}.{name}" for name, _ in pooler.named_parameters()]
+        if not all(any(key.endswith(name) for key in stored) for name in names):
+            head.append(f"{body}.{POOLER}")
+    return tuple(head)
+
+
+def unquantized_modules(base: Base) -> list[str] | None:
+    """Modules that stay as they are in 4 bits: what transformers leaves out by itself, and the head.
+
+    An explicit list takes the place of transformers' own; None leaves it to that.
+    """
+    if base.task == CAUSAL:
+        return None
+    trust = base.trust_remote_code
+    config = AutoConfig.from_pretrained(base.path, revision=base.revision, trust_remote_code=trust)
+    empty = build_empty(base.path, config, base.task, base.labels, trust_remote_code=trust)
+    return sorted({*get_keys_to_not_convert(empty), *base.head})
+
+
+def load_with_head(base: Base, arguments: Mapping[str, Any]) -> PreTrainedModel:
+    """Load a base with the head of its task; a head that the files lack begins at random, the same each time.
+
+    Args:
+        arguments: for `from_pretrained`.
+
+    Raises:
+        MachineError: the files lack weights besides those of the head.
+    """
+    cards = [torch.cuda.current_device()] if base.device == "cuda" else []
+    with torch.random.fork_rng(devices=cards):
+        torch.manual_seed(base.seed)
+        model, said = AUTO_CLASSES[base.task].from_pretrained(
+            base.path,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **label_settings(base.task, base.labels, base.problem),
+            **arguments,
+        )
+    mismatched = [name if isinstance(name, str) else name[0] for name in said["mismatched_keys"]]
+    outside = [name for name in (*said["missing_keys"], *mismatched) if not is_within(name, base.head)]
+    if outside:
+        raise MachineError(
+            f"{base.path}: its files hold no fitting weights for {', '.join(sorted(outside)[:3])}, which would stay "
+            "random; name a base whose files hold them"
+        )
+    loaded: PreTrainedModel = model
+    return loaded
+
+
+def positions_of(config: PreTrainedConfig) -> int | None:
+    """The longest row that a model was made for, tokens; None where it does not say."""
+    text = config.get_text_config()
+    positions = getattr(text, "max_position_embeddings", None)
+    if positions is not None and text.model_type in OFFSET_POSITIONS:
+        return int(positions) - int(text.pad_token_id or 0) - 1
+    return positions
+
+
+def is_within(name: str, modules: tuple[str, ...]) -> bool:
+    """Whether a name is that of a module, or of a part of one.
+
+    >>> is_within("classifier.weight", ("classifier",)), is_within("classifiers", ("classifier",))
+    (True, False)
+    """
+    return any(name == module or name.startswith(f"{module}.") for module in modules)

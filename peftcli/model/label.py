@@ -1,0 +1,222 @@
+"""A head's outputs for rows: the loss against their labels, the labels they stand for, and those as text."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import PreTrainedTokenizerBase
+
+from peftcli.data.images import ImageReader
+from peftcli.data.prepare import PreparedData
+from peftcli.data.tokens import IGNORED
+from peftcli.data.values import Unused
+from peftcli.errors import DataError
+from peftcli.plan.heads import NUMBER
+
+Row: TypeAlias = Sequence[int] | str
+"""Token ids, or the path of an image."""
+PIXELS = "pixel_values"
+APPLIES = 0.5
+"""A label of several is given from this probability on."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """What the outputs of a head mean.
+
+    Attributes:
+        names: of the outputs, in their order.
+        problem: `single-label`, `multi-label`, `regression`, or `tagging`: a class for each marked token.
+        pad: token id that fills short rows.
+        separator: token id behind the first of two texts, None for a model that is not told which is which.
+        images: reads the image files that rows are; None where they are tokens.
+    """
+
+    names: tuple[str, ...]
+    problem: str
+    pad: int = 0
+    separator: int | None = None
+    images: ImageReader | None = None
+
+    @property
+    def column(self) -> str:
+        """Of the rows, what the model reads: `input_ids`, or the paths in `image`."""
+        return "input_ids" if self.images is None else "image"
+
+    def losses(self, logits: Tensor, labels: Tensor, *, smoothing: float = 0.0) -> Tensor:
+        """The loss of each row, or of each token.
+
+        Args:
+            logits: (B, C), of tagging (B, T, C); any float dtype.
+            labels: (B,) int64 of single-label; (B, C) float of 0 and 1, or of numbers; (B, T) int64 of tagging, where
+                -100 marks a token without a label.
+            smoothing: share of the weight that is spread over all classes.
+
+        Returns:
+            (B,) or (B, T) float32: nats, of several labels their mean, of numbers the squared error; 0 where there is
+            no label.
+        """
+        logits = logits.float()
+        if self.problem == "regression":
+            return functional.mse_loss(logits, labels.float(), reduction="none").mean(-1)
+        if self.problem == "multi-label":
+            return functional.binary_cross_entropy_with_logits(logits, labels.float(), reduction="none").mean(-1)
+        flat = functional.cross_entropy(
+            logits.flatten(0, -2),
+            labels.flatten(),
+            ignore_index=IGNORED,
+            reduction="none",
+            label_smoothing=smoothing,
+        )
+        return flat.view(labels.shape)
+
+    def targets(self, labels: Tensor) -> Tensor:
+        """How many rows, or tokens, some labels hold: (), int64."""
+        if self.problem == "tagging":
+            return (labels != IGNORED).sum()
+        return torch.tensor(labels.shape[0], device=labels.device)
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """What the outputs say of each label, of a number the number itself: float32 of the shape of `logits`."""
+        if self.problem == "regression":
+            return logits.float()
+        return logits.float().sigmoid() if self.problem == "multi-label" else logits.float().softmax(-1)
+
+    def chosen(self, logits: Tensor) -> Any:
+        """The labels that the outputs of one row stand for.
+
+        Args:
+            logits: (C,), of tagging (N, C) at the marked tokens.
+
+        Returns:
+            The number of a class, a list of them (also for each marked token), or of a regression its numbers.
+        """
+        if self.problem == "regression":
+            return [float(value) for value in logits]
+        if self.problem == "multi-label":
+            return (self.probabilities(logits) >= APPLIES).nonzero().flatten().tolist()
+        return logits.argmax(-1).tolist()
+
+    def said(self, chosen: Any) -> str:
+        """Chosen labels as text.
+
+        >>> Head(("ham", "spam"), "single-label").said(1), Head(("a", "b"), "multi-label").said([0, 1])
+        ('spam', 'a, b')
+        """
+        if self.problem == "regression":
+            return ", ".join(f"{value:.6g}" for value in chosen)
+        if self.problem == "tagging":
+            return " ".join(self.names[number] for number in chosen)
+        if self.problem == "multi-label":
+            return ", ".join(self.names[number] for number in chosen)
+        return self.names[int(chosen)]
+
+
+def output_names(data: PreparedData) -> tuple[str, ...]:
+    """Names of the outputs that a head for these rows needs."""
+    return tuple(data.labels) or (NUMBER,)
+
+
+def head_of(names: tuple[str, ...], problem: str | None, model: Any, tokenizer: PreTrainedTokenizerBase) -> Head:
+    """The head of a loaded model; without a problem it tags tokens."""
+    if isinstance(tokenizer, ImageReader):
+        return Head(names, problem or "single-label", images=tokenizer)
+    kinds = getattr(model.config.get_text_config(), "type_vocab_size", 0) or 0
+    told = kinds > 1 and "token_type_ids" in tokenizer.model_input_names
+    return Head(
+        names=names,
+        problem=problem or "tagging",
+        pad=tokenizer.pad_token_id or 0,
+        separator=tokenizer.sep_token_id if told else None,
+    )
+
+
+def make_batch(ids: Sequence[Row], labels: Sequence[Sequence[float]] | None, head: Head) -> dict[str, Tensor]:
+    """Rows filled up at their end, as a model takes them.
+
+    Args:
+        ids: token ids of each row, or the path of its image.
+        labels: as the store holds them; None for rows that are to be labelled.
+
+    Returns:
+        `input_ids` and `attention_mask` (B, T) int64, `token_type_ids` where the model tells two texts apart, and
+        `labels`; of images `pixel_values` (B, 3, H, W) float32, and one token each, which only counts them.
+    """
+    if head.images is not None:
+        return _image_batch([str(path) for path in ids], labels, head)
+    longest = max(len(row) for row in ids)
+    inputs = torch.full((len(ids), longest), head.pad, dtype=torch.int64)
+    mask = torch.zeros((len(ids), longest), dtype=torch.int64)
+    for number, row in enumerate(ids):
+        inputs[number, : len(row)] = torch.tensor(row, dtype=torch.int64)
+        mask[number, : len(row)] = 1
+    batch = {"input_ids": inputs, "attention_mask": mask}
+    if head.separator is not None:
+        batch["token_type_ids"] = segments(inputs, mask, head.separator)
+    if labels is not None:
+        batch["labels"] = targets_of(labels, head, longest)
+    return batch
+
+
+def _image_batch(
+    paths: Sequence[str], labels: Sequence[Sequence[float]] | None, head: Head
+) -> dict[str, Tensor]:
+    assert head.images is not None  # the rows are images
+    try:
+        pixels = head.images.pixels(paths)
+    except Unused as reason:
+        raise DataError(f"an image was changed while it was in use: a row {reason}; run again") from reason
+    ones = torch.ones((len(paths), 1), dtype=torch.int64)
+    batch = {PIXELS: pixels, "input_ids": torch.zeros_like(ones), "attention_mask": ones}
+    return batch if labels is None else batch | {"labels": targets_of(labels, head, 1)}
+
+
+def segments(inputs: Tensor, mask: Tensor, separator: int) -> Tensor:
+    """Number of the text that each token belongs to: 0 up to the first separator, 1 behind it, 0 in padding.
+
+    Args:
+        inputs, mask: (B, T) int64.
+
+    >>> ids = torch.tensor([[2, 7, 3, 8, 3, 0]])
+    >>> segments(ids, (ids != 0).long(), 3).tolist()
+    [[0, 0, 0, 1, 1, 0]]
+    """
+    ended = (inputs == separator).cumsum(1)
+    behind = functional.pad(ended[:, :-1], (1, 0))
+    return behind.clamp(max=1) * mask
+
+
+def targets_of(labels: Sequence[Sequence[float]], head: Head, longest: int) -> Tensor:
+    """The labels of rows as a loss takes them.
+
+    Args:
+        labels: as the store holds them.
+        longest: tokens of the longest row, which counts for tagging alone.
+    """
+    if head.problem == "single-label":
+        return torch.tensor([int(row[0]) for row in labels], dtype=torch.int64)
+    if head.problem == "regression":
+        return torch.tensor([list(row) for row in labels], dtype=torch.float32)
+    if head.problem == "multi-label":
+        switches = np.zeros((len(labels), len(head.names)), dtype=np.float32)
+        for number, row in enumerate(labels):
+            switches[number, [int(one) for one in row]] = 1.0
+        return torch.from_numpy(switches)
+    targets = torch.full((len(labels), longest), IGNORED, dtype=torch.int64)
+    for number, row in enumerate(labels):
+        targets[number, : len(row)] = torch.tensor([int(one) for one in row], dtype=torch.int64)
+    return targets
+
+
+def forward(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
+    """The outputs for a batch; of tagging those at its own tokens, virtual ones before them aside."""
+    if PIXELS in batch:
+        outputs: Tensor = model(pixel_values=batch[PIXELS].to(model.dtype)).logits
+        return outputs
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    logits: Tensor = model(**inputs).logits
+    return logits[:, -inputs["input_ids"].shape[1] :] if logits.dim() == 3 else logits

@@ -1,0 +1,183 @@
+"""Labels for new texts: a class with its probability, a number, or a tag for each word."""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from peftcli.data.tokens import IGNORED
+from peftcli.data.words import Aligned, align
+from peftcli.errors import DataError
+from peftcli.metrics.tags import OUTSIDE, entities_of, span_tags
+from peftcli.model.label import Head, head_of
+from peftcli.model.label_rows import row_logits
+from peftcli.model.target import Target
+from peftcli.progress import Progress
+from peftcli.recipe.tasks import TOKENS
+
+WORD = re.compile(r"[@#$]?\w+(?:[-'\u2019.,:/@]\w+)*|[^\w\s]")
+"""A word of running text, or a single sign beside words."""
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """What a model says of a text.
+
+    Attributes:
+        asked: as it was given.
+        label: one class, several in a list, a number, or of tagged words None.
+        probabilities: of each class; none of a number and of tagged words.
+    """
+
+    asked: str
+    label: str | list[str] | float
+    probabilities: dict[str, float]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The answer as `--json` writes it."""
+        return vars(self)
+
+    def line(self) -> str:
+        """The answer as a line."""
+        if isinstance(self.label, float):
+            return f"{self.label:.6g}"
+        chosen = self.label if isinstance(self.label, list) else [self.label]
+        return ", ".join(f"{one} ({self.probabilities[one]:.4f})" for one in chosen) or "none"
+
+
+@dataclass(frozen=True)
+class Tagged:
+    """What a model says of the words of a text.
+
+    Attributes:
+        tags: of each word; None for one that no token stands for, or that is beyond the longest row.
+        probabilities: of those tags.
+        entities: type, words and first and last word (from 0) of each.
+    """
+
+    asked: str
+    words: list[str]
+    tags: list[str | None]
+    probabilities: list[float | None]
+    entities: list[dict[str, Any]]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The answer as `--json` writes it."""
+        return vars(self)
+
+    def line(self) -> str:
+        """The answer as a line of words, each with its tag."""
+        return " ".join(f"{word}/{tag or '?'}" for word, tag in zip(self.words, self.tags, strict=True))
+
+
+def label_texts(
+    target: Target, asked: Sequence[str], texts: Sequence[str], *, raw: bool, batch_rows: int, progress: Progress
+) -> list[Labelled] | list[Tagged]:
+    """Label texts.
+
+    Args:
+        target: a model with a head.
+        asked: what was given, for the answers.
+        texts: what was given in the form of the training rows; a JSON object with `text` and `text_pair` is a pair, a
+            JSON list the words of a text.
+        raw: part words at white space only, and take no text for JSON.
+
+    Raises:
+        DataError: the tokenizer does not tell where its tokens stand.
+    """
+    model, tokenizer = target.load()
+    base = target.base
+    head = head_of(base.labels, base.problem if base.task != TOKENS else None, model, tokenizer)
+    limit = int(target.identity.get("max_length") or tokenizer.model_max_length)
+
+    def outputs(ids: list[list[int]], marks: list[list[float]] | None) -> list[Tensor]:
+        return row_logits(model, ids, marks, head, batch_rows=batch_rows, progress=progress, what="labels")
+
+    if base.task == TOKENS:
+        rows = [split_words(text, raw=raw) for text in texts]
+        aligned = align(rows, tokenizer)
+        _tell_cut(sum(len(row.ids) > limit for row in aligned), limit, progress)
+        aligned = [row.cut(limit) for row in aligned]
+        marks = [[IGNORED if word is None else 0.0 for word in row.words] for row in aligned]
+        found = outputs([row.ids for row in aligned], marks)
+        return [_tagged(head, *row) for row in zip(asked, rows, aligned, found, strict=True)]
+    ids = [_encode(text, tokenizer, raw=raw) for text in texts]
+    _tell_cut(sum(len(row) > limit for row in ids), limit, progress)
+    ids = [
+        row if len(row) <= limit else _encode(text, tokenizer, raw=raw, limit=limit)
+        for row, text in zip(ids, texts, strict=True)
+    ]
+    return [labelled(head, *row) for row in zip(asked, outputs(ids, None), strict=True)]
+
+
+def split_words(text: str, *, raw: bool = False) -> list[str]:
+    """The words of a text, each sign beside them apart; a JSON list holds them ready.
+
+    >>> split_words("Arsenal's coach (Wenger) left, didn't he?")
+    ["Arsenal's", 'coach', '(', 'Wenger', ')', 'left', ',', "didn't", 'he', '?']
+
+    Raises:
+        DataError: there is no word.
+    """
+    words = None if raw else _json(text, list)
+    if words is None:
+        words = text.split() if raw else WORD.findall(text)
+    if not words:
+        raise DataError(f"{text[:60]!r} holds no word to tag")
+    return [str(word) for word in words]
+
+
+def _encode(text: str, tokenizer: PreTrainedTokenizerBase, *, raw: bool, limit: int | None = None) -> list[int]:
+    pair = None if raw else _json(text, dict)
+    texts = (text,) if pair is None or set(pair) != {"text", "text_pair"} else (pair["text"], pair["text_pair"])
+    return list(tokenizer(*texts, truncation=limit is not None, max_length=limit)["input_ids"])
+
+
+def _json(text: str, kind: type) -> Any:
+    """The JSON that a text is, where it is of a kind."""
+    if text.lstrip()[:1] not in ("[", "{"):
+        return None
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return None
+    return found if isinstance(found, kind) else None
+
+
+def _tell_cut(count: int, limit: int, progress: Progress) -> None:
+    if count:
+        are = "text is" if count == 1 else "texts are"
+        progress.note(f"{count} {are} cut at {limit} tokens, the longest row of the training")
+
+
+def labelled(head: Head, asked: str, logits: Tensor) -> Labelled:
+    """What the outputs for one text or image stand for.
+
+    Args:
+        logits: (C,).
+    """
+    chosen = head.chosen(logits)
+    if head.problem == "regression":
+        return Labelled(asked, float(chosen[0]), {})
+    shares = dict(zip(head.names, head.probabilities(logits).tolist(), strict=True))
+    label = [head.names[one] for one in chosen] if head.problem == "multi-label" else head.names[chosen]
+    return Labelled(asked, label, shares)
+
+
+def _tagged(head: Head, asked: str, words: list[str], aligned: Aligned, logits: Tensor) -> Tagged:
+    tags: list[str | None] = [None] * len(words)
+    shares: list[float | None] = [None] * len(words)
+    carried = [word for word in aligned.words if word is not None]
+    best = head.probabilities(logits).max(-1)
+    for word, number, share in zip(carried, best.indices.tolist(), best.values.tolist(), strict=True):
+        tags[word], shares[word] = head.names[number], share
+    known = span_tags([[tag or OUTSIDE for tag in tags]], head.names)[0] if OUTSIDE in head.names else []
+    found = entities_of(known)
+    entities = [
+        {"type": kind, "words": words[first : last + 1], "first": first, "last": last} for kind, first, last in found
+    ]
+    return Tagged(asked, words, tags, shares, entities)

@@ -1,0 +1,55 @@
+"""Activation checkpointing for the blocks that do not fit, and for no other."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from peftcli.plan.choices import CHECKPOINTING
+from peftcli.plan.facts import Machine
+from peftcli.plan.forecast import plan_load, rows_of
+from peftcli.plan.plan import Decision, Plan
+from peftcli.plan.shape import Shape
+
+USED = 0.85
+"""Share of a card that the forecast may fill: what it does not foresee, and evaluation, need the rest."""
+
+
+def spare_blocks(
+    plan: Plan, shape: Shape | None, machine: Machine, asked: object, state_bytes: Callable[[str], float]
+) -> Plan:
+    """The plan with as few checkpointed blocks as its card has room for.
+
+    A block that keeps its activations need not run again in the backward pass, which is a quarter of the work of a
+    step; the loss is the same either way. The rows are taken to be as long as the recipe allows.
+
+    Args:
+        shape: of the model; without it nothing is changed.
+        asked: what the recipe says of activation checkpointing; only where it says nothing there is a choice.
+        state_bytes: of an optimizer, for each trainable weight.
+    """
+    if asked is not None or shape is None or not plan.trainer.get("activation_checkpointing"):
+        return plan
+    if machine.device != "cuda" or plan.base.device != "cuda":
+        return plan
+    load = plan_load(plan, shape, machine, rows_of(plan, None), state_bytes)
+    room = USED * machine.memory_bytes
+    for blocks in range(shape.layers + 1):
+        setting = replace(load.setting, checkpointing=blocks / shape.layers)
+        if replace(load, setting=setting).total <= room:
+            return _with_blocks(plan, blocks, shape.layers, machine)
+    return plan
+
+
+def _with_blocks(plan: Plan, blocks: int, layers: int, machine: Machine) -> Plan:
+    if blocks == layers:
+        return plan
+    value, reason = f"{blocks} of {layers} blocks", f"the others fit into {machine.name} as they are, and need not run"
+    reason += " twice"
+    if blocks == 0:
+        value, reason = "off", f"all {layers} blocks fit into {machine.name}, so none runs twice"
+    decision = Decision(CHECKPOINTING, value, reason)
+    return replace(
+        plan,
+        trainer={**plan.trainer, "activation_checkpointing": blocks > 0},
+        checkpointed_blocks=blocks or None,
+        decisions=tuple(decision if old.key == CHECKPOINTING else old for old in plan.decisions),
+    )

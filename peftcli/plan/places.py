@@ -1,0 +1,176 @@
+"""Where adapters stand, found by the structure of a model and not by the names of its family."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+BLOCK = re.compile(r"^(?P<stack>.*?\.)(?P<number>\d+)\.(?P<inside>.+)$")
+ATTENTION = re.compile(r"(^|\.)(self_|cross_?)?att(n|ention)\b|_attn\b|_attention\b|[a-z]Attention\b")
+PLACEMENTS = ("houlsby", "pfeiffer")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The modules of a model that hold parameters of their own, in order, by where they stand.
+
+    Attributes:
+        embedding, output: names of the layers at both ends; None where there is none.
+        before: the other modules before the first block, such as those of positions.
+        blocks: the modules of each block.
+        after: the modules behind the last block, the output layer aside.
+    """
+
+    embedding: str | None
+    output: str | None
+    before: tuple[str, ...]
+    blocks: tuple[tuple[str, ...], ...]
+    after: tuple[str, ...]
+
+    @property
+    def ends(self) -> tuple[str, ...]:
+        return tuple(name for name in (self.embedding, self.output) if name is not None)
+
+
+def block_number(name: str) -> int | None:
+    """Number of the block that a module stands in, None outside of all blocks.
+
+    >>> block_number("model.layers.11.mlp.down_proj"), block_number("model.norm")
+    (11, None)
+    """
+    found = BLOCK.match(name)
+    return None if found is None else int(found["number"])
+
+
+def sort_parts(owners: Sequence[str], embedding: str | None, output: str | None) -> Parts:
+    """Sort the modules of a model by where they stand.
+
+    Args:
+        owners: names of the modules that own parameters, in the order of the model.
+        embedding, output: names of the layers at both ends.
+
+    Raises:
+        ValueError: one of them stands inside another, so no copy of it alone can be made.
+    """
+    known = set(owners)
+    for name in owners:
+        above = name
+        while above := above.rpartition(".")[0]:
+            if above in known:
+                raise ValueError(f"{above} owns parameters beside those of {name}, so it is not trained as one module")
+    stack = _stack(owners)
+    blocks: dict[int, list[str]] = {}
+    before: list[str] = []
+    after: list[str] = []
+    for name in owners:
+        found = BLOCK.match(name)
+        if found is not None and found["stack"] == stack:
+            blocks.setdefault(int(found["number"]), []).append(name)
+        elif name not in (embedding, output):
+            # OPT registers its last norm before its blocks.
+            late = blocks or "final" in name.rsplit(".", 1)[-1]
+            (after if late else before).append(name)
+    return Parts(embedding, output, tuple(before), tuple(tuple(blocks[one]) for one in sorted(blocks)), tuple(after))
+
+
+def whole_places(
+    parts: Parts, *, last_layers: int, layers: Sequence[int] | None, head: bool, embeddings: bool, everything: bool
+) -> list[str]:
+    """Names of the modules that are trained whole, in the order of the model.
+
+    Args:
+        last_layers: number of blocks, counted from the output.
+        layers: numbers of the blocks, in place of `last_layers`.
+        head: what stands behind the last block.
+        embeddings: what stands before the first one.
+        everything: all of it.
+
+    Raises:
+        ValueError: there are not so many blocks.
+    """
+    count = len(parts.blocks)
+    if last_layers > count:
+        raise ValueError(f"last_layers {last_layers}: this model has {count}")
+    refuse_unknown_layers(layers or (), count)
+    numbers = range(count - last_layers, count) if layers is None else sorted(layers)
+    if everything:
+        numbers, head, embeddings = range(count), True, True
+    first, last = ([name] if name is not None else [] for name in (parts.embedding, parts.output))
+    wanted = [*first, *parts.before] if embeddings else []
+    wanted += [name for number in numbers for name in parts.blocks[number]]
+    return wanted + ([*parts.after, *last] if head else [])
+
+
+def bottleneck_places(
+    linears: Mapping[str, tuple[int, int]], hidden: int, placement: str, layers: Sequence[int] | None = None
+) -> list[str]:
+    """Names of the layers behind whose output a bottleneck stands: those that write into the residual stream.
+
+    Args:
+        linears: inputs and outputs of all linear layers, in the order of the model.
+        hidden: width of the residual stream.
+        placement: `houlsby`, behind both parts of each block, or `pfeiffer`, behind the feed-forward part alone.
+        layers: numbers of the blocks, all when None.
+
+    Raises:
+        ValueError: a block has no layer that could be told as the last one of a part, or there is no such block.
+
+    Source: Houlsby et al. 2019, arXiv:1902.00751, figure 2; Pfeiffer et al. 2021, arXiv:2005.00247, figure 3.
+    """
+    if placement not in PLACEMENTS:
+        raise ValueError(f"placement {placement}: must be {' or '.join(PLACEMENTS)}")
+    places: list[str] = []
+    for block, names in _by_block(linears, layers).items():
+        writers = [name for name in names if linears[name][1] == hidden]
+        attention = [name for name in writers if ATTENTION.search(name.removeprefix(block))]
+        feed = [name for name in writers if name not in attention and linears[name][0] != hidden]
+        if not feed or (placement == "houlsby" and not attention):
+            what = "feed-forward" if not feed else "attention"
+            raise ValueError(
+                f"the {what} part of {block}* has no linear layer that writes {hidden} values, so the place of a "
+                "bottleneck adapter is not known; name the layers in adapter.target_modules"
+            )
+        # The projection back is made last in both parts, whatever it is called.
+        places += ([attention[-1]] if placement == "houlsby" else []) + [feed[-1]]
+    if not places:
+        raise ValueError("this model has no blocks of linear layers, so there is no place for a bottleneck adapter")
+    return places
+
+
+def refuse_unknown_layers(layers: Sequence[int], count: int) -> None:
+    """Refuse the number of a block that is not there.
+
+    Raises:
+        ValueError: it is not.
+    """
+    unknown = [number for number in layers if not 0 <= number < count]
+    if unknown:
+        raise ValueError(f"layers {unknown}: this model has {count}, numbered 0 to {count - 1}")
+
+
+def within(name: str, above: str) -> bool:
+    """Whether a module is another one or a part of it."""
+    return name == above or name.startswith(f"{above}.")
+
+
+def _by_block(linears: Mapping[str, tuple[int, int]], layers: Sequence[int] | None) -> dict[str, list[str]]:
+    blocks: dict[str, list[str]] = {}
+    numbers = set()
+    for name in linears:
+        found = BLOCK.match(name)
+        if found is None or ".experts." in name:
+            continue
+        numbers.add(int(found["number"]))
+        if layers is None or int(found["number"]) in layers:
+            blocks.setdefault(f"{found['stack']}{found['number']}.", []).append(name)
+    refuse_unknown_layers(layers or (), len(numbers))
+    return blocks
+
+
+def _stack(owners: Sequence[str]) -> str | None:
+    """What stands before the numbers of the blocks: the stack with the most modules, if there are several."""
+    counts: dict[str, int] = {}
+    for name in owners:
+        found = BLOCK.match(name)
+        if found is not None:
+            counts[found["stack"]] = counts.get(found["stack"], 0) + 1
+    return max(counts, key=lambda stack: counts[stack]) if counts else None

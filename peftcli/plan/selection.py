@@ -1,0 +1,166 @@
+"""Which modules or layers are trained, when the gradient chooses them within a budget of parameters."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from peftcli.errors import RecipeError
+from peftcli.plan.places import block_number
+
+MOST_NAMED = 4
+"""Chosen modules that a line names."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the gradient will choose before the first step.
+
+    Attributes:
+        kind: `modules` or `layers`.
+        batches: training batches that the gradient is a mean of.
+        budget: share of the base's parameters.
+        parameters: trainable ones, at most.
+    """
+
+    kind: str
+    batches: int
+    budget: float
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One module or layer that may be trained.
+
+    Attributes:
+        name: path of the module, or the number of the layer.
+        score: root mean square of the gradient by its weights.
+        cost: trainable parameters that its adapters have.
+        chosen: it is trained.
+    """
+
+    name: str
+    score: float
+    cost: int
+    chosen: bool
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What was chosen, and by which figures.
+
+    Attributes:
+        kind: `modules` or `layers`.
+        batches: number of batches that the gradient is a mean of.
+        budget: share of the base's parameters.
+        budget_parameters, used_parameters: trainable parameters that were allowed, and that are used.
+        scored: all that could be chosen, in the order of the model.
+        modules: full names of the modules that are trained.
+    """
+
+    kind: str
+    batches: int
+    budget: float
+    budget_parameters: int
+    used_parameters: int
+    scored: tuple[Scored, ...]
+    modules: tuple[str, ...]
+
+    def sentence(self) -> str:
+        """One line on what was chosen."""
+        taken = [one for one in self.scored if one.chosen]
+        best = ", ".join(one.name for one in sorted(taken, key=lambda one: -one.score)[:MOST_NAMED])
+        more = f" and {len(taken) - MOST_NAMED} more" if len(taken) > MOST_NAMED else ""
+        return (
+            f"  chosen by gradient: {len(taken)} of {len(self.scored)} {self.kind} with {self.used_parameters:,} of "
+            f"{self.budget_parameters:,} trainable parameters, the largest first: {best}{more}"
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """The content of `selection.json`."""
+        return {"schema": 1, **vars(self), "scored": [vars(one) for one in self.scored], "modules": list(self.modules)}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "Selection":
+        """What `as_json` wrote."""
+        fields = {key: value[key] for key in cls.__dataclass_fields__}
+        scored = tuple(Scored(**one) for one in value["scored"])
+        return cls(**{**fields, "scored": scored, "modules": tuple(value["modules"])})
+
+
+def choose_modules(
+    scores: Mapping[str, float], costs: Mapping[str, int], base_parameters: int, budget: float, batches: int
+) -> Selection:
+    """Take whole modules, those with the largest gradient first, as long as their adapters fit the budget.
+
+    A module that does not fit is passed over, and a smaller one behind it may still be taken.
+
+    Args:
+        scores: root mean square of the gradient by module, in the order of the model.
+        costs: trainable parameters of an adapter on it.
+        base_parameters: of the whole base, of which the budget is a share.
+
+    Raises:
+        RecipeError: not one module fits.
+    """
+    allowed = int(budget * base_parameters)
+    chosen = _greedy(scores, costs, allowed)
+    _refuse_none(chosen, costs, allowed, budget, base_parameters, "target_modules")
+    scored = tuple(Scored(name, score, costs[name], name in chosen) for name, score in scores.items())
+    modules = tuple(one.name for one in scored if one.chosen)
+    return Selection("modules", batches, budget, allowed, sum(costs[name] for name in chosen), scored, modules)
+
+
+def choose_layers(
+    scores: Mapping[str, float],
+    costs: Mapping[str, int],
+    sizes: Mapping[str, int],
+    base_parameters: int,
+    budget: float,
+    batches: int,
+) -> Selection:
+    """Take whole layers in the same way, each with all of its targets.
+
+    Args:
+        sizes: parameters of each module, by which the scores of a layer's modules are averaged.
+    """
+    layers: dict[int, list[str]] = {}
+    for name in scores:
+        number = block_number(name)
+        if number is not None:
+            layers.setdefault(number, []).append(name)
+    allowed = int(budget * base_parameters)
+    of_layer = {
+        str(number): (sum(scores[name] ** 2 * sizes[name] for name in names) / sum(sizes[name] for name in names))
+        ** 0.5
+        for number, names in sorted(layers.items())
+    }
+    cost = {str(number): sum(costs[name] for name in names) for number, names in layers.items()}
+    chosen = _greedy(of_layer, cost, allowed)
+    _refuse_none(chosen, cost, allowed, budget, base_parameters, "layers")
+    scored = tuple(Scored(name, score, cost[name], name in chosen) for name, score in of_layer.items())
+    modules = tuple(name for name in scores if str(block_number(name)) in chosen)
+    return Selection("layers", batches, budget, allowed, sum(cost[name] for name in chosen), scored, modules)
+
+
+def _greedy(scores: Mapping[str, float], costs: Mapping[str, int], allowed: int) -> set[str]:
+    chosen: set[str] = set()
+    left = allowed
+    # Equal scores keep the order of the model, so that every run chooses alike.
+    for name in sorted(scores, key=lambda name: -scores[name]):
+        if costs[name] <= left:
+            chosen.add(name)
+            left -= costs[name]
+    return chosen
+
+
+def _refuse_none(
+    chosen: Sequence[str] | set[str], costs: Mapping[str, int], allowed: int, budget: float, base: int, key: str
+) -> None:
+    if chosen:
+        return
+    least = min(costs.values(), default=0)
+    raise RecipeError(
+        f"adapter.{key}.budget = {budget:.4%} of {base:,} parameters allows {allowed:,} trainable ones, and the "
+        f"smallest adapter has {least:,}; raise the budget to {least / base:.4%} or lower adapter.r"
+    )

@@ -1,0 +1,166 @@
+"""The `adapter` section: keys that many methods share, and the arguments of the one at hand, checked by name."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from peftcli.methods.method import CORE, Method
+from peftcli.methods.table import METHODS
+from peftcli.recipe.adapter_section import AdapterSection
+from peftcli.recipe.argument_values import kind_fault, nested_fault
+from peftcli.recipe.foreign import FOREIGN_NAMES
+from peftcli.recipe.installed_methods import CLOSED, homes_of, method_arguments, recipe_arguments
+from peftcli.recipe.messages import unknown_key
+from peftcli.recipe.problems import Problems, choice_text, dotted, show
+from peftcli.recipe.yaml_text import Tree
+
+FIELDS = tuple(key for key in AdapterSection.model_fields if key != "arguments")
+_LACKS = {"r": "has no rank", "alpha": "has no scale of that kind", "dropout": "has no dropout"}
+MOST_HOMES = 4
+"""Methods named as those that have an argument."""
+
+
+def read_adapter(tree: Tree, trainer: Mapping[str, Any], problems: Problems) -> dict[str, Any]:
+    """Check the section and sort it into the schema's keys and the method's arguments.
+
+    Args:
+        trainer: the checked arguments of the trainer section, for what excludes some methods.
+
+    Returns:
+        The section under its name, for the schema to check further; empty where the recipe has none.
+    """
+    section = tree.values.get("adapter")
+    if "adapter" not in tree.values:
+        return {}
+    if not isinstance(section, dict):
+        return {"adapter": section}
+    name = section.get("method", "lora")
+    method = METHODS.get(name) if isinstance(name, str) else None
+    kept = {key: value for key, value in section.items() if key in FIELDS}
+    if method is None:
+        return {"adapter": kept}
+    _check_fields(method, kept, tree, problems)
+    others = [key for key in section if key not in FIELDS and ("adapter", key) not in tree.spoiled]
+    arguments = {key: section[key] for key in others if _check_argument(method, key, section[key], tree, problems)}
+    check_together(method, tree, trainer, problems)
+    _check_start(arguments, kept, tree, problems)
+    return {"adapter": kept | ({"arguments": arguments} if arguments else {})}
+
+
+def _check_fields(method: Method, given: Mapping[str, Any], tree: Tree, problems: Problems) -> None:
+    """Report each key of the schema that does nothing with the method."""
+    known = method_arguments(method.name)
+
+    def idle(key: str) -> str | None:
+        if key in CORE and key not in method.core:
+            return _LACKS[key]
+        if key == "target_modules" and method.prompts:
+            return "stands before the row and on no module"
+        if key == "target_modules" and method.targets == "whole":
+            return "trains whole blocks"
+        if key == "layers" and (method.prompts or method.targets == "embeddings" or method.name == "full"):
+            return "trains all layers" if method.name == "full" else "stands in none of them"
+        if key in ("use_rslora", "use_dora") and given[key] is not False and method.name != "lora":
+            return "is not LoRA"
+        if key == "modules_to_save" and known is not None and key not in known:
+            return "saves no other modules"
+        return None
+
+    for key, value in given.items():
+        why = idle(key)
+        if value is not None and why is not None:
+            text = f"adapter.{key} does nothing with {method.name}, which {why}; remove it"
+            problems.add(tree.place(("adapter", key)), text)
+    _check_choice(method, given, tree, problems)
+
+
+def _check_choice(method: Method, given: Mapping[str, Any], tree: Tree, problems: Problems) -> None:
+    """Report a choice by gradient that cannot be made, and two at once."""
+    chosen = [key for key in ("target_modules", "layers") if isinstance(given.get(key), dict)]
+    where = {key: tree.place(("adapter", key)) for key in chosen}
+    if len(chosen) == 2:
+        text = "adapter.layers excludes adapter.target_modules: both leave the choice to the gradient; keep one"
+        problems.add(where["layers"], text)
+    for key in chosen:
+        if method.targets != "linear":
+            text = f"adapter.{key}: the gradient chooses among linear layers, where {method.name} does not stand"
+            problems.add(where[key], text)
+
+
+def _check_argument(method: Method, key: str, value: Any, tree: Tree, problems: Problems) -> bool:
+    known = method_arguments(method.name)
+    where, name = tree.place(("adapter", key)), dotted(("adapter", key))
+    shared = next((core for core, argument in method.core.items() if argument == key), None)
+    if known is None:
+        problems.note(where, f"{name} is not checked, because peft is not installed here")
+        return True
+    if key in method.closed or key in CLOSED:
+        problems.add(where, f"{name} is not set here: {method.closed.get(key) or CLOSED[key]}")
+    elif shared is not None:
+        problems.add(where, f"{name} is not a recipe key; did you mean adapter.{shared}?")
+    elif key not in known:
+        problems.add(where, _unknown(method, key))
+    else:
+        fault = kind_fault(known[key], value) or nested_fault(value)
+        if fault is None:
+            return True
+        problems.add(where, f"{name} = {show(value)}: {fault}")
+    return False
+
+
+def _unknown(method: Method, key: str) -> str:
+    homes = [one.name for one in homes_of(key)]
+    if homes and key not in FOREIGN_NAMES:
+        more = homes[:MOST_HOMES] + (["others"] if len(homes) > MOST_HOMES else [])
+        joined = choice_text(more).replace(" or ", " and ")
+        return f"adapter.{key} belongs to {joined}, not to {method.name}; remove it or set adapter.method"
+    return unknown_key(("adapter", key), recipe_arguments(method.name))
+
+
+def _check_start(arguments: Mapping[str, Any], given: Mapping[str, Any], tree: Tree, problems: Problems) -> None:
+    """Report ways for LoRA to begin that lack something, and a ratio of LoRA+ that slows the second matrix down."""
+    word = arguments.get("init_lora_weights")
+    kind = word.partition("_niter_")[0] if isinstance(word, str) else ""
+    where = tree.place(("adapter", "init_lora_weights"))
+    if kind == "loftq" and not isinstance(tree.values.get("quantization"), dict):
+        text = "adapter.init_lora_weights: loftq begins as what quantization loses; add `quantization: {bits: 4}`"
+        problems.add(where, text)
+    if kind == "corda":
+        problems.add(where, "adapter.init_lora_weights: corda needs statistics of another data set; pissa needs none")
+    batches = arguments.get("gradient_batches")
+    measured = kind == "lora_ga" or arguments.get("mask") == "gradient"
+    if batches is not None and (batches < 1 or not measured):
+        text = "must be at least 1" if batches < 1 else "does nothing without `mask: gradient` or lora_ga; remove it"
+        problems.add(tree.place(("adapter", "gradient_batches")), f"adapter.gradient_batches = {show(batches)}: {text}")
+    if kind in ("pissa", "olora", "lora_ga") and given.get("use_dora") is True:
+        text = f"adapter.init_lora_weights: {kind} excludes adapter.use_dora, which begins at the weight itself; keep one"
+        problems.add(where, text)
+    ratio = arguments.get("loraplus_lr_ratio")
+    if ratio is not None and ratio < 1:
+        text = f"adapter.loraplus_lr_ratio = {show(ratio)}: must be at least 1"
+        problems.add(tree.place(("adapter", "loraplus_lr_ratio")), text)
+
+
+def check_together(method: Method, tree: Tree, trainer: Mapping[str, Any], problems: Problems) -> None:
+    """Report what the recipe asks for that the method cannot do."""
+    title = f"adapter.method {method.name}"
+    task = tree.get("model", "task") or "causal-lm"
+    if isinstance(task, str) and task not in method.tasks:
+        text = f"model.task: {task} cannot be learned with {title}, which does {choice_text(method.tasks)}"
+        problems.add(tree.place(("model", "task")), text)
+    if method.four_bit and isinstance(tree.values.get("quantization"), dict):
+        text = f"{title} does not work on 4-bit weights: {method.four_bit}; remove `quantization`"
+        problems.add(tree.place(("quantization",)), text)
+    if method.checkpointing and trainer.get("activation_checkpointing"):
+        text = f"trainer.activation_checkpointing cannot be on with {title}: {method.checkpointing}; remove it"
+        problems.add(tree.place(("trainer", "activation_checkpointing")), text)
+    for key in ("packing", "padding_free"):
+        if method.padded and trainer.get(key):
+            problems.add(tree.place(("trainer", key)), f"trainer.{key} excludes {title}: {method.padded}; remove it")
+    if method.padded and tree.get("performance", "batching") == "flat":
+        text = f"performance.batching: flat excludes {title}: {method.padded}; remove it"
+        problems.add(tree.place(("performance", "batching")), text)
+    gates = tree.values.get("gates")
+    for gate in gates if method.merge and isinstance(gates, dict) else ():
+        if str(gate).startswith("merge_"):
+            text = f"gates.{gate} can never be met: {title} cannot be merged ({method.merge}); remove it"
+            problems.add(tree.place(("gates", gate)), text)

@@ -1,0 +1,77 @@
+"""The base's figures taken from another run, where nothing that they depend on differs."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from peftcli.errors import PeftcliError, RecipeError
+from peftcli.plan.decide import LABEL_RULES
+from peftcli.plan.plan import Plan
+from peftcli.recipe.dump import changed_keys
+from peftcli.recipe.load import load_recipe
+from peftcli.recipe.schema import Recipe
+from peftcli.rundir import RunDir, read_json
+
+FREE = (
+    "name",
+    "output_dir",
+    "gates",
+    "adapter.",
+    "budget.",
+    "performance.",
+    "report.",
+    "trainer.",
+    "dataset.max_train_samples",
+    "dataset.limits",
+)
+"""Keys that the base's figures do not depend on; of `trainer`, all but those of `LABEL_RULES`."""
+DECIDED = ("device", "model.dtype", "model.attention", "quantization.compute_dtype")
+"""What the machine decides of how the base computes."""
+STAMPED = ("data.test", "base")
+
+
+def why_not(lender: RunDir, recipe: Recipe, plan: Plan, stamp: Mapping[str, Any]) -> str | None:
+    """Why the base has to be measured anew; None where the lender's figures are those of this run too.
+
+    Args:
+        lender: another run.
+        recipe: of this run.
+        stamp: what this run is made from.
+
+    Raises:
+        RecipeError: the lender is no run.
+    """
+    if not lender.recipe.is_file():
+        raise RecipeError(f"--baseline-from {lender.path}: no run folder (recipe.yaml is missing); name a finished run")
+    try:
+        changed = [line for line in changed_keys(load_recipe(lender.recipe).recipe, recipe) if not _is_free(line)]
+        stored = {path.name: read_json(path) for path in (lender.eval, lender.train, lender.plan)}
+    except (OSError, json.JSONDecodeError, PeftcliError):
+        return "its figures are not there"
+    if changed:
+        return changed[0]
+    if plan.task != "causal-lm":
+        return "a new head is part of the base"
+    evaluation, train = stored["eval.json"], stored["train.json"]
+    if "baseline_seconds" not in evaluation or (plan.evaluation.baseline and evaluation.get("base") is None):
+        return "it has not measured its base"
+    before = train.get("stamp") or {}
+    keys = (*STAMPED, *(key for key in stamp if key.startswith("versions.")))
+    other = next((key for key in keys if stamp.get(key) is None or before.get(key) != stamp[key]), None)
+    if other is not None:
+        return f"{other} is another one"
+    return _decided_otherwise(stored["plan.json"], plan)
+
+
+def _is_free(line: str) -> bool:
+    key = line.split(":")[0]
+    # A section that one of the two leaves empty is listed as such, its keys one by one beside it.
+    return f"{key}.".startswith(FREE) and key.removeprefix("trainer.") not in LABEL_RULES
+
+
+def _decided_otherwise(lender: Mapping[str, Any], plan: Plan) -> str | None:
+    before = {one["key"]: one["value"] for one in lender["decisions"]}
+    now = {one.key: one.value for one in plan.decisions}
+    return next(
+        (f"{key}: {before.get(key)} -> {now.get(key)}" for key in DECIDED if before.get(key) != now.get(key)), None
+    )

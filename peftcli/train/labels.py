@@ -1,0 +1,135 @@
+"""Training of a head and an adapter: the loss is on the labels of rows or tokens, each weighing the same."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import transformers
+from datasets import Dataset
+from peft import get_peft_model
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
+
+from peftcli.adapters.build import peft_config
+from peftcli.data.prepare import PreparedData
+from peftcli.errors import RecipeError
+from peftcli.model.label import Head, forward, head_of, make_batch
+from peftcli.model.statistics import freeze_statistics
+from peftcli.plan.plan import Plan
+from peftcli.rundir import RunDir
+from peftcli.train.steps import StepTrainer
+from peftcli.train.widths import widen_trained
+
+SMOOTHED = ("single-label", "tagging")
+"""Problems on which label smoothing has a meaning."""
+
+
+class HeadTrainer(transformers.Trainer):  # type: ignore[misc]  # transformers' trainer is untyped
+    """The trainer of transformers with the loss of a head.
+
+    Attributes:
+        head: what the outputs mean.
+    """
+
+    loss_is_scaled_for_ga = True  # by the rows or tokens of the whole step
+    aux_loss_enabled = False
+
+    def __init__(self, head: Head, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.head = head
+        self._total_train_tokens = 0
+
+    def targets(self, labels: Tensor) -> Tensor:
+        """The rows, or the tokens that have a label."""
+        return self.head.targets(labels)
+
+    def _get_num_items_in_batch(self, batch_samples: Sequence[Any], device: torch.device) -> Tensor | None:
+        if not batch_samples:
+            return None
+        mine = torch.stack([self.targets(batch["labels"]) for batch in batch_samples]).sum().to(device)
+        total: Tensor = self.accelerator.reduce(mine, "sum")
+        return total
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """The loss of a piece as its part of the step's mean; without a count, the mean of the piece."""
+        logits = forward(model, inputs)
+        smoothing = self.args.label_smoothing_factor if model.training else 0.0
+        losses = self.head.losses(logits, inputs["labels"], smoothing=smoothing)
+        count = self.targets(inputs["labels"]) if num_items_in_batch is None else num_items_in_batch
+        loss = losses.sum() / torch.as_tensor(count).clamp(min=1)
+        if num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes  # whose gradients are averaged
+        if model.training:
+            self._total_train_tokens += int(self.accelerator.reduce(inputs["attention_mask"].sum(), "sum"))
+        return (loss, {"logits": logits}) if return_outputs else loss
+
+    def prediction_step(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor, None, None]:
+        """The mean loss of a micro-batch."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return self.compute_loss(model, inputs).detach(), None, None
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the tokens that were fed, as TRL's trainer does."""
+        if "loss" in logs:
+            logs["num_tokens"] = float(self._total_train_tokens)
+        super().log(logs, start_time)
+
+
+class LabelTrainer(StepTrainer, HeadTrainer):
+    """The trainer of a head, with what every task's trainer shares."""
+
+    targets = HeadTrainer.targets
+
+
+def make_label_trainer(
+    plan: Plan, run: RunDir, data: PreparedData, tokenizer: PreTrainedTokenizerBase, model: Any
+) -> LabelTrainer:
+    """Put the adapter of a plan onto a model with a head, and make their trainer.
+
+    Raises:
+        RecipeError: an argument has no meaning for labels such as these.
+    """
+    head = head_of(plan.base.labels, plan.base.problem, model, tokenizer)
+    arguments = TrainingArguments(
+        output_dir=str(run.checkpoints), remove_unused_columns=False, label_names=["labels"], **plan.trainer
+    )
+    if arguments.label_smoothing_factor and head.problem not in SMOOTHED:
+        raise RecipeError(
+            f"trainer.label_smoothing_factor = {arguments.label_smoothing_factor}: spreads weight over classes, and "
+            f"the labels are {head.problem}; leave it out"
+        )
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    set_seed(plan.seed)  # the adapter begins at random
+    wrapped = get_peft_model(model, peft_config(plan.adapter, plan.task, tokenizer=plan.base.path))
+    if arguments.gradient_checkpointing:
+        wrapped.enable_input_require_grads()
+    widen_trained(wrapped, plan.adapter_dtype)
+
+    freeze_statistics(wrapped)
+    columns = list(dict.fromkeys(["input_ids", head.column, "labels"]))
+
+    def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        return make_batch([row[head.column] for row in rows], [row["labels"] for row in rows], head)
+
+    return LabelTrainer(
+        head,
+        model=wrapped,
+        args=arguments,
+        data_collator=collate,
+        train_dataset=Dataset(data.train.store.examples.select(columns)).select(data.train.rows),
+        eval_dataset=Dataset(data.test.select(columns)),
+        processing_class=tokenizer if head.images is None else head.images.processor,
+    )

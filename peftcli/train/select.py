@@ -1,0 +1,90 @@
+"""The choice by gradient, made on training rows after the weights are loaded and before the adapter stands on them."""
+
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from peftcli.adapters.own.places import all_widths, end_name
+from peftcli.data.prepare import PreparedData
+from peftcli.errors import MachineError
+from peftcli.model.gradients import gradient_norms
+from peftcli.model.shards import my_share, processes
+from peftcli.model.trainable import count_on_layer
+from peftcli.plan.layers import chosen_plan
+from peftcli.plan.places import within
+from peftcli.plan.plan import Plan
+from peftcli.plan.selection import Selection, choose_layers, choose_modules
+from peftcli.plan.targets import ALL_LINEAR, matches
+from peftcli.rundir import RunDir, read_json, write_json
+from peftcli.train.first_rows import drawn_rows, reader
+
+
+def make_choice(
+    plan: Plan, run: RunDir, data: PreparedData, tokenizer: PreTrainedTokenizerBase, model: Any, *, resuming: bool
+) -> tuple[Plan, str | None]:
+    """The plan with what the gradient has chosen in it, and a line that says so; as it was where nothing is to choose.
+
+    Args:
+        model: the loaded base, without an adapter.
+        resuming: the choice was made in an earlier session of the run.
+
+    Raises:
+        RecipeError: not one module fits the budget.
+        MachineError: the choice of the earlier session is gone.
+        Diverged: a gradient is not finite.
+    """
+    if plan.choice is None:
+        return plan, None
+    if resuming:
+        if not run.selection.is_file():
+            raise MachineError(f"{run.selection}: gone, so it is not known what this run trains; train it anew")
+        selection = Selection.from_json(read_json(run.selection))
+    else:
+        selection = _select(plan, data, tokenizer, model)
+    chosen = chosen_plan(plan, selection, _saved_whole(plan, model))
+    if processes()[0] == 0:
+        write_json(run.selection, selection.as_json())
+        if run.plan.is_file():
+            write_json(run.plan, read_json(run.plan) | chosen.as_json())
+    return chosen, selection.sentence()
+
+
+def _select(plan: Plan, data: PreparedData, tokenizer: PreTrainedTokenizerBase, model: Any) -> Selection:
+    assert plan.choice is not None  # asked for by the caller
+    choice, adapter = plan.choice, plan.adapter
+    widths = _candidates(plan, model)
+    rows = drawn_rows(plan, len(data.train.rows), choice.batches)
+    make, loss = reader(plan, data, tokenizer, model)
+    norms = gradient_norms(model, list(widths), [make(rows[part]) for part in my_share(len(rows))], loss)
+    kinds = {
+        name: (*pair, getattr(model.get_submodule(name), "bias", None) is not None) for name, pair in widths.items()
+    }
+    cost = {kind: count_on_layer(adapter, plan.task, *kind[:2], bias=kind[2]) for kind in dict.fromkeys(kinds.values())}
+    costs = {name: cost[kind] for name, kind in kinds.items()}
+    base = plan.total_parameters - plan.trainable_parameters
+    if choice.kind == "modules":
+        return choose_modules(norms, costs, base, choice.budget, len(rows))
+    sizes = {name: inputs * outputs for name, (inputs, outputs) in widths.items()}
+    return choose_layers(norms, costs, sizes, base, choice.budget, len(rows))
+
+
+def _candidates(plan: Plan, model: Any) -> dict[str, tuple[int, int]]:
+    """Inputs and outputs of each linear layer that may be chosen, in the order of the model."""
+    targets = plan.adapter.target_modules
+    output = end_name(model, "output")
+    widths = {
+        name: pair
+        for name, pair in all_widths(model).items()
+        if name != output and not any(within(name, head) for head in plan.base.head)
+    }
+    if targets == ALL_LINEAR:
+        return widths
+    assert isinstance(targets, tuple)  # names, once a plan is made
+    return {name: pair for name, pair in widths.items() if any(matches(name, one) for one in targets)}
+
+
+def _saved_whole(plan: Plan, model: Any) -> int:
+    """Parameters of the modules that are trained whole beside the adapter."""
+    saved = plan.adapter.modules_to_save or ()
+    names = [name for name, _ in model.named_modules() if any(matches(name, one) for one in saved)]
+    return sum(weight.numel() for name in names for weight in model.get_submodule(name).parameters())

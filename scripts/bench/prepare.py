@@ -1,0 +1,202 @@
+"""Chats from the file to token ids and labels, with peftcli and with SFTTrainer: seconds, and whether they are equal.
+
+    python scripts/bench/prepare.py [--rows 20000] [--rounds 3] [--turns FILE.jsonl]
+
+The loss is on the assistant's turns. Each way runs in a process of its own, with an empty cache and its imports made
+before the clock starts; peftcli also looks for duplicates, leaks, odd characters and personal data. Then
+`peftcli train` is run twice for one step on the same chats: the second time finds them prepared. The figures go to
+scripts/bench/results/prepare-cpu.json.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from peftcli.bench.job import write_spec
+from peftcli.bench.process import run_process
+from peftcli.rundir import RunDir
+
+RESULT = Path(__file__).parent / "results" / "prepare-cpu.json"
+SHIPPED = Path(__file__).parents[2] / "peftcli" / "assets" / "chats.jsonl"
+MAX_LENGTH = 512
+TEST_ROWS = 50
+IMPORTS = "import peftcli.cli.training, peftcli.train.run, peftcli.train.session"
+
+
+def write_chats(path: Path, count: int, turns: Path, seed: int) -> None:
+    """Chats of 1 to 6 exchanges, each exchange drawn from those of a file of chats; a number keeps chats apart."""
+    drawn, pairs = random.Random(seed), []
+    for line in turns.read_text(encoding="utf-8").splitlines():
+        said = [turn for turn in json.loads(line)["messages"] if turn["role"] in ("user", "assistant")]
+        pairs += [pair for pair in zip(said[::2], said[1::2], strict=False) if pair[0]["role"] == "user"]
+    with path.open("w", encoding="utf-8") as file:
+        for number in range(count):
+            chosen = [dict(turn) for pair in drawn.choices(pairs, k=drawn.randint(1, 6)) for turn in pair]
+            chosen[0]["content"] = f"{seed}-{number}: {chosen[0]['content']}"
+            file.write(json.dumps({"messages": chosen}) + "\n")
+
+
+def ours(place: Path, model: Path) -> Callable[[], Iterable[tuple[Any, Any]]]:
+    """Prepare the chats as `peftcli data` does."""
+    from transformers import AutoTokenizer
+
+    from peftcli.data.prepare import prepare
+    from peftcli.plan.plan import LabelRule
+    from peftcli.progress import Silent
+    from peftcli.recipe.schema import DatasetSection
+
+    section = DatasetSection.model_validate(
+        {
+            "path": str(place / "chats.jsonl"),
+            "test": {"path": str(place / "test.jsonl")},
+            "max_length": MAX_LENGTH,
+            "too_long": "truncate",
+        }
+    )
+    rule = LabelRule(False, True, ("assistant_only_loss",), MAX_LENGTH)
+
+    def work() -> Iterable[tuple[Any, Any]]:
+        side = prepare(section, AutoTokenizer.from_pretrained(model), rule, 42, Silent()).train
+        table = side.store.examples.select(["input_ids", "labels"]).take(side.rows)
+        return zip(table["input_ids"].to_pylist(), table["labels"].to_pylist(), strict=True)
+
+    return work
+
+
+def theirs(place: Path, model: Path) -> Callable[[], Iterable[tuple[Any, Any]]]:
+    """Prepare them as SFTTrainer does when it is made; the model is loaded before the clock starts."""
+    from datasets import load_dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import SFTConfig, SFTTrainer
+
+    base = AutoModelForCausalLM.from_pretrained(model)
+    arguments = SFTConfig(
+        output_dir=str(place / "unused"),
+        use_cpu=True,
+        assistant_only_loss=True,
+        max_length=MAX_LENGTH,
+        report_to=[],
+        disable_tqdm=True,
+    )
+
+    def work() -> Iterable[tuple[Any, Any]]:
+        rows = load_dataset("json", data_files=str(place / "chats.jsonl"), split="train")
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        made = SFTTrainer(model=base, args=arguments, train_dataset=rows, processing_class=tokenizer).train_dataset
+        return ((row["input_ids"], row["labels"]) for row in made)
+
+    return work
+
+
+def one(way: str, place: Path, model: Path, result: Path) -> None:
+    """Run one way in this process and write what it took, with a digest of the ids and labels in their order."""
+    work = {"ours": ours, "theirs": theirs}[way](place, model)
+    begun = time.perf_counter()
+    made = work()
+    seconds = time.perf_counter() - begun
+    digest, rows, tokens, trained = hashlib.sha256(), 0, 0, 0
+    for ids, labels in made:
+        digest.update(json.dumps([ids, labels]).encode())
+        rows, tokens, trained = rows + 1, tokens + len(ids), trained + sum(label != -100 for label in labels)
+    counts = {"seconds": seconds, "rows": rows, "tokens": tokens, "trained_tokens": trained}
+    result.write_text(json.dumps({**counts, "sha256": digest.hexdigest()}))
+
+
+def second_time(place: Path, model: Path) -> dict[str, float]:
+    """Seconds to the end of the first step with empty caches and then again, and those of the imports alone."""
+    recipe = {
+        "model": {"name": str(model)},
+        "adapter": {"r": 16},
+        "dataset": {"path": "chats.jsonl", "test": {"path": "test.jsonl"}, "max_length": MAX_LENGTH},
+        "trainer": {"assistant_only_loss": True, "max_steps": 1, "logging_steps": 1, "per_device_train_batch_size": 4},
+        "evaluation": {"baseline": False, "samples": 0, "rows": 1, "max_new_tokens": 1},
+    }
+    path, seconds = write_spec(place / "recipe.yaml", recipe), {}
+    apart = {"PEFTCLI_CACHE": str(place / "cache-train")}
+    for name in ("first", "second"):
+        run, stepped = RunDir(place / f"run-{name}"), []
+
+        def look(run: RunDir = run, stepped: list[float] = stepped) -> None:
+            if not stepped and run.log.is_file() and run.log.stat().st_size:
+                stepped.append(time.monotonic())
+
+        begun = time.monotonic()
+        words = [sys.executable, "-m", "peftcli", "train", str(path), "--output-dir", str(run.path)]
+        ended = run_process(words, place / "said.log", look, apart)
+        if ended.error is not None:
+            raise SystemExit(f"peftcli train: {ended.error}")
+        seconds[f"{name}_step_seconds"] = round(stepped[0] - begun, 2)
+    imports = [run_process([sys.executable, "-c", IMPORTS], place / "said.log").seconds for _ in range(3)]
+    seconds["imports_seconds"] = round(statistics.median(imports), 2)
+    seconds["second_beyond_imports_seconds"] = round(seconds["second_step_seconds"] - seconds["imports_seconds"], 2)
+    return seconds
+
+
+def main() -> None:
+    """Measure both ways in turns, then the second run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--rows", type=int, default=20_000)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--turns", type=Path, default=SHIPPED, help="a file of chats that exchanges are drawn from")
+    words = parser.parse_args()
+    if words.one:
+        way, *paths = words.one
+        return one(way, *(Path(path) for path in paths))
+    from peftcli.tiny.build import tiny_model
+
+    model = tiny_model("tiny:llama")
+    runs: dict[str, list[dict[str, Any]]] = {"ours": [], "theirs": []}
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        write_chats(place / "chats.jsonl", words.rows, words.turns, seed=0)
+        write_chats(place / "test.jsonl", TEST_ROWS, words.turns, seed=1)
+        for number in range(words.rounds):
+            for way, made in runs.items():
+                made.append(_measured(way, place, model, number))
+                print(f"round {number + 1}  {way:<7} {made[-1]['seconds']:.2f} s", flush=True)
+        found = _summary(runs, words.rows) | second_time(place, model)
+    print(json.dumps(found, indent=1))
+    RESULT.parent.mkdir(exist_ok=True)
+    RESULT.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def _measured(way: str, place: Path, model: Path, number: int) -> dict[str, Any]:
+    result = place / "one.json"
+    words = [sys.executable, __file__, "--one", way, str(place), str(model), str(result)]
+    apart = {"PEFTCLI_CACHE": f"{place}/cache-{number}", "HF_DATASETS_CACHE": f"{place}/datasets-{number}"}
+    ended = run_process(words, place / "said.log", more=apart)
+    if ended.error is not None:
+        raise SystemExit(f"{way}: {ended.error}")
+    found: dict[str, Any] = json.loads(result.read_text())
+    return found
+
+
+def _summary(runs: dict[str, list[dict[str, Any]]], rows: int) -> dict[str, Any]:
+    seconds = {way: [run["seconds"] for run in made] for way, made in runs.items()}
+    medians = {way: round(statistics.median(taken), 3) for way, taken in seconds.items()}
+    digests = {run["sha256"] for made in runs.values() for run in made}
+    return {
+        "schema": 1,
+        "rows": rows,
+        "cores": os.cpu_count(),
+        "tokens": {way: made[0]["tokens"] for way, made in runs.items()},
+        "equal_ids_and_labels": len(digests) == 1,
+        "seconds": {
+            way: {"median": medians[way], "min": min(taken), "max": max(taken)} for way, taken in seconds.items()
+        },
+        "times_as_fast": round(medians["theirs"] / medians["ours"], 2) if len(digests) == 1 else None,
+    }
+
+
+if __name__ == "__main__":
+    main()
