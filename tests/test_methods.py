@@ -1,4 +1,4 @@
-"""Every method of the table on a tiny model: trains, leaves the base alone, reloads, merges or refuses with a reason."""
+"""Every method of the table on a tiny model: trains, leaves the base alone, reloads, merges or says why not."""
 
 from pathlib import Path
 from typing import Any

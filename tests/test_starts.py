@@ -154,3 +154,16 @@ def test_lora_plus_gives_the_second_matrix_its_own_learning_rate(
     stored = torch.load(tmp_path / "run" / "checkpoints" / "checkpoint-2" / "optimizer.pt", weights_only=True)
     rates = {round(group["lr"], 6): len(group["params"]) for group in stored["param_groups"] if group["params"]}
     assert rates == {1e-3: 14, 1.6e-2: 14}
+
+
+def test_a_run_does_not_go_on_with_another_argument_of_its_method(
+    write_recipe: Write, run_cli: Cli, capfd: Any
+) -> None:
+    trainer = {"max_steps": 4, "save_steps": 2}
+    recipe = write_recipe(adapter={"r": 4, "init_lora_weights": "olora"}, trainer=trainer)
+    assert run_cli("train", recipe, "--output-dir", "run") == 0
+    (Path("run") / "train.json").unlink()
+    (Path("run") / "metrics.json").unlink()
+    words = ("train", recipe, "--output-dir", "run", "--resume", "--set", "adapter.init_lora_weights=pissa")
+    assert run_cli(*words, "--force", "adapter.init_lora_weights") == 2
+    assert 'adapter.init_lora_weights: "olora" -> "pissa"' in capfd.readouterr().err

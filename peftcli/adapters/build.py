@@ -84,5 +84,3 @@ def _start(values: dict[str, Any], tokenizer: str | None) -> dict[str, Any]:
     if from_text and tokenizer is None:
         return {"prompt_tuning_init": "RANDOM", "prompt_tuning_init_text": None}
     return {"tokenizer_name_or_path": tokenizer} if from_text else {}
-
-

@@ -122,7 +122,7 @@ def _joins(data: Mapping[str, Any]) -> Table | None:
 
 def _tokens(data: Mapping[str, Any]) -> Table | None:
     tokens = data.get("tokens")
-    if not tokens:
+    if not tokens or data.get("format") == "images":
         return None
     if data.get("format") == "classification":  # a class belongs to a row, not to its tokens
         table = _table("tokens", "all|r")
@@ -139,7 +139,7 @@ def _tokens(data: Mapping[str, Any]) -> Table | None:
 def _lengths(data: Mapping[str, Any]) -> Table | None:
     """The histogram of the lengths as bars of text, with the place of max_length."""
     histogram, limit = data.get("length_histogram"), data.get("max_length")
-    if not histogram or not histogram.get("counts"):
+    if not histogram or not histogram.get("counts") or data.get("format") == "images":
         return None
     edges, counts = _merged(histogram["edges"], histogram["counts"])
     length = data.get("length") or {}

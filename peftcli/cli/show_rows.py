@@ -29,6 +29,7 @@ def preview_lines(data: Mapping[str, Any], *, colour: bool) -> list[Text]:
     for row in rows:
         tokens, trained = (f"{row[key]:,}" if row.get(key) is not None else "-" for key in ("tokens", "trained"))
         size = f"{tokens} tokens" + (f", {trained} trained" if row.get("trained", "") is not None else "")
+        size = "an image" if row.get("tokens", "") is None else size
         lines.append(Text(f"{as_line(row.get('place'))}: {size}", style="bold" if colour else ""))
         parts = [Part(str(part.get("kind")), str(part.get("text"))) for part in row.get("parts") or []]
         lines.append(Text().join(_marked(part, colour) for part in shorten(parts)))

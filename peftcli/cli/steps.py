@@ -142,7 +142,8 @@ def look_at_data(recipe: Recipe, progress: Progress, *, smoke: bool, preview: in
     rule = label_rule(recipe, positions_of(config))
     model = recipe.model
     images = model.task == IMAGES
-    choice = TokenizerChoice(path, model.revision, model.chat_template, model.eos_token, model.trust_remote_code, images)
+    trust = model.trust_remote_code
+    choice = TokenizerChoice(path, model.revision, model.chat_template, model.eos_token, trust, images)
     tokenizer = load_tokenizer(choice)
     data = prepare(recipe.dataset, tokenizer, rule, recipe.seed, progress, smoke=smoke)
     add_view(data, tokenizer, rule, preview, check_ends(choice, tokenizer, data, recipe.adapter))

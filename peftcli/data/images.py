@@ -1,4 +1,4 @@
-"""Image files of strangers: read as RGB pixels, or refused with a reason; and what stands in the place of a tokenizer."""
+"""Image files of strangers as RGB pixels, or refused with a reason; and what stands in the place of a tokenizer."""
 
 import hashlib
 import json

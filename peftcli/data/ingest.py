@@ -25,7 +25,7 @@ from peftcli.data.tokens import Tokens
 from peftcli.errors import DataError
 from peftcli.plan.plan import LabelRule
 from peftcli.progress import Progress
-from peftcli.recipe.schema import DatasetSection, SourceSection
+from peftcli.recipe.dataset_section import DatasetSection, SourceSection
 from peftcli.recipe.tasks import IMAGES
 
 MANY_LABELS = 5000

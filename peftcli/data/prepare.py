@@ -29,7 +29,7 @@ from peftcli.data.turns import Chat, read_chats
 from peftcli.errors import DataError
 from peftcli.plan.plan import LabelRule
 from peftcli.progress import Progress
-from peftcli.recipe.schema import DatasetSection, SourceSection, TestSection
+from peftcli.recipe.dataset_section import DatasetSection, SourceSection, TestSection
 from peftcli.recipe.tasks import IMAGES
 
 SMOKE_ROWS = 48
@@ -67,7 +67,7 @@ class PreparedData:
 
     @cached_property
     def test(self) -> pa.Table:
-        """The test rows: `input_ids`, `labels`, `prompt_ids`, `prompt` and `reference`; of tagging also `words`, of images `image`."""
+        """The test rows: `input_ids`, `labels`, `prompt_ids`, `prompt` and `reference`; some also `words` or `image`."""
         return held_out_table(self.test_side, self.format, self.tokenizer)
 
     def sample_chats(self, count: int = 8) -> list[Chat]:
@@ -124,9 +124,7 @@ def prepare(
     test_source = None
     if test_section is not None:
         like = partial(made_up, like=sections[0])
-        test_source = _open(
-            test_section, "dataset.test", made_up=like if smoke else None, images=rule.task == IMAGES
-        )
+        test_source = _open(test_section, "dataset.test", made_up=like if smoke else None, images=rule.task == IMAGES)
     apart = frozenset(getattr(test_source, "files", ()))
     keys = [f"dataset.sources[{number}]" for number in range(len(dataset.sources))] or ["dataset"]
     sources = [(open_(section, key, without=apart), section) for key, section in zip(keys, sections, strict=True)]

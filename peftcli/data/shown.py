@@ -32,7 +32,8 @@ def shown_rows(
         count: number of rows; one that is cut takes the place of the last, where there is one.
 
     Returns:
-        `place`, `tokens`, `trained` (None where a row has a class) and `parts` (`kind` and `text`) of each row.
+        `place`, `tokens` (None for an image), `trained` (None where a row has a class) and `parts` (`kind` and `text`)
+        of each row.
     """
     chosen = _choose(train, count)
     if not len(chosen):
@@ -46,7 +47,12 @@ def shown_rows(
     # A class belongs to a row, and to none of its tokens.
     trained = [None] * len(chosen) if train.store.facts.get("problem") else train.column("trained")[chosen].tolist()
     return [
-        {"place": place, "tokens": len(ids), "trained": count, "parts": [asdict(part) for part in _fit(row)]}
+        {
+            "place": place,
+            "tokens": None if "pixels" in rows else len(ids),
+            "trained": count,
+            "parts": [asdict(part) for part in _fit(row)],
+        }
         for place, ids, count, row in zip(train.places(chosen), rows["input_ids"], trained, parts, strict=True)
     ]
 

@@ -28,7 +28,8 @@ def label_parts(
             parts = tag_parts(ids, rows["labels"][number], names, tokenizer)
         else:
             said = _label_text(rows["labels"][number], names)
-            parts = [Part(PROMPT, rows["name"][number] if "pixels" in rows else _decode(ids, tokenizer)), Part(TRAINED, f" -> {said}")]
+            read = rows["name"][number] if "pixels" in rows else _decode(ids, tokenizer)
+            parts = [Part(PROMPT, read), Part(TRAINED, f" -> {said}")]
         lost = rows["uncut"][number] - rows["length"][number]
         made.append([*parts, Part(DROPPED, f" {lost:,} tokens cut off")] if lost > 0 else parts)
     return made

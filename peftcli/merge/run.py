@@ -157,7 +157,6 @@ def _write_all(
     if not quantized:
         wanted = ("original",)
     dtype = DTYPES[settings.dtype or target.base.dtype]
-    base = model.get_base_model()
     written = []
     # The wrapped base names its layers with PEFT's prefixes; a bare one of the same weights is what is folded.
     bare = bare_base(model)

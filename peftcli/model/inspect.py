@@ -94,9 +94,7 @@ def inspect_model(
 
 def _convolutions(modules: Mapping[str, torch.nn.Module]) -> tuple[str, ...]:
     """Names of the convolutions of images; those in groups aside, whose rank the groups would have to divide."""
-    return tuple(
-        name for name, module in modules.items() if isinstance(module, torch.nn.Conv2d) and module.groups == 1
-    )
+    return tuple(name for name, module in modules.items() if isinstance(module, torch.nn.Conv2d) and module.groups == 1)
 
 
 def trainable_counter(

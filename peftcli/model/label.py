@@ -162,9 +162,7 @@ def make_batch(ids: Sequence[Row], labels: Sequence[Sequence[float]] | None, hea
     return batch
 
 
-def _image_batch(
-    paths: Sequence[str], labels: Sequence[Sequence[float]] | None, head: Head
-) -> dict[str, Tensor]:
+def _image_batch(paths: Sequence[str], labels: Sequence[Sequence[float]] | None, head: Head) -> dict[str, Tensor]:
     assert head.images is not None  # the rows are images
     try:
         pixels = head.images.pixels(paths)

@@ -6,8 +6,10 @@ from peftcli.errors import MachineError
 from peftcli.model.inspect import load_config
 from peftcli.progress import Progress
 from peftcli.recipe.schema import ModelSection
+from peftcli.recipe.tasks import IMAGES
 from peftcli.tiny.build import stand_in, tiny_model
 from peftcli.tiny.family import family_config
+from peftcli.tiny.images import image_stand_in
 
 TINY = "tiny:"
 
@@ -35,8 +37,8 @@ def locate(model: ModelSection, progress: Progress, *, smoke: bool) -> tuple[str
     try:
         config, origin = load_config(model.name, model.revision), "its own configuration"
     except MachineError:
-        config, origin = family_config(model.name)
-    path = str(stand_in(config))
+        config, origin = family_config(model.name, images=model.task == IMAGES)
+    path = str(image_stand_in(config) if model.task == IMAGES else stand_in(config))
     note = f"smoke: {model.name} is replaced by a tiny random {config.model_type} model made from {origin}"
     return path, load_config(path, None), note
 

@@ -6,7 +6,7 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 
-from peftcli.errors import MachineError, RecipeError
+from peftcli.errors import RecipeError
 from peftcli.model.absorb import PREFIX
 from peftcli.model.identity import EARLIER, read_identity, refuse_other_base
 from peftcli.model.tensors import CONFIG, WEIGHTS

@@ -6,7 +6,8 @@ from typing import Any
 
 from peftcli.plan.selection import Choice
 from peftcli.recipe.adapter_section import AdapterSection
-from peftcli.recipe.schema import BudgetSection, DatasetSection, EvaluationSection
+from peftcli.recipe.dataset_section import DatasetSection
+from peftcli.recipe.schema import BudgetSection, EvaluationSection
 from peftcli.recipe.tasks import IMAGES
 from peftcli.recipe.values import Gate
 

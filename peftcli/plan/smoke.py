@@ -68,4 +68,5 @@ def _adapter(adapter: AdapterSection) -> AdapterSection:
 def _evaluation(recipe: Recipe) -> dict[str, int]:
     if recipe.model.task != CAUSAL:
         return {}  # nothing is written
-    return {"max_new_tokens": 8, "rows": 8, "retention_tokens": 1000}
+    short = {"max_new_tokens": 8, "rows": 8}
+    return short if recipe.evaluation.retention is None else short | {"retention_tokens": 1000}

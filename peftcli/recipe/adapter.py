@@ -132,7 +132,7 @@ def _check_start(arguments: Mapping[str, Any], given: Mapping[str, Any], tree: T
         text = "must be at least 1" if batches < 1 else "does nothing without `mask: gradient` or lora_ga; remove it"
         problems.add(tree.place(("adapter", "gradient_batches")), f"adapter.gradient_batches = {show(batches)}: {text}")
     if kind in ("pissa", "olora", "lora_ga") and given.get("use_dora") is True:
-        text = f"adapter.init_lora_weights: {kind} excludes adapter.use_dora, which begins at the weight itself; keep one"
+        text = f"adapter.init_lora_weights: {kind} excludes adapter.use_dora, which begins at the weight; keep one"
         problems.add(where, text)
     ratio = arguments.get("loraplus_lr_ratio")
     if ratio is not None and ratio < 1:

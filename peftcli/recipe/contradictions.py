@@ -191,7 +191,7 @@ def _check_model(tree: Tree, problems: Problems) -> None:
 def _check_retention(tree: Tree, problems: Problems) -> None:
     path: KeyPath = ("evaluation", "retention")
     task = tree.get("model", "task")
-    if tree.get(*path) is not None:
+    if tree.get("evaluation", "retention") is not None:
         if task is not None and task != "causal-lm":
             problems.add(tree.place(path), "evaluation.retention needs model.task: causal-lm; remove one of the two")
         return

@@ -44,7 +44,7 @@ RARE_ROWS = (
     ("With an unknown token", "unknown_token_rows", "rows"),
 )
 """Shown where there are any."""
-LABELLED = ("classification", "tagging")
+LABELLED = ("classification", "tagging", "images")
 """Formats whose rows have labels and no end token to learn."""
 TOKEN_SIDES = (("Training", "train", "trained"), ("Held out", "test", "test_trained"))
 ALIKE = (
@@ -76,11 +76,12 @@ def data_section(stages: Stages) -> Section | None:
     if not data:
         return None
     left = [_row_table(data), _sources(data)]
-    right = [_token_table(data), _dropped(data), _joins(data), _truncated(data)]
+    images = find(data, "format") == "images"
+    right = [None if images else _token_table(data), _dropped(data), _joins(data), _truncated(data)]
     blocks: list[Block | None] = [
         _warnings(data),
         Beside((_present(left), _present(right))),
-        length_plots(data),
+        None if images else length_plots(data),
         label_table(data),
         number_table(data),
         word_table(data),
@@ -198,7 +199,7 @@ def _preview(data: dict[str, Any]) -> Preview | None:
     rows = []
     for row in objects(data, "preview"):
         spans = tuple(Span(text(part, "kind"), text(part, "text")) for part in objects(row, "parts"))
-        about = f"{count(figure(row, 'tokens'))} tokens"
+        about = f"{count(figure(row, 'tokens'))} tokens" if figure(row, "tokens") is not None else "an image"
         if "trained" not in row or row["trained"] is not None:
             about += f", {count(figure(row, 'trained'))} trained"
         rows.append(PreviewRow(without_home(text(row, "place")), about, spans))

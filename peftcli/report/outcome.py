@@ -15,15 +15,16 @@ def training_facts(stages: Stages) -> Block | None:
         return None
     resumed = figure(train, "resumed_from_step")
     first, last = figure(train, "first_loss"), figure(train, "last_loss")
+    images = find(stages.data, "format") == "images"
     losses = f"{significant(first)} → {significant(last)}" if first is not None or last is not None else None
     return facts(
         (
             ("Steps", count(figure(train, "steps"))),
             ("Rows", count(figure(train, "rows"))),
             ("Epochs", compact(figure(train, "epochs"))),
-            ("Tokens", _tokens(train, find(stages.data, "format") == "classification")),
+            ("Tokens", None if images else _tokens(train, find(stages.data, "format") == "classification")),
             ("Time", duration(figure(train, "seconds"))),
-            ("Speed", f"{significant(figure(train, 'tokens_per_second'))} tokens/s"),
+            ("Speed", None if images else f"{significant(figure(train, 'tokens_per_second'))} tokens/s"),
             ("Peak memory", size(figure(train, "peak_memory_bytes"))),
             ("Training loss", losses),
             ("Resumed from", "not resumed" if resumed is None else f"step {count(resumed)}"),

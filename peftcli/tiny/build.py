@@ -19,6 +19,8 @@ from peftcli.cache import built_once, cache_root
 from peftcli.errors import MachineError, RecipeError
 from peftcli.tiny.cache import content_hash, shape_of, write_model
 from peftcli.tiny.cards import pretrained_card, random_card, stand_in_card
+from peftcli.tiny.images import NAMES as IMAGE_NAMES
+from peftcli.tiny.images import tiny_image_model
 from peftcli.tiny.pretrain import Progress, Schedule, isolated, pretrain
 from peftcli.tiny.shrink import shrink
 from peftcli.tiny.tokenizer import make_causal_tokenizer, make_encoder_tokenizer
@@ -28,7 +30,7 @@ VERSION = 1
 VOCABULARY_TOKENS = 1024
 POSITIONS = 512
 RANDOM = ("gpt2", "qwen3", "bert")
-NAMES = ("tiny:llama", *(f"tiny:{family}" for family in RANDOM))
+NAMES = ("tiny:llama", *(f"tiny:{family}" for family in RANDOM), *IMAGE_NAMES)
 
 
 def tiny_model(name: str, cache: Path | None = None, progress: Progress | None = None) -> Path:
@@ -47,6 +49,8 @@ def tiny_model(name: str, cache: Path | None = None, progress: Progress | None =
     """
     if name == "tiny:llama":
         return build_llama(cache_root(cache), Schedule(), progress)
+    if name in IMAGE_NAMES:
+        return tiny_image_model(name, cache)
     if name in NAMES:
         return _build_random(name.removeprefix("tiny:"), cache_root(cache))
     nearest = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.0)[0]

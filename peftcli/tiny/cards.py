@@ -51,6 +51,18 @@ Licence: Apache-2.0.
 """
 
 
+def image_card(name: str) -> str:
+    """The card of a tiny model of images whose weights are random."""
+    return f"""{HEAD}
+# {name}
+
+A model of images with **random weights** for tests: it has the module names of the real architecture and knows
+nothing. It reads images of 32 x 32 pixels.
+
+Licence: Apache-2.0.
+"""
+
+
 def stand_in_card(model_type: str) -> str:
     """The card of a stand-in."""
     return f"""{HEAD}

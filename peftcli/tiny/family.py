@@ -38,20 +38,30 @@ FAMILIES = [
     (r"electra", "electra"),
     (r"bert", "bert"),
 ]
+IMAGE_FAMILIES = [
+    (r"resnet", "resnet"),
+    (r"convnext-?v2", "convnextv2"),
+    (r"convnext", "convnext"),
+    (r"dinov2", "dinov2"),
+    (r"vit", "vit"),
+]
+"""Of models that classify images."""
 
 
-def family_config(model_name: str) -> tuple[PreTrainedConfig, str]:
+def family_config(model_name: str, *, images: bool = False) -> tuple[PreTrainedConfig, str]:
     """The default config of the family that a model name tells, and in words what it was guessed from.
 
     The numbers of the config are the family's defaults, not this model's: only its architecture is of use.
 
     Args:
         model_name: Hub id or folder name.
+        images: the model classifies images.
     """
     name = model_name.lower().replace("_", "-")
-    for pattern, family in FAMILIES:
+    for pattern, family in IMAGE_FAMILIES if images else FAMILIES:
         found = re.search(pattern, name)
         if found:
             guessed_from = f"{family}, from {found.group()!r} in the name {model_name!r}"
             return AutoConfig.for_model(family), guessed_from
-    return AutoConfig.for_model("llama"), f"llama, since the name {model_name!r} tells no family"
+    family = "vit" if images else "llama"
+    return AutoConfig.for_model(family), f"{family}, since the name {model_name!r} tells no family"

@@ -11,6 +11,7 @@ from typing import Any
 from peftcli.errors import RecipeError
 from peftcli.plan.choices import count_batch
 from peftcli.plan.plan import Batch
+from peftcli.recipe.adapter_section import AdapterSection
 from peftcli.recipe.dump import changed_keys, dump_recipe
 from peftcli.recipe.load import load_recipe
 from peftcli.recipe.schema import Recipe
@@ -102,7 +103,7 @@ def begin(run: RunDir, recipe: Recipe, *, overwrite: bool, resume: bool, allowed
         return Beginning(False, None, ())
     changed = [line for line in changes(run, recipe) if not is_allowed(line.split(":")[0], allowed)]
     status = run.status()
-    held = [line for line in changes(run, recipe) if line.split(":")[0] in HELD]
+    held = [line for line in changes(run, recipe) if _is_held(line.split(":")[0])]
     if held and status != "finished":
         raise RecipeError(
             f"{run.path}: its checkpoints hold these, so they cannot change in a run that goes on:\n"
@@ -195,3 +196,9 @@ def _cut_log(run: RunDir, step: int) -> None:
     """Drop log rows of steps that will be trained again."""
     kept = [row for row in read_log(run.log) if row.get("step", 0) <= step]
     write_text(run.log, "".join(json.dumps(row) + "\n" for row in kept))
+
+
+def _is_held(key: str) -> bool:
+    section, _, name = key.partition(".")
+    # What a method takes beside the shared keys decides the shapes of its weights, or what they began as.
+    return key in HELD or (section == "adapter" and name.partition(".")[0] not in AdapterSection.model_fields)

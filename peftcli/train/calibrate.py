@@ -68,7 +68,7 @@ class Calibrate(TrainerCallback):  # type: ignore[misc]  # transformers' callbac
         rows = longest_rows(self._lengths, self._plan)
         found = calibrate(self._trainer, model, rows, self._plan, float(self._lengths.mean()))
         self._trainer.calibration = asdict(found)
-        self._progress.note(said(found, steps))
+        self._progress.note(said(found, steps, self._trainer.fed))
 
 
 def counts_batches(model: torch.nn.Module) -> bool:
@@ -119,10 +119,10 @@ def calibrate(trainer: StepTrainer, model: Any, rows: list[int], plan: Plan, mea
     return Calibration(tokens, round(seconds, 4), round(seconds * passes, 4), peak)
 
 
-def said(found: Calibration, steps: int) -> str:
+def said(found: Calibration, steps: int, fed: str = "tokens") -> str:
     """The line for the start of a training."""
     line = (
-        f"  calibration: {count(found.tokens)} tokens forward and backward in {duration(found.seconds)}, so about "
+        f"  calibration: {count(found.tokens)} {fed} forward and backward in {duration(found.seconds)}, so about "
         f"{duration(found.step_seconds)} a step and {duration(found.step_seconds * steps)} for {count(steps)} steps"
     )
     return line + (f"; {size(found.peak_memory_bytes)} at the peak" if found.peak_memory_bytes is not None else "")

@@ -37,6 +37,7 @@ class HeadTrainer(transformers.Trainer):  # type: ignore[misc]  # transformers' 
     def __init__(self, head: Head, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.head = head
+        self.fed = "tokens" if head.images is None else "images"
         self._total_train_tokens = 0
 
     def targets(self, labels: Tensor) -> Tensor:

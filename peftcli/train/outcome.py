@@ -33,7 +33,7 @@ def write_train(run: RunDir, trainer: StepTrainer, watch: Watch, plan: Plan, res
     counted = trainer.counters()
     if not is_first_process():
         return
-    seconds = counted["seconds"]
+    seconds, of_tokens = counted["seconds"], trainer.fed == "tokens"
     write_json(
         run.train,
         {
@@ -44,9 +44,9 @@ def write_train(run: RunDir, trainer: StepTrainer, watch: Watch, plan: Plan, res
             "planned_steps": state.max_steps,
             "rows": rows_seen(state.epoch or 0.0, rows, trainer.args),
             "epochs": state.epoch,
-            "tokens": int(counted["tokens"]),
-            "trained_tokens": int(counted["trained_tokens"]),
-            "tokens_per_second": round(counted["tokens"] / seconds, 1) if seconds else None,
+            "tokens": int(counted["tokens"]) if of_tokens else None,
+            "trained_tokens": int(counted["trained_tokens"]) if of_tokens else None,
+            "tokens_per_second": round(counted["tokens"] / seconds, 1) if seconds and of_tokens else None,
             "seconds": round(seconds, 3),
             "peak_memory_bytes": peak_memory_bytes(trainer.args.device.type),
             "resident_before_bytes": watch.resident_before,

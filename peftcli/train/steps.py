@@ -43,8 +43,11 @@ class StepTrainer(transformers.Trainer):  # type: ignore[misc]  # transformers' 
         ranks: of AdaLoRA, None for every other method.
         start: what LoRA began with, None where the base need not be kept from it.
         second_matrix_ratio: learning rate of LoRA's second matrix over that of the first, None where they are one.
+        fed: what is counted in `_total_train_tokens`, for people.
         calibration: what one micro-batch took before the first step, None where that was not measured.
     """
+
+    fed = "tokens"
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -161,7 +161,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers' callbacks a
             {
                 "loss": f"{row['loss']:.4f}",
                 "lr": f"{logs.get('learning_rate', 0.0):.2e}",
-                "tokens/s": f"{rate:,.0f}",
+                f"{self._trainer.fed}/s": f"{rate:,.0f}",
                 "memory": f"{row['memory_bytes'] / 2**30:.1f} GiB",
             },
         )

@@ -24,8 +24,9 @@ from peftcli.bench.result import regime_result
 from peftcli.bench.rounds import make_model, take_turns
 from peftcli.bench.shapes import SHAPES
 from peftcli.bench.tools import TOOLS, tuned_for
-from peftcli.cli.benching import bench_table
+from peftcli.cli.benching import bench_table, nameless
 from peftcli.cli.show import Shown, console
+from peftcli.doctor.verdict import private_words
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -44,7 +45,8 @@ def compare(words: argparse.Namespace, regime: str) -> dict[str, Any]:
         rows = job.write()
         run = peer_runner(pythons, measure)
         measured = take_turns(tools, job, words.rounds, Shown(console(sys.stderr)), seeds=words.seeds, run=run)
-        found = result_object(made, words.bits, [regime_result(job, rows, tools, measured, made)])
+        result = regime_result(job, rows, tools, measured, made)
+        found: dict[str, Any] = nameless(result_object(made, words.bits, [result]), private_words())
     console(sys.stdout).print(bench_table(found["regimes"][0]))
     print(f"\n{found['verdict']}")
     return found

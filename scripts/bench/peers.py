@@ -182,8 +182,9 @@ def masked_rows(job: Job) -> Path:
 
 def stored_rows(job: Job, folder: Path) -> Path:
     """The same as a data set on the disk, as LLaMA-Factory keeps what it has tokenized."""
-    from datasets import Dataset, DatasetDict
+    from datasets import Dataset, DatasetDict, disable_progress_bars
 
+    disable_progress_bars()
     rows = [{**row, "attention_mask": [1] * len(row["input_ids"])} for row in _rows(job)]
     DatasetDict({"train": Dataset.from_list(rows)}).save_to_disk(str(folder))
     return folder

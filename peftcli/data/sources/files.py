@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from peftcli.errors import DataError
-from peftcli.recipe.schema import FilesSection
+from peftcli.recipe.dataset_section import FilesSection
 
 ENDINGS = {
     ".csv": "csv",

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from peftcli.data.rows import BATCH_ROWS, Rows
 from peftcli.data.sources.files import ENDINGS
-from peftcli.data.sources.open import FileSource, OpenSource, open_source
+from peftcli.data.sources.open import FileSource, open_source
 from peftcli.errors import DataError
-from peftcli.recipe.schema import FilesSection
+from peftcli.recipe.dataset_section import FilesSection
 
 BATCH_IMAGES = BATCH_ROWS // 20
 """Images are read whole for each row, so a batch has fewer of them."""
@@ -142,7 +142,7 @@ class PhotoTable:
 
 def open_photos(
     section: FilesSection, *, without: frozenset[Path] = frozenset(), key: str = "dataset"
-) -> OpenSource:
+) -> PhotoFolder | PhotoTable:
     """What a section of the recipe names: a folder of images, or files whose rows name some.
 
     Args:
