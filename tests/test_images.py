@@ -128,8 +128,11 @@ def test_images_are_learned_evaluated_labelled_and_merged(
     assert plain.config.id2label[int(logits.argmax())] == "box"
 
 
-def test_plain_peft_loads_the_adapter_to_the_same_outputs(image_recipe: Write, run_cli: Cli, tmp_path: Path) -> None:
-    recipe = image_recipe()
+@pytest.mark.parametrize("model", ["tiny:vit", "tiny:resnet"])
+def test_plain_peft_loads_the_adapter_to_the_same_outputs(
+    model: str, image_recipe: Write, run_cli: Cli, tmp_path: Path
+) -> None:
+    recipe = image_recipe(model)
     assert run_cli("train", recipe) == 0
     adapter = tmp_path / "runs" / "shapes" / "adapter"
     plan, data, _ = prepared(recipe)
@@ -385,3 +388,80 @@ def test_without_pillow_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setitem(sys.modules, "PIL.Image", None)
     with pytest.raises(MachineError, match=r"pip install 'peftcli\[image\]'"):
         read_image(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize(
+    ("model", "word", "reason"),
+    [("tiny:vit", "eva", "the rows are images"), ("tiny:resnet", "pissa", "a target is a convolution")],
+)
+def test_a_start_that_cannot_be_had_is_refused(
+    model: str, word: str, reason: str, image_recipe: Write, run_cli: Cli, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run_cli("train", image_recipe(model, adapter={"init_lora_weights": word})) == 2
+    assert reason in capfd.readouterr().err
+
+
+def test_a_4bit_vit_is_merged_into_its_full_weights_under_their_older_names(
+    image_recipe: Write, run_cli: Cli, tmp_path: Path
+) -> None:
+    assert run_cli("train", image_recipe(quantization={"bits": 4}, evaluation={"baseline": False})) == 0
+    assert run_cli("merge", "runs/shapes", "--into", "original") == 0
+    assert read_json(tmp_path / "runs" / "shapes" / "merge.json")["into"] == "original"
+
+
+def test_another_method_on_convolutions_is_merged_beside_a_trained_head(
+    image_recipe: Write, run_cli: Cli, tmp_path: Path
+) -> None:
+    assert run_cli("train", image_recipe("tiny:resnet", adapter={"method": "loha"})) == 0
+    assert run_cli("merge", "runs/shapes") == 0
+    assert read_json(tmp_path / "runs" / "shapes" / "merge.json")["max_abs_logit_difference"] < 1e-4
+
+
+def test_images_may_have_several_classes_or_a_number(
+    image_recipe: Write, photos: Path, run_cli: Cli, tmp_path: Path
+) -> None:
+    table = photos.parent / "labels.jsonl"
+    rows = [
+        {
+            "image": f"photos/{kind}/{number:02d}.{'jpg' if number % 4 else 'png'}",
+            "label": [kind, "even"][: 2 - number % 2],
+        }
+        for kind in KINDS
+        for number in range(16)
+    ]
+    table.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert run_cli("train", image_recipe(dataset={"path": str(table)})) == 0
+    metrics = read_json(tmp_path / "runs" / "shapes" / "metrics.json")
+    assert metrics["adapter"]["labels"] == ["ball", "bars", "box", "even"] and "f1_micro" in metrics["adapter"]
+
+
+def test_names_and_links_of_any_kind_are_counted(image_recipe: Write, photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "far").mkdir()
+    for number in range(4):
+        draw("box", random.Random(number)).save(tmp_path / "far" / f"{number}.png")
+    (photos / "linked").symlink_to(tmp_path / "far")
+    (photos / "ball" / "round").symlink_to(photos)  # leads back to itself
+    (photos / "ball" / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    odd = bytes(photos / "ball") + b"/\xff.png"
+    with open(odd, "wb") as file:
+        file.write((photos / "ball" / "00.png").read_bytes())
+    recipe = image_recipe(dataset={"limits": {"dropped": 1.0, "leaked": 1.0}})
+    facts = facts_of(recipe)
+    assert facts["classes"] == ["ball", "bars", "box", "linked"]
+    assert facts["dropped"] == {MISSING: 1, "with half a character (a lone surrogate)": 1}
+    assert facts["dropped_examples"]["with half a character (a lone surrogate)"] == ["photos/ball/?.png"]
+
+
+def test_two_folders_are_two_sources_and_classes_keep_their_shares(image_recipe: Write, photos: Path) -> None:
+    more = photos.parent / "more"
+    shutil.copytree(photos / "box", more / "box")
+    shutil.copytree(photos / "ball", more / "heap")
+    recipe = image_recipe(dataset={"limits": {"leaked": 1.0}, "split": {"test_size": 0.25, "seed": 1}})
+    asked = yaml.safe_load(recipe.read_text())
+    del asked["dataset"]["path"]
+    asked["dataset"] |= {"sources": [{"path": str(photos)}, {"path": str(more)}]}
+    asked["dataset"]["split"]["stratify"] = "label"
+    recipe.write_text(yaml.safe_dump(asked))
+    facts = facts_of(recipe)
+    assert facts["rows"] == 80 and facts["classes"] == ["ball", "bars", "box", "heap"]
+    assert facts["labels"]["test"] == {"box": 8, "ball": 4, "bars": 4, "heap": 4}

@@ -127,16 +127,14 @@ def test_two_processes_give_the_losses_and_metrics_of_one(write_recipe: Write, r
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("batching", ["flat", "padded"])
 def test_runs_of_one_and_of_two_processes_resume_into_one_another(
-    write_recipe: Write, run_cli: Cli, tmp_path: Path, batching: str
+    write_recipe: Write, run_cli: Cli, tmp_path: Path
 ) -> None:
     # 32 rows, 8 a step: the checkpoint lies in the second pass over the data, and the third begins after it.
     recipe = write_recipe(
         dataset={"split": {"test_size": 16, "seed": 1}},
         trainer={"per_device_train_batch_size": 4, "max_steps": 12, "save_steps": 7, "save_total_limit": 3},
         evaluation={"baseline": False, "rows": 1, "samples": 0},
-        performance={"batching": batching},
     )
     two = [sys.executable, "-m", "peftcli", "train", str(recipe), "--num-processes", "2", "--output-dir"]
     one = ["train", recipe, "--set", "trainer.gradient_accumulation_steps=2", "--output-dir"]

@@ -178,6 +178,8 @@ def _train(
     data.raise_if_crossed(f"peftcli data {loaded.path}")
     for line in [*plan_lines(plan.as_json(), data.facts), *(f"  note: {notice}" for notice in plan.notices)]:
         shown.note(line)
+    if twice := plan.batch.repeated(len(data.train.rows)):
+        shown.note(f"  note: each pass over the data takes {twice} rows twice, so that all processes have as many")
     for warning in data.facts["warnings"]:
         shown.note(f"  note: {warning}")
     if foretold := forecast_line(forecast):
@@ -189,9 +191,7 @@ def _train(
     return work(plan, run, data, tokenizer, shown, session).stop_reason
 
 
-def _borrowed(
-    recipe: Recipe, plan: Plan, stamp: Mapping[str, Any], shown: Shown, lender: Path | None
-) -> Path | None:
+def _borrowed(recipe: Recipe, plan: Plan, stamp: Mapping[str, Any], shown: Shown, lender: Path | None) -> Path | None:
     """The file of another run with the figures of this run's base, where they may be taken over."""
     if lender is None:
         return None

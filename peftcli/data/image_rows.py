@@ -44,7 +44,7 @@ def choose_images(first: Rows, section: SourceSection, given: Given) -> Reading:
         kind="images",
         name="images",
         said="images, each in the folder of its class" if first.is_folder else said,
-        columns=(image, column.name),
+        columns=(column.name,),  # a number in the name of a file is nobody's telephone
         prompt=None,
         reads=(image, column.name),
         make=_from_files(given.folder or Path(), column, folders=first.is_folder),

@@ -104,7 +104,8 @@ def say_label_warnings(facts: Mapping[str, Any]) -> list[str]:
     if facts["conflicting_rows"]:
         pair = facts["conflicting_examples"][0]
         rows = counted(facts["conflicting_rows"], "training row has", "training rows have")
-        said.append(f"{rows} the text of an earlier one and another label ({pair['row']} and {pair['first']})")
+        what = "pixels" if facts.get("format") == "images" else "text"
+        said.append(f"{rows} the {what} of an earlier one and another label ({pair['row']} and {pair['first']})")
     alike = _alike(facts["classes"])
     if alike:
         said.append(f"classes differ in case or white space only ({'; '.join(alike[:3])}); write each in one way")

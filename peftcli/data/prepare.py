@@ -67,7 +67,7 @@ class PreparedData:
 
     @cached_property
     def test(self) -> pa.Table:
-        """The test rows: `input_ids`, `labels`, `prompt_ids`, `prompt` and `reference`; some also `words` or `image`."""
+        """The test rows: `input_ids`, `labels`, `prompt_ids`, `prompt`, `reference`; some also `words` or `image`."""
         return held_out_table(self.test_side, self.format, self.tokenizer)
 
     def sample_chats(self, count: int = 8) -> list[Chat]:

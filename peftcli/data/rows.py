@@ -40,7 +40,10 @@ class Rows:
         >>> Rows("a.csv", [2, 3], {"x": ["p", "q"]}).place(1)
         'a.csv:3'
         """
-        return f"{self.file}{self.columns['image'][row]}" if self.is_folder else f"{self.file}:{self.numbers[row]}"
+        if not self.is_folder:
+            return f"{self.file}:{self.numbers[row]}"
+        # A name may hold bytes that are no text, which no report could be written with.
+        return self.file + str(self.columns["image"][row]).encode("utf-8", "replace").decode()
 
     @property
     def is_folder(self) -> bool:

@@ -33,6 +33,9 @@ TESTED = {
     "matplotlib": "3.11.2",
     "jinja2": "3.1.6",
     "sacrebleu": "2.6.0",
+    "scikit-learn": "1.9.1",
+    "scipy": "1.17.1",
+    "seqeval": "1.2.2",
 }
 """The versions of constraints.txt, on which the tests and CI run."""
 TRAINING = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets")

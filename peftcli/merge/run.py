@@ -22,9 +22,11 @@ from peftcli.model.identity import IDENTITY, merged_identity
 from peftcli.model.load import DTYPES, load_base
 from peftcli.model.measure import Measured, decoding_for, measure
 from peftcli.model.target import Target
-from peftcli.model.weights import loaded_weights, original_weights
+from peftcli.model.weights import Source, loaded_weights, original_weights
+from peftcli.plan.plan import Base
 from peftcli.progress import Progress
 from peftcli.recipe.schema import EvaluationSection
+from peftcli.recipe.tasks import IMAGES
 from peftcli.recipe.values import Gate
 from peftcli.rundir import write_json
 
@@ -105,8 +107,7 @@ def merge(
     _forget()
     try:
         candidates = [
-            _measure(target, (into, folder, size), reference, comparison, settings)
-            for into, folder, size in written
+            _measure(target, (into, folder, size), reference, comparison, settings) for into, folder, size in written
         ]
         kept = min(candidates, key=lambda one: one.loss)
         value = _merge_json(kept, candidates, data, settings, time.monotonic() - begun, target)
@@ -165,7 +166,7 @@ def _write_all(
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         from_files = quantized and into == "original"
-        source = original_weights(target.base, bare) if from_files else loaded_weights(bare)
+        source = _original(target.base, bare) if from_files else loaded_weights(bare)
         folded = fold(bare, target.adapter, source)
         size = write_weights(folded, dtype, folder)
         write_config(bare, dtype, folded.unties, folder)
@@ -174,6 +175,14 @@ def _write_all(
         write_json(folder / IDENTITY, merged_identity(target.identity, stored, folder, target.base.tokenizer))
         written.append((into, folder, size))
     return written
+
+
+def _original(base: Base, bare: PreTrainedModel) -> Source:
+    """The weights of a base without quantization; of a model of images loaded whole, since its files may name them as
+    earlier versions of transformers did."""
+    if base.task != IMAGES:
+        return original_weights(base, bare)
+    return loaded_weights(load_base(replace(base, device="cpu"), quantized=False))
 
 
 def _measure(

@@ -96,7 +96,8 @@ def head_modules(model: PreTrainedModel, task: str, path: str, revision: str | N
     if task == CAUSAL:
         return ()
     body = model.base_model_prefix
-    head = [name for name, child in model.named_children() if name != body and any(True for _ in child.parameters())]
+    parts = [part for name, child in model.named_children() if name != body for part in _parts(name, child)]
+    head = [name for name, part in parts if any(True for _ in part.parameters())]
     stored = stored_names(path, revision)
     pooler = getattr(getattr(model, body, None), POOLER, None)
     if pooler is not None and stored is not None:
@@ -104,6 +105,13 @@ def head_modules(model: PreTrainedModel, task: str, path: str, revision: str | N
         if not all(any(key.endswith(name) for key in stored) for name in names):
             head.append(f"{body}.{POOLER}")
     return tuple(head)
+
+
+def _parts(name: str, module: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
+    """A module, or what a sequence is made of: PEFT cannot take every method off beside a sequence that was trained."""
+    if not isinstance(module, torch.nn.Sequential):
+        return [(name, module)]
+    return [(f"{name}.{inner}", part) for inner, part in module.named_children()]
 
 
 def unquantized_modules(base: Base) -> list[str] | None:

@@ -102,7 +102,7 @@ def read_identity(folder: Path) -> dict[str, Any] | None:
     except (ValueError, AttributeError, TypeError) as problem:
         raise MachineError(f"{file}: damaged, not what training wrote ({problem}); restore the file") from problem
     if missing - OPTIONAL:
-        raise MachineError(f"{file}: damaged, lacks {', '.join(sorted(missing))}; restore the file")
+        raise MachineError(f"{file}: damaged, lacks {', '.join(sorted(missing - OPTIONAL))}; restore the file")
     return found
 
 

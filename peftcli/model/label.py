@@ -213,7 +213,8 @@ def targets_of(labels: Sequence[Sequence[float]], head: Head, longest: int) -> T
 def forward(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     """The outputs for a batch; of tagging those at its own tokens, virtual ones before them aside."""
     if PIXELS in batch:
-        outputs: Tensor = model(pixel_values=batch[PIXELS].to(model.dtype)).logits
+        weights = next(weight.dtype for weight in model.parameters() if weight.is_floating_point())
+        outputs: Tensor = model(pixel_values=batch[PIXELS].to(weights)).logits
         return outputs
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     logits: Tensor = model(**inputs).logits

@@ -60,6 +60,10 @@ def head_decisions(recipe: Recipe, facts: ModelFacts) -> tuple[Decision, ...]:
     """
     if not facts.head:
         return ()
+    if recipe.model.task == IMAGES and recipe.adapter.arguments.get("init_lora_weights") == "eva":
+        raise RecipeError(
+            "adapter.init_lora_weights: eva begins from rows of text, and the rows are images; leave it out"
+        )
     if facts.convolutions and recipe.quantization is not None:
         raise RecipeError(
             f"quantization: {facts.architecture} is made of convolutions, and only linear layers can be quantized; "

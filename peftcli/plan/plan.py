@@ -125,6 +125,19 @@ class Batch:
     def effective(self) -> int:
         return self.per_device * self.accumulation * self.processes
 
+    def repeated(self, rows: int) -> int:
+        """Rows that each pass over the data takes twice, since all processes must have equally many micro-batches.
+
+        >>> Batch(4, 1, 2).repeated(36), Batch(4, 1, 1).repeated(35)
+        (4, 0)
+
+        Source: `even_batches` of accelerate's `BatchSamplerShard`.
+        """
+        if self.processes == 1:
+            return 0
+        at_once = self.per_device * self.processes
+        return -(-rows // at_once) * at_once - rows
+
 
 @dataclass(frozen=True)
 class Batching:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from peftcli.methods.method import CORE, Method
+from peftcli.methods.method import CORE, NUMBERS, Method
 from peftcli.methods.table import METHODS
 from peftcli.recipe.adapter_section import AdapterSection
 from peftcli.recipe.argument_values import kind_fault, nested_fault
@@ -124,6 +124,8 @@ def _check_start(arguments: Mapping[str, Any], given: Mapping[str, Any], tree: T
     if kind == "loftq" and not isinstance(tree.values.get("quantization"), dict):
         text = "adapter.init_lora_weights: loftq begins as what quantization loses; add `quantization: {bits: 4}`"
         problems.add(where, text)
+    if kind == "mica" and isinstance(tree.values.get("quantization"), dict):
+        problems.add(where, f"adapter.init_lora_weights: mica does not work on 4-bit weights: {NUMBERS}; pissa does")
     if kind == "corda":
         problems.add(where, "adapter.init_lora_weights: corda needs statistics of another data set; pissa needs none")
     batches = arguments.get("gradient_batches")

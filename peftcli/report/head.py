@@ -90,7 +90,8 @@ def _merged(stages: Stages) -> str:
         return ""
     positions = figure(stages.merge, "positions")
     where = f" at {percent(agreement)} of {count(positions)} positions" if positions else f" at {percent(agreement)}"
-    sentence = f"The merged model predicts the same token as the adapter{where}"
+    does = "gives the same label" if stages.metrics.get("task") in LOSS_OF else "predicts the same token"
+    sentence = f"The merged model {does} as the adapter{where}"
     met = find(stages.merge, "met")
     if met is None:
         return sentence + "."

@@ -74,6 +74,7 @@ ELSEWHERE = frozenset(
 LOSS_OF = {
     "token-classification": "Loss, nats per tagged word",
     "sequence-classification": "Loss per row",
+    "image-classification": "Loss per image",
 }
 PRIMARY = ("exact_match", "entity_f1", "f1", "accuracy", "pearson", "loss")
 COUNTED_ON_ANSWERS = ("exact_match", "chrf", "unfinished_answers")

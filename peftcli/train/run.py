@@ -135,9 +135,9 @@ def train(
         device=plan.base.device,
         writes=is_first_process(),
     )
-    trainer.add_callback(watch)
     trainer.add_callback(Forward(plan.checkpointed_blocks))
     trainer.add_callback(Calibrate(trainer, plan, data.train.column("length"), progress))
+    trainer.add_callback(watch)  # whose clock begins after the calibration
     if plan.adapter.method == "adalora":
         trainer.ranks = Ranks(trainer.model, plan.adapter, resume_from)
         trainer.add_callback(trainer.ranks)

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from peftcli.data.prepare import PreparedData
+from peftcli.errors import RecipeError
 from peftcli.model.score import pad_right
 from peftcli.model.weights import Source, original_weights, turned_layers
 from peftcli.plan.plan import Plan
@@ -110,8 +111,17 @@ def lora_layers(model: PeftModel) -> Iterator[tuple[str, LoraLayer]]:
 
 
 def weight_of(layer: LoraLayer) -> Tensor:
-    """The weight of the layer as it computes with it: (outputs, inputs), float32."""
+    """The weight of the layer as it computes with it: (outputs, inputs), float32.
+
+    Raises:
+        RecipeError: it is no linear layer.
+    """
     weight: Tensor = dequantize_module_weight(layer.get_base_layer()).detach().float()
+    if weight.dim() != 2:
+        raise RecipeError(
+            "adapter.init_lora_weights begins at the matrix of a linear layer, and a target is a convolution; "
+            "leave it out"
+        )
     turned: Tensor = weight.T if getattr(layer, "fan_in_fan_out", False) else weight
     return turned
 

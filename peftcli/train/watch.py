@@ -141,6 +141,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers' callbacks a
         tokens = float(logs.get("num_tokens", 0.0)) + self._trainer.tokens_before
         rate = (tokens - tokens_before) / max(now - since, 1e-9)
         self._last_logged = (now, tokens)
+        of_tokens = self._trainer.fed == "tokens"
         self.losses.append((state.global_step, float(logs["loss"])))
         row = {
             "step": state.global_step,
@@ -149,8 +150,8 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers' callbacks a
             "grad_norm": _finite(logs.get("grad_norm")),
             "epoch": state.epoch,
             "token_accuracy": logs.get("mean_token_accuracy"),
-            "tokens": tokens,
-            "tokens_per_second": round(rate, 1),
+            "tokens": tokens if of_tokens else None,
+            "tokens_per_second": round(rate, 1) if of_tokens else None,
             "memory_bytes": peak_memory_bytes(self._device),
             "elapsed_seconds": round(self._trainer.seconds_before + now - self._begun, 3),
         }

@@ -63,8 +63,8 @@ class PhotoFolder:
     def _names(self) -> list[str]:
         classes: dict[str, list[str]] = {}
         try:
-            for place, folders, files in os.walk(self.folder, onerror=_raise):
-                folders[:] = sorted(one for one in folders if not _is_aside(one) and Path(place, one) not in self.apart)
+            for place, folders, files in os.walk(self.folder, onerror=_raise, followlinks=True):
+                folders[:] = sorted(one for one in folders if self._is_wanted(Path(place, one)))
                 below = Path(place).relative_to(self.folder).as_posix()
                 start = "" if below == "." else f"{below}/"
                 found = sorted(f"{start}{file}" for file in files if not _is_aside(file))
@@ -75,6 +75,10 @@ class PhotoFolder:
             raise DataError(f"{problem.filename}: cannot be read: {problem.strerror}") from problem
         turns = itertools.zip_longest(*(classes[name] for name in sorted(classes)))
         return [name for turn in turns for name in turn if name is not None]
+
+    def _is_wanted(self, folder: Path) -> bool:
+        within = folder.parent.resolve().is_relative_to(folder.resolve())  # a link back to where it stands
+        return not _is_aside(folder.name) and folder not in self.apart and not within
 
     def _check(self, names: list[str]) -> None:
         if any(name.count("/") == 1 and not name.endswith("/") for name in names):
@@ -170,11 +174,14 @@ def is_photo_folder(path: Path) -> bool:
 
 
 def content_hash(path: Path) -> bytes:
-    """SHA-256 of a file; of what is none, nothing."""
+    """SHA-256 of a file; of what cannot be read, nothing: its row is left out with the reason."""
     if not path.is_file():
         return b""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").digest()
+    except OSError:
+        return b""
 
 
 def _stamp(path: Path) -> bytes:
