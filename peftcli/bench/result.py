@@ -166,6 +166,8 @@ def verdict(result: Mapping[str, Any]) -> str:
             f"({ratio['least']:.2f} to {ratio['most']:.2f} over {several(result['rounds'], 'round', 'rounds')}), "
             f"{memory}at the same held-out loss ({own:.4f} against {other['held_out_loss']:.4f})"
         )
+    if not set(tools) & {*AS_IT_COMES, *TUNED}:
+        return "SFTTrainer was not among the tools, so there is no ratio to it"
     failed = [tool for tool in tools.values() if "error" in tool]
     if failed:
         return f"no ratio: {failed[0]['title']} did not run ({failed[0]['error']})"
