@@ -538,6 +538,20 @@ def test_a_large_card_checkpoints_nothing_and_a_small_one_every_block(make: Any)
     assert (said, plan.checkpointed_blocks, load.setting.checkpointing) == ("on", None, 1.0)
 
 
+def test_a_method_whose_activations_are_not_foreseen_keeps_every_block_checkpointed(make: Any) -> None:
+    plan, load, _, said = blocks_of(make, "quantization: {bits: 4}\nadapter: {method: oft}", "h200")
+    assert (said, plan.checkpointed_blocks, load.setting.checkpointing) == ("on", None, 1.0)
+
+
+def test_inputs_are_foreseen_cast_where_training_casts_them(make: Any) -> None:
+    def casts(more: str) -> bool:
+        plan, shape, machine = make(more, "l4")
+        return plan_load(plan, shape, machine, rows_of(plan, None), state_bytes).setting.casts
+
+    assert not casts("adapter: {dropout: 0.1}") and casts("adapter: {use_dora: true}")
+    assert casts("adapter: {dropout: 0.1}\ntrainer: {use_cpu: true}") and not casts("trainer: {use_cpu: true}")
+
+
 def test_what_the_recipe_says_of_checkpointing_is_done(make: Any) -> None:
     asked = "quantization: {bits: 4}\ntrainer: {activation_checkpointing: true}"
     plan, load, _, said = blocks_of(make, asked, "h200", True)

@@ -237,3 +237,29 @@ def test_a_calibration_changes_nothing_and_is_reported(
     assert files[0].read_bytes() == files[1].read_bytes()
     counted = [read_json(place / "train.json") for place in (with_it, without)]
     assert counted[0]["tokens"] == counted[1]["tokens"] and counted[0]["batching"] == counted[1]["batching"]
+
+
+def test_a_head_for_other_labels_is_new_on_a_trained_adapter(
+    write_recipe: Any, run_cli: Any, tmp_path: Path, capfd: Any
+) -> None:
+    rows = [(f"{name} {number}", name, "even" if number % 2 else "odd") for number in range(24) for name in ("a", "b")]
+    table = tmp_path / "rows.csv"
+    table.write_text("text,kind,side\n" + "".join(f"{','.join(row)}\n" for row in rows), encoding="utf-8")
+
+    def train(label: str, folder: str, **adapter: str) -> str:
+        recipe = {
+            "model": {"name": "tiny:bert", "task": "sequence-classification"},
+            "adapter": {"r": 4, **adapter},
+            "dataset": {"path": str(table), "columns": {"label": label}, "limits": {"leaked": 1}},
+            "trainer": {"max_steps": 2, "per_device_train_batch_size": 4},
+        }
+        path = tmp_path / "labels.yaml"
+        path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+        assert run_cli("train", path, "--output-dir", folder) == 0
+        return str(capfd.readouterr().err)
+
+    train("kind", "first")
+    other = train("side", "other", init_from="first")
+    same = train("kind", "same", init_from="first")
+    assert "24 of 28 tensors, new " in other and "classifier.weight" in other  # of the same size, for other labels
+    assert "starts from" in same and ", new" not in same

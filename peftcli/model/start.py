@@ -1,6 +1,8 @@
 """`adapter.init_from`: a training that starts from an adapter that was trained before."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
@@ -8,6 +10,7 @@ from safetensors.torch import load_file
 
 from peftcli.errors import RecipeError
 from peftcli.model.absorb import PREFIX
+from peftcli.model.heads import is_within
 from peftcli.model.identity import EARLIER, read_identity, refuse_other_base
 from peftcli.model.tensors import CONFIG, WEIGHTS
 from peftcli.plan.plan import Base
@@ -62,17 +65,28 @@ def start_from(model: PeftModel, path: str, base: Base) -> str:
     if identity is not None:
         refuse_other_base(identity, base)
     given, own = load_file(folder / WEIGHTS), get_peft_model_state_dict(model, save_embedding_layers=False)
-    saved = set(config.modules_to_save or ())
+    other = identity is not None and not _same_labels(identity["base"], base)
     taken = {}
     for name, tensor in given.items():
         mine = own.get(name)
+        of_head = is_within(name.removeprefix(PREFIX), base.head)
+        if of_head and other:
+            continue  # of the same size it would still be that of other labels
         if mine is not None and mine.shape == tensor.shape:
             taken[name] = tensor
-        elif not saved & set(name.split(".")):  # a head may be a new one, for other labels
+        elif not of_head:
             raise RecipeError(f"adapter.init_from {path}: {_unfit(name, tensor, mine)}")
-    set_peft_model_state_dict(model, taken)
+    set_peft_model_state_dict(model, own | taken)  # PEFT wants a head whole, also where it stays as it is
     fresh = [name for name in own if name not in taken]
     return f"  starts from {path}: {len(taken)} of {len(own)} tensors" + (f", new {_some(fresh)}" if fresh else "")
+
+
+def _same_labels(stated: Mapping[str, Any], base: Base) -> bool:
+    return (stated.get("task"), stated.get("problem"), tuple(stated.get("labels") or ())) == (
+        base.task,
+        base.problem,
+        base.labels,
+    )
 
 
 def _unfit(name: str, tensor: torch.Tensor, mine: torch.Tensor | None) -> str:

@@ -9,6 +9,8 @@ from peftcli.plan.forecast import plan_load, rows_of
 from peftcli.plan.plan import Decision, Plan
 from peftcli.plan.shape import Shape
 
+FORESEEN = "lora"
+"""The method whose activations the forecast counts tensor by tensor; with others all blocks stay checkpointed."""
 USED = 0.85
 """Share of a card that the forecast may fill: what it does not foresee, and evaluation, need the rest."""
 
@@ -28,7 +30,7 @@ def spare_blocks(
     """
     if asked is not None or shape is None or not plan.trainer.get("activation_checkpointing"):
         return plan
-    if machine.device != "cuda" or plan.base.device != "cuda":
+    if machine.device != "cuda" or plan.base.device != "cuda" or plan.adapter.method != FORESEEN:
         return plan
     load = plan_load(plan, shape, machine, rows_of(plan, None), state_bytes)
     room = USED * machine.memory_bytes
@@ -42,8 +44,7 @@ def spare_blocks(
 def _with_blocks(plan: Plan, blocks: int, layers: int, machine: Machine) -> Plan:
     if blocks == layers:
         return plan
-    value, reason = f"{blocks} of {layers} blocks", f"the others fit into {machine.name} as they are, and need not run"
-    reason += " twice"
+    value, reason = f"{blocks} of {layers} blocks", f"the others fit into {machine.name} as they are, run once"
     if blocks == 0:
         value, reason = "off", f"all {layers} blocks fit into {machine.name}, so none runs twice"
     decision = Decision(CHECKPOINTING, value, reason)

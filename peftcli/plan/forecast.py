@@ -132,7 +132,7 @@ def plan_setting(
         dora=plan.adapter.use_dora,
         expert_adapters=shape.experts is not None and not saved and plan.trainable_parameters > 1.05 * of_linears,
         checkpointing=_checkpointed(plan, shape),
-        casts=False,
+        casts=_casts(plan),
         offloading=bool(plan.trainer.get("activation_offloading")),
         attention=_attention(plan, shape, machine, one_row),
         filling=FILLING if plan.batching.kind == "flat" and not one_row else 1.0,
@@ -146,6 +146,11 @@ def _head(plan: Plan) -> Head:
     if plan.task != CAUSAL:
         return Head(None, len(plan.base.labels), FULL_HEAD.bytes)
     return FULL_HEAD if plan.trainer.get("label_smoothing_factor") else Head()
+
+
+def _casts(plan: Plan) -> bool:
+    """Whether adapters cast their inputs in training: where that changes more than memory, as `train.forward` says."""
+    return plan.adapter.use_dora or (plan.base.device == "cpu" and bool(plan.adapter.dropout))
 
 
 def _checkpointed(plan: Plan, shape: Shape) -> float:
