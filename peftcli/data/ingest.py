@@ -1,8 +1,8 @@
 """The one pass over the sources: read, join, make examples, tokenize, count, and write what is usable to disk."""
 
-import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,6 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from peftcli.data.dropped import Dropped
-from peftcli.data.facts import counted
 from peftcli.data.image_rows import ImageClasses, choose_images
 from peftcli.data.join import Join
 from peftcli.data.known import known_of, signatures_of
@@ -19,9 +18,10 @@ from peftcli.data.labelled import Given, choose_labelled
 from peftcli.data.readings import KINDS, Examples, Reading, choose_reading
 from peftcli.data.rows import Rows, Source
 from peftcli.data.scan import Scan
+from peftcli.data.special_texts import SpecialTexts
 from peftcli.data.store import Writer
 from peftcli.data.tag_counts import TagCounts
-from peftcli.data.tokens import Tokens
+from peftcli.data.tokens import TokenBatch, Tokens
 from peftcli.errors import DataError
 from peftcli.plan.plan import LabelRule
 from peftcli.progress import Progress
@@ -87,8 +87,7 @@ class _Pass:
         self._dropped = Dropped()
         self._files: dict[str, int] = {}
         self._labels: dict[str, int] | None = {}
-        self._special = _special_pattern(self.tokenizer)
-        self._with_special = Dropped()
+        self._special = SpecialTexts(self.tokenizer)
         self._read = 0
 
     def run(self) -> None:
@@ -100,6 +99,7 @@ class _Pass:
         try:
             for number, (source, section) in enumerate(self.sources):
                 reading, scan, before = None, None, self._read
+                finish: Callable[[], None] = _nothing
                 for rows in self._limited(source):
                     self._dropped.add_unread(rows)
                     rows = self._join(rows)
@@ -111,7 +111,10 @@ class _Pass:
                     writer = writer or Writer(self.folder, KINDS[reading.kind], numbers=reading.problem == "regression")
                     assert scan is not None  # made with the reading
                     scan.add(rows)
-                    self._add(writer, number, rows, reading.examples(rows))
+                    begun = self._start(writer, number, rows, reading.examples(rows))
+                    finish()  # the batch before, which was encoded while this one was read
+                    finish = begun
+                finish()
                 if self._read == before:
                     raise DataError(f"{source.name}: no rows")
                 facts.append(self._source_facts(source, section, reading, self._read - before))
@@ -124,7 +127,7 @@ class _Pass:
                 writer.__exit__(None, None, None)
         if writer is None or not writer.rows:
             raise DataError(self._nothing_left())
-        warnings += self._special_warning()
+        warnings += self._special.warnings()
         writer.write_facts(self._facts() | {"sources": facts, "columns": columns, "warnings": warnings})
 
     def _limited(self, source: Source) -> Any:
@@ -182,17 +185,28 @@ class _Pass:
             return make(self.tokenizer, self.asked.rule, reading.problem, self._classes)
         return Tokens(reading.kind, self.tokenizer, self.asked.rule)
 
-    def _add(self, writer: Writer, source: int, rows: Rows, examples: Examples) -> None:
+    def _start(self, writer: Writer, source: int, rows: Rows, examples: Examples) -> Callable[[], None]:
+        """Begin to encode a batch; what is returned waits for it, counts it and writes it."""
         assert self._tokens is not None and self._reading is not None  # chosen before the first batch
-        self._dropped.add(rows, examples.dropped)
         if not examples.kept:
-            return
+            return lambda: self._dropped.add(rows, examples.dropped)
         ends = None if rows.ends is None else [rows.ends[row] for row in examples.kept]
-        batch = self._tokens.batch(examples.columns, ends, self.asked.dataset.too_long)
+        given = examples.columns, ends, self.asked.dataset.too_long
+        # Classes are numbered in the order of the rows, so their batches are made one after the other.
+        tokens = self._tokens
+        batch = tokens.start(*given) if isinstance(tokens, Tokens) else partial(tokens.batch, *given)
+
+        def finish() -> None:
+            self._dropped.add(rows, examples.dropped)
+            self._add(writer, source, rows, examples, batch())
+
+        return finish
+
+    def _add(self, writer: Writer, source: int, rows: Rows, examples: Examples, batch: TokenBatch) -> None:
         self._dropped.add(rows, [(examples.kept[row], reason) for row, reason in batch.dropped])
         if isinstance(self._tokens, WordTags):
             self._tags.add(rows, examples)
-        self._count_special(rows, examples)
+        self._special.add(rows, examples)
         known = known_of(rows, examples, batch, self.asked.dataset)
         known["source"] = np.full(len(batch.of), source, np.int32)
         known["file"] = np.full(len(batch.of), self._files.setdefault(rows.file, len(self._files)), np.int32)
@@ -213,26 +227,6 @@ class _Pass:
         if len(labels) > MANY_LABELS:
             self._labels = None
         return numbers
-
-    def _count_special(self, rows: Rows, examples: Examples) -> None:
-        if self._special is None:
-            return
-        found = [
-            (examples.kept[number], "special")
-            for number, text in enumerate(examples.content)
-            if self._special.search(text)
-        ]
-        self._with_special.add(rows, found)
-
-    def _special_warning(self) -> list[str]:
-        count = self._with_special.counts["special"]
-        if not count:
-            return []
-        holds = counted(count, "row holds", "rows hold")
-        return [
-            f"{holds} the text of a special token such as {self.tokenizer.eos_token}, which becomes that token "
-            f"(first {self._with_special.places['special'][0]})"
-        ]
 
     def _source_facts(
         self, source: Source, section: SourceSection, reading: Reading | None, rows: int
@@ -283,12 +277,11 @@ class _Pass:
         return f"{names}: no usable row of {self._read:,}: {reasons}" + (f" (first {first})" if first else "") + mend
 
 
+def _nothing() -> None:
+    """What there is to finish before the first batch."""
+
+
 def _head(rows: Rows, count: int) -> Rows:
     columns = {name: values[:count] for name, values in rows.columns.items()}
     ends = None if rows.ends is None else rows.ends[:count]
     return Rows(rows.file, rows.numbers[:count], columns, rows.unread, ends)
-
-
-def _special_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None:
-    tokens = [token for token in tokenizer.all_special_tokens if len(token) > 2]
-    return re.compile("|".join(map(re.escape, tokens))) if tokens else None

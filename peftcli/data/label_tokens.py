@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from peftcli.data.cut import Counts, Flags, Ids, row_sums
 from peftcli.data.encode import encode, flatten
 from peftcli.data.labels import sorted_names
-from peftcli.data.tokens import FLAGS, IGNORED, Counts, Flags, Ids, TokenBatch, row_sums
+from peftcli.data.tokens import FLAGS, IGNORED, TokenBatch
 from peftcli.data.words import Aligned, align
 from peftcli.errors import DataError
 from peftcli.metrics.tags import OUTSIDE

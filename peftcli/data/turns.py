@@ -1,20 +1,25 @@
 """Chats to token ids, with the assistant's turns marked: by the template, or by rendering the turns."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, TypeAlias
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
+from peftcli.data.encode import Aside, encode, rust_core
 from peftcli.data.time_limit import BATCH_SECONDS, template_time
 from peftcli.errors import DataError
 
 Chat: TypeAlias = list[dict[str, Any]]
 Marked: TypeAlias = tuple[list[int], list[int]]
 """Ids of a chat, and a 1 for each that is trained."""
+
+_REFUSED = (TemplateError, ValueError, TypeError)
+"""What templates and tokenizers raise on a chat that they do not take."""
 
 
 def read_chats(columns: Mapping[str, Sequence[str]]) -> tuple[list[Chat], list[Any]]:
@@ -64,31 +69,57 @@ class Marker:
         self._tokenizer = tokenizer
         self._assistant_only = assistant_only
         self._template = training_template(tokenizer) if assistant_only else None
+        self._aside = Aside(tokenizer)
 
-    def mark(self, chats: Sequence[Chat], tools: Sequence[Any]) -> list[Marked | str]:
-        """Ids and marks of each chat, or the reason why the template takes it not.
+    def start(self, chats: Sequence[Chat], tools: Sequence[Any]) -> Callable[[], list[Marked | str]]:
+        """Render chats, and encode them aside.
+
+        Returns:
+            What waits for the ids and marks of each chat, or the reason why the template takes it not.
 
         Raises:
-            DataError: the assistant's turns cannot be told apart with certainty, or the template does not end its work.
+            DataError: the assistant's turns cannot be told apart with certainty, or the template does not end its
+                work; also from what is returned.
         """
-        with template_time(BATCH_SECONDS):
-            return self._mark(chats, tools)
-
-    def _mark(self, chats: Sequence[Chat], tools: Sequence[Any]) -> list[Marked | str]:
         plain = [
             row for row, chat in enumerate(chats) if not tools[row] and all(turn.get("train", True) for turn in chat)
         ]
         if self._assistant_only and self._template is None:
             plain = []
-        found: list[Marked | str | None] = [None] * len(chats)
-        if plain:
+        together: Callable[[], list[Marked]] = list
+        try:
+            if plain:
+                with template_time(BATCH_SECONDS):
+                    together = self._together([chats[row] for row in plain])
+        except _REFUSED:  # one of them; which is found out one by one
+            plain = []
+
+        def finish() -> list[Marked | str]:
+            found: list[Marked | str | None] = [None] * len(chats)
             try:
-                together = self._by_template([chats[row] for row in plain], None)
-            except (TemplateError, ValueError, TypeError):  # one of them; which is found out one by one below
-                together = []
-            for row, marked in zip(plain, together, strict=False):
-                found[row] = marked
-        return [self._one(chats[row], tools[row]) if marked is None else marked for row, marked in enumerate(found)]
+                for row, marked in zip(plain, together(), strict=True):
+                    found[row] = marked
+            except _REFUSED:  # a text that the tokenizer takes not
+                found = [None] * len(chats)
+            with template_time(BATCH_SECONDS):
+                return [
+                    self._one(chats[row], tools[row]) if marked is None else marked for row, marked in enumerate(found)
+                ]
+
+        return finish
+
+    def _together(self, chats: Sequence[Chat]) -> Callable[[], list[Marked]]:
+        """Render chats as `apply_chat_template` does; what is returned waits for their ids and marks."""
+        if rust_core(self._tokenizer) is None:
+            marked = self._by_template(chats, None)
+            return lambda: marked
+        texts, spans = render_jinja_template(
+            conversations=[_plain(chat) for chat in chats],
+            chat_template=self._tokenizer.get_chat_template(self._template, None),
+            return_assistant_tokens_mask=self._assistant_only,
+            **self._tokenizer.special_tokens_map,
+        )
+        return self._aside.start(_marked_texts, texts, spans if self._assistant_only else None, self._tokenizer)
 
     def _one(self, chat: Chat, tools: Any) -> Marked | str:
         partly = any(not turn.get("train", True) for turn in chat)
@@ -96,7 +127,7 @@ class Marker:
             if self._assistant_only and (self._template is None or partly):
                 return mark_turns(chat, tools, self._tokenizer)
             return self._by_template([chat], tools)[0]
-        except (TemplateError, ValueError, TypeError) as problem:
+        except _REFUSED as problem:
             return f"refused by the chat template ({' '.join(str(problem).split())[:100]})"
 
     def _by_template(self, chats: Sequence[Chat], tools: Any) -> list[Marked]:
@@ -112,6 +143,30 @@ class Marker:
         if not self._assistant_only:
             return [(row, [1] * len(row)) for row in ids]
         return list(zip(ids, encoded["assistant_masks"], strict=True))
+
+
+def _marked_texts(
+    texts: Sequence[str], spans: Sequence[Sequence[tuple[int, int]]] | None, tokenizer: PreTrainedTokenizerBase
+) -> list[Marked]:
+    """Ids of rendered chats, and marks on the characters of the spans; on all where there are none.
+
+    Source: the mask of `PreTrainedTokenizerBase.apply_chat_template`, which takes the texts twice as long.
+    """
+    if spans is None:
+        return [(ids, [1] * len(ids)) for ids in encode(texts, tokenizer, special=False)]
+    encoded = rust_core(tokenizer).encode_batch(list(texts), add_special_tokens=False)
+    return [(one.ids, _marks(one, inside)) for one, inside in zip(encoded, spans, strict=True)]
+
+
+def _marks(encoded: Any, spans: Sequence[tuple[int, int]]) -> list[int]:
+    marks = [0] * len(encoded)
+    for start, end in spans:
+        first, last = encoded.char_to_token(start), encoded.char_to_token(end - 1)
+        if first is None:
+            break
+        stop = last + 1 if last else len(marks)
+        marks[first:stop] = [1] * (stop - first)
+    return marks
 
 
 def mark_turns(chat: Chat, tools: Any, tokenizer: PreTrainedTokenizerBase) -> Marked:
@@ -170,5 +225,5 @@ def _mark_spans(text: str, spans: list[tuple[int, int]], tokenizer: PreTrainedTo
 
 
 def _plain(chat: Chat) -> Chat:
-    """The chat without our own word on whether a turn is trained."""
-    return [{key: value for key, value in turn.items() if key != "train"} for turn in chat]
+    """The chat without our own word on whether a turn is trained, and without keys that hold nothing."""
+    return [{key: value for key, value in turn.items() if key != "train" and value is not None} for turn in chat]

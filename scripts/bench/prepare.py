@@ -67,7 +67,7 @@ def ours(place: Path, model: Path) -> Callable[[], Iterable[tuple[Any, Any]]]:
     def work() -> Iterable[tuple[Any, Any]]:
         side = prepare(section, AutoTokenizer.from_pretrained(model), rule, 42, Silent()).train
         table = side.store.examples.select(["input_ids", "labels"]).take(side.rows)
-        return zip(table["input_ids"].to_pylist(), table["labels"].to_pylist(), strict=True)
+        return ((row["input_ids"], row["labels"]) for batch in table.to_batches() for row in batch.to_pylist())
 
     return work
 
