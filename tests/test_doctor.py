@@ -20,7 +20,7 @@ from packaging.requirements import Requirement
 from rich.console import Console
 
 from peftcli.cli.doctoring import print_verdicts
-from peftcli.doctor import device, examine, fourbit, network, recipe, versions
+from peftcli.doctor import device, eightbit, examine, fourbit, network, recipe, versions
 from peftcli.doctor.device import Card, Cuda
 from peftcli.doctor.fourbit import Trial
 from peftcli.doctor.host import Host, judge_cores, judge_encoding, judge_memory
@@ -221,7 +221,7 @@ def test_the_precision_is_that_which_the_plan_would_choose(machine: Machine, dty
 
 def test_several_cards_are_told_with_the_flag_that_uses_them() -> None:
     assert device.judge_several([T4]) == []
-    expect(device.judge_several([T4, T4])[0], "ok", "--num-processes 2")
+    expect(device.judge_several([T4, T4])[0], "ok", "--num-processes 1 uses one")
     expect(device.judge_several([T4, L4])[0], "warn", "they differ")
 
 
@@ -552,6 +552,23 @@ def test_a_card_with_kernels_is_asked_and_gets_its_dtype(monkeypatch: pytest.Mon
     expect(found["arithmetic 0"], "ok")
     expect(found["precision"], "ok", "float16")
     expect(found["4-bit"], "ok", "NF4 in float16 on the GPU")
+
+
+def test_an_8_bit_layer_is_tried_for_a_recipe_that_asks_for_one(
+    monkeypatch: pytest.MonkeyPatch, write_recipe: Write
+) -> None:
+    asked = made_up(monkeypatch, T4)
+    monkeypatch.setattr(
+        eightbit, "try_8bit", lambda where, dtype: asked.append("8-bit") or Trial(where, dtype, 0, 0, 0, loss=0.5)
+    )
+    asking = load_recipe(write_recipe(quantization={"bits": 8})).recipe
+    found = {}
+    for verdict in examine.examine(asking, {"files": "utf-8"}, None):  # type: ignore[arg-type]
+        found[verdict.name] = verdict
+        if verdict.name == "8-bit":
+            break
+    assert asked == ["cuda:0", "cuda", "8-bit"]
+    expect(found["8-bit"], "fail", "int8 in float16 is wrong on the GPU: the unpacked weights by 0.5")
 
 
 # The command

@@ -35,7 +35,7 @@ from peftcli.plan.facts import Machine, ModelFacts
 from peftcli.plan.forecast import Costs, make_forecast, match_linears, plan_load, rows_of
 from peftcli.plan.kept import block_bytes, norm_bytes, stream_bytes
 from peftcli.plan.mends import propose
-from peftcli.plan.peak import CONTEXT_BYTES, NF4_BITS, Load, weight_bytes
+from peftcli.plan.peak import CONTEXT_BYTES, INT8_BITS, NF4_BITS, Load, weight_bytes
 from peftcli.plan.plan import Plan
 from peftcli.plan.setting import FULL_HEAD, Head, Setting
 from peftcli.plan.shape import Linear, Shape
@@ -358,6 +358,8 @@ def test_the_experts_of_a_mixture_are_found_and_not_taken_for_linear_layers() ->
         ({"dropout": 0.1}, {"dropout": 0.0}),
         ({"weight_bits": None}, {"weight_bits": NF4_BITS[True]}),
         ({"weight_bits": NF4_BITS[False]}, {"weight_bits": NF4_BITS[True]}),
+        ({"weight_bits": None}, {"weight_bits": INT8_BITS}),
+        ({"weight_bits": INT8_BITS}, {"weight_bits": NF4_BITS[False]}),
         ({"state_bytes": 8.0}, {"state_bytes": 2.08}),
         ({"attention": "masked"}, {"attention": "flash"}),
         ({"attention": "math"}, {"attention": "flash"}),
@@ -487,6 +489,24 @@ def test_each_change_that_is_proposed_lowers_the_total(make: Any, more: str) -> 
     assert mends and all(mend.load.total < 0.99 * load.total for mend in mends)
     assert any(mend.load.total <= machine.memory_bytes for mend in mends)
     assert len({mend.keys for mend in mends}) == len(mends)
+
+
+@pytest.mark.parametrize(
+    ("more", "proposed"),
+    [
+        ("", "quantization: {bits: 4}"),
+        ("quantization: {bits: 8}", "quantization: {bits: 4}"),
+        ("quantization: {bits: 4}", None),
+        ("adapter: {method: loha}", "quantization: {bits: 8}"),
+        ("quantization: {bits: 8}\nadapter: {method: loha}", None),
+        ("adapter: {method: hra}", None),
+    ],
+)
+def test_the_fewest_bits_that_a_method_works_on_are_proposed(make: Any, more: str, proposed: str | None) -> None:
+    plan, shape, machine = make(f"trainer: {{per_device_train_batch_size: 64}}\n{more}", "l4")
+    load = plan_load(plan, shape, machine, rows_of(plan, None), state_bytes)
+    found = [mend.keys for mend in propose(load, plan, 2 * GIB, state_bytes) if mend.keys.startswith("quantization")]
+    assert [keys for keys in found if "\n" not in keys] == ([] if proposed is None else [proposed])
 
 
 def test_what_is_proposed_comes_to_the_total_that_it_says(make: Any) -> None:

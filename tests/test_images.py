@@ -147,12 +147,15 @@ def test_plain_peft_loads_the_adapter_to_the_same_outputs(
     assert label_loss(head, logits, labels) == pytest.approx(measured, abs=1e-6)
 
 
-def test_in_4bit_a_vit_keeps_its_head_in_float_and_merges(image_recipe: Write, run_cli: Cli, tmp_path: Path) -> None:
-    recipe = image_recipe(quantization={"bits": 4})
+@pytest.mark.parametrize(("bits", "kind"), [(4, "Linear4bit"), (8, "FloatProducts")])
+def test_quantized_a_vit_keeps_its_head_in_float_and_merges(
+    image_recipe: Write, run_cli: Cli, tmp_path: Path, bits: int, kind: str
+) -> None:
+    recipe = image_recipe(quantization={"bits": bits})
     plan, _, _ = prepared(recipe)
     base = load_base(plan.base)
     assert plan.base.head == ("classifier",) and base.classifier.weight.is_floating_point()
-    assert sum(type(part).__name__ == "Linear4bit" for part in base.modules()) == 12
+    assert sum(type(part).__name__ == kind for part in base.modules()) == 12
     assert run_cli("train", recipe) == 0
     assert run_cli("merge", "runs/shapes") == 0
     merge = read_json(tmp_path / "runs" / "shapes" / "merge.json")

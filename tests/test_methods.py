@@ -33,7 +33,9 @@ RATES = {"vera": 0.1, "pvera": 0.1, "unilora": 0.1, "c3a": 0.3, "ia3": 0.1, "pro
 """Learning rates where the common one is far off."""
 RATE, STEPS = 0.01, 12
 ROWS = torch.arange(5, 53).reshape(3, 16)
-FOUR_BIT = [name for name, method in METHODS.items() if not method.four_bit]
+INT8 = {"bits": 8}
+KINDS = {4: NF4, 8: INT8, 16: None}
+"""Quantization by the bits of a weight."""
 
 
 def base_of(path: Path, quantization: dict[str, Any] | None) -> Base:
@@ -76,10 +78,11 @@ def wrapped(base: Base, adapter: AdapterSection) -> PeftModel:
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize(
-    ("name", "quantized"), [(name, False) for name in METHODS] + [(name, True) for name in FOUR_BIT]
+    ("name", "bits"),
+    [(name, bits) for bits in KINDS for name, method in METHODS.items() if bits == 16 or not method.on_bits(bits)],
 )
-def test_a_method_trains_reloads_and_merges(tiny_llama: Path, tmp_path: Path, name: str, quantized: bool) -> None:
-    base = base_of(tiny_llama, NF4 if quantized else None)
+def test_a_method_trains_reloads_and_merges(tiny_llama: Path, tmp_path: Path, name: str, bits: int) -> None:
+    base = base_of(tiny_llama, KINDS[bits])
     adapter = settled(tiny_llama, name)
     before = logits_of(load_base(base))
     model = wrapped(base, adapter)
@@ -117,11 +120,13 @@ dataset: {path: rows.jsonl}
 """
 
 
-@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.four_bit])
-def test_a_method_that_dies_in_4_bit_is_refused_at_validate(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "bits"), [(name, bits) for bits in (4, 8) for name, method in METHODS.items() if method.on_bits(bits)]
+)
+def test_a_method_that_dies_on_quantized_weights_is_refused_at_validate(tmp_path: Path, name: str, bits: int) -> None:
     path = tmp_path / "recipe.yaml"
-    path.write_text(f"{RECIPE}adapter: {{method: {name}}}\nquantization: {{bits: 4}}\n", encoding="utf-8")
-    with pytest.raises(RecipeError, match=f"adapter.method {name} does not work on 4-bit weights: "):
+    path.write_text(f"{RECIPE}adapter: {{method: {name}}}\nquantization: {{bits: {bits}}}\n", encoding="utf-8")
+    with pytest.raises(RecipeError, match=f"adapter.method {name} does not work on {bits}-bit weights: "):
         load_recipe(path)
 
 

@@ -1,5 +1,6 @@
 """Plans: every auto decided from the machine, and what cannot be done refused with its reason."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 
 from peftcli.errors import MachineError, RecipeError
-from peftcli.plan.choices import check_wheel
+from peftcli.plan.choices import check_wheel, processes_that_share
 from peftcli.plan.decide import make_plan
 from peftcli.plan.facts import Machine, ModelFacts
 from peftcli.plan.plan import Plan
@@ -132,6 +133,14 @@ def test_weights_that_cannot_fit_are_refused_before_they_load(recipe: Any) -> No
         plan_on(T4, recipe(), large)
     with pytest.raises(MachineError, match="use a larger GPU"):
         plan_on(T4, recipe("quantization: {bits: 4}"), large)
+    with pytest.raises(MachineError, match=r"alone take 65.2 GiB.* set quantization.bits: 4, or"):
+        plan_on(T4, recipe("quantization: {bits: 8}"), large)
+    # Fewer bits than a method works on are no mend.
+    with pytest.raises(MachineError, match=r"add `quantization: \{bits: 8\}`, or"):
+        plan_on(T4, recipe("adapter: {method: loha}"), large)
+    for more in ("quantization: {bits: 8}\nadapter: {method: loha}", "adapter: {method: hra}"):
+        with pytest.raises(MachineError, match="use a larger GPU"):
+            plan_on(T4, recipe(more), large)
 
 
 def test_a_row_longer_than_the_model_is_refused_and_a_default_is_lowered(recipe: Any) -> None:
@@ -142,7 +151,31 @@ def test_a_row_longer_than_the_model_is_refused_and_a_default_is_lowered(recipe:
 
 def test_several_cards_without_a_launcher_are_told(recipe: Any) -> None:
     plan = plan_on(replace(T4, count=2), recipe())
-    assert any("--num-processes 2" in notice for notice in plan.notices)
+    assert any("2 GPUs are here and one is used" in notice for notice in plan.notices)
+
+
+@pytest.mark.parametrize(
+    ("rows", "processes", "shared"),
+    [
+        ({"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4}, 2, (4, 2, 2)),
+        ({"per_device_train_batch_size": 8}, 2, (4, 1, 2)),
+        ({"per_device_train_batch_size": 6, "gradient_accumulation_steps": 3}, 4, (6, 3, 4)),
+    ],
+)
+def test_processes_that_nobody_asked_for_share_the_rows_of_a_step(
+    recipe: Any, rows: dict[str, int], processes: int, shared: tuple[int, int, int]
+) -> None:
+    loaded = recipe(f"trainer: {json.dumps(rows)}")
+    plan = plan_on(replace(T4, count=processes, processes=processes, shares_batch=True), loaded)
+    assert (plan.batch.per_device, plan.batch.accumulation, plan.batch.processes) == shared
+    names = ("per_device_train_batch_size", "gradient_accumulation_steps")
+    assert tuple(plan.trainer[name] for name in names) == shared[:2]
+    effective = rows["per_device_train_batch_size"] * rows.get("gradient_accumulation_steps", 1)
+    divides = effective % processes == 0
+    assert (plan.batch.effective == effective) is divides
+    assert (processes_that_share([rows], processes) == processes) is divides
+    asked = plan_on(replace(T4, count=processes, processes=processes), loaded)
+    assert asked.batch.effective == effective * processes  # asked for by number they take as many each
 
 
 def test_a_smoke_recipe_is_small_and_goes_the_same_way(recipe: Any) -> None:

@@ -12,13 +12,14 @@ from test_methods import NF4, ROWS, base_of, logits_of
 from torch import Tensor
 
 from peftcli.adapters.build import peft_config
+from peftcli.errors import DataError, RecipeError
 from peftcli.model.load import load_adapter, load_base
 from peftcli.model.weights import original_weights
 from peftcli.recipe.adapter_section import AdapterSection
 from peftcli.rundir import read_json
+from peftcli.train.data_starts import _shared_out, begin_from_data
 from peftcli.train.starts import (
     Start,
-    begin_from_data,
     begin_from_quantization,
     leading_part,
     lora_layers,
@@ -29,9 +30,9 @@ Cli = Callable[..., int]
 Write = Callable[..., Path]
 
 
-def lora(path: Path, word: str, quantization: dict[str, Any] | None = None) -> PeftModel:
+def lora(path: Path, word: str, quantization: dict[str, Any] | None = None, *, r: int = 4) -> PeftModel:
     adapter = AdapterSection(
-        r=4, alpha=8.0, target_modules=("q_proj", "down_proj"), arguments={"init_lora_weights": word}
+        r=r, alpha=8.0, target_modules=("q_proj", "down_proj"), arguments={"init_lora_weights": word}
     )
     torch.manual_seed(0)
     model = get_peft_model(load_base(base_of(path, quantization)), peft_config(adapter, "causal-lm"))
@@ -109,6 +110,31 @@ def test_loftq_begins_nearer_to_the_weights_before_quantization(tiny_llama: Path
     assert distance(logits_of(model)) < 0.7 * distance(packed)
     with model.disable_adapter():
         assert torch.equal(logits_of(model), packed)
+
+
+@pytest.mark.parametrize(("rows", "pooled", "batches"), [(40, False, 5), (40, True, 2), (9, False, 1)])
+def test_eva_gets_no_batch_that_peft_would_leave_out(rows: int, pooled: bool, batches: int) -> None:
+    found = _shared_out([[5] * 3] * rows, 16, pooled=pooled)
+    assert len(found) == batches
+    assert all(len(some) * (1 if pooled else 3) >= 16 for some in found)
+
+
+def test_eva_says_what_it_lacks_in_place_of_waiting_for_ever(tiny_llama: Path) -> None:
+    rows = [[5, 6, 7]] * 4  # 12 tokens, of which 16 directions are asked for
+    with pytest.raises(DataError, match="looks for 16 directions in 12 tokens of training"):
+        begin_from_data(lora(tiny_llama, "eva", r=8), rows, 0)
+    with pytest.raises(DataError, match="looks for 16 directions in 9 rows of training"):
+        begin_from_data(lora(tiny_llama, "eva", r=8), [[5, 6, 7]] * 9, 0, pooled=True)
+    with pytest.raises(RecipeError, match=r"lower adapter\.r"):
+        begin_from_data(lora(tiny_llama, "eva", r=80), [list(range(5, 200))] * 9, 0)
+
+
+def test_eva_that_never_settles_ends(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("peftcli.train.data_starts.MOST_BATCHES", 2)
+    drawn = torch.Generator().manual_seed(0)
+    rows = [torch.randint(3, 200, (20,), generator=drawn).tolist() for _ in range(40)]
+    with pytest.raises(RecipeError, match="still turn after 2 batches"):
+        begin_from_data(lora(tiny_llama, "eva"), rows, 0)
 
 
 def test_eva_gives_more_rank_where_the_inputs_need_it_and_reloads(tiny_llama: Path, tmp_path: Path) -> None:

@@ -75,6 +75,7 @@ def _ours(tool: Tool, job: Job, run: Path) -> Ran | str:
             first.append(time.monotonic())
 
     words = [sys.executable, "-m", "peftcli", "train", str(recipe), "--output-dir", str(run)]
+    words += ["--num-processes", "1"]  # as the tools beside it
     begun = time.monotonic()
     # A cache of its own, since the others prepare their rows each time too.
     cache = job.place / "cache"

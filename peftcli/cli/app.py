@@ -14,7 +14,8 @@ from typer.main import get_command
 
 from peftcli.cli.bench import bench
 from peftcli.cli.printable import printable
-from peftcli.errors import MachineError, PeftcliError
+from peftcli.cli.process import settle_process
+from peftcli.errors import MachineError, MemoryExhausted, PeftcliError
 
 BUG = "error: this is a bug of peftcli; report it with the lines above and the output of `pip list`"
 MACHINE_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
@@ -103,7 +104,8 @@ def train(
         str | None, typer.Option(metavar="8h30m", help="Stop with a checkpoint and a report within this time.")
     ] = None,
     num_processes: Annotated[
-        int | None, typer.Option(min=1, help="Processes to start through accelerate, one for each GPU.")
+        int | None,
+        typer.Option(min=1, help="Processes, each with the recipe's rows a step; without it all GPUs share them."),
     ] = None,
     baseline_from: Annotated[
         Path | None, typer.Option(metavar="RUN", help="Take the base's figures from this run, where they are the same.")
@@ -111,14 +113,14 @@ def train(
     as_json: JsonOption = False,
 ) -> None:
     """Train: plan, data, baseline, training, evaluation, report. The same command again goes on where it stopped."""
-    from peftcli.cli.launch import launch_if_asked
+    from peftcli.cli.launch import launch
 
-    code = launch_if_asked(num_processes)
+    overrides = [*(set_ or ()), *([f"budget.wall_clock={max_time}"] if max_time else [])]
+    code = launch(recipe, overrides, num_processes, smoke=smoke)
     if code is not None:
         raise typer.Exit(code)
     from peftcli.cli.training import TrainFlags, train_command
 
-    overrides = [*(set_ or ()), *([f"budget.wall_clock={max_time}"] if max_time else [])]
     flags = TrainFlags(output_dir, resume, overwrite, smoke, as_json, tuple(force or ()), baseline_from)
     train_command(recipe, overrides, flags)
 
@@ -248,9 +250,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: the words after the program's name; those of this process when None.
     """
-    # Idle OpenMP threads spin before they sleep. On cores shared with another process the default keeps both from
-    # working (measured: 40 times slower); a short spin costs nothing when alone. Read when torch is first imported.
-    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+    settle_process()
     code = _run(argv)
     if "LOCAL_RANK" not in os.environ:
         return code
@@ -270,7 +270,8 @@ def _run(argv: Sequence[str] | None) -> int:
     except PeftcliError as error:
         if show_trace:
             traceback.print_exc()
-        if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
+        # Of several processes one speaks, and one that alone runs out of memory.
+        if os.environ.get("RANK", "0") == "0" or isinstance(error, MemoryExhausted):
             typer.echo(f"error: {printable(str(error))}", err=True)
         return error.exit_code
     except OSError as problem:

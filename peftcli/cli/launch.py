@@ -7,21 +7,55 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from peftcli.errors import PeftcliError
+from peftcli.cli.commands import load
+from peftcli.cli.stages import loaded_stages
+from peftcli.errors import MemoryExhausted, PeftcliError
+from peftcli.plan.choices import processes_that_share
+from peftcli.plan.facts import SHARES_BATCH
 from peftcli.train.stops import STARTED
 
 T = TypeVar("T")
 EXIT_FILE = "PEFTCLI_EXIT_FILE"
 """Names the file in which the first process leaves its exit code; set for the launcher and its children."""
+CARDS = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/dxg")
+"""Where Linux and WSL show NVIDIA's cards; without them torch need not be asked."""
 PR_SET_PDEATHSIG = 1
 """Option of Linux' prctl: the signal that a process gets when its parent dies."""
 
 
-def launch_if_asked(num_processes: int | None) -> int | None:
+def launch(name: str, overrides: Sequence[str], num_processes: int | None, *, smoke: bool) -> int | None:
+    """Train in as many processes as are asked for, or as there are cards that can share the recipe's steps.
+
+    Returns:
+        The exit code of the first process, or None where this process is to train.
+
+    Raises:
+        RecipeError: the recipe says something that it may not.
+    """
+    if num_processes is None and not smoke:
+        return launch_if_asked(processes_for(name, overrides), shares_batch=True)
+    return launch_if_asked(num_processes)
+
+
+def processes_for(name: str, overrides: Sequence[str]) -> int:
+    """Processes that a recipe is trained with where nobody gives a number: one for each card that can share its steps.
+
+    Raises:
+        RecipeError: the recipe says something that it may not.
+    """
+    if _is_launched() or not any(Path(place).exists() for place in CARDS):
+        return 1
+    trainers = [stage.recipe.trainer for stage in loaded_stages(load(name, overrides, smoke=False), smoke=False)]
+    import torch
+
+    return processes_that_share(trainers, torch.cuda.device_count())
+
+
+def launch_if_asked(num_processes: int | None, *, shares_batch: bool = False) -> int | None:
     """Run the unchanged command line in several processes, where that is asked for and this is not one of them.
 
     On GPUs the launcher is `accelerate launch`, with the machine's accelerate configuration; on a CPU it is torch's
@@ -30,16 +64,19 @@ def launch_if_asked(num_processes: int | None) -> int | None:
 
     Args:
         num_processes: None or 1 for no launcher.
+        shares_batch: the processes share the rows of a step, in place of taking as many each.
 
     Returns:
         The exit code of the first process, or None where nothing was launched.
     """
-    if not num_processes or num_processes == 1 or EXIT_FILE in os.environ or "LOCAL_RANK" in os.environ:
+    if not num_processes or num_processes == 1 or _is_launched():
         return None
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "exit"
         threads = str(max(1, (os.cpu_count() or 1) // num_processes))
         settings = {"OMP_NUM_THREADS": threads, STARTED: str(time.time()), **os.environ, EXIT_FILE: str(answer)}
+        if shares_batch:
+            settings[SHARES_BATCH] = "1"
         if _has_gpu():
             words = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", str(num_processes)]
         else:
@@ -61,9 +98,16 @@ def hand_over(code: int) -> int:
     """
     if EXIT_FILE not in os.environ:
         return code
-    if os.environ.get("RANK", "0") == "0":
-        Path(os.environ[EXIT_FILE]).write_text(str(code))
-    return code if code == 1 else 0
+    answer = Path(os.environ[EXIT_FILE])
+    alone = code == MemoryExhausted.exit_code
+    if os.environ.get("RANK", "0") == "0" or (alone and not answer.exists()):
+        answer.write_text(str(code))
+    # A process that alone runs out of memory ends as a crash: the launcher then ends the others, which wait for it.
+    return code if code == 1 or alone else 0
+
+
+def _is_launched() -> bool:
+    return EXIT_FILE in os.environ or "LOCAL_RANK" in os.environ
 
 
 def _end_with_parent() -> None:

@@ -1,6 +1,7 @@
 """The body of `plan`: what will happen and what it needs, stage by stage."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -10,6 +11,7 @@ from peftcli.cli.show import console
 from peftcli.cli.show_forecast import show_forecast
 from peftcli.cli.stages import loaded_stages
 from peftcli.plan.cards import Card, find_card, machine_with
+from peftcli.plan.choices import processes_that_share
 
 if TYPE_CHECKING:
     from peftcli.cli.steps import Planned
@@ -22,8 +24,13 @@ def plan_command(name: str, overrides: Sequence[str], *, gpu: str | None, smoke:
     stages = loaded_stages(loaded, smoke=smoke)
     with shown_run(None) as (shown, streams):
         from peftcli.cli.steps import forecast_run, plan_recipe
+        from peftcli.model.probe import probe_machine
 
-        machine = None if card is None else machine_with(card)
+        machine = probe_machine() if card is None else machine_with(card)
+        if machine.processes == 1 and not smoke:  # as `train` would use its cards
+            trainers = [stage.recipe.trainer for stage in stages]
+            processes = processes_that_share(trainers, machine.count)
+            machine = replace(machine, processes=processes, shares_batch=True)
         known = [plan_recipe(stage, shown, smoke=smoke, machine=machine) for stage in stages]
         forecasts = [forecast_run(planned) for planned in known]
         if as_json:

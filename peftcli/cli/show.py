@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from peftcli.cli.printable import printable
+from peftcli.plan.choices import EIGHT_BIT
 
 PLAIN_SECONDS = (10.0, 30.0)
 """Before the first progress line of a stretch, and between later ones, where the output is no terminal."""
@@ -187,10 +188,14 @@ def plan_lines(plan: Mapping[str, Any], data: Mapping[str, Any] | None) -> list[
         f"{plan['name']}: {chosen['adapter']['value']} of {plan['model']['architecture']} ({plan['model']['name']})"
     ]
     lines.append(f"  trainable {chosen['trainable']['value']}, {chosen['trainable']['reason']}")
-    names = ("device", "model.dtype", "quantization.compute_dtype", "model.attention", "activation checkpointing")
-    lines += [f"  {name} {chosen[name]['value']}: {chosen[name]['reason']}" for name in names[:2] if name in chosen]
-    lines.append("  " + ", ".join(f"{name} {chosen[name]['value']}" for name in names[2:] if name in chosen))
+    names = ("device", "model.dtype")
+    short = ("quantization.compute_dtype", EIGHT_BIT, "model.attention", "activation checkpointing")
+    lines += [f"  {name} {chosen[name]['value']}: {chosen[name]['reason']}" for name in names if name in chosen]
+    lines.append("  " + ", ".join(f"{name} {chosen[name]['value']}" for name in short if name in chosen))
     lines.append(f"  batch {chosen['batch']['value']} {chosen['batch']['reason']}")
+    lines += [
+        f"  sharding {chosen[name]['value']}: {chosen[name]['reason']}" for name in ("sharding",) if name in chosen
+    ]
     return lines + ([data_line(data)] if data is not None else [])
 
 

@@ -11,6 +11,7 @@ from peftcli.report.format import count, duration, size
 
 PARTS = (
     ("weights", "base weights"),
+    ("gathered", "parts of other cards, while a block needs them"),
     ("adapter", "adapter"),
     ("gradients", "gradients"),
     ("optimizer", "optimizer"),
@@ -77,7 +78,8 @@ def time_lines(forecast: Mapping[str, Any]) -> list[str]:
     time = forecast["time"]
     steps = f"{count(time['steps'])} steps" if time["steps"] is not None else "the number of steps depends on the rows"
     if time["step_seconds"] is None:
-        return [f"time: not known for this device; {steps}"]
+        why = "since cards that exchange weights were not timed" if "gathered" in forecast["memory_bytes"] else ""
+        return [f"time: not known{', ' + why if why else ' for this device'}; {steps}"]
     whole = f", {duration(time['seconds'])} in all" if time["seconds"] is not None else ""
     about = "about" if forecast["rows"]["known"] else "at most about"
     return [

@@ -38,10 +38,10 @@ def method_lines(name: str | None = None) -> Iterator[str]:
     if name is not None:
         yield from _one(name)
         return
-    yield f"{'method':<17}{'4-bit':<7}{'merge':<7}{'tasks':<21}what is trained"
+    yield f"{'method':<17}{'4-bit':<7}{'8-bit':<7}{'merge':<7}{'tasks':<21}what is trained"
     for one in METHODS.values():
-        marks = ("no" if one.four_bit else "yes", "no" if one.merge else "yes")
-        yield f"{one.name:<17}{marks[0]:<7}{marks[1]:<7}{tasks_text(one):<21}{one.what}"
+        marks = "".join(f"{'no' if why else 'yes':<7}" for why in (one.four_bit, one.eight_bit, one.merge))
+        yield f"{one.name:<17}{marks}{tasks_text(one):<21}{one.what}"
     yield ""
     yield "LoRA with a key more"
     for option in OPTIONS:
@@ -60,6 +60,7 @@ def _one(name: str) -> Iterator[str]:
     yield f"paper       {one.paper}"
     yield f"tasks       {', '.join(one.tasks)}"
     yield f"4-bit       {f'no: {one.four_bit}' if one.four_bit else 'yes'}"
+    yield f"8-bit       {f'no: {one.eight_bit}' if one.eight_bit else 'yes'}"
     yield f"merge       {f'no: {one.merge}' if one.merge else 'yes'}"
     if conflicts(one):
         yield f"not with    {', '.join(conflicts(one))}: {one.padded}" + (

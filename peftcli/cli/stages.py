@@ -1,7 +1,9 @@
 """A loaded recipe as its stages."""
 
+import os
 from dataclasses import replace
 
+from peftcli.errors import RecipeError
 from peftcli.plan.smoke import smoke_recipe
 from peftcli.recipe.load import Loaded
 from peftcli.recipe.stages import stage_recipes
@@ -12,8 +14,17 @@ def loaded_stages(loaded: Loaded, *, smoke: bool) -> list[Loaded]:
 
     Args:
         smoke: the recipe is that of a rehearsal.
+
+    Raises:
+        RecipeError: accelerate's configuration asks for FSDP.
     """
     recipes = stage_recipes(loaded.recipe)
+    if len(recipes) > 1 and os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true"):
+        # The plan of a stage does not see the others.
+        raise RecipeError(
+            "stages: accelerate's configuration asks for FSDP, and the result of a stage is folded into whole weights; "
+            "take FSDP out there, or train the stages in runs of their own"
+        )
     if len(recipes) > 1:
         recipes[-1] = recipes[-1].model_copy(update={"name": loaded.recipe.name})
     if smoke and loaded.recipe.stages:

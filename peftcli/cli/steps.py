@@ -16,6 +16,7 @@ from peftcli.errors import RecipeError
 from peftcli.model.embeddings import embedding_rows
 from peftcli.model.heads import positions_of
 from peftcli.model.inspect import inspect_model, trainable_counter
+from peftcli.model.kept import fit_kept
 from peftcli.model.label import output_names
 from peftcli.model.load import load_tokenizer
 from peftcli.model.locate import locate
@@ -73,6 +74,7 @@ def plan_recipe(loaded: Loaded, progress: Progress, *, smoke: bool = False, mach
     facts = inspect_model(path, config, task, labels=labels, note=note, trust_remote_code=trust)
     counter = partial(trainable_counter, path, config, task, trust_remote_code=trust)
     plan = make_plan(recipe, machine, facts, counter(labels=labels), smoke=smoke, notices=loaded.notices)
+    plan = replace(plan, fitted=fit_kept(plan))
     plan = spare_blocks(plan, facts.shape, machine, recipe.trainer.get("activation_checkpointing"), state_bytes)
     return Planned(plan, machine, facts.shape, counter)
 

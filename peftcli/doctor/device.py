@@ -161,7 +161,7 @@ def judge_several(cards: Sequence[Card]) -> list[Verdict]:
     """How to use more than one card; nothing where there is one."""
     if len(cards) < 2:
         return []
-    there = f"`peftcli train RECIPE --num-processes {len(cards)}` uses all {len(cards)}, without it one is used"
+    there = f"`peftcli train` shares the rows of a step among all {len(cards)}, --num-processes 1 uses one"
     if len({(card.name, card.memory_bytes) for card in cards}) > 1:
         mend = "choose equal ones with CUDA_VISIBLE_DEVICES, or expect the pace and the room of the smallest"
         return [Verdict("several GPUs", WARN, f"{there}; they differ", mend)]

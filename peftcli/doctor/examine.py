@@ -4,7 +4,7 @@ import platform
 import time
 from collections.abc import Iterator
 
-from peftcli.doctor import device, fourbit, host, places
+from peftcli.doctor import device, eightbit, fourbit, host, places
 from peftcli.doctor.network import judge_hub, probe_hub
 from peftcli.doctor.recipe import recipe_verdicts
 from peftcli.doctor.session import judge_session
@@ -55,8 +55,11 @@ def _device_verdicts(cuda: device.Cuda, machine: Machine, recipe: Recipe | None)
             return  # a card without kernels fails every question that is put to it
     chosen = device.auto_dtype(machine, on_gpu=not on_cpu)
     yield device.judge_precision(chosen)
-    asked = recipe is None or recipe.quantization is not None
-    yield fourbit.judge_4bit(fourbit.try_4bit("cpu" if on_cpu else "cuda", chosen.value), asked=asked)
+    bits = None if recipe is None or recipe.quantization is None else recipe.quantization.bits
+    where = "cpu" if on_cpu else "cuda"
+    yield fourbit.judge_4bit(fourbit.try_4bit(where, chosen.value), asked=recipe is None or bits == 4)
+    if bits == 8:
+        yield eightbit.judge_8bit(eightbit.try_8bit(where, chosen.value))
 
 
 def _asks_cpu(recipe: Recipe | None) -> bool:

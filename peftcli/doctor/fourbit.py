@@ -1,6 +1,6 @@
 """One 4-bit layer, tried where a run would train: its product and its gradient against the unpacked weights."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from bitsandbytes.functional import dequantize_4bit
@@ -53,15 +53,27 @@ def try_4bit(device: str, dtype: str) -> Trial:
 
 
 def _measure(device: str, dtype: str) -> Trial:
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(OUTPUTS, INPUTS, generator=generator)
-    kind = DTYPES[dtype]
-    layer = Linear4bit(INPUTS, OUTPUTS, bias=False, compute_dtype=kind, quant_type="nf4")
+    weight = torch.randn(OUTPUTS, INPUTS, generator=torch.Generator().manual_seed(0))
+    layer = Linear4bit(INPUTS, OUTPUTS, bias=False, compute_dtype=DTYPES[dtype], quant_type="nf4")
     layer.load_state_dict({"weight": weight})
     layer = layer.to(device)
     repacks = device == "cpu" and bool(getattr(layer, FAST_CPU_PATH, False))
     keep_gradients_of_4bit(layer)
-    unpacked = dequantize_4bit(layer.weight.data, layer.weight.quant_state).double()
+    unpacked = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    return replace(run_layer(layer, unpacked, weight, dtype), repacks=repacks)
+
+
+def run_layer(layer: torch.nn.Module, unpacked: torch.Tensor, weight: torch.Tensor, dtype: str) -> Trial:
+    """Evaluate a quantized layer, train it, and hold what comes out against its unpacked weights.
+
+    Args:
+        unpacked: the weights that it computes with, (outputs, inputs), on its device.
+        weight: those that it was made from.
+        dtype: of its inputs.
+    """
+    generator = torch.Generator().manual_seed(1)
+    device, kind = unpacked.device, DTYPES[dtype]
+    unpacked = unpacked.double()
     rows = torch.randn(ROWS, INPUTS, generator=generator).to(device, kind)
     layer.eval()
     with torch.no_grad():
@@ -74,13 +86,12 @@ def _measure(device: str, dtype: str) -> Trial:
     assert rows.grad is not None
     exact = rows.detach().double()
     return Trial(
-        device,
+        device.type,
         dtype,
         answer=_distance(one, exact[:1] @ unpacked.T),
         product=_distance(product.detach(), exact @ unpacked.T),
         gradient=_distance(rows.grad, upstream.double() @ unpacked),
         loss=_distance(unpacked, weight.to(device)),
-        repacks=repacks,
     )
 
 
@@ -95,20 +106,32 @@ def judge_4bit(trial: Trial, *, asked: bool = True) -> Verdict:
     Args:
         asked: False for a recipe without quantization, which goes on whatever comes out.
     """
+    return judge_trial(trial, "4-bit", "NF4", MOST_LOSS, asked=asked)
+
+
+def judge_trial(trial: Trial, name: str, what: str, most_loss: float, *, asked: bool) -> Verdict:
+    """Whether training on weights of a kind can be trusted here.
+
+    Args:
+        name: of the verdict.
+        what: the kind of the weights.
+        most_loss: largest relative distance between a matrix of normal numbers and its unpacked weights.
+        asked: False where the recipe goes on whatever comes out.
+    """
     bad = FAIL if asked else WARN
     mend = "pip install --upgrade bitsandbytes, or train without `quantization`"
     place = {"cpu": "CPU", "cuda": "GPU"}[trial.device]
     if trial.problem:
-        return Verdict("4-bit", bad, f"bitsandbytes fails on the {place}: {trial.problem}", mend)
+        return Verdict(name, bad, f"bitsandbytes fails on the {place}: {trial.problem}", mend)
     parts = {"answers": trial.answer, "products": trial.product, "gradients": trial.gradient}
     most = MOST_ERROR[trial.dtype]
-    wrong = [f"{name} by {error:.2g}" for name, error in parts.items() if not error <= most]
-    if not trial.loss <= MOST_LOSS:
+    wrong = [f"{part} by {error:.2g}" for part, error in parts.items() if not error <= most]
+    if not trial.loss <= most_loss:
         wrong.append(f"the unpacked weights by {trial.loss:.2g}")
     if wrong:
-        return Verdict("4-bit", bad, f"NF4 in {trial.dtype} is wrong on the {place}: {', '.join(wrong)}", mend)
-    there = f"NF4 in {trial.dtype} on the {place}: products and gradients are those of the unpacked weights"
+        return Verdict(name, bad, f"{what} in {trial.dtype} is wrong on the {place}: {', '.join(wrong)}", mend)
+    there = f"{what} in {trial.dtype} on the {place}: products and gradients are those of the unpacked weights"
     there += f" to {max(parts.values()):.0e}"
     if trial.repacks:
         there += "; this CPU has AVX512_BF16, whose packing loses gradients and is switched off"
-    return Verdict("4-bit", OK, there)
+    return Verdict(name, OK, there)

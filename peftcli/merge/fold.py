@@ -9,9 +9,11 @@ import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
+from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from peftcli.adapters.own.packed import taken_for_floats
 from peftcli.errors import MachineError
 from peftcli.merge.refuse import method_of
 from peftcli.model.trainable import hollow_out
@@ -98,13 +100,9 @@ def bare_base(model: PeftModel) -> PreTrainedModel:
     base: PreTrainedModel = model.get_base_model()
     if not hasattr(model.base_model, "unload"):
         return base
-    # Some methods refuse to touch a 4-bit model, even to take themselves off.
-    quantized = getattr(base, "is_loaded_in_4bit", None)
-    if quantized:
-        base.is_loaded_in_4bit = False
-    bare: PreTrainedModel = model.unload()
-    if quantized:
-        bare.is_loaded_in_4bit = quantized
+    # Some methods refuse to touch a quantized model, even to take themselves off.
+    with taken_for_floats(base):
+        bare: PreTrainedModel = model.unload()
     return bare
 
 
@@ -119,12 +117,13 @@ def skeleton_names(model: PreTrainedModel) -> list[str]:
 
 
 def _layers(wrapped: PeftModel) -> dict[str, BaseTunerLayer | ModulesToSaveWrapper]:
-    inner = wrapped.get_base_model()
-    return {
-        name: module
-        for name, module in inner.named_modules()
-        if isinstance(module, (BaseTunerLayer, ModulesToSaveWrapper))
-    }
+    found = {}
+    for name, module in wrapped.get_base_model().named_modules():
+        if isinstance(module, TrainableTokensWrapper):
+            found[name] = module.token_adapter  # it stands beside the embedding, and holds what merges into it
+        elif isinstance(module, (BaseTunerLayer, ModulesToSaveWrapper)):
+            found[name] = module
+    return found
 
 
 def _merge_layer(layer: BaseTunerLayer, owner: str, source: Source) -> dict[str, Tensor]:

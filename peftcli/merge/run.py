@@ -96,8 +96,8 @@ def merge(
     assert target.adapter is not None
     if target.base.absorbed and target.base.quantization is not None and settings.into != "dequantized":
         raise RecipeError(
-            f"--into {settings.into}: the earlier stages of this run were trained on 4-bit weights, so they fit those "
-            "alone; leave --into out"
+            f"--into {settings.into}: the earlier stages of this run were trained on "
+            f"{target.base.quantization['bits']}-bit weights, so they fit those alone; leave --into out"
         )
     model, tokenizer = target.load()
     comparison = Comparison(data, tokenizer, settings.batch_rows, progress)
@@ -203,7 +203,7 @@ def _measure(
     stored = settings.dtype or target.base.dtype
     device = target.base.device
     if device == "cuda" and size > 0.9 * torch.cuda.mem_get_info()[0]:
-        device = "cpu"  # the card held the 4-bit weights; unpacked they are four times as large
+        device = "cpu"  # the card held the quantized weights; unpacked they are several times as large
     merged = replace(target.base, path=str(folder), revision=None, quantization=None, absorbed=(), dtype=stored)
     merged = replace(merged, device=device)
     model = load_base(merged)

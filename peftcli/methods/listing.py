@@ -13,7 +13,7 @@ SHORT_TASKS = {
     "token-classification": "tags",
     "image-classification": "images",
 }
-HEAD = ("method", "what is trained", "4-bit", "merge", "tasks", "not with")
+HEAD = ("method", "what is trained", "4-bit", "8-bit", "merge", "tasks", "not with")
 
 
 def conflicts(method: Method) -> tuple[str, ...]:
@@ -42,6 +42,8 @@ def row(one: Method) -> dict[str, Any]:
         "defaults": dict(one.defaults),
         "four_bit": not one.four_bit,
         "four_bit_reason": one.four_bit or None,
+        "eight_bit": not one.eight_bit,
+        "eight_bit_reason": one.eight_bit or None,
         "merge": not one.merge,
         "merge_reason": one.merge or None,
         "tasks": list(one.tasks),
@@ -67,6 +69,7 @@ def markdown() -> str:
             f"`{one.name}`",
             f"{one.title}: {one.what} ({one.paper})",
             "no" if one.four_bit else "yes",
+            "no" if one.eight_bit else "yes",
             "no" if one.merge else "yes",
             tasks_text(one),
             ", ".join(conflicts(one)),

@@ -1,6 +1,6 @@
 """Methods that add a product of small matrices to a weight."""
 
-from peftcli.methods.method import NUMBERS, SHAPE, Method
+from peftcli.methods.method import CODES, NUMBERS, SHAPE, Method
 
 CLOSED = {
     name: "a recipe has no way to say it"
@@ -116,6 +116,7 @@ LOW_RANK = (
         core={"r": "r", "alpha": "delora_lambda", "dropout": "module_dropout"},
         defaults={"r": 8, "alpha": 15.0, "dropout": 0.0},
         four_bit=NUMBERS,
+        eight_bit=CODES,
     ),
     Method(
         name="randlora",
@@ -137,6 +138,7 @@ LOW_RANK = (
         core={"r": "r"},
         defaults={"r": 8},
         four_bit="PEFT builds it on unquantized linear layers alone",
+        eight_bit="PEFT builds it on unquantized linear layers alone",
     ),
     Method(
         name="lily",
@@ -170,6 +172,7 @@ LOW_RANK = (
         core={"r": "r"},
         defaults={"r": 32},
         four_bit=SHAPE,
+        eight_bit=CODES,
     ),
     Method(
         name="psoft",
@@ -181,6 +184,7 @@ LOW_RANK = (
         core={"r": "r", "alpha": "psoft_alpha", "dropout": "psoft_dropout"},
         defaults={"r": 32, "alpha": 32.0, "dropout": 0.0},
         four_bit=NUMBERS,
+        eight_bit=CODES,
         from_weights=True,
     ),
 )

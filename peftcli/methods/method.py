@@ -14,6 +14,8 @@ ALL_TASKS = ("causal-lm", "sequence-classification", "token-classification", "im
 SHAPE = "it reads the shape of each weight, which 4-bit weights do not keep"
 NUMBERS = "it computes with the weights when it is built, and 4-bit weights are no numbers"
 """Why some methods do not work on 4-bit weights."""
+CODES = "it computes with the numbers of each weight, and 8-bit weights are codes"
+"""Why some methods do not work on 8-bit weights, which keep the shape."""
 Targets = Literal["linear", "norms", "embeddings", "scaled", "writers", "whole", "none"]
 
 
@@ -42,6 +44,7 @@ class Method:
             layers that IA3 scales, those that write into the residual stream, whole modules, or nothing.
         tasks: of `model.task`.
         four_bit: why it does not work on 4-bit weights, empty where it does.
+        eight_bit: the same of 8-bit weights.
         merge: why it cannot be merged, empty where it can.
         from_weights: it is built from the values of the weights, so a merge needs all of them at once.
         padded: why its rows need padded batches, empty where rows may share a line.
@@ -63,10 +66,20 @@ class Method:
     targets: Targets = "linear"
     tasks: tuple[str, ...] = ALL_TASKS
     four_bit: str = ""
+    eight_bit: str = ""
     merge: str = ""
     from_weights: bool = False
     padded: str = ""
     checkpointing: str = ""
+
+    def on_bits(self, bits: object) -> str:
+        """Why it does not work on weights of so many bits, empty where it does."""
+        return self.eight_bit if bits == 8 else self.four_bit
+
+    @property
+    def fewest_bits(self) -> int:
+        """Bits of the narrowest weights that it works on; 16 where they must not be quantized."""
+        return next((bits for bits in (4, 8) if not self.on_bits(bits)), 16)
 
     @property
     def prompts(self) -> bool:

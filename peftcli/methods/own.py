@@ -65,5 +65,6 @@ OWN = (
         defaults={"everything": True},
         targets="whole",
         four_bit="all weights would be trained, and those of 4 bits have no gradient",
+        eight_bit="all weights would be trained, and those of 8 bits have no gradient",
     ),
 )

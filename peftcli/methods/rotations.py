@@ -1,6 +1,6 @@
 """Methods that turn a weight instead of adding to it."""
 
-from peftcli.methods.method import SHAPE, Method
+from peftcli.methods.method import CODES, SHAPE, Method
 
 ROTATIONS = (
     Method(
@@ -34,6 +34,7 @@ ROTATIONS = (
         core={"r": "r"},
         defaults={"r": 8},
         four_bit=SHAPE,
+        eight_bit=CODES,
     ),
     Method(
         name="road",

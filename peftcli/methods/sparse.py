@@ -1,6 +1,6 @@
 """Methods that learn few numbers: shared random bases, spectra, single entries, scales."""
 
-from peftcli.methods.method import CAUSAL, NUMBERS, SHAPE, Method
+from peftcli.methods.method import CAUSAL, CODES, NUMBERS, SHAPE, Method
 
 SHARED = (
     Method(
@@ -44,6 +44,7 @@ SHARED = (
         core={"r": "r", "dropout": "unilora_dropout"},
         defaults={"r": 4, "dropout": 0.0},
         four_bit="the gradient of its vector is 0 there",
+        eight_bit="the gradient of its vector is 0 there",
     ),
     Method(
         name="tinylora",
@@ -55,6 +56,7 @@ SHARED = (
         core={"r": "r", "dropout": "tinylora_dropout"},
         defaults={"r": 2, "dropout": 0.0},
         four_bit=NUMBERS,
+        eight_bit=CODES,
     ),
 )
 SPECTRAL = (
@@ -105,6 +107,7 @@ SPARSE = (
         config="SupertuningConfig",
         room="supertuning",
         four_bit=SHAPE,
+        eight_bit=CODES,
     ),
     Method(
         name="ia3",

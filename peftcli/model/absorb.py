@@ -1,8 +1,7 @@
 """Adapters of earlier stages folded into a loaded base, so that the next one starts from their result."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from peft import PeftModel
 from safetensors import safe_open
 from transformers import PreTrainedModel
 
+from peftcli.adapters.own.packed import is_packed, taken_for_floats, unpacked_weight
 from peftcli.errors import MachineError
 from peftcli.model.tensors import WEIGHTS, explain_unfit, hash_files
 from peftcli.plan.plan import Plan
@@ -23,7 +23,7 @@ PREFIX = "base_model.model."
 def absorb(model: PreTrainedModel, folders: Sequence[str]) -> PreTrainedModel:
     """Fold adapters into a base, one after the other.
 
-    A 4-bit layer that one of them changes becomes a layer of floats: packed again it would not be what was trained.
+    A quantized layer that one of them changes becomes a layer of floats: packed again it would not be what was trained.
 
     Args:
         model: the loaded base; its weights are changed.
@@ -35,7 +35,7 @@ def absorb(model: PreTrainedModel, folders: Sequence[str]) -> PreTrainedModel:
     for folder in folders:
         try:
             unpack_layers(model, changed_layers(model, Path(folder)))
-            with _as_floats(model):
+            with taken_for_floats(model):
                 wrapped = PeftModel.from_pretrained(model, folder, torch_device=str(model.device))
                 model = wrapped.merge_and_unload(safe_merge=True)
         except (OSError, RuntimeError, ValueError, KeyError) as problem:
@@ -63,45 +63,31 @@ def base_hash(base: str | None, folders: Sequence[str]) -> str | None:
 
 
 def changed_layers(model: torch.nn.Module, folder: Path) -> list[str]:
-    """Names of the 4-bit layers that an adapter has weights for."""
+    """Names of the quantized layers that an adapter has weights for."""
     with safe_open(str(folder / WEIGHTS), framework="pt") as stream:
         keys = [key.removeprefix(PREFIX) for key in stream.keys()]  # noqa: SIM118  # no mapping, only named like one
     return [
         name
         for name, module in model.named_modules()
-        if _quant_state(module) is not None and any(key.startswith(f"{name}.") for key in keys)
+        if is_packed(module) and any(key.startswith(f"{name}.") for key in keys)
     ]
 
 
 def unpack_layers(model: torch.nn.Module, names: Sequence[str]) -> None:
-    """Replace 4-bit layers by linear layers of the weights that they compute with."""
-    if not names:
-        return
-    # Of a CUDA machine this import takes seconds, and a base that is not quantized has no use for it.
-    from bitsandbytes.functional import dequantize_4bit
-
+    """Replace quantized layers by linear layers of the weights that they compute with."""
     for name in names:
         packed: Any = model.get_submodule(name)
-        weight = dequantize_4bit(packed.weight.data, packed.weight.quant_state)
+        weight = unpacked_weight(packed)
         plain = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=packed.bias is not None, device="meta")
-        plain.weight = torch.nn.Parameter(weight.to(packed.compute_dtype or weight.dtype), requires_grad=False)
+        plain.weight = torch.nn.Parameter(weight.to(_dtype_of(packed, model)), requires_grad=False)
         if packed.bias is not None:
             plain.bias = torch.nn.Parameter(packed.bias.data, requires_grad=False)
         model.set_submodule(name, plain)
 
 
-def _quant_state(module: torch.nn.Module) -> Any:
-    return getattr(getattr(module, "weight", None), "quant_state", None)
-
-
-@contextmanager
-def _as_floats(model: Any) -> Iterator[None]:
-    """Let PEFT merge: some methods ask the model whether it is quantized, and not the layers that they stand on."""
-    quantized = getattr(model, "is_loaded_in_4bit", False)
-    if quantized:
-        model.is_loaded_in_4bit = False
-    try:
-        yield
-    finally:
-        if quantized:
-            model.is_loaded_in_4bit = True
+def _dtype_of(packed: Any, model: torch.nn.Module) -> torch.dtype:
+    """The dtype of a packed layer's products: what 4 bits are unpacked to, or that of the model."""
+    if getattr(packed, "compute_dtype", None) is not None:
+        asked: torch.dtype = packed.compute_dtype
+        return asked
+    return next(weight.dtype for weight in model.parameters() if weight.is_floating_point())

@@ -9,6 +9,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from peftcli.model.memory import Shrinking
+from peftcli.model.shards import is_divided, without_gradients
 from peftcli.progress import Progress
 
 
@@ -37,7 +38,7 @@ class Answer:
     finished: bool
 
 
-@torch.inference_mode()
+@without_gradients
 def answer(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -71,7 +72,7 @@ def answer(
     with torch.random.fork_rng(devices=cards):
         torch.manual_seed(decoding.seed)
         done = 0
-        fitting = Shrinking(batch_rows, what, progress)
+        fitting = Shrinking(batch_rows, what, progress, in_step=is_divided(model))
         while done < len(order):
             batch = order[done : done + fitting.rows]
             inputs, mask = _pad_left([prompts[row] for row in batch], tokenizer.pad_token_id or 0)

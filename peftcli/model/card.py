@@ -5,6 +5,7 @@ from typing import Any
 
 import yaml
 
+from peftcli.plan.choices import EIGHT_BIT
 from peftcli.recipe.tasks import IMAGES, SEQUENCE, TOKENS
 from peftcli.rundir import RunDir, read_json, write_text
 
@@ -51,7 +52,8 @@ def write_card(run: RunDir) -> None:
         f"- trained on {data['train_rows']} rows ({data['format']}), tested on {data['test_rows']} others",
         f"- data fingerprint {data['fingerprint']['train'][:16]}",
         f"- {plan['parameters']['trainable']} trainable parameters, base in {chosen['model.dtype']}"
-        + (" quantized to 4 bit" if "quantization.compute_dtype" in chosen else ""),
+        + (" quantized to 4 bit" if "quantization.compute_dtype" in chosen else "")
+        + (" quantized to 8 bit" if EIGHT_BIT in chosen else ""),
         "- licence: to be stated by whoever publishes it; that of the base and of the data apply",
         "",
         *_table(evaluation),

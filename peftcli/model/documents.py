@@ -1,12 +1,14 @@
 """Attention over rows that stand behind one another in one line, each row seeing itself alone.
 
-No mask of tokens by tokens is made: rows of similar length are laid side by side, and a causal attention never lets a
-row see what fills up the shorter ones. The result is that of each row alone.
+No mask of tokens by tokens is made. A card whose kernels read rows by their edges uses them; elsewhere rows of similar
+length are laid side by side, and a causal attention never lets a row see what fills up the shorter ones. The result is
+that of each row alone.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,6 +16,9 @@ from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from peftcli.model.shards import without_gradients
+from peftcli.model.varlen import attend, computed, kernel_for
 
 NAME = "documents"
 """Under which transformers knows this attention."""
@@ -37,27 +42,38 @@ class Layout:
     """How a line of rows is laid out for attention.
 
     Attributes:
-        groups: rows of similar length.
-        back: (tokens,), for each place of the line its place among the outputs of all groups.
-        whole: all rows have one length, so that the line only needs another shape.
+        lengths: of the rows, in the order in which they stand in the line.
+        device: of the line.
     """
 
-    groups: tuple[Group, ...]
-    back: Tensor
-    whole: bool
+    lengths: tuple[int, ...]
+    device: torch.device
+
+    @property
+    def whole(self) -> bool:
+        """All rows have one length, so that the line only needs another shape."""
+        return len(set(self.lengths)) == 1
+
+    @cached_property
+    def edges(self) -> Tensor:
+        """(rows + 1,), int32, where each row begins, and the end."""
+        return torch.tensor([0, *self.lengths]).cumsum(0).int().to(self.device, non_blocking=True)
+
+    @cached_property
+    def sides(self) -> tuple[tuple[Group, ...], Tensor]:
+        """Groups of rows of similar length and, (tokens,), for each place of the line its place among all outputs."""
+        return _side_by_side(self.lengths, self.device)
 
 
 _now: list[Layout] = []
 """The layout of the forward pass at hand. Checkpointed layers run again in the threads of autograd, so it is no context
 variable; one process runs one forward and backward at a time."""
 
+served: set[str] = set()
+"""What has computed attention over lines in this process: kernels that were proved, or `side by side`."""
 
-def lay_out(lengths: Sequence[int], device: torch.device) -> Layout:
-    """Group rows by length.
 
-    Args:
-        lengths: of the rows, in the order in which they stand in the line.
-    """
+def _side_by_side(lengths: Sequence[int], device: torch.device) -> tuple[tuple[Group, ...], Tensor]:
     starts = torch.tensor([0, *lengths]).cumsum(0)[:-1].tolist()
     order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
     groups: list[Group] = []
@@ -75,9 +91,9 @@ def lay_out(lengths: Sequence[int], device: torch.device) -> Layout:
         inside = steps[None] < torch.tensor([lengths[row] for row in chosen])[:, None]
         take = torch.where(inside, first + steps[None], first)
         back[take[inside]] = (offset + torch.arange(size * longest).reshape(size, longest))[inside]
-        groups.append(Group(size, longest, take.flatten().to(device)))
+        groups.append(Group(size, longest, take.flatten().to(device, non_blocking=True)))
         offset += size * longest
-    return Layout(tuple(groups), back.to(device), len(set(lengths)) == 1)
+    return tuple(groups), back.to(device, non_blocking=True)
 
 
 @contextmanager
@@ -97,13 +113,14 @@ def use_documents(model: PreTrainedModel) -> bool:
     """Give a model this attention, which is that of `sdpa` outside of `documents`; False where it cannot take it."""
     if model.config._attn_implementation != "sdpa" or not model._can_set_attn_implementation():
         return False
+    served.clear()
     AttentionInterface.register(NAME, documents_attention)
     AttentionMaskInterface.register(NAME, documents_mask)
     model.set_attn_implementation(NAME)
     return bool(model.config._attn_implementation == NAME)
 
 
-@torch.inference_mode()
+@without_gradients
 def keeps_rows_apart(model: PreTrainedModel) -> bool:
     """Whether rows in one line give what each gives alone: the proof on the model itself, with a few tokens.
 
@@ -117,7 +134,7 @@ def keeps_rows_apart(model: PreTrainedModel) -> bool:
     alone = torch.cat([model(input_ids=row[None], use_cache=False).logits[0] for row in rows]).float()
     places = torch.cat([torch.arange(len(row), device=device) for row in rows])
     try:
-        with documents(lay_out([len(row) for row in rows], device)):
+        with documents(Layout(tuple(map(len, rows)), device)):
             line = model(input_ids=torch.cat(rows)[None], position_ids=places[None], use_cache=False).logits[0]
     except (TypeError, ValueError):  # no such argument, or an attention of its own that wants a mask
         return False
@@ -153,11 +170,19 @@ def documents_attention(
     """
     if not _now:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
-    layout = _now[-1]
+    layout, window = _now[-1], kwargs.get("sliding_window")
+    longest = max(layout.lengths)
+    seen = None if window is None or window >= longest else window
+    kernel = kernel_for(query, key, value, dropout=kwargs.get("dropout") or 0.0, window=seen)
+    served.add(kernel or "side by side")
+    if kernel is not None:
+        query, key, value = computed(query), computed(key), computed(value)
+        return attend(kernel, query, key, value, layout.edges, longest, scale=kwargs.get("scaling"), window=seen), None
     outputs = []
-    for group in layout.groups:
+    groups, back = layout.sides
+    for group in groups:
         parts = [_beside(part, group, whole=layout.whole) for part in (query, key, value)]
-        mask = _window(group.length, kwargs.get("sliding_window"), query.device)
+        mask = _window(group.length, window, query.device)
         if repeats_heads(query.device):
             found = _repeated(module, parts, mask, kwargs)
         else:
@@ -165,7 +190,7 @@ def documents_attention(
         outputs.append(found.flatten(0, 1))
     if layout.whole:
         return outputs[0][None], None
-    return torch.cat(outputs).index_select(0, layout.back)[None], None
+    return torch.cat(outputs).index_select(0, back)[None], None
 
 
 def repeats_heads(device: torch.device) -> bool:

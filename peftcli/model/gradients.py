@@ -22,8 +22,8 @@ def gradient_norms(
 ) -> dict[str, float]:
     """Mean over batches of the norm of the loss's gradient by the weight of each layer, per root of its size.
 
-    The weights themselves need no gradient, so that 4-bit layers are measured like all others: from a layer's inputs x
-    and the gradients g of its outputs, the gradient by its weight is the sum over tokens of g xᵀ.
+    The weights themselves need no gradient, so that quantized layers are measured like all others: from a layer's
+    inputs x and the gradients g of its outputs, the gradient by its weight is the sum over tokens of g xᵀ.
 
     Args:
         model: left as it was.

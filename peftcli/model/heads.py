@@ -115,7 +115,7 @@ def _parts(name: str, module: torch.nn.Module) -> list[tuple[str, torch.nn.Modul
 
 
 def unquantized_modules(base: Base) -> list[str] | None:
-    """Modules that stay as they are in 4 bits: what transformers leaves out by itself, and the head.
+    """Modules that stay as they are where a base is quantized: what transformers leaves out by itself, and the head.
 
     An explicit list takes the place of transformers' own; None leaves it to that.
     """

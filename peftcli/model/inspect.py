@@ -89,7 +89,14 @@ def inspect_model(
         convolutions=bool(convolutions),
         statistics=any(keeps_statistics(module) for module in names.values()),
         checkpointing=bool(model.supports_gradient_checkpointing),
+        divisible=_is_divisible(model, names),
     )
+
+
+def _is_divisible(model: torch.nn.Module, names: Mapping[str, torch.nn.Module]) -> bool:
+    """Whether transformers' plan of parts names the blocks of the model; with no block in it all would be one part."""
+    rules = getattr(model, "fsdp_plan", None) or {}
+    return any("*" in rule and rule.partition(".*")[0] in names for rule in rules)
 
 
 def _convolutions(modules: Mapping[str, torch.nn.Module]) -> tuple[str, ...]:

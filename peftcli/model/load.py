@@ -20,6 +20,7 @@ from peftcli.model.absorb import absorb
 from peftcli.model.heads import AUTO_CLASSES, load_with_head, unquantized_modules
 from peftcli.model.hub import explain_missing, look_for_network
 from peftcli.model.images import load_image_reader
+from peftcli.model.shards import leave_dividing_to_the_plan
 from peftcli.model.tensors import explain_unfit, refuse_unfit
 from peftcli.plan.plan import Base, TokenizerChoice
 from peftcli.recipe.tasks import CAUSAL, SEQUENCE
@@ -83,16 +84,18 @@ def _listed(tokenizer: PreTrainedTokenizerBase) -> str:
     return ", ".join(tokenizer.all_special_tokens[:12]) or "none"
 
 
-def load_base(base: Base, *, quantized: bool = True) -> PreTrainedModel:
+def load_base(base: Base, *, quantized: bool = True, shards: int = 1) -> PreTrainedModel:
     """Load the weights of a base model onto its device.
 
     Args:
         base: of the plan.
         quantized: False loads the weights as they are even where the plan quantizes.
+        shards: processes that each hold a part of the weights, all of this launch; 1 for whole weights.
 
     Raises:
         MachineError: the weights cannot be had, or this machine cannot load them.
     """
+    leave_dividing_to_the_plan()
     register()  # an adapter of ours may be folded into it, or loaded on it
     arguments: dict[str, Any] = {
         "dtype": DTYPES[base.dtype],
@@ -106,7 +109,7 @@ def load_base(base: Base, *, quantized: bool = True) -> PreTrainedModel:
         arguments["quantization_config"] = quantization_config(base)
     look_for_network(base.path)
     try:
-        model = _load(base, arguments)
+        model = _load(base, arguments, shards)
     except ImportError as problem:
         raise MachineError(f"{base.name}: a package is missing: {' '.join(str(problem).split())[:300]}") from problem
     except (OSError, ValueError) as problem:
@@ -116,13 +119,23 @@ def load_base(base: Base, *, quantized: bool = True) -> PreTrainedModel:
             raise
         raise MachineError(f"{base.path}: the weights do not fit the configuration: {problem}") from problem
     keep_gradients_of_4bit(model)
+    if eight_bit(base):
+        # It brings bitsandbytes, whose import takes seconds on a CUDA machine.
+        from peftcli.model.eight_bit import compute_in_floats
+
+        compute_in_floats(model)
     if base.task == SEQUENCE:
         # The last token that is no padding decides for a decoder, which its configuration must know.
         model.config.get_text_config().pad_token_id = load_tokenizer(base.tokenizer).pad_token_id or 0
     return absorb(model, base.absorbed)
 
 
-def _load(base: Base, arguments: dict[str, Any]) -> PreTrainedModel:
+def _load(base: Base, arguments: dict[str, Any], shards: int) -> PreTrainedModel:
+    if shards > 1:
+        # It brings bitsandbytes, whose import takes seconds on a CUDA machine.
+        from peftcli.model.divided import load_divided
+
+        return load_divided(base.path, arguments, shards)
     if base.task != CAUSAL:
         return load_with_head(base, arguments)
     model: PreTrainedModel = AUTO_CLASSES[CAUSAL].from_pretrained(base.path, **arguments)
@@ -174,8 +187,10 @@ def _unfilled(model: PeftModel, missing: list[str]) -> list[str]:
 
 
 def quantization_config(base: Base) -> BitsAndBytesConfig:
-    """The 4-bit configuration of a plan."""
+    """The 4-bit or 8-bit configuration of a plan."""
     assert base.quantization is not None
+    if eight_bit(base):
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=unquantized_modules(base))
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=base.quantization["type"],
@@ -183,6 +198,11 @@ def quantization_config(base: Base) -> BitsAndBytesConfig:
         bnb_4bit_compute_dtype=DTYPES[base.quantization["compute_dtype"]],
         llm_int8_skip_modules=unquantized_modules(base),
     )
+
+
+def eight_bit(base: Base) -> bool:
+    """Whether the linear layers of a base are stored in 8 bits."""
+    return base.quantization is not None and base.quantization["bits"] == 8
 
 
 def keep_gradients_of_4bit(model: torch.nn.Module) -> None:

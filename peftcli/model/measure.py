@@ -5,7 +5,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import pyarrow as pa
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peftcli.data.prepare import PreparedData
@@ -14,8 +13,8 @@ from peftcli.data.traces import hide_keys
 from peftcli.metrics.answers import Metrics, chrf, exact_match
 from peftcli.model.answer import Answer, Decoding, answer
 from peftcli.model.label_rows import LabelMetrics, measure_labels
-from peftcli.model.score import Sums, score
-from peftcli.model.shards import gather, interleave, my_share
+from peftcli.model.score import Sums, score_shared
+from peftcli.model.shards import gather, interleave, is_divided, my_share
 from peftcli.progress import Progress
 from peftcli.recipe.schema import EvaluationSection
 
@@ -84,9 +83,10 @@ def measure(
         return Measured(*labelled)
     with router_silent(model):
         pad = tokenizer.pad_token_id or 0
-        mine = data.test.select(["input_ids", "labels"]).take(pa.array(my_share(data.test.num_rows), pa.int64()))
-        sums = score(model, mine, pad_id=pad, batch_rows=batch_rows, progress=progress, what=f"{what}: loss")
-        total = _add(gather(sums))
+        table = data.test.select(["input_ids", "labels"])
+        total = _add(
+            score_shared(model, table, pad_id=pad, batch_rows=batch_rows, progress=progress, what=f"{what}: loss")
+        )
         rows = answered_rows(evaluation, data)
         prompts = data.test.column("prompt_ids").slice(0, rows).to_pylist()
         answers = interleave(
@@ -94,7 +94,7 @@ def measure(
                 answer(
                     model,
                     tokenizer,
-                    [prompts[row] for row in my_share(rows)],
+                    [prompts[row] for row in my_share(rows, in_step=is_divided(model))],
                     stop_ids=data.stop_ids,
                     decoding=decoding,
                     batch_rows=batch_rows,
@@ -102,7 +102,7 @@ def measure(
                     what=f"{what}: answers",
                 )
             )
-        )
+        )[:rows]
     found = total.metrics()
     if data.format != "text" and answers:
         references = data.test.column("reference").slice(0, rows).to_pylist()

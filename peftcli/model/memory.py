@@ -41,16 +41,17 @@ def memory_said(device: torch.device) -> str:
 class Shrinking:
     """Rows of one forward pass, halved when memory does not hold them."""
 
-    def __init__(self, rows: int, what: str, progress: Progress) -> None:
+    def __init__(self, rows: int, what: str, progress: Progress, *, in_step: bool = False) -> None:
         """
         Args:
             rows: to begin with.
             what: name of the work, for people.
+            in_step: other processes take as many, so that they cannot be halved here alone.
         """
         self.rows = rows
         self._what = what
         self._progress = progress
-        self._halvings = 0
+        self._halvings = MOST_HALVINGS if in_step else 0
 
     def attempt(self, taken: int, device: torch.device, work: Callable[[], T]) -> T | None:
         """What the work returns; None where memory ran out, so that fewer rows are to be taken.

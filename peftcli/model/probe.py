@@ -12,15 +12,20 @@ import psutil
 import torch
 
 from peftcli.model.container import usable_memory
-from peftcli.plan.facts import Machine
+from peftcli.plan.facts import SHARES_BATCH, Machine
 
 PACKAGES = ("peftcli", "torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "tokenizers")
 FLASH_PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
+
+FSDP_MORE = ("FSDP_OFFLOAD_PARAMS", "FSDP_ACTIVATION_CHECKPOINTING")
+"""What accelerate's configuration may ask of FSDP, by its variables, and is not done here."""
 
 
 def probe_machine() -> Machine:
     """Ask torch and the operating system what is here; a CPU where no CUDA device is usable."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
+    asked = _is_set("ACCELERATE_USE_FSDP")
+    more = tuple(name.lower() for name in FSDP_MORE if _is_set(name))
     if not torch.cuda.is_available():
         return Machine(
             device="cpu",
@@ -30,6 +35,9 @@ def probe_machine() -> Machine:
             arch_list=(),
             memory_bytes=usable_memory(),
             processes=processes,
+            shares_batch=_is_set(SHARES_BATCH),
+            fsdp=asked,
+            fsdp_more=more,
         )
     properties = torch.cuda.get_device_properties(0)
     return Machine(
@@ -41,10 +49,17 @@ def probe_machine() -> Machine:
         memory_bytes=properties.total_memory,
         count=torch.cuda.device_count(),
         processes=processes,
+        shares_batch=_is_set(SHARES_BATCH),
         flash_attention=tuple(
             name for name, package in FLASH_PACKAGES.items() if importlib.util.find_spec(package) is not None
         ),
+        fsdp=asked,
+        fsdp_more=more,
     )
+
+
+def _is_set(name: str) -> bool:
+    return os.environ.get(name, "").lower() in ("1", "true", "yes")
 
 
 def describe_environment(machine: Machine, command: str) -> dict[str, Any]:

@@ -4,13 +4,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peftcli.data.retention import RetentionText, read_retention
 from peftcli.model.measure import router_silent
-from peftcli.model.score import score
-from peftcli.model.shards import gather, my_share
+from peftcli.model.score import score_shared
 from peftcli.plan.plan import Plan
 from peftcli.progress import Progress
 
@@ -97,8 +95,7 @@ def _loss(
 ) -> float:
     """Nats per token; several processes share the windows and all get the whole result."""
     table, rows = text.table(), plan.evaluation_batch
-    mine = table.take(pa.array(my_share(table.num_rows), pa.int64()))
     with router_silent(model):
         pad = tokenizer.pad_token_id or 0
-        parts = gather(score(model, mine, pad_id=pad, batch_rows=rows, progress=progress, what=what))
+        parts = score_shared(model, table, pad_id=pad, batch_rows=rows, progress=progress, what=what)
     return float(sum(part.nll for part in parts) / sum(part.tokens for part in parts))

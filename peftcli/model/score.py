@@ -12,6 +12,7 @@ from torch import Tensor
 from peftcli.data.tokens import IGNORED
 from peftcli.metrics.answers import Metrics, perplexity
 from peftcli.model.memory import Shrinking
+from peftcli.model.shards import gather, is_divided, my_share, without_gradients
 from peftcli.progress import Progress
 
 LOGIT_BYTES = 256 * 2**20
@@ -51,9 +52,16 @@ def completion_nll(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tens
     return losses.double().sum(), chosen.sum(), correct.sum()
 
 
-@torch.inference_mode()
+@without_gradients
 def score(
-    model: torch.nn.Module, rows: pa.Table, *, pad_id: int, batch_rows: int, progress: Progress, what: str
+    model: torch.nn.Module,
+    rows: pa.Table,
+    *,
+    pad_id: int,
+    batch_rows: int,
+    progress: Progress,
+    what: str,
+    repeated: int = 0,
 ) -> Sums:
     """Run every row through the model once.
 
@@ -63,8 +71,11 @@ def score(
         pad_id: token id that fills short rows; any id, since padding is masked.
         batch_rows: rows of one forward pass; the result does not depend on it.
         what: name of the stretch for `progress`.
+        repeated: rows at the end that are run to keep step with other processes, and not counted.
     """
     ids, labels = rows.column("input_ids").to_pylist(), rows.column("labels").to_pylist()
+    for row in range(len(ids) - repeated, len(ids)):
+        labels[row] = [IGNORED] * len(labels[row])
     order = sorted(range(len(ids)), key=lambda row: len(ids[row]), reverse=True)
     device = next(model.parameters()).device
     nll, tokens, correct = 0.0, 0, 0
@@ -73,9 +84,11 @@ def score(
     progress.start(what, len(ids))
     vocabulary = vocabulary_of(model)
     done = 0
-    fitting = Shrinking(batch_rows, what, progress)
+    in_step = is_divided(model)
+    fitting = Shrinking(batch_rows, what, progress, in_step=in_step)
     while done < len(order):
-        batch = order[done : done + rows_at_once(fitting.rows, len(ids[order[done]]), vocabulary)]
+        count = rows_at_once(fitting.rows, len(ids[order[done]]), vocabulary)
+        batch = order[done : done + (min(gather(count)) if in_step else count)]
         inputs, targets, mask = pad_right([ids[row] for row in batch], [labels[row] for row in batch], pad_id)
         score_these = partial(_score_batch, model, inputs.to(device), targets.to(device), mask.to(device))
         sums = fitting.attempt(len(batch), device, score_these)
@@ -87,6 +100,19 @@ def score(
     progress.end()
     model.train(was_training)
     return Sums(nll, tokens, correct)
+
+
+def score_shared(
+    model: torch.nn.Module, rows: pa.Table, *, pad_id: int, batch_rows: int, progress: Progress, what: str
+) -> list[Sums]:
+    """`score` of rows that the processes share; the sums of each process, known to all."""
+    count = rows.num_rows
+    mine = my_share(count, in_step=is_divided(model))
+    repeated = len(mine) - len(my_share(count))
+    table = rows.take(pa.array(mine, pa.int64()))
+    return gather(
+        score(model, table, pad_id=pad_id, batch_rows=batch_rows, progress=progress, what=what, repeated=repeated)
+    )
 
 
 def _score_batch(model: torch.nn.Module, inputs: Tensor, labels: Tensor, mask: Tensor) -> tuple[float, int, int]:

@@ -1,8 +1,16 @@
 """The share of the work of one process among several, and the putting together of what they found."""
 
-from typing import Any
+import functools
+import os
+from collections.abc import Callable
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
+import torch
 import torch.distributed as dist
+
+M = TypeVar("M", bound=torch.nn.Module)
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def processes() -> tuple[int, int]:
@@ -12,10 +20,44 @@ def processes() -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
-def my_share(rows: int) -> list[int]:
-    """Indices of the rows that this process takes: every n-th, so that the shares are alike."""
+def is_divided(model: torch.nn.Module) -> bool:
+    """Whether each process holds a part of the model, so that all must run it equally often and at the same time."""
+    return bool(getattr(model, "is_distributed_loading_by_transformers", False))
+
+
+def leave_dividing_to_the_plan() -> None:
+    """Forget that accelerate's configuration asks for FSDP, which the plan has heeded.
+
+    transformers would leave the weights of all processes but the first unread, and accelerate divide them again.
+    """
+    os.environ.pop("ACCELERATE_USE_FSDP", None)
+
+
+def without_gradients(work: Callable[Concatenate[M, P], T]) -> Callable[Concatenate[M, P], T]:
+    """Let some work on a model, its first argument, build no graph.
+
+    What torch gathers of a divided model in inference mode it could not gather again in training.
+    """
+
+    @functools.wraps(work)
+    def quietly(model: M, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        with torch.no_grad() if is_divided(model) else torch.inference_mode():
+            return work(model, *args, **kwargs)
+
+    return quietly
+
+
+def my_share(rows: int, *, in_step: bool = False) -> list[int]:
+    """Indices of the rows that this process takes: every n-th, so that the shares are alike.
+
+    Args:
+        in_step: all shares have equally many rows, the last one of some being a row of another process.
+    """
     rank, count = processes()
-    return list(range(rank, rows, count))
+    mine = list(range(rank, rows, count))
+    if in_step and rows and len(mine) < -(-rows // count):
+        mine.append(rank % rows)
+    return mine
 
 
 def gather(value: Any) -> list[Any]:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -11,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from peftcli.adapters.own.packed import is_packed, unpacked_weight
 from peftcli.adapters.own.places import end_name
 from peftcli.errors import MachineError
 from peftcli.plan.plan import Base
@@ -20,18 +20,15 @@ Source = Callable[[str], Tensor]
 
 
 def loaded_weights(model: PreTrainedModel) -> Source:
-    """The weights that a loaded base computes with: its 4-bit layers unpacked, the others as they are."""
-    import bitsandbytes.functional as bnb
-
+    """The weights that a loaded base computes with: its quantized layers unpacked, the others as they are."""
     modules = dict(model.named_modules())
     state = model.state_dict(keep_vars=True)
     turned = turned_layers(model)
 
     def read(name: str) -> Tensor:
         owner, _, leaf = name.rpartition(".")
-        packed: Any = getattr(modules.get(owner), leaf, None)
-        if getattr(packed, "quant_state", None) is not None:
-            unpacked: Tensor = bnb.dequantize_4bit(packed.data, packed.quant_state)
+        if leaf == "weight" and is_packed(modules.get(owner)):
+            unpacked = unpacked_weight(modules[owner])
             # GPT-2's layers hold their weight turned round; quantized they are linear layers like all others.
             return unpacked.t() if owner in turned else unpacked
         return Tensor.detach(state[name])

@@ -1,6 +1,6 @@
 """The choices of a plan that depend on the machine alone: each with its reason, or refused with the mend."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,15 +12,17 @@ from peftcli.recipe.schema import QuantizationSection, Recipe
 
 CHECKPOINTING = "activation checkpointing"
 """Key of the decision."""
+EIGHT_BIT = "quantization"
+"""Key of the decision over a base in 8 bits."""
 
 
 @dataclass(frozen=True)
 class Choices:
-    """What the machine decides; `compute_dtype` is None without quantization."""
+    """What the machine decides; `products` is how quantized weights are computed with, None where they are not."""
 
     device: Decision
     dtype: Decision
-    compute_dtype: Decision | None
+    products: Decision | None
     attention: Decision
     checkpointing: Decision
 
@@ -44,7 +46,7 @@ def choose(recipe: Recipe, machine: Machine, facts: ModelFacts) -> Choices:
     return Choices(
         device=device,
         dtype=dtype,
-        compute_dtype=choose_compute_dtype(recipe.quantization, dtype.value, machine, on_gpu),
+        products=choose_products(recipe.quantization, dtype.value, machine, on_gpu),
         attention=choose_attention(recipe, machine, facts, on_gpu),
         checkpointing=choose_checkpointing(recipe.trainer, on_gpu, _not_twice(recipe, facts)),
     )
@@ -116,11 +118,14 @@ def choose_dtype(recipe: Recipe, machine: Machine, on_gpu: bool) -> Decision:
     return Decision(key, asked, "the recipe")
 
 
-def choose_compute_dtype(
+def choose_products(
     quantization: QuantizationSection | None, dtype: str, machine: Machine, on_gpu: bool
 ) -> Decision | None:
     if quantization is None:
         return None
+    if quantization.bits == 8:
+        why = f"{dtype} products of the unpacked weights, so that no row depends on those beside it"
+        return Decision(EIGHT_BIT, "8 bit", why)
     key = "quantization.compute_dtype"
     asked = quantization.compute_dtype
     if asked == "auto":
@@ -162,10 +167,39 @@ def choose_checkpointing(trainer: Mapping[str, Any], on_gpu: bool, excluded: str
     return Decision(key, "off", "a CPU has the memory, and it costs a third more compute")
 
 
-def count_batch(trainer: Mapping[str, Any], processes: int) -> Batch:
-    """The rows of a step, as the trainer section shares them out."""
-    return Batch(
+def count_batch(trainer: Mapping[str, Any], processes: int, *, shared: bool = False) -> Batch:
+    """The rows of a step, as the trainer section shares them out.
+
+    Args:
+        shared: the section speaks of one process, whose rows all share; several processes then keep its steps.
+    """
+    batch = Batch(
         per_device=int(trainer.get("per_device_train_batch_size", 8)),
         accumulation=int(trainer.get("gradient_accumulation_steps", 1)),
-        processes=processes,
+        processes=1 if shared else processes,
     )
+    return batch if not shared else share_batch(batch, processes) or count_batch(trainer, processes)
+
+
+def share_batch(batch: Batch, processes: int) -> Batch | None:
+    """The rows of a step shared among processes, each with as many at once as there is room for; None if odd.
+
+    >>> share_batch(Batch(4, 4, 1), 2), share_batch(Batch(8, 1, 1), 2), share_batch(Batch(3, 1, 1), 2)
+    (Batch(per_device=4, accumulation=2, processes=2), Batch(per_device=4, accumulation=1, processes=2), None)
+    """
+    own, rest = divmod(batch.effective, processes)
+    if rest:
+        return None
+    at_once = max(rows for rows in range(1, min(own, batch.per_device) + 1) if own % rows == 0)
+    return Batch(at_once, own // at_once, processes)
+
+
+def processes_that_share(trainers: Sequence[Mapping[str, Any]], cards: int) -> int:
+    """The largest number of processes, one for each card, among which the steps of all stages can be shared.
+
+    >>> processes_that_share([{"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2}], 4)
+    3
+    """
+    batches = [count_batch(trainer, 1) for trainer in trainers]
+    numbers = range(max(1, cards), 0, -1)
+    return next(number for number in numbers if all(share_batch(batch, number) is not None for batch in batches))

@@ -12,16 +12,16 @@ from peftcli.plan.choices import Choices, choose, count_batch
 from peftcli.plan.facts import Machine, ModelFacts
 from peftcli.plan.heads import base_with_head, head_decisions, head_notices, with_head
 from peftcli.plan.layers import choice_decisions, choice_of, named_targets, within_choice
+from peftcli.plan.peak import INT8_BITS, NF4_BITS
 from peftcli.plan.plan import DTYPE_BYTES, Base, Batch, Decision, LabelRule, Plan
 from peftcli.plan.ranks import check_ranks
+from peftcli.plan.sharding import Sharding, choose_sharding
 from peftcli.plan.targets import match_saved, match_targets
 from peftcli.recipe.adapter_section import AdapterSection
-from peftcli.recipe.schema import Recipe
+from peftcli.recipe.schema import QuantizationSection, Recipe
 from peftcli.recipe.tasks import CAUSAL
 
 LABEL_RULES = ("completion_only_loss", "assistant_only_loss")
-NF4_BITS = 4.127
-"""Bits a weight of NF4 with double quantization: 4 + 8/64 + 32/(64 * 256) (Dettmers et al. 2023, arXiv:2305.14314)."""
 
 
 def make_plan(
@@ -54,8 +54,9 @@ def make_plan(
     targets = match_targets(named_targets(settled), facts)
     match_saved(recipe.adapter.modules_to_save or (), facts)
     labels = label_rule(recipe, facts.positions)
-    _check_room(recipe, facts, machine, choices)
-    batch = count_batch(recipe.trainer, machine.processes)
+    sharding = choose_sharding(recipe, machine, facts, choices)
+    _check_room(recipe, facts, machine, choices, sharding)
+    batch = count_batch(recipe.trainer, machine.processes, shared=machine.shares_batch)
     batching, how = choose_batching(recipe, choices, batch, labels)
     adapter = with_head(settled, facts, recipe.model.task)
     trainable = within_choice(count_trainable(adapter), choice)
@@ -73,7 +74,7 @@ def make_plan(
         labels=labels,
         batch=batch,
         batching=batching,
-        trainer=_trainer_arguments(recipe, labels, choices),
+        trainer=_trainer_arguments(recipe, labels, choices) | (batch.arguments() if machine.shares_batch else {}),
         evaluation=recipe.evaluation,
         evaluation_batch=_evaluation_batch(recipe, choices.on_gpu),
         gates=recipe.gates,
@@ -88,26 +89,21 @@ def make_plan(
             *choice_decisions(choice),
             *head_decisions(recipe, facts),
             how,
+            *((sharding.decision,) if sharding.decision else ()),
         ),
         notices=(
             *notices,
             *((facts.note,) if facts.note else ()),
             *_notices(recipe, machine, choices.on_gpu),
             *head_notices(recipe),
+            *sharding.notices,
         ),
+        shards=sharding.shards,
+        possible_shards=sharding.possible,
     )
 
 
 def _base(recipe: Recipe, facts: ModelFacts, choices: Choices) -> Base:
-    asked, compute = recipe.quantization, choices.compute_dtype
-    quantization = None
-    if asked is not None and compute is not None:
-        quantization = {
-            "bits": asked.bits,
-            "type": asked.type,
-            "double_quant": asked.double_quant,
-            "compute_dtype": compute.value,
-        }
     return Base(
         name=recipe.model.name,
         path=facts.path,
@@ -115,11 +111,24 @@ def _base(recipe: Recipe, facts: ModelFacts, choices: Choices) -> Base:
         dtype=choices.dtype.value,
         attention=choices.attention.value,
         device=choices.device.value,
-        quantization=quantization,
+        quantization=_quantization(recipe.quantization, choices),
         chat_template=recipe.model.chat_template,
         trust_remote_code=recipe.model.trust_remote_code,
         eos_token=recipe.model.eos_token,
     )
+
+
+def _quantization(asked: QuantizationSection | None, choices: Choices) -> dict[str, Any] | None:
+    if asked is None or choices.products is None:
+        return None
+    if asked.bits == 8:
+        return {"bits": 8}  # the other keys belong to 4
+    return {
+        "bits": asked.bits,
+        "type": asked.type,
+        "double_quant": asked.double_quant,
+        "compute_dtype": choices.products.value,
+    }
 
 
 def _decisions(
@@ -127,7 +136,7 @@ def _decisions(
 ) -> tuple[Decision, ...]:
     needs_scaler = choices.dtype.value == "float16" and choices.on_gpu
     wide = "the gradient scaler of float16 needs it" if needs_scaler else "small updates survive; the adapter is small"
-    machine = (choices.device, choices.dtype, choices.compute_dtype, choices.attention)
+    machine = (choices.device, choices.dtype, choices.products, choices.attention)
     processes = f"{batch.processes} process" + ("es" if batch.processes > 1 else "")
     return (
         *(decision for decision in machine if decision is not None),
@@ -191,19 +200,35 @@ def _max_length(recipe: Recipe, positions: int | None) -> int:
     )
 
 
-def _check_room(recipe: Recipe, facts: ModelFacts, machine: Machine, choices: Choices) -> None:
+def _check_room(recipe: Recipe, facts: ModelFacts, machine: Machine, choices: Choices, sharding: Sharding) -> None:
     if machine.device != choices.device.value:
         return  # a CPU was asked for on a machine whose memory is stated for its card
     # Only what is certain: the weights alone, as if all of them were quantized.
-    bits = NF4_BITS if recipe.quantization is not None else 8 * DTYPE_BYTES[choices.dtype.value]
-    needed = facts.parameters * bits / 8
+    bits = _least_bits(recipe.quantization, choices.dtype.value)
+    whole = facts.parameters * bits / 8
+    needed = whole / sharding.shards if choices.on_gpu else whole
     if needed > machine.memory_bytes:
         where = machine.label if choices.on_gpu else "this machine's memory"
-        mend = "use a larger GPU" if recipe.quantization is not None else "add `quantization: {bits: 4}`"
+        divided = choices.on_gpu and whole / sharding.possible <= machine.memory_bytes
+        mend = f"add {sharding.mend(machine.processes)}" if divided else _smaller_weights(recipe)
         raise MachineError(
             f"the weights of {recipe.model.name} alone take {needed / 2**30:.1f} GiB, more than the "
             f"{machine.memory_bytes / 2**30:.1f} GiB of {where}; {mend}, or rehearse with --smoke"
         )
+
+
+def _least_bits(quantization: QuantizationSection | None, dtype: str) -> float:
+    if quantization is None:
+        return 8 * DTYPE_BYTES[dtype]
+    return INT8_BITS if quantization.bits == 8 else NF4_BITS[True]
+
+
+def _smaller_weights(recipe: Recipe) -> str:
+    """What to do about weights that do not fit: fewer bits, where the method works on them."""
+    bits, now = METHODS[recipe.adapter.method].fewest_bits, recipe.quantization
+    if bits >= (16 if now is None else now.bits):
+        return "use a larger GPU"
+    return f"add `quantization: {{bits: {bits}}}`" if now is None else f"set quantization.bits: {bits}"
 
 
 def _evaluation_batch(recipe: Recipe, on_gpu: bool) -> int:
@@ -214,7 +239,7 @@ def _evaluation_batch(recipe: Recipe, on_gpu: bool) -> int:
 def _trainer_arguments(recipe: Recipe, labels: LabelRule, choices: Choices) -> dict[str, Any]:
     # The labels are made before the trainer sees the rows, so it must not look for columns to make them from.
     given = {name: value for name, value in recipe.trainer.items() if name not in LABEL_RULES}
-    steps = given.get("max_steps")
+    steps, asked = given.get("max_steps"), recipe.evaluation.batch_size
     defaults: dict[str, Any] = {
         "logging_steps": max(1, min(10, steps // 20)) if isinstance(steps, int) and steps > 0 else 10,
         "logging_first_step": True,
@@ -223,6 +248,8 @@ def _trainer_arguments(recipe: Recipe, labels: LabelRule, choices: Choices) -> d
         # The rows are cut already; packing still needs to know the length of a packed row.
         **({"max_length": labels.max_length if given.get("packing") else None} if labels.task == CAUSAL else {}),
         "learning_rate": 2e-4,
+        # The evaluation on the way has as many rows at once as training, which is known to fit, unless told otherwise.
+        "per_device_eval_batch_size": asked if isinstance(asked, int) else count_batch(given, 1).per_device,
     }
     decided = {
         "activation_checkpointing": choices.checkpointing.value == "on",
@@ -241,7 +268,10 @@ def _trainer_arguments(recipe: Recipe, labels: LabelRule, choices: Choices) -> d
 def _notices(recipe: Recipe, machine: Machine, on_gpu: bool) -> tuple[str, ...]:
     notices = []
     if on_gpu and machine.count > 1 and machine.processes == 1:
-        notices.append(f"{machine.count} GPUs are here and one is used; --num-processes {machine.count} uses them all")
+        notices.append(
+            f"{machine.count} GPUs are here and one is used; without --num-processes all of them share the rows of a "
+            "step, where their number divides it"
+        )
     if recipe.adapter.dropout and recipe.quantization is None and not on_gpu:
         notices.append(f"adapter.dropout {recipe.adapter.dropout} costs time and memory on a CPU")
     return tuple(notices)

@@ -6,6 +6,9 @@ from types import MappingProxyType
 
 from peftcli.plan.shape import Shape
 
+SHARES_BATCH = "PEFTCLI_SHARES_BATCH"
+"""Variable that is set where nobody asked for the processes of this launch by number: they keep the steps of one."""
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -20,7 +23,10 @@ class Machine:
         memory_bytes: of one card, or the RAM on a CPU.
         count: cards that this process sees, 1 on a CPU.
         processes: processes of this launch.
+        shares_batch: they share the rows of the recipe's step, in place of taking as many each.
         flash_attention: names of the installed FlashAttention implementations.
+        fsdp: accelerate's own configuration asks for FSDP.
+        fsdp_more: what it asks for besides, under accelerate's names.
     """
 
     device: str
@@ -31,7 +37,10 @@ class Machine:
     memory_bytes: int
     count: int = 1
     processes: int = 1
+    shares_batch: bool = False
     flash_attention: tuple[str, ...] = ()
+    fsdp: bool = False
+    fsdp_more: tuple[str, ...] = ()
 
     @property
     def label(self) -> str:
@@ -66,6 +75,7 @@ class ModelFacts:
         convolutions: it has no linear layer but in its head, so `linear` names its convolutions.
         statistics: it keeps running statistics of what it has seen, as batch norms do.
         checkpointing: it can compute its activations a second time.
+        divisible: transformers knows its blocks, so that processes can each hold a part of them.
     """
 
     path: str
@@ -88,3 +98,4 @@ class ModelFacts:
     convolutions: bool = False
     statistics: bool = False
     checkpointing: bool = True
+    divisible: bool = True

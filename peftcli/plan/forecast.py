@@ -5,14 +5,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from peftcli.methods.table import METHODS
 from peftcli.plan.cards import card_of
 from peftcli.plan.facts import Machine
 from peftcli.plan.mends import propose
-from peftcli.plan.peak import NF4_BITS, Load
+from peftcli.plan.peak import INT8_BITS, NF4_BITS, Load
 from peftcli.plan.plan import DTYPE_BYTES, Plan
 from peftcli.plan.setting import FULL_HEAD, Head, Setting
 from peftcli.plan.shape import Linear, Shape
 from peftcli.plan.work import step_seconds, token_flops
+from peftcli.recipe.select_section import SelectSection
 from peftcli.recipe.tasks import CAUSAL
 
 FLASH_CAPABILITY = (8, 0)
@@ -114,14 +116,13 @@ def plan_setting(
     Args:
         one_row: a micro-batch is one row, so that nothing is padded or filled.
     """
-    quantization = plan.base.quantization
     targets = match_linears(plan.targets, shape)
     of_linears = sum((plan.adapter.r or 0) * (linear.inputs + linear.outputs) * linear.count for linear in targets)
     saved = plan.adapter.modules_to_save or ()
     return Setting(
         on_gpu=plan.base.device == "cuda",
         base_bytes=DTYPE_BYTES[plan.base.dtype],
-        weight_bits=None if quantization is None else NF4_BITS[bool(quantization["double_quant"])],
+        weight_bits=weight_bits(plan.base.quantization),
         autocast=bool(plan.trainer.get("bf16") or plan.trainer.get("fp16")),
         adapter_bytes=DTYPE_BYTES[plan.adapter_dtype],
         state_bytes=state_bytes(str(plan.trainer.get("optim", OPTIMIZER))),
@@ -139,7 +140,35 @@ def plan_setting(
         head=_head(plan),
         head_trained=any(name in ("lm_head", "embed_out") for name in saved),
         processes=plan.batch.processes,
+        shards=plan.shards,
+        fitted=plan.fitted,
+        first_block=_first_block(plan, shape),
+        norms_trained=plan.adapter.method in ("full", "freeze", "ln_tuning"),
     )
+
+
+def _first_block(plan: Plan, shape: Shape) -> int:
+    """The first block with something to train; 0 where the gradient goes on to what stands before the blocks."""
+    arguments, saved = plan.adapter.arguments, plan.adapter.modules_to_save
+    if plan.trainer.get("activation_checkpointing") or METHODS[plan.adapter.method].prompts or saved:
+        return 0
+    if plan.adapter.layers is not None and not isinstance(plan.adapter.layers, SelectSection):
+        return min(plan.adapter.layers, default=0)
+    if plan.adapter.method == "freeze" and not arguments.get("embeddings"):
+        last = arguments.get("last_layers", METHODS["freeze"].defaults["last_layers"])
+        return max(0, shape.layers - int(last))
+    return 0
+
+
+def weight_bits(quantization: Mapping[str, Any] | None) -> float | None:
+    """Bits of a quantized weight, None where weights are not quantized.
+
+    Args:
+        quantization: of the plan's base.
+    """
+    if quantization is None:
+        return None
+    return INT8_BITS if quantization["bits"] == 8 else NF4_BITS[bool(quantization["double_quant"])]
 
 
 def _head(plan: Plan) -> Head:
@@ -200,7 +229,8 @@ def _mends(load: Load, plan: Plan, memory: int, costs: Costs) -> list[dict[str, 
 
 def _time(plan: Plan, load: Load, machine: Machine, rows: Rows) -> dict[str, Any]:
     """Steps and seconds; null for what is not known, such as the speed of a processor."""
-    card = card_of(machine) if load.setting.on_gpu and load.setting.width == 2 else None
+    alone = load.setting.shards == 1  # how fast cards exchange weights is not known
+    card = card_of(machine) if load.setting.on_gpu and load.setting.width == 2 and alone else None
     in_step = plan.batch.per_device * plan.batch.accumulation
     flat = plan.batching.kind == "flat"
     tokens = in_step * (rows.mean if flat else rows.longest)

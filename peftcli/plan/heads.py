@@ -81,7 +81,7 @@ def head_decisions(recipe: Recipe, facts: ModelFacts) -> tuple[Decision, ...]:
         if _of_rows(recipe)
         else "reads each token"
     )
-    kept = ", and stays out of 4 bits" if recipe.quantization is not None else ""
+    kept = "" if recipe.quantization is None else f", and stays out of {recipe.quantization.bits} bits"
     head = Decision("head", ", ".join(facts.head), f"new for the task, trained whole{kept}; it {where}")
     return (head, *_of_convolutions(recipe, facts))
 

@@ -5,6 +5,9 @@ Each term is a tensor that one operation of the forward pass saves. They were co
 `tests/test_forecast.py` holds them against that count. Terms that differ on a card are from the source named there.
 """
 
+from dataclasses import replace
+
+from peftcli.plan.fitted import Fitted
 from peftcli.plan.setting import Setting
 from peftcli.plan.shape import Linear, Norm, Shape
 
@@ -28,7 +31,8 @@ def block_bytes(shape: Shape, setting: Setting, tokens: int, longest: int) -> fl
         + adapter_bytes(shape, setting)
         + expert_bytes(shape, setting)
     )
-    return a_token * tokens + expert_copies(shape, setting)
+    whole = a_token * tokens + fitted_bytes(setting) + expert_copies(shape, setting)
+    return whole * (1 - setting.first_block / shape.layers)
 
 
 def end_bytes(shape: Shape, setting: Setting, tokens: int) -> float:
@@ -48,9 +52,11 @@ def norm_bytes(norm: Norm, setting: Setting) -> int:
 
     Source: the list of operations that autocast to float32, https://docs.pytorch.org/docs/stable/amp.html.
     """
+    # Of factors that are trained, the gradient needs the normed input.
+    own = setting.width * norm.width if setting.norms_trained else 0
     if norm.in_float32:
-        return 4 * norm.width + 4
-    return (4 if setting.autocast and setting.on_gpu else setting.base_bytes) * norm.width + 4
+        return 4 * norm.width + 4 + own
+    return own + (4 if setting.autocast and setting.on_gpu else setting.base_bytes) * norm.width + 4
 
 
 def attention_bytes(shape: Shape, setting: Setting, longest: int) -> float:
@@ -79,6 +85,8 @@ def attention_bytes(shape: Shape, setting: Setting, longest: int) -> float:
 
 def adapter_bytes(shape: Shape, setting: Setting) -> float:
     """Bytes a token that all adapters keep: their inputs, what is left after A, and what dropout and DoRA add."""
+    if setting.fitted:
+        return _fitted_token_bytes(shape, setting)
     inputs = sum(_own_input(linear, setting) * linear.count for linear in setting.targets)
     if not setting.casts_inputs and not setting.dropout:
         inputs -= _saved_by_sharing(shape, setting)
@@ -87,6 +95,29 @@ def adapter_bytes(shape: Shape, setting: Setting) -> float:
         sum(2 * setting.width * linear.outputs * linear.count for linear in setting.targets) if setting.dora else 0
     )
     return inputs + inner + outputs
+
+
+def fitted_bytes(setting: Setting) -> float:
+    """Bytes that adapters of a method other than LoRA keep, however many tokens there are."""
+    return sum(
+        linear.count * _fit_of(linear, setting).layer_bytes(linear.inputs, linear.outputs)
+        for linear in (setting.targets if setting.fitted else ())
+    )
+
+
+def _fitted_token_bytes(shape: Shape, setting: Setting) -> float:
+    found, reading = 0.0, []
+    for linear in setting.targets:
+        fit = _fit_of(linear, setting)
+        found += linear.count * fit.token_bytes(linear.inputs, linear.outputs)
+        if fit.reads_input:
+            found += linear.count * setting.width * linear.inputs
+            reading.append(linear)
+    return found - _saved_by_sharing(shape, replace(setting, targets=tuple(reading)))
+
+
+def _fit_of(linear: Linear, setting: Setting) -> Fitted:
+    return setting.fitted.get(linear.leaf) or setting.fitted[""]
 
 
 def _own_input(linear: Linear, setting: Setting) -> int:
@@ -105,7 +136,9 @@ def _own_input(linear: Linear, setting: Setting) -> int:
 
 def _saved_by_sharing(shape: Shape, setting: Setting) -> int:
     """Bytes a token that adapters do not keep, since another layer keeps the same tensor."""
-    groups = [list(group) for group in SHARED_INPUTS]
+    # Factors of a norm that are trained in float32 widen its output, which autocast narrows for each layer apart.
+    apart = setting.norms_trained and setting.autocast and setting.adapter_bytes > setting.width
+    groups = [[] if apart else list(group) for group in SHARED_INPUTS]
     if shape.parallel:
         groups[0] += ["fc1", "c_fc", "dense_h_to_4h"]
     saved = 0

@@ -3,9 +3,12 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from peftcli.plan.peak import NF4_BITS, Load
+from peftcli.methods.method import Method
+from peftcli.methods.table import METHODS
+from peftcli.plan.peak import INT8_BITS, NF4_BITS, Load
 from peftcli.plan.plan import Plan
 from peftcli.plan.setting import Setting
+from peftcli.plan.sharding import asking
 
 LEAST_SHARE = 0.01
 """Of the total that a change must save to be worth a line."""
@@ -60,22 +63,26 @@ def _helps(after: Load, before: Load) -> bool:
 
 
 def _changes(plan: Plan, memory_bytes: int, state_bytes: Callable[[str], float]) -> Iterator[Change]:
-    yield _quantize
+    yield lambda load: _quantize(load, METHODS[plan.adapter.method])
     if plan.batching.kind == "flat":
         yield lambda load: _shorter_lines(load, memory_bytes)
     else:
         yield lambda load: _smaller_batch(load, plan, memory_bytes)
     yield _checkpoint
+    yield lambda load: _divide(load, plan)
     yield _shorten
     yield lambda load: _lower_rank(load, plan)
     yield _fewer_targets
     yield lambda load: _small_optimizer(load, state_bytes(SMALL_OPTIMIZER))
 
 
-def _quantize(load: Load) -> Mend | None:
-    if load.setting.weight_bits is not None:
+def _quantize(load: Load, method: Method) -> Mend | None:
+    """The fewest bits that the method works on, where the weights have more now."""
+    now, bits = load.setting.weight_bits or 16, method.fewest_bits
+    if now <= {4: NF4_BITS[False]}.get(bits, bits):
         return None
-    return _with(load, "quantization: {bits: 4}", replace(load.setting, weight_bits=NF4_BITS[True]))
+    fewer = replace(load.setting, weight_bits=NF4_BITS[True] if bits == 4 else INT8_BITS)
+    return _with(load, f"quantization: {{bits: {bits}}}", fewer)
 
 
 def _shorter_lines(load: Load, memory_bytes: int) -> Mend | None:
@@ -103,6 +110,15 @@ def _checkpoint(load: Load) -> Mend | None:
     if load.setting.checkpointing == 1:
         return None
     return _with(load, "trainer: {activation_checkpointing: true}", replace(load.setting, checkpointing=1.0))
+
+
+def _divide(load: Load, plan: Plan) -> Mend | None:
+    """The base divided among all cards that are here."""
+    cards = plan.possible_shards
+    if not load.setting.on_gpu or load.setting.shards >= cards:
+        return None
+    keys = "\n".join(asking(cards, plan.batch.processes))
+    return _with(load, keys, replace(load.setting, shards=cards, processes=cards))
 
 
 def _shorten(load: Load) -> Mend | None:

@@ -11,6 +11,10 @@ NF4_BITS = {True: 4.127, False: 4.5}
 
 Source: Dettmers et al. 2023, arXiv:2305.14314, section 3.
 """
+CODE_BITS = 4
+"""Bits of a 4-bit weight without the constants of its block."""
+INT8_BITS = 8.0
+"""Bits of a weight in 8 bits; a float32 for each row stands beside them."""
 CONTEXT_BYTES = 2**29
 """Of a CUDA context with the kernels of all libraries, which torch's own count leaves out; an assumption."""
 FRAGMENTATION = 0.05
@@ -20,6 +24,8 @@ PROCESS_BYTES = 570 * 2**20
 TILE_COPIES_BYTES = 28
 """For each logit of a tile where there is no Triton: seven float32 copies (`_backward_tile` of trl's chunked head)."""
 MOST_TOKENS = 2**21
+GATHERED_BLOCKS = 3
+"""Of a divided base that are whole on a card at once; from torch's source, not measured on cards."""
 OFFLOADED_BLOCKS = 2
 """Blocks whose tensors are on the card while the others wait in the machine's memory."""
 
@@ -44,11 +50,12 @@ class Load:
         activations = self.activations()
         working = self.working()
         found = {
-            "weights": weight_bytes(self.shape, setting),
+            "weights": own_bytes(self.shape, setting),
+            **({"gathered": gathered_bytes(self.shape, setting)} if setting.shards > 1 else {}),
             # Autocast keeps a 16-bit copy of each trainable weight until the backward pass is over.
             "adapter": setting.trainable * (setting.adapter_bytes + (2 if setting.autocast else 0)),
-            # Several processes sum their gradients in buckets of the same size.
-            "gradients": setting.trainable * setting.adapter_bytes * (2 if setting.processes > 1 else 1),
+            # Several processes sum their gradients in buckets of the same size; beside a divided base, one by one.
+            "gradients": setting.trainable * setting.adapter_bytes * (2 if setting.processes > setting.shards else 1),
             "optimizer": setting.trainable * setting.state_bytes,
             "activations": activations,
             "working": working,
@@ -103,10 +110,33 @@ class Load:
 
 
 def weight_bytes(shape: Shape, setting: Setting) -> float:
-    """Bytes of the base: its linear layers in 4 bits where it is quantized, all else as wide as the base."""
+    """Bytes of the base: its linear layers in 4 or 8 bits where it is quantized, all else as wide as the base."""
     if setting.weight_bits is None:
         return shape.parameters * setting.base_bytes
-    return shape.quantizable * setting.weight_bits / 8 + (shape.parameters - shape.quantizable) * setting.base_bytes
+    rows = sum(linear.outputs * linear.count for linear in shape.linears) if setting.weight_bits == INT8_BITS else 0
+    packed = shape.quantizable * setting.weight_bits / 8 + 4 * rows
+    return packed + (shape.parameters - shape.quantizable) * setting.base_bytes
+
+
+def own_bytes(shape: Shape, setting: Setting) -> float:
+    """Bytes of the part of the base that a process keeps; of 4-bit weights the block constants are whole in each."""
+    whole = weight_bytes(shape, setting)
+    bits = setting.weight_bits
+    constants = 0.0 if bits is None or bits == INT8_BITS else shape.quantizable * (bits - CODE_BITS) / 8
+    return constants + (whole - constants) / setting.shards
+
+
+def gathered_bytes(shape: Shape, setting: Setting) -> float:
+    """Bytes of what a card holds of other cards' parts: the block at work, the next one twice, the output layer.
+
+    While a block is computed the next one arrives, and is then copied into the tensors of its layers.
+
+    Source: `foreach_all_gather_copy_out` in torch/distributed/fsdp/_fully_shard/_fsdp_collectives.py, torch 2.13.
+    """
+    experts = 0 if shape.experts is None else shape.experts.parameters
+    bits = 8 * setting.base_bytes if setting.weight_bits is None else CODE_BITS
+    block = (shape.quantizable * bits / 8 + experts * setting.base_bytes) / shape.layers
+    return GATHERED_BLOCKS * block + shape.vocabulary * shape.hidden * setting.base_bytes
 
 
 def head_bytes(shape: Shape, setting: Setting, tokens: int) -> float:
@@ -124,7 +154,7 @@ def head_bytes(shape: Shape, setting: Setting, tokens: int) -> float:
 
 
 def unpacked_bytes(shape: Shape, setting: Setting) -> float:
-    """Bytes of the largest weight that is unpacked from 4 bits, and of what DoRA builds to measure its columns."""
+    """Bytes of the largest weight that is unpacked, and of what DoRA builds to measure its columns."""
     largest = max((linear.inputs * linear.outputs for linear in shape.linears), default=0)
     unpacked = setting.width * largest if setting.weight_bits is not None else 0
     if not setting.dora:

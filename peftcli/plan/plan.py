@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from peftcli.plan.fitted import Fitted
 from peftcli.plan.selection import Choice
 from peftcli.recipe.adapter_section import AdapterSection
 from peftcli.recipe.dataset_section import DatasetSection
@@ -55,7 +56,7 @@ class Base:
         dtype: of the weights that are not quantized: bfloat16, float16 or float32.
         attention: an attention implementation of transformers.
         device: `cuda` or `cpu`.
-        quantization: bits, type, double_quant and compute_dtype, or None.
+        quantization: bits, of 4 bits also type, double_quant and compute_dtype; or None.
         chat_template: path of a Jinja file that replaces the tokenizer's, or None.
         trust_remote_code: run code that comes with the model.
         eos_token: token that takes the place of the tokenizer's end token, or None.
@@ -63,7 +64,7 @@ class Base:
         task: of the recipe; it decides which head the model has.
         labels: what the head gives, in the order of its outputs; empty for a language model.
         problem: of whole texts and images: `single-label`, `multi-label` or `regression`.
-        head: names of the modules that are trained whole with the task and stay out of 4 bits.
+        head: names of the modules that are trained whole with the task and are not quantized.
         seed: of a head that begins at random.
     """
 
@@ -125,6 +126,10 @@ class Batch:
     def effective(self) -> int:
         return self.per_device * self.accumulation * self.processes
 
+    def arguments(self) -> dict[str, int]:
+        """The same for the trainer of one process."""
+        return {"per_device_train_batch_size": self.per_device, "gradient_accumulation_steps": self.accumulation}
+
     def repeated(self, rows: int) -> int:
         """Rows that each pass over the data takes twice, since all processes must have equally many micro-batches.
 
@@ -166,6 +171,9 @@ class Plan:
         decisions: for people, in the order of the work.
         choice: what the gradient chooses before the first step; until then `adapter` and `targets` hold all that may be
             chosen, and `trainable_parameters` is a bound.
+        shards: processes that each hold a part of the base; 1 where each has all of it.
+        possible_shards: cards or processes here that the base could be divided among; 1 where it cannot be.
+        fitted: what adapters of a method other than LoRA keep for the backward pass, by the last name of their layer.
         checkpointed_blocks: that run again in the backward pass, None for all or none, as `trainer` says.
     """
 
@@ -193,6 +201,9 @@ class Plan:
     notices: tuple[str, ...] = field(default=())
     checkpointed_blocks: int | None = None
     choice: Choice | None = None
+    shards: int = 1
+    possible_shards: int = 1
+    fitted: Mapping[str, Fitted] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """The content of `plan.json`."""
@@ -216,6 +227,7 @@ class Plan:
                 "per_device": self.batch.per_device,
                 "accumulation": self.batch.accumulation,
                 "processes": self.batch.processes,
+                "shards": self.shards,
                 "effective": self.batch.effective,
             },
             "batching": {"kind": self.batching.kind, "tokens": self.batching.tokens},

@@ -1,7 +1,9 @@
 """The setting of a forecast: what of a plan decides how much memory and time a step takes."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
+from peftcli.plan.fitted import Fitted
 from peftcli.plan.shape import Linear
 
 
@@ -60,6 +62,10 @@ class Setting:
         head: the logits that are there at once.
         head_trained: the output layer is trained whole.
         processes: that share the gradients.
+        shards: processes that each hold a part of the base.
+        fitted: what adapters of a method other than LoRA keep, by the last name of their layer, "" for all others.
+        first_block: before which nothing is trained, so that nothing is kept.
+        norms_trained: the factors of the norms are trained.
     """
 
     on_gpu: bool
@@ -82,6 +88,10 @@ class Setting:
     head: Head = Head()
     head_trained: bool = False
     processes: int = 1
+    shards: int = 1
+    fitted: Mapping[str, Fitted] = field(default_factory=dict)
+    first_block: int = 0
+    norms_trained: bool = False
 
     @property
     def width(self) -> int:
@@ -90,7 +100,7 @@ class Setting:
 
     @property
     def casts_inputs(self) -> bool:
-        """PEFT casts the input of each adapter to the adapter's dtype; its 4-bit layers do not under CUDA autocast.
+        """PEFT casts the input of each adapter to the adapter's dtype; its quantized ones do not under CUDA autocast.
 
         Source: `_cast_input_dtype` in peft/tuners/tuners_utils.py, and the forward of peft/tuners/lora/bnb.py.
         """

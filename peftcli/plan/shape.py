@@ -106,7 +106,7 @@ class Shape:
 
     @property
     def quantizable(self) -> int:
-        """Weights that 4-bit storage covers: those of the linear layers, not of embeddings, output and experts."""
+        """Weights that quantized storage covers: those of the linear layers, not of embeddings, output and experts."""
         return sum(linear.weights for linear in self.linears)
 
     @property

@@ -3,7 +3,7 @@
 from typing import Any
 
 from peftcli.recipe.adapter_section import AdapterSection
-from peftcli.recipe.schema import Recipe
+from peftcli.recipe.schema import QuantizationSection, Recipe
 from peftcli.recipe.select_section import SelectSection
 from peftcli.recipe.tasks import CAUSAL
 
@@ -36,9 +36,7 @@ def smoke_recipe(recipe: Recipe) -> Recipe:
             "name": f"{recipe.name}-smoke",
             "output_dir": None if recipe.output_dir is None else f"{recipe.output_dir}-smoke",
             "model": recipe.model.model_copy(update={"dtype": "auto", "attention": "auto"}),
-            "quantization": None
-            if recipe.quantization is None
-            else recipe.quantization.model_copy(update={"compute_dtype": "auto"}),
+            "quantization": _quantization(recipe.quantization),
             "adapter": _adapter(recipe.adapter),
             "dataset": recipe.dataset.model_copy(update={"max_length": longest}),
             "trainer": trainer,
@@ -48,6 +46,12 @@ def smoke_recipe(recipe: Recipe) -> Recipe:
             "report": type(recipe.report)(),
         }
     )
+
+
+def _quantization(asked: QuantizationSection | None) -> QuantizationSection | None:
+    if asked is None or asked.bits == 8:
+        return asked  # 8 bits have no format of their own to compute in
+    return asked.model_copy(update={"compute_dtype": "auto"})
 
 
 def _adapter(adapter: AdapterSection) -> AdapterSection:

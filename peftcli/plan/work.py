@@ -9,8 +9,8 @@ from peftcli.plan.peak import weight_bytes
 from peftcli.plan.setting import Setting
 from peftcli.plan.shape import Shape
 
-UNPACK_BYTES = 0.52 + 2
-"""Moved to unpack a weight: 4.127 bits are read, and 2 bytes written."""
+WRITTEN_BYTES = 2
+"""Of a weight that was unpacked; its 4 or 8 bits are read for that."""
 
 
 def token_flops(shape: Shape, setting: Setting, attended: float) -> float:
@@ -43,5 +43,7 @@ def step_seconds(
     passes = (2 + setting.checkpointing) * micro_batches
     products = tokens * token_flops(shape, setting, attended) / card.flops
     reading = passes * weight_bytes(shape, setting) / card.bandwidth
-    unpacking = passes * shape.quantizable * UNPACK_BYTES / card.bandwidth if setting.weight_bits is not None else 0.0
+    unpacking = 0.0
+    if setting.weight_bits is not None:
+        unpacking = passes * shape.quantizable * (setting.weight_bits / 8 + WRITTEN_BYTES) / card.bandwidth
     return max(products, reading) + unpacking

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from peftcli.methods.method import CORE, NUMBERS, Method
+from peftcli.methods.method import CORE, Method
 from peftcli.methods.table import METHODS
 from peftcli.recipe.adapter_section import AdapterSection
 from peftcli.recipe.argument_values import kind_fault, nested_fault
@@ -11,10 +11,17 @@ from peftcli.recipe.foreign import FOREIGN_NAMES
 from peftcli.recipe.installed_methods import CLOSED, homes_of, method_arguments, recipe_arguments
 from peftcli.recipe.messages import unknown_key
 from peftcli.recipe.problems import Problems, choice_text, dotted, show
+from peftcli.recipe.schema import QuantizationSection
+from peftcli.recipe.tasks import IMAGES
 from peftcli.recipe.yaml_text import Tree
 
 FIELDS = tuple(key for key in AdapterSection.model_fields if key != "arguments")
 _LACKS = {"r": "has no rank", "alpha": "has no scale of that kind", "dropout": "has no dropout"}
+FLOAT_STARTS = {
+    "mica": "it is computed from the weights, and quantized weights are no numbers",
+    "orthogonal": "it takes the dtype of the weights, and quantized weights are no numbers",
+}
+"""Ways for LoRA to begin that need a base of floats."""
 MOST_HOMES = 4
 """Methods named as those that have an argument."""
 
@@ -124,8 +131,12 @@ def _check_start(arguments: Mapping[str, Any], given: Mapping[str, Any], tree: T
     if kind == "loftq" and not isinstance(tree.values.get("quantization"), dict):
         text = "adapter.init_lora_weights: loftq begins as what quantization loses; add `quantization: {bits: 4}`"
         problems.add(where, text)
-    if kind == "mica" and isinstance(tree.values.get("quantization"), dict):
-        problems.add(where, f"adapter.init_lora_weights: mica does not work on 4-bit weights: {NUMBERS}; pissa does")
+    bits = quantized_bits(tree)
+    if kind in FLOAT_STARTS and bits is not None:
+        text = f"{kind} does not work on {bits}-bit weights: {FLOAT_STARTS[kind]}; pissa does"
+        problems.add(where, f"adapter.init_lora_weights: {text}")
+    if kind == "eva" and tree.get("model", "task") == IMAGES:
+        problems.add(where, "adapter.init_lora_weights: eva looks at the tokens of texts; pissa or lora_ga take images")
     if kind == "corda":
         problems.add(where, "adapter.init_lora_weights: corda needs statistics of another data set; pissa needs none")
     batches = arguments.get("gradient_batches")
@@ -142,6 +153,13 @@ def _check_start(arguments: Mapping[str, Any], given: Mapping[str, Any], tree: T
         problems.add(tree.place(("adapter", "loraplus_lr_ratio")), text)
 
 
+def quantized_bits(tree: Tree) -> Any:
+    """Bits of the base's weights as the recipe writes them; None where they are not quantized."""
+    if not isinstance(tree.values.get("quantization"), dict):
+        return None
+    return tree.get("quantization", "bits") or QuantizationSection.model_fields["bits"].default
+
+
 def check_together(method: Method, tree: Tree, trainer: Mapping[str, Any], problems: Problems) -> None:
     """Report what the recipe asks for that the method cannot do."""
     title = f"adapter.method {method.name}"
@@ -149,9 +167,14 @@ def check_together(method: Method, tree: Tree, trainer: Mapping[str, Any], probl
     if isinstance(task, str) and task not in method.tasks:
         text = f"model.task: {task} cannot be learned with {title}, which does {choice_text(method.tasks)}"
         problems.add(tree.place(("model", "task")), text)
-    if method.four_bit and isinstance(tree.values.get("quantization"), dict):
-        text = f"{title} does not work on 4-bit weights: {method.four_bit}; remove `quantization`"
-        problems.add(tree.place(("quantization",)), text)
+    bits = quantized_bits(tree)
+    why = method.on_bits(bits) if bits is not None else ""
+    if why:
+        wider = "set quantization.bits: 8 or " if method.fewest_bits == 8 else ""
+        problems.add(
+            tree.place(("quantization",)),
+            f"{title} does not work on {bits}-bit weights: {why}; {wider}remove `quantization`",
+        )
     if method.checkpointing and trainer.get("activation_checkpointing"):
         text = f"trainer.activation_checkpointing cannot be on with {title}: {method.checkpointing}; remove it"
         problems.add(tree.place(("trainer", "activation_checkpointing")), text)

@@ -5,6 +5,7 @@ import re
 from typing import Any
 
 from peftcli.recipe.problems import KeyPath, Problems, dotted
+from peftcli.recipe.sharding import find_undivided
 from peftcli.recipe.tasks import CAUSAL, IMAGES, LABEL_TASKS, SEQUENCE, TOKENS, find_idle_keys
 from peftcli.recipe.template import template_columns
 from peftcli.recipe.yaml_text import Tree
@@ -46,9 +47,11 @@ def find_contradictions(tree: Tree, problems: Problems) -> None:
     if isinstance(dataset, dict):
         _check_dataset(dataset, tree, problems)
     _check_model(tree, problems)
+    _check_quantization(tree, problems)
     find_idle_keys(tree, problems)
     _check_labels(tree, problems)
     _check_retention(tree, problems)
+    find_undivided(tree, problems)
 
 
 def _check_dataset(dataset: dict[str, Any], tree: Tree, problems: Problems) -> None:
@@ -186,6 +189,16 @@ def _check_model(tree: Tree, problems: Problems) -> None:
             "model.trust_remote_code runs code from the repository, so model.revision must pin a commit "
             "(40 characters of 0-9 and a-f)",
         )
+
+
+def _check_quantization(tree: Tree, problems: Problems) -> None:
+    """Report keys of 4 bits beside 8: what bitsandbytes stores in 8 bits has no code book and no block constants."""
+    if tree.get("quantization", "bits") != 8:
+        return
+    for key in ("type", "double_quant", "compute_dtype"):
+        if tree.get("quantization", key) is not None and ("quantization", key) not in tree.spoiled:
+            text = f"quantization.{key} belongs to 4 bits, and quantization.bits is 8; remove one of the two"
+            problems.add(tree.place(("quantization", key)), text)
 
 
 def _check_retention(tree: Tree, problems: Problems) -> None:

@@ -11,7 +11,9 @@ _BY_KEY: dict[str, str] = {
     "model.attention": "attn_implementation attn_impl flash_attention flash_attn use_flash_attention_2",
     "model.chat_template": "chat_template_path chat_template_jinja",
     "quantization": "quant bnb bitsandbytes quantization_config bnb_config",
-    "quantization.bits": "load_in_4bit load_in_8bit quantization_bit bnb_4bit",
+    "quantization.bits": "quantization_bit",
+    "quantization.bits: 4": "load_in_4bit bnb_4bit",
+    "quantization.bits: 8": "load_in_8bit bnb_8bit",
     "quantization.type": "bnb_4bit_quant_type quant_type quantization_type",
     "quantization.double_quant": (
         "bnb_4bit_use_double_quant use_double_quant use_nested_quant use_bnb_nested_quant nested_quant"
@@ -67,6 +69,7 @@ _BY_KEY: dict[str, str] = {
     "trainer.eval_strategy": "evaluation_strategy",
     "trainer.packing": "sample_packing pack pack_sequences",
     "trainer.completion_only_loss": "train_on_inputs train_on_input mask_prompt",
+    "performance.sharding": "fsdp fsdp_config sharding_strategy fsdp_sharding_strategy",
     "evaluation": "eval evaluate",
     "evaluation.batch_size": "eval_batch_size per_device_eval_batch_size per_gpu_eval_batch_size",
     "evaluation.positive_label": "pos_label positive_class",

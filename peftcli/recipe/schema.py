@@ -60,8 +60,8 @@ class ModelSection(Section):
 class QuantizationSection(Section):
     """How the base weights are stored; without this section they are not quantized."""
 
-    bits: Literal[4] = 4
-    """Bits per weight."""
+    bits: Literal[4, 8] = 4
+    """Bits per weight; the keys below belong to 4."""
     type: Literal["nf4", "fp4"] = "nf4"
     """Code book of the 16 values."""
     double_quant: bool = True
@@ -77,6 +77,9 @@ class PerformanceSection(Section):
     """Rows of a step in lines without padding, or in padded micro-batches."""
     tokens_per_micro_batch: Automatic = "auto"
     """Longest line, tokens; `auto` is what the padded micro-batch could hold."""
+    sharding: Literal["auto", "none", "full"] = "auto"
+    """Every process holds the whole base (`none`), or a part of it (`full`: FSDP); `auto` is `none`, unless the
+    configuration of accelerate asks for FSDP."""
 
 
 class EvaluationSection(Section):

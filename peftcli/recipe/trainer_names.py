@@ -48,7 +48,7 @@ RENAMED_VALUES: Mapping[tuple[str, str], str] = {
 }
 
 _WRITE_SPLIT = "trainer.accelerator_config takes split_batches and dispatch_batches now"
-_FSDP = "trainer.fsdp_config takes it now"
+_FSDP = "performance.sharding: full divides the base, block by block"
 
 REMOVED: Mapping[str, Removed] = {
     "save_safetensors": Removed((True,), "weights are always stored as safetensors"),
@@ -63,7 +63,7 @@ REMOVED: Mapping[str, Removed] = {
     "use_ipex": Removed((False,), "the extension is no longer used"),
     "ray_scope": Removed(("last",), "there is no hyperparameter search here"),
     "mp_parameters": Removed(("",), "SageMaker model parallelism is gone"),
-    "sharded_ddp": Removed(("", False), "trainer.fsdp shards now"),
+    "sharded_ddp": Removed(("", False), "performance.sharding: full divides the base now"),
     "include_tokens_per_second": Removed((True, False), "tokens per second are always measured"),
     "include_inputs_for_metrics": Removed((False,), "metrics come from the evaluation section"),
     "dispatch_batches": Removed((None,), _WRITE_SPLIT),
@@ -132,6 +132,8 @@ OWNED: Mapping[str, str] = {
     "model_init": "the model section says what is trained",
     "quantization_config": "write the quantization section",
     "peft_config": "write the adapter section",
+    "fsdp": "performance.sharding: full divides the base; remove it here",
+    "fsdp_config": "performance.sharding: full divides the base; remove it here",
     "parallelism_config": "give it to accelerate (accelerate config); remove it here",
     **dict.fromkeys(
         (

@@ -28,6 +28,7 @@ HARMLESS = (
     "trainer.save_steps",
     "trainer.save_total_limit",
     "dataset.limits",
+    "performance.sharding",
 )
 """Keys that change nothing of what is trained."""
 SHARES = ("trainer.per_device_train_batch_size", "trainer.gradient_accumulation_steps")

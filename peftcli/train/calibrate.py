@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from peftcli.model.shards import is_divided
 from peftcli.plan.plan import Plan
 from peftcli.progress import Progress
 from peftcli.report.format import count, duration, size
@@ -62,8 +63,7 @@ class Calibrate(TrainerCallback):  # type: ignore[misc]  # transformers' callbac
         **kwargs: Any,
     ) -> None:
         steps = state.max_steps - state.global_step
-        sharded = self._trainer.is_deepspeed_enabled or self._trainer.is_fsdp_enabled
-        if steps < FEWEST_STEPS or sharded or counts_batches(model):
+        if steps < FEWEST_STEPS or self._trainer.is_deepspeed_enabled or is_divided(model) or counts_batches(model):
             return
         rows = longest_rows(self._lengths, self._plan)
         found = calibrate(self._trainer, model, rows, self._plan, float(self._lengths.mean()))
@@ -141,14 +141,13 @@ def _forward_and_backward(trainer: StepTrainer, model: Any, batch: dict[str, Any
 @contextmanager
 def _undone(trainer: StepTrainer, model: Any) -> Iterator[None]:
     """Take back what a forward and a backward pass leave behind: gradients, counters and drawn numbers."""
-    tokens, counted = trainer._total_train_tokens, (trainer.pieces.real, trainer.pieces.padded)
+    counted = trainer.pieces.real, trainer.pieces.padded
     training = model.training
     model.train()
     with torch.random.fork_rng():
         yield
     model.train(training)
     model.zero_grad(set_to_none=True)
-    trainer._total_train_tokens = tokens
     trainer.pieces.real, trainer.pieces.padded = counted
     for logged in getattr(trainer, "_metrics", {}).values():
         logged.clear()

@@ -38,7 +38,6 @@ class HeadTrainer(transformers.Trainer):  # type: ignore[misc]  # transformers' 
         super().__init__(**kwargs)
         self.head = head
         self.fed = "tokens" if head.images is None else "images"
-        self._total_train_tokens = 0
 
     def targets(self, labels: Tensor) -> Tensor:
         """The rows, or the tokens that have a label."""
@@ -66,8 +65,6 @@ class HeadTrainer(transformers.Trainer):  # type: ignore[misc]  # transformers' 
         loss = losses.sum() / torch.as_tensor(count).clamp(min=1)
         if num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # whose gradients are averaged
-        if model.training:
-            self._total_train_tokens += int(self.accelerator.reduce(inputs["attention_mask"].sum(), "sum"))
         return (loss, {"logits": logits}) if return_outputs else loss
 
     def prediction_step(
@@ -81,12 +78,6 @@ class HeadTrainer(transformers.Trainer):  # type: ignore[misc]  # transformers' 
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             return self.compute_loss(model, inputs).detach(), None, None
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the tokens that were fed, as TRL's trainer does."""
-        if "loss" in logs:
-            logs["num_tokens"] = float(self._total_train_tokens)
-        super().log(logs, start_time)
 
 
 class LabelTrainer(StepTrainer, HeadTrainer):

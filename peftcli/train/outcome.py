@@ -4,6 +4,7 @@ from pathlib import Path
 
 from trl import SFTConfig
 
+from peftcli.model.documents import served
 from peftcli.model.probe import peak_memory_bytes
 from peftcli.plan.plan import Plan
 from peftcli.rundir import RunDir, write_json
@@ -56,6 +57,7 @@ def write_train(run: RunDir, trainer: StepTrainer, watch: Watch, plan: Plan, res
             "out_of_memory": [{"step": step, "pieces": pieces} for step, pieces in trainer.pieces.events],
             "batching": {
                 "kind": plan.batching.kind if trainer.pieces.lines else "padded",
+                "attention": sorted(served) if trainer.pieces.lines else None,
                 "real_tokens": trainer.pieces.real,
                 "padded_tokens": trainer.pieces.padded,
             },

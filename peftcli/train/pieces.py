@@ -14,7 +14,7 @@ from torch import Tensor
 
 from peftcli.data.tokens import IGNORED
 from peftcli.errors import MemoryExhausted
-from peftcli.model.documents import Layout, documents, lay_out
+from peftcli.model.documents import Layout, documents
 from peftcli.model.memory import MOST_HALVINGS, free_memory, is_out_of_memory, memory_said
 
 Inputs: TypeAlias = dict[str, Any]
@@ -134,11 +134,26 @@ class Pieces:
         free_memory()
 
 
+def fed(piece: Mapping[str, Any]) -> Tensor:
+    """Tokens of a piece that are no padding: (), int64."""
+    mask: Tensor | None = piece.get("attention_mask")
+    if mask is None:
+        return torch.full((), piece["input_ids"].numel(), device=piece["input_ids"].device)
+    return mask.sum()
+
+
+def first_rows(inputs: Mapping[str, Any], count: int) -> Inputs:
+    """The first rows of a micro-batch."""
+    return _rows(inputs, torch.arange(count), inputs["labels"].shape[0])
+
+
 def rows_of(batch: Mapping[str, Any]) -> Iterator[Inputs]:
     """The rows of a padded micro-batch without their padding: `input_ids` and `labels`, (length,) each."""
-    mask = batch["attention_mask"].bool()
-    for ids, labels, real in zip(batch["input_ids"], batch["labels"], mask, strict=True):
-        yield {"input_ids": ids[real], "labels": labels[real]}
+    mask = batch["attention_mask"]
+    # One transfer for all rows: a boolean index makes the device wait for each.
+    spans = torch.stack([mask.argmax(1), mask.sum(1)], 1).tolist()
+    for ids, labels, (begin, length) in zip(batch["input_ids"], batch["labels"], spans, strict=True):
+        yield {"input_ids": ids[begin : begin + length], "labels": labels[begin : begin + length]}
 
 
 def line_up(rows: Sequence[Inputs]) -> tuple[Inputs, Layout]:
@@ -154,9 +169,9 @@ def line_up(rows: Sequence[Inputs]) -> tuple[Inputs, Layout]:
     inputs = {
         "input_ids": ids[None],
         "labels": torch.cat(labels)[None],
-        "position_ids": places.to(ids.device)[None],
+        "position_ids": places.to(ids.device, non_blocking=True)[None],
     }
-    return inputs, lay_out(lengths, ids.device)
+    return inputs, Layout(tuple(lengths), ids.device)
 
 
 def parts_that_fit(lengths: Sequence[int], most: int) -> int:

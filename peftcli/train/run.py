@@ -103,7 +103,7 @@ def train(
     """
     stops, resume_from = session.stops, session.resume_from
     load_retention(plan, tokenizer)  # what is wrong with the text is said before the weights are loaded
-    model = load_base(plan.base)
+    model = load_base(plan.base, shards=plan.shards)
     plan, chosen = make_choice(plan, run, data, tokenizer, model, resuming=resume_from is not None)
     if chosen is not None:
         progress.note(chosen)
@@ -179,7 +179,7 @@ def evaluate_trained(
         MachineError: the weights cannot be loaded.
     """
     heeding = Heeding(progress, session.stops, "in the last evaluation")
-    model = load_adapter(load_base(plan.base), run.adapter)
+    model = load_adapter(load_base(plan.base, shards=plan.shards), run.adapter)
     known = _known_baseline(run, session, resuming=True)
     before, _ = _baseline(plan, run, data, tokenizer, model, heeding, known=known)
     _measure_adapter(plan, run, data, tokenizer, model, heeding, before)

@@ -12,24 +12,22 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.lora import LoraLayer, initialize_lora_eva_weights
+from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_module_weight
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from peftcli.data.prepare import PreparedData
 from peftcli.errors import RecipeError
-from peftcli.model.score import pad_right
 from peftcli.model.weights import Source, original_weights, turned_layers
 from peftcli.plan.plan import Plan
+from peftcli.recipe.tasks import SEQUENCE
+from peftcli.train.data_starts import MOST_ROWS, begin_from_data
 
 NAME = "default"
 FIRST = "start.safetensors"
 """In a checkpoint: what the LoRA of each layer began with."""
 PRINCIPAL = ("pissa", "olora")
-MOST_EVA_ROWS = 2048
-EVA_ROWS = 8
-"""Rows of a batch that EVA looks at; it goes on until the directions stand still."""
 
 
 def kind_of(arguments: Any) -> str:
@@ -171,21 +169,6 @@ def begin_from_quantization(model: PeftModel, original: Source) -> None:
         layer.lora_B[NAME].weight.data.copy_(up)
 
 
-def begin_from_data(model: PeftModel, rows: list[list[int]], pad_id: int) -> None:
-    """Begin as the principal directions of each layer's inputs, and give more rank to layers that need it.
-
-    Args:
-        rows: token ids of training rows.
-        pad_id: token id that fills short rows.
-    """
-    device = next(model.parameters()).device
-    batches = []
-    for begin in range(0, len(rows), EVA_ROWS):
-        ids, _, mask = pad_right(rows[begin : begin + EVA_ROWS], rows[begin : begin + EVA_ROWS], pad_id)
-        batches.append({"input_ids": ids.to(device), "attention_mask": mask.to(device)})
-    initialize_lora_eva_weights(model, batches, gather_distributed_inputs=False, show_progress_bar=False)
-
-
 def leading_part(word: str) -> Callable[[str, LoraLayer], tuple[Tensor, Tensor]]:
     """What gives the two matrices that a layer begins with as a part of its weight."""
 
@@ -208,6 +191,7 @@ def begin(model: PeftModel, plan: Plan, data: PreparedData, pad_id: int, resume_
     if kind == "loftq":
         begin_from_quantization(model, original_weights(plan.base, model.get_base_model()))
     if kind == "eva":
-        rows = data.train.store.examples.column("input_ids").take(data.train.rows[:MOST_EVA_ROWS])
-        begin_from_data(model, rows.to_pylist(), pad_id)
+        rows = data.train.store.examples.column("input_ids").take(data.train.rows[:MOST_ROWS])
+        pooled = plan.task == SEQUENCE
+        begin_from_data(model, rows.to_pylist(), pad_id, pooled=pooled)
     return None

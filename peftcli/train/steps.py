@@ -1,6 +1,5 @@
 """The optimizer steps of a trainer: run in pieces, checked, counted, and kept in checkpoints whole or absent."""
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -14,25 +13,22 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput
 
-from peftcli.errors import Diverged, MachineError
+from peftcli.errors import MachineError
 from peftcli.model.shards import gather
 from peftcli.train import checkpoints
 from peftcli.train.disk import room_for_checkpoint
-from peftcli.train.pieces import Pieces
+from peftcli.train.divergence import Divergence
+from peftcli.train.parts import made_for_parts
+from peftcli.train.pieces import Pieces, fed, first_rows
 from peftcli.train.ranks import Ranks
 from peftcli.train.starts import Start
-
-MOST_FLAT_STEPS = 5
-"""Steps in a row without any gradient; one alone may be chance, such as a row whose answer is certain."""
-MOST_SKIPPED_STEPS = 30
-"""Steps in a row that float16's scaler skips; it begins at 65536 and halves its scale each time."""
 
 
 class StepTrainer(transformers.Trainer):  # type: ignore[misc]  # transformers' trainer is untyped
     """What every task's trainer shares; the loss is its subclass's, the loop that of transformers.
 
     A subclass says with `targets` how many trained tokens or rows some labels hold, and with `chance` what a guess
-    would lose; it keeps the tokens that were fed in `_total_train_tokens`, as TRL does.
+    would lose.
 
     Attributes:
         seconds_before: seconds of training in earlier sessions of the run.
@@ -43,14 +39,15 @@ class StepTrainer(transformers.Trainer):  # type: ignore[misc]  # transformers' 
         ranks: of AdaLoRA, None for every other method.
         start: what LoRA began with, None where the base need not be kept from it.
         second_matrix_ratio: learning rate of LoRA's second matrix over that of the first, None where they are one.
-        fed: what is counted in `_total_train_tokens`, for people.
+        fed: what `tokens` counts, for people.
         calibration: what one micro-batch took before the first step, None where that was not measured.
     """
 
     fed = "tokens"
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+        with made_for_parts(kwargs["model"], kwargs["args"]):
+            super().__init__(*args, **kwargs)
         self.seconds_before = 0.0
         self.seconds = 0.0
         self.stamp: dict[str, Any] = {}
@@ -61,14 +58,13 @@ class StepTrainer(transformers.Trainer):  # type: ignore[misc]  # transformers' 
         self.second_matrix_ratio: float | None = None
         self.pieces = Pieces(tokens=None, agree=self._agree())
         self._waiting: list[dict[str, Any]] = []
-        self._trained_tokens: Tensor | int = 0
+        self._counted: Tensor | int = 0  # (2,) once there is something: fed, trained; of this process and session
         self._counted_before = {"tokens": 0.0, "trained_tokens": 0.0}
         self._step_loss: Tensor | None = None
         self._gradient: Tensor | float | None = None
-        self._flat_steps = 0
-        self._skipped_steps = 0
+        self._divergence = Divergence()
         self._batches: Sequence[dict[str, Any]] = ()
-        self._before_step: tuple[Tensor | int, Any] = (0, 0)
+        self._before_step: Tensor | int = 0
         self._staging: str | None = None
 
     def targets(self, labels: Tensor) -> Tensor:
@@ -90,7 +86,7 @@ class StepTrainer(transformers.Trainer):  # type: ignore[misc]  # transformers' 
         """Remember the micro-batches of the step that begins, and what was counted before it."""
         batches, items = super().get_batch_samples(*args, **kwargs)
         self._batches, self._waiting = batches, list(batches)
-        self._before_step = (self._trained_tokens, self._total_train_tokens)
+        self._before_step = self._counted
         return batches, items
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
@@ -104,14 +100,14 @@ class StepTrainer(transformers.Trainer):  # type: ignore[misc]  # transformers' 
             # What TRL averages over the micro-batches of a step, such as a router's balancing loss, counts the pieces.
             self.current_gradient_accumulation_steps = self.pieces.count
             loss: Tensor = parent(model, piece, num_items_in_batch)
-            self._trained_tokens = self._trained_tokens + self.targets(piece["labels"])
+            self._counted = self._counted + torch.stack([fed(piece), self.targets(piece["labels"])])
             self._step_loss = loss if self._step_loss is None else self._step_loss + loss
             return loss
 
         def restart() -> None:
             model.zero_grad()
             self._step_loss = None
-            self._trained_tokens, self._total_train_tokens = self._before_step
+            self._counted = self._before_step
 
         step = self.state.global_step + 1
         return self.pieces.run(self._batches, one, restart, lambda: self._apart(model), step)
@@ -161,14 +157,25 @@ class StepTrainer(transformers.Trainer):  # type: ignore[misc]  # transformers' 
 
     def counters(self) -> dict[str, float]:
         """What all processes of all sessions have counted: tokens, trained tokens and seconds of training."""
-        mine = torch.as_tensor(self._trained_tokens, device=self.args.device)
-        trained = float(self.accelerator.reduce(mine, "sum"))
+        fed, trained = self._total()
         return {
-            "tokens": self._counted_before["tokens"] + float(self._total_train_tokens),
+            "tokens": self._counted_before["tokens"] + fed,
             "trained_tokens": self._counted_before["trained_tokens"] + trained,
             "seconds": self.seconds_before + self.seconds,
             "shrunk": float(self.pieces.shrunk),
         }
+
+    def _total(self) -> tuple[float, float]:
+        """Tokens that were fed, and those or the rows that were trained, of all processes in this session."""
+        mine = torch.zeros(2, dtype=torch.int64, device=self.args.device) + self._counted
+        fed, trained = self.accelerator.reduce(mine, "sum").tolist()
+        return float(fed), float(trained)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the tokens that were fed, under TRL's name; they are fetched from the device here and not before."""
+        if "loss" in logs:
+            logs["num_tokens"] = self._total()[0]
+        super().log(logs, start_time)
 
     @property
     def tokens_before(self) -> float:
@@ -197,28 +204,7 @@ class StepTrainer(transformers.Trainer):  # type: ignore[misc]  # transformers' 
         # One transfer for both: each waits for the device.
         loss_value, norm = torch.stack([loss.float(), torch.as_tensor(self._gradient).to(loss).float()]).tolist()
         scaled = getattr(self.accelerator, "scaler", None) is not None
-        if not math.isfinite(loss_value):
-            raise Diverged(
-                f"step {step}: the loss is {loss_value}, so training stopped before the weights took it; lower "
-                "trainer.learning_rate, or look at the rows of this step"
-            )
-        if not math.isfinite(norm):
-            # The gradient scaler of float16 finds its scale by steps that overflow, and skips them itself.
-            self._skipped_steps += 1
-            if not scaled or self._skipped_steps >= MOST_SKIPPED_STEPS:
-                raise Diverged(
-                    f"step {step}: the gradient is {norm} at a loss of {loss_value:.4f}, so training stopped before "
-                    "the weights took it; lower trainer.learning_rate or trainer.max_grad_norm"
-                )
-            return
-        self._skipped_steps = 0
-        self._flat_steps = self._flat_steps + 1 if norm == 0.0 else 0
-        if self._flat_steps >= MOST_FLAT_STEPS:
-            raise Diverged(
-                f"step {step}: the gradient has been 0 for {self._flat_steps} steps at a loss of {loss_value:.3f}"
-                f"{self.chance()}, so nothing is learned any more; lower trainer.learning_rate and begin anew, or from "
-                "an earlier checkpoint"
-            )
+        self._divergence.check(step, loss_value, norm, scaled=scaled, chance=self.chance())
 
     def evaluation_loop(
         self,
@@ -233,15 +219,28 @@ class StepTrainer(transformers.Trainer):  # type: ignore[misc]  # transformers' 
         nll = torch.zeros((), dtype=torch.float64, device=self.args.device)
         tokens = torch.zeros((), dtype=torch.float64, device=self.args.device)
         rows = 0
-        for inputs in dataloader:
+        for inputs, own in self._evaluated(dataloader):
             loss = self.prediction_step(self.model, inputs, prediction_loss_only=True)[0]
-            count = self.targets(inputs["labels"]).to(nll)
-            nll += loss.double() * count
-            tokens += count
-            rows += inputs["labels"].shape[0]
+            if own:
+                count = self.targets(inputs["labels"]).to(nll)
+                nll += loss.double() * count
+                tokens += count
+                rows += own
         total = self.accelerator.reduce(torch.stack([nll, tokens]), "sum")
         metrics = {f"{metric_key_prefix}_loss": (total[0] / total[1]).item()}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=rows)
+
+    def _evaluated(self, dataloader: DataLoader[Any]) -> Iterator[tuple[dict[str, Any], int]]:
+        """The micro-batches of this process without rows that accelerate takes twice, and how many rows each has.
+
+        A micro-batch of nothing else has 0 rows to count; it is run so that the processes keep step.
+        """
+        size, count = self.args.eval_batch_size, self.accelerator.num_processes
+        total = len(dataloader.dataset)  # type: ignore[arg-type]  # the rows were counted when they were read
+        for number, inputs in enumerate(dataloader):
+            there = inputs["labels"].shape[0]
+            own = min(there, max(0, total - (number * count + self.accelerator.process_index) * size))
+            yield (first_rows(inputs, own) if 0 < own < there else inputs), own
 
     def _refuse_without_room(self, folder: Path) -> None:
         """Stop before a checkpoint that would not fit; those that are there stay as they are.

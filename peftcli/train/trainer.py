@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import torch
 from torch import Tensor
 from trl import SFTTrainer
 
@@ -10,7 +11,59 @@ from peftcli.data.tokens import IGNORED
 from peftcli.train.steps import StepTrainer
 
 
-class Trainer(StepTrainer, SFTTrainer):  # type: ignore[misc]  # trl ships no types
+class DeferredTrainer(SFTTrainer):  # type: ignore[misc]  # trl ships no types
+    """SFTTrainer that leaves its figures on the device until they are logged.
+
+    TRL asks for entropy, accuracy and tokens after each micro-batch, and among several processes gathers each of them;
+    the device then waits for Python, and the processes for one another.
+    """
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """TRL's loss: of the tokens of a step, or of a micro-batch where no count is given.
+
+        Source: `SFTTrainer.compute_loss`, to the bit; a loss of another kind is computed there.
+        """
+        if return_outputs or not self._is_plain():
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        outputs = model(**{**inputs, "use_cache": False}, fused_lm_head=True)
+        count = outputs.label_mask.sum() if num_items_in_batch is None else num_items_in_batch
+        loss = -outputs.log_probs.sum() / torch.as_tensor(count).clamp(min=1)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * (self.accelerator.num_processes // self.get_tp_size())  # whose gradients are averaged
+        sums = [outputs.label_mask.sum(), outputs.entropy.detach().sum(), outputs.is_top1.sum()]
+        mode = "train" if model.training else "eval"
+        self._metrics[mode]["sums"].append(torch.stack([one.float() for one in sums]))
+        return loss
+
+    def _is_plain(self) -> bool:
+        """Whether the loss is the mean negative log-likelihood of the tokens, with nothing added to it."""
+        return (
+            self.args.loss_type == "nll"
+            and self.label_smoother is None
+            and self.compute_loss_func is None
+            and not self.aux_loss_enabled
+            and self.accelerator.parallelism_config is None
+        )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Fetch the sums since the last time, of all processes, and log what they amount to."""
+        figures = self._metrics["train" if self.model.training else "eval"]
+        figures.pop("num_tokens", None)  # counted by the step
+        sums = figures.pop("sums", None)
+        if sums:
+            tokens, entropy, right = self.accelerator.reduce(torch.stack(sums).sum(0), "sum").tolist()
+            figures["entropy"] = [entropy / max(tokens, 1.0)]
+            figures["mean_token_accuracy"] = [right / max(tokens, 1.0)]
+        super().log(logs, start_time)
+
+
+class Trainer(StepTrainer, DeferredTrainer):
     """SFTTrainer; the training step, the loss and the loop are TRL's."""
 
     def targets(self, labels: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 import torch
 from peft.utils import ModulesToSaveWrapper
 
+from peftcli.adapters.own.packed import is_quantized
 from peftcli.adapters.own.whole import WholeLayer
 
 
@@ -18,7 +19,7 @@ def widen_trained(model: torch.nn.Module, dtype: str) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(getattr(torch, dtype))
-    if not getattr(model, "is_loaded_in_4bit", False):
+    if not is_quantized(model):
         return
     for module in model.modules():
         if isinstance(module, WholeLayer):

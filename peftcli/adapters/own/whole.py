@@ -13,9 +13,11 @@ import torch
 from peft import PeftConfig, PeftType
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.constants import DUMMY_TARGET_MODULES
+from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from peftcli.adapters.own.packed import is_packed, is_quantized, unpacked_weight
 from peftcli.adapters.own.places import read_parts
 from peftcli.plan.places import Parts, whole_places
 
@@ -136,7 +138,7 @@ class WholeLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         if len(names) > 1:
             raise ValueError(f"adapters {', '.join(names)}: only one of them can take the place of the base")
         base = self.get_base_layer()
-        if _is_packed(base):
+        if is_packed(base):
             raise ValueError("trained weights do not go into quantized ones; merge into the dequantized base")
         own = dict(_tensors(self.whole_copy[names[0]]))
         for name, value in _tensors(base):
@@ -158,9 +160,9 @@ class WholeModel(BaseTuner):  # type: ignore[misc]
     tuner_layer_cls = WholeLayer
 
     def _pre_injection_hook(self, model: nn.Module, config: WholeConfig, adapter_name: str) -> None:
-        if config.everything and getattr(model, "is_loaded_in_4bit", False):
+        if config.everything and is_quantized(model):
             raise ValueError(
-                "full tuning would train 4-bit weights, which have no gradient; train without quantization"
+                "full tuning would train quantized weights, which have no gradient; train without quantization"
             )
         parts = read_parts(model)
         if config.target_modules is None:
@@ -199,18 +201,22 @@ class WholeModel(BaseTuner):  # type: ignore[misc]
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """Put a module in the place of another; an embedding with trained rows gives its own back as it is."""
+        if isinstance(child, TrainableTokensWrapper):
+            setattr(parent, child_name, new_module)  # PEFT would hand it the rows' result, which is no parameter
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
+
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Copies are as wide as their base; who trains them makes them wider."""
 
 
 def float_copy(module: nn.Module) -> nn.Module:
-    """A copy of a module whose weights are numbers: those of a 4-bit layer unpacked, in float32."""
-    if not _is_packed(module):
+    """A copy of a module whose weights are numbers: those of a quantized layer unpacked, in float32."""
+    if not is_packed(module):
         return deepcopy(module)
-    import bitsandbytes.functional as bnb  # only a quantized base needs it
-
-    packed: Any = module.weight
-    weight = bnb.dequantize_4bit(packed.data, packed.quant_state).float()
+    weight = unpacked_weight(module).float()
     outputs, inputs = weight.shape
     bias = getattr(module, "bias", None)
     if issubclass(getattr(module, "source_cls", nn.Linear), Conv1D):
@@ -255,10 +261,6 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters, and what a module counts in training, such as the running means of a batch norm."""
     yield from module.named_parameters()
     yield from module.named_buffers()
-
-
-def _is_packed(module: nn.Module) -> bool:
-    return getattr(getattr(module, "weight", None), "quant_state", None) is not None
 
 
 def _float_dtype(module: nn.Module) -> torch.dtype:

@@ -1,0 +1,55 @@
+"""8-bit weights computed with as floats: bitsandbytes stores them, and the products are those of the unpacked ones.
+
+LLM.int8's own product rounds the inputs to 8 bits as well, a column in which any row of the batch has an outlier
+excepted, so that an answer depends on the rows beside it; on a CPU it does so in evaluation alone, which then measures
+another model than the one that is trained. What is merged could be neither.
+
+Source: Dettmers et al. 2022, arXiv:2208.07339, and `matmul` in bitsandbytes/autograd/_functions.py, 0.50.
+"""
+
+from typing import Any
+
+import torch
+from bitsandbytes.nn import Linear8bitLt
+from torch import Tensor
+
+from peftcli.adapters.own.packed import row_scale, unpack_rows
+
+
+class FloatProducts(Linear8bitLt):  # type: ignore[misc]  # bitsandbytes is untyped
+    """An 8-bit layer that computes what a linear layer of its unpacked weights would."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The product in the dtype of the inputs, or of autocast."""
+        kind = x.device.type
+        if torch.is_autocast_enabled(kind):
+            x = x.to(torch.get_autocast_dtype(kind))
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        result: Tensor = _Product.apply(x, self.weight.data, row_scale(self), bias)  # type: ignore[no-untyped-call]
+        return result
+
+
+class _Product(torch.autograd.Function):
+    """x Wᵀ + b, whose backward pass unpacks W anew: kept as floats it would take what 8 bits save."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(codes, scale)
+        return torch.nn.functional.linear(x, unpack_rows(codes, scale, x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None, Tensor | None]:
+        codes, scale = ctx.saved_tensors
+        gradient, of_inputs, of_bias = gradients[0], None, None
+        if ctx.needs_input_grad[0]:
+            of_inputs = gradient @ unpack_rows(codes, scale, gradient.dtype)
+        if ctx.needs_input_grad[3]:
+            of_bias = gradient.flatten(0, -2).sum(0)
+        return of_inputs, None, None, of_bias
+
+
+def compute_in_floats(model: torch.nn.Module) -> None:
+    """Let all 8-bit layers of a model compute with their unpacked weights, in training as in evaluation."""
+    for module in model.modules():
+        if type(module) is Linear8bitLt:
+            module.__class__ = FloatProducts

@@ -1,0 +1,115 @@
+"""How many processes a training gets where nobody gives a number, and what they are told."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from peftcli.cli import launch
+from peftcli.model.probe import probe_machine
+
+
+class Started(Exception):
+    """In place of a launcher."""
+
+
+@pytest.fixture
+def cards(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """A function that makes this a machine with some cards."""
+    for name in ("LOCAL_RANK", "WORLD_SIZE", launch.EXIT_FILE):
+        monkeypatch.delenv(name, raising=False)
+
+    def have(count: int) -> None:
+        monkeypatch.setattr(launch, "CARDS", (str(tmp_path),) if count else ())
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(count))
+
+    return have
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Any:
+    """A function that writes a recipe with some trainer arguments."""
+
+    def write(trainer: str, more: str = "") -> str:
+        path = tmp_path / "r.yaml"
+        path.write_text(
+            f"model: {{name: org/model}}\ndataset: {{path: a.csv, text: '{{a}}'}}\ntrainer: {trainer}\n{more}",
+            encoding="utf-8",
+        )
+        return str(path)
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("count", "trainer", "processes"),
+    [
+        (0, "{}", 1),
+        (1, "{}", 1),
+        (2, "{}", 2),
+        (4, "{per_device_train_batch_size: 2}", 2),
+        (2, "{per_device_train_batch_size: 1}", 1),
+        (3, "{per_device_train_batch_size: 3, gradient_accumulation_steps: 2}", 3),
+    ],
+)
+def test_each_card_gets_a_process_where_the_rows_of_a_step_can_be_shared(
+    cards: Any, recipe: Any, count: int, trainer: str, processes: int
+) -> None:
+    cards(count)
+    assert launch.processes_for(recipe(trainer), []) == processes
+
+
+def test_every_stage_must_be_able_to_share(cards: Any, recipe: Any) -> None:
+    cards(2)
+    stages = "stages:\n  - {name: one}\n  - {name: two, trainer: {per_device_train_batch_size: 1}}\n"
+    assert launch.processes_for(recipe("{}", stages), []) == 1
+    assert launch.processes_for(recipe("{}", stages.replace("1}", "2}")), []) == 2
+
+
+@pytest.mark.parametrize("name", ["LOCAL_RANK", launch.EXIT_FILE])
+def test_a_process_of_a_launcher_starts_no_others(
+    cards: Any, recipe: Any, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    cards(2)
+    monkeypatch.setenv(name, "0")
+    assert launch.processes_for(recipe("{}"), []) == 1
+    assert launch.launch_if_asked(2) is None
+
+
+@pytest.mark.parametrize("shares", [True, False])
+def test_the_launcher_gets_the_command_line_and_its_processes_know_whether_they_share(
+    cards: Any, monkeypatch: pytest.MonkeyPatch, shares: bool
+) -> None:
+    cards(2)
+    started: dict[str, Any] = {}
+
+    def start(command: list[str], *, env: dict[str, str], preexec_fn: Any) -> None:
+        started.update(command=command, env=env)
+        raise Started
+
+    monkeypatch.setattr(launch.subprocess, "Popen", start)
+    monkeypatch.setattr(launch.sys, "argv", ["peftcli", "train", "r.yaml"])
+    with pytest.raises(Started):
+        launch.launch_if_asked(2, shares_batch=shares)
+    words = started["command"][1:]
+    assert words[:6] == ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--module"]
+    assert words[6:] == ["peftcli", "train", "r.yaml"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for key in ("PEFTCLI_SHARES_BATCH", "WORLD_SIZE"):
+        monkeypatch.setenv(key, started["env"].get(key, "2" if key == "WORLD_SIZE" else ""))
+    machine = probe_machine()
+    assert machine.shares_batch is shares and machine.processes == 2
+
+
+def test_a_process_that_alone_runs_out_of_memory_ends_the_others(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    answer = tmp_path / "exit"
+    monkeypatch.setenv(launch.EXIT_FILE, str(answer))
+    monkeypatch.setenv("RANK", "1")
+    assert launch.hand_over(75) == 0 and not answer.exists()  # all of them stop, and the first one says so
+    assert launch.hand_over(5) == 5 and answer.read_text() == "5"
+    monkeypatch.setenv("RANK", "0")
+    assert launch.hand_over(75) == 0 and answer.read_text() == "75"
