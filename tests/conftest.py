@@ -1,5 +1,8 @@
 """Fixtures: a tiny pretrained model made once, small data, recipes over both, all offline."""
 
+import contextlib
+import functools
+import gc
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +19,10 @@ import yaml
 
 from peftcli.cli.app import main
 
+# Imports make half a million objects that live on: looking through them again and again takes a quarter of the
+# time of collecting the tests.
+gc.disable()
+
 COLOURS = {"apple": "red fruit", "banana": "yellow fruit", "carrot": "orange root", "spinach": "green leaf"}
 
 
@@ -27,31 +34,51 @@ def tiny_llama() -> Path:
     return tiny_model("tiny:llama")
 
 
-@pytest.fixture
-def things(tmp_path: Path) -> Path:
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[Any]) -> None:
+    """Let the groups of xdist hold: xdist 3.8 writes them where pytest 9.2 does not look for the id of a test."""
+    for item in items:
+        if hasattr(item, "_nodeid") and hasattr(item, "_id"):
+            item._id = type(item._id).parse(item._nodeid)
+
+
+def pytest_collection_finish() -> None:
+    """Let the garbage collector leave alone what the imports made: Trainer calls it after each training."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
+
+
+def write_things(folder: Path) -> Path:
     """A CSV of 48 rows: thing, number and kind."""
     lines = ["id,thing,kind"]
     names = list(COLOURS)
     for number in range(48):
         name = names[number % 4]
         lines.append(f"{number:03d},{['big', 'small', 'old', 'new'][number // 4 % 4]} {name} {number},{COLOURS[name]}")
-    path = tmp_path / "things.csv"
+    path = folder / "things.csv"
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
 
 
 @pytest.fixture
-def write_recipe(tmp_path: Path, tiny_llama: Path, things: Path) -> Callable[..., Path]:
-    """A function that writes a small recipe; keyword arguments replace or add sections."""
+def things(tmp_path: Path) -> Path:
+    """A CSV of 48 rows: thing, number and kind."""
+    return write_things(tmp_path)
 
-    def write(**sections: Any) -> Path:
+
+@pytest.fixture(scope="session")
+def recipe_in(tiny_llama: Path) -> Callable[..., Path]:
+    """A function that writes a small recipe and its data into a folder; keyword arguments replace or add sections."""
+
+    def write(folder: Path, **sections: Any) -> Path:
         recipe: dict[str, Any] = {
             "name": "things",
             "model": {"name": str(tiny_llama)},
             "quantization": {"bits": 4},
             "adapter": {"r": 8},
             "dataset": {
-                "path": str(things),
+                "path": str(folder / "things.csv"),
                 "prompt": "{thing} ->:",
                 "completion": " {kind}",
                 "split": {"test_size": 0.25, "seed": 1},
@@ -67,11 +94,30 @@ def write_recipe(tmp_path: Path, tiny_llama: Path, things: Path) -> Callable[...
                 recipe[name] = recipe[name] | value
             else:
                 recipe[name] = value
-        path = tmp_path / "recipe.yaml"
+        if not (folder / "things.csv").exists():
+            write_things(folder)
+        path = folder / "recipe.yaml"
         path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
         return path
 
     return write
+
+
+@pytest.fixture
+def write_recipe(recipe_in: Callable[..., Path], things: Path) -> Callable[..., Path]:
+    """A function that writes a small recipe; keyword arguments replace or add sections."""
+    return functools.partial(recipe_in, things.parent)
+
+
+@pytest.fixture(scope="session")
+def cli_in() -> Callable[..., int]:
+    """Run a command line in the folder that is named first, and return the exit code."""
+
+    def run(folder: Path, *words: object) -> int:
+        with contextlib.chdir(folder):
+            return main([str(word) for word in words])
+
+    return run
 
 
 @pytest.fixture

@@ -1,8 +1,6 @@
 """Flat lines of rows: what each row gives alone, what a padded step gives, and when they are not used."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from peftcli.model.documents import documents, keeps_rows_apart, lay_out, use_documents
+from peftcli.model.documents import Layout, documents, keeps_rows_apart, use_documents
 from peftcli.rundir import read_json, read_log
 from peftcli.train.pieces import Pieces, line_up, parts_that_fit, split_evenly
 
@@ -107,10 +105,10 @@ def test_a_model_that_carries_a_state_from_row_to_row_is_found_out() -> None:
 
 
 def test_rows_of_a_group_are_of_similar_length() -> None:
-    layout = lay_out([1000, 900, 300, 290, 3, 2], torch.device("cpu"))
-    assert [(group.rows, group.length) for group in layout.groups] == [(2, 1000), (2, 300), (2, 3)]
-    assert sorted(layout.back.tolist()) == sorted(set(layout.back.tolist())) and len(layout.back) == 2495
-    assert lay_out([7, 7, 7], torch.device("cpu")).whole
+    groups, back = Layout((1000, 900, 300, 290, 3, 2), torch.device("cpu")).sides
+    assert [(group.rows, group.length) for group in groups] == [(2, 1000), (2, 300), (2, 3)]
+    assert sorted(back.tolist()) == sorted(set(back.tolist())) and len(back) == 2495
+    assert Layout((7, 7, 7), torch.device("cpu")).whole
 
 
 def test_parts_of_a_step_are_even_and_in_order() -> None:
@@ -157,6 +155,7 @@ def same_training(flat: Path, padded: Path) -> None:
     for key in ("tokens", "trained_tokens", "rows", "steps"):
         assert facts[0][key] == facts[1][key], key
     assert facts[0]["batching"]["kind"] == "flat" and facts[1]["batching"]["kind"] == "padded"
+    assert [one["batching"]["attention"] for one in facts] == [["side by side"], None]
     assert facts[0]["batching"]["real_tokens"] < facts[0]["batching"]["padded_tokens"]
 
 
@@ -191,19 +190,6 @@ def test_chats_learn_the_same_in_lines_and_padded_with_checkpointed_layers_too(
         "activation_checkpointing: true}\nevaluation: {rows: 2, max_new_tokens: 2}\n"
     )
     same_training(*train_twice(run_cli, recipe, tmp_path))
-
-
-def test_two_processes_in_lines_give_the_losses_of_one(write_recipe: Write, tmp_path: Path) -> None:
-    recipe = write_recipe(trainer={"max_steps": 4, "per_device_train_batch_size": 6})
-    words = [sys.executable, "-m", "peftcli", "train", str(recipe)]
-    subprocess.run([*words, "--output-dir", "one"], cwd=tmp_path, check=True, capture_output=True)
-    two = [*words, "--output-dir", "two", "--num-processes", "2", "--set", "trainer.per_device_train_batch_size=3"]
-    subprocess.run(two, cwd=tmp_path, check=True, capture_output=True)
-    losses = [
-        [row["loss"] for row in read_log(tmp_path / run / "log.jsonl") if "loss" in row] for run in ("one", "two")
-    ]
-    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
-    assert read_json(tmp_path / "two" / "train.json")["batching"]["kind"] == "flat"
 
 
 @pytest.mark.parametrize(

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from peftcli.bench import quick, rounds
+from peftcli.bench import child, quick, rounds
 from peftcli.bench.gate import LARGEST_SHARE, judge_losses, limit_of
 from peftcli.bench.job import Job
 from peftcli.bench.make import flops, make_tokenizer
 from peftcli.bench.measure import Ran, measure
-from peftcli.bench.process import run_process
+from peftcli.bench.process import Ended, run_process
 from peftcli.bench.quick import FEWEST_STEPS, MOST_STEPS, Asked, quick_tools, steps_for
 from peftcli.bench.regimes import END, IGNORED, REGIMES, TAIL, attended, draw_rows, write_rows
 from peftcli.bench.result import regime_result, verdict
@@ -359,8 +359,17 @@ def test_bench_prints_a_table_and_writes_what_to_send_in(
     assert json.loads(out)["verdict"] == found["verdict"].replace("2 rounds", "3 rounds")
 
 
+def run_here(verb: str, spec: Path, result: Path) -> Ended:
+    """One verb of `peftcli.bench.child` in this process, which has loaded the libraries already."""
+    child.main([verb, str(spec), str(result)])
+    return Ended(0, 0.0, 0, "")
+
+
 @pytest.mark.slow
-def test_flat_padded_and_plain_training_of_the_same_rows_have_the_same_losses(tmp_path: Path) -> None:
+def test_flat_padded_and_plain_training_of_the_same_rows_have_the_same_losses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rounds, "run_child", run_here)  # makes the model and judges; each tool has its own process
     made = make_model("tiny", 16, tmp_path)
     job = Job(SHAPES["tiny"], 16, REGIMES["short"], 3, tmp_path, Path(made["folder"]), "cpu")
     rows = job.write()

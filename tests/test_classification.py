@@ -197,6 +197,12 @@ def test_a_stopped_classifier_goes_on_to_the_bits_of_an_unbroken_one(
     assert losses(tmp_path / "whole") == losses(tmp_path / "stopped")
 
 
+def test_eva_begins_a_classifier_whose_pooler_reads_one_vector_a_row(label_recipe: Write, run_cli: Cli) -> None:
+    adapter = {"r": 4, "init_lora_weights": "eva"}
+    recipe = label_recipe(model={"name": "tiny:bert"}, adapter=adapter, evaluation={"baseline": False})
+    assert run_cli("train", recipe) == 0
+
+
 @pytest.mark.parametrize("column", ["kinds", "stars"])
 def test_several_classes_and_numbers_are_learned(
     label_recipe: Write, run_cli: Cli, tmp_path: Path, column: str, capfd: pytest.CaptureFixture[str]

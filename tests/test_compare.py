@@ -423,17 +423,19 @@ def test_variants_are_trained_once_failures_are_rows_and_the_base_is_measured_on
     write_recipe: Write, run_cli: Cli, capfd: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = write_recipe(trainer={"max_steps": 2})
-    words = ("compare", recipe, "--vary", "adapter.target_modules=[q_proj],[v_proj],[nothing]", "--output-dir", "out")
+    words = ("compare", recipe, "--vary", "adapter.target_modules=[q_proj],[v_proj],[k_proj]", "--output-dir", "out")
+    (tmp_path / "out" / "k_proj").mkdir(parents=True)
+    (tmp_path / "out" / "k_proj" / "thesis.txt").write_text("years of work")
     assert run_cli(*words) == 2
     said = capfd.readouterr()
     found = compared(tmp_path / "out")
     assert [one["status"] for one in found["variants"]] == ["finished", "finished", "failed"]
     assert [one["data_cache"] for one in found["variants"]][1] == "reused"
-    assert found["variants"][2]["exit_code"] == 2 and "nothing" in found["variants"][2]["error"]
+    assert found["variants"][2]["exit_code"] == 2 and "thesis.txt" in found["variants"][2]["error"]
     assert found["variants"][0]["base_quality"] == found["variants"][1]["base_quality"] is not None
     assert "the figures of the base are those of q_proj" in said.err
-    assert "1 of 3 variants did not end well; exit code 2 is that of nothing" in said.err
-    assert "note: nothing: failed, exit code 2" in said.out
+    assert "1 of 3 variants did not end well; exit code 2 is that of k_proj" in said.err
+    assert "note: k_proj: failed, exit code 2" in said.out
     trained = (tmp_path / "out" / "q_proj" / "train.json").read_bytes()
     assert run_cli(*words) == 2
     assert (tmp_path / "out" / "q_proj" / "train.json").read_bytes() == trained

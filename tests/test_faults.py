@@ -1,6 +1,7 @@
 """What goes wrong in the middle of a run: memory, numbers, stops outside the loop, and what changed since."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,9 +22,9 @@ from peftcli.model.memory import Shrinking
 from peftcli.progress import Silent
 from peftcli.rundir import read_json, read_log, write_json
 from peftcli.train import checkpoints
+from peftcli.train.divergence import MOST_FLAT_STEPS
 from peftcli.train.pieces import Pieces, cut
 from peftcli.train.stamp import refuse_changes
-from peftcli.train.steps import MOST_FLAT_STEPS
 from peftcli.train.trainer import Trainer
 
 Write = Callable[..., Path]
@@ -277,6 +278,25 @@ def _own_cache(folder: Path) -> dict[str, str]:
 # What changed since
 
 
+same_beginning = pytest.mark.xdist_group("one run that was stopped")
+
+
+@pytest.fixture(scope="module")
+def begun(recipe_in: Write, cli_in: Cli, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a recipe and its `run`, which was stopped."""
+    folder = tmp_path_factory.mktemp("begun")
+    recipe = recipe_in(folder, trainer={"max_steps": 6})
+    assert cli_in(folder, "train", recipe, "--output-dir", "run", "--max-time", "1s") == 75
+    return folder
+
+
+@pytest.fixture
+def recipe_of_stopped(begun: Path, tmp_path: Path) -> Path:
+    """The recipe of the run that was stopped, which lies in the test's folder as `run`."""
+    shutil.copytree(begun / "run", tmp_path / "run")
+    return begun / "recipe.yaml"
+
+
 def test_other_data_under_the_same_name_are_refused_until_they_are_accepted(
     write_recipe: Write, run_cli: Cli, capfd: Any, tmp_path: Path, things: Path
 ) -> None:
@@ -292,11 +312,11 @@ def test_other_data_under_the_same_name_are_refused_until_they_are_accepted(
     assert read_json(tmp_path / "run" / "metrics.json")["train"]["resumed_from_step"] > 0
 
 
+@same_beginning
 def test_a_changed_recipe_key_is_accepted_by_its_name_only(
-    write_recipe: Write, run_cli: Cli, capfd: Any, tmp_path: Path
+    recipe_of_stopped: Path, run_cli: Cli, capfd: Any, tmp_path: Path
 ) -> None:
-    recipe = write_recipe(trainer={"max_steps": 6})
-    assert run_cli("train", recipe, "--output-dir", "run", "--max-time", "1s") == 75
+    recipe = recipe_of_stopped
     changed = ("--set", "trainer.max_steps=7", "--set", "trainer.max_grad_norm=0.5")
     assert run_cli("train", recipe, "--output-dir", "run", *changed, "--force", "trainer.max_steps") == 2
     said = capfd.readouterr().err
@@ -306,13 +326,12 @@ def test_a_changed_recipe_key_is_accepted_by_its_name_only(
     assert read_json(tmp_path / "run" / "train.json")["steps"] == 7
 
 
+@same_beginning
 @pytest.mark.parametrize("change", ["trainer.learning_rate=0.5", "trainer.weight_decay=0.1", "adapter.r=4"])
 def test_what_a_checkpoint_holds_cannot_be_forced_since_it_would_be_ignored(
-    write_recipe: Write, run_cli: Cli, capfd: Any, change: str
+    recipe_of_stopped: Path, run_cli: Cli, capfd: Any, change: str
 ) -> None:
-    recipe = write_recipe(trainer={"max_steps": 6})
-    assert run_cli("train", recipe, "--output-dir", "run", "--max-time", "1s") == 75
-    capfd.readouterr()
+    recipe = recipe_of_stopped
     assert run_cli("train", recipe, "--output-dir", "run", "--set", change, "--force", change.split("=")[0]) == 2
     said = capfd.readouterr().err
     assert "its checkpoints hold these" in said and change.split("=")[0] in said and "--overwrite" in said

@@ -1,5 +1,6 @@
 """Merging: the merged model answers like the adapter, or nothing is left of it."""
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from peftcli.merge.drift import compare
 from peftcli.merge.fold import fold
@@ -23,16 +25,55 @@ LONGER = {"max_steps": 30, "per_device_train_batch_size": 8}
 PLAIN = """
 import sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
-tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
-GenerationConfig.from_pretrained(sys.argv[1])
-assert tokenizer.chat_template
-assert not hasattr(model.config, "quantization_config")
-with torch.no_grad():
-    logits = model(**tokenizer("big apple 0 ->:", return_tensors="pt")).logits
+for folder, answer in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    GenerationConfig.from_pretrained(folder)
+    assert tokenizer.chat_template
+    assert not hasattr(model.config, "quantization_config")
+    with torch.no_grad():
+        logits = model(**tokenizer("big apple 0 ->:", return_tensors="pt")).logits
+    torch.save(logits, answer)
 assert "peft" not in sys.modules and "bitsandbytes" not in sys.modules
-torch.save(logits, sys.argv[2])
 """
+
+trained_once = pytest.mark.xdist_group("one training, merged several times")
+
+
+@pytest.fixture(scope="module")
+def runs(recipe_in: Write, cli_in: Cli, tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
+    """A run on a quantized base, under True, and one on a base of full precision."""
+    folder = tmp_path_factory.mktemp("merge")
+    for quantized in (True, False):
+        recipe = recipe_in(folder, trainer=LONGER, **({} if quantized else {"quantization": None}))
+        assert cli_in(folder, "train", recipe, "--output-dir", str(quantized)) == 0
+    return {quantized: folder / str(quantized) for quantized in (True, False)}
+
+
+@pytest.fixture
+def gated(runs: dict[bool, Path], tmp_path: Path) -> Callable[..., Path]:
+    """A function that copies the run on a quantized base, with these gates in its recipe."""
+
+    def copy(**gates: str) -> Path:
+        run = Path(shutil.copytree(runs[True], tmp_path / "run"))
+        recipe = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))
+        (run / "recipe.yaml").write_text(yaml.safe_dump(recipe | {"gates": gates}), encoding="utf-8")
+        return run
+
+    return copy
+
+
+@pytest.fixture(scope="module")
+def merged(runs: dict[bool, Path], cli_in: Cli) -> dict[bool, Path]:
+    """The runs, merged; `plain.pt` in each is what plain transformers answer in a fresh process."""
+    words = [sys.executable, "-c", PLAIN]
+    copies = {}
+    for quantized, run in runs.items():
+        copies[quantized] = Path(shutil.copytree(run, run.with_name(f"merged-{quantized}")))
+        assert cli_in(run.parent, "merge", copies[quantized]) == 0
+        words += [str(copies[quantized] / "merged"), str(copies[quantized] / "plain.pt")]
+    subprocess.run(words, check=True)
+    return copies
 
 
 def logits_of(target: Path) -> torch.Tensor:
@@ -42,29 +83,47 @@ def logits_of(target: Path) -> torch.Tensor:
     return logits
 
 
+@trained_once
 @pytest.mark.parametrize("quantized", [True, False])
 def test_the_merged_model_loads_with_plain_transformers_and_answers_alike(
-    write_recipe: Write, run_cli: Cli, tmp_path: Path, quantized: bool
+    merged: dict[bool, Path], quantized: bool
 ) -> None:
-    recipe = write_recipe(trainer=LONGER, **({} if quantized else {"quantization": None}))
-    assert run_cli("train", recipe, "--output-dir", "run") == 0
-    assert run_cli("merge", "run") == 0
-    run = tmp_path / "run"
+    answer = torch.load(merged[quantized] / "plain.pt")
+    assert (answer - logits_of(merged[quantized])).abs().max() <= 0.01
+
+
+@trained_once
+@pytest.mark.parametrize("quantized", [True, False])
+def test_the_drift_of_a_merge_is_measured_and_small(merged: dict[bool, Path], quantized: bool) -> None:
+    run = merged[quantized]
     found = read_json(run / "merge.json")
     assert found["into"] == ("dequantized" if quantized else "original")
     assert found["top1_agreement"] >= 0.999 and found["max_abs_logit_difference"] <= 0.01
     metrics = read_json(run / "metrics.json")
     assert metrics["merged"]["loss"] == pytest.approx(metrics["adapter"]["loss"], abs=1e-3)
     assert metrics["merge"]["top1_agreement"] == found["top1_agreement"]
-    subprocess.run([sys.executable, "-c", PLAIN, run / "merged", tmp_path / "plain.pt"], check=True)
-    assert (torch.load(tmp_path / "plain.pt") - logits_of(run)).abs().max() <= 0.01
 
 
-def test_the_adapter_moved_the_model_so_that_agreement_means_something(
-    write_recipe: Write, run_cli: Cli, tmp_path: Path, tiny_llama: Path
+@pytest.mark.parametrize(
+    "adapter", [{"r": 4}, {"method": "freeze", "last_layers": 1, "r": None}], ids=["lora", "freeze"]
+)
+def test_trained_rows_of_the_embedding_are_merged_too(
+    write_recipe: Write, run_cli: Cli, tmp_path: Path, adapter: dict[str, Any]
 ) -> None:
-    assert run_cli("train", write_recipe(trainer=LONGER), "--output-dir", "run") == 0
-    model, tokenizer = open_target(str(tmp_path / "run")).load()
+    recipe = write_recipe(
+        adapter=adapter | {"trainable_token_indices": list(range(5, 60))},
+        trainer=LONGER,
+        evaluation={"baseline": False},
+    )
+    assert run_cli("train", recipe, "--output-dir", "run") == 0
+    assert run_cli("merge", "run") == 0
+    found = read_json(tmp_path / "run" / "merge.json")
+    assert found["top1_agreement"] == 1.0 and found["max_abs_logit_difference"] <= 0.01
+
+
+@trained_once
+def test_the_adapter_moved_the_model_so_that_agreement_means_something(runs: dict[bool, Path]) -> None:
+    model, tokenizer = open_target(str(runs[True])).load()
     inputs = tokenizer("big apple 0 ->:", return_tensors="pt")
     with torch.no_grad():
         tuned = model(**inputs).logits
@@ -73,31 +132,27 @@ def test_the_adapter_moved_the_model_so_that_agreement_means_something(
     assert (tuned - base).abs().max() > 1
 
 
+@trained_once
 @pytest.mark.parametrize("into", ["original", "best"])
-def test_other_bases_can_be_merged_into_and_are_measured(
-    write_recipe: Write, run_cli: Cli, tmp_path: Path, into: str
-) -> None:
-    recipe = write_recipe(trainer=LONGER, gates={"merge_top1_agreement": ">= 0.5"})
-    assert run_cli("train", recipe, "--output-dir", "run") == 0
+def test_other_bases_can_be_merged_into_and_are_measured(gated: Callable[..., Path], run_cli: Cli, into: str) -> None:
+    run = gated(merge_top1_agreement=">= 0.5")
     assert run_cli("merge", "run", "--into", into) == 0
-    found = read_json(tmp_path / "run" / "merge.json")
+    found = read_json(run / "merge.json")
     kinds = [candidate["into"] for candidate in found["candidates"]]
     assert kinds == (["original"] if into == "original" else ["dequantized", "original"])
     best = min(found["candidates"], key=lambda candidate: candidate["loss"])
     assert found["into"] == best["into"] and found["metrics"]["loss"] == best["loss"]
-    left = sorted(path.name for path in (tmp_path / "run").iterdir() if path.is_dir())
+    left = sorted(path.name for path in run.iterdir() if path.is_dir())
     assert left == ["adapter", "checkpoints", "merged"]
 
 
+@trained_once
 def test_above_the_tolerance_nothing_is_kept_and_the_exit_is_7(
-    write_recipe: Write, run_cli: Cli, capfd: Any, tmp_path: Path
+    gated: Callable[..., Path], run_cli: Cli, capfd: Any
 ) -> None:
-    recipe = write_recipe(trainer=LONGER, gates={"merge_max_abs_logit_difference": "<= 1e-9"})
-    assert run_cli("train", recipe, "--output-dir", "run") == 0
-    capfd.readouterr()
+    run = gated(merge_max_abs_logit_difference="<= 1e-9")
     assert run_cli("merge", "run") == 7
     assert "max_abs_logit_difference is" in capfd.readouterr().err
-    run = tmp_path / "run"
     assert sorted(path.name for path in run.iterdir() if path.is_dir()) == ["adapter", "checkpoints"]
     assert read_json(run / "merge.json")["met"] is False
     assert read_json(run / "metrics.json")["gates"][0]["met"] is False
@@ -106,7 +161,7 @@ def test_above_the_tolerance_nothing_is_kept_and_the_exit_is_7(
 def test_many_small_shards_hold_the_same_weights_as_one(write_recipe: Write, run_cli: Cli, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    assert run_cli("train", write_recipe(), "--output-dir", "run") == 0
+    assert run_cli("train", write_recipe(trainer={"max_steps": 2}), "--output-dir", "run") == 0
     assert run_cli("merge", "run") == 0
     run = tmp_path / "run"
     target = open_target(str(run))

@@ -142,21 +142,25 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 from peftcli.adapters.own.register import register
 register()
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(sys.argv[1]), sys.argv[2]).eval()
-with torch.no_grad():
-    torch.save(model(input_ids=torch.arange(24).reshape(2, 12) % 60 + 3).logits, sys.argv[3])
+for adapter in sys.argv[2:]:
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(sys.argv[1]), adapter).eval()
+    with torch.no_grad():
+        torch.save(model(input_ids=torch.arange(24).reshape(2, 12) % 60 + 3).logits, f"{adapter}/logits.pt")
 """
 
 
 def test_adapters_of_ours_reload_in_a_fresh_process(tmp_path: Path) -> None:
     small().save_pretrained(tmp_path / "base")
+    expected = {}
     for name, config in (("bottleneck", BottleneckConfig()), ("freeze", WholeConfig(last_layers=1, head=True))):
         tuned = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), config)
         train_a_little(tuned)
         tuned.save_pretrained(tmp_path / name)
-        script = [sys.executable, "-c", RELOAD, tmp_path / "base", tmp_path / name, tmp_path / "logits.pt"]
-        subprocess.run(script, check=True)
-        assert torch.equal(torch.load(tmp_path / "logits.pt"), logits(tuned))
+        expected[name] = logits(tuned)
+    script = [sys.executable, "-c", RELOAD, tmp_path / "base", *(tmp_path / name for name in expected)]
+    subprocess.run(script, check=True)
+    for name, answer in expected.items():
+        assert torch.equal(torch.load(tmp_path / name / "logits.pt"), answer), name
 
 
 def test_a_bottleneck_cannot_be_merged_and_says_why() -> None:
@@ -345,7 +349,7 @@ def test_over_4_bit_weights_the_first_logits_are_the_base_s_and_training_goes_on
 
 
 def test_full_tuning_of_4_bit_weights_is_refused(quantized: PreTrainedModel) -> None:
-    with pytest.raises(ValueError, match="4-bit weights, which have no gradient"):
+    with pytest.raises(ValueError, match="quantized weights, which have no gradient"):
         get_peft_model(quantized, WholeConfig(everything=True))
 
 
@@ -403,8 +407,7 @@ def test_a_run_trains_saves_and_is_evaluated_again_to_the_same_loss(
 def test_a_stopped_run_goes_on_to_the_same_bits(write_recipe: Write, run_cli: Cli, tmp_path: Path, name: str) -> None:
     recipe = write_recipe(adapter=METHODS_OF_OURS[name], trainer={"max_steps": 4, "save_steps": 2})
     assert run_cli("train", recipe, "--output-dir", "whole") == 0
-    assert run_cli("train", recipe, "--output-dir", "run") == 0
-    run = tmp_path / "run"
+    run = Path(shutil.copytree(tmp_path / "whole", tmp_path / "run"))
     for file in ("train.json", "metrics.json", "eval.json"):
         (run / file).unlink()
     for folder in ("adapter", "checkpoints/checkpoint-4"):

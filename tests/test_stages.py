@@ -126,12 +126,20 @@ def test_stages_that_cannot_be_are_refused_with_their_line(
     assert said in text and f"{path}:" in text, text
 
 
+@pytest.fixture(scope="module")
+def staged(recipe_in: Any, cli_in: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a recipe of two stages and its `run`."""
+    folder = tmp_path_factory.mktemp("staged")
+    assert cli_in(folder, "train", recipe_in(folder, adapter=None, stages=STAGES), "--output-dir", "run") == 0
+    return folder
+
+
+@pytest.mark.xdist_group("staged run")
 def test_a_staged_run_ends_as_one_run_whose_adapter_is_enough_by_itself(
-    write_recipe: Any, run_cli: Any, tmp_path: Path
+    staged: Path, run_cli: Any, tmp_path: Path
 ) -> None:
-    run = tmp_path / "run"
-    recipe = write_recipe(adapter=None, stages=STAGES)
-    assert run_cli("train", recipe, "--output-dir", run) == 0
+    recipe = staged / "recipe.yaml"
+    run = Path(shutil.copytree(staged / "run", tmp_path / "run"))
     metrics, first = (read_json(place / "metrics.json") for place in (run, run / "stages" / "1-top"))
     assert (metrics["status"], first["status"]) == ("finished", "finished")
     assert metrics["base"] == first["base"] and metrics["adapter"] != first["adapter"]
@@ -147,9 +155,9 @@ def test_a_staged_run_ends_as_one_run_whose_adapter_is_enough_by_itself(
     assert run_cli("merge", run, "--into", "original") == 2
 
 
-def test_an_earlier_adapter_that_was_changed_is_refused(write_recipe: Any, run_cli: Any, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    assert run_cli("train", write_recipe(adapter=None, stages=STAGES), "--output-dir", run) == 0
+@pytest.mark.xdist_group("staged run")
+def test_an_earlier_adapter_that_was_changed_is_refused(staged: Path, run_cli: Any, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(staged / "run", tmp_path / "run"))
     file = run / "adapter" / "earlier" / "1" / "adapter_model.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
@@ -157,11 +165,11 @@ def test_an_earlier_adapter_that_was_changed_is_refused(write_recipe: Any, run_c
     assert run_cli("generate", run, "big apple 3") == 4
 
 
+@pytest.mark.xdist_group("staged run")
 def test_a_run_that_was_stopped_in_its_second_stage_goes_on_to_the_same_bits(
-    write_recipe: Any, run_cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    staged: Path, run_cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = write_recipe(adapter=None, stages=STAGES)
-    assert run_cli("train", recipe, "--output-dir", tmp_path / "whole") == 0
+    recipe = staged / "recipe.yaml"
     run = tmp_path / "run"
 
     def stopping(self: StopRequests, margin: float) -> str | None:
@@ -173,7 +181,7 @@ def test_a_run_that_was_stopped_in_its_second_stage_goes_on_to_the_same_bits(
     before = (run / "stages" / "1-top" / "train.json").read_bytes()
     assert run_cli("train", recipe, "--output-dir", run) == 0
     assert (run / "stages" / "1-top" / "train.json").read_bytes() == before
-    files = [place / "adapter" / "adapter_model.safetensors" for place in (run, tmp_path / "whole")]
+    files = [place / "adapter" / "adapter_model.safetensors" for place in (run, staged / "run")]
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
@@ -193,6 +201,16 @@ def test_a_training_starts_from_the_weights_of_another_run(
     assert losses[1] < losses[0] - 0.5
 
 
+@pytest.fixture(scope="module")
+def trained(recipe_in: Any, cli_in: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run under `first`."""
+    folder = tmp_path_factory.mktemp("trained")
+    quick = {"trainer": {"max_steps": 1}, "evaluation": {"baseline": False, "rows": 1, "samples": 0}}
+    assert cli_in(folder, "train", recipe_in(folder, **quick), "--output-dir", "first") == 0
+    return folder
+
+
+@pytest.mark.xdist_group("start from one run")
 @pytest.mark.parametrize(
     ("adapter", "said"),
     [
@@ -203,13 +221,9 @@ def test_a_training_starts_from_the_weights_of_another_run(
     ],
 )
 def test_a_start_that_does_not_fit_is_refused(
-    write_recipe: Any, run_cli: Any, tmp_path: Path, capfd: Any, adapter: dict[str, Any], said: str
+    write_recipe: Any, run_cli: Any, trained: Path, tmp_path: Path, capfd: Any, adapter: dict[str, Any], said: str
 ) -> None:
-    if adapter["init_from"] == "first":
-        quick = {"trainer": {"max_steps": 1}, "evaluation": {"baseline": False, "rows": 1, "samples": 0}}
-        assert run_cli("train", write_recipe(**quick), "--output-dir", tmp_path / "first") == 0
-    capfd.readouterr()
-    adapter = adapter | {"init_from": str(tmp_path / adapter["init_from"])}
+    adapter = adapter | {"init_from": str(trained / adapter["init_from"])}
     given = {key: value for key, value in adapter.items() if value is not None}
     recipe = write_recipe(adapter=None)
     recipe.write_text(recipe.read_text() + yaml.safe_dump({"adapter": given}))
