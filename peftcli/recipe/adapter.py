@@ -12,7 +12,6 @@ from peftcli.recipe.installed_methods import CLOSED, homes_of, method_arguments,
 from peftcli.recipe.messages import unknown_key
 from peftcli.recipe.problems import Problems, choice_text, dotted, show
 from peftcli.recipe.schema import QuantizationSection
-from peftcli.recipe.tasks import IMAGES
 from peftcli.recipe.yaml_text import Tree
 
 FIELDS = tuple(key for key in AdapterSection.model_fields if key != "arguments")
@@ -135,8 +134,6 @@ def _check_start(arguments: Mapping[str, Any], given: Mapping[str, Any], tree: T
     if kind in FLOAT_STARTS and bits is not None:
         text = f"{kind} does not work on {bits}-bit weights: {FLOAT_STARTS[kind]}; pissa does"
         problems.add(where, f"adapter.init_lora_weights: {text}")
-    if kind == "eva" and tree.get("model", "task") == IMAGES:
-        problems.add(where, "adapter.init_lora_weights: eva looks at the tokens of texts; pissa or lora_ga take images")
     if kind == "corda":
         problems.add(where, "adapter.init_lora_weights: corda needs statistics of another data set; pissa needs none")
     batches = arguments.get("gradient_batches")
