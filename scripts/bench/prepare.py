@@ -66,10 +66,17 @@ def ours(place: Path, model: Path) -> Callable[[], Iterable[tuple[Any, Any]]]:
 
     def work() -> Iterable[tuple[Any, Any]]:
         side = prepare(section, AutoTokenizer.from_pretrained(model), rule, 42, Silent()).train
-        table = side.store.examples.select(["input_ids", "labels"]).take(side.rows)
-        return ((row["input_ids"], row["labels"]) for batch in table.to_batches() for row in batch.to_pylist())
+        return _rows_of(side)
 
     return work
+
+
+def _rows_of(side: Any) -> Iterable[tuple[Any, Any]]:
+    """The rows as they are read, as those of SFTTrainer's data set are."""
+    table = side.store.examples.select(["input_ids", "labels"]).take(side.rows)
+    for batch in table.to_batches():
+        for row in batch.to_pylist():
+            yield row["input_ids"], row["labels"]
 
 
 def theirs(place: Path, model: Path) -> Callable[[], Iterable[tuple[Any, Any]]]:
