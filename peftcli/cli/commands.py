@@ -247,8 +247,8 @@ def shown_run(log: Path | None) -> Iterator[tuple[Shown, Streams]]:
                 raise
             raise MemoryExhausted(
                 f"out of memory: {' '.join(str(problem).split())[:200]}; halve trainer.per_device_train_batch_size and "
-                "double trainer.gradient_accumulation_steps, lower dataset.max_length or evaluation.batch_size, or add "
-                "quantization: {bits: 4}"
+                "double trainer.gradient_accumulation_steps, lower dataset.max_length or evaluation.batch_size, or set "
+                "quantization: {bits: 4} where the base is wider"
             ) from problem
         finally:
             shown.end()

@@ -72,8 +72,8 @@ class Shrinking:
         if taken == 1 or self._halvings == MOST_HALVINGS:
             raise MemoryExhausted(
                 f"{self._what}: {taken} rows at once do not fit into {memory_said(device)} ({said[:120]}); lower "
-                "evaluation.batch_size, evaluation.max_new_tokens or dataset.max_length, or add "
-                "quantization: {bits: 4}"
+                "evaluation.batch_size, evaluation.max_new_tokens or dataset.max_length, or set "
+                "quantization: {bits: 4} where the base is wider"
             )
         self._halvings += 1
         self.rows = taken // 2
