@@ -127,8 +127,8 @@ class Pieces:
             raise MemoryExhausted(
                 f"step {step}: its {rows} rows in {self.count} pieces do not fit into "
                 f"{memory_said(batches[0]['input_ids'].device)}{why}{fitted} ({said.splitlines()[0][:120]}); lower "
-                "dataset.max_length, set trainer.activation_checkpointing: true, or quantization: {bits: 4} where the base "
-                "is wider"
+                "dataset.max_length, set trainer.activation_checkpointing: true, or quantization: {bits: 4} where the "
+                "base is wider"
             )
         self.shrunk += 1
         self.events.append((step, 2 * self.count))
