@@ -32,7 +32,7 @@ TOOLS = {
     tool.name: tool
     for tool in (
         Tool("flat", "peftcli, flat lines", True, {"batching": "flat"}),
-        Tool("flat_4096", "peftcli, flat, 4,096 tokens", True, {"batching": "flat", "tokens_per_micro_batch": 4096}),
+        Tool("flat_512", "peftcli, flat, 512 tokens", True, {"batching": "flat", "tokens_per_micro_batch": 512}),
         Tool("padded", "peftcli, padded", True, {"batching": "padded"}),
         Tool("trl", "SFTTrainer as it comes", False),
         # On a processor without bfloat16 products its default is emulated, and slower than float32.
