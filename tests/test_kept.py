@@ -10,6 +10,7 @@ from test_forecast import kept_bytes
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from peftcli.adapters.build import peft_config
+from peftcli.cli.steps import plan_recipe
 from peftcli.methods.table import METHODS
 from peftcli.model.inspect import inspect_model, trainable_counter
 from peftcli.model.kept import COUNTED, fit_kept
@@ -17,6 +18,7 @@ from peftcli.plan.cards import find_card, machine_with
 from peftcli.plan.decide import make_plan
 from peftcli.plan.forecast import plan_setting
 from peftcli.plan.kept import block_bytes, norm_bytes
+from peftcli.progress import Silent
 from peftcli.recipe.load import load_recipe
 from peftcli.train.disk import state_bytes
 from peftcli.train.forward import cast_inputs
@@ -64,7 +66,9 @@ def ratio(folder: Path, recipe: Path, method: str, dtype: str) -> float:
     facts = inspect_model(str(folder), config, "causal-lm")
     counter = trainable_counter(str(folder), config, "causal-lm")
     plan = make_plan(load_recipe(recipe).recipe, machine, facts, counter)
-    plan = replace(plan, fitted=fit_kept(plan))
+    fitted = fit_kept(plan)
+    assert fitted is not None
+    plan = replace(plan, fitted=fitted)
     assert facts.shape is not None
     setting = plan_setting(plan, facts.shape, machine, state_bytes, one_row=True)
     setting = replace(setting, on_gpu=False, attention="flash", filling=1.0)
@@ -96,3 +100,20 @@ def test_without_the_fit_methods_that_build_whole_matrices_would_look_like_lora(
 ) -> None:
     monkeypatch.setattr(f"{__name__}.fit_kept", lambda plan: {})
     assert ratio(folder, tmp_path / "r.yaml", "boft", "bfloat16") < 0.5
+
+
+def test_a_method_that_does_not_run_on_small_layers_is_told(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*given: object, **more: object) -> None:
+        raise RuntimeError("not implemented for 'Half'")
+
+    path = tmp_path / "r.yaml"
+    path.write_text(
+        f"model: {{name: {folder}}}\ndataset: {{path: a.csv, text: '{{a}}'}}\nadapter: {{method: oft}}\n",
+        encoding="utf-8",
+    )
+    assert not plan_recipe(load_recipe(path), Silent()).plan.notices
+    monkeypatch.setattr("peftcli.model.kept._kept", fails)
+    plan = plan_recipe(load_recipe(path), Silent()).plan
+    assert plan.fitted == {} and any("what oft keeps" in notice for notice in plan.notices)

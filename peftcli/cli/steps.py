@@ -74,7 +74,13 @@ def plan_recipe(loaded: Loaded, progress: Progress, *, smoke: bool = False, mach
     facts = inspect_model(path, config, task, labels=labels, note=note, trust_remote_code=trust)
     counter = partial(trainable_counter, path, config, task, trust_remote_code=trust)
     plan = make_plan(recipe, machine, facts, counter(labels=labels), smoke=smoke, notices=loaded.notices)
-    plan = replace(plan, fitted=fit_kept(plan))
+    fitted = fit_kept(plan)
+    if fitted is None:
+        uncounted = (
+            f"what {plan.adapter.method} keeps for the backward pass is not known; the forecast counts LoRA's part"
+        )
+        plan = replace(plan, notices=(*plan.notices, uncounted))
+    plan = replace(plan, fitted=fitted or {})
     plan = spare_blocks(plan, facts.shape, machine, recipe.trainer.get("activation_checkpointing"), state_bytes)
     return Planned(plan, machine, facts.shape, counter)
 

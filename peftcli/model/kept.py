@@ -29,10 +29,11 @@ UNIT = 128
 """Least width; that of published models is a multiple of it."""
 
 
-def fit_kept(plan: Plan) -> dict[str, Fitted]:
+def fit_kept(plan: Plan) -> dict[str, Fitted] | None:
     """What the plan's adapter keeps, by the layer's last name; under "" for all that are not named.
 
-    Empty where the forecast knows the method's tensors, or where the method stands on no linear layers.
+    Empty where the forecast knows the method's tensors, or where the method stands on no linear layers; None where it
+    does not run on small layers, so that only LoRA's tensors can be counted.
     """
     method = METHODS[plan.adapter.method]
     if method.name in COUNTED or method.prompts or not plan.targets or method.targets in ("norms", "embeddings"):
@@ -43,7 +44,7 @@ def fit_kept(plan: Plan) -> dict[str, Fitted]:
     for name in ("", *({leaf.rsplit(".", 1)[-1] for leaf in named} if isinstance(named, list | tuple) else ())):
         fitted = _fit(plan.adapter, plan.task, dtype, autocast=autocast, scales_inputs=bool(name))
         if fitted is None:
-            return {}
+            return None
         found[name] = fitted
     return found
 
@@ -51,7 +52,7 @@ def fit_kept(plan: Plan) -> dict[str, Fitted]:
 def _fit(
     adapter: AdapterSection, task: str, dtype: torch.dtype, *, autocast: bool, scales_inputs: bool
 ) -> Fitted | None:
-    """Run a few layers and solve for the coefficients; None where the method cannot be built on small layers."""
+    """Run a few layers and solve for the coefficients; None where the method does not run on small layers."""
     arguments = {name: value for name, value in adapter.arguments.items() if name != SCALED}
     alone = adapter.model_copy(update={"target_modules": ("layer",), "modules_to_save": None, "arguments": arguments})
     rows, counted, reads = [], [], False
@@ -63,11 +64,12 @@ def _fit(
             setattr(config, SCALED, {"layer"} if scales_inputs else set())
         try:
             layer = _adapted(config, inputs, outputs, dtype, casts=not autocast)
+            found = [_kept(layer, tokens, inputs, dtype, autocast=autocast) for tokens in TOKENS]
         except (ValueError, TypeError, AssertionError, RuntimeError):
             return None
         own = sum(part.numel() for part in layer.parameters() if part.requires_grad)
-        for tokens in TOKENS:
-            kept, reads = _kept(layer, tokens, inputs, dtype, autocast=autocast)
+        reads = found[0][1]
+        for tokens, (kept, _) in zip(TOKENS, found, strict=True):
             rows.append(terms(tokens, inputs, outputs))
             counted.append(kept - (2 * own if autocast else 0))  # which the forecast counts among the weights
     scale = np.array(rows).max(0)
