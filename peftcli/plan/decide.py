@@ -12,6 +12,7 @@ from peftcli.plan.choices import Choices, choose, count_batch
 from peftcli.plan.facts import Machine, ModelFacts
 from peftcli.plan.heads import base_with_head, head_decisions, head_notices, with_head
 from peftcli.plan.layers import choice_decisions, choice_of, named_targets, within_choice
+from peftcli.plan.levers import choose_levers
 from peftcli.plan.peak import INT8_BITS, NF4_BITS
 from peftcli.plan.plan import DTYPE_BYTES, Base, Batch, Decision, LabelRule, Plan
 from peftcli.plan.ranks import check_ranks
@@ -58,6 +59,7 @@ def make_plan(
     _check_room(recipe, facts, machine, choices, sharding)
     batch = count_batch(recipe.trainer, machine.processes, shared=machine.shares_batch)
     batching, how = choose_batching(recipe, choices, batch, labels)
+    levers, switched = choose_levers(recipe, choices)
     adapter = with_head(settled, facts, recipe.model.task)
     trainable = within_choice(count_trainable(adapter), choice)
     total = facts.parameters + trainable
@@ -82,6 +84,7 @@ def make_plan(
         targets=targets,
         trainable_parameters=trainable,
         choice=choice,
+        levers=levers,
         total_parameters=total,
         decisions=(
             *_decisions(recipe, choices, batch, targets, trainable, total),
@@ -89,6 +92,7 @@ def make_plan(
             *choice_decisions(choice),
             *head_decisions(recipe, facts),
             how,
+            *switched,
             *((sharding.decision,) if sharding.decision else ()),
         ),
         notices=(

@@ -11,7 +11,7 @@ from peftcli.plan.facts import Machine
 from peftcli.plan.mends import propose
 from peftcli.plan.peak import INT8_BITS, NF4_BITS, Load
 from peftcli.plan.plan import DTYPE_BYTES, Plan
-from peftcli.plan.setting import FULL_HEAD, Head, Setting
+from peftcli.plan.setting import FULL_HEAD, Head, Setting, tile_rows
 from peftcli.plan.shape import Linear, Shape
 from peftcli.plan.work import step_seconds, token_flops
 from peftcli.recipe.select_section import SelectSection
@@ -137,7 +137,7 @@ def plan_setting(
         offloading=bool(plan.trainer.get("activation_offloading")),
         attention=_attention(plan, shape, machine, one_row),
         filling=FILLING if plan.batching.kind == "flat" and not one_row else 1.0,
-        head=_head(plan),
+        head=_head(plan, shape),
         head_trained=any(name in ("lm_head", "embed_out") for name in saved),
         processes=plan.batch.processes,
         shards=plan.shards,
@@ -171,10 +171,14 @@ def weight_bits(quantization: Mapping[str, Any] | None) -> float | None:
     return INT8_BITS if quantization["bits"] == 8 else NF4_BITS[bool(quantization["double_quant"])]
 
 
-def _head(plan: Plan) -> Head:
+def _head(plan: Plan, shape: Shape) -> Head:
     if plan.task != CAUSAL:
         return Head(None, len(plan.base.labels), FULL_HEAD.bytes)
-    return FULL_HEAD if plan.trainer.get("label_smoothing_factor") else Head()
+    if plan.trainer.get("label_smoothing_factor"):
+        return FULL_HEAD
+    if "head" in plan.levers:  # the logits, their logarithms and the probabilities
+        return Head(tile_rows(shape.vocabulary), None, DTYPE_BYTES[plan.base.dtype] + 8)
+    return Head()
 
 
 def _casts(plan: Plan) -> bool:

@@ -175,6 +175,7 @@ class Plan:
         possible_shards: cards or processes here that the base could be divided among; 1 where it cannot be.
         fitted: what adapters of a method other than LoRA keep for the backward pass, by the last name of their layer.
         checkpointed_blocks: that run again in the backward pass, None for all or none, as `trainer` says.
+        levers: names of what makes a step cheaper and leaves its loss as it is.
     """
 
     name: str
@@ -204,6 +205,7 @@ class Plan:
     shards: int = 1
     possible_shards: int = 1
     fitted: Mapping[str, Fitted] = field(default_factory=dict)
+    levers: frozenset[str] = frozenset()
 
     def as_json(self) -> dict[str, Any]:
         """The content of `plan.json`."""

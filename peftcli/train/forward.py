@@ -1,5 +1,6 @@
 """How the blocks run while a trainer trains: which are checkpointed, and what adapters do with their inputs."""
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -7,20 +8,24 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from peftcli.model.lora import join_products, part_products
+
 
 class Forward(TrainerCallback):  # type: ignore[misc]  # transformers' callbacks are untyped
     """Sets the blocks up when training begins, and puts adapters back when it ends.
 
-    Neither changes a loss: a block that runs again gives the same values, and what PEFT casts to the adapter's dtype,
-    autocast would cast back before the product.
+    None of it changes a loss: a block that runs again gives the same values, what PEFT casts to the adapter's dtype
+    autocast would cast back before the product, and LoRA's sum is the same in one pass.
     """
 
-    def __init__(self, checkpointed_blocks: int | None) -> None:
+    def __init__(self, checkpointed_blocks: int | None, levers: Collection[str]) -> None:
         """
         Args:
             checkpointed_blocks: that run again in the backward pass; None leaves it to the trainer's argument.
+            levers: names of what is done otherwise than the libraries do it.
         """
         self._blocks = checkpointed_blocks
+        self._levers = levers
 
     def on_train_begin(
         self,
@@ -32,8 +37,10 @@ class Forward(TrainerCallback):  # type: ignore[misc]  # transformers' callbacks
     ) -> None:
         if self._blocks is not None:
             keep_checkpointed(model, self._blocks)
-        if args.bf16 or args.fp16:
+        if "casts" in self._levers and (args.bf16 or args.fp16):
             cast_inputs(model, False)
+        if "products" in self._levers:
+            join_products(model)
 
     def on_train_end(
         self,
@@ -45,6 +52,7 @@ class Forward(TrainerCallback):  # type: ignore[misc]  # transformers' callbacks
     ) -> None:
         # Evaluation runs without autocast, so adapters need their inputs cast again.
         cast_inputs(model, True)
+        part_products(model)
 
 
 def keep_checkpointed(model: torch.nn.Module, blocks: int) -> int:

@@ -16,6 +16,7 @@ from peftcli.data.prepare import PreparedData
 from peftcli.model.adapter import save_adapter
 from peftcli.model.card import write_card
 from peftcli.model.documents import keeps_rows_apart, use_documents
+from peftcli.model.likelihood import score_targets
 from peftcli.model.load import load_adapter, load_base
 from peftcli.model.measure import Measured, decoding_for, evaluation_json, measure
 from peftcli.model.retention import adapter_retention, base_retention, load_retention
@@ -112,6 +113,8 @@ def train(
         progress.note("  note: this model does not keep the rows of a flat line apart, so padded batches are used")
     make = make_trainer if plan.task == CAUSAL else make_label_trainer
     trainer: StepTrainer = make(plan, run, data, tokenizer, model)
+    if plan.task == CAUSAL and "head" in plan.levers and not score_targets(model):
+        progress.note("  note: its output layer is trained, divided or no linear layer alone, so TRL's way is used")
     trainer.stamp, trainer.checkpoint_bytes = session.stamp, session.checkpoint_bytes
     if lines and not trainer.aux_loss_enabled:  # a router's balance is judged on the rows of a micro-batch
         trainer.use_lines(plan.batching.tokens)
@@ -135,7 +138,7 @@ def train(
         device=plan.base.device,
         writes=is_first_process(),
     )
-    trainer.add_callback(Forward(plan.checkpointed_blocks))
+    trainer.add_callback(Forward(plan.checkpointed_blocks, plan.levers))
     trainer.add_callback(Calibrate(trainer, plan, data.train.column("length"), progress))
     trainer.add_callback(watch)  # whose clock begins after the calibration
     if plan.adapter.method == "adalora":
@@ -210,6 +213,7 @@ def make_trainer(
         peft_config=peft_config(plan.adapter, plan.task, tokenizer=plan.base.path),
     )
     widen_trained(trainer.model, plan.adapter_dtype)
+    trainer.defers = "figures" in plan.levers
     return trainer
 
 

@@ -16,7 +16,12 @@ class DeferredTrainer(SFTTrainer):  # type: ignore[misc]  # trl ships no types
 
     TRL asks for entropy, accuracy and tokens after each micro-batch, and among several processes gathers each of them;
     the device then waits for Python, and the processes for one another.
+
+    Attributes:
+        defers: False leaves it all to TRL.
     """
+
+    defers = True
 
     def compute_loss(
         self,
@@ -44,7 +49,8 @@ class DeferredTrainer(SFTTrainer):  # type: ignore[misc]  # trl ships no types
     def _is_plain(self) -> bool:
         """Whether the loss is the mean negative log-likelihood of the tokens, with nothing added to it."""
         return (
-            self.args.loss_type == "nll"
+            self.defers
+            and self.args.loss_type == "nll"
             and self.label_smoother is None
             and self.compute_loss_func is None
             and not self.aux_loss_enabled

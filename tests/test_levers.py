@@ -1,0 +1,310 @@
+"""What makes a step cheaper: the values and gradients of the libraries, each lever alone, and where none is used."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    CohereConfig,
+    Gemma2Config,
+    GPT2Config,
+    LlamaConfig,
+    MixtralConfig,
+    PhiConfig,
+    Qwen3Config,
+)
+from trl.trainer.utils import add_fused_lm_head
+
+from peftcli.model.likelihood import score_targets
+from peftcli.model.lora import join_products, part_products
+from peftcli.rundir import read_json, read_log
+
+Write = Callable[..., Path]
+Cli = Callable[..., int]
+
+SMALL = {
+    "vocab_size": 200,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+PLAIN = {
+    "llama": LlamaConfig(**SMALL, num_key_value_heads=2),
+    "qwen3": Qwen3Config(**SMALL, num_key_value_heads=2, head_dim=16, tie_word_embeddings=True),
+    "phi": PhiConfig(**SMALL, num_key_value_heads=4, resid_pdrop=0.0),  # its head has a bias
+    "gpt2": GPT2Config(vocab_size=200, n_embd=32, n_layer=2, n_head=4, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0),
+}
+OTHERWISE = {
+    "softcapped": Gemma2Config(**SMALL, num_key_value_heads=2, head_dim=16, final_logit_softcapping=30.0),
+    "scaled": CohereConfig(**SMALL, num_key_value_heads=2, logit_scale=0.0625),
+    "balanced": MixtralConfig(**SMALL, num_key_value_heads=2, num_local_experts=4, output_router_logits=True),
+}
+
+
+def fused(config: Any, **settings: Any) -> Any:
+    """A model with LoRA and TRL's head, as its trainer makes it."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    adapter = LoraConfig(task_type="CAUSAL_LM", r=4, **{"target_modules": "all-linear", **settings})
+    wrapped = get_peft_model(model, adapter)
+    for name, parameter in wrapped.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+        if name.endswith("lm_head.bias"):
+            torch.nn.init.normal_(parameter.data)
+    add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
+    return wrapped.train()
+
+
+def rows() -> dict[str, Tensor]:
+    """Three rows: most of one is a prompt, one is all prompt, one ends early."""
+    ids = torch.randint(3, 200, (3, 17), generator=torch.Generator().manual_seed(1))
+    mask, labels = torch.ones_like(ids), ids.clone()
+    mask[2, 9:] = 0
+    labels[0, :12] = labels[1] = labels[2, 9:] = -100
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def learned(model: Any, *, autocast: bool = False) -> tuple[Any, dict[str, Tensor]]:
+    """What a fused forward gives, and the gradients of its loss."""
+    model.zero_grad()
+    torch.manual_seed(2)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found = model(**rows(), fused_lm_head=True)
+    found.loss.backward()
+    return found, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def same_gradients(found: dict[str, Tensor], expected: dict[str, Tensor], share: float) -> None:
+    assert found.keys() == expected.keys() and len(found) > 4
+    for name, gradient in expected.items():
+        assert (found[name] - gradient).abs().max() <= share * gradient.abs().max(), name
+
+
+@pytest.mark.parametrize("tile", [None, 3], ids=["one tile", "tiles of 3"])
+@pytest.mark.parametrize("family", PLAIN)
+def test_the_head_gives_the_values_and_gradients_of_trl(
+    family: str, tile: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if tile is not None:
+        monkeypatch.setattr("peftcli.model.likelihood.tile_rows", lambda vocabulary: tile)
+    model = fused(PLAIN[family])
+    expected, gradients = learned(model)
+    assert score_targets(model.get_base_model())
+    found, mine = learned(model)
+    for name in ("loss", "log_probs", "entropy"):
+        assert torch.allclose(getattr(found, name), getattr(expected, name), atol=1e-5), name
+    assert torch.equal(found.is_top1, expected.is_top1) and torch.equal(found.label_mask, expected.label_mask)
+    same_gradients(mine, gradients, 1e-4)
+
+
+def test_under_autocast_the_head_is_as_exact_as_that_of_trl() -> None:
+    exact = learned(fused(PLAIN["llama"]))[1]
+    model = fused(PLAIN["llama"])
+    off = []
+    for ours in (False, True):
+        assert not ours or score_targets(model.get_base_model())
+        found = learned(model, autocast=True)[1]
+        off.append(max((found[name] - exact[name]).norm() / exact[name].norm() for name in exact))
+    assert off[1] <= 1.2 * off[0] and 0 < off[1] < 0.1
+
+
+def test_of_rows_without_a_target_the_loss_is_zero_and_so_are_the_gradients() -> None:
+    model = fused(PLAIN["llama"])
+    assert score_targets(model.get_base_model())
+    inputs = rows()
+    inputs["labels"][:] = -100
+    loss = model(**inputs, fused_lm_head=True).loss
+    loss.backward()
+    assert loss.item() == 0.0
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+def test_two_likeliest_tokens_are_one_hit() -> None:
+    # A model that says nothing, of which all logits are equal, must not look as if it knew everything.
+    model = fused(PLAIN["llama"])
+    assert score_targets(model.get_base_model())
+    model.get_base_model().lm_head.weight.data.zero_()
+    assert not model(**rows(), fused_lm_head=True).is_top1.any()
+
+
+@pytest.mark.parametrize("family", OTHERWISE)
+def test_a_head_that_is_more_than_a_product_is_left_to_trl(family: str) -> None:
+    model = fused(OTHERWISE[family])
+    before = model.get_base_model().forward
+    assert not score_targets(model.get_base_model()) and model.get_base_model().forward == before
+
+
+@pytest.mark.parametrize("settings", [{"target_modules": ["q_proj", "lm_head"]}, {"modules_to_save": ["lm_head"]}])
+def test_a_head_that_is_trained_is_left_to_trl(settings: dict[str, Any]) -> None:
+    assert not score_targets(fused(PLAIN["llama"], **settings).get_base_model())
+
+
+@pytest.mark.parametrize("settings", [{}, {"lora_dropout": 0.3}, {"use_rslora": True}], ids=["lora", "dropout", "rs"])
+def test_the_joined_sum_gives_the_values_and_gradients_of_peft(settings: dict[str, Any]) -> None:
+    model = fused(PLAIN["llama"], **settings)
+    expected, gradients = learned(model)
+    assert join_products(model) == 14
+    found, mine = learned(model)
+    assert torch.allclose(found.log_probs, expected.log_probs, atol=1e-5)
+    same_gradients(mine, gradients, 1e-4)
+    part_products(model)
+    assert torch.equal(learned(model)[0].log_probs, expected.log_probs)  # PEFT's own again, to the bit
+
+
+def test_under_autocast_the_joined_sum_is_as_exact_as_that_of_peft() -> None:
+    model = fused(PLAIN["llama"])
+    exact = learned(model)[0].log_probs
+    apart = (learned(model, autocast=True)[0].log_probs - exact).norm()
+    assert join_products(model)
+    joined = (learned(model, autocast=True)[0].log_probs - exact).norm()
+    assert joined <= 1.2 * apart
+
+
+def test_beside_a_narrow_base_the_sum_is_made_as_wide_as_by_peft() -> None:
+    model = fused(PLAIN["llama"])
+    for name, parameter in model.named_parameters():
+        if "lora_" not in name:
+            parameter.data = parameter.data.bfloat16()
+    expected, _ = learned(model)
+    assert join_products(model)
+    assert torch.equal(learned(model)[0].log_probs, expected.log_probs)
+
+
+def test_in_4_bits_the_joined_sum_is_that_of_peft(tmp_path: Path) -> None:
+    AutoModelForCausalLM.from_config(PLAIN["llama"]).save_pretrained(tmp_path)
+    quantized = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=quantized)
+    torch.manual_seed(0)
+    wrapped = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear"))
+    for name, parameter in wrapped.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    ids = rows()["input_ids"]
+    expected = wrapped(input_ids=ids).logits
+    assert join_products(wrapped) == 14
+    assert torch.allclose(wrapped(input_ids=ids).logits, expected, atol=1e-5)
+
+
+def test_switched_off_merged_and_with_two_adapters_layers_do_what_peft_does() -> None:
+    model = fused(PLAIN["llama"])
+    assert join_products(model)
+    ids = rows()["input_ids"]
+
+    def logits() -> Tensor:
+        return model(input_ids=ids).logits.detach()
+
+    tuned = logits()
+    with model.disable_adapter():
+        base = logits()
+    model.merge_adapter()
+    assert torch.allclose(logits(), tuned, atol=1e-4)
+    model.unmerge_adapter()
+    assert not torch.allclose(base, tuned, atol=1e-2)
+    model.add_adapter(
+        "second", LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], init_lora_weights=False)
+    )
+    model.base_model.set_adapter(["default", "second"])
+    both = logits()
+    part_products(model)
+    assert torch.equal(logits(), both) and not torch.allclose(both, tuned, atol=1e-3)
+
+
+@pytest.mark.parametrize("settings", [{"use_dora": True}, {"lora_bias": True}], ids=["dora", "bias"])
+def test_layers_that_are_more_than_lora_are_left_to_peft(settings: dict[str, Any]) -> None:
+    assert join_products(fused(PLAIN["llama"], **settings)) == 0
+
+
+def trained(run_cli: Cli, recipe: Path, folder: Path, off: str, *words: str) -> tuple[list[float], dict[str, Tensor]]:
+    """The losses and the adapter of a run without some levers."""
+    run = folder / ("without-" + "-".join(filter(None, off.split(", "))))
+    words = ("--output-dir", str(run), "--set", f"performance.without=[{off}]", *words)
+    assert run_cli("train", recipe, *words) == 0
+    log = [row for row in read_log(run / "log.jsonl") if "loss" in row]
+    assert len(log) > 3
+    return [row["loss"] for row in log], load_file(run / "adapter" / "adapter_model.safetensors")
+
+
+def same_training(one: tuple[list[float], dict[str, Tensor]], other: tuple[list[float], dict[str, Tensor]]) -> None:
+    assert one[0] == pytest.approx(other[0], abs=1e-5)
+    for name, tensor in one[1].items():
+        apart = (tensor - other[1][name]).abs()
+        # Adam makes a part of a step of the rounding of a gradient near zero.
+        assert apart.max() < 1e-4 and apart.mean() < 1e-6, name
+
+
+@pytest.mark.parametrize("quantization", [{"bits": 4}, None], ids=["nf4", "whole"])
+def test_each_lever_alone_and_all_together_learn_the_same(
+    write_recipe: Write, run_cli: Cli, tmp_path: Path, quantization: dict[str, Any] | None
+) -> None:
+    recipe = write_recipe(
+        quantization=quantization,
+        trainer={"max_steps": 5, "per_device_train_batch_size": 3, "gradient_accumulation_steps": 3},
+    )
+    plain = trained(run_cli, recipe, tmp_path, "head, products, casts, figures")
+    for off in ("", "head", "products", "figures"):
+        same_training(trained(run_cli, recipe, tmp_path, off), plain)
+
+
+def test_the_turns_of_chats_learn_the_same_with_every_lever_and_with_none(
+    run_cli: Cli, tmp_path: Path, tiny_llama: Path
+) -> None:
+    turns = [("user", "Say words"), ("assistant", "one two"), ("user", "And more"), ("assistant", "three")]
+    chats = [
+        {"messages": [{"role": role, "content": f"{text} {'so ' * (number % 5)}{number}"} for role, text in turns]}
+        for number in range(24)
+    ]
+    (tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, chats)))
+    recipe = tmp_path / "chats.yaml"
+    recipe.write_text(
+        f"model: {{name: {tiny_llama}}}\ndataset: {{path: chats.jsonl, max_length: 128}}\n"
+        "trainer: {max_steps: 5, per_device_train_batch_size: 4, learning_rate: 1e-3, logging_steps: 1, "
+        "assistant_only_loss: true}\nevaluation: {rows: 2, max_new_tokens: 2}\n"
+    )
+    plain = trained(run_cli, recipe, tmp_path, "head, products, casts, figures")
+    same_training(trained(run_cli, recipe, tmp_path, ""), plain)
+
+
+def test_in_16_bit_the_casts_change_no_loss(write_recipe: Write, run_cli: Cli, tmp_path: Path) -> None:
+    recipe = write_recipe(model={"dtype": "bfloat16"}, trainer={"max_steps": 4})
+    same_training(*(trained(run_cli, recipe, tmp_path, off) for off in ("casts", "")))
+
+
+def test_the_plan_says_which_levers_it_uses(write_recipe: Write, run_cli: Cli, capfd: Any) -> None:
+    recipe = write_recipe()
+
+    def said(*words: str) -> dict[str, list[str]]:
+        assert run_cli("plan", recipe, "--json", *words) == 0
+        decisions = json.loads(capfd.readouterr().out)["decisions"]
+        return {one["key"]: [one["value"], one["reason"]] for one in decisions}
+
+    usual = said()
+    assert usual["output layer"][0] == "trained tokens alone, each product once"
+    assert usual["LoRA"][0] == "added in one pass"
+    less = said("--set", "performance.without=[head]")
+    assert less["output layer"] == ["as the libraries make it", "performance.without"]
+    assert less["LoRA"] == usual["LoRA"]
+    assert "output layer" not in said("--gpu", "a100-40")  # TRL's kernels do it there
+    assert run_cli("plan", recipe, "--set", "performance.without=[haed]") == 2
+    assert "head" in capfd.readouterr().err
+
+
+def test_a_run_says_that_a_trained_output_layer_is_left_to_trl(write_recipe: Write, run_cli: Cli, capfd: Any) -> None:
+    recipe = write_recipe(adapter={"r": 4, "target_modules": ["q_proj"], "modules_to_save": ["lm_head"]})
+    assert run_cli("train", recipe, "--output-dir", "saved") == 0
+    assert "so TRL's way is used" in capfd.readouterr().err
+    assert run_cli("train", write_recipe(), "--output-dir", "plain") == 0
+    assert "so TRL's way is used" not in capfd.readouterr().err
+    assert read_json(recipe.parent / "plain" / "train.json")["status"] == "finished"
