@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,3 +25,23 @@ def test_a_light_command_imports_nothing_heavy(words: list[str]) -> None:
     )
     assert done.returncode == 0
     assert done.stderr.strip().splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [([], False), (["--set", "trainer.optim=adamw_8bit"], True), (["--set", "quantization.bits=4"], True)],
+    ids=["whole", "8-bit optimizer", "nf4"],
+)
+def test_a_training_imports_bitsandbytes_only_where_the_recipe_has_a_use_for_it(
+    write_recipe: Callable[..., Path], tmp_path: Path, words: list[str], wanted: bool
+) -> None:
+    recipe = write_recipe(quantization=None, trainer={"max_steps": 1})
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE.format(heavy=("bitsandbytes",)), "train", str(recipe), *words],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.strip().splitlines()[-1] == ("['bitsandbytes']" if wanted else "[]")

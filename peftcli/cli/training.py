@@ -11,6 +11,7 @@ from typing import Any
 
 from peftcli.cli.commands import finish, load, raise_unmet, show_result, shown_run
 from peftcli.cli.launch import first_decides
+from peftcli.cli.spare import import_peft
 from peftcli.cli.show import Shown, plan_lines
 from peftcli.cli.show_forecast import forecast_line
 from peftcli.cli.stages import loaded_stages
@@ -83,6 +84,7 @@ def _train_stages(
     Raises:
         Stopped: in a stage before the last.
     """
+    import_peft(loaded.recipe)
     from peftcli.model.shards import leave_group
 
     stages = loaded_stages(loaded, smoke=flags.smoke)

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from peftcli.data.tokens import IGNORED
-from peftcli.model.score import LOGIT_BYTES, pad_right, rows_at_once, vocabulary_of
+from peftcli.model.score import pad_right, rows_at_once, vocabulary_of
 from peftcli.progress import Progress
 
 KEPT_BYTES = 512 * 2**20
@@ -70,9 +70,7 @@ def trained_logits(
     vocabulary = vocabulary_of(model)
     done = 0
     while done < len(order):
-        batch = order[
-            done : done + rows_at_once(batch_rows, len(ids[order[done]]), vocabulary, LOGIT_BYTES[device.type])
-        ]
+        batch = order[done : done + rows_at_once(batch_rows, len(ids[order[done]]), vocabulary, device.type)]
         inputs, targets, mask = pad_right([ids[row] for row in batch], [labels[row] for row in batch], pad_id)
         output = model(input_ids=inputs.to(device), attention_mask=mask.to(device), use_cache=False)
         logits = output.logits[:, -inputs.shape[1] :]

@@ -17,6 +17,7 @@ from peftcli.metrics.tags import tagging_scores
 from peftcli.model.answer import Answer
 from peftcli.model.label import Head, Row, forward, head_of, make_batch, output_names, targets_of
 from peftcli.model.memory import Shrinking
+from peftcli.model.score import rows_alike
 from peftcli.model.shards import gather, interleave, my_share
 from peftcli.progress import Progress
 from peftcli.recipe.schema import EvaluationSection
@@ -70,7 +71,8 @@ def row_logits(
     progress.start(what, len(ids))
     fitting, done = Shrinking(batch_rows, what, progress), 0
     while done < len(order):
-        rows = order[done : done + fitting.rows]
+        longest = 1 if head.images is not None else len(ids[order[done]])
+        rows = order[done : done + rows_alike(fitting.rows, longest, device.type)]
         batch = {name: value.to(device) for name, value in make_batch([ids[row] for row in rows], None, head).items()}
         logits = fitting.attempt(len(rows), device, partial(forward, model, batch))
         if logits is None:

@@ -17,6 +17,8 @@ from peftcli.progress import Progress
 
 LOGIT_BYTES = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}
 """Bytes of float32 logits that may be alive at once; a processor is as fast with fewer."""
+CPU_TOKENS = 2048
+"""Of a batch on a processor: larger ones fill short rows up to long ones and gain nothing by it."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ def score(
     in_step = is_divided(model)
     fitting = Shrinking(batch_rows, what, progress, in_step=in_step)
     while done < len(order):
-        count = rows_at_once(fitting.rows, len(ids[order[done]]), vocabulary, LOGIT_BYTES[device.type])
+        count = rows_at_once(fitting.rows, len(ids[order[done]]), vocabulary, device.type)
         batch = order[done : done + (min(gather(count)) if in_step else count)]
         inputs, targets, mask = pad_right([ids[row] for row in batch], [labels[row] for row in batch], pad_id)
         score_these = partial(_score_batch, model, inputs.to(device), targets.to(device), mask.to(device))
@@ -134,13 +136,23 @@ def _score_batch(model: torch.nn.Module, inputs: Tensor, labels: Tensor, mask: T
     return totals[0], int(totals[1]), int(totals[2])
 
 
-def rows_at_once(batch_rows: int, longest: int, vocabulary: int, logit_bytes: int) -> int:
+def rows_at_once(batch_rows: int, longest: int, vocabulary: int, device: str) -> int:
     """Rows whose logits fit the memory set aside, at most `batch_rows` and at least one.
 
-    >>> rows_at_once(16, longest=1024, vocabulary=152_064, logit_bytes=2**28)
+    >>> rows_at_once(16, longest=1024, vocabulary=152_064, device="cuda")
     3
     """
-    return max(1, min(batch_rows, 4 * logit_bytes // (2 * longest * vocabulary)))
+    fitting = 4 * LOGIT_BYTES[device] // (2 * longest * vocabulary)
+    return max(1, min(rows_alike(batch_rows, longest, device), fitting))
+
+
+def rows_alike(batch_rows: int, longest: int, device: str) -> int:
+    """Rows of one batch, where they are sorted by length: at most `batch_rows` and at least one.
+
+    >>> rows_alike(128, longest=400, device="cpu"), rows_alike(128, longest=400, device="cuda")
+    (5, 128)
+    """
+    return max(1, min(batch_rows, CPU_TOKENS // max(1, longest))) if device == "cpu" else batch_rows
 
 
 def vocabulary_of(model: Any) -> int:
