@@ -11,9 +11,9 @@ from typing import Any
 
 from peftcli.cli.commands import finish, load, raise_unmet, show_result, shown_run
 from peftcli.cli.launch import first_decides
-from peftcli.cli.spare import import_peft
 from peftcli.cli.show import Shown, plan_lines
 from peftcli.cli.show_forecast import forecast_line
+from peftcli.cli.spare import import_peft
 from peftcli.cli.stages import loaded_stages
 from peftcli.errors import Stopped
 from peftcli.plan.plan import Plan
