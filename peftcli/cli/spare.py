@@ -10,19 +10,22 @@ OWN_OPTIMIZERS = (None, "adamw_torch", "adamw_torch_fused", "adafactor", "adagra
 
 
 def import_peft(recipe: Recipe) -> None:
-    """Import PEFT, and bitsandbytes with it only for a recipe that has a use for it.
+    """Import PEFT and transformers without packages that they import where they are installed, used or not.
 
-    PEFT imports bitsandbytes wherever it is installed, and that torch's compiler: a fifth of the start of a training
-    and 40 MB (`scripts/startup.py`), and on a CUDA machine more.
+    bitsandbytes brings torch's compiler with it, and only a loss of object detection wants scipy: together a fifth of
+    the start of a training and 70 MB, and on a CUDA machine more.
     """
+    if "peft" in sys.modules:
+        return
     packs = recipe.quantization is not None
     bits = packs or any(one.trainer.get("optim") not in OWN_OPTIMIZERS for one in stage_recipes(recipe))
-    if bits or "peft" in sys.modules or "bitsandbytes" in sys.modules:
-        return
-    sys.modules["bitsandbytes"] = None  # type: ignore[assignment]  # so that it is not found
+    unused = {"scipy"} if bits else {"scipy", "bitsandbytes"}
+    hidden = unused - sys.modules.keys()
+    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]  # None stands for what is not found
     try:
         from peft.import_utils import is_bnb_available
 
         is_bnb_available()  # PEFT remembers the answer
     finally:
-        del sys.modules["bitsandbytes"]
+        for name in hidden:
+            del sys.modules[name]

@@ -48,12 +48,14 @@ class _Scores(torch.autograd.Function):
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
             target = targets[part, None]
-            logits = functional.linear(hidden[part], weight, bias)
-            is_top[part] = logits.argmax(-1) == targets[part]
-            logs = logits.float().log_softmax(-1)
-            log_probs[part] = logs.gather(1, target)[:, 0]
-            likely = logs.exp()
-            entropy[part] = logs.mul_(likely).sum(-1).neg_()
+            logits = functional.linear(hidden[part], weight, bias).float()
+            highest, token = logits.max(-1, keepdim=True)
+            is_top[part] = token[:, 0] == targets[part]
+            likely = logits.sub_(highest).exp()
+            total = likely.sum(-1, keepdim=True)
+            log_probs[part] = (logits.gather(1, target) - total.log())[:, 0]
+            likely.div_(total)
+            entropy[part] = total.log()[:, 0] - logits.mul_(likely).sum(-1)
             if slope is not None:
                 likely.scatter_add_(1, target, likely.new_full((), -1.0).expand_as(target))
                 slope[part] = likely.neg_().to(weight.dtype) @ weight

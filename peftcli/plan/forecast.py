@@ -176,8 +176,8 @@ def _head(plan: Plan, shape: Shape) -> Head:
         return Head(None, len(plan.base.labels), FULL_HEAD.bytes)
     if plan.trainer.get("label_smoothing_factor"):
         return FULL_HEAD
-    if "head" in plan.levers:  # the logits, their logarithms and the probabilities
-        return Head(tile_rows(shape.vocabulary), None, DTYPE_BYTES[plan.base.dtype] + 8)
+    if "head" in plan.levers:  # the logits and the probabilities, each once more where they are narrow
+        return Head(tile_rows(shape.vocabulary), None, 8 if plan.base.dtype == "float32" else 12)
     return Head()
 
 

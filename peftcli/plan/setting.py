@@ -32,7 +32,7 @@ class Head:
         return self.bytes is None
 
 
-TILE_BYTES, LEAST_ROWS = 16 * 2**20, 256
+TILE_BYTES, LEAST_ROWS = 4 * 2**20, 256
 """Of the float32 logits that our head on a CPU computes at once, and tokens that they are of at least: a product of
 fewer is slower."""
 
@@ -41,7 +41,7 @@ def tile_rows(vocabulary: int) -> int:
     """Tokens whose logits our head computes at once.
 
     >>> tile_rows(2048), tile_rows(151_936)
-    (2048, 256)
+    (512, 256)
     """
     return max(LEAST_ROWS, TILE_BYTES // (4 * vocabulary))
 
