@@ -19,8 +19,9 @@ CONTEXT_BYTES = 2**29
 """Of a CUDA context with the kernels of all libraries, which torch's own count leaves out; an assumption."""
 FRAGMENTATION = 0.05
 """Share of what comes and goes that the allocator cannot use again; an assumption."""
-PROCESS_BYTES = 570 * 2**20
-"""Of a process that has imported all libraries and trained a tiny model; measured on Linux, CPU build of torch."""
+PROCESS_BYTES, PACKING_BYTES = 510 * 2**20, 50 * 2**20
+"""Of a process that has imported all libraries, and of bitsandbytes with what it brings; measured on Linux, CPU build of
+torch."""
 TILE_COPIES_BYTES = 28
 """For each logit of a tile where there is no Triton: seven float32 copies (`_backward_tile` of trl's chunked head)."""
 MOST_TOKENS = 2**21
@@ -64,7 +65,7 @@ class Load:
             found["fragmentation"] = FRAGMENTATION * (activations + working)
             found["context"] = CONTEXT_BYTES
         else:
-            found["process"] = PROCESS_BYTES
+            found["process"] = PROCESS_BYTES + (0 if setting.weight_bits is None else PACKING_BYTES)
         return {name: round(value) for name, value in found.items()}
 
     @property
