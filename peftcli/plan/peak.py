@@ -20,8 +20,7 @@ CONTEXT_BYTES = 2**29
 FRAGMENTATION = 0.05
 """Share of what comes and goes that the allocator cannot use again; an assumption."""
 PROCESS_BYTES, PACKING_BYTES = 510 * 2**20, 50 * 2**20
-"""Of a process that has imported all libraries, and of bitsandbytes with what it brings; measured on Linux, CPU build of
-torch."""
+"""Of a process with all libraries, and of bitsandbytes with what it brings; measured on Linux, CPU build of torch."""
 TILE_COPIES_BYTES = 28
 """For each logit of a tile where there is no Triton: seven float32 copies (`_backward_tile` of trl's chunked head)."""
 MOST_TOKENS = 2**21
