@@ -1,17 +1,22 @@
 """What makes a step cheaper and leaves its loss as it is: which of it a plan uses, and why."""
 
+from typing import get_args
+
 from peftcli.plan.choices import Choices
 from peftcli.plan.plan import Decision
-from peftcli.recipe.schema import LEVERS, Recipe
+from peftcli.recipe.schema import Lever, Recipe
 from peftcli.recipe.tasks import CAUSAL
 
 SWITCH = "performance.without"
 """The key that switches one off."""
+LEVERS = frozenset(get_args(Lever))
 
 
 def choose_levers(recipe: Recipe, choices: Choices) -> tuple[frozenset[str], tuple[Decision, ...]]:
     """The levers that a plan uses, and what is said of those that have a meaning in it."""
     off: set[str] = set(recipe.performance.without)
+    if recipe.trainer.get("torch_compile"):
+        return LEVERS - off - {"head", "products"}, ()  # the compiler sees to it
     decisions = []
     if recipe.model.task == CAUSAL:
         if choices.on_gpu:
@@ -22,7 +27,7 @@ def choose_levers(recipe: Recipe, choices: Choices) -> tuple[frozenset[str], tup
     if recipe.adapter.method == "lora" and not recipe.adapter.use_dora:
         why = "PEFT passes through memory three times for it; same sum"
         decisions.append(_said("LoRA", "added in one pass", why, off, "products"))
-    return frozenset(LEVERS) - off, tuple(decisions)
+    return LEVERS - off, tuple(decisions)
 
 
 def _said(key: str, value: str, why: str, off: set[str], lever: str) -> Decision:

@@ -30,6 +30,8 @@ from peftcli.recipe.values import Gate
 Text = Annotated[str, Field(min_length=1)]
 Seconds = Annotated[float, BeforeValidator(read_seconds)]
 Automatic = Annotated[int | Literal["auto"], BeforeValidator(read_tokens)]
+Lever = Literal["head", "products", "casts", "figures"]
+"""What makes a step cheaper and leaves its loss as it is; each can be switched off alone."""
 Tracker = Literal["wandb", "tensorboard", "mlflow", "trackio", "comet_ml", "swanlab"]
 
 
@@ -70,10 +72,6 @@ class QuantizationSection(Section):
     """Format that weights are unpacked to for each product; `auto` follows the plan's dtype."""
 
 
-LEVERS = ("head", "products", "casts", "figures")
-"""What makes a step cheaper and leaves its loss as it is; each can be switched off alone."""
-
-
 class PerformanceSection(Section):
     """How the work is done; none of it changes what is learned."""
 
@@ -84,7 +82,7 @@ class PerformanceSection(Section):
     sharding: Literal["auto", "none", "full"] = "auto"
     """Every process holds the whole base (`none`), or a part of it (`full`: FSDP); `auto` is `none`, unless the
     configuration of accelerate asks for FSDP."""
-    without: Annotated[tuple[Literal["head", "products", "casts", "figures"], ...], BeforeValidator(freeze_rows)] = ()
+    without: Annotated[tuple[Lever, ...], BeforeValidator(freeze_rows)] = ()
     """What is left to the libraries: the output layer (`head`), LoRA's sum (`products`), the casts of its inputs
     (`casts`), the figures that are fetched after each micro-batch (`figures`)."""
 
