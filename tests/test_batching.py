@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -131,12 +132,44 @@ def test_rows_of_one_length_stay_padded_since_a_line_would_gain_nothing() -> Non
     full = torch.ones(4, 10, dtype=torch.int64)
     half = full.clone()
     half[1:, 5:] = 0
-    from contextlib import nullcontext
-
     for mask in (full, half):
         batch = {"input_ids": full, "labels": full, "attention_mask": mask}
         Pieces(tokens=100).run([batch], one, lambda: None, nullcontext, 1)
     assert seen == [(4, 10), (1, 25)]
+
+
+@pytest.mark.parametrize(("most", "shapes"), [(None, [(4, 10)]), (25, [(2, 10), (2, 10)]), (3, [(1, 10)] * 4)])
+def test_a_padded_micro_batch_is_cut_to_the_tokens_of_the_recipe(
+    most: int | None, shapes: list[tuple[int, int]]
+) -> None:
+    for tokens in (None, 1000):  # rows of one length stay padded where lines are asked for too
+        seen: list[tuple[int, ...]] = []
+
+        def one(piece: dict[str, Any], seen: list[tuple[int, ...]] = seen) -> torch.Tensor:
+            seen.append(tuple(piece["input_ids"].shape))
+            return torch.ones(())
+
+        full = torch.ones(4, 10, dtype=torch.int64)
+        batch = {"input_ids": full, "labels": full, "attention_mask": full}
+        loss = Pieces(tokens=tokens, most=most).run([batch], one, lambda: None, nullcontext, 1)
+        assert seen == shapes and loss == len(shapes)
+
+
+def test_the_tokens_of_a_recipe_hold_for_padded_rows_and_their_forecast(
+    write_recipe: Write, run_cli: Cli, tmp_path: Path, capfd: Any
+) -> None:
+    recipe = write_recipe(trainer={"max_steps": 5, "per_device_train_batch_size": 8})
+    forecasts, weights = [], []
+    for name, words in (("whole", ()), ("cut", ("--set", "performance.tokens_per_micro_batch=40"))):
+        assert run_cli("train", recipe, "--output-dir", name, "--set", "performance.batching=padded", *words) == 0
+        plan = read_json(tmp_path / name / "plan.json")
+        forecasts.append(plan["forecast"]["micro_batch"]["tokens"])
+        weights.append(load_file(tmp_path / name / "adapter" / "adapter_model.safetensors"))
+        decision = next(one for one in plan["decisions"] if one["key"] == "batching")
+        assert decision["value"] == ("padded, up to 40 tokens at once" if words else "padded")
+    assert forecasts[1] == 40 < forecasts[0]
+    for key, tensor in weights[0].items():
+        assert torch.allclose(tensor, weights[1][key], atol=1e-5), key
 
 
 def train_twice(run_cli: Cli, recipe: Path, tmp_path: Path, *words: str) -> tuple[Path, Path]:

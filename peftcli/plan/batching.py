@@ -29,6 +29,7 @@ def choose_batching(recipe: Recipe, choices: Choices, batch: Batch, labels: Labe
     asked = recipe.performance.batching
     given = recipe.performance.tokens_per_micro_batch
     tokens = batch.per_device * labels.max_length
+    firm = isinstance(given, int)
     if isinstance(given, int):
         tokens = given
     elif not choices.on_gpu:
@@ -43,6 +44,7 @@ def choose_batching(recipe: Recipe, choices: Choices, batch: Batch, labels: Labe
     if asked == "flat" and why is not None:
         raise RecipeError(f"performance.batching: flat cannot be had: {why}; remove one of the two")
     if asked == "padded" or why is not None:
-        return Batching("padded", tokens), Decision("batching", "padded", why or "performance.batching")
+        value = f"padded, up to {tokens:,} tokens at once" if firm else "padded"
+        return Batching("padded", tokens, firm), Decision("batching", value, why or "performance.batching")
     reason = "the rows of a step stand in lines without padding, each seeing itself alone; same rows, same loss"
-    return Batching("flat", tokens), Decision("batching", f"flat, up to {tokens:,} tokens at once", reason)
+    return Batching("flat", tokens, firm), Decision("batching", f"flat, up to {tokens:,} tokens at once", reason)

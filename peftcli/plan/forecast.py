@@ -103,6 +103,7 @@ def plan_load(plan: Plan, shape: Shape, machine: Machine, rows: Rows, state_byte
     at_once = plan.batch.per_device * (plan.labels.max_length if plan.trainer.get("packing") else rows.longest)
     in_step = at_once * plan.batch.accumulation
     tokens = min(plan.batching.tokens, in_step) if plan.batching.kind == "flat" else at_once
+    tokens = min(tokens, plan.batching.most or tokens)
     tokens = max(tokens, rows.longest)
     setting = plan_setting(plan, shape, machine, state_bytes, one_row=tokens == rows.longest)
     return Load(shape, setting, tokens, tokens if whole else rows.longest)

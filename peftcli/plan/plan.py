@@ -151,10 +151,17 @@ class Batching:
     Attributes:
         kind: `flat` (lines of rows without padding) or `padded` (the loader's micro-batches).
         tokens: of one line at most.
+        firm: the recipe says so, and a padded micro-batch is cut to as many too.
     """
 
     kind: str
     tokens: int
+    firm: bool = False
+
+    @property
+    def most(self) -> int | None:
+        """Tokens of a padded piece, None where it is the loader's micro-batch."""
+        return self.tokens if self.firm else None
 
 
 @dataclass(frozen=True)

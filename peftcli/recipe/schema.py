@@ -78,7 +78,7 @@ class PerformanceSection(Section):
     batching: Literal["auto", "flat", "padded"] = "auto"
     """Rows of a step in lines without padding, or in padded micro-batches."""
     tokens_per_micro_batch: Automatic = "auto"
-    """Longest line, tokens; `auto` is what the padded micro-batch could hold."""
+    """Tokens that are run at once, in a line or padded; `auto` is what the padded micro-batch could hold."""
     sharding: Literal["auto", "none", "full"] = "auto"
     """Every process holds the whole base (`none`), or a part of it (`full`: FSDP); `auto` is `none`, unless the
     configuration of accelerate asks for FSDP."""

@@ -35,10 +35,13 @@ class Pieces:
         count: pieces of the step at hand.
     """
 
-    def __init__(self, *, tokens: int | None, agree: Callable[[int], list[int]] | None = None) -> None:
+    def __init__(
+        self, *, tokens: int | None, most: int | None = None, agree: Callable[[int], list[int]] | None = None
+    ) -> None:
         """
         Args:
             tokens: of a flat piece at most; None for the loader's padded micro-batches.
+            most: tokens of a padded piece at most, a single longer row aside; None for whole micro-batches.
             agree: gathers a number from all processes, which must run equally many pieces; None for a single one.
         """
         self.shrunk = 0
@@ -46,6 +49,7 @@ class Pieces:
         self.real = self.padded = 0
         self.count = 0
         self._tokens = tokens
+        self._most = most
         self._agree = agree
         self._largest = 0
 
@@ -110,7 +114,10 @@ class Pieces:
         return torch.stack(losses).sum()
 
     def _cut(self, batches: Sequence[Inputs]) -> list[tuple[Inputs, Layout | None]]:
-        return [(piece, None) for batch in batches for piece in cut(batch, 2**self.shrunk)]
+        wanted = max(_padded_parts(batch["input_ids"], self._most) for batch in batches) if self._most else 1
+        if self._agree is not None:
+            wanted = max(self._agree(wanted))
+        return [(piece, None) for batch in batches for piece in cut(batch, wanted * 2**self.shrunk)]
 
     def _flat(self, rows: Sequence[Inputs], lengths: Sequence[int]) -> list[tuple[Inputs, Layout | None]]:
         assert self._tokens is not None  # asked for flat pieces
@@ -207,6 +214,11 @@ def split_evenly(lengths: Sequence[int], parts: int) -> list[slice]:
         found.append(slice(begin, len(lengths) if number == parts - 1 else end))
         begin = end
     return found
+
+
+def _padded_parts(ids: Tensor, most: int) -> int:
+    """Parts of a padded micro-batch, (rows, length), of which none has more tokens than `most`, single rows aside."""
+    return -(-ids.shape[0] // max(1, most // ids.shape[-1]))
 
 
 def cut(inputs: Mapping[str, Any], pieces: int) -> list[Inputs]:

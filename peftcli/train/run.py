@@ -116,8 +116,8 @@ def train(
     if plan.task == CAUSAL and "head" in plan.levers and not score_targets(model):
         progress.note("  note: its output layer is trained, divided or no linear layer alone, so TRL's way is used")
     trainer.stamp, trainer.checkpoint_bytes = session.stamp, session.checkpoint_bytes
-    if lines and not trainer.aux_loss_enabled:  # a router's balance is judged on the rows of a micro-batch
-        trainer.use_lines(plan.batching.tokens)
+    if not trainer.aux_loss_enabled:  # a router's balance is judged on the rows of a micro-batch
+        trainer.cut_steps(lines=plan.batching.tokens if lines else None, most=plan.batching.most)
     trainer.start = begin(trainer.model, plan, data, tokenizer.pad_token_id or 0, resume_from)
     if takes_gradient(plan.adapter):
         trainer.start = begin_from_gradient(trainer.model, plan, data, tokenizer, resume_from)

@@ -75,9 +75,9 @@ class StepTrainer(transformers.Trainer):  # type: ignore[misc]  # transformers' 
         """What a guess would lose, in brackets with a space before, or nothing where that is not known."""
         return ""
 
-    def use_lines(self, tokens: int) -> None:
-        """Run each step as flat lines of rows, of so many tokens at most."""
-        self.pieces = Pieces(tokens=tokens, agree=self._agree())
+    def cut_steps(self, *, lines: int | None, most: int | None) -> None:
+        """Run each step as flat lines of so many tokens at most, or as padded pieces of at most so many."""
+        self.pieces = Pieces(tokens=lines, most=most, agree=self._agree())
 
     def _agree(self) -> Callable[[int], list[int]] | None:
         return gather if self.accelerator.num_processes > 1 else None
