@@ -91,3 +91,14 @@ def test_of_a_checkpoint_that_was_moved_elsewhere_the_link_alone_is_removed(tmp_
     assert checkpoints.newest_valid(folder).step == 6
     assert (folder / "checkpoint-8.bad" / "optimizer.pt").exists() is False
     assert (elsewhere / checkpoints.MANIFEST).is_file()
+
+
+def test_a_start_that_failed_before_its_first_checkpoint_takes_any_recipe(run: RunDir, recipe: Recipe) -> None:
+    other = recipe.model_copy(update={"seed": 7, "trainer": {"optim": "sgd"}})
+    run.plan.unlink()
+    run.checkpoints.mkdir()
+    found = begin(run, other, overwrite=False, resume=False)
+    assert (found.finished, found.resume_from) == (False, None) and "step 0" in found.notes[0]
+    sealed(run.checkpoints, 3)
+    with pytest.raises(RecipeError, match="checkpoints hold these"):
+        begin(run, other, overwrite=False, resume=False)

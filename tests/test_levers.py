@@ -301,10 +301,40 @@ def test_the_plan_says_which_levers_it_uses(write_recipe: Write, run_cli: Cli, c
     assert "head" in capfd.readouterr().err
 
 
-def test_a_run_says_that_a_trained_output_layer_is_left_to_trl(write_recipe: Write, run_cli: Cli, capfd: Any) -> None:
-    recipe = write_recipe(adapter={"r": 4, "target_modules": ["q_proj"], "modules_to_save": ["lm_head"]})
-    assert run_cli("train", recipe, "--output-dir", "saved") == 0
-    assert "so TRL's way is used" in capfd.readouterr().err
-    assert run_cli("train", write_recipe(), "--output-dir", "plain") == 0
-    assert "so TRL's way is used" not in capfd.readouterr().err
-    assert read_json(recipe.parent / "plain" / "train.json")["status"] == "finished"
+@pytest.mark.parametrize(
+    ("changed", "layer", "used"),
+    [
+        ({}, "trained tokens alone, each product once", ["figures", "head", "products"]),
+        ({"adapter": {"r": 4, "modules_to_save": ["lm_head"]}}, "it is trained", ["figures", "products"]),
+        ({"adapter": {"method": "full", "r": None}}, "it is trained", ["figures"]),
+        ({"trainer": {"max_steps": 2, "label_smoothing_factor": 0.1}}, "label smoothing", ["figures", "products"]),
+        ({"quantization": {"bits": 8}}, "trained tokens alone, each product once", ["figures", "head"]),
+        ({"adapter": {"r": 4, "lora_bias": True}}, "trained tokens alone, each product once", ["figures", "head"]),
+    ],
+    ids=["usual", "saved head", "full", "smoothing", "8 bit", "bias"],
+)
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # TRL's word on what smoothing costs
+def test_plan_and_run_say_the_levers_that_are_used(
+    write_recipe: Write, run_cli: Cli, tmp_path: Path, changed: dict[str, Any], layer: str, used: list[str]
+) -> None:
+    recipe = write_recipe(**{"quantization": None, "trainer": {"max_steps": 2}, **changed})
+    assert run_cli("train", recipe, "--output-dir", "run") == 0
+    assert read_json(tmp_path / "run" / "train.json")["levers"] == used
+    said = {one["key"]: one for one in read_json(tmp_path / "run" / "plan.json")["decisions"]}
+    assert layer in said["output layer"]["value"] + said["output layer"]["reason"]
+    if "LoRA" in said:
+        assert (said["LoRA"]["value"] == "added in one pass") == ("products" in used)
+
+
+def test_an_optimizer_without_its_package_is_refused_before_anything_is_loaded(
+    write_recipe: Write, run_cli: Cli, capfd: Any
+) -> None:
+    recipe = write_recipe(trainer={"optim": "galore_adamw", "optim_target_modules": ["q_proj"]})
+    assert run_cli("plan", recipe) == 4
+    assert "galore_adamw needs the package galore_torch" in capfd.readouterr().err
+
+
+def test_a_template_in_the_place_of_its_file_is_refused(write_recipe: Write, run_cli: Cli, capfd: Any) -> None:
+    recipe = write_recipe(model={"chat_template": "{% for m in messages %}{{ m.content }}{% endfor %}"})
+    assert run_cli("validate", recipe) == 2
+    assert "model.chat_template is a template; it takes the path of a file" in capfd.readouterr().err

@@ -59,7 +59,7 @@ def make_plan(
     _check_room(recipe, facts, machine, choices, sharding)
     batch = count_batch(recipe.trainer, machine.processes, shared=machine.shares_batch)
     batching, how = choose_batching(recipe, choices, batch, labels)
-    levers, switched = choose_levers(recipe, choices)
+    levers, switched = choose_levers(recipe, choices, facts)
     adapter = with_head(settled, facts, recipe.model.task)
     trainable = within_choice(count_trainable(adapter), choice)
     total = facts.parameters + trainable

@@ -102,6 +102,8 @@ def head_notices(recipe: Recipe) -> tuple[str, ...]:
     if recipe.model.task == CAUSAL or not recipe.evaluation.baseline:
         return ()
     honest = "the share of O" if recipe.model.task == TOKENS else "the share of the commonest class"
+    if recipe.model.problem == "regression":
+        honest = "the error of the mean"
     return (f"the base has a new, untrained head, so its figures are those of a guess; compare with {honest}",)
 
 

@@ -40,6 +40,10 @@ def resolve_paths(tree: Tree, recipe: Path, problems: Problems) -> frozenset[str
         value = holder.get(path[-1]) if holder is not None else None
         if holder is None or not isinstance(value, str) or not value:
             continue
+        if path == ("model", "chat_template") and ("{%" in value or "{{" in value):
+            text = "model.chat_template is a template; it takes the path of a file that holds one"
+            problems.add(tree.place(path), text)
+            continue
         if "://" in value:
             text = (
                 f"{dotted(path)} is an address; it takes a local path (dataset.name takes a Hub id, dataset.url the "

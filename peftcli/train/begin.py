@@ -29,6 +29,7 @@ HARMLESS = (
     "trainer.save_total_limit",
     "dataset.limits",
     "performance.sharding",
+    "performance.without",
 )
 """Keys that change nothing of what is trained."""
 SHARES = ("trainer.per_device_train_batch_size", "trainer.gradient_accumulation_steps")
@@ -102,6 +103,10 @@ def begin(run: RunDir, recipe: Recipe, *, overwrite: bool, resume: bool, allowed
         if resume:
             raise RecipeError(f"{run.path}: there is no run to resume; leave --resume out")
         return Beginning(False, None, ())
+    if not _has_trained(run):
+        # A start that failed before its first checkpoint holds nothing that another recipe could spoil.
+        run.log.unlink(missing_ok=True)
+        return Beginning(False, None, (f"{run.path}: no checkpoint to go on from, so training starts at step 0",))
     changed = [line for line in changes(run, recipe) if not is_allowed(line.split(":")[0], allowed)]
     status = run.status()
     held = [line for line in changes(run, recipe) if _is_held(line.split(":")[0])]
@@ -123,6 +128,12 @@ def begin(run: RunDir, recipe: Recipe, *, overwrite: bool, resume: bool, allowed
     if _is_trained(run):
         return Beginning(False, None, ("training is finished; the evaluation is made now",), True, _stamp(run.train))
     return _go_on(run)
+
+
+def _has_trained(run: RunDir) -> bool:
+    """Whether a run has anything to lose: a checkpoint, whole or damaged, a training that ended, or a stage."""
+    checkpoints = run.checkpoints.is_dir() and any(run.checkpoints.iterdir())
+    return checkpoints or run.train.is_file() or run.adapter.is_dir() or run.stages.is_dir()
 
 
 def _is_trained(run: RunDir) -> bool:

@@ -1,6 +1,5 @@
 """How the blocks run while a trainer trains: which are checkpointed, and what adapters do with their inputs."""
 
-from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -18,11 +17,12 @@ class Forward(TrainerCallback):  # type: ignore[misc]  # transformers' callbacks
     autocast would cast back before the product, and LoRA's sum is the same in one pass.
     """
 
-    def __init__(self, checkpointed_blocks: int | None, levers: Collection[str]) -> None:
+    def __init__(self, checkpointed_blocks: int | None, levers: set[str]) -> None:
         """
         Args:
             checkpointed_blocks: that run again in the backward pass; None leaves it to the trainer's argument.
-            levers: names of what is done otherwise than the libraries do it.
+            levers: names of what is done otherwise than the libraries do it; what turns out to be without use is
+                taken out.
         """
         self._blocks = checkpointed_blocks
         self._levers = levers
@@ -37,10 +37,12 @@ class Forward(TrainerCallback):  # type: ignore[misc]  # transformers' callbacks
     ) -> None:
         if self._blocks is not None:
             keep_checkpointed(model, self._blocks)
-        if "casts" in self._levers and (args.bf16 or args.fp16):
+        if not (args.bf16 or args.fp16):
+            self._levers.discard("casts")
+        if "casts" in self._levers:
             cast_inputs(model, False)
-        if "products" in self._levers:
-            join_products(model)
+        if "products" in self._levers and not join_products(model):
+            self._levers.discard("products")
 
     def on_train_end(
         self,

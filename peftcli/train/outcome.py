@@ -61,6 +61,7 @@ def write_train(run: RunDir, trainer: StepTrainer, watch: Watch, plan: Plan, res
                 "real_tokens": trainer.pieces.real,
                 "padded_tokens": trainer.pieces.padded,
             },
+            "levers": sorted(trainer.levers),
             "calibration": trainer.calibration,
             "stamp": trainer.stamp,
         },

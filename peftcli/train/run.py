@@ -45,8 +45,6 @@ UNMEASURED_RESERVE_SECONDS = 60.0
 """Set aside for the last evaluation where no baseline told how long one takes."""
 SAVE_EVERY_SECONDS = 600.0
 """Between checkpoints where `budget.save_every` says nothing."""
-
-
 FINISH_SECONDS = 5.0
 """Set aside for writing the adapter and the report."""
 
@@ -113,8 +111,10 @@ def train(
         progress.note("  note: this model does not keep the rows of a flat line apart, so padded batches are used")
     make = make_trainer if plan.task == CAUSAL else make_label_trainer
     trainer: StepTrainer = make(plan, run, data, tokenizer, model)
-    if plan.task == CAUSAL and "head" in plan.levers and not score_targets(model):
-        progress.note("  note: its output layer is trained, divided or no linear layer alone, so TRL's way is used")
+    trainer.levers |= plan.levers
+    if "head" in plan.levers and not score_targets(model):
+        trainer.levers.discard("head")
+        progress.note("  note: the output layer is divided or no linear layer alone, so it is left to TRL")
     trainer.stamp, trainer.checkpoint_bytes = session.stamp, session.checkpoint_bytes
     if not trainer.aux_loss_enabled:  # a router's balance is judged on the rows of a micro-batch
         trainer.cut_steps(lines=plan.batching.tokens if lines else None, most=plan.batching.most)
@@ -138,7 +138,7 @@ def train(
         device=plan.base.device,
         writes=is_first_process(),
     )
-    trainer.add_callback(Forward(plan.checkpointed_blocks, plan.levers))
+    trainer.add_callback(Forward(plan.checkpointed_blocks, trainer.levers))
     trainer.add_callback(Calibrate(trainer, plan, data.train.column("length"), progress))
     trainer.add_callback(watch)  # whose clock begins after the calibration
     if plan.adapter.method == "adalora":

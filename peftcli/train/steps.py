@@ -40,6 +40,7 @@ class StepTrainer(transformers.Trainer):  # type: ignore[misc]  # transformers' 
         start: what LoRA began with, None where the base need not be kept from it.
         second_matrix_ratio: learning rate of LoRA's second matrix over that of the first, None where they are one.
         fed: what `tokens` counts, for people.
+        levers: names of what is done otherwise than the libraries do it.
         calibration: what one micro-batch took before the first step, None where that was not measured.
     """
 
@@ -52,6 +53,7 @@ class StepTrainer(transformers.Trainer):  # type: ignore[misc]  # transformers' 
         self.seconds = 0.0
         self.stamp: dict[str, Any] = {}
         self.checkpoint_bytes = 0
+        self.levers: set[str] = set()
         self.calibration: dict[str, Any] | None = None
         self.ranks: Ranks | None = None
         self.start: Start | None = None
