@@ -16,8 +16,6 @@ CHECKPOINTING = "activation checkpointing"
 """Key of the decision."""
 EIGHT_BIT = "quantization"
 """Key of the decision over a base in 8 bits."""
-
-
 OPTIMIZER_PACKAGES = {
     "galore_": "galore_torch",
     "apollo_": "apollo_torch",

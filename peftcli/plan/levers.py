@@ -18,6 +18,8 @@ LEFT = "as the libraries make it"
 def choose_levers(recipe: Recipe, choices: Choices, facts: ModelFacts) -> tuple[frozenset[str], tuple[Decision, ...]]:
     """The levers that a plan uses, and what is said of those that have a meaning in it."""
     off: set[str] = set(recipe.performance.without)
+    if recipe.model.task != CAUSAL:
+        off.add("figures")  # of a head none is fetched
     if recipe.trainer.get("torch_compile"):
         return LEVERS - off - {"head", "products"}, ()  # the compiler sees to it
     decisions = []
