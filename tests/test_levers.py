@@ -332,6 +332,8 @@ def test_an_optimizer_without_its_package_is_refused_before_anything_is_loaded(
     recipe = write_recipe(trainer={"optim": "galore_adamw", "optim_target_modules": ["q_proj"]})
     assert run_cli("plan", recipe) == 4
     assert "galore_adamw needs the package galore_torch" in capfd.readouterr().err
+    assert run_cli("train", recipe) == 4
+    assert run_cli("plan", recipe, "--gpu", "t4") == 0  # where it may be installed
 
 
 def test_a_template_in_the_place_of_its_file_is_refused(write_recipe: Write, run_cli: Cli, capfd: Any) -> None:

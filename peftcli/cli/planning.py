@@ -11,7 +11,7 @@ from peftcli.cli.show import console
 from peftcli.cli.show_forecast import show_forecast
 from peftcli.cli.stages import loaded_stages
 from peftcli.plan.cards import Card, find_card, machine_with
-from peftcli.plan.choices import processes_that_share
+from peftcli.plan.choices import check_optimizers, processes_that_share
 
 if TYPE_CHECKING:
     from peftcli.cli.steps import Planned
@@ -21,6 +21,8 @@ def plan_command(name: str, overrides: Sequence[str], *, gpu: str | None, smoke:
     """Print the plan of a recipe and what it will need, on this machine or on a card by name."""
     card = None if gpu is None else find_card(gpu)
     loaded = load(name, overrides, smoke=smoke)
+    if card is None:
+        check_optimizers(loaded.recipe)
     stages = loaded_stages(loaded, smoke=smoke)
     with shown_run(None) as (shown, streams):
         from peftcli.cli.steps import forecast_run, plan_recipe

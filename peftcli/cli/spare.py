@@ -17,9 +17,10 @@ def import_peft(recipe: Recipe) -> None:
     """
     if "peft" in sys.modules:
         return
-    packs = recipe.quantization is not None
-    bits = packs or any(one.trainer.get("optim") not in OWN_OPTIMIZERS for one in stage_recipes(recipe))
-    unused = {"scipy"} if bits else {"scipy", "bitsandbytes"}
+    unused = {"scipy"}
+    own = all(one.trainer.get("optim") in OWN_OPTIMIZERS for one in stage_recipes(recipe))
+    if own and recipe.quantization is None:
+        unused.add("bitsandbytes")
     hidden = unused - sys.modules.keys()
     sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]  # None stands for what is not found
     try:

@@ -16,6 +16,7 @@ from peftcli.cli.show_forecast import forecast_line
 from peftcli.cli.spare import import_peft
 from peftcli.cli.stages import loaded_stages
 from peftcli.errors import Stopped
+from peftcli.plan.choices import check_optimizers
 from peftcli.plan.plan import Plan
 from peftcli.recipe.load import Loaded
 from peftcli.recipe.schema import Recipe
@@ -84,6 +85,7 @@ def _train_stages(
     Raises:
         Stopped: in a stage before the last.
     """
+    check_optimizers(loaded.recipe)
     import_peft(loaded.recipe)
     from peftcli.model.shards import leave_group
 

@@ -53,9 +53,10 @@ class _Scores(torch.autograd.Function):
             is_top[part] = token[:, 0] == targets[part]
             likely = logits.sub_(highest).exp()
             total = likely.sum(-1, keepdim=True)
-            log_probs[part] = (logits.gather(1, target) - total.log())[:, 0]
             likely.div_(total)
-            entropy[part] = total.log()[:, 0] - logits.mul_(likely).sum(-1)
+            logged = total.log()[:, 0]
+            log_probs[part] = logits.gather(1, target)[:, 0] - logged
+            entropy[part] = logged - logits.mul_(likely).sum(-1)
             if slope is not None:
                 likely.scatter_add_(1, target, likely.new_full((), -1.0).expand_as(target))
                 slope[part] = likely.neg_().to(weight.dtype) @ weight

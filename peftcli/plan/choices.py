@@ -57,7 +57,6 @@ def choose(recipe: Recipe, machine: Machine, facts: ModelFacts) -> Choices:
         MachineError: this machine cannot do what the recipe asks for.
         RecipeError: the model cannot.
     """
-    check_optimizers(recipe)
     device = choose_device(recipe, machine)
     on_gpu = device.value == "cuda"
     if on_gpu:

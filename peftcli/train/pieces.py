@@ -114,9 +114,11 @@ class Pieces:
         return torch.stack(losses).sum()
 
     def _cut(self, batches: Sequence[Inputs]) -> list[tuple[Inputs, Layout | None]]:
-        wanted = max(_padded_parts(batch["input_ids"], self._most) for batch in batches) if self._most else 1
-        if self._agree is not None:
-            wanted = max(self._agree(wanted))
+        wanted = 1
+        if self._most is not None:
+            wanted = max(_padded_parts(batch["input_ids"], self._most) for batch in batches)
+            if self._agree is not None:
+                wanted = max(self._agree(wanted))
         return [(piece, None) for batch in batches for piece in cut(batch, wanted * 2**self.shrunk)]
 
     def _flat(self, rows: Sequence[Inputs], lengths: Sequence[int]) -> list[tuple[Inputs, Layout | None]]:
