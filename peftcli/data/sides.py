@@ -23,6 +23,27 @@ def without_equal(dataset: DatasetSection, store: Store) -> tuple[Indices, int, 
     return np.flatnonzero(first == rows), len(equal), store.places(equal[:FIRST_PLACES])
 
 
+def rehearsed_split(dataset: DatasetSection, store: Store, rows: Indices) -> tuple[DatasetSection, str | None]:
+    """A split that leaves training rows among the few rows of a smoke run, and what it changes, for people.
+
+    Args:
+        rows: those that are used.
+    """
+    split, said = dataset.split, []
+    update: dict[str, Any] = {}
+    most = len(rows) // 4
+    if isinstance(split.test_size, int) and split.test_size > most:
+        update["test_size"] = most
+        said.append(f"{most} test rows, dataset.split.test_size is {split.test_size:,}")
+    if split.group is not None and len(np.unique(store.column("group")[rows])) < 2:
+        update["group"] = None
+        said.append(f"one value of dataset.split.group {split.group} among them, so it is left out")
+    if not update:
+        return dataset, None
+    note = f"smoke: of {len(rows)} rows {' and '.join(said)}"
+    return dataset.model_copy(update={"split": split.model_copy(update=update)}), note
+
+
 def split_sides(
     dataset: DatasetSection, store: Store, test_store: Store | None, rows: Indices, seed: int
 ) -> tuple[Side, Side, dict[str, Any]]:

@@ -1,9 +1,11 @@
 """The models named `tiny:...`, and random stand-ins for real models: built here, without a network."""
 
 import difflib
+import shutil
 from pathlib import Path
 from typing import Any
 
+import transformers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -17,10 +19,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 
 from peftcli.cache import built_once, cache_root
 from peftcli.errors import MachineError, RecipeError
-from peftcli.tiny.cache import content_hash, shape_of, write_model
+from peftcli.tiny.cache import content_hash, shape_of, write_model, write_weights
 from peftcli.tiny.cards import pretrained_card, random_card, stand_in_card
 from peftcli.tiny.images import NAMES as IMAGE_NAMES
 from peftcli.tiny.images import tiny_image_model
+from peftcli.tiny.own_files import files_digest, taken_over
 from peftcli.tiny.pretrain import Progress, Schedule, isolated, pretrain
 from peftcli.tiny.shrink import shrink
 from peftcli.tiny.tokenizer import make_causal_tokenizer, make_encoder_tokenizer
@@ -88,23 +91,64 @@ def build_llama(root: Path, schedule: Schedule, progress: Progress | None = None
     return built_once(root, f"tiny-llama-{digest}", build)
 
 
-def stand_in(config: PreTrainedConfig, cache: Path | None = None) -> Path:
+def stand_in(
+    config: PreTrainedConfig,
+    cache: Path | None = None,
+    *,
+    tokenizer_folder: Path | None = None,
+    end: str | None = None,
+    longest: int = 0,
+) -> Path:
     """The folder of a random tiny model with the architecture and the module names of a real one.
 
-    Its tokenizer is that of tiny:llama (for an encoder, that of tiny:bert); nothing is pretrained.
+    Nothing is pretrained. With the real tokenizer it keeps the real vocabulary, special tokens and longest row;
+    without it, its tokenizer is that of tiny:llama (for an encoder, that of tiny:bert).
 
     Args:
         config: of the real model; its weights are not needed.
         cache: as for `tiny_model`.
+        tokenizer_folder: holds the real tokenizer, whose files are copied; None where it is not here.
+        end: end token to add to a tokenizer that is not the real one.
+        longest: tokens of a row that a model without the real tokenizer must be able to read.
 
     Raises:
         MachineError: transformers has no model class for this config, or the cache cannot be written.
     """
     tokenizer, auto = _tokenizer_and_class(config, POSITIONS)
-    small = shrink(config, tokenizer)
-    tokenizer.model_max_length = min(POSITIONS, getattr(small, "max_position_embeddings", None) or POSITIONS)
     card = stand_in_card(config.model_type)
-    return _random_folder(f"stand-in-{small.model_type}", small, auto, tokenizer, card, cache_root(cache))
+    name = f"stand-in-{config.get_text_config().model_type}"
+    if tokenizer_folder is not None:
+        return _with_own_tokenizer(name, config, auto, tokenizer_folder, card, cache_root(cache))
+    if end is not None and end not in tokenizer.get_vocab():
+        tokenizer.add_special_tokens({"eos_token": end})
+    small = shrink(config, tokenizer)
+    if 0 < (getattr(small, "max_position_embeddings", None) or 0) <= longest:
+        small.max_position_embeddings = longest + 2  # some families count positions from 1 or 2 on
+    tokenizer.model_max_length = min(POSITIONS, getattr(small, "max_position_embeddings", None) or POSITIONS)
+    return _random_folder(name, small, auto, tokenizer, card, cache_root(cache))
+
+
+def _with_own_tokenizer(
+    name: str, config: PreTrainedConfig, auto: Any, tokenizer_folder: Path, card: str, root: Path
+) -> Path:
+    """A stand-in with the files of the real tokenizer, and with the class that the real weights were saved from."""
+    small = shrink(config, None)
+    of_text = config.get_text_config() is config
+    class_name = next((one for one in config.architectures or [] if of_text), "")
+    own: Any = getattr(transformers, class_name, None)
+    is_model = isinstance(own, type) and issubclass(own, PreTrainedModel) and own.config_class is type(config)
+
+    def build(folder: Path) -> None:
+        with isolated(seed=0):
+            model: PreTrainedModel = own(small) if is_model else auto.from_config(small)
+        write_weights(folder, model.eval(), card)
+        for file in taken_over(tokenizer_folder):
+            copy = folder / file.relative_to(tokenizer_folder)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, copy)
+
+    parts = (shape_of(small), auto.__name__, class_name, files_digest(tokenizer_folder))
+    return built_once(root, f"{name}-{content_hash(VERSION, *parts)}", build)
 
 
 def _build_random(family: str, root: Path) -> Path:
@@ -128,7 +172,8 @@ def _random_folder(
             model: PreTrainedModel = auto.from_config(config)
         write_model(folder, model.eval(), tokenizer, card)
 
-    digest = content_hash(VERSION, shape_of(config), auto.__name__, tokenizer.chat_template)
+    added = sorted(token for token, id_ in tokenizer.get_vocab().items() if id_ >= VOCABULARY_TOKENS)
+    digest = content_hash(VERSION, shape_of(config), auto.__name__, tokenizer.chat_template, *added)
     return built_once(root, f"{name}-{digest}", build)
 
 
