@@ -63,6 +63,7 @@ def eval_command(name: str, recipe: str | None, overrides: Sequence[str], *, wit
 
         target = open_target(name) if recipe is None else None
         loaded = _recipe_for(recipe, target.run if target is not None else None, overrides)
+        _refuse_untested(loaded, load_recipe(loaded.path).recipe)
         smoke = bool(target is not None and target.identity.get("smoke"))
         planned = plan_recipe(loaded, shown, smoke=smoke)
         plan = planned.plan
@@ -190,6 +191,24 @@ def _recipe_for(name: str | None, run: RunDir | None, overrides: Sequence[str]) 
     raise RecipeError("this target stands alone; name the recipe whose test rows count with --recipe")
 
 
+def _refuse_untested(loaded: Loaded, written: Recipe) -> None:
+    """Refuse to evaluate without test rows, and on rows that were trained on.
+
+    Args:
+        loaded: the recipe with what `--set` changes in it.
+        written: the same without; what it trains on cannot be held out afterwards.
+
+    Raises:
+        RecipeError: there are no test rows, or they are split off rows that were all trained on.
+    """
+    trained_on_all = not written.dataset.holds_out and loaded.recipe.dataset.test is None
+    if trained_on_all or not loaded.recipe.dataset.holds_out:
+        raise RecipeError(
+            f"{loaded.path}: dataset.split.test_size is 0, so all rows were trained on and there are none to evaluate "
+            "on; name a recipe with other rows with --recipe"
+        )
+
+
 def finish(run: RunDir, recipe: Recipe) -> dict[str, Any]:
     metrics = write_metrics(run, recipe.gates)
     write_report(run)
@@ -205,6 +224,8 @@ def show_result(run: RunDir, metrics: dict[str, Any], streams: Streams, *, as_js
         out.print("smoke run: a tiny random stand-in; the numbers say nothing about the real model")
     if metrics["base"] or metrics["adapter"]:
         out.print(metric_table({name: metrics[name] for name in ("base", "adapter", "merged")}))
+    elif metrics["data"]["test_rows"] == 0:
+        out.print("no rows were held out (dataset.split.test_size: 0), so no figures tell how good the adapter is")
     if metrics["retention"]:
         out.print(retention_line(metrics["retention"]))
     if run.eval.is_file():
@@ -223,8 +244,11 @@ def _show_merge(run: RunDir, found: dict[str, Any], metrics: dict[str, Any], fol
         f"{found['positions']:,} positions, largest logit difference {found['max_abs_logit_difference']:.2g}"
         + ("" if found["kl_nats"] is None else f", KL {found['kl_nats']:.2g} nats")
     )
-    out.print(metric_table({name: metrics[name] for name in ("base", "adapter", "merged")}))
-    if run.eval.is_file():
+    if found["rows_from"] == "training":
+        out.print("no rows were held out, so it was compared on training rows and not scored")
+    else:
+        out.print(metric_table({name: metrics[name] for name in ("base", "adapter", "merged")}))
+    if run.eval.is_file() and found["samples"]:
         merged = {sample["prompt"]: sample["merged"] for sample in found["samples"]}
         out.print()
         samples = read_json(run.eval)["samples"]

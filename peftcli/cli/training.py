@@ -206,7 +206,7 @@ def _train(
 
 def _borrowed(recipe: Recipe, plan: Plan, stamp: Mapping[str, Any], shown: Shown, lender: Path | None) -> Path | None:
     """The file of another run with the figures of this run's base, where they may be taken over."""
-    if lender is None:
+    if lender is None or (not recipe.dataset.holds_out and recipe.evaluation.retention is None):
         return None
     reason = why_not(RunDir(lender), recipe, plan, stamp)
     taken = "the figures of the base are those of" if reason is None else "the base is measured anew, not as in"

@@ -42,7 +42,7 @@ class PreparedData:
 
     Attributes:
         train: the training rows; a row with a weight above 1 stands there several times.
-        test_side: the test rows.
+        test_side: the test rows; none where the recipe trains on all rows.
         format: `prompt_completion`, `messages`, `text`, `classification`, `tagging` or `images`.
         stop_ids: token ids on which an answer ends; none where rows have labels.
         prompt: template that new prompts are written in; None for chats and for plain text.
@@ -65,10 +65,28 @@ class PreparedData:
     labels: tuple[str, ...] = ()
     problem: str | None = None
 
+    @property
+    def holds_out(self) -> bool:
+        """Whether there are test rows."""
+        return len(self.test_side.rows) > 0
+
     @cached_property
     def test(self) -> pa.Table:
-        """The test rows: `input_ids`, `labels`, `prompt_ids`, `prompt`, `reference`; some also `words` or `image`."""
+        """The test rows: `input_ids`, `labels`, `prompt_ids`, `prompt`, `reference`; some also `words` or `image`.
+
+        Only where `holds_out`.
+        """
         return held_out_table(self.test_side, self.format, self.tokenizer)
+
+    def comparable(self, rows: int) -> pa.Table:
+        """The first rows on which two models are compared, as in `test`: test rows, or training rows where none are.
+
+        Args:
+            rows: at most.
+        """
+        if self.holds_out:
+            return self.test.slice(0, rows)
+        return held_out_table(replace(self.train, rows=self.train.rows[:rows]), self.format, self.tokenizer)
 
     def sample_chats(self, count: int = 8) -> list[Chat]:
         """The first chats of the training rows; none where the rows are no chats."""

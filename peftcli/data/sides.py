@@ -47,7 +47,7 @@ def rehearsed_split(dataset: DatasetSection, store: Store, rows: Indices) -> tup
 def split_sides(
     dataset: DatasetSection, store: Store, test_store: Store | None, rows: Indices, seed: int
 ) -> tuple[Side, Side, dict[str, Any]]:
-    """Both sides, and how they were drawn."""
+    """Both sides, and how they were drawn; the test side is empty where the recipe holds no rows out."""
     drawn = dataset.split.seed if dataset.split.seed is not None else seed
     split: dict[str, Any] = {}
     if test_store is not None:
@@ -62,12 +62,14 @@ def split_sides(
         train = train[np.sort(order)]
         split["max_train_samples"] = dataset.max_train_samples
     for side, count in (("training", len(train)), ("test", len(test))):
-        if count == 0:
+        if count == 0 and (side == "training" or dataset.holds_out):
             raise DataError(f"the {side} side is empty ({len(rows)} usable rows); change dataset.split")
     return Side(store, train), Side(test_store or store, test), split
 
 
 def _draw(dataset: DatasetSection, store: Store, rows: Indices, seed: int) -> tuple[Indices, Indices]:
+    if not dataset.holds_out:
+        return np.arange(len(rows)), np.arange(0)
     if dataset.split.stratify is not None:
         return split_by_class(store.column("class")[rows], dataset.split.test_size, seed)
     if dataset.split.group is not None or dataset.too_long == "split":

@@ -293,6 +293,8 @@ def _trainer_arguments(recipe: Recipe, labels: LabelRule, choices: Choices) -> d
 
 def _notices(recipe: Recipe, machine: Machine, on_gpu: bool) -> tuple[str, ...]:
     notices = []
+    if not recipe.dataset.holds_out:
+        notices.append("dataset.split.test_size is 0: all rows are trained on, so nothing is measured on held-out rows")
     if on_gpu and machine.count > 1 and machine.processes == 1:
         notices.append(
             f"{machine.count} GPUs are here and one is used; without --num-processes all of them share the rows of a "

@@ -133,22 +133,29 @@ def _with_own_tokenizer(
 ) -> Path:
     """A stand-in with the files of the real tokenizer, and with the class that the real weights were saved from."""
     small = shrink(config, None)
-    of_text = config.get_text_config() is config
-    class_name = next((one for one in config.architectures or [] if of_text), "")
-    own: Any = getattr(transformers, class_name, None)
-    is_model = isinstance(own, type) and issubclass(own, PreTrainedModel) and own.config_class is type(config)
+    own = _own_class(config)
 
     def build(folder: Path) -> None:
         with isolated(seed=0):
-            model: PreTrainedModel = own(small) if is_model else auto.from_config(small)
+            model: PreTrainedModel = own(small) if own is not None else auto.from_config(small)
         write_weights(folder, model.eval(), card)
         for file in taken_over(tokenizer_folder):
             copy = folder / file.relative_to(tokenizer_folder)
             copy.parent.mkdir(exist_ok=True)
             shutil.copyfile(file, copy)
 
-    parts = (shape_of(small), auto.__name__, class_name, files_digest(tokenizer_folder))
+    parts = (shape_of(small), (own or auto).__name__, files_digest(tokenizer_folder))
     return built_once(root, f"{name}-{content_hash(VERSION, *parts)}", build)
+
+
+def _own_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
+    """The class that a model's weights were saved from; None for one of another library, or of more than text."""
+    name = next(iter(config.architectures or []), "")
+    found = getattr(transformers, name, None)
+    if not isinstance(found, type) or not issubclass(found, PreTrainedModel):
+        return None
+    of_text = config.get_text_config() is config
+    return found if of_text and getattr(found, "config_class", None) is type(config) else None
 
 
 def _build_random(family: str, root: Path) -> Path:
