@@ -116,7 +116,7 @@ def prepare_for(planned: Planned, target: Target, progress: Progress) -> tuple[T
         raise RecipeError(f"{target.base.task} is what the target was trained for; the recipe's task is {plan.task}")
     if knows and plan.task != CAUSAL:
         plan = keep_labels(plan, target.base)
-    _, data = prepare_data(plan, progress, target.adapter)
+    _, data = prepare_data(plan, progress, target.tokenizer_folder)
     if knows or plan.task == CAUSAL:
         return target, data
     return replace(target, base=settle(planned, data).plan.base), data

@@ -69,6 +69,7 @@ class MergeSettings:
         gates: those of the recipe.
         batch_rows: rows measured at once.
         seed: for sampled answers.
+        rows_from: what the rows of the comparison are called, where they are neither test rows nor training rows.
     """
 
     into: str
@@ -77,6 +78,7 @@ class MergeSettings:
     evaluation: EvaluationSection
     batch_rows: int
     seed: int
+    rows_from: str | None = None
 
 
 def merge(
@@ -257,7 +259,7 @@ def _merge_json(
         "schema": 1,
         "into": kept.into,
         "dtype": settings.dtype or target.base.dtype,
-        "rows_from": comparison.rows_from,
+        "rows_from": settings.rows_from or comparison.rows_from,
         **drift,
         "limit": {gate.name.removeprefix("merge_"): gate.text for gate in limits},
         "limits_met": met,
