@@ -127,7 +127,7 @@ def merge_command(
     run = RunDir(path)
     if not run.recipe.is_file():
         raise RecipeError(
-            f"{path}: neither a run folder (recipe.yaml) nor an adapter of another tool (adapter_config.json); "
+            f"{path}: no run folder (recipe.yaml is missing), and no adapter of another tool (adapter_config.json); "
             "`peftcli train` makes a run"
         )
     if recipe is not None:
