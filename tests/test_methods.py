@@ -76,6 +76,7 @@ def wrapped(base: Base, adapter: AdapterSection) -> PeftModel:
     return get_peft_model(load_base(base), peft_config(adapter, "causal-lm"))
 
 
+@pytest.mark.numeric
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize(
     ("name", "bits"),
@@ -144,6 +145,7 @@ def test_a_quantized_method_is_settled_on_the_same_modules_as_a_float_one(tiny_l
 TASKS = {"sequence-classification": torch.tensor([0, 1, 1]), "token-classification": ROWS % 3}
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("task", list(TASKS))
 @pytest.mark.parametrize("name", list(METHODS))
 def test_a_method_trains_an_encoder_with_a_head_or_is_refused(tmp_path: Path, name: str, task: str) -> None:

@@ -30,7 +30,7 @@ def locate(model: ModelSection, progress: Progress, *, smoke: bool) -> tuple[str
         RecipeError: no tiny model has that name.
     """
     if model.name.startswith(TINY):
-        path = str(tiny_path(model.name, progress))
+        path = str(tiny_model(model.name))
         return path, load_config(path, None), ""
     if not smoke:
         return model.name, load_config(model.name, model.revision, trust_remote_code=model.trust_remote_code), ""
@@ -41,21 +41,3 @@ def locate(model: ModelSection, progress: Progress, *, smoke: bool) -> tuple[str
     path = str(image_stand_in(config) if model.task == IMAGES else stand_in(config))
     note = f"smoke: {model.name} is replaced by a tiny random {config.model_type} model made from {origin}"
     return path, load_config(path, None), note
-
-
-def tiny_path(name: str, progress: Progress) -> str:
-    """The folder of a tiny model, made on first use."""
-    begun = False
-
-    def show(done: int, total: int) -> None:
-        nonlocal begun
-        if not begun:
-            progress.note(f"making {name} (once; it is kept for later runs)")
-            progress.start(f"pretraining {name}", total)
-            begun = True
-        progress.advance(done)
-
-    path = tiny_model(name, progress=show)
-    if begun:
-        progress.end()
-    return str(path)
