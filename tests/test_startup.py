@@ -7,7 +7,18 @@ from pathlib import Path
 
 import pytest
 
-HEAVY = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "bitsandbytes", "pyarrow", "numpy")
+HEAVY = (
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "datasets",
+    "accelerate",
+    "bitsandbytes",
+    "pyarrow",
+    "numpy",
+    "rapidfuzz",
+)
 RECIPE = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
 PROBE = """
 import sys

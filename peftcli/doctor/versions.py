@@ -30,6 +30,7 @@ TESTED = {
     "rich": "15.0.0",
     "psutil": "7.2.2",
     "filelock": "4.2.11",
+    "rapidfuzz": "3.14.6",
     "matplotlib": "3.11.2",
     "jinja2": "3.1.6",
     "sacrebleu": "2.6.0",

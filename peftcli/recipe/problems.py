@@ -1,6 +1,5 @@
 """Problems of a recipe: collected with their places, told together, in plain words."""
 
-import difflib
 import json
 import re
 from collections.abc import Iterable, Sequence
@@ -122,20 +121,6 @@ def choice_text(choices: Sequence[str]) -> str:
     if len(choices) < 2:
         return "".join(choices)
     return f"{', '.join(choices[:-1])} or {choices[-1]}"
-
-
-def nearest(word: str, names: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """The name that looks most like the word, or None when none comes near.
-
-    >>> nearest("learnin_rate", ["learning_rate", "max_steps"])
-    'learning_rate'
-    """
-    plain = word.lower().replace("-", "_")
-    known = list(names)
-    if plain in known:
-        return plain
-    found = difflib.get_close_matches(plain[:80], known, n=1, cutoff=cutoff)
-    return found[0] if found else None
 
 
 def is_secret(text: str) -> bool:

@@ -2,11 +2,12 @@
 
 from typing import Any
 
+from peftcli.nearest import nearest
 from peftcli.recipe.argument_values import kind_fault, nested_fault
 from peftcli.recipe.foreign import FOREIGN_NAMES
 from peftcli.recipe.installed import Argument, installed_arguments
 from peftcli.recipe.messages import type_hint
-from peftcli.recipe.problems import KeyPath, Problems, Where, dotted, nearest, show
+from peftcli.recipe.problems import KeyPath, Problems, Where, dotted, show
 from peftcli.recipe.trainer_names import BOUNDS, DROP, OWNED, REMOVED, RENAMED, RENAMED_VALUES, WHOLE_FROM_ONE
 from peftcli.recipe.yaml_text import Tree
 
