@@ -331,7 +331,7 @@ def test_overrides_lay_over_the_file_and_make_sections(tmp_path: Path) -> None:
         ("adapter.r=[1", "--set adapter.r: the list opened with [ is never closed with ]"),
         (
             "adapter.r=*x",
-            "--set adapter.r: *x repeats another value; a recipe has no aliases: write it out",
+            "--set adapter.r: *x names no anchor above it; write &x before the value that it stands for",
         ),
         (
             "trainer.output_dir=x",

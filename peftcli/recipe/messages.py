@@ -44,10 +44,10 @@ _BOUNDS = {
 
 
 def add_schema_problems(error: ValidationError, tree: Tree, problems: Problems) -> None:
-    """Add each finding of pydantic, at its line; nothing more about values that were refused already."""
+    """Add each finding of pydantic, at its line; nothing more about values that were refused, in whole or in part."""
     for item in error.errors(include_url=False):
         path: KeyPath = tuple(item["loc"])
-        if any(path[:end] in tree.spoiled for end in range(1, len(path) + 1)):
+        if any(path[: len(spoiled)] == spoiled or spoiled[: len(path)] == path for spoiled in tree.spoiled):
             continue
         if item["type"] == "missing":
             if path[:-1] or isinstance(tree.values, dict):
