@@ -56,7 +56,7 @@ def test_a_value_moves_to_the_key_that_has_its_meaning(tmp_path: Path, name: str
     assert attrgetter(home)(loaded.recipe) == kept
     assert dict(loaded.recipe.trainer) == {"max_steps": 5}
     (notice,) = loaded.notices
-    assert notice.startswith(f"{loaded.path}:5: trainer.{name} is {home} in a recipe; ")
+    assert notice.startswith(f"{loaded.path}:5: trainer.{name} is taken as {home}: ")
     stored = tmp_path / "stored.yaml"
     stored.write_text(dump_recipe(loaded.recipe, stored), encoding="utf-8")
     again = load_recipe(stored)

@@ -115,7 +115,7 @@ class _Section:
         key, there = dotted(home), self.tree.get(*home)
         if home not in self.tree.places:
             self.tree.put(home, value, where)
-            self.problems.note(where, f"trainer.{name} is {key} in a recipe; {show(value)} is used")
+            self.problems.note(where, f"trainer.{name} is taken as {key}: {show(value)}")
         elif there == value:
             self.problems.note(where, f"trainer.{name} repeats {key} ({self._at(home)}) and is dropped")
         else:
