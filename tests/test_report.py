@@ -1,6 +1,7 @@
 """The report room: a pure function of the JSON files of a run, safe to open and safe to pass on."""
 
 import doctest
+import functools
 import importlib
 import json
 import math
@@ -18,8 +19,14 @@ import pytest
 from markdown_it import MarkdownIt
 
 from peftcli.errors import DataError, RecipeError
+from peftcli.plan.decide import make_plan
+from peftcli.plan.facts import Machine, ModelFacts
+from peftcli.plan.plan import Plan
+from peftcli.recipe.load import load_recipe
+from peftcli.recipe.values import parse_gate
 from peftcli.report.write import write_report
 from peftcli.rundir import RunDir, write_json, write_text
+from peftcli.summary import write_metrics
 
 HOSTILE = (
     "<script>alert(1)</script></style></title>]]> <img src=http://evil.example/x.png> \x1b[31mred\x00 "
@@ -28,13 +35,37 @@ HOSTILE = (
 )
 
 
+T4 = Machine("cuda", "Tesla T4", (7, 5), native_bf16=False, arch_list=("sm_75",), memory_bytes=15_828_320_256)
+LINEAR = tuple(f"model.layers.{layer}.self_attn.{leaf}" for layer in range(32) for leaf in ("q_proj", "v_proj"))
+LLAMA = ModelFacts("m", "LlamaForCausalLM", 6_738_415_616, (*LINEAR, "lm_head"), LINEAR, "lm_head", 4096)
+PRODUCTS = Path(__file__).parents[1] / "recipes" / "products-llama2-7b.yaml"
+GATES = [
+    parse_gate("exact_match", ">= 0.75"),
+    parse_gate("loss", "<= 0.6"),
+    parse_gate("retention_change", "<= 0.1"),  # was not measured
+]
+
+
 def sample_run(folder: Path, *, smoke: bool = False) -> RunDir:
     """Write a run as `train` and `merge` leave it, with the figures of a 7B QLoRA run on one T4."""
     run = RunDir(folder)
+    write_json(run.plan, make_products_plan(smoke).as_json() | {"forecast": None})
     for path, make in STAGES.items():
-        write_json(folder / path, {"schema": 1, **make(smoke)})
+        write_json(folder / path, {"schema": 1, **make()})
+    run.adapter.mkdir(parents=True, exist_ok=True)
+    with (run.adapter / "adapter_model.safetensors").open("wb") as file:
+        file.truncate(134_235_048)
+    write_metrics(run, GATES)
     write_text(run.log, "".join(json.dumps(row) + "\n" for row in log_rows()))
     return run
+
+
+@functools.cache
+def make_products_plan(smoke: bool) -> Plan:
+    """The plan of a shipped recipe on a T4."""
+    recipe = load_recipe(PRODUCTS, ["name=products", "trainer.max_steps=600"]).recipe
+    notice = "The completion starts with a space; it is tokenized as part of the completion."
+    return make_plan(recipe, T4, LLAMA, lambda adapter: 33_554_432, smoke=smoke, notices=(notice,))
 
 
 def log_rows(steps: int = 600, every: int = 5) -> list[dict[str, Any]]:
@@ -59,45 +90,7 @@ def log_rows(steps: int = 600, every: int = 5) -> list[dict[str, Any]]:
     return rows
 
 
-def _plan(smoke: bool) -> dict[str, Any]:
-    decisions = [
-        ("model.dtype", "float16", "Tesla T4 (sm_75) has no native bfloat16"),
-        ("model.attention", "sdpa", "flash-attention 2 needs sm_80"),
-        ("quantization.compute_dtype", "float16", "follows model.dtype"),
-        ("adapter.method", "lora", "the recipe says so"),
-        ("adapter.dtype", "float32", "trainable weights in half precision lose small updates"),
-        (
-            "trainer.gradient_checkpointing",
-            "true",
-            "without it the predicted peak of 17.2 GiB does not fit 14.7 GiB",
-        ),
-        ("trainer.optim", "paged_adamw_8bit", "the recipe says so"),
-    ]
-    return {
-        "name": "products",
-        "task": "causal-lm",
-        "smoke": smoke,
-        "model": {
-            "name": "TinyPixel/Llama-2-7B-bf16-sharded",
-            "revision": None,
-            "architecture": "LlamaForCausalLM",
-            "parameters": 6738415616,
-        },
-        "decisions": [dict(zip(("key", "value", "reason"), row, strict=True)) for row in decisions],
-        "notices": ["The completion starts with a space; it is tokenized as part of the completion."],
-        "targets": [{"name": "q_proj", "modules": 32}, {"name": "v_proj", "modules": 32}],
-        "parameters": {"trainable": 33554432, "total": 6771970048},
-        "batch": {"per_device": 4, "accumulation": 4, "processes": 1, "effective": 16},
-        "trainer": {
-            "learning_rate": 2e-4,
-            "max_steps": 600,
-            "warmup_steps": 0.03,
-            "lr_scheduler_type": "cosine",
-        },
-    }
-
-
-def _environment(smoke: bool) -> dict[str, Any]:
+def _environment() -> dict[str, Any]:
     names = {"torch": "2.13.0+cu130", "transformers": "5.23.0", "trl": "1.16.0", "peft": "0.21.2"}
     return {
         "python": "3.12.11",
@@ -116,7 +109,7 @@ def _environment(smoke: bool) -> dict[str, Any]:
     }
 
 
-def _data(smoke: bool) -> dict[str, Any]:
+def _data() -> dict[str, Any]:
     return {
         "format": "prompt_completion",
         "sources": [{"path": "/home/ada/work/data/products.csv", "rows": 49688}],
@@ -207,7 +200,7 @@ def whole_data() -> dict[str, Any]:
     }
 
 
-def _train(smoke: bool) -> dict[str, Any]:
+def _train() -> dict[str, Any]:
     return {
         "status": "finished",
         "steps": 600,
@@ -234,7 +227,7 @@ def _metrics_of(figures: tuple[float, ...]) -> dict[str, float]:
     return dict(zip(KEYS, figures, strict=True))
 
 
-def _eval(smoke: bool) -> dict[str, Any]:
+def _eval() -> dict[str, Any]:
     rows = [
         (
             "Fresh Scent Dish Soap ->:",
@@ -261,7 +254,7 @@ def _eval(smoke: bool) -> dict[str, Any]:
 DRIFT = {"max_abs_logit_difference": 0.0312, "mean_abs_logit_difference": 0.0019, "kl_nats": 2.41e-7}
 
 
-def _merge(smoke: bool) -> dict[str, Any]:
+def _merge() -> dict[str, Any]:
     compared = {"rows": 160, "positions": 2431, **DRIFT, "top1_agreement": 1.0}
     return {
         "into": "dequantized",
@@ -276,42 +269,18 @@ def _merge(smoke: bool) -> dict[str, Any]:
         ],
         "bytes": 13_476_839_424,
         "seconds": 171.2,
-        "samples": [{"prompt": row["prompt"], "merged": row["adapter"]} for row in _eval(smoke)["samples"]],
+        "samples": [{"prompt": row["prompt"], "merged": row["adapter"]} for row in _eval()["samples"]],
     }
 
 
-def _metrics(smoke: bool) -> dict[str, Any]:
-    train, data = _train(smoke), _data(smoke)
-    counts = ("train_rows", "test_rows", "dropped_rows", "truncated_rows", "leaked_rows")
-    return {
-        "status": "finished",
-        "task": "causal-lm",
-        "smoke": smoke,
-        "base": _metrics_of(BASE),
-        "adapter": _metrics_of(ADAPTER),
-        "merged": _metrics_of(MERGED),
-        "train": {key: value for key, value in train.items() if key not in ("status", "first_loss", "last_loss")},
-        "data": {key: data[key] for key in counts},
-        "parameters": {"trainable": 33554432, "total": 6771970048},
-        "bytes": {"adapter": 134_235_048, "base": 13_476_839_424},
-        "merge": {"into": "dequantized", **DRIFT, "top1_agreement": 1.0},
-        "gates": [
-            {"name": "exact_match", "limit": ">= 0.75", "value": 0.7812, "met": True},
-            {"name": "loss", "limit": "<= 0.6", "value": 0.6274, "met": False},
-            {"name": "merge_top1_agreement", "limit": ">= 0.99", "value": None, "met": None},
-        ],
-    }
-
-
-STAGES: dict[str, Callable[[bool], dict[str, Any]]] = {
-    "plan.json": _plan,
+STAGES: dict[str, Callable[[], dict[str, Any]]] = {
     "environment.json": _environment,
     "data.json": _data,
     "train.json": _train,
     "eval.json": _eval,
     "merge.json": _merge,
-    "metrics.json": _metrics,
 }
+FILES = ("plan.json", *STAGES, "metrics.json")
 
 
 class Tags(HTMLParser):
@@ -360,7 +329,7 @@ def hostile_run(folder: Path) -> RunDir:
     """A run in which every string is an attack, the status and the tasks of the code included."""
     run = sample_run(folder)
     update(run.data, **whole_data())
-    for name in STAGES:
+    for name in FILES:
         raw = json.loads((folder / name).read_text(encoding="utf-8"))
 
         def spoil(value: Any) -> Any:
@@ -436,7 +405,7 @@ def test_same_json_gives_the_same_bytes(tmp_path: Path) -> None:
     assert written(run) == first
 
 
-@pytest.mark.parametrize("name", [*(name for name in STAGES if name not in ("plan.json", "metrics.json")), "log.jsonl"])
+@pytest.mark.parametrize("name", [*STAGES, "log.jsonl"])
 def test_absent_stage_has_no_section(tmp_path: Path, name: str) -> None:
     run = sample_run(tmp_path)
     (tmp_path / name).unlink()
@@ -469,7 +438,7 @@ def test_run_with_plan_and_metrics_alone_is_reported(tmp_path: Path) -> None:
 def test_null_figures_are_dashes_and_never_zero(tmp_path: Path) -> None:
     run = sample_run(tmp_path)
     run.log.unlink()
-    for name in STAGES:
+    for name in FILES:
         change(tmp_path / name, lambda value: value if isinstance(value, str | bool) else None)
     report, _ = written(run)
     cells = [
@@ -630,6 +599,46 @@ def test_small_difference_is_called_unsettled(tmp_path: Path) -> None:
     assert "the two 95 % intervals overlap: 160 rows do not settle it." in written(run)[0]
 
 
+def test_the_head_names_model_task_method_and_dtype(tmp_path: Path) -> None:
+    for text in written(sample_run(tmp_path)):
+        assert "TinyPixel/Llama-2-7B-bf16-sharded · causal-lm · lora · float16" in text
+
+
+def test_the_stages_of_a_run_name_the_method_of_each(tmp_path: Path) -> None:
+    run = sample_run(tmp_path)
+    for number, method in ((1, "lora"), (2, "ia3")):
+        stage = run.stage(number, method)
+        recipe = load_recipe(PRODUCTS, [f"adapter={{method: {method}}}"]).recipe
+        write_json(stage.plan, make_plan(recipe, T4, LLAMA, lambda adapter: 1000).as_json())
+        write_json(stage.train, {"schema": 1, **_train()})
+        write_metrics(stage, [])
+    report, _ = written(run)
+    rows = [line.split("|")[1:3] for line in report.splitlines() if line.startswith(("| 1-", "| 2-", "| 3 "))]
+    assert [[cell.strip() for cell in row] for row in rows] == [
+        ["1-lora", "lora"],
+        ["2-ia3", "ia3"],
+        ["3 (this run)", "lora"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("command", "resume"),
+    [
+        ("peftcli train r.yaml --overwrite --output-dir 'a b'", "peftcli train r.yaml --output-dir 'a b' --resume"),
+        ("peftcli train /home/ada/r.yaml --resume", "peftcli train ~/r.yaml --resume"),
+        ("peftcli train 'r.yaml", "peftcli train RECIPE --resume"),
+        (None, "peftcli train RECIPE --resume"),
+    ],
+)
+def test_a_stopped_run_says_the_command_that_continues_it(tmp_path: Path, command: str | None, resume: str) -> None:
+    run = sample_run(tmp_path)
+    update(run.environment, command=command)
+    update(run.train, status="stopped")
+    write_metrics(run, GATES)
+    _, page = written(run)
+    assert f"Training stopped early after 600 steps; `{resume}` continues it." in Tags(page).text
+
+
 @pytest.mark.parametrize(
     ("status", "sentence"), [("stopped", "stopped early after 600"), ("diverged", "diverged after")]
 )
@@ -680,7 +689,9 @@ def test_long_log_keeps_its_spikes_and_a_small_page(tmp_path: Path) -> None:
 
 
 def test_unfinished_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"holds no finished stage; run `peftcli train` first") as caught:
+    with pytest.raises(
+        RecipeError, match=r"holds no finished stage; run `peftcli train RECIPE --output-dir \S+` first"
+    ) as caught:
         write_report(RunDir(tmp_path))
     assert caught.value.exit_code == 2
 
