@@ -11,19 +11,28 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import fields, replace
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from markdown_it import MarkdownIt
 
 from peftcli.errors import DataError, RecipeError
+from peftcli.metrics.classes import classification_scores, multi_label_scores
+from peftcli.metrics.numbers import regression_scores
+from peftcli.metrics.tags import tagging_scores
 from peftcli.plan.decide import make_plan
 from peftcli.plan.facts import Machine, ModelFacts
 from peftcli.plan.plan import Plan
+from peftcli.plan.selection import choose_modules
+from peftcli.progress import Silent
 from peftcli.recipe.load import load_recipe
 from peftcli.recipe.values import parse_gate
+from peftcli.report.content import make_report
+from peftcli.report.stages import Stages, load_stages
 from peftcli.report.write import write_report
 from peftcli.rundir import RunDir, write_json, write_text
 from peftcli.summary import write_metrics
@@ -247,7 +256,6 @@ def _eval() -> dict[str, Any]:
         "adapter": _metrics_of(ADAPTER),
         "samples": [dict(zip(("prompt", "reference", "base", "adapter"), row, strict=True)) for row in rows],
         "decoding": {"temperature": 0.0, "top_p": 1.0, "max_new_tokens": 16},
-        "seconds": 214.3,
     }
 
 
@@ -745,3 +753,125 @@ def test_colours_can_be_read_in_both_schemes() -> None:
 @pytest.mark.parametrize("name", ["format", "text", "plots", "markdown"])
 def test_examples_of_the_docstrings_hold(name: str) -> None:
     assert doctest.testmod(importlib.import_module(f"peftcli.report.{name}")).failed == 0
+
+
+OPEN = ("dropped", "dropped_examples", "packages", "trainer", "limit", "limits_met", "types", "first", "metrics")
+OPEN += ("labels.train", "labels.test", "columns[]", "base", "adapter")
+"""Objects whose keys are values: names of packages, reasons, classes, metrics."""
+
+
+class Recorded(dict[str, Any]):
+    """An object that notes which of its keys are asked for, and whether it has them."""
+
+    def __init__(self, value: dict[str, Any], path: str, asked: dict[str, bool]) -> None:
+        super().__init__({key: recorded(part, f"{path}.{key}", asked) for key, part in value.items()})
+        self._path, self._asked = path, asked
+
+    def get(self, key: str, default: Any = None) -> Any:
+        path = f"{self._path}.{key}"
+        self._asked[path] = self._asked.get(path, False) or key in self
+        return super().get(key, default)
+
+
+def recorded(value: Any, path: str, asked: dict[str, bool]) -> Any:
+    if isinstance(value, dict):
+        return Recorded(value, path, asked)
+    return [recorded(part, f"{path}[]", asked) for part in value] if isinstance(value, list) else value
+
+
+def key_paths(value: Any, path: str = "") -> set[str]:
+    """The keys of a file, all items of a list as one; keys that are values are left out."""
+    if isinstance(value, list):
+        return {found for part in value for found in key_paths(part, f"{path}[]")}
+    if not isinstance(value, dict) or path.removeprefix(".").endswith(OPEN):
+        return set()
+    below = {f"{path}.{key}".removeprefix("."): part for key, part in value.items()}
+    return below.keys() | {found for key, part in below.items() for found in key_paths(part, key)}
+
+
+@pytest.fixture(scope="module")
+def real_run(recipe_in: Any, cli_in: Any, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    """A run that was trained and merged, with all that a recipe can have measured of a text."""
+    folder = tmp_path_factory.mktemp("real")
+    (folder / "other.txt").write_text("The quick brown fox jumps over the lazy dog. " * 40, encoding="utf-8")
+    kinds = "red fruit,1\nyellow fruit,1\norange root,2\ngreen leaf,2\n"
+    (folder / "kinds.csv").write_text(f"kind,shelf\n{kinds}", encoding="utf-8")
+    names = ("top1_agreement", "max_abs_logit_difference", "mean_abs_logit_difference", "kl_nats")
+    recipe = recipe_in(
+        folder,
+        quantization=None,
+        dataset={"join": [{"path": "kinds.csv", "on": "kind"}]},
+        trainer={"max_steps": 2},
+        evaluation={"max_new_tokens": 2, "samples": 1, "rows": 2, "retention": "other.txt", "retention_tokens": 100},
+        gates={f"merge_{name}": ">= 0" for name in names},
+    )
+    assert cli_in(folder, "train", recipe, "--output-dir", "run") == 0
+    assert cli_in(folder, "merge", "run", "--into", "best") == 0
+    return RunDir(folder / "run")
+
+
+@pytest.fixture(scope="module")
+def label_data(recipe_in: Any, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What `data.json` holds for classes, numbers and tags."""
+    from peftcli.cli.steps import look_at_data
+
+    folder = tmp_path_factory.mktemp("labels")
+    rows = [json.dumps({"tokens": ["a", "plum"], "tags": ["O", "B-FOOD"], "n": at / 8}) for at in range(32)]
+    (folder / "rows.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    things, tagged = str(folder / "things.csv"), str(folder / "rows.jsonl")
+    found = []
+    classes: dict[str, Any] = {"task": "sequence-classification"}
+    for model, dataset in (
+        (classes, {"path": things, "columns": {"text": "thing", "label": "kind"}}),
+        (classes | {"problem": "regression"}, {"path": things, "columns": {"text": "thing", "label": "id"}}),
+        ({"task": "token-classification"}, {"path": tagged}),
+    ):
+        whole = dataset | {"prompt": None, "completion": None}
+        recipe = recipe_in(folder, model=model, dataset=whole, evaluation=None)
+        found.append(look_at_data(load_recipe(recipe).recipe, Silent(), smoke=False, preview=2).facts)
+    return found
+
+
+@pytest.mark.slow
+def test_the_report_reads_only_keys_that_something_writes(
+    real_run: RunDir, label_data: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    from peftcli.train.ranks import Ranks
+
+    asked: dict[str, bool] = {}
+    run = load_stages(real_run)
+    chosen = choose_modules({"a.q": 2.0, "a.v": 1.0}, {"a.q": 10, "a.v": 10}, 1000, 0.01, 4)
+    history = [{"step": step, "ranks": [step, 2]} for step in (1, 2)]
+    config = SimpleNamespace(init_r=6, target_r=4)
+    Ranks.write(SimpleNamespace(_config=config, modules=["a", "b"], history=history), tmp_path / "r.json")  # type: ignore[arg-type]
+    labels = ["cat", "dog", "eel"]
+    many = replace(run, selection=chosen.as_json(), ranks=json.loads((tmp_path / "r.json").read_text("utf-8")))
+    scores = (
+        classification_scores([0, 1], [0, 0], ["cat", "dog"]),
+        multi_label_scores([[0], [1]], [[0, 1], [2]], labels),
+        regression_scores([1.0, 2.0], [1.0, 3.0]),
+        tagging_scores([["O", "B-X"]], [["O", "B-X"]], ["O", "B-X"]),
+    )
+    sides = ("base", "adapter", "merged")
+    known = [many, *(replace(run, data=data) for data in label_data)]
+    known += [replace(run, metrics=run.metrics | dict.fromkeys(sides, one.as_dict())) for one in scores]
+    for stages in known:
+        parts = {one.name: getattr(stages, one.name) for one in fields(stages) if one.name != "earlier"}
+        made = Stages(**{name: recorded(part, name, asked) for name, part in parts.items()})
+        make_report(replace(made, earlier=(("1-first", made.plan, made.metrics),)))
+    assert len(asked) > 150
+    assert [path for path, is_there in asked.items() if not is_there] == []
+
+
+@pytest.mark.slow
+def test_the_run_of_these_tests_has_only_keys_that_a_run_writes(
+    real_run: RunDir, label_data: list[dict[str, Any]]
+) -> None:
+    written_by_data = {path for data in label_data for path in key_paths(data)}
+    for name, make in STAGES.items():
+        real = key_paths(json.loads((real_run.path / name).read_text(encoding="utf-8")))
+        by_hand = key_paths(make())
+        if name == "data.json":
+            real |= written_by_data
+            by_hand |= key_paths(whole_data())
+        assert by_hand - real == set(), name

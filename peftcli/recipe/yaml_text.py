@@ -234,6 +234,7 @@ class _Builder:
             self.problems.add(line, f"{name} is set twice{mend}")
         else:
             self._check_text(key, line, name)
+            assert event.start_mark is not None  # a parsed event has one; its type is that of an emitted one too
             frame.lines[key] = event.start_mark.line + 1
 
     def _alias(self, event: Any, line: Where) -> _Node:
