@@ -148,6 +148,13 @@ def test_what_would_grow_without_end_is_refused_before_it_is_written_out(
     assert any(message in line for line in messages(tmp_path, START + text))
 
 
+def test_many_unknown_aliases_beside_many_anchors_are_counted(tmp_path: Path) -> None:
+    anchors = ", ".join(f"&a{number} 1" for number in range(20_000))
+    aliases = ", ".join(f"*b{number}" for number in range(20_000))
+    lines = messages(tmp_path, START + f"a: [{anchors}]\nb: [{aliases}]\n")
+    assert lines[0] == "FILE has 20002 problems" and lines[-1] == "and 19992 more"
+
+
 def test_the_limits_leave_room_for_what_people_write() -> None:
     many = MAX_ADDED // VALUE_SIZE // 2
     assert len(read("a: &a\nb: [" + "*a," * many + "]\n")["b"]) == many

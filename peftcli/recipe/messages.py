@@ -47,14 +47,14 @@ def add_schema_problems(error: ValidationError, tree: Tree, problems: Problems) 
     """Add each finding of pydantic, at its line; nothing more about values that were refused, in whole or in part."""
     for item in error.errors(include_url=False):
         path: KeyPath = tuple(item["loc"])
-        if any(path[: len(spoiled)] == spoiled or spoiled[: len(path)] == path for spoiled in tree.spoiled):
+        if any(path[:end] in tree.spoiled for end in range(1, len(path) + 1)):
             continue
         if item["type"] == "missing":
             if path[:-1] or isinstance(tree.values, dict):
                 problems.add(tree.place(path), f"{dotted(path)} is missing{_example(path)}")
         elif item["type"] == "extra_forbidden":
             problems.add(tree.place(path), unknown_key(path))
-        else:
+        elif not any(spoiled[: len(path)] == path for spoiled in tree.spoiled):
             problems.add(tree.place(path), _sentence(item, path, tree))
 
 

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import yaml
 
 from peftcli.nearest import nearest
-from peftcli.recipe.problems import KeyPath, Problems, Where, dotted, printable
+from peftcli.recipe.problems import MOST_SHOWN, KeyPath, Problems, Where, dotted, printable
 
 MAX_DEPTH = 50
 MAX_DIGITS = 18
@@ -240,7 +240,8 @@ class _Builder:
     def _alias(self, event: Any, line: Where) -> _Node:
         node = self.anchors.get(event.anchor)
         if node is None:
-            near = nearest(event.anchor, self.anchors)
+            # Only for what is shown: of many anchors and many unknown aliases each would be compared with each.
+            near = nearest(event.anchor, self.anchors) if len(self.problems.found) < MOST_SHOWN else None
             mend = f"did you mean *{near}?" if near else f"write &{event.anchor} before the value that it stands for"
             return self._spoilt(line, f"*{event.anchor} names no anchor above it; {mend}")
         if node.open:
