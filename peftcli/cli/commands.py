@@ -101,7 +101,8 @@ def merge_command(path: Path, into: str, output_dir: Path | None, dtype: str | N
             raise RecipeError(f"{flag} {value}: may be {', '.join(known)}")
     run = RunDir(path)
     if not run.recipe.is_file():
-        raise RecipeError(f"{path}: no run folder (recipe.yaml is missing); `peftcli train` makes one")
+        mend = f"`peftcli train RECIPE --output-dir {path}` makes one"
+        raise RecipeError(f"{path}: no run folder (recipe.yaml is missing); {mend}")
     with shown_run(run.library_log) as (shown, streams):
         from peftcli.cli.steps import plan_recipe, prepare_for
         from peftcli.merge.refuse import refuse_unmergeable

@@ -105,4 +105,4 @@ def forecast_line(forecast: Mapping[str, Any] | None) -> str | None:
     line = f"  forecast: {size(memory['total'])} of {size(memory['machine'])} at the peak"
     if time["seconds"] is not None:
         line += f", about {duration(time['seconds'])}"
-    return line if forecast["fits"] else line + "; this may not fit, see `peftcli plan` for what to change"
+    return line if forecast["fits"] else line + "; this may not fit; `peftcli plan RECIPE` lists what to change"

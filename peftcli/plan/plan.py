@@ -230,6 +230,7 @@ class Plan:
             },
             "decisions": [vars(decision) for decision in self.decisions],
             "notices": list(self.notices),
+            "adapter": {"method": self.adapter.method, "r": self.adapter.r},
             "targets": [{"name": name, "modules": count} for name, count in self.targets.items()],
             "parameters": {"trainable": self.trainable_parameters, "total": self.total_parameters},
             "batch": {

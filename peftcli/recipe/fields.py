@@ -13,8 +13,8 @@ from pydantic_core import PydanticCustomError
 
 from peftcli.methods.left_out import LEFT_OUT
 from peftcli.methods.table import METHODS
+from peftcli.nearest import nearest
 from peftcli.recipe.foreign import METHOD_WORDS
-from peftcli.recipe.problems import nearest
 from peftcli.recipe.template import template_columns
 from peftcli.recipe.values import parse_duration
 

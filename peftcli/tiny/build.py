@@ -1,6 +1,5 @@
 """The models named `tiny:...`, and random stand-ins for real models: built here, without a network."""
 
-import difflib
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 
 from peftcli.cache import built_once, cache_root
 from peftcli.errors import MachineError, RecipeError
+from peftcli.nearest import nearest
 from peftcli.tiny.cache import content_hash, isolated, shape_of, write_model
 from peftcli.tiny.cards import random_card, stand_in_card
 from peftcli.tiny.images import NAMES as IMAGE_NAMES
@@ -48,8 +48,9 @@ def tiny_model(name: str, cache: Path | None = None) -> Path:
         return tiny_image_model(name, cache)
     if name in NAMES:
         return _build_random(name.removeprefix("tiny:"), cache_root(cache))
-    nearest = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.0)[0]
-    raise RecipeError(f"model.name = {name}: the tiny models are {', '.join(NAMES)}; did you mean {nearest}?")
+    raise RecipeError(
+        f"model.name = {name}: the tiny models are {', '.join(NAMES)}; did you mean {nearest(name, NAMES, least=0)}?"
+    )
 
 
 def stand_in(config: PreTrainedConfig, cache: Path | None = None) -> Path:
