@@ -105,6 +105,7 @@ OWNED: Mapping[str, str] = {
     "remove_unused_columns": "peftcli prepares the rows; remove it",
     "label_names": "peftcli prepares the rows; remove it",
     "eos_token": "set model.eos_token; generation and the merged model use it too",
+    "truncation_mode": "peftcli cuts the rows, as dataset.too_long says; remove it",
     "pad_token": "peftcli chooses the padding token; remove it",
     "chat_template_path": "write model.chat_template",
     "model_init_kwargs": "write the model section (dtype, attention, revision)",
