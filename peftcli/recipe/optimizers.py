@@ -10,6 +10,10 @@ _FLOAT, _WHOLE, _BOOL, _TRUE = "a number", "a whole number", "true or false", "t
 _DTYPES = "float32, float64, bfloat16 or float16"
 _TEXT_VALUES = "transformers hands them to the optimizer as text, which it cannot compute with; remove optim_args"
 _LOW_RANK = {"rank": _WHOLE, "update_proj_gap": _WHOLE, "scale": _FLOAT}
+_ADEMAMIX = {
+    **dict.fromkeys(("beta1", "beta2", "beta3", "alpha", "eps"), _FLOAT),
+    **dict.fromkeys(("t_alpha", "t_beta3"), _WHOLE),
+}
 
 OPTIMIZER_ARGUMENTS: Mapping[str, Mapping[str, str]] = {
     "adamw_anyprecision": {
@@ -18,10 +22,8 @@ OPTIMIZER_ARGUMENTS: Mapping[str, Mapping[str, str]] = {
     },
     "adamw_torch_4bit": {"bf16_stochastic_round": _BOOL},
     "adamw_torch_8bit": {"bf16_stochastic_round": _BOOL},
-    **dict.fromkeys(
-        ("ademamix", "paged_ademamix"),
-        {**dict.fromkeys(("beta1", "beta2", "beta3", "alpha", "eps"), _FLOAT), "t_alpha": _WHOLE, "t_beta3": _WHOLE},
-    ),
+    "ademamix": _ADEMAMIX,
+    "paged_ademamix": _ADEMAMIX,
     "sgd": {**dict.fromkeys(("momentum", "dampening", "weight_decay"), _FLOAT), "nesterov": _BOOL},
     "adagrad": dict.fromkeys(("lr_decay", "weight_decay", "eps"), _FLOAT),
     "rmsprop": {**dict.fromkeys(("momentum", "alpha", "eps", "weight_decay"), _FLOAT), "centered": _BOOL},
@@ -78,12 +80,12 @@ def optimizer_faults(arguments: Mapping[str, Any]) -> Iterator[tuple[KeyPath, st
     if name.startswith(TARGETED) and not targets:
         yield ("optim",), f"trainer.optim: {name} needs optim_target_modules; add optim_target_modules: all-linear"
     elif targets and not name.startswith(TARGETED):
-        text = f"trainer.optim_target_modules does nothing with optim: {name}; only galore_* and apollo_* read it"
-        yield ("optim_target_modules",), f"{text}; leave it out"
-    text = arguments.get("optim_args")
-    if isinstance(text, str) and text.strip():
-        for fault in _argument_faults(name, text):
-            yield ("optim_args",), f"trainer.optim_args = {show(text)}: {fault}"
+        said = f"trainer.optim_target_modules does nothing with optim: {name}; only galore_* and apollo_* read it"
+        yield ("optim_target_modules",), f"{said}; leave it out"
+    given = arguments.get("optim_args")
+    if isinstance(given, str) and given.strip():
+        for fault in _argument_faults(name, given):
+            yield ("optim_args",), f"trainer.optim_args = {show(given)}: {fault}"
 
 
 def _argument_faults(optimizer: str, text: str) -> Iterator[str]:

@@ -138,7 +138,7 @@ def _value_fault(argument: Argument, value: Any) -> str | None:
 def _missing(
     scheduler: str, takes: Mapping[str, tuple[Argument, bool]], given: Mapping[str, Any]
 ) -> Iterator[tuple[KeyPath, str]]:
-    needed = [(name,) for name, (_, required) in takes.items() if required]
+    needed: list[tuple[str, ...]] = [(name,) for name, (_, required) in takes.items() if required]
     needed += [group for first, group in _ONE_OF.items() if first in takes and "none" in takes[first][0].kinds]
     place = "lr_scheduler_kwargs" if given else "lr_scheduler_type"
     for group in needed:

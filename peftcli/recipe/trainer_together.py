@@ -56,8 +56,11 @@ def _best_faults(arguments: Mapping[str, Any]) -> Iterator[tuple[KeyPath, str]]:
         return
     name = "trainer.load_best_model_at_end"
     if evaluates == "no" or saves != evaluates:
-        text = f"{name} needs the same eval_strategy and save_strategy, and these are {evaluates} and {saves}"
-        yield ("load_best_model_at_end",), f"{text}; write eval_strategy: steps, with eval_steps and equal save_steps"
+        fix = "add eval_strategy: epoch and save_strategy: epoch"
+        if evaluates != "no":
+            fix = f"write save_strategy: {evaluates}"
+        text = f"{name} needs the same eval_strategy and save_strategy, and these are {evaluates} and {saves}; {fix}"
+        yield ("load_best_model_at_end",), text
     elif evaluates == "steps":
         logged = arguments.get("logging_steps", default_logging_steps(arguments))
         every, kept = arguments.get("eval_steps") or logged, arguments.get("save_steps", 500)
