@@ -174,7 +174,7 @@ BOUNDS: Mapping[str, tuple[tuple[str, float], ...]] = {
     "eval_accumulation_steps": ((">=", 1),),
     "torch_empty_cache_steps": ((">=", 1),),
     "pad_to_multiple_of": ((">=", 1),),
-    "dataloader_num_workers": ((">=", 0),),
+    "dataloader_num_workers": ((">=", 0), ("<=", 1024)),  # each is a process
     "dataloader_prefetch_factor": ((">=", 1),),
     "ddp_timeout": ((">", 0),),
     "ddp_bucket_cap_mb": ((">", 0),),
