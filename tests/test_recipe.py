@@ -49,6 +49,7 @@ dataset:
 trainer:
   per_device_train_batch_size: 4
   learning_rate: 1e-05
+  lr_scheduler_type: cosine
   lr_scheduler_kwargs: {num_cycles: 0.5}
   eval_strategy: no
 evaluation: {batch_size: 8, max_new_tokens: 16, samples: 0, rows: 50, temperature: 0.7, top_p: 0.9,
@@ -300,6 +301,7 @@ def test_overrides_lay_over_the_file_and_make_sections(tmp_path: Path) -> None:
         SMALL,
         "adapter.r=8",
         "trainer.learning_rate=2e-4",
+        "trainer.lr_scheduler_type=cosine",
         "trainer.lr_scheduler_kwargs.num_cycles=2",
         "dataset.path=other.csv",
         "gates.exact_match=>= 0.8",

@@ -15,7 +15,7 @@ from peftcli.cli.show import Shown, console, metric_table, retention_line, sampl
 from peftcli.cli.show_data import show_data
 from peftcli.errors import DataError, GateNotMet, MemoryExhausted, RecipeError
 from peftcli.plan.plan import DTYPE_BYTES
-from peftcli.plan.smoke import smoke_recipe
+from peftcli.plan.smoke import smoke_notes, smoke_recipe
 from peftcli.recipe.load import Loaded, load_recipe
 from peftcli.recipe.schema import Recipe
 from peftcli.recipe.tasks import CAUSAL
@@ -176,7 +176,10 @@ def _show_labels(made: Sequence[Any], flags: GenerateFlags, streams: Streams) ->
 
 def load(name: str, overrides: Sequence[str], *, smoke: bool) -> Loaded:
     loaded = load_recipe(find_recipe(name), overrides)
-    return Loaded(smoke_recipe(loaded.recipe), loaded.notices, loaded.path) if smoke else loaded
+    if not smoke:
+        return loaded
+    notices = (*loaded.notices, *smoke_notes(loaded.recipe))
+    return Loaded(smoke_recipe(loaded.recipe), notices, loaded.path)
 
 
 def _recipe_for(name: str | None, run: RunDir | None, overrides: Sequence[str]) -> Loaded:

@@ -16,8 +16,8 @@ from peftcli.cli.show_forecast import forecast_line
 from peftcli.cli.spare import import_peft
 from peftcli.cli.stages import loaded_stages
 from peftcli.errors import Stopped
-from peftcli.plan.choices import check_optimizers
 from peftcli.plan.plan import Plan
+from peftcli.plan.requirements import check_hardware, check_packages
 from peftcli.recipe.load import Loaded
 from peftcli.recipe.schema import Recipe
 from peftcli.rundir import RunDir, write_json
@@ -85,11 +85,15 @@ def _train_stages(
     Raises:
         Stopped: in a stage before the last.
     """
-    check_optimizers(loaded.recipe)
+    check_packages(loaded.recipe)
     import_peft(loaded.recipe)
+    from peftcli.model.probe import probe_machine
     from peftcli.model.shards import leave_group
 
     stages = loaded_stages(loaded, smoke=flags.smoke)
+    machine = probe_machine()
+    for stage in stages:
+        check_hardware(stage.recipe, machine)
     before: list[RunDir] = []
     for number, stage in enumerate(stages[:-1], start=1):
         part = run.stage(number, loaded.recipe.stages[number - 1].name)
@@ -158,7 +162,7 @@ def _train(
 
     planned = plan_recipe(loaded, shown, smoke=flags.smoke)
     plan = with_earlier(planned.plan, [str(part.adapter) for part in before])
-    needs = run_forecast(plan)
+    needs = run_forecast(plan, loaded.recipe.trainer)
     if is_first_process():
         check_room(run.path, needs)
     begun = time.monotonic()
@@ -190,7 +194,8 @@ def _train(
         shown.note(foretold)
     shown.note(f"  run folder {run.path}")
     baseline = before[0].eval if before else _borrowed(loaded.recipe, plan, stamp, shown, flags.baseline_from)
-    session = Session(stops, beginning.resume_from, stamp, needs.checkpoint_bytes, baseline)
+    asked = loaded.recipe.trainer
+    session = Session(stops, beginning.resume_from, stamp, needs.checkpoint_bytes, baseline, asked)
     work = evaluate_trained if beginning.trained else train
     return work(plan, run, data, tokenizer, shown, session).stop_reason
 

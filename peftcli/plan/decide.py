@@ -19,8 +19,10 @@ from peftcli.plan.ranks import check_ranks
 from peftcli.plan.sharding import Sharding, choose_sharding
 from peftcli.plan.targets import match_saved, match_targets
 from peftcli.recipe.adapter_section import AdapterSection
+from peftcli.recipe.schedulers import LEARNING_RATE
 from peftcli.recipe.schema import QuantizationSection, Recipe
 from peftcli.recipe.tasks import CAUSAL
+from peftcli.recipe.trainer_together import default_logging_steps, save_strategy
 
 LABEL_RULES = ("completion_only_loss", "assistant_only_loss")
 
@@ -76,7 +78,8 @@ def make_plan(
         labels=labels,
         batch=batch,
         batching=batching,
-        trainer=_trainer_arguments(recipe, labels, choices) | (batch.arguments() if machine.shares_batch else {}),
+        trainer=_trainer_arguments(recipe, labels, choices, machine.processes)
+        | (batch.arguments() if machine.shares_batch else {}),
         evaluation=recipe.evaluation,
         evaluation_batch=_evaluation_batch(recipe, choices.on_gpu),
         gates=recipe.gates,
@@ -240,18 +243,25 @@ def _evaluation_batch(recipe: Recipe, on_gpu: bool) -> int:
     return asked if isinstance(asked, int) else (16 if on_gpu else 128)
 
 
-def _trainer_arguments(recipe: Recipe, labels: LabelRule, choices: Choices) -> dict[str, Any]:
+def _trainer_arguments(recipe: Recipe, labels: LabelRule, choices: Choices, processes: int) -> dict[str, Any]:
     # The labels are made before the trainer sees the rows, so it must not look for columns to make them from.
     given = {name: value for name, value in recipe.trainer.items() if name not in LABEL_RULES}
-    steps, asked = given.get("max_steps"), recipe.evaluation.batch_size
+    asked = recipe.evaluation.batch_size
+    # transformers would take it for a process group that is there already.
+    given = {name: value for name, value in given.items() if name != "ddp_backend" or processes > 1}
+    # torch takes two floats or two tensors.
+    given |= {name: float(given[name]) for name in ("adam_beta1", "adam_beta2") if name in given}
+    packs = given.get("packing") or given.get("eval_packing")
     defaults: dict[str, Any] = {
-        "logging_steps": max(1, min(10, steps // 20)) if isinstance(steps, int) and steps > 0 else 10,
+        "logging_steps": default_logging_steps(given),
         "logging_first_step": True,
-        "save_strategy": "no" if "save_steps" not in given else "steps",
+        "save_strategy": save_strategy(given),
         "save_total_limit": 2,
         # The rows are cut already; packing still needs to know the length of a packed row.
-        **({"max_length": labels.max_length if given.get("packing") else None} if labels.task == CAUSAL else {}),
-        "learning_rate": 2e-4,
+        **({"max_length": labels.max_length if packs else None} if labels.task == CAUSAL else {}),
+        "learning_rate": LEARNING_RATE,
+        # Nothing else is measured on the way, and without a name transformers refuses save_strategy: best.
+        **({"metric_for_best_model": "loss"} if save_strategy(given) == "best" else {}),
         # The evaluation on the way has as many rows at once as training, which is known to fit, unless told otherwise.
         "per_device_eval_batch_size": asked if isinstance(asked, int) else count_batch(given, 1).per_device,
     }

@@ -1,14 +1,15 @@
 """The `trainer` section: arguments of the installed SFTConfig, checked and translated to its names."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from peftcli.nearest import nearest
-from peftcli.recipe.argument_values import kind_fault, nested_fault
+from peftcli.recipe.argument_values import kind_fault, limit_fault, nested_fault
 from peftcli.recipe.foreign import FOREIGN_NAMES
 from peftcli.recipe.installed import Argument, installed_arguments
 from peftcli.recipe.messages import type_hint
 from peftcli.recipe.problems import KeyPath, Problems, Where, choice_text, dotted, show
+from peftcli.recipe.tasks import CAUSAL
 from peftcli.recipe.trainer_names import (
     BOUNDS,
     DROP,
@@ -21,18 +22,19 @@ from peftcli.recipe.trainer_names import (
     RENAMED_VALUES,
     WHOLE_FROM_ONE,
 )
+from peftcli.recipe.trainer_together import deprecations, implied, together_faults
+from peftcli.recipe.trainer_values import read_json_text, value_fault
 from peftcli.recipe.yaml_text import Tree
 
-_BOUND_WORDS = {">": "greater than", ">=": "at least", "<": "less than", "<=": "at most"}
 
-
-def read_trainer(tree: Tree, problems: Problems, *, of_stage: bool = False) -> dict[str, Any]:
+def read_trainer(tree: Tree, problems: Problems, under: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Check the section and return its arguments under the installed names.
 
     An argument that is a key of another section moves there, in the tree.
 
     Args:
-        of_stage: the section is that of one stage, so nothing may move to what all stages share.
+        under: for a stage, the checked arguments of the recipe's own section, over which its own are laid. Nothing of a
+            stage may move to what all stages share.
     """
     section = tree.values.get("trainer")
     if "trainer" not in tree.values or ("trainer",) in tree.spoiled:
@@ -45,17 +47,19 @@ def read_trainer(tree: Tree, problems: Problems, *, of_stage: bool = False) -> d
             text if empty else f"trainer must be a section of keys, not {show(section)}",
         )
         return {}
-    return _Section(tree, problems, of_stage).read(section)
+    return _Section(tree, problems, under).read(section)
 
 
 class _Section:
     """One walk over the section: where each argument went, and from which line."""
 
-    def __init__(self, tree: Tree, problems: Problems, of_stage: bool) -> None:
-        self.tree, self.problems, self.of_stage = tree, problems, of_stage
+    def __init__(self, tree: Tree, problems: Problems, under: Mapping[str, Any] | None) -> None:
+        self.tree, self.problems, self.under = tree, problems, under
+        self.of_stage = under is not None
         self.installed = installed_arguments()
         self.arguments: dict[str, Any] = {}
         self.source: dict[str, str] = {}
+        self.refused: set[str] = set()
 
     def read(self, section: dict[str, Any]) -> dict[str, Any]:
         if self.installed is None and section:
@@ -72,6 +76,11 @@ class _Section:
 
     def _where(self, *name: str) -> Where:
         return self.tree.place(("trainer", *name))
+
+    def _place(self, path: KeyPath) -> Where:
+        """Where a key stands, or the nearest one above it, under the name that the recipe gave it."""
+        name = str(path[0])
+        return self.tree.place(("trainer", self.source.get(name, name), *path[1:]))
 
     def _take(self, name: str, value: Any) -> None:
         if name in OWNED:
@@ -180,9 +189,11 @@ class _Section:
         if renamed is not None:
             self.problems.note(where, f"trainer.{name} = {show(value)} is now {renamed}; {renamed} is used")
             value = renamed
+        value = read_json_text(name, value)
         fault = _fault(self.installed[name], value) if self.installed is not None else nested_fault(value)
         if fault is not None:
             self.problems.add(where, f"trainer.{given} = {show(value)}: {fault}")
+            self.refused.add(name)
             return False
         self.arguments[name] = value
         return True
@@ -215,8 +226,19 @@ class _Section:
         return f"trainer.{dotted((name,))} is not a training argument of the installed trl; {mend}"
 
     def _check_together(self) -> None:
+        if self.installed is None:
+            return
+        below = self.under or {}
+        self.arguments |= implied({**below, **self.arguments})
+        asked = {**below, **self.arguments}
+        if self.under is not None or not _all_stages_have_their_own(self.tree):
+            for path, text in together_faults(asked):
+                if not any(name in text for name in self.refused):  # whose value it cannot know
+                    self.problems.add(self._place(path), text)
+        for path, text in deprecations(self.arguments, self.tree.get("model", "task") or CAUSAL):
+            self.problems.note(self._place(path), text)
         warmup = self.arguments.get("warmup_steps", 0)
-        if self.arguments.get("lr_scheduler_type") == "constant" and warmup:
+        if asked.get("lr_scheduler_type") == "constant" and warmup:
             self.problems.note(
                 self._where(self.source["warmup_steps"]),
                 "trainer.lr_scheduler_type: constant has no warm-up, so warmup_steps does nothing; "
@@ -236,20 +258,24 @@ def _is_one_of(value: Any, others: Sequence[Any]) -> bool:
 
 def _fault(argument: Argument, value: Any) -> str | None:
     """What is wrong with the value of an argument, or None."""
-    return kind_fault(argument, value) or _bound_fault(argument.name, value) or nested_fault(value)
+    return (
+        kind_fault(argument, value)
+        or _bound_fault(argument.name, value)
+        or nested_fault(value)
+        or value_fault(argument.name, value)
+    )
 
 
 def _bound_fault(name: str, value: Any) -> str | None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    if value != value or value in (float("inf"), float("-inf")):
-        return "must be a finite number"
-    if name == "max_steps" and value < 1 and value != -1:
+    if name == "max_steps" and value is not None and value < 1 and value != -1:
         return "must be at least 1, or -1 for no limit"
-    for sign, limit in BOUNDS.get(name, ()):
-        held = {">": value > limit, ">=": value >= limit, "<": value < limit, "<=": value <= limit}[sign]
-        if not held:
-            return f"must be {_BOUND_WORDS[sign]} {limit:g}"
-    if name in WHOLE_FROM_ONE and value >= 1 and value != int(value):
+    fault = limit_fault(value, BOUNDS.get(name, ()))
+    if fault is None and name in WHOLE_FROM_ONE and value is not None and value >= 1 and value != int(value):
         return "must be a share of the steps below 1, or a whole number of steps"
-    return None
+    return fault
+
+
+def _all_stages_have_their_own(tree: Tree) -> bool:
+    """Whether no stage trains with the recipe's own section alone, so that it need not be whole."""
+    stages = tree.get("stages")
+    return isinstance(stages, list) and all(isinstance(one, dict) and "trainer" in one for one in stages)

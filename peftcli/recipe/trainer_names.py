@@ -106,6 +106,7 @@ OWNED: Mapping[str, str] = {
     "remove_unused_columns": "peftcli prepares the rows; remove it",
     "label_names": "peftcli prepares the rows; remove it",
     "eos_token": "set model.eos_token; generation and the merged model use it too",
+    "truncation_mode": "peftcli cuts the rows, as dataset.too_long says; remove it",
     "pad_token": "peftcli chooses the padding token; remove it",
     "chat_template_path": "write model.chat_template",
     "model_init_kwargs": "write the model section (dtype, attention, revision)",
@@ -211,7 +212,7 @@ BOUNDS: Mapping[str, tuple[tuple[str, float], ...]] = {
     "eval_accumulation_steps": ((">=", 1),),
     "torch_empty_cache_steps": ((">=", 1),),
     "pad_to_multiple_of": ((">=", 1),),
-    "dataloader_num_workers": ((">=", 0),),
+    "dataloader_num_workers": ((">=", 0), ("<=", 1024)),  # each is a process
     "dataloader_prefetch_factor": ((">=", 1),),
     "ddp_timeout": ((">", 0),),
     "ddp_bucket_cap_mb": ((">", 0),),

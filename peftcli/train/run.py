@@ -1,9 +1,9 @@
 """`train`: baseline, training, adapter, evaluation, in one process that may be stopped at any step."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from peftcli.progress import Progress
 from peftcli.recipe.tasks import CAUSAL
 from peftcli.rundir import RunDir, read_json, write_json
 from peftcli.train import checkpoints
+from peftcli.train.arguments import naming_arguments
 from peftcli.train.calibrate import Calibrate
 from peftcli.train.disk import Forecast, forecast
 from peftcli.train.forward import Forward
@@ -59,6 +60,7 @@ class Session:
         stamp: what the run is made from.
         checkpoint_bytes: forecast of one checkpoint on the disk.
         baseline: `eval.json` of an earlier stage, which has measured the base already.
+        trainer: the trainer arguments of the recipe itself.
     """
 
     stops: StopRequests
@@ -66,6 +68,7 @@ class Session:
     stamp: dict[str, Any]
     checkpoint_bytes: int
     baseline: Path | None = None
+    trainer: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,8 @@ def train(
         Diverged: a loss, a gradient or a weight is not finite, or nothing is learned any more.
         MemoryExhausted: not even small pieces of a micro-batch fit.
         Stopped: a stop was asked for outside the training loop.
-        MachineError: the weights cannot be loaded.
+        MachineError: the weights cannot be loaded, or a package that a trainer argument needs is missing.
+        RecipeError: the libraries refuse a trainer argument.
     """
     stops, resume_from = session.stops, session.resume_from
     load_retention(plan, tokenizer)  # what is wrong with the text is said before the weights are loaded
@@ -110,7 +114,8 @@ def train(
     if plan.batching.kind == "flat" and not lines:
         progress.note("  note: this model does not keep the rows of a flat line apart, so padded batches are used")
     make = make_trainer if plan.task == CAUSAL else make_label_trainer
-    trainer: StepTrainer = make(plan, run, data, tokenizer, model)
+    with naming_arguments(session.trainer):
+        trainer: StepTrainer = make(plan, run, data, tokenizer, model)
     trainer.levers |= plan.levers
     if "head" in plan.levers and not score_targets(model):
         trainer.levers.discard("head")
@@ -146,7 +151,8 @@ def train(
         trainer.add_callback(trainer.ranks)
     if resume_from is not None:
         trainer.go_on_from(read_json(resume_from / checkpoints.MANIFEST)["counters"])
-    trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
+    with naming_arguments(session.trainer):
+        trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
     reason = watch.stop_reason
     steps = trainer.state.global_step
     if reason is not None and not stops.is_clock(reason):
@@ -189,10 +195,19 @@ def evaluate_trained(
     return TrainResult(int(read_json(run.train)["steps"]), None)
 
 
-def run_forecast(plan: Plan) -> Forecast:
-    """What a run will have on the disk; the merged model is asked for when it is merged."""
+def run_forecast(plan: Plan, trainer: Mapping[str, Any]) -> Forecast:
+    """What a run will have on the disk; the merged model is asked for when it is merged.
+
+    Args:
+        trainer: the trainer arguments of the recipe itself.
+
+    Raises:
+        MachineError: a package that a trainer argument needs is missing.
+        RecipeError: the libraries refuse a trainer argument.
+    """
     kind = SFTConfig if plan.task == CAUSAL else TrainingArguments
-    arguments = kind(output_dir="unused", **plan.trainer)
+    with naming_arguments(trainer, only=True):
+        arguments = kind(output_dir="unused", **plan.trainer)
     keep = (arguments.save_total_limit or 2) + bool(arguments.load_best_model_at_end)
     return forecast(plan.trainable_parameters, optimizer=str(arguments.optim.value), keep=keep)
 
