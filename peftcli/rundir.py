@@ -104,6 +104,11 @@ class RunDir:
         return str(read_json(self.metrics).get("status"))
 
 
+def is_foreign(folder: Path) -> bool:
+    """Whether a folder holds an adapter that PEFT wrote for another tool, without what a run leaves beside it."""
+    return (folder / "adapter_config.json").is_file() and not (folder / "peftcli.json").is_file()
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a UTF-8 file so that a reader sees the old one or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)

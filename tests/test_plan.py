@@ -13,7 +13,7 @@ from peftcli.plan.choices import check_wheel, processes_that_share
 from peftcli.plan.decide import make_plan
 from peftcli.plan.facts import Machine, ModelFacts
 from peftcli.plan.plan import Plan
-from peftcli.plan.smoke import smoke_recipe
+from peftcli.plan.smoke import check_schedules, smoke_notices, smoke_recipe
 from peftcli.plan.targets import match_targets
 from peftcli.recipe.load import load_recipe
 from peftcli.recipe.schema import Recipe
@@ -187,6 +187,22 @@ def test_a_smoke_recipe_is_small_and_goes_the_same_way(recipe: Any) -> None:
     smoke = smoke_recipe(asked)
     assert smoke.name == "r-smoke"
     assert smoke.trainer["max_steps"] <= 10 and smoke.trainer["learning_rate"] == 1e-3
-    assert "save_steps" not in smoke.trainer and smoke.trainer["use_cpu"] is True
+    assert smoke.trainer["save_steps"] < smoke.trainer["max_steps"] and smoke.trainer["use_cpu"] is True
     assert smoke.quantization is not None and smoke.quantization.compute_dtype == "auto"
     assert smoke.gates == () and smoke.report.trackers == () and smoke.budget.wall_clock is None
+    left_out = "smoke: left out: gates, budget.wall_clock, report.trackers, quantization.compute_dtype"
+    assert smoke_notices(asked) == (left_out,)
+    assert smoke_recipe(smoke).trainer == smoke.trainer
+
+
+def test_the_schedule_of_adalora_is_checked_for_the_real_steps_and_left_out_of_a_rehearsal(recipe: Any) -> None:
+    text = "adapter: {{method: adalora, r: 4, tinit: 200, tfinal: 500}}\ntrainer: {{max_steps: {}}}\n"
+    assert not {"tinit", "tfinal"} & smoke_recipe(recipe(text.format(1000))).adapter.arguments.keys()
+    with pytest.raises(RecipeError, match="leave none of the 600 steps"):
+        check_schedules(recipe(text.format(600)))
+
+
+def test_evaluations_that_do_not_fit_the_checkpoints_stay_so_in_a_rehearsal(recipe: Any) -> None:
+    text = "trainer: {{load_best_model_at_end: true, eval_steps: 100, save_steps: {}}}\n"
+    assert smoke_recipe(recipe(text.format(200))).trainer["save_steps"] == 3
+    assert smoke_recipe(recipe(text.format(150))).trainer["save_steps"] == 150

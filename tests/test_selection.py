@@ -420,12 +420,12 @@ def test_a_beginning_that_cannot_be_is_refused_before_anything_is_loaded(
 
 
 def test_a_rehearsal_chooses_among_the_layers_of_the_stand_in(write_recipe: Write) -> None:
-    from peftcli.plan.smoke import smoke_recipe
+    from peftcli.plan.smoke import stand_in_adapter
     from peftcli.recipe.load import load_recipe
     from peftcli.recipe.select_section import SelectSection
 
     def rehearsed(**adapter: Any) -> Any:
-        return smoke_recipe(load_recipe(write_recipe(adapter=adapter, quantization=None)).recipe).adapter
+        return stand_in_adapter(load_recipe(write_recipe(adapter=adapter, quantization=None)).recipe.adapter)
 
     assert rehearsed(layers=[6, 30, 31]).layers == (0, 1)
     chosen = rehearsed(target_modules=SELECT).target_modules

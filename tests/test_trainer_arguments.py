@@ -19,7 +19,7 @@ from peftcli.errors import MachineError, RecipeError
 from peftcli.plan import requirements
 from peftcli.plan.cards import find_card, machine_with
 from peftcli.plan.requirements import OPTIMIZER_PACKAGES, check_hardware, check_packages
-from peftcli.plan.smoke import REAL_MACHINE, smoke_notes, smoke_recipe
+from peftcli.plan.smoke import REAL_MACHINE, smoke_notices, smoke_recipe
 from peftcli.recipe.installed import Argument, installed_arguments
 from peftcli.recipe.load import load_recipe
 from peftcli.recipe.optimizers import IMPOSSIBLE, OPTIMIZER_ARGUMENTS, TARGETED
@@ -244,7 +244,7 @@ def test_a_rehearsal_leaves_out_what_only_the_real_machine_can_do(
     }
     path = write_recipe(trainer=asked)
     original = load_recipe(path).recipe
-    notes = smoke_notes(original)
+    notes = smoke_notices(original)
     assert all(any(f"trainer.{name}" in note for note in notes) for name in asked if name != "activation_checkpointing")
     small = smoke_recipe(original).trainer
     assert not small.keys() & REAL_MACHINE.keys()

@@ -37,6 +37,9 @@ SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe; may be repeated.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on stdout; all else on stderr.")]
+AdapterRecipeOption = Annotated[
+    str | None, typer.Option("--recipe", help="For an adapter of another tool: the recipe with its base and rows.")
+]
 SmokeOption = Annotated[
     bool, typer.Option("--smoke", help="Rehearse on a CPU without network: a tiny stand-in, a few rows and steps.")
 ]
@@ -161,7 +164,8 @@ def eval_(
 
 @app.command()
 def merge(
-    run: RunArgument,
+    run: Annotated[Path, typer.Argument(help="A run folder, or an adapter of another tool.")],
+    recipe: AdapterRecipeOption = None,
     into: Annotated[
         str,
         typer.Option(
@@ -169,7 +173,7 @@ def merge(
         ),
     ] = "dequantized",
     output_dir: Annotated[
-        Path | None, typer.Option(help="Folder of the merged model; RUN/merged when left out.")
+        Path | None, typer.Option(help="Folder of the merged model; RUN/merged or ADAPTER-merged when left out.")
     ] = None,
     dtype: Annotated[
         str | None, typer.Option(help="Stored as float32, bfloat16 or float16; the dtype of the run when left out.")
@@ -179,13 +183,14 @@ def merge(
     """Write a stand-alone model and measure its drift from the adapter; above the tolerance nothing is kept."""
     from peftcli.cli.commands import merge_command
 
-    merge_command(run, into, output_dir, dtype, as_json=as_json)
+    merge_command(run, recipe, into, output_dir, dtype, as_json=as_json)
 
 
 @app.command()
 def generate(
     target: Annotated[str, typer.Argument(help="A run, an adapter or a merged model.")],
     prompts: Annotated[list[str] | None, typer.Argument(help="Prompts; standard input when none is given.")] = None,
+    recipe: AdapterRecipeOption = None,
     file: Annotated[Path | None, typer.Option(help="A file with one prompt a line.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Take each prompt as it is, without the run's template.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 128,
@@ -198,7 +203,7 @@ def generate(
     from peftcli.cli.commands import GenerateFlags, generate_command
 
     flags = GenerateFlags(raw, max_new_tokens, temperature, top_p, seed, as_json)
-    generate_command(target, prompts or [], file, flags)
+    generate_command(target, recipe, prompts or [], file, flags)
 
 
 @app.command()

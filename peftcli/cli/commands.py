@@ -15,12 +15,12 @@ from peftcli.cli.show import Shown, console, metric_table, retention_line, sampl
 from peftcli.cli.show_data import show_data
 from peftcli.errors import DataError, GateNotMet, MemoryExhausted, RecipeError
 from peftcli.plan.plan import DTYPE_BYTES
-from peftcli.plan.smoke import smoke_notes, smoke_recipe
+from peftcli.plan.smoke import check_schedules, smoke_notices, smoke_recipe
 from peftcli.recipe.load import Loaded, load_recipe
 from peftcli.recipe.schema import Recipe
 from peftcli.recipe.tasks import CAUSAL
 from peftcli.report.write import write_report
-from peftcli.rundir import RunDir, read_json, write_json
+from peftcli.rundir import RunDir, is_foreign, read_json, write_json
 from peftcli.summary import unmet, write_metrics
 from peftcli.train.disk import RESERVE_BYTES, Forecast, check_room
 from peftcli.train.stops import is_first_process
@@ -57,16 +57,9 @@ def data_command(name: str, overrides: Sequence[str], *, preview: int, smoke: bo
 def eval_command(name: str, recipe: str | None, overrides: Sequence[str], *, with_base: bool, as_json: bool) -> None:
     """Measure a target and print the table; a run folder's `eval.json` is written again."""
     with shown_run(None) as (shown, streams):
-        from peftcli.cli.steps import plan_recipe, prepare_for
         from peftcli.evaluate import evaluate
-        from peftcli.model.target import open_target
 
-        target = open_target(name) if recipe is None else None
-        loaded = _recipe_for(recipe, target.run if target is not None else None, overrides)
-        smoke = bool(target is not None and target.identity.get("smoke"))
-        planned = plan_recipe(loaded, shown, smoke=smoke)
-        plan = planned.plan
-        target, data = prepare_for(planned, target or open_target(name, plan.base), shown)
+        loaded, plan, target, data = _to_evaluate(name, recipe, overrides, shown)
         value = evaluate(
             target,
             data,
@@ -91,18 +84,54 @@ def eval_command(name: str, recipe: str | None, overrides: Sequence[str], *, wit
         out.print(metric_table({key: value.get(key) for key in ("base", "adapter", "merged")}))
 
 
-def merge_command(path: Path, into: str, output_dir: Path | None, dtype: str | None, *, as_json: bool) -> None:
-    """Merge the adapter of a run and print what was measured."""
+def _to_evaluate(name: str, recipe: str | None, overrides: Sequence[str], shown: Shown) -> tuple[Loaded, Any, Any, Any]:
+    """What is evaluated: the recipe, its plan, the target and the rows."""
+    from peftcli.cli.foreign import opened, prepared
+    from peftcli.cli.steps import plan_recipe, prepare_for
+    from peftcli.model.target import open_target
+
+    if is_foreign(Path(name)):
+        _refuse_untested(*_both(_recipe_for(recipe, None, overrides)))
+        with opened(Path(name), recipe, overrides, shown) as (loaded, planned, target):
+            return loaded, planned.plan, *prepared(planned, target, shown)
+    found = open_target(name) if recipe is None else None
+    loaded = _recipe_for(recipe, found.run if found is not None else None, overrides)
+    _refuse_untested(*_both(loaded))
+    smoke = bool(found is not None and found.identity.get("smoke"))
+    planned = plan_recipe(loaded, shown, smoke=smoke)
+    return loaded, planned.plan, *prepare_for(planned, found or open_target(name, planned.plan.base), shown)
+
+
+def _both(loaded: Loaded) -> tuple[Loaded, Recipe]:
+    """A recipe with what `--set` changes in it, and without."""
+    return loaded, load_recipe(loaded.path).recipe
+
+
+def merge_command(
+    path: Path, recipe: str | None, into: str, output_dir: Path | None, dtype: str | None, *, as_json: bool
+) -> None:
+    """Merge the adapter of a run, or one of another tool, and print what was measured.
+
+    Args:
+        recipe: whose rows an adapter of another tool is compared on.
+    """
     for flag, value, known in (
         ("--into", into, ("dequantized", "original", "best")),
         ("--dtype", dtype or "float32", ("float32", "bfloat16", "float16")),
     ):
         if value not in known:
             raise RecipeError(f"{flag} {value}: may be {', '.join(known)}")
+    if is_foreign(path):
+        _merge_foreign(path, recipe, (into, dtype), output_dir, as_json=as_json)
+        return
     run = RunDir(path)
     if not run.recipe.is_file():
-        mend = f"`peftcli train RECIPE --output-dir {path}` makes one"
-        raise RecipeError(f"{path}: no run folder (recipe.yaml is missing); {mend}")
+        raise RecipeError(
+            f"{path}: neither a run folder (recipe.yaml) nor an adapter of another tool (adapter_config.json); "
+            f"`peftcli train RECIPE --output-dir {path}` makes a run"
+        )
+    if recipe is not None:
+        raise RecipeError(f"--recipe {recipe}: {path} is a run and has its own recipe; leave it out")
     with shown_run(run.library_log) as (shown, streams):
         from peftcli.cli.steps import plan_recipe, prepare_for
         from peftcli.merge.refuse import refuse_unmergeable
@@ -134,8 +163,55 @@ def merge_command(path: Path, into: str, output_dir: Path | None, dtype: str | N
         raise_unmet(metrics)
 
 
-def generate_command(name: str, prompts: list[str], file: Path | None, flags: GenerateFlags) -> None:
-    """Answer prompts."""
+def _merge_foreign(
+    path: Path, recipe: str | None, settings: tuple[str, str | None], output_dir: Path | None, *, as_json: bool
+) -> None:
+    """Merge an adapter of another tool and print what was measured."""
+    with shown_run(None) as (shown, streams):
+        from peftcli.cli.foreign import merge_foreign
+
+        found, folder = merge_foreign(path, recipe, settings, output_dir, shown)
+        if as_json:
+            print_json(streams, found)
+            return
+        out = console(streams.out)
+        out.print(_drift_line(found))
+        out.print(f"compared on {found['rows']:,} rows: {found['rows_from']}")
+        if found["metrics"] is not None:
+            out.print(metric_table({"merged": found["metrics"]}))
+        out.print(f"merged model  {folder}")
+
+
+def _drift_line(found: dict[str, Any]) -> str:
+    return (
+        f"merged into the {found['into']} base ({found['dtype']}): top-1 agreement {found['top1_agreement']:.4%} over "
+        f"{found['positions']:,} positions, largest logit difference {found['max_abs_logit_difference']:.2g}"
+        + ("" if found["kl_nats"] is None else f", KL {found['kl_nats']:.2g} nats")
+    )
+
+
+def _open_for_prompts(name: str, recipe: str | None, shown: Shown) -> Any:
+    """The target of `generate`."""
+    from peftcli.model.target import open_target
+
+    if is_foreign(Path(name)):
+        from peftcli.cli.foreign import opened
+
+        with opened(Path(name), recipe, (), shown) as (_, _, target):
+            return target
+    if recipe is not None:
+        raise RecipeError(f"--recipe {recipe}: {name} is no adapter of another tool, and knows its base; leave it out")
+    return open_target(name)
+
+
+def generate_command(
+    name: str, recipe: str | None, prompts: list[str], file: Path | None, flags: GenerateFlags
+) -> None:
+    """Answer prompts.
+
+    Args:
+        recipe: whose base and prompt template an adapter of another tool gets.
+    """
     from peftcli.generate import read_prompts
 
     if file is not None and not file.is_file():
@@ -148,9 +224,8 @@ def generate_command(name: str, prompts: list[str], file: Path | None, flags: Ge
     with shown_run(None) as (shown, streams):
         from peftcli.generate import generate, label
         from peftcli.model.answer import Decoding
-        from peftcli.model.target import open_target
 
-        target = open_target(name)
+        target = _open_for_prompts(name, recipe, shown)
         decoding = Decoding(flags.max_new_tokens, flags.temperature, flags.top_p, flags.seed)
         rows = int(target.identity.get("evaluation_batch", 16))
         if target.base.task != CAUSAL:
@@ -178,7 +253,8 @@ def load(name: str, overrides: Sequence[str], *, smoke: bool) -> Loaded:
     loaded = load_recipe(find_recipe(name), overrides)
     if not smoke:
         return loaded
-    notices = (*loaded.notices, *smoke_notes(loaded.recipe))
+    check_schedules(loaded.recipe)
+    notices = (*loaded.notices, *smoke_notices(loaded.recipe))
     return Loaded(smoke_recipe(loaded.recipe), notices, loaded.path)
 
 
@@ -188,6 +264,24 @@ def _recipe_for(name: str | None, run: RunDir | None, overrides: Sequence[str]) 
     if run is not None and run.recipe.is_file():
         return load_recipe(run.recipe, overrides)
     raise RecipeError("this target stands alone; name the recipe whose test rows count with --recipe")
+
+
+def _refuse_untested(loaded: Loaded, written: Recipe) -> None:
+    """Refuse to evaluate without test rows, and on rows that were trained on.
+
+    Args:
+        loaded: the recipe with what `--set` changes in it.
+        written: the same without; what it trains on cannot be held out afterwards.
+
+    Raises:
+        RecipeError: there are no test rows, or they are split off rows that were all trained on.
+    """
+    trained_on_all = not written.dataset.holds_out and loaded.recipe.dataset.test is None
+    if trained_on_all or not loaded.recipe.dataset.holds_out:
+        raise RecipeError(
+            f"{loaded.path}: dataset.split.test_size is 0, so all rows were trained on and there are none to evaluate "
+            "on; name a recipe with other rows with --recipe"
+        )
 
 
 def finish(run: RunDir, recipe: Recipe) -> dict[str, Any]:
@@ -205,6 +299,8 @@ def show_result(run: RunDir, metrics: dict[str, Any], streams: Streams, *, as_js
         out.print("smoke run: a tiny random stand-in; the numbers say nothing about the real model")
     if metrics["base"] or metrics["adapter"]:
         out.print(metric_table({name: metrics[name] for name in ("base", "adapter", "merged")}))
+    elif metrics["data"]["test_rows"] == 0:
+        out.print("no rows were held out (dataset.split.test_size: 0), so no figures tell how good the adapter is")
     if metrics["retention"]:
         out.print(retention_line(metrics["retention"]))
     if run.eval.is_file():
@@ -218,13 +314,12 @@ def show_result(run: RunDir, metrics: dict[str, Any], streams: Streams, *, as_js
 
 def _show_merge(run: RunDir, found: dict[str, Any], metrics: dict[str, Any], folder: Path, streams: Streams) -> None:
     out = console(streams.out)
-    out.print(
-        f"merged into the {found['into']} base ({found['dtype']}): top-1 agreement {found['top1_agreement']:.4%} over "
-        f"{found['positions']:,} positions, largest logit difference {found['max_abs_logit_difference']:.2g}"
-        + ("" if found["kl_nats"] is None else f", KL {found['kl_nats']:.2g} nats")
-    )
-    out.print(metric_table({name: metrics[name] for name in ("base", "adapter", "merged")}))
-    if run.eval.is_file():
+    out.print(_drift_line(found))
+    if found["rows_from"] == "training":
+        out.print("no rows were held out, so it was compared on training rows and not scored")
+    else:
+        out.print(metric_table({name: metrics[name] for name in ("base", "adapter", "merged")}))
+    if run.eval.is_file() and found["samples"]:
         merged = {sample["prompt"]: sample["merged"] for sample in found["samples"]}
         out.print()
         samples = read_json(run.eval)["samples"]

@@ -201,11 +201,12 @@ def plan_lines(plan: Mapping[str, Any], data: Mapping[str, Any] | None) -> list[
 
 def data_line(data: Mapping[str, Any]) -> str:
     """The facts of the data on one line."""
+    tested = f"{data['test_rows']:,}" if data["test_rows"] else "no"
     parts = [
-        f"{data['train_rows']:,} train and {data['test_rows']:,} test rows of {data['rows']:,} ({data['format']})",
+        f"{data['train_rows']:,} train and {tested} test rows of {data['rows']:,} ({data['format']})",
         f"{data['dropped_rows']:,} dropped",
         f"{data['truncated_rows']:,} truncated",
-        f"{data['leaked_rows']:,} test rows also in training",
+        *([f"{data['leaked_rows']:,} test rows also in training"] if data["test_rows"] else []),
     ]
     if "eos_trained_rows" in data:  # rows with labels have no tokens to train
         tokens = data["tokens"]

@@ -27,7 +27,9 @@ def numbers_table(data: Mapping[str, Any]) -> Table | None:
         return None
     table = _table(as_line(numbers.get("of")), *(f"{name}|r" for name in SPREAD))
     for title, side in (("training", "train"), ("test", "test")):
-        found = numbers.get(side) or {}
+        found = numbers.get(side)
+        if not found:
+            continue
         table.add_row(title, *("-" if found.get(name) is None else f"{found[name]:,.6g}" for name in SPREAD))
     return table
 

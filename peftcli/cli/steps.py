@@ -19,17 +19,19 @@ from peftcli.model.inspect import inspect_model, trainable_counter
 from peftcli.model.kept import fit_kept
 from peftcli.model.label import output_names
 from peftcli.model.load import load_tokenizer
-from peftcli.model.locate import locate
+from peftcli.model.locate import TINY, locate
 from peftcli.model.probe import probe_machine
+from peftcli.model.rehearsal import Rehearsal
 from peftcli.model.start import adapter_folder
 from peftcli.model.target import Target
 from peftcli.plan.checkpointing import spare_blocks
-from peftcli.plan.decide import label_rule, make_plan
-from peftcli.plan.facts import Machine
+from peftcli.plan.decide import check_recipe, label_rule, make_plan
+from peftcli.plan.facts import Machine, ModelFacts
 from peftcli.plan.forecast import OPTIMIZER, Costs, make_forecast, rows_of
 from peftcli.plan.heads import first_labels, keep_labels, settle_labels
 from peftcli.plan.plan import LabelRule, Plan, TokenizerChoice
 from peftcli.plan.shape import Shape
+from peftcli.plan.smoke import stand_in_adapter
 from peftcli.progress import Progress
 from peftcli.recipe.adapter_section import AdapterSection
 from peftcli.recipe.load import Loaded
@@ -68,10 +70,13 @@ def plan_recipe(loaded: Loaded, progress: Progress, *, smoke: bool = False, mach
     if recipe.adapter.init_from is not None:
         adapter_folder(recipe.adapter.init_from)  # whether there is one is known before anything is loaded
     machine = probe_machine() if machine is None else machine
-    path, config, note = locate(recipe.model, progress, smoke=smoke)
+    located = locate(recipe.model, smoke=smoke, longest=recipe.dataset.max_length)
+    path, config = located.path, located.config
     trust = recipe.model.trust_remote_code
     task, labels = recipe.model.task, first_labels(recipe)
-    facts = inspect_model(path, config, task, labels=labels, note=note, trust_remote_code=trust)
+    facts = inspect_model(path, config, task, labels=labels, trust_remote_code=trust)
+    if located.rehearsal is not None:
+        recipe, facts = _on_stand_in(recipe, facts, located.rehearsal)
     counter = partial(trainable_counter, path, config, task, trust_remote_code=trust)
     plan = make_plan(recipe, machine, facts, counter(labels=labels), smoke=smoke, notices=loaded.notices)
     fitted = fit_kept(plan)
@@ -85,6 +90,21 @@ def plan_recipe(loaded: Loaded, progress: Progress, *, smoke: bool = False, mach
     return Planned(plan, machine, facts.shape, counter)
 
 
+def _on_stand_in(recipe: Recipe, facts: ModelFacts, rehearsal: Rehearsal) -> tuple[Recipe, ModelFacts]:
+    """A recipe that fits the stand-in of its model, and the facts of that, after the real model was checked."""
+    notes = rehearsal.notes
+    if rehearsal.config is not None:
+        name, config, task = recipe.model.name, rehearsal.config, recipe.model.task
+        labels = first_labels(recipe)
+        real = inspect_model(name, config, task, labels=labels, needs_weights=False)
+        check_recipe(recipe, real, trainable_counter(name, config, task, labels=labels))
+    if recipe.adapter.init_from is not None:
+        notes = (*notes, f"smoke: left out: the weights of adapter.init_from, which belong to {recipe.model.name}")
+    adapter = stand_in_adapter(recipe.adapter)
+    facts = replace(facts, notes=notes, own_tokenizer=rehearsal.own_tokenizer)
+    return recipe.model_copy(update={"adapter": adapter}), facts
+
+
 def prepare_for(planned: Planned, target: Target, progress: Progress) -> tuple[Target, PreparedData]:
     """The rows of a plan as a target reads them, and the target; one without labels of its own gets those of the rows.
 
@@ -96,7 +116,7 @@ def prepare_for(planned: Planned, target: Target, progress: Progress) -> tuple[T
         raise RecipeError(f"{target.base.task} is what the target was trained for; the recipe's task is {plan.task}")
     if knows and plan.task != CAUSAL:
         plan = keep_labels(plan, target.base)
-    _, data = prepare_data(plan, progress, target.adapter)
+    _, data = prepare_data(plan, progress, target.tokenizer_folder)
     if knows or plan.task == CAUSAL:
         return target, data
     return replace(target, base=settle(planned, data).plan.base), data
@@ -139,20 +159,28 @@ def prepare_data(
         adapter: folder whose tokenizer and chat template are used, as they were in training.
     """
     tokenizer = load_tokenizer(plan.base.tokenizer, None if adapter is None else str(adapter))
-    return tokenizer, prepare(plan.dataset, tokenizer, plan.labels, plan.seed, progress, smoke=plan.smoke)
+    own = plan.own_tokenizer
+    data = prepare(plan.dataset, tokenizer, plan.labels, plan.seed, progress, smoke=plan.smoke, own_tokenizer=own)
+    return tokenizer, data
 
 
 def look_at_data(recipe: Recipe, progress: Progress, *, smoke: bool, preview: int) -> PreparedData:
     """The data of a recipe with their checks and preview; of the model only the tokenizer and the length are asked."""
-    path, config, _ = locate(recipe.model, progress, smoke=smoke)
-    rule = label_rule(recipe, positions_of(config))
+    located = locate(recipe.model, smoke=smoke, longest=recipe.dataset.max_length)
+    path, config, made = located.path, located.config, located.rehearsal
+    real = config if made is None or made.config is None else made.config
+    rule = label_rule(recipe, positions_of(real), smoke=smoke)
     model = recipe.model
     images = model.task == IMAGES
     trust = model.trust_remote_code
     choice = TokenizerChoice(path, model.revision, model.chat_template, model.eos_token, trust, images)
     tokenizer = load_tokenizer(choice)
-    data = prepare(recipe.dataset, tokenizer, rule, recipe.seed, progress, smoke=smoke)
-    add_view(data, tokenizer, rule, preview, check_ends(choice, tokenizer, data, recipe.adapter))
+    own = made is None or made.own_tokenizer
+    data = prepare(recipe.dataset, tokenizer, rule, recipe.seed, progress, smoke=smoke, own_tokenizer=own)
+    if made is not None:
+        choice = replace(choice, path=model.name)
+        data.facts["warnings"][:0] = made.notes
+    add_view(data, tokenizer, rule, preview, check_ends(choice, tokenizer, data, recipe.adapter) if own else [])
     return data
 
 
@@ -177,6 +205,12 @@ def add_view(
         *data.facts["warnings"],
     ]
     data.facts["preview"] = shown_rows(data.train, tokenizer, rule, data.too_long, preview)
+
+
+def real_tokenizer(plan: Plan) -> TokenizerChoice:
+    """The tokenizer of a plan, with the path of the real model where a smoke run loads another one."""
+    choice = plan.base.tokenizer
+    return replace(choice, path=plan.base.name) if plan.smoke and not plan.base.name.startswith(TINY) else choice
 
 
 def check_ends(

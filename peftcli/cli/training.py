@@ -154,7 +154,16 @@ def _train(
     Args:
         before: the runs of earlier stages, whose results this one starts from.
     """
-    from peftcli.cli.steps import SHOWN_ROWS, add_view, check_ends, forecast_run, plan_recipe, prepare_data, settle
+    from peftcli.cli.steps import (
+        SHOWN_ROWS,
+        add_view,
+        check_ends,
+        forecast_run,
+        plan_recipe,
+        prepare_data,
+        real_tokenizer,
+        settle,
+    )
     from peftcli.model.absorb import base_hash, with_earlier
     from peftcli.model.files import base_facts
     from peftcli.model.probe import describe_environment
@@ -170,7 +179,7 @@ def _train(
     planned = settle(replace(planned, plan=plan), data)
     plan = planned.plan
     prepared = {"prepare_seconds": round(time.monotonic() - begun, 3)}
-    ends = check_ends(plan.base.tokenizer, tokenizer, data, plan.adapter)
+    ends = check_ends(real_tokenizer(plan), tokenizer, data, plan.adapter) if plan.own_tokenizer else []
     add_view(data, tokenizer, plan.labels, SHOWN_ROWS, ends)
     environment = describe_environment(planned.machine, command_line())
     base = base_facts(plan.base.path, plan.base.revision)
@@ -202,7 +211,7 @@ def _train(
 
 def _borrowed(recipe: Recipe, plan: Plan, stamp: Mapping[str, Any], shown: Shown, lender: Path | None) -> Path | None:
     """The file of another run with the figures of this run's base, where they may be taken over."""
-    if lender is None:
+    if lender is None or (not recipe.dataset.holds_out and recipe.evaluation.retention is None):
         return None
     reason = why_not(RunDir(lender), recipe, plan, stamp)
     taken = "the figures of the base are those of" if reason is None else "the base is measured anew, not as in"

@@ -52,7 +52,8 @@ def count_rows(train: Side, test: Side, rule: LabelRule) -> dict[str, Any]:
     """Rows, tokens and lengths of both sides.
 
     Args:
-        train, test: neither is empty.
+        train: not empty.
+        test: empty where no rows are held out.
     """
     lengths = train.column("uncut")
     trained, tested = train.column("trained"), test.column("trained")
@@ -82,7 +83,7 @@ def count_rows(train: Side, test: Side, rule: LabelRule) -> dict[str, Any]:
         },
         "length_histogram": _histogram(lengths, rule.max_length),
         "max_length": rule.max_length,
-        "fingerprint": {"train": _fingerprint(train), "test": _fingerprint(test)},
+        "fingerprint": {"train": _fingerprint(train), "test": _fingerprint(test) if len(test.rows) else None},
     }
 
 
@@ -111,7 +112,11 @@ def _ends_with(train: Side, row: int, tokenizer: PreTrainedTokenizerBase) -> str
 
 
 def compare_rows(train: Side, test: Side) -> dict[str, Any]:
-    """Equal and nearly equal rows within the training side, and between the two sides."""
+    """Equal and nearly equal rows within the training side, and between the two sides.
+
+    Args:
+        test: empty where no rows are held out; what is asked of it is null then.
+    """
     hashes, test_hashes = train.column("plain"), test.column("plain")
     first = firsts(hashes)
     double = np.flatnonzero(first != np.arange(len(first)))
@@ -125,17 +130,18 @@ def compare_rows(train: Side, test: Side) -> dict[str, Any]:
     near_leak[leaked] = -1
     close = np.flatnonzero(near_leak >= 0)
     prompts = train.store.facts["kind"] in ("prompt_completion", *LABELLED)
+    held_out = len(test.rows) > 0
     return {
-        "leaked_rows": len(leaked),
+        "leaked_rows": len(leaked) if held_out else None,
         "leaked_examples": _pairs(test, train, leaked, leak, ("test", "train")),
         "leaked_prompts": int((partners(test.column("prompt"), train.column("prompt")) >= 0).sum())
-        if prompts
+        if prompts and held_out
         else None,
         "duplicate_rows": len(double),
         "duplicate_examples": _pairs(train, train, double, first, ("row", "first")),
         "near_duplicate_rows": len(alike),
         "near_duplicate_examples": _pairs(train, train, alike, near, ("row", "first")),
-        "near_leaked_rows": len(close),
+        "near_leaked_rows": len(close) if held_out else None,
         "near_leaked_examples": _pairs(test, train, close, near_leak, ("test", "train")),
     }
 
@@ -150,7 +156,7 @@ def balance(train: Side, test: Side) -> dict[str, Any] | None:
     shown = [hide_keys([name])[0][:80] for name in names]
     order = np.argsort(-counts, kind="stable")[:SHOWN_LABELS]
     found["train"] = {shown[label]: int(counts[label]) for label in order}
-    if test.store is train.store:
+    if test.store is train.store and len(test.rows):
         other = np.bincount(test.column("label"), minlength=len(names))
         found["test"] = {shown[label]: int(other[label]) for label in order}
     return found

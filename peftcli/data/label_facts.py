@@ -63,15 +63,16 @@ def label_facts(train: Side, test: Side) -> dict[str, Any]:
     """How labels are spread over both sides, and which rows contradict others.
 
     Args:
-        train, test: of stores with the same classes.
+        train, test: of stores with the same classes; the test side may be empty, and is left out then.
     """
     stored, names = train.store.facts, train.store.classes
+    sides = {"train": train} | ({"test": test} if len(test.rows) else {})
     facts: dict[str, Any] = {"problem": stored["problem"], "classes": [_shown(name) for name in names]}
     facts |= _conflicts(train)
     if stored["problem"] == "regression":
-        spread = {key: _spread(side) for key, side in (("train", train), ("test", test))}
+        spread = {key: _spread(side) for key, side in sides.items()}
         return facts | {"labels": None, "numbers": {"of": stored["label_column"], **spread}}
-    counts = {key: class_counts(side, len(names)) for key, side in (("train", train), ("test", test))}
+    counts = {key: class_counts(side, len(names)) for key, side in sides.items()}
     order = np.argsort(-counts["train"], kind="stable")[:SHOWN_LABELS]
     facts["labels"] = {"of": stored["label_column"], "distinct": len(names)} | {
         key: {_shown(names[label]): int(found[label]) for label in order} for key, found in counts.items()
@@ -82,7 +83,7 @@ def label_facts(train: Side, test: Side) -> dict[str, Any]:
         key: [_shown(names[label]) for label in np.flatnonzero(found == 0)] for key, found in counts.items()
     }
     if stored["problem"] == "multi-label":
-        facts["rows_without_class"] = {key: _without(side) for key, side in (("train", train), ("test", test))}
+        facts["rows_without_class"] = {key: _without(side) for key, side in sides.items()}
     if stored["problem"] == "single-label":
         facts["majority_share"] = {key: float(found.max() / found.sum()) for key, found in counts.items()}
     return facts | (_words([train, test]) if "words" in stored else {})

@@ -20,7 +20,7 @@ from peftcli.data.limits import EQUAL, crossed_limits
 from peftcli.data.made_up import MadeUp
 from peftcli.data.readings import LABELLED
 from peftcli.data.rows import BATCH_ROWS, Source
-from peftcli.data.sides import split_sides, without_equal
+from peftcli.data.sides import rehearsed_split, split_sides, without_equal
 from peftcli.data.sources.open import open_source
 from peftcli.data.sources.photos import open_photos
 from peftcli.data.split import weighted
@@ -42,7 +42,7 @@ class PreparedData:
 
     Attributes:
         train: the training rows; a row with a weight above 1 stands there several times.
-        test_side: the test rows.
+        test_side: the test rows; none where the recipe trains on all rows.
         format: `prompt_completion`, `messages`, `text`, `classification`, `tagging` or `images`.
         stop_ids: token ids on which an answer ends; none where rows have labels.
         prompt: template that new prompts are written in; None for chats and for plain text.
@@ -65,10 +65,28 @@ class PreparedData:
     labels: tuple[str, ...] = ()
     problem: str | None = None
 
+    @property
+    def holds_out(self) -> bool:
+        """Whether there are test rows."""
+        return len(self.test_side.rows) > 0
+
     @cached_property
     def test(self) -> pa.Table:
-        """The test rows: `input_ids`, `labels`, `prompt_ids`, `prompt`, `reference`; some also `words` or `image`."""
+        """The test rows: `input_ids`, `labels`, `prompt_ids`, `prompt`, `reference`; some also `words` or `image`.
+
+        Only where `holds_out`.
+        """
         return held_out_table(self.test_side, self.format, self.tokenizer)
+
+    def comparable(self, rows: int) -> pa.Table:
+        """The first rows on which two models are compared, as in `test`: test rows, or training rows where none are.
+
+        Args:
+            rows: at most.
+        """
+        if self.holds_out:
+            return self.test.slice(0, rows)
+        return held_out_table(replace(self.train, rows=self.train.rows[:rows]), self.format, self.tokenizer)
 
     def sample_chats(self, count: int = 8) -> list[Chat]:
         """The first chats of the training rows; none where the rows are no chats."""
@@ -104,6 +122,7 @@ def prepare(
     progress: Progress,
     *,
     smoke: bool = False,
+    own_tokenizer: bool = True,
 ) -> PreparedData:
     """Read, join, tokenize and split the data of a recipe; what was prepared before is taken from the cache.
 
@@ -112,6 +131,7 @@ def prepare(
         rule: which tokens are trained.
         seed: of the split where `dataset.split.seed` is not given, and of every other draw.
         smoke: take a few rows only, and rows made up here where the source is a Hub data set.
+        own_tokenizer: the tokenizer is the model's own, so that what it finds in a smoke run holds for the real one.
 
     Raises:
         DataError: a source cannot be read or holds nothing usable, or a side of the split is empty.
@@ -143,9 +163,16 @@ def prepare(
     if store.facts["kind"] in LABELLED:
         store, test_store, labels = _with_classes(store, test_store, smoke=smoke)
     rows, equal, equal_places = without_equal(dataset, store)
+    scaled = None
+    if smoke and test_store is None:
+        dataset, scaled = rehearsed_split(dataset, store, rows)
     train, test, split = split_sides(dataset, store, test_store, rows, seed)
     facts = _facts(store, test_store, train, test, tokenizer, rule, equal, equal_places)
     facts |= {"split": split, "cache": "made" if made else "reused"}
+    crossed = crossed_limits(facts, dataset.limits)
+    if smoke:
+        crossed, notes = _rehearsed(sources, dataset, facts, crossed, own_tokenizer=own_tokenizer)
+        facts["warnings"][:0] = [*notes, *([scaled] if scaled else [])]
     order = weighted(
         train.rows, [section["weight"] for section in store.facts["sources"]], train.column("source"), seed
     )
@@ -156,12 +183,38 @@ def prepare(
         stop_ids=frozenset() if store.facts["kind"] in LABELLED else stop_ids(tokenizer),
         prompt=store.facts["prompt"],
         facts=facts,
-        crossed=[] if smoke else crossed_limits(facts, dataset.limits),
+        crossed=crossed,
         tokenizer=tokenizer,
         too_long=dataset.too_long,
         labels=labels,
         problem=store.facts.get("problem"),
     )
+
+
+def _rehearsed(
+    sources: Sequence[tuple[Source, SourceSection]],
+    dataset: DatasetSection,
+    facts: dict[str, Any],
+    crossed: list[str],
+    *,
+    own_tokenizer: bool,
+) -> tuple[list[str], list[str]]:
+    """What stops a smoke run, and what it says of its rows.
+
+    A share of a few rows says little about all of them, so the limits are only told, but for the end token: where the
+    recipe wants it trained in every row, one row without it is enough.
+    """
+    made_up = [source.section.name or "a database" for source, _ in sources if isinstance(source, MadeUp)]
+    notes = [f"smoke: the rows of {name} are made up, since a smoke run asks no network" for name in made_up]
+    if made_up or not own_tokenizer:
+        return [], notes
+    missed = facts.get("eos_trained_rows", 0) < facts.get("eos_expected_rows", 0)
+    if dataset.limits.eos_trained == 1 and missed:
+        ends = crossed_limits(facts, type(dataset.limits)(dropped=1, truncated=1, leaked=1))
+        crossed = [line for line in crossed if line not in ends]
+    else:
+        ends = []
+    return ends, [*notes, *(f"smoke: all rows together may cross a limit: {line}" for line in crossed)]
 
 
 def _with_classes(

@@ -23,10 +23,31 @@ def without_equal(dataset: DatasetSection, store: Store) -> tuple[Indices, int, 
     return np.flatnonzero(first == rows), len(equal), store.places(equal[:FIRST_PLACES])
 
 
+def rehearsed_split(dataset: DatasetSection, store: Store, rows: Indices) -> tuple[DatasetSection, str | None]:
+    """A split that leaves training rows among the few rows of a smoke run, and what it changes, for people.
+
+    Args:
+        rows: those that are used.
+    """
+    split, said = dataset.split, []
+    update: dict[str, Any] = {}
+    most = len(rows) // 4
+    if isinstance(split.test_size, int) and split.test_size > most:
+        update["test_size"] = most
+        said.append(f"{most} test rows, dataset.split.test_size is {split.test_size:,}")
+    if split.group is not None and len(np.unique(store.column("group")[rows])) < 2:
+        update["group"] = None
+        said.append(f"one value of dataset.split.group {split.group} among them, so it is left out")
+    if not update:
+        return dataset, None
+    note = f"smoke: of {len(rows)} rows {' and '.join(said)}"
+    return dataset.model_copy(update={"split": split.model_copy(update=update)}), note
+
+
 def split_sides(
     dataset: DatasetSection, store: Store, test_store: Store | None, rows: Indices, seed: int
 ) -> tuple[Side, Side, dict[str, Any]]:
-    """Both sides, and how they were drawn."""
+    """Both sides, and how they were drawn; the test side is empty where the recipe holds no rows out."""
     drawn = dataset.split.seed if dataset.split.seed is not None else seed
     split: dict[str, Any] = {}
     if test_store is not None:
@@ -41,12 +62,14 @@ def split_sides(
         train = train[np.sort(order)]
         split["max_train_samples"] = dataset.max_train_samples
     for side, count in (("training", len(train)), ("test", len(test))):
-        if count == 0:
+        if count == 0 and (side == "training" or dataset.holds_out):
             raise DataError(f"the {side} side is empty ({len(rows)} usable rows); change dataset.split")
     return Side(store, train), Side(test_store or store, test), split
 
 
 def _draw(dataset: DatasetSection, store: Store, rows: Indices, seed: int) -> tuple[Indices, Indices]:
+    if not dataset.holds_out:
+        return np.arange(len(rows)), np.arange(0)
     if dataset.split.stratify is not None:
         return split_by_class(store.column("class")[rows], dataset.split.test_size, seed)
     if dataset.split.group is not None or dataset.too_long == "split":

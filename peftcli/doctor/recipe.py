@@ -67,7 +67,7 @@ def find_model(recipe: Recipe, hub: Hub, progress: Progress) -> Found:
     model = recipe.model
     if model.name.startswith(TINY):
         try:
-            path, _, _ = locate(model, progress, smoke=False)
+            path = locate(model, smoke=False).path
         except PeftcliError as problem:
             return Found(refused("model", problem))
         return Found(Verdict("model", OK, f"{model.name}, made here"), path)

@@ -1,4 +1,4 @@
-"""How far a merged model is from the adapter that was trained, on real test rows."""
+"""How far a merged model is from the adapter that was trained, on real rows."""
 
 from dataclasses import dataclass
 
@@ -36,16 +36,15 @@ class Drift:
     top1_agreement: float
 
 
-def rows_to_compare(test: pa.Table, vocabulary: int) -> pa.Table:
-    """As many test rows from the head as fit the memory set aside."""
-    test = test.slice(0, MOST_ROWS)
+def rows_to_compare(table: pa.Table, vocabulary: int) -> pa.Table:
+    """As many rows from the head as fit the memory set aside."""
     budget = KEPT_BYTES // (4 * vocabulary)
     used = 0
-    for row, labels in enumerate(test.column("labels").to_pylist()):
+    for row, labels in enumerate(table.column("labels").to_pylist()):
         used += sum(label != IGNORED for label in labels[1:])
         if used > budget:
-            return test.slice(0, max(row, 1))
-    return test
+            return table.slice(0, max(row, 1))
+    return table
 
 
 @torch.inference_mode()

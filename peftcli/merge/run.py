@@ -44,14 +44,18 @@ class Candidate:
     into: str
     folder: Path
     drift: Drift
-    measured: Measured
+    measured: Measured | None
     bytes: int
 
     @property
-    def loss(self) -> float:
-        """Of the test rows."""
-        assert self.measured.metrics.loss is not None  # a model that was run has one
-        return self.measured.metrics.loss
+    def loss(self) -> float | None:
+        """Of the test rows, None without any."""
+        return None if self.measured is None else self.measured.metrics.loss
+
+    @property
+    def worse(self) -> float:
+        """What decides between candidates, lower is better: the loss, or without test rows the drift."""
+        return self.drift.mean_abs_logit_difference if self.loss is None else self.loss
 
 
 @dataclass(frozen=True)
@@ -59,11 +63,13 @@ class MergeSettings:
     """What the user asked for.
 
     Attributes:
-        into: `dequantized`, `original` or `best` (both are made, the one with the lower test loss is kept).
+        into: `dequantized`, `original` or `best` (both are made, the one with the lower test loss is kept; without test
+            rows the one with the smaller drift).
         dtype: of the stored weights, None for the dtype of the run.
         gates: those of the recipe.
         batch_rows: rows measured at once.
         seed: for sampled answers.
+        rows_from: what the rows of the comparison are called, where they are neither test rows nor training rows.
     """
 
     into: str
@@ -72,6 +78,7 @@ class MergeSettings:
     evaluation: EvaluationSection
     batch_rows: int
     seed: int
+    rows_from: str | None = None
 
 
 def merge(
@@ -81,7 +88,7 @@ def merge(
 
     Args:
         target: an adapter.
-        data: whose test rows serve for the measuring.
+        data: whose test rows serve for the measuring; without any, training rows serve for the drift alone.
         final: folder of the merged model; it appears when all is well, and not before.
 
     Returns:
@@ -109,8 +116,8 @@ def merge(
         candidates = [
             _measure(target, (into, folder, size), reference, comparison, settings) for into, folder, size in written
         ]
-        kept = min(candidates, key=lambda one: one.loss)
-        value = _merge_json(kept, candidates, data, settings, time.monotonic() - begun, target)
+        kept = min(candidates, key=lambda one: one.worse)
+        value = _merge_json(kept, candidates, comparison, settings, time.monotonic() - begun, target)
         if not value["met"]:
             _fail(kept, value, quantized=target.base.quantization is not None)
         replace_folder(kept.folder, final)
@@ -210,20 +217,23 @@ def _measure(
     model.eval()
     what = f"merged into {into}"
     logits = comparison.logits(model, what)
-    decoding = decoding_for(settings.evaluation, data, tokenizer, settings.seed)
-    measured = measure(
-        model,
-        tokenizer,
-        data,
-        settings.evaluation,
-        decoding,
-        batch_rows=settings.batch_rows,
-        progress=comparison.progress,
-        what=what,
-    )
+    measured = _scored(model, data, tokenizer, settings, comparison.progress, what) if data.holds_out else None
     del model
     _forget()
     return Candidate(into, folder, comparison.drift(reference, logits), measured, size)
+
+
+def _scored(
+    model: PreTrainedModel,
+    data: PreparedData,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: MergeSettings,
+    progress: Progress,
+    what: str,
+) -> Measured:
+    decoding = decoding_for(settings.evaluation, data, tokenizer, settings.seed)
+    rows = settings.batch_rows
+    return measure(model, tokenizer, data, settings.evaluation, decoding, batch_rows=rows, progress=progress, what=what)
 
 
 def _met(gate: Gate, value: float | None) -> bool | None:
@@ -233,7 +243,7 @@ def _met(gate: Gate, value: float | None) -> bool | None:
 def _merge_json(
     kept: Candidate,
     candidates: list[Candidate],
-    data: PreparedData,
+    comparison: Comparison,
     settings: MergeSettings,
     seconds: float,
     target: Target,
@@ -243,19 +253,21 @@ def _merge_json(
     default = LIMITS_OF_FEW if few else DEFAULT_LIMITS
     limits = tuple(gate for gate in settings.gates if gate.name.startswith("merge_")) or default
     met = {name: _met(gate, drift[name]) for gate in limits for name in (gate.name.removeprefix("merge_"),)}
-    shown = min(settings.evaluation.samples, len(kept.measured.answers))
+    answers = [] if kept.measured is None else kept.measured.answers
+    shown = min(settings.evaluation.samples, len(answers))
     return {
         "schema": 1,
         "into": kept.into,
         "dtype": settings.dtype or target.base.dtype,
+        "rows_from": settings.rows_from or comparison.rows_from,
         **drift,
         "limit": {gate.name.removeprefix("merge_"): gate.text for gate in limits},
         "limits_met": met,
         "met": all(one is not False for one in met.values()),
-        "metrics": kept.measured.figures(),
+        "metrics": None if kept.measured is None else kept.measured.figures(),
         "candidates": [{"into": one.into, "loss": one.loss, **asdict(one.drift)} for one in candidates],
         "samples": [
-            {"prompt": data.test.column("prompt")[row].as_py(), "merged": kept.measured.answers[row].text}
+            {"prompt": comparison.rows.column("prompt")[row].as_py(), "merged": answers[row].text}
             for row in range(shown)
         ],
         "bytes": kept.bytes,

@@ -49,7 +49,7 @@ def write_card(run: RunDir) -> None:
         f"A PEFT adapter ({chosen['adapter']}) for {base}, made with peftcli.",
         *(["", "**A smoke run on a random stand-in: of no use but as a rehearsal.**"] if plan["smoke"] else []),
         "",
-        f"- trained on {data['train_rows']} rows ({data['format']}), tested on {data['test_rows']} others",
+        f"- trained on {data['train_rows']} rows ({data['format']}), {_tested(data)}",
         f"- data fingerprint {data['fingerprint']['train'][:16]}",
         f"- {plan['parameters']['trainable']} trainable parameters, base in {chosen['model.dtype']}"
         + (" quantized to 4 bit" if "quantization.compute_dtype" in chosen else "")
@@ -63,8 +63,14 @@ def write_card(run: RunDir) -> None:
     write_text(run.adapter / "README.md", "\n".join(lines) + "\n")
 
 
+def _tested(data: dict[str, Any]) -> str:
+    return f"tested on {data['test_rows']} others" if data["test_rows"] else "all there are, so it was not tested"
+
+
 def _table(evaluation: dict[str, Any]) -> list[str]:
     models = [name for name in ("base", "adapter") if evaluation.get(name)]
+    if not models:
+        return []
     lines = ["| on the test rows | " + " | ".join(models) + " |", "|---|" + "---:|" * len(models)]
     for key, label in LABELS.items():
         if key == "loss" and not any("perplexity" in evaluation[name] for name in models):

@@ -22,17 +22,15 @@ from peftcli.plan.plan import Base, Plan, TokenizerChoice
 from peftcli.rundir import read_json
 from peftcli.tiny.build import NAMES as TINY_NAMES
 from peftcli.tiny.build import tiny_model
+from peftcli.tiny.own_files import tokenizer_files
 
 IDENTITY = "peftcli.json"
 EARLIER = "earlier"
 """Folder in that of an adapter, with the adapters of earlier stages, which its base is folded with."""
 SCHEMA = 2
 """1 held the hash of the bytes of config.json, and nothing of weights, tokenizer and tensors."""
-TOKENIZER_ENDINGS = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")
 OPTIONAL = {field.name for field in fields(Base) if field.default is not MISSING}
 """Of a base; they came later than the first identities."""
-OTHERS = (IDENTITY, "adapter_config.json", "config.json", "generation_config.json", "model.safetensors.index.json")
-"""Files with such an ending that say nothing of the tokenizer."""
 
 
 @dataclass(frozen=True)
@@ -281,11 +279,8 @@ def _changed(folder: Path, what: list[str], files: list[str]) -> MachineError:
 
 def _files(folder: Path) -> dict[str, str]:
     """Hash of each file that a tokenizer may be read from, by its name in the folder."""
-    files = [*folder.iterdir(), *folder.glob("*/*.jinja")]
     return {
-        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
-        for file in sorted(files)
-        if file.is_file() and file.suffix in TOKENIZER_ENDINGS and file.name not in OTHERS
+        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in tokenizer_files(folder)
     }
 
 

@@ -38,19 +38,20 @@ def inspect_model(
     task: str = CAUSAL,
     *,
     labels: tuple[str, ...] = (),
-    note: str = "",
     trust_remote_code: bool = False,
+    needs_weights: bool = True,
 ) -> ModelFacts:
     """Build the model on the meta device and name its parts.
 
     Args:
         labels: what the head of the task gives; none for a language model.
+        needs_weights: refuse a folder that holds none; pickled ones are refused in any case.
 
     Raises:
         MachineError: the architecture has no model for the task, or holds only pickled weights.
         RecipeError: the weights are quantized already.
     """
-    _refuse_pickles(path)
+    _refuse_pickles(path, needs_weights=needs_weights)
     packed = getattr(config, "quantization_config", None)
     if packed is not None:
         method = packed.get("quant_method") if isinstance(packed, dict) else getattr(packed, "quant_method", None)
@@ -79,7 +80,6 @@ def inspect_model(
         norms=tuple(name for name, module in names.items() if "norm" in type(module).__name__.lower()),
         embeddings=() if embedding is None else (embedding,),
         sdpa=bool(getattr(model, "_supports_sdpa", True)),
-        note=note,
         shape=read_shape(model, text),
         owners=parameter_owners(model),
         widths=all_widths(model),
@@ -121,7 +121,7 @@ def trainable_counter(
     return count
 
 
-def _refuse_pickles(path: str) -> None:
+def _refuse_pickles(path: str, *, needs_weights: bool) -> None:
     folder = Path(path)
     if not folder.is_dir() or any(folder.glob("*.safetensors")):
         return
@@ -131,4 +131,5 @@ def _refuse_pickles(path: str) -> None:
             f"{path}: holds {pickled[0]} and no safetensors; a pickle can run code when it is loaded, so it is not "
             "read; convert it to safetensors"
         )
-    raise MachineError(f"{path}: no *.safetensors in this folder, so no weights to load")
+    if needs_weights:
+        raise MachineError(f"{path}: no *.safetensors in this folder, so no weights to load")

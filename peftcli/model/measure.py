@@ -38,7 +38,7 @@ def decoding_for(
     evaluation: EvaluationSection, data: PreparedData, tokenizer: PreTrainedTokenizerBase, seed: int
 ) -> Decoding:
     """How the test rows are answered; without a number, an answer may be as long as the longest reference."""
-    asked = 1 if data.format in LABELLED else evaluation.max_new_tokens
+    asked = 1 if data.format in LABELLED or not data.holds_out else evaluation.max_new_tokens
     if isinstance(asked, int):
         longest = asked
     else:
@@ -133,12 +133,14 @@ def router_silent(model: PreTrainedModel) -> Iterator[None]:
 def evaluation_json(
     data: PreparedData, shown: int, decoding: Decoding, measured: Mapping[str, Measured | None]
 ) -> dict[str, Any]:
-    """The content of `eval.json`.
+    """The content of `eval.json`; without test rows it holds no figures of theirs.
 
     Args:
         shown: number of samples.
         measured: by name of the model (`base`, `adapter`, ...), None for one that was not measured.
     """
+    if not data.holds_out:
+        return {"schema": 1, "rows": 0, "generated_rows": 0, **measured, "samples": [], "decoding": None}
     samples = []
     for row in range(min(shown, data.test.num_rows)):
         sample = {name: data.test.column(name)[row].as_py() for name in ("prompt", "reference")}

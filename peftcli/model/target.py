@@ -25,6 +25,7 @@ from peftcli.plan.plan import Base
 from peftcli.recipe.load import load_recipe
 from peftcli.recipe.tasks import IMAGES
 from peftcli.rundir import RunDir
+from peftcli.tiny.own_files import holds_tokenizer
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,20 @@ class Target:
         """`adapter`, `merged` or `base`."""
         return str(self.identity.get("kind", "base"))
 
+    @property
+    def tokenizer_folder(self) -> Path | None:
+        """The adapter's folder where it holds a tokenizer; None where that of the base is used."""
+        return self.adapter if self.adapter is not None and holds_tokenizer(self.adapter) else None
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Load the tokenizer alone.
+
+        Raises:
+            MachineError: it cannot be loaded.
+        """
+        folder = self.tokenizer_folder
+        return load_tokenizer(self.base.tokenizer, None if folder is None else str(folder))
+
     def load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """Load the model, in evaluation mode, and its tokenizer.
 
@@ -55,7 +70,7 @@ class Target:
             MachineError: it cannot be loaded, or the parts do not fit together.
         """
         model = load_base(self.base)
-        tokenizer = load_tokenizer(self.base.tokenizer, None if self.adapter is None else str(self.adapter))
+        tokenizer = self.tokenizer()
         if self.adapter is not None:
             if "base" in self.identity:
                 refuse_other_base(self.identity, self.base)  # again, since it may have been downloaded just now
@@ -153,10 +168,8 @@ def _place_of_run(run: RunDir) -> list[Place]:
 
 
 def _foreign_adapter(folder: Path, base: Base) -> Target:
-    """An adapter that PEFT wrote elsewhere, on the base of a recipe."""
+    """An adapter that PEFT wrote for another tool, on the base of a recipe."""
     check_adapter_files(folder, None)
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
-        raise MachineError(f"{folder}: an adapter without a tokenizer; copy the files of its base's tokenizer into it")
     return Target(base, folder, {"kind": "adapter"}, None)
 
 

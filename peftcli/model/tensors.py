@@ -114,7 +114,7 @@ def explain_unfit(folder: Path, problem: Exception) -> str:
         return f"{folder / WEIGHTS}: lacks {problem.args[0]}; restore the files of the adapter"
     lines = [line.strip() for line in str(problem).splitlines()]
     first = next((line for line in lines if line.startswith("size mismatch")), _line(problem))
-    return f"{folder}: the adapter does not fit this base: {first}"
+    return f"{folder}: the adapter does not fit this base: {first}; give it the base that it was trained on"
 
 
 def _difference(found: Mapping[str, str], stated: Mapping[str, str]) -> str:

@@ -17,6 +17,7 @@ from peftcli.plan.peak import INT8_BITS, NF4_BITS
 from peftcli.plan.plan import DTYPE_BYTES, Base, Batch, Decision, LabelRule, Plan
 from peftcli.plan.ranks import check_ranks
 from peftcli.plan.sharding import Sharding, choose_sharding
+from peftcli.plan.smoke import ROW_TOKENS
 from peftcli.plan.targets import match_saved, match_targets
 from peftcli.recipe.adapter_section import AdapterSection
 from peftcli.recipe.schedulers import LEARNING_RATE
@@ -56,7 +57,7 @@ def make_plan(
     check_ranks(settled, recipe.trainer.get("max_steps"))
     targets = match_targets(named_targets(settled), facts)
     match_saved(recipe.adapter.modules_to_save or (), facts)
-    labels = label_rule(recipe, facts.positions)
+    labels = label_rule(recipe, facts.positions, smoke=smoke)
     sharding = choose_sharding(recipe, machine, facts, choices)
     _check_room(recipe, facts, machine, choices, sharding)
     batch = count_batch(recipe.trainer, machine.processes, shared=machine.shares_batch)
@@ -100,13 +101,14 @@ def make_plan(
         ),
         notices=(
             *notices,
-            *((facts.note,) if facts.note else ()),
+            *facts.notes,
             *_notices(recipe, machine, choices.on_gpu),
             *head_notices(recipe),
             *sharding.notices,
         ),
         shards=sharding.shards,
         possible_shards=sharding.possible,
+        own_tokenizer=facts.own_tokenizer,
     )
 
 
@@ -177,11 +179,31 @@ def _adapter_said(adapter: AdapterSection, modules: int) -> str:
     return f"{adapter.method}{rank} on {modules} modules"
 
 
-def label_rule(recipe: Recipe, positions: int | None) -> LabelRule:
+def check_recipe(recipe: Recipe, facts: ModelFacts, count_trainable: Callable[[AdapterSection], int]) -> None:
+    """Check what a recipe asks of a model that will not be loaded, as that of a smoke run.
+
+    Args:
+        facts: the structure of the real model.
+        count_trainable: number of trainable parameters of an adapter on that structure.
+
+    Raises:
+        RecipeError: the model lacks a module or a layer that the recipe names, cannot read rows of that length, or
+            cannot have that adapter.
+    """
+    widest, choice = choice_of(recipe.adapter, facts)
+    settled, _ = settle_adapter(widest, facts)
+    match_targets(named_targets(settled), facts)
+    match_saved(recipe.adapter.modules_to_save or (), facts)
+    within_choice(count_trainable(with_head(settled, facts, recipe.model.task)), choice)
+    label_rule(recipe, facts.positions)
+
+
+def label_rule(recipe: Recipe, positions: int | None, *, smoke: bool = False) -> LabelRule:
     """Which tokens of a recipe's rows are trained.
 
     Args:
         positions: longest row that the model was made for, None where it does not say.
+        smoke: cut rows at `ROW_TOKENS`, after the recipe's own limit was checked.
 
     Raises:
         RecipeError: the recipe asks for longer rows than that.
@@ -190,7 +212,7 @@ def label_rule(recipe: Recipe, positions: int | None) -> LabelRule:
         completion_only=recipe.trainer.get("completion_only_loss") is not False,
         assistant_only=recipe.trainer.get("assistant_only_loss") is not False,
         asked=tuple(name for name in LABEL_RULES if recipe.trainer.get(name)),
-        max_length=_max_length(recipe, positions),
+        max_length=min(_max_length(recipe, positions), ROW_TOKENS) if smoke else _max_length(recipe, positions),
         task=recipe.model.task,
         problem=recipe.model.problem,
     )
@@ -281,6 +303,8 @@ def _trainer_arguments(recipe: Recipe, labels: LabelRule, choices: Choices, proc
 
 def _notices(recipe: Recipe, machine: Machine, on_gpu: bool) -> tuple[str, ...]:
     notices = []
+    if not recipe.dataset.holds_out:
+        notices.append("dataset.split.test_size is 0: all rows are trained on, so nothing is measured on held-out rows")
     if on_gpu and machine.count > 1 and machine.processes == 1:
         notices.append(
             f"{machine.count} GPUs are here and one is used; without --num-processes all of them share the rows of a "

@@ -65,7 +65,8 @@ class ModelFacts:
         norms: paths of the norms.
         embeddings: paths of the embeddings of tokens, that of the input first.
         sdpa: the architecture can use torch's scaled dot product attention.
-        note: what is unusual about where the structure comes from, empty as a rule.
+        notes: what is unusual about where the structure comes from, none as a rule.
+        own_tokenizer: the tokenizer is the model's own; a smoke run may have to take another.
         shape: the widths that memory and time are computed from, None where they cannot be read.
         owners: names of the modules that own parameters, in order; empty where they do not stand apart.
         widths: inputs and outputs of all linear layers by name, in order.
@@ -88,7 +89,8 @@ class ModelFacts:
     norms: tuple[str, ...] = ()
     embeddings: tuple[str, ...] = ()
     sdpa: bool = True
-    note: str = ""
+    notes: tuple[str, ...] = ()
+    own_tokenizer: bool = True
     shape: Shape | None = None
     owners: tuple[str, ...] = ()
     widths: Mapping[str, tuple[int, int]] = field(default_factory=lambda: MappingProxyType({}))

@@ -182,6 +182,7 @@ class Plan:
         possible_shards: cards or processes here that the base could be divided among; 1 where it cannot be.
         fitted: what adapters of a method other than LoRA keep for the backward pass, by the last name of their layer.
         checkpointed_blocks: that run again in the backward pass, None for all or none, as `trainer` says.
+        own_tokenizer: the rows are read by the model's own tokenizer; a smoke run may have to take another.
         levers: names of what makes a step cheaper and leaves its loss as it is.
     """
 
@@ -211,6 +212,7 @@ class Plan:
     choice: Choice | None = None
     shards: int = 1
     possible_shards: int = 1
+    own_tokenizer: bool = True
     fitted: Mapping[str, Fitted] = field(default_factory=dict)
     levers: frozenset[str] = frozenset()
 

@@ -1,9 +1,12 @@
 """The rehearsal of a recipe: the same path from end to end, on a few rows for a few steps."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
+from peftcli.plan.ranks import check_ranks
 from peftcli.recipe.adapter_section import AdapterSection
+from peftcli.recipe.problems import dotted
 from peftcli.recipe.schema import QuantizationSection, Recipe
 from peftcli.recipe.select_section import SelectSection
 from peftcli.recipe.stages import stage_recipes
@@ -11,14 +14,16 @@ from peftcli.recipe.tasks import CAUSAL
 from peftcli.recipe.trainer_together import save_strategy
 
 STEPS = 6
+ROW_TOKENS = 1024
+"""Rows are cut here: the default of `dataset.max_length`, so most recipes are rehearsed with whole rows."""
 LAYERS = 2
 """Of every stand-in, at least."""
 BUDGET = 0.5
 """Of a choice by gradient, as a share of the stand-in, which is small beside its adapters."""
-EVALUATED_EVERY = 3
-"""Steps between two evaluations, where the recipe evaluates on the way."""
+EVALUATED_EVERY = STEPS // 2
+"""Steps between two evaluations or checkpoints, where the recipe asks for them."""
 DROPPED = ("num_train_epochs", "save_steps", "save_strategy", "eval_steps", "eval_delay", "eval_strategy")
-"""Trainer arguments that say how long training takes and when it is looked at."""
+"""Trainer arguments that say how long training takes and when it is evaluated or saved."""
 COMPILE = ("torch_compile", "torch_compile_backend", "torch_compile_mode")
 REAL_MACHINE = {
     **dict.fromkeys(("tf32", "activation_offloading"), "it needs a GPU"),
@@ -28,13 +33,15 @@ REAL_MACHINE = {
     **dict.fromkeys(COMPILE, "compiling for this CPU would take minutes and say nothing about a GPU"),
 }
 """Trainer arguments that only the real machine can serve, and why."""
+SCHEDULE = ("tinit", "tfinal")
+"""Arguments of AdaLoRA that are numbers of steps."""
 
 
 def smoke_recipe(recipe: Recipe) -> Recipe:
     """The recipe of a smoke run: small in all that costs time, unchanged in all that decides the path.
 
     Method, quantization, templates, optimizer and scheduler stay. Gates go: the numbers of a random stand-in say
-    nothing about the real model.
+    nothing about the real model. `smoke_notices` names what goes.
     """
     given = recipe.trainer
     trainer = {name: value for name, value in given.items() if name not in (*DROPPED, *REAL_MACHINE)}
@@ -46,15 +53,13 @@ def smoke_recipe(recipe: Recipe) -> Recipe:
         "gradient_accumulation_steps": min(int(given.get("gradient_accumulation_steps", 1)), 2),
         "use_cpu": True,
     }
-    longest = min(recipe.dataset.max_length, 512)
     return recipe.model_copy(
         update={
             "name": f"{recipe.name}-smoke",
             "output_dir": None if recipe.output_dir is None else f"{recipe.output_dir}-smoke",
             "model": recipe.model.model_copy(update={"dtype": "auto", "attention": "auto"}),
             "quantization": _quantization(recipe.quantization),
-            "adapter": _adapter(recipe.adapter),
-            "dataset": recipe.dataset.model_copy(update={"max_length": longest}),
+            "adapter": _without_schedule(recipe.adapter),
             "trainer": trainer,
             "evaluation": recipe.evaluation.model_copy(update=_evaluation(recipe)),
             "gates": (),
@@ -64,8 +69,45 @@ def smoke_recipe(recipe: Recipe) -> Recipe:
     )
 
 
-def smoke_notes(recipe: Recipe) -> tuple[str, ...]:
-    """What a rehearsal leaves out because only the real machine can do it."""
+def check_schedules(recipe: Recipe) -> None:
+    """Check the schedules that `smoke_recipe` leaves out, against the steps of the real run.
+
+    Raises:
+        RecipeError: that of AdaLoRA does not fit the steps of its stage.
+    """
+    for stage in stage_recipes(recipe):
+        check_ranks(stage.adapter, stage.trainer.get("max_steps"))
+
+
+def smoke_notices(recipe: Recipe) -> tuple[str, ...]:
+    """What a smoke run of a recipe leaves out, as sentences for people."""
+    asked: list[tuple[tuple[str, ...], Any]] = [
+        (("model", "dtype"), _unless_auto(recipe.model.dtype)),
+        (("model", "attention"), _unless_auto(recipe.model.attention)),
+        (("gates",), recipe.gates),
+        (("budget", "wall_clock"), recipe.budget.wall_clock),
+        (("report", "trackers"), recipe.report.trackers),
+        *((("adapter", name), recipe.adapter.arguments.get(name)) for name in SCHEDULE),
+    ]
+    if recipe.quantization is not None:
+        asked.append((("quantization", "compute_dtype"), _unless_auto(recipe.quantization.compute_dtype)))
+    left_out = [dotted(path) for path, value in asked if value]
+    said = [*_only_on_the_real_machine(recipe)]
+    if left_out:
+        said.append(f"smoke: left out: {', '.join(left_out)}")
+    if recipe.dataset.max_length > ROW_TOKENS:
+        said.append(
+            f"smoke: rows are cut at {ROW_TOKENS:,} tokens, dataset.max_length is {recipe.dataset.max_length:,}"
+        )
+    return tuple(said)
+
+
+def _unless_auto(value: str) -> str | None:
+    return None if value == "auto" else value
+
+
+def _only_on_the_real_machine(recipe: Recipe) -> dict[str, None]:
+    """A sentence for each trainer argument that a rehearsal cannot try, in order, each once."""
     found: dict[str, None] = {}
     for stage in stage_recipes(recipe):
         for name, why in REAL_MACHINE.items():
@@ -73,7 +115,7 @@ def smoke_notes(recipe: Recipe) -> tuple[str, ...]:
                 found[f"smoke: trainer.{name} is left out: {why}"] = None
         if (stage.trainer.get("activation_checkpointing_kwargs") or {}).get("offload"):
             found["smoke: trainer.activation_checkpointing_kwargs.offload is left out: it needs a GPU"] = None
-    return tuple(found)
+    return found
 
 
 def _looks(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -95,25 +137,41 @@ def _checkpointing(given: Mapping[str, Any]) -> dict[str, Any]:
     return {} if asked is None else {"activation_checkpointing_kwargs": kept or None}
 
 
+def _without_schedule(adapter: AdapterSection) -> AdapterSection:
+    kept = {name: value for name, value in adapter.arguments.items() if name not in SCHEDULE}
+    return adapter.model_copy(update={"arguments": kept}) if len(kept) < len(adapter.arguments) else adapter
+
+
 def _quantization(asked: QuantizationSection | None) -> QuantizationSection | None:
     if asked is None or asked.bits == 8:
         return asked  # 8 bits have no format of their own to compute in
     return asked.model_copy(update={"compute_dtype": "auto"})
 
 
-def _adapter(adapter: AdapterSection) -> AdapterSection:
-    """The adapter with layers that the stand-in has, and a budget that one of its modules fits."""
-    update: dict[str, Any] = {}
+def stand_in_adapter(adapter: AdapterSection) -> AdapterSection:
+    """The adapter with layers that a stand-in has, a budget that one of its modules fits, and weights of its own."""
+    update: dict[str, Any] = {"init_from": None}
     for key in ("target_modules", "layers"):
         asked = getattr(adapter, key)
         if isinstance(asked, SelectSection):
             update[key] = asked.model_copy(update={"budget": max(asked.budget, BUDGET)})
         elif key == "layers" and asked is not None:
             update[key] = tuple(sorted({number % LAYERS for number in asked}))
+        elif isinstance(asked, tuple):
+            update[key] = tuple(dict.fromkeys(map(_renumbered, asked)))
     last = adapter.arguments.get("last_layers")
     if last is not None:
         update["arguments"] = {**adapter.arguments, "last_layers": min(last, LAYERS)}
     return adapter.model_copy(update=update)
+
+
+def _renumbered(name: str) -> str:
+    """A module's name with the number of a layer that a stand-in has.
+
+    >>> _renumbered("model.layers.31.mlp.up_proj"), _renumbered("up_proj")
+    ('model.layers.1.mlp.up_proj', 'up_proj')
+    """
+    return re.sub(r"(?<=\.)\d+(?=\.)", lambda number: str(int(number[0]) % LAYERS), name)
 
 
 def _evaluation(recipe: Recipe) -> dict[str, int]:

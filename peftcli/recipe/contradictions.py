@@ -4,6 +4,7 @@ import itertools
 import re
 from typing import Any
 
+from peftcli.recipe.no_test_rows import find_untested
 from peftcli.recipe.problems import KeyPath, Problems, dotted
 from peftcli.recipe.sharding import find_undivided
 from peftcli.recipe.tasks import CAUSAL, IMAGES, LABEL_TASKS, SEQUENCE, TOKENS, find_idle_keys
@@ -52,6 +53,7 @@ def find_contradictions(tree: Tree, problems: Problems) -> None:
     _check_labels(tree, problems)
     _check_retention(tree, problems)
     find_undivided(tree, problems)
+    find_untested(tree, problems)
 
 
 def _check_dataset(dataset: dict[str, Any], tree: Tree, problems: Problems) -> None:

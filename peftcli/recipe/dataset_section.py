@@ -120,7 +120,7 @@ class SplitSection(Section):
     """How test rows are taken from the data."""
 
     test_size: Annotated[float | int, BeforeValidator(read_test_size)] = 0.2
-    """Share of the rows when below 1, number of rows otherwise."""
+    """Share of the rows when below 1, number of rows otherwise; 0 trains on all rows, and none are held out."""
     seed: Annotated[int, Field(ge=0)] | None = None
     """Seed of the shuffle; the recipe's `seed` when null."""
     stratify: Text | None = None
@@ -180,3 +180,8 @@ class DatasetSection(SourceSection):
     """Train on so many rows at most; all when null."""
     limits: LimitsSection = LimitsSection()
     """Where the data are so wrong that nothing is trained."""
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether there are test rows, so that figures on held-out rows can be had."""
+        return self.test is not None or self.split.test_size != 0

@@ -95,8 +95,10 @@ def read_template(value: Any) -> str:
 
 
 def read_test_size(value: Any) -> float | int:
-    """Read `dataset.split.test_size`: a share below 1 or a number of rows."""
+    """Read `dataset.split.test_size`: a share below 1 or a number of rows; 0 for no test rows."""
     if isinstance(value, int | float) and not isinstance(value, bool):
+        if value == 0:
+            return 0
         if 0 < value < 1 or (isinstance(value, int) and value >= 1):
             return value
         if isinstance(value, float) and 1 <= value < 1e15 and value.is_integer():

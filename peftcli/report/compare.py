@@ -72,6 +72,8 @@ def verdict(comparison: Mapping[str, Any]) -> str:
     """Which variant is best, how sure that is, and which is the cheapest that is nearly as good."""
     rows, metric = comparison["variants"], quality_metric(comparison)
     best = next((row for row in rows if "quality" in row["best"]), None)
+    if metric is None and any(row["status"] == "finished" for row in rows):
+        return "No variant was scored on held-out rows, so nothing here says which is best."
     if metric is None or best is None:
         return "No two finished variants with different scores, so there is nothing to choose between yet."
     number = comparison["quality"]["rows"]

@@ -69,6 +69,11 @@ def _resume_command(stages: Stages) -> str:
 
 def _learned(stages: Stages) -> str:
     metric = primary_metric(stages.metrics)
+    if metric is None and figure(stages.data or find(stages.metrics, "data") or {}, "test_rows") == 0:
+        return (
+            "All rows were trained on (dataset.split.test_size: 0) and none held out, so nothing here says whether the "
+            "model got better."
+        )
     if metric is None:
         return "No held-out row was scored, so nothing here says whether the model got better."
     rows = rows_scored(stages, metric.key)

@@ -46,6 +46,7 @@ def number_table(data: dict[str, Any]) -> Table | None:
     rows = [
         (title, *(compact(figure(data, "numbers", side, key)) for key, _ in SPREAD))
         for title, side in (("Training", "train"), ("Held out", "test"))
+        if find(data, "numbers", side)
     ]
     return table((text(data, "numbers", "of"), *(title for _, title in SPREAD)), rows, numeric=range(1, 6))
 

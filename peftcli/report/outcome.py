@@ -82,7 +82,8 @@ def _within(met: Any) -> str:
 
 def _compared(merge: dict[str, Any]) -> str | None:
     rows, positions = figure(merge, "rows"), figure(merge, "positions")
-    return None if rows is None and positions is None else f"{count(rows)} rows, {count(positions)} positions"
+    what = "training rows, since none were held out" if merge.get("rows_from") == "training" else "rows"
+    return None if rows is None and positions is None else f"{count(rows)} {what}, {count(positions)} positions"
 
 
 NOT_SHOWN = ("into", "rows", "positions")  # the same for every candidate, or the row's own name

@@ -107,7 +107,7 @@ def metric_table(stages: Stages) -> Table | None:
     shown = [metric for metric in (*METRICS, *_unknown(metrics)) if _measured(metrics, metric.key)]
     loss = LOSS_OF.get(str(metrics.get("task")))
     shown = [replace(metric, title=loss) if loss and metric.key == "loss" else metric for metric in shown]
-    if not shown:
+    if not shown and not find(metrics, "retention"):
         return None
     rows: list[tuple[Cell | str, ...]] = []
     for metric in shown:

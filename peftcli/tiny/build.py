@@ -1,8 +1,10 @@
 """The models named `tiny:...`, and random stand-ins for real models: built here, without a network."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
+import transformers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -16,11 +18,12 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 from peftcli.cache import built_once, cache_root
 from peftcli.errors import MachineError, RecipeError
 from peftcli.nearest import nearest
-from peftcli.tiny.cache import content_hash, isolated, shape_of, write_model
+from peftcli.tiny.cache import content_hash, isolated, shape_of, write_model, write_weights
 from peftcli.tiny.cards import random_card, stand_in_card
 from peftcli.tiny.images import NAMES as IMAGE_NAMES
 from peftcli.tiny.images import tiny_image_model
 from peftcli.tiny.llama import POSITIONS, tiny_llama
+from peftcli.tiny.own_files import files_digest, taken_over
 from peftcli.tiny.shrink import shrink
 from peftcli.tiny.tokenizer import make_causal_tokenizer, make_encoder_tokenizer
 
@@ -53,23 +56,71 @@ def tiny_model(name: str, cache: Path | None = None) -> Path:
     )
 
 
-def stand_in(config: PreTrainedConfig, cache: Path | None = None) -> Path:
+def stand_in(
+    config: PreTrainedConfig,
+    cache: Path | None = None,
+    *,
+    tokenizer_folder: Path | None = None,
+    end: str | None = None,
+    longest: int = 0,
+) -> Path:
     """The folder of a random tiny model with the architecture and the module names of a real one.
 
-    Its tokenizer is that of tiny:llama (for an encoder, that of tiny:bert); nothing is pretrained.
+    Nothing is pretrained. With the real tokenizer it keeps the real vocabulary, special tokens and longest row;
+    without it, its tokenizer is that of tiny:llama (for an encoder, that of tiny:bert).
 
     Args:
         config: of the real model; its weights are not needed.
         cache: as for `tiny_model`.
+        tokenizer_folder: holds the real tokenizer, whose files are copied; None where it is not here.
+        end: end token to add to a tokenizer that is not the real one.
+        longest: tokens of a row that a model without the real tokenizer must be able to read.
 
     Raises:
         MachineError: transformers has no model class for this config, or the cache cannot be written.
     """
     tokenizer, auto = _tokenizer_and_class(config, POSITIONS)
-    small = shrink(config, tokenizer)
-    tokenizer.model_max_length = min(POSITIONS, getattr(small, "max_position_embeddings", None) or POSITIONS)
     card = stand_in_card(config.model_type)
-    return _random_folder(f"stand-in-{small.model_type}", small, auto, tokenizer, card, cache_root(cache))
+    name = f"stand-in-{config.get_text_config().model_type}"
+    if tokenizer_folder is not None:
+        return _with_own_tokenizer(name, config, auto, tokenizer_folder, card, cache_root(cache))
+    if end is not None and end not in tokenizer.get_vocab():
+        tokenizer.add_special_tokens({"eos_token": end})
+    small = shrink(config, tokenizer)
+    if 0 < (getattr(small, "max_position_embeddings", None) or 0) <= longest:
+        small.max_position_embeddings = longest + 2  # some families count positions from 1 or 2 on
+    tokenizer.model_max_length = min(POSITIONS, getattr(small, "max_position_embeddings", None) or POSITIONS)
+    return _random_folder(name, small, auto, tokenizer, card, cache_root(cache))
+
+
+def _with_own_tokenizer(
+    name: str, config: PreTrainedConfig, auto: Any, tokenizer_folder: Path, card: str, root: Path
+) -> Path:
+    """A stand-in with the files of the real tokenizer, and with the class that the real weights were saved from."""
+    small = shrink(config, None)
+    own = _own_class(config)
+
+    def build(folder: Path) -> None:
+        with isolated(seed=0):
+            model: PreTrainedModel = own(small) if own is not None else auto.from_config(small)
+        write_weights(folder, model.eval(), card)
+        for file in taken_over(tokenizer_folder):
+            copy = folder / file.relative_to(tokenizer_folder)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, copy)
+
+    parts = (shape_of(small), (own or auto).__name__, files_digest(tokenizer_folder))
+    return built_once(root, f"{name}-{content_hash(VERSION, *parts)}", build)
+
+
+def _own_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
+    """The class that a model's weights were saved from; None for one of another library, or of more than text."""
+    name = next(iter(config.architectures or []), "")
+    found = getattr(transformers, name, None)
+    if not isinstance(found, type) or not issubclass(found, PreTrainedModel):
+        return None
+    of_text = config.get_text_config() is config
+    return found if of_text and getattr(found, "config_class", None) is type(config) else None
 
 
 def _build_random(family: str, root: Path) -> Path:
@@ -93,7 +144,8 @@ def _random_folder(
             model: PreTrainedModel = auto.from_config(config)
         write_model(folder, model.eval(), tokenizer, card)
 
-    digest = content_hash(VERSION, shape_of(config), auto.__name__, tokenizer.chat_template)
+    added = sorted(token for token, id_ in tokenizer.get_vocab().items() if id_ >= VOCABULARY_TOKENS)
+    digest = content_hash(VERSION, shape_of(config), auto.__name__, tokenizer.chat_template, *added)
     return built_once(root, f"{name}-{digest}", build)
 
 

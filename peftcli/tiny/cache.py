@@ -34,13 +34,7 @@ def write_model(
     card: str,
 ) -> None:
     """Write a model in Hugging Face format with its tokenizer and model card, and show no progress bar."""
-    bars = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        model.save_pretrained(folder)
-    finally:
-        if bars:
-            transformers.utils.logging.enable_progress_bar()
+    write_weights(folder, model, card)
     tokenizer.save_pretrained(folder)
     if model.can_generate():
         GenerationConfig(
@@ -48,6 +42,17 @@ def write_model(
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         ).save_pretrained(folder)
+
+
+def write_weights(folder: Path, model: PreTrainedModel, card: str) -> None:
+    """Write a model without a tokenizer, and its model card."""
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        model.save_pretrained(folder)
+    finally:
+        if bars:
+            transformers.utils.logging.enable_progress_bar()
     (folder / "README.md").write_text(card, encoding="utf-8", newline="\n")
 
 

@@ -48,10 +48,14 @@ SIZES = {
 }
 
 
-def shrink(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast) -> PreTrainedConfig:
-    """A small copy of a config, for the vocabulary of `tokenizer`; the config given is left as it was.
+def shrink(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast | None) -> PreTrainedConfig:
+    """A small copy of a config; the config given is left as it was.
 
     Of a config with a nested text model (an image-and-text model) the text model's part is taken.
+
+    Args:
+        tokenizer: whose vocabulary the copy gets; None keeps the model's own vocabulary, special tokens and longest
+            row, for use with its own tokenizer.
     """
     text = config.get_text_config()
     small = deepcopy(text)
@@ -65,8 +69,10 @@ def shrink(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast) -> PreT
     for key, size in SIZES.items():
         if getattr(small, key, None) is not None and not _is_derived(small, key):
             setattr(small, key, size)
-    _set_positions(small)
-    _set_vocabulary(small, tokenizer)
+    _plain_positions(small)
+    if tokenizer is not None:
+        _lower_positions(small)
+        _set_vocabulary(small, tokenizer)
     small.dtype = "float32"
     return small
 
@@ -97,11 +103,14 @@ def _set_kv_heads(small: PreTrainedConfig) -> None:
         setattr(small, key, grouped if heads < small.num_attention_heads else HEADS)
 
 
-def _set_positions(small: PreTrainedConfig) -> None:
+def _lower_positions(small: PreTrainedConfig) -> None:
     for key in ("max_position_embeddings", "original_max_position_embeddings", "sliding_window"):
         positions = getattr(small, key, None)
         if positions is not None:
             setattr(small, key, min(positions, MAX_POSITIONS))
+
+
+def _plain_positions(small: PreTrainedConfig) -> None:
     rope = getattr(small, "rope_parameters", None)
     if rope:
         small.rope_parameters = _plain_rope(rope)

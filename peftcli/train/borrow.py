@@ -50,6 +50,8 @@ def why_not(lender: RunDir, recipe: Recipe, plan: Plan, stamp: Mapping[str, Any]
         return "its figures are not there"
     if changed:
         return changed[0]
+    if stamp.get("data.test") is None:
+        return "there are no test rows"
     if plan.task != "causal-lm":
         return "a new head is part of the base"
     evaluation, train = stored["eval.json"], stored["train.json"]

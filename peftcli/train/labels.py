@@ -122,6 +122,6 @@ def make_label_trainer(
         args=arguments,
         data_collator=collate,
         train_dataset=Dataset(data.train.store.examples.select(columns)).select(data.train.rows),
-        eval_dataset=Dataset(data.test.select(columns)),
+        eval_dataset=Dataset(data.test.select(columns)) if data.holds_out else None,
         processing_class=tokenizer if head.images is None else head.images.processor,
     )

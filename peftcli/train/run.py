@@ -223,7 +223,7 @@ def make_trainer(
         model=model,
         args=arguments,
         train_dataset=Dataset(data.train.store.examples.select(["input_ids", "labels"])).select(data.train.rows),
-        eval_dataset=Dataset(data.test.select(["input_ids", "labels"])),
+        eval_dataset=Dataset(data.test.select(["input_ids", "labels"])) if data.holds_out else None,
         processing_class=tokenizer,
         peft_config=peft_config(plan.adapter, plan.task, tokenizer=plan.base.path),
     )
@@ -262,11 +262,12 @@ def _baseline(
         stored = read_json(known)
         measured_before = "baseline_seconds" in stored
         return (stored if measured_before else None), float(stored.get("baseline_seconds") or 0.0)
-    if not plan.evaluation.baseline and plan.evaluation.retention is None:
-        return None, UNMEASURED_RESERVE_SECONDS
+    tested = plan.evaluation.baseline and data.holds_out
+    if not tested and plan.evaluation.retention is None:
+        return None, UNMEASURED_RESERVE_SECONDS if data.holds_out else 0.0
     begun = time.monotonic()
     with adapter_off(model):
-        measured = _measure(plan, data, tokenizer, model, progress, "base") if plan.evaluation.baseline else None
+        measured = _measure(plan, data, tokenizer, model, progress, "base") if tested else None
         retention = base_retention(plan, tokenizer, model, progress)
     seconds = time.monotonic() - begun
     before = _evaluation(plan, data, tokenizer, {"base": measured, "adapter": None}) | retention
@@ -301,7 +302,7 @@ def _measure_adapter(
     before: dict[str, Any] | None,
 ) -> None:
     """Measure the adapter, and put it beside its base into `eval.json` and the model card."""
-    after = _measure(plan, data, tokenizer, model, progress, "adapter")
+    after = _measure(plan, data, tokenizer, model, progress, "adapter") if data.holds_out else None
     retention = adapter_retention(plan, tokenizer, model, progress, before)
     if not is_first_process():
         return

@@ -1,0 +1,171 @@
+"""Adapters of other tools as targets: a recipe for what their files say, the target itself, and their merge."""
+
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from peftcli.cli.recipes import find_recipe
+from peftcli.cli.steps import Planned, plan_recipe, prepare_for
+from peftcli.data.prepare import PreparedData
+from peftcli.errors import MachineError, RecipeError
+from peftcli.merge.refuse import refuse_unmergeable
+from peftcli.merge.run import MergeSettings, merge
+from peftcli.model.foreign import Foreign, Outputs, base_config, outputs_of, read_foreign, task_of
+from peftcli.model.identity import identity
+from peftcli.model.locate import locate
+from peftcli.model.target import Target, open_target
+from peftcli.plan.plan import DTYPE_BYTES
+from peftcli.progress import Progress
+from peftcli.recipe.load import Loaded, load_recipe
+from peftcli.recipe.schema import Recipe
+from peftcli.recipe.tasks import CAUSAL, IMAGES, SEQUENCE
+from peftcli.rundir import write_json
+from peftcli.tiny.tokenizer import load_documents
+from peftcli.train.disk import RESERVE_BYTES, Forecast, check_room
+
+TEXTS = 64
+"""Shipped texts on which a merge is compared where no recipe gives rows."""
+FIXED = "fixed texts"
+
+
+@contextmanager
+def opened(
+    folder: Path, recipe: str | None, overrides: Sequence[str], progress: Progress
+) -> Iterator[tuple[Loaded, Planned, Target]]:
+    """An adapter of another tool as a target, on the base that it names, or on that of a recipe.
+
+    Without a recipe, the rows of the yielded one are shipped texts, in a file that lasts as long as the context.
+
+    Raises:
+        MachineError: the base cannot be had, or the files do not say what must be known.
+        RecipeError: the recipe's task is another one.
+    """
+    adapter = read_foreign(folder)
+    with tempfile.TemporaryDirectory(prefix="peftcli-") as place:
+        rows = Path(place) / "texts.jsonl"
+        if recipe is None:
+            loaded, outputs = _own_recipe(adapter, rows)
+        else:
+            loaded, outputs = _with_names(load_recipe(find_recipe(recipe), overrides), adapter, progress)
+        planned = plan_recipe(loaded, progress)
+        target = open_target(str(folder), planned.plan.base)
+        yield loaded, planned, _described(target, loaded.recipe, planned, given=recipe is not None, outputs=outputs)
+
+
+def prepared(planned: Planned, target: Target, progress: Progress) -> tuple[Target, PreparedData]:
+    """The rows of a plan as an adapter of another tool reads them.
+
+    Raises:
+        MachineError: its head gives another number of labels than the rows have.
+    """
+    target, data = prepare_for(planned, target, progress)
+    wanted, there = target.identity.get("outputs"), len(target.base.labels)
+    if wanted and wanted != there:
+        raise MachineError(
+            f"{target.adapter}: its head has {wanted} outputs, and the rows have {there} labels; name all labels in "
+            "dataset.labels, in the order in which the adapter was trained"
+        )
+    return target, data
+
+
+def merge_foreign(
+    folder: Path, recipe: str | None, settings: tuple[str, str | None], output_dir: Path | None, progress: Progress
+) -> tuple[dict[str, Any], Path]:
+    """Merge an adapter of another tool; `merge.json` is written into the merged model.
+
+    Args:
+        settings: `--into` and `--dtype`.
+
+    Returns:
+        The content of `merge.json`, and the folder of the merged model.
+
+    Raises:
+        MachineError: it cannot be merged, or its base cannot be had.
+        GateNotMet: the merged model is too far from the adapter; nothing is kept.
+    """
+    into, dtype = settings
+    final = output_dir or folder.resolve().with_name(f"{folder.resolve().name}-merged")
+    refuse_unmergeable(folder)
+    with opened(folder, recipe, (), progress) as (_, planned, target):
+        plan = planned.plan
+        if recipe is None and plan.task == IMAGES:
+            raise RecipeError(f"{folder}: an adapter for images is compared on images; name a recipe with --recipe")
+        said = {key: target.identity[key] for key in ("format", "prompt") if key in target.identity}
+        target, data = prepared(planned, target, progress)
+        made = identity(replace(plan, base=target.base), data, folder) | said
+        stored = DTYPE_BYTES[dtype or plan.base.dtype]
+        check_room(final, Forecast(0, 0, 0, plan.total_parameters * stored, RESERVE_BYTES))
+        rows_from = FIXED if recipe is None else None
+        asked = MergeSettings(into, dtype, plan.gates, plan.evaluation, plan.evaluation_batch, plan.seed, rows_from)
+        found = merge(replace(target, identity=made), data, final, asked, progress)
+        write_json(final / "merge.json", found)
+    return found, final
+
+
+def _own_recipe(adapter: Foreign, rows: Path) -> tuple[Loaded, Outputs]:
+    """A recipe that says what the files of an adapter say, with shipped texts for rows."""
+    config = base_config(adapter)
+    assert adapter.base is not None  # `base_config` refuses an adapter that names none
+    task = task_of(adapter, config)
+    outputs = outputs_of(adapter, task, adapter.base, config)
+    columns = _write_rows(rows, task, outputs)
+    model: dict[str, Any] = {"name": adapter.base, "revision": adapter.revision, "task": task}
+    dataset: dict[str, Any] = {"path": str(rows), "columns": columns, "split": {"test_size": 0}}
+    if task != CAUSAL and outputs.problem != "regression":
+        dataset["labels"] = outputs.names
+    if outputs.problem is not None:
+        model["problem"] = outputs.problem
+    recipe = Recipe.model_validate({"name": "adapter", "model": model, "dataset": dataset, "trainer": {}})
+    return Loaded(recipe, (), adapter.folder), outputs
+
+
+def _write_rows(file: Path, task: str, outputs: Outputs) -> dict[str, str]:
+    """Write shipped texts as rows of a task, with its labels in turn; returns the columns.
+
+    No figure depends on these labels: only the outputs for the texts are compared.
+    """
+    rows: list[dict[str, Any]] = []
+    for number, text in enumerate(load_documents()[:TEXTS]):
+        name = outputs.names[number % len(outputs.names)] if outputs.names else ""
+        label: Any = [name] if outputs.problem == "multi-label" else name
+        label = float(number) if outputs.problem == "regression" else label
+        words = text.split()
+        row = {"text": text} if task == CAUSAL else {"text": text, "label": label}
+        rows.append(row if task in (CAUSAL, SEQUENCE) else {"tokens": words, "tags": [name] * len(words)})
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return {key: key for key in rows[0]}
+
+
+def _with_names(loaded: Loaded, adapter: Foreign, progress: Progress) -> tuple[Loaded, Outputs]:
+    """A recipe with the labels in the order of the adapter's outputs, where its files name them."""
+    recipe = loaded.recipe
+    model = recipe.model
+    if adapter.task not in (None, model.task):
+        raise RecipeError(
+            f"{adapter.folder}: an adapter for {adapter.task}; the recipe's model.task is {model.task}; name a recipe "
+            "for that task"
+        )
+    located = locate(model, smoke=False)
+    if adapter.base is not None and Path(adapter.base).name != Path(located.path).name:
+        progress.note(f"note: {adapter.folder} names {adapter.base} as its base; {model.name} of the recipe is used")
+    outputs = outputs_of(adapter, model.task, located.path, located.config)
+    if recipe.dataset.labels is None and outputs.named and outputs.problem != "regression":
+        dataset = recipe.dataset.model_copy(update={"labels": outputs.names})
+        loaded = replace(loaded, recipe=recipe.model_copy(update={"dataset": dataset}))
+    return loaded, outputs
+
+
+def _described(target: Target, recipe: Recipe, planned: Planned, *, given: bool, outputs: Outputs) -> Target:
+    """The target with what an identity would say of prompts and lengths."""
+    dataset = recipe.dataset
+    said: dict[str, Any] = {"max_length": planned.plan.labels.max_length, "outputs": len(outputs.names) or None}
+    prompt = (dataset.prompt or (dataset.text if recipe.model.task == SEQUENCE else None)) if given else None
+    if prompt is not None:
+        said |= {"prompt": prompt}
+    elif recipe.model.task == CAUSAL and not (given and dataset.text) and target.tokenizer().chat_template:
+        said |= {"format": "messages"}
+    return replace(target, identity=target.identity | said)

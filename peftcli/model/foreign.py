@@ -1,0 +1,172 @@
+"""Adapters that PEFT wrote for another tool: what their files say of the base, the task and the labels."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING
+from transformers import PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from peftcli.errors import MachineError
+from peftcli.model.absorb import PREFIX
+from peftcli.model.files import stored_names
+from peftcli.model.heads import PROBLEM_TYPES, build_empty, head_modules, is_within
+from peftcli.model.inspect import load_config
+from peftcli.model.tensors import CONFIG, WEIGHTS, check_adapter_files, read_tensors
+from peftcli.recipe.tasks import CAUSAL, SEQUENCE, TOKENS
+from peftcli.rundir import read_json
+
+TASKS = {"CAUSAL_LM": CAUSAL, "SEQ_CLS": SEQUENCE, "TOKEN_CLS": TOKENS}
+"""Ours by PEFT's `task_type`."""
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """An adapter without the files of a run.
+
+    Attributes:
+        folder: with `adapter_config.json` and `adapter_model.safetensors`.
+        base: local folder or Hub id of the base that it names, None where it names none.
+        revision: of the Hub, None for the default.
+        task: None where it does not say.
+    """
+
+    folder: Path
+    base: str | None
+    revision: str | None
+    task: str | None
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What the head of an adapter gives.
+
+    Attributes:
+        names: of the labels in the order of the outputs; none for a language model.
+        named: they are names, and not numbers that stand in for them.
+        problem: of whole texts, else None.
+    """
+
+    names: tuple[str, ...] = ()
+    named: bool = False
+    problem: str | None = None
+
+
+def read_foreign(folder: Path) -> Foreign:
+    """Read what an adapter says of itself.
+
+    Raises:
+        MachineError: its files are damaged, or its method or task is not known here.
+    """
+    check_adapter_files(folder, None)
+    said = read_json(folder / CONFIG)
+    kind, task = said.get("peft_type"), said.get("task_type")
+    if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        raise MachineError(
+            f"{folder / CONFIG}: peft_type {kind} is not known to the installed peft; install the version of peft that "
+            "wrote it, or a later one"
+        )
+    if task is not None and task not in TASKS:
+        raise MachineError(
+            f"{folder / CONFIG}: task_type {task} cannot be run here, only {', '.join(TASKS)}; use the adapter with "
+            "PEFT itself"
+        )
+    name = said.get("base_model_name_or_path") or None
+    if name is not None and Path(name).is_dir():
+        name = str(Path(name).resolve())
+    return Foreign(folder, name, said.get("revision"), None if task is None else TASKS[task])
+
+
+def base_config(adapter: Foreign) -> PreTrainedConfig:
+    """The configuration of the base that an adapter names.
+
+    Raises:
+        MachineError: it names none, or that cannot be had.
+    """
+    mend = "name a recipe with --recipe, whose model.name says where the base is"
+    if adapter.base is None:
+        raise MachineError(
+            f"{adapter.folder / CONFIG}: base_model_name_or_path is empty, so the base is unknown; {mend}"
+        )
+    try:
+        return load_config(adapter.base, adapter.revision)
+    except MachineError as problem:
+        raise MachineError(
+            f"{adapter.folder / CONFIG}: the base {adapter.base} (base_model_name_or_path) cannot be loaded: it is no "
+            f"folder here, and neither the cache of the Hub nor the Hub gives it; put it there, or {mend}"
+        ) from problem
+
+
+def task_of(adapter: Foreign, config: PreTrainedConfig) -> str:
+    """The task of an adapter; one that says none is taken for a language model, if its base is one and it has no head.
+
+    Raises:
+        MachineError: the task is not known.
+    """
+    if adapter.task is not None:
+        return adapter.task
+    saved = read_json(adapter.folder / CONFIG).get("modules_to_save")
+    if type(config.get_text_config()) in MODEL_FOR_CAUSAL_LM_MAPPING and not saved:
+        return CAUSAL
+    raise MachineError(
+        f"{adapter.folder / CONFIG}: task_type is empty, so the task is unknown; write one of {', '.join(TASKS)} "
+        "there, or name a recipe with --recipe, whose model.task says it"
+    )
+
+
+def outputs_of(adapter: Foreign, task: str, base: str, config: PreTrainedConfig) -> Outputs:
+    """What the head of an adapter gives: as many outputs as its weights have, under the names that its files give them.
+
+    Args:
+        base: local folder or Hub id of the base.
+        config: of the base.
+
+    Raises:
+        MachineError: the weights of the head are neither in the adapter nor in its base.
+    """
+    if task == CAUSAL:
+        return Outputs()
+    head = head_modules(build_empty(base, config, task, ("0", "1")), task, base, adapter.revision)
+    shapes = _head_shapes(adapter, head)
+    _refuse_headless(adapter, head, shapes, base)
+    own = adapter.folder / "config.json"
+    said = read_json(own) if own.is_file() else config.to_dict()
+    names = _names(said)
+    # The last matrix of the head writes its outputs; of the poolers that may come with it none is last.
+    wide = [shape[0] for name, shape in shapes.items() if len(shape) > 1 and "pooler" not in name]
+    count = wide[-1] if wide else max(len(names), 1)
+    named = len(names) == count and not all(name.startswith("LABEL_") for name in names)
+    types = {ours: theirs for theirs, ours in PROBLEM_TYPES.items()}
+    problem = types.get(str(said.get("problem_type")), "regression" if count == 1 else "single-label")
+    numbered = tuple(f"LABEL_{number}" for number in range(count))
+    return Outputs(names if len(names) == count else numbered, named, problem if task == SEQUENCE else None)
+
+
+def _names(said: Mapping[str, Any]) -> tuple[str, ...]:
+    found = said.get("id2label") or {}
+    return tuple(str(found[key]) for key in sorted(found, key=int))
+
+
+def _head_shapes(adapter: Foreign, head: tuple[str, ...]) -> dict[str, list[int]]:
+    """Shapes of the head's tensors in an adapter's file, in the order of the head."""
+    stored = read_tensors(adapter.folder / WEIGHTS)
+    found = {}
+    for module in head:
+        for name, said in stored.items():
+            bare = name.removeprefix(PREFIX)
+            if is_within(bare, (module,)) and said.split()[-1] != "scalar":
+                found[bare] = [int(size) for size in said.split()[-1].split("x")]
+    return found
+
+
+def _refuse_headless(adapter: Foreign, head: tuple[str, ...], shapes: Mapping[str, Any], base: str) -> None:
+    stored = stored_names(base, adapter.revision) or set()
+    lacking = [one for one in head if not any(is_within(name, (one,)) for name in (*shapes, *stored))]
+    if lacking:
+        raise MachineError(
+            f"{adapter.folder / WEIGHTS}: the weights of {', '.join(lacking)} are neither here nor in the base {base}, "
+            "so they would be random; train the adapter with them in modules_to_save, or give it the base that it was "
+            "trained on"
+        )
