@@ -135,20 +135,19 @@ def merge_command(path: Path, into: str, output_dir: Path | None, dtype: str | N
 
 def generate_command(name: str, prompts: list[str], file: Path | None, flags: GenerateFlags) -> None:
     """Answer prompts."""
-    from peftcli.generate import read_prompts
-
     if file is not None and not file.is_file():
         raise RecipeError(f"--file {file}: no such file")
-    try:
-        lines = file.read_text(encoding="utf-8").split("\n") if file is not None else sys.stdin
-        asked = prompts or read_prompts(lines)
-    except UnicodeDecodeError as problem:
-        raise DataError(f"{file or 'standard input'}: byte {problem.start} is not UTF-8") from problem
     with shown_run(None) as (shown, streams):
-        from peftcli.generate import generate, label
+        # Only in here: what the libraries print while they are imported belongs to no terminal.
+        from peftcli.generate import generate, label, read_prompts
         from peftcli.model.answer import Decoding
         from peftcli.model.target import open_target
 
+        try:
+            lines = file.read_text(encoding="utf-8").split("\n") if file is not None else sys.stdin
+            asked = prompts or read_prompts(lines)
+        except UnicodeDecodeError as problem:
+            raise DataError(f"{file or 'standard input'}: byte {problem.start} is not UTF-8") from problem
         target = open_target(name)
         decoding = Decoding(flags.max_new_tokens, flags.temperature, flags.top_p, flags.seed)
         rows = int(target.identity.get("evaluation_batch", 16))
