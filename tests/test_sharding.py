@@ -20,6 +20,7 @@ from peftcli.plan.cards import find_card, machine_with
 from peftcli.plan.decide import make_plan
 from peftcli.plan.facts import Machine, ModelFacts
 from peftcli.plan.mends import propose
+from peftcli.plan.optimizer import Trained
 from peftcli.plan.peak import Load, gathered_bytes, own_bytes, weight_bytes
 from peftcli.plan.plan import Plan
 from peftcli.plan.setting import Setting
@@ -75,7 +76,7 @@ def recipe(tmp_path: Path) -> Callable[[str], Recipe]:
 
 
 def plan_on(machine: Machine, recipe: Recipe, facts: ModelFacts = FACTS) -> Plan:
-    return make_plan(recipe, machine, facts, lambda adapter: 1000)
+    return make_plan(recipe, machine, facts, lambda adapter: Trained(1000))
 
 
 def logged(run: Path, name: str = "loss") -> list[float]:

@@ -15,6 +15,7 @@ from peftcli.model.shape import read_shape
 from peftcli.model.statistics import keeps_statistics
 from peftcli.model.trainable import count_trainable
 from peftcli.plan.facts import ModelFacts
+from peftcli.plan.optimizer import Trained
 from peftcli.recipe.adapter_section import AdapterSection
 from peftcli.recipe.tasks import CAUSAL, SEQUENCE
 
@@ -111,10 +112,10 @@ def trainable_counter(
     *,
     labels: tuple[str, ...] = (),
     trust_remote_code: bool = False,
-) -> Callable[[AdapterSection], int]:
+) -> Callable[[AdapterSection], Trained]:
     """A function that counts the trainable parameters of an adapter on this model, by letting PEFT build it there."""
 
-    def count(adapter: AdapterSection) -> int:
+    def count(adapter: AdapterSection) -> Trained:
         model = build_empty(path, config, task, labels, trust_remote_code=trust_remote_code)
         return count_trainable(model, adapter, task)
 

@@ -13,6 +13,7 @@ from peftcli.plan.facts import Machine, ModelFacts
 from peftcli.plan.heads import base_with_head, head_decisions, head_notices, with_head
 from peftcli.plan.layers import choice_decisions, choice_of, named_targets, within_choice
 from peftcli.plan.levers import choose_levers
+from peftcli.plan.optimizer import Trained
 from peftcli.plan.peak import INT8_BITS, NF4_BITS
 from peftcli.plan.plan import DTYPE_BYTES, Base, Batch, Decision, LabelRule, Plan
 from peftcli.plan.ranks import check_ranks
@@ -29,7 +30,7 @@ def make_plan(
     recipe: Recipe,
     machine: Machine,
     facts: ModelFacts,
-    count_trainable: Callable[[AdapterSection], int],
+    count_trainable: Callable[[AdapterSection], Trained],
     *,
     smoke: bool = False,
     notices: tuple[str, ...] = (),
@@ -40,7 +41,7 @@ def make_plan(
         recipe: what was asked.
         machine: what is there.
         facts: the base model's structure.
-        count_trainable: number of trainable parameters of an adapter on that structure.
+        count_trainable: the trainable parameters of an adapter on that structure.
         smoke: the base is a stand-in and the run a rehearsal.
         notices: what the recipe's loading had to say.
 
@@ -61,7 +62,8 @@ def make_plan(
     batching, how = choose_batching(recipe, choices, batch, labels)
     levers, switched = choose_levers(recipe, choices, facts)
     adapter = with_head(settled, facts, recipe.model.task)
-    trainable = within_choice(count_trainable(adapter), choice)
+    trained = within_choice(count_trainable(adapter), choice)
+    trainable = trained.parameters
     total = facts.parameters + trainable
     return Plan(
         name=recipe.name,
@@ -82,7 +84,7 @@ def make_plan(
         gates=recipe.gates,
         budget=recipe.budget,
         targets=targets,
-        trainable_parameters=trainable,
+        trained=trained,
         choice=choice,
         levers=levers,
         total_parameters=total,

@@ -21,7 +21,7 @@ from peftcli.model.load import load_adapter, load_base
 from peftcli.model.measure import Measured, decoding_for, evaluation_json, measure
 from peftcli.model.retention import adapter_retention, base_retention, load_retention
 from peftcli.model.start import start_from
-from peftcli.plan.plan import Plan
+from peftcli.plan.plan import DTYPE_BYTES, Plan
 from peftcli.progress import Progress
 from peftcli.recipe.tasks import CAUSAL
 from peftcli.rundir import RunDir, read_json, write_json
@@ -194,7 +194,8 @@ def run_forecast(plan: Plan) -> Forecast:
     kind = SFTConfig if plan.task == CAUSAL else TrainingArguments
     arguments = kind(output_dir="unused", **plan.trainer)
     keep = (arguments.save_total_limit or 2) + bool(arguments.load_best_model_at_end)
-    return forecast(plan.trainable_parameters, optimizer=str(arguments.optim.value), keep=keep)
+    width = DTYPE_BYTES[plan.adapter_dtype]
+    return forecast(plan.trained, optimizer=str(arguments.optim.value), keep=keep, width=width)
 
 
 def make_trainer(
