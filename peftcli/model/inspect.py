@@ -9,6 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peftcli.adapters.own.places import all_widths, end_name, hidden_width, parameter_owners
 from peftcli.errors import MachineError, RecipeError
+from peftcli.model.flat_rows import why_not_flat
 from peftcli.model.heads import build_empty, head_modules, is_within, positions_of
 from peftcli.model.hub import explain_missing, look_for_network
 from peftcli.model.shape import read_shape
@@ -91,6 +92,7 @@ def inspect_model(
         statistics=any(keeps_statistics(module) for module in names.values()),
         checkpointing=bool(model.supports_gradient_checkpointing),
         divisible=_is_divisible(model, names),
+        not_flat=why_not_flat(config) if task == CAUSAL else "",
     )
 
 

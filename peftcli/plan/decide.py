@@ -59,7 +59,7 @@ def make_plan(
     sharding = choose_sharding(recipe, machine, facts, choices)
     _check_room(recipe, facts, machine, choices, sharding)
     batch = count_batch(recipe.trainer, machine.processes, shared=machine.shares_batch)
-    batching, how = choose_batching(recipe, choices, batch, labels)
+    batching, how = choose_batching(recipe, choices, batch, labels, facts.not_flat)
     levers, switched = choose_levers(recipe, choices, facts)
     adapter = with_head(settled, facts, recipe.model.task)
     trained = within_choice(count_trainable(adapter), choice)
