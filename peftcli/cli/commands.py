@@ -116,7 +116,9 @@ def merge_command(path: Path, into: str, output_dir: Path | None, dtype: str | N
         plan = planned.plan
         target, data = prepare_for(planned, target, shown)
         stored = DTYPE_BYTES[dtype or plan.base.dtype]
-        check_room(output_dir or run.merged, Forecast(0, 0, 0, plan.total_parameters * stored, RESERVE_BYTES))
+        # Whole modules take the place of the base's in a merged model; those of LoRA may stand beside a tied one.
+        merged = plan.total_parameters - (plan.trainable_parameters if plan.frees_base else 0)
+        check_room(output_dir or run.merged, Forecast(0, 0, 0, merged * stored, RESERVE_BYTES))
         settings = MergeSettings(into, dtype, plan.gates, plan.evaluation, plan.evaluation_batch, plan.seed)
         try:
             found = merge(target, data, output_dir or run.merged, settings, shown)

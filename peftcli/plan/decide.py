@@ -8,7 +8,7 @@ from peftcli.methods.prompts import VIRTUAL_TOKENS
 from peftcli.methods.table import METHODS
 from peftcli.plan.adapter import settle_adapter
 from peftcli.plan.batching import choose_batching
-from peftcli.plan.choices import Choices, choose, count_batch
+from peftcli.plan.choices import Choices, choose, choose_trained_dtype, count_batch
 from peftcli.plan.facts import Machine, ModelFacts
 from peftcli.plan.heads import base_with_head, head_decisions, head_notices, with_head
 from peftcli.plan.layers import choice_decisions, choice_of, named_targets, within_choice
@@ -23,6 +23,15 @@ from peftcli.recipe.adapter_section import AdapterSection
 from peftcli.recipe.schema import QuantizationSection, Recipe
 from peftcli.recipe.tasks import CAUSAL
 
+ROUNDED = (
+    "adapter.dtype bfloat16: an update of less than about 1/256 of its weight is rounded away, so small learning rates "
+    "learn less than the loss of the first steps suggests; float32 weights (adapter.dtype: float32) keep them, and so "
+    "does stochastic rounding (trainer.optim: adamw_torch_8bit with optim_args: bf16_stochastic_round=True, of torchao)"
+)
+"""bfloat16 has 8 bits of precision: halfway to the next number is 1/512 to 1/256 of a weight.
+
+Source: Gupta et al. 2015, arXiv:1502.02551, on what stochastic rounding keeps.
+"""
 LABEL_RULES = ("completion_only_loss", "assistant_only_loss")
 
 
@@ -65,6 +74,7 @@ def make_plan(
     trained = within_choice(count_trainable(adapter), choice)
     trainable = trained.parameters
     total = facts.parameters + trainable
+    trained_dtype = choose_trained_dtype(recipe, choices)
     return Plan(
         name=recipe.name,
         task=recipe.model.task,
@@ -73,7 +83,7 @@ def make_plan(
         base=base_with_head(_base(recipe, facts, choices), recipe, facts),
         architecture=facts.architecture,
         adapter=adapter,
-        adapter_dtype="float32",
+        adapter_dtype=trained_dtype.value,
         dataset=recipe.dataset,
         labels=labels,
         batch=batch,
@@ -89,7 +99,7 @@ def make_plan(
         levers=levers,
         total_parameters=total,
         decisions=(
-            *_decisions(recipe, choices, batch, targets, trainable, total),
+            *_decisions(recipe, choices, batch, targets, trainable, total, trained_dtype),
             *sizes,
             *choice_decisions(choice),
             *head_decisions(recipe, facts),
@@ -138,15 +148,19 @@ def _quantization(asked: QuantizationSection | None, choices: Choices) -> dict[s
 
 
 def _decisions(
-    recipe: Recipe, choices: Choices, batch: Batch, targets: dict[str, int], trainable: int, total: int
+    recipe: Recipe,
+    choices: Choices,
+    batch: Batch,
+    targets: dict[str, int],
+    trainable: int,
+    total: int,
+    trained_dtype: Decision,
 ) -> tuple[Decision, ...]:
-    needs_scaler = choices.dtype.value == "float16" and choices.on_gpu
-    wide = "the gradient scaler of float16 needs it" if needs_scaler else "small updates survive; the adapter is small"
     machine = (choices.device, choices.dtype, choices.products, choices.attention)
     processes = f"{batch.processes} process" + ("es" if batch.processes > 1 else "")
     return (
         *(decision for decision in machine if decision is not None),
-        Decision("adapter dtype", "float32", wide),
+        trained_dtype,
         choices.checkpointing,
         Decision(
             "batch",
@@ -278,6 +292,8 @@ def _notices(recipe: Recipe, machine: Machine, on_gpu: bool) -> tuple[str, ...]:
             f"{machine.count} GPUs are here and one is used; without --num-processes all of them share the rows of a "
             "step, where their number divides it"
         )
+    if recipe.adapter.dtype == "bfloat16":
+        notices.append(ROUNDED)
     if recipe.adapter.dropout and recipe.quantization is None and not on_gpu:
         notices.append(f"adapter.dropout {recipe.adapter.dropout} costs time and memory on a CPU")
     return tuple(notices)

@@ -148,6 +148,7 @@ def plan_setting(plan: Plan, shape: Shape, machine: Machine, *, one_row: bool) -
         shards=plan.shards,
         fitted=plan.fitted,
         first_block=_first_block(plan, shape),
+        freed=min(plan.trainable_parameters, shape.parameters) if plan.frees_base else 0,
         norms_trained=plan.adapter.method in ("full", "freeze", "ln_tuning"),
     )
 

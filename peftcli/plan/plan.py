@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from peftcli.methods.table import METHODS
 from peftcli.plan.fitted import Fitted
 from peftcli.plan.optimizer import Trained
 from peftcli.plan.selection import Choice
@@ -215,6 +216,12 @@ class Plan:
     possible_shards: int = 1
     fitted: Mapping[str, Fitted] = field(default_factory=dict)
     levers: frozenset[str] = frozenset()
+
+    @property
+    def frees_base(self) -> bool:
+        """Whether weights of the base that have a trained copy leave the memory while the copies are trained."""
+        whole = METHODS[self.adapter.method].targets == "whole"
+        return whole and self.base.quantization is None and self.shards == 1
 
     @property
     def trainable_parameters(self) -> int:

@@ -35,7 +35,7 @@ def smoke_recipe(recipe: Recipe) -> Recipe:
         update={
             "name": f"{recipe.name}-smoke",
             "output_dir": None if recipe.output_dir is None else f"{recipe.output_dir}-smoke",
-            "model": recipe.model.model_copy(update={"dtype": "auto", "attention": "auto"}),
+            "model": recipe.model.model_copy(update={"dtype": _dtype(recipe), "attention": "auto"}),
             "quantization": _quantization(recipe.quantization),
             "adapter": _adapter(recipe.adapter),
             "dataset": recipe.dataset.model_copy(update={"max_length": longest}),
@@ -46,6 +46,11 @@ def smoke_recipe(recipe: Recipe) -> Recipe:
             "report": type(recipe.report)(),
         }
     )
+
+
+def _dtype(recipe: Recipe) -> str:
+    """The format of a CPU, or that of weights that are trained as they are."""
+    return "bfloat16" if recipe.adapter.dtype == "bfloat16" else "auto"
 
 
 def _quantization(asked: QuantizationSection | None) -> QuantizationSection | None:

@@ -39,7 +39,7 @@ from peftcli.train.steps import StepTrainer
 from peftcli.train.stops import Heeding, StopRequests, is_first_process
 from peftcli.train.trainer import Trainer
 from peftcli.train.watch import Watch
-from peftcli.train.widths import narrow_saved_modules, widen_trained
+from peftcli.train.widths import free_trained_base, narrow_saved_modules, widen_trained
 
 UNMEASURED_RESERVE_SECONDS = 60.0
 """Set aside for the last evaluation where no baseline told how long one takes."""
@@ -128,6 +128,8 @@ def train(
     before, baseline_seconds = _baseline(plan, run, data, tokenizer, trainer.model, heeding, known=known)
     if resume_from is None and plan.adapter.init_from is not None:
         progress.note(start_from(trainer.model, plan.adapter.init_from, plan.base))
+    if plan.frees_base:
+        free_trained_base(trainer.model)
     watch = Watch(
         trainer,
         run.log,
