@@ -111,7 +111,7 @@ def test_the_forecast_is_what_a_run_writes(write_recipe: Callable[..., Path], ru
     plan, found = read_json(run / "plan.json"), run / "checkpoints" / "checkpoint-2"
     tokens = sum(file.stat().st_size for file in found.glob("*token*"))
     needs = forecast(
-        plan["parameters"]["trainable"],
+        Trained(plan["parameters"]["trainable"]),
         optimizer=plan["trainer"].get("optim", "adamw_torch"),
         keep=plan["trainer"]["save_total_limit"],
         tokenizer_bytes=tokens,

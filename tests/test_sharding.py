@@ -264,11 +264,11 @@ def test_cards_that_stand_idle_are_among_the_changes_that_make_it_fit(recipe: An
     plan = plan_on(machine, recipe(""))
     assert plan.possible_shards == 2
     load = Load(SHAPE, SETTING, 1024, 1024)
-    mends = propose(load, plan, machine.memory_bytes, lambda name: 2.0)
+    mends = propose(load, plan, machine.memory_bytes)
     keys = {mend.keys: mend.load.total for mend in mends}
     assert "performance: {sharding: full}\n--num-processes 2" in keys
     alone = plan_on(replace(machine, count=1), recipe(""))
-    assert not any("sharding" in mend.keys for mend in propose(load, alone, machine.memory_bytes, lambda name: 2.0))
+    assert not any("sharding" in mend.keys for mend in propose(load, alone, machine.memory_bytes))
 
 
 @pytest.mark.parametrize("rows", [0, 1, 2, 5, 6])

@@ -74,7 +74,6 @@ def make_plan(
     trained = within_choice(count_trainable(adapter), choice)
     trainable = trained.parameters
     total = facts.parameters + trainable
-    trained_dtype = choose_trained_dtype(recipe, choices)
     return Plan(
         name=recipe.name,
         task=recipe.model.task,
@@ -83,7 +82,7 @@ def make_plan(
         base=base_with_head(_base(recipe, facts, choices), recipe, facts),
         architecture=facts.architecture,
         adapter=adapter,
-        adapter_dtype=trained_dtype.value,
+        adapter_dtype=choose_trained_dtype(recipe, choices).value,
         dataset=recipe.dataset,
         labels=labels,
         batch=batch,
@@ -99,7 +98,7 @@ def make_plan(
         levers=levers,
         total_parameters=total,
         decisions=(
-            *_decisions(recipe, choices, batch, targets, trainable, total, trained_dtype),
+            *_decisions(recipe, choices, batch, targets, trainable, total),
             *sizes,
             *choice_decisions(choice),
             *head_decisions(recipe, facts),
@@ -154,13 +153,12 @@ def _decisions(
     targets: dict[str, int],
     trainable: int,
     total: int,
-    trained_dtype: Decision,
 ) -> tuple[Decision, ...]:
     machine = (choices.device, choices.dtype, choices.products, choices.attention)
     processes = f"{batch.processes} process" + ("es" if batch.processes > 1 else "")
     return (
         *(decision for decision in machine if decision is not None),
-        trained_dtype,
+        choose_trained_dtype(recipe, choices),
         choices.checkpointing,
         Decision(
             "batch",
