@@ -21,6 +21,7 @@ from peftcli.plan.cards import find_card, machine_with
 from peftcli.plan.decide import make_plan
 from peftcli.plan.facts import Machine, ModelFacts
 from peftcli.plan.mends import propose
+from peftcli.plan.optimizer import Trained
 from peftcli.plan.peak import Load, gathered_bytes, own_bytes, weight_bytes
 from peftcli.plan.plan import Plan
 from peftcli.plan.setting import Setting
@@ -76,7 +77,7 @@ def recipe(tmp_path: Path) -> Callable[[str], Recipe]:
 
 
 def plan_on(machine: Machine, recipe: Recipe, facts: ModelFacts = FACTS) -> Plan:
-    return make_plan(recipe, machine, facts, lambda adapter: 1000)
+    return make_plan(recipe, machine, facts, lambda adapter: Trained(1000))
 
 
 def logged(run: Path, name: str = "loss") -> list[float]:
@@ -268,11 +269,11 @@ def test_cards_that_stand_idle_are_among_the_changes_that_make_it_fit(recipe: An
     plan = plan_on(machine, recipe(""))
     assert plan.possible_shards == 2
     load = Load(SHAPE, SETTING, 1024, 1024)
-    mends = propose(load, plan, machine.memory_bytes, lambda name: 2.0)
+    mends = propose(load, plan, machine.memory_bytes)
     keys = {mend.keys: mend.load.total for mend in mends}
     assert "performance: {sharding: full}\n--num-processes 2" in keys
     alone = plan_on(replace(machine, count=1), recipe(""))
-    assert not any("sharding" in mend.keys for mend in propose(load, alone, machine.memory_bytes, lambda name: 2.0))
+    assert not any("sharding" in mend.keys for mend in propose(load, alone, machine.memory_bytes))
 
 
 @pytest.mark.parametrize("rows", [0, 1, 2, 5, 6])

@@ -118,6 +118,29 @@ def choose_dtype(recipe: Recipe, machine: Machine, on_gpu: bool) -> Decision:
     return Decision(key, asked, "the recipe")
 
 
+def choose_trained_dtype(recipe: Recipe, choices: Choices) -> Decision:
+    """The format of the trained weights.
+
+    Raises:
+        MachineError: they are to be bfloat16 and the base is not.
+    """
+    key = "adapter dtype"
+    base = choices.dtype
+    if recipe.adapter.dtype == "bfloat16":
+        if base.value != "bfloat16":
+            fix = "set adapter.dtype: float32" if choices.on_gpu else "set model.dtype: bfloat16"
+            raise MachineError(
+                f"adapter.dtype: bfloat16 trains the weights of the base as they are, and here they are {base.value} "
+                f"({base.reason}); {fix}"
+            )
+        return Decision(key, "bfloat16", "the recipe: no float32 copy of the weights")
+    if base.value == "float16" and choices.on_gpu:
+        return Decision(key, "float32", "the gradient scaler of float16 needs it")
+    if METHODS[recipe.adapter.method].targets == "whole":
+        return Decision(key, "float32", "small updates survive; adapter.dtype: bfloat16 takes half the memory")
+    return Decision(key, "float32", "small updates survive; the adapter is small")
+
+
 def choose_products(
     quantization: QuantizationSection | None, dtype: str, machine: Machine, on_gpu: bool
 ) -> Decision | None:

@@ -57,7 +57,7 @@ def smoke_recipe(recipe: Recipe) -> Recipe:
         update={
             "name": f"{recipe.name}-smoke",
             "output_dir": None if recipe.output_dir is None else f"{recipe.output_dir}-smoke",
-            "model": recipe.model.model_copy(update={"dtype": "auto", "attention": "auto"}),
+            "model": recipe.model.model_copy(update={"dtype": _dtype(recipe), "attention": "auto"}),
             "quantization": _quantization(recipe.quantization),
             "adapter": _without_schedule(recipe.adapter),
             "trainer": trainer,
@@ -82,7 +82,7 @@ def check_schedules(recipe: Recipe) -> None:
 def smoke_notices(recipe: Recipe) -> tuple[str, ...]:
     """What a smoke run of a recipe leaves out, as sentences for people."""
     asked: list[tuple[tuple[str, ...], Any]] = [
-        (("model", "dtype"), _unless_auto(recipe.model.dtype)),
+        (("model", "dtype"), recipe.model.dtype not in ("auto", _dtype(recipe))),
         (("model", "attention"), _unless_auto(recipe.model.attention)),
         (("gates",), recipe.gates),
         (("budget", "wall_clock"), recipe.budget.wall_clock),
@@ -140,6 +140,11 @@ def _checkpointing(given: Mapping[str, Any]) -> dict[str, Any]:
 def _without_schedule(adapter: AdapterSection) -> AdapterSection:
     kept = {name: value for name, value in adapter.arguments.items() if name not in SCHEDULE}
     return adapter.model_copy(update={"arguments": kept}) if len(kept) < len(adapter.arguments) else adapter
+
+
+def _dtype(recipe: Recipe) -> str:
+    """The format of a CPU, or that of weights that are trained as they are."""
+    return "bfloat16" if recipe.adapter.dtype == "bfloat16" else "auto"
 
 
 def _quantization(asked: QuantizationSection | None) -> QuantizationSection | None:

@@ -44,6 +44,16 @@ def freeze_names(value: Any) -> tuple[str, ...]:
     return tuple(names)
 
 
+def read_trained_dtype(value: Any) -> Any:
+    """Refuse float16 for trained weights, with the reason; the field checks the rest."""
+    if value in ("float16", "fp16"):
+        raise wrong(
+            "float16 weights cannot be trained: the gradient scaler of torch refuses gradients of float16, since "
+            "the small ones become zero; set float32, or bfloat16 on a GPU of sm_80 or later"
+        )
+    return value
+
+
 def read_targets(value: Any) -> tuple[str, ...] | str | None:
     """Read `adapter.target_modules`: the word all-linear or a list of names."""
     if value is None:

@@ -43,6 +43,7 @@ HELD = frozenset(
         "adapter.target_modules",
         "adapter.layers",
         "adapter.use_dora",
+        "adapter.dtype",
         "adapter.modules_to_save",
         "trainer.optim",
         "trainer.learning_rate",

@@ -21,7 +21,7 @@ from peftcli.model.load import load_adapter, load_base
 from peftcli.model.measure import Measured, decoding_for, evaluation_json, measure
 from peftcli.model.retention import adapter_retention, base_retention, load_retention
 from peftcli.model.start import start_from
-from peftcli.plan.plan import Plan
+from peftcli.plan.plan import DTYPE_BYTES, Plan
 from peftcli.progress import Progress
 from peftcli.recipe.tasks import CAUSAL
 from peftcli.rundir import RunDir, read_json, write_json
@@ -40,7 +40,7 @@ from peftcli.train.steps import StepTrainer
 from peftcli.train.stops import Heeding, StopRequests, is_first_process
 from peftcli.train.trainer import Trainer
 from peftcli.train.watch import Watch
-from peftcli.train.widths import narrow_saved_modules, widen_trained
+from peftcli.train.widths import free_trained_base, narrow_saved_modules, widen_trained
 
 UNMEASURED_RESERVE_SECONDS = 60.0
 """Set aside for the last evaluation where no baseline told how long one takes."""
@@ -133,6 +133,8 @@ def train(
     before, baseline_seconds = _baseline(plan, run, data, tokenizer, trainer.model, heeding, known=known)
     if resume_from is None and plan.adapter.init_from is not None:
         progress.note(start_from(trainer.model, plan.adapter.init_from, plan.base))
+    if plan.frees_base:
+        free_trained_base(trainer.model)
     watch = Watch(
         trainer,
         run.log,
@@ -209,7 +211,8 @@ def run_forecast(plan: Plan, trainer: Mapping[str, Any]) -> Forecast:
     with naming_arguments(trainer, only=True):
         arguments = kind(output_dir="unused", **plan.trainer)
     keep = (arguments.save_total_limit or 2) + bool(arguments.load_best_model_at_end)
-    return forecast(plan.trainable_parameters, optimizer=str(arguments.optim.value), keep=keep)
+    width = DTYPE_BYTES[plan.adapter_dtype]
+    return forecast(plan.trained, optimizer=str(arguments.optim.value), keep=keep, width=width)
 
 
 def make_trainer(
