@@ -81,7 +81,7 @@ def launch_if_asked(num_processes: int | None, *, shares_batch: bool = False) ->
         if shares_batch:
             settings[SHARES_BATCH] = "1"
         if _has_gpu():
-            words = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", str(num_processes)]
+            words = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", str(num_processes), *_port()]
         else:
             words = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
             settings["ACCELERATE_USE_CPU"] = "true"
@@ -91,6 +91,20 @@ def launch_if_asked(num_processes: int | None, *, shares_batch: bool = False) ->
             signal.signal(number, lambda received, _: launcher.send_signal(received))
         code = launcher.wait()
         return int(answer.read_text()) if answer.is_file() else (code or 1)
+
+
+def _port() -> list[str]:
+    """The words that have accelerate look for a free port, where its configuration settles nothing about that.
+
+    Left alone it takes 29500, on which another training may be listening. Several machines must agree on a port.
+    """
+    from accelerate.commands.config.config_args import default_config_file, load_config_from_file
+
+    if Path(default_config_file).is_file():
+        settled = load_config_from_file(None)
+        if settled.main_process_port is not None or settled.num_machines > 1:
+            return []
+    return ["--main_process_port", "0"]
 
 
 def hand_over(code: int) -> int:
