@@ -156,9 +156,11 @@ class StepTrainer(transformers.Trainer):  # type: ignore[misc]  # transformers' 
         state = self.accelerator.gradient_state
         deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
         state._set_sync_gradients(False)
-        with nullcontext() if deepspeed else self.accelerator.no_sync(model):
-            yield
-        state._set_sync_gradients(True)
+        try:
+            with nullcontext() if deepspeed else self.accelerator.no_sync(model):
+                yield
+        finally:
+            state._set_sync_gradients(True)
 
     def counters(self) -> dict[str, float]:
         """What all processes of all sessions have counted: tokens, trained tokens and seconds of training."""
