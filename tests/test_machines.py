@@ -158,6 +158,22 @@ def test_a_stop_on_one_machine_stops_both_and_both_go_on_from_the_checkpoint_of_
     assert "Didn't find an RNG file" not in (second.run / "log.txt").read_text()
 
 
+def test_the_best_checkpoint_and_the_adapter_of_the_first_machine_reach_the_other(machines: Any, cli_in: Cli) -> None:
+    saving = {"max_steps": 8, "save_steps": 4, "eval_strategy": "steps", "eval_steps": 4}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
+    first, _ = both = machines(trainer=saving | best)  # the highest loss is that of step 4 and not of the last step
+    found = []
+    for _ in range(2):
+        port = free_port()
+        said = ended([machine.start(port) for machine in both])
+        assert [code for code, _ in said] == [0, 0], said
+        found.append(read_json(first.run / "metrics.json")["adapter"]["loss"])
+        for file in ("metrics.json", "eval.json"):  # as if the last evaluation had been cut off
+            (first.run / file).unlink()
+    assert cli_in(first.folder, "eval", "run") == 0
+    assert found == pytest.approx([read_json(first.run / "eval.json")["adapter"]["loss"]] * 2, abs=1e-5)
+
+
 @pytest.mark.parametrize("dead", [0, 1])
 def test_a_process_whose_peer_dies_says_so_in_one_line(machines: Any, dead: int) -> None:
     both = machines(trainer={"max_steps": 1000})
