@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from helpers import assert_same_adapter, assert_same_losses
 from safetensors.torch import load_file
 
@@ -114,6 +115,36 @@ def test_at_most_three_halvings(tokens: int | None) -> None:
     assert sizes == [320, 160, 80, 40] and [step for step, _ in pieces.events] == [7, 7, 7]
     with pytest.raises(MemoryExhausted, match="several processes cannot"):
         Pieces(tokens=tokens, agree=lambda n: [n, n]).run([batch_of(4, 5)], one, lambda: None, nullcontext, 7)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Triton Error [CUDA]: out of memory",
+        "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported at some other API call",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    ],
+)
+def test_what_the_driver_says_of_full_memory_makes_the_pieces_smaller(text: str) -> None:
+    sizes = []
+
+    def one(piece: dict[str, Any]) -> torch.Tensor:
+        sizes.append(len(piece["labels"]))
+        if sizes[-1] > 2:
+            raise RuntimeError(text)
+        return torch.zeros(())
+
+    Pieces(tokens=None).run([batch_of(4, 5)], one, lambda: None, nullcontext, 1)
+    assert sizes == [4, 2, 2]
+
+
+def test_gradients_are_shared_again_after_a_piece_that_failed() -> None:
+    trainer = object.__new__(Trainer)
+    trainer.accelerator = Accelerator(cpu=True)
+    with pytest.raises(torch.OutOfMemoryError), trainer._apart(torch.nn.Linear(1, 1)):
+        assert not trainer.accelerator.gradient_state.sync_gradients
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+    assert trainer.accelerator.gradient_state.sync_gradients
 
 
 def test_an_error_that_is_no_lack_of_memory_is_not_swallowed() -> None:

@@ -15,7 +15,8 @@ from typer.main import get_command
 from peftcli.cli.bench import bench
 from peftcli.cli.printable import printable
 from peftcli.cli.process import settle_process
-from peftcli.errors import MachineError, MemoryExhausted, PeftcliError, RecipeError
+from peftcli.errors import MachineError, MemoryExhausted, PeerLost, PeftcliError, RecipeError
+from peftcli.train.stops import is_first_of_machine
 
 BUG = "error: this is a bug of peftcli; report it with the lines above and the output of `pip list`"
 MACHINE_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
@@ -295,8 +296,8 @@ def _run(argv: Sequence[str] | None) -> int:
     except PeftcliError as error:
         if show_trace:
             traceback.print_exc()
-        # Of several processes one speaks, and one that alone runs out of memory.
-        if os.environ.get("RANK", "0") == "0" or isinstance(error, MemoryExhausted):
+        # One process speaks for each machine, and one that alone runs out of memory or is left by the others.
+        if is_first_of_machine() or isinstance(error, MemoryExhausted | PeerLost):
             typer.echo(f"error: {printable(str(error))}", err=True)
         return error.exit_code
     except OSError as problem:

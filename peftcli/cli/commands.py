@@ -343,7 +343,7 @@ def shown_run(log: Path | None) -> Iterator[tuple[Shown, Streams]]:
         try:
             yield shown, streams
         except Exception as problem:
-            if type(problem).__name__ != "OutOfMemoryError":  # torch's, which the light commands do not import
+            if not _is_out_of_memory(problem):
                 raise
             raise MemoryExhausted(
                 f"out of memory: {' '.join(str(problem).split())[:200]}; halve trainer.per_device_train_batch_size and "
@@ -352,6 +352,14 @@ def shown_run(log: Path | None) -> Iterator[tuple[Shown, Streams]]:
             ) from problem
         finally:
             shown.end()
+
+
+def _is_out_of_memory(problem: Exception) -> bool:
+    if "torch" not in sys.modules:  # which the light commands do not import
+        return isinstance(problem, MemoryError)
+    from peftcli.model.memory import is_out_of_memory
+
+    return is_out_of_memory(problem)
 
 
 def print_json(streams: Streams, value: dict[str, Any]) -> None:

@@ -20,6 +20,7 @@ from peftcli.model.likelihood import score_targets
 from peftcli.model.load import load_adapter, load_base
 from peftcli.model.measure import Measured, decoding_for, evaluation_json, measure
 from peftcli.model.retention import adapter_retention, base_retention, load_retention
+from peftcli.model.shards import from_first
 from peftcli.model.start import start_from
 from peftcli.plan.plan import DTYPE_BYTES, Plan
 from peftcli.progress import Progress
@@ -32,6 +33,7 @@ from peftcli.train.disk import Forecast, forecast
 from peftcli.train.forward import Forward
 from peftcli.train.gradient_starts import begin_from_gradient, takes_gradient
 from peftcli.train.labels import make_label_trainer
+from peftcli.train.machines import on_this_machine
 from peftcli.train.outcome import write_train
 from peftcli.train.ranks import Ranks
 from peftcli.train.select import make_choice
@@ -157,7 +159,7 @@ def train(
         trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
     reason = watch.stop_reason
     steps = trainer.state.global_step
-    if reason is not None and not stops.is_clock(reason):
+    if reason is not None and not watch.stopped_by_clock:
         write_train(run, trainer, watch, plan, resume_from)
         return TrainResult(steps, reason)
     tuned = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
@@ -190,11 +192,11 @@ def evaluate_trained(
         MachineError: the weights cannot be loaded.
     """
     heeding = Heeding(progress, session.stops, "in the last evaluation")
-    model = load_adapter(load_base(plan.base, shards=plan.shards), run.adapter)
+    model = load_adapter(load_base(plan.base, shards=plan.shards), on_this_machine(run.adapter, run.received))
     known = _known_baseline(run, session, resuming=True)
     before, _ = _baseline(plan, run, data, tokenizer, model, heeding, known=known)
     _measure_adapter(plan, run, data, tokenizer, model, heeding, before)
-    return TrainResult(int(read_json(run.train)["steps"]), None)
+    return TrainResult(from_first(lambda: int(read_json(run.train)["steps"])), None)
 
 
 def run_forecast(plan: Plan, trainer: Mapping[str, Any]) -> Forecast:
@@ -259,10 +261,10 @@ def _baseline(
     """`eval.json` with the base alone, measured now or earlier, and the seconds that it took.
 
     Args:
-        known: a file that holds it.
+        known: a file of the first process that holds it.
     """
-    if known is not None:
-        stored = read_json(known)
+    stored = from_first(lambda: None if known is None else read_json(known))
+    if stored is not None:
         measured_before = "baseline_seconds" in stored
         return (stored if measured_before else None), float(stored.get("baseline_seconds") or 0.0)
     tested = plan.evaluation.baseline and data.holds_out
