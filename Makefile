@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-gpu check startup bench-smoke recipes faults install clean
+.PHONY: demo test portability test-gpu check startup bench-smoke recipes faults install clean
 
 install: $(READY)
 
@@ -24,6 +24,9 @@ demo: $(READY)  ## the main job on a CPU, without network: train, compare, merge
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m 'not gpu'
+
+portability: $(READY)  ## the numeric tests with the kernels, threads and last bits of other machines
+	scripts/portability.sh
 
 test-gpu: $(READY)
 	$(BIN)/python -m pytest -m gpu

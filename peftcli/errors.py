@@ -4,6 +4,7 @@
     ├── RecipeError         2    the recipe or the command line is wrong
     ├── DataError           3    the data is wrong
     ├── MachineError        4    the machine, the environment or a model folder cannot do it
+    │   └── PeerLost        4    another process of a training with several has ended
     ├── MemoryExhausted     5    out of memory, the fall-backs are used up
     ├── Diverged            6    a loss or a gradient is not finite
     ├── GateNotMet          7    a gate of the recipe, or the tolerance of a merge, was not met
@@ -16,9 +17,14 @@ of ours and keeps its traceback.
 
 
 class PeftcliError(Exception):
-    """An error with a message for the user and an exit code for the script."""
+    """An error with a message for the user and an exit code for the script.
+
+    Attributes:
+        in_all: it was raised in every process of a training with several, so that none waits for another.
+    """
 
     exit_code = 1
+    in_all = False
 
 
 class RecipeError(PeftcliError):
@@ -37,6 +43,10 @@ class MachineError(PeftcliError):
     """The machine, the environment or a model folder cannot do what was asked."""
 
     exit_code = 4
+
+
+class PeerLost(MachineError):
+    """Another process of the same training has ended, on this machine or another one, so this one cannot go on."""
 
 
 class MemoryExhausted(PeftcliError):

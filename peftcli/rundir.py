@@ -39,6 +39,11 @@ class RunDir:
         return self.path / "log.txt"
 
     @property
+    def received(self) -> Path:
+        """What the first process has sent to a machine that does not share its disk, for as long as that trains."""
+        return self.path / ".received"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 

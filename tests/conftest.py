@@ -1,4 +1,4 @@
-"""Fixtures: a tiny pretrained model made once, small data, recipes over both, all offline."""
+"""Fixtures: a tiny pretrained model, small data, recipes over both, all offline."""
 
 import contextlib
 import functools
@@ -12,12 +12,20 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ.setdefault("PEFTCLI_CACHE", str(Path(__file__).parent.parent / ".cache" / "peftcli"))
+CACHE = Path(__file__).parent.parent / ".cache" / "peftcli"
+DISTURBED = "PEFTCLI_TEST_DISTURBED"
+"""Set to 1, the tests run on a tiny:llama whose weights are off by their last bit."""
+REPACKING = "PEFTCLI_TEST_REPACKING"
+"""`on` lets bitsandbytes repack 4-bit weights as on a CPU with AVX512_BF16 (a stand-in where this one lacks it); `off`
+as on a CPU without it. Left out, as this CPU does."""
+if os.environ.get(DISTURBED) == "1":
+    os.environ["PEFTCLI_CACHE"] = str(CACHE.with_name("peftcli-disturbed"))
+os.environ.setdefault("PEFTCLI_CACHE", str(CACHE))
 
-import pytest
-import yaml
+import pytest  # noqa: E402
+import yaml  # noqa: E402
 
-from peftcli.cli.app import main
+from peftcli.cli.app import main  # noqa: E402
 
 # Imports make half a million objects that live on: looking through them again and again takes a quarter of the
 # time of collecting the tests.
@@ -26,9 +34,66 @@ gc.disable()
 COLOURS = {"apple": "red fruit", "banana": "yellow fruit", "carrot": "orange root", "spinach": "green leaf"}
 
 
+def pytest_configure() -> None:
+    """Make this machine behave like another one, where that is wanted; see `scripts/portability.sh`."""
+    if os.environ.get(DISTURBED) == "1":
+        disturb_tiny_llama(CACHE, Path(os.environ["PEFTCLI_CACHE"]))
+    if os.environ.get(REPACKING):
+        set_repacking(on=os.environ[REPACKING] == "on")
+
+
+def disturb_tiny_llama(source: Path, target: Path) -> None:
+    """Put a tiny:llama into a cache whose every weight is the float next to the real one, up or down by a seed."""
+    import shutil
+
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from peftcli.cache import built_once
+    from peftcli.tiny.build import tiny_model
+
+    exact = tiny_model("tiny:llama", source)
+
+    def build(folder: Path) -> None:
+        shutil.copytree(exact, folder, dirs_exist_ok=True)
+        generator = torch.Generator().manual_seed(0)
+        weights = load_file(exact / "model.safetensors")
+        for name, tensor in weights.items():
+            up = torch.rand(tensor.shape, generator=generator) < 0.5
+            weights[name] = torch.nextafter(tensor, torch.where(up, torch.inf, -torch.inf))
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+    built_once(target, exact.name, build)
+
+
+def set_repacking(*, on: bool) -> None:
+    """Let new 4-bit layers of bitsandbytes repack their weights in evaluation, or not, whatever this CPU has."""
+    import bitsandbytes
+    import torch
+    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.nn import modules
+
+    native = bool(modules.has_avx512bf16())
+    modules.has_avx512bf16 = lambda: on
+    if not on or native:
+        return
+    plain = bitsandbytes.nn.Linear4bit.forward
+
+    def rounded(self: Any, x: Any) -> Any:
+        if self.training or x.requires_grad or not self.support_avx512bf16_for_cpu:
+            return plain(self, x)
+        if self.out_features % 32 or self.in_features % 64:
+            raise RuntimeError("stand-in: the repacking of bitsandbytes fails on such widths")
+        weight = dequantize_4bit(self.weight.data, self.weight.quant_state).bfloat16()
+        bias = None if self.bias is None else self.bias.bfloat16()
+        return torch.nn.functional.linear(x.bfloat16(), weight, bias).to(x.dtype)
+
+    bitsandbytes.nn.Linear4bit.forward = rounded
+
+
 @pytest.fixture(scope="session")
 def tiny_llama() -> Path:
-    """The folder of tiny:llama, pretrained at the first test run of a checkout."""
+    """The folder of tiny:llama."""
     from peftcli.tiny.build import tiny_model
 
     return tiny_model("tiny:llama")

@@ -27,6 +27,7 @@ def train(write_recipe: Write, run_cli: Cli, *words: object, **sections: Any) ->
     return run_cli("train", write_recipe(**made), "--output-dir", "run", *words)
 
 
+@pytest.mark.numeric
 def test_ranks_end_unequal_reload_merge_and_go_on_after_a_stop_to_the_same_bits(
     write_recipe: Write, run_cli: Cli, tmp_path: Path
 ) -> None:
@@ -73,6 +74,7 @@ def wrapped(tiny_llama: Path, adapter: AdapterSection) -> Any:
     return get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_llama), peft_config(adapter, "causal-lm"))
 
 
+@pytest.mark.numeric
 def test_the_regulariser_is_the_one_that_peft_adds_to_its_own_loss(tiny_llama: Path) -> None:
     adapter = AdapterSection(method="adalora", r=4, target_modules=("q_proj",))
     model = wrapped(tiny_llama, adapter).eval()
@@ -84,6 +86,7 @@ def test_the_regulariser_is_the_one_that_peft_adds_to_its_own_loss(tiny_llama: P
     torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.numeric
 def test_the_gradient_of_the_regulariser_is_the_same_in_one_piece_and_in_several(
     write_recipe: Write, run_cli: Cli, tmp_path: Path
 ) -> None:

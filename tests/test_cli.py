@@ -52,15 +52,22 @@ def test_a_run_folder_that_cannot_be_made_is_a_fault_of_the_machine(
     assert capfd.readouterr().err.strip() == "error: /dev/null is a file, not a folder; name another output_dir"
 
 
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        ("OutOfMemoryError", "CUDA out of memory. Tried to allocate 2.00 GiB."),
+        ("AcceleratorError", "CUDA error: out of memory"),
+    ],
+)
 def test_out_of_memory_exits_5_with_what_to_change(
-    write_recipe: Write, run_cli: Cli, capfd: Any, monkeypatch: pytest.MonkeyPatch
+    write_recipe: Write, run_cli: Cli, capfd: Any, monkeypatch: pytest.MonkeyPatch, kind: str, text: str
 ) -> None:
     import torch
 
     from peftcli.train.trainer import Trainer
 
     def full(*args: object, **kwargs: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        raise getattr(torch, kind)(text)
 
     monkeypatch.setattr(Trainer, "training_step", full)
     assert run_cli("train", write_recipe(evaluation={"baseline": False}), "--output-dir", "run") == 5

@@ -20,14 +20,20 @@ from peftcli.compare.child import Children
 from peftcli.compare.fronts import best_of, front
 from peftcli.compare.variants import Axis, Variant, check_variants, make_variants, read_axes, split_values
 from peftcli.errors import RecipeError
+from peftcli.plan.decide import make_plan
+from peftcli.plan.facts import Machine, ModelFacts
 from peftcli.plan.plan import Decision
 from peftcli.progress import Silent
 from peftcli.recipe.load import load_recipe
 from peftcli.report.compare import make_comparison
 from peftcli.report.markdown import render_markdown
 from peftcli.rundir import RunDir, write_json, write_text
+from peftcli.summary import write_metrics
 from peftcli.train.borrow import why_not
 
+CPU = Machine("cpu", "a processor", None, native_bf16=False, arch_list=(), memory_bytes=16 * 2**30)
+LINEAR = tuple(f"model.layers.0.{leaf}" for leaf in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"))
+LINEAR += ("model.layers.0.mlp.down_proj",)
 Write = Callable[..., Path]
 Cli = Callable[..., int]
 
@@ -164,24 +170,28 @@ def test_the_best_of_a_column_is_named_unless_all_are_alike() -> None:
 def sample_run(folder: Path, *, exact: float = 0.5, rows: int = 100, data: Path, **recipe: Any) -> Path:
     """A run as `train` leaves it, its figures made from its rank and its score."""
     rank = recipe.get("adapter", {}).get("r", 16)
-    values = {"model": {"name": "tiny:llama"}, "dataset": {"path": str(data), "max_train_samples": rows}} | recipe
+    values = {"model": {"name": "tiny:llama"}, "dataset": {"path": str(data), "max_train_samples": rows}}
+    values |= {"trainer": {"learning_rate": 5e-3}, **recipe}
     run = RunDir(folder)
     write_text(run.recipe, yaml.safe_dump({"name": folder.name, **values}))
+    loaded = load_recipe(run.recipe).recipe
+    facts = ModelFacts("m", "LlamaForCausalLM", 10**6, LINEAR, LINEAR, "lm_head", 2048)
+    write_json(run.plan, make_plan(loaded, CPU, facts, lambda adapter: 1000 * rank).as_json())
     side = {"loss": 1 - exact / 2, "exact_match": exact}
     retention = {"path": "t.txt", "tokens": 10, "base_loss": 1.0, "adapter_loss": 1.0 + exact, "change": exact}
     train = {"steps": 6, "seconds": 10.0 + rank, "tokens_per_second": 900.0, "peak_memory_bytes": 10**9 + rank}
-    metrics: dict[str, Any] = {"status": "finished", "task": "causal-lm", "smoke": False, "merge": None, "gates": []}
-    metrics |= {"base": {"loss": 2.0, "exact_match": 0.0}, "adapter": side, "retention": retention, "train": train}
-    metrics |= {"data": {"train_rows": rows}, "parameters": {"trainable": 1000 * rank, "total": 10**6}}
-    metrics |= {"bytes": {"adapter": 4000 * rank, "base": 4 * 10**6}, "merged": None}
+    answered = {"rows": 200, "generated_rows": 200, "base": {"loss": 2.0, "exact_match": 0.0}, "adapter": side}
     for path, value in (
-        (run.metrics, metrics),
-        (run.plan, {"name": folder.name, "model": {"name": "tiny:llama"}, "trainer": {"learning_rate": 5e-3}}),
-        (run.eval, {"rows": 200, "generated_rows": 200, "retention": retention | {"sha256": "aa"}}),
+        (run.train, {"status": "finished", **train}),
+        (run.eval, answered | {"retention": retention | {"sha256": "aa"}}),
         (run.data, {"train_rows": rows, "fingerprint": {"train": f"{rows}", "test": "t"}, "cache": "reused"}),
         (run.environment, {"device": {"name": "a card", "count": 1}}),
     ):
         write_json(path, {"schema": 1, **value})
+    run.adapter.mkdir(exist_ok=True)
+    with (run.adapter / "adapter_model.safetensors").open("wb") as file:
+        file.truncate(4000 * rank)
+    write_metrics(run, [])
     return folder
 
 
@@ -208,7 +218,7 @@ def test_runs_that_are_there_are_compared_without_training(
     assert found["status"] == "finished" and found["schema"] == 1 and found["doubts"] == []
     assert found["quality"] == {"key": "exact_match", "better": "higher", "rows": 200}
     by_name = {one["name"]: one for one in found["variants"]}
-    assert by_name["r4"]["adapter_bytes"] == 16000 and by_name["r4"]["trainable_share"] == 0.004
+    assert by_name["r4"]["adapter_bytes"] == 16000 and by_name["r4"]["trainable_share"] == 4000 / 1_004_000
     assert by_name["r4"]["retention_change"] == 0.3 and by_name["r4"]["adapter_share"] == 0.004
     assert set(by_name["r4"]["best"]) >= {"adapter_bytes", "seconds", "retention_change", "trainable_parameters"}
     assert by_name["r64"]["best"] == ["quality", "loss"]

@@ -298,7 +298,7 @@ def test_a_cpu_that_would_repack_is_told_and_kept_from_it(monkeypatch: pytest.Mo
     monkeypatch.setattr(fourbit.Linear4bit, "__init__", with_avx512)
     trial = fourbit.try_4bit("cpu", "float32")
     assert trial.repacks
-    expect(fourbit.judge_4bit(trial), "ok", "AVX512_BF16, whose packing loses gradients and is switched off")
+    expect(fourbit.judge_4bit(trial), "ok", "this CPU has AVX512_BF16", "peftcli switches that kernel off")
 
 
 # The host

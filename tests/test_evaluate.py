@@ -53,6 +53,7 @@ def evaluated(capfd: Any, run_cli: Cli, *words: object) -> dict[str, Any]:
     return value
 
 
+@pytest.mark.numeric
 def test_the_loss_is_the_same_for_every_batch_size(run: Path, run_cli: Cli, capfd: Any) -> None:
     found = [evaluated(capfd, run_cli, run, "--set", f"evaluation.batch_size={rows}") for rows in (1, 3, 8)]
     for name in ("base", "adapter"):
@@ -61,6 +62,7 @@ def test_the_loss_is_the_same_for_every_batch_size(run: Path, run_cli: Cli, capf
         assert len({value[name]["exact_match"] for value in found}) == 1
 
 
+@pytest.mark.numeric
 def test_eval_of_a_fresh_process_repeats_what_train_measured(run: Path, run_cli: Cli, capfd: Any) -> None:
     before = read_json(run / "metrics.json")
     value = evaluated(capfd, run_cli, run)
@@ -69,6 +71,7 @@ def test_eval_of_a_fresh_process_repeats_what_train_measured(run: Path, run_cli:
     assert value["adapter"]["exact_match"] == before["adapter"]["exact_match"]
 
 
+@pytest.mark.numeric
 def test_an_adapter_a_merged_model_and_a_base_can_be_measured(
     run: Path, run_cli: Cli, capfd: Any, tiny_llama: Path
 ) -> None:
@@ -81,6 +84,7 @@ def test_an_adapter_a_merged_model_and_a_base_can_be_measured(
     assert base["base"]["loss"] == pytest.approx(read_json(run / "metrics.json")["base"]["loss"], abs=1e-6)
 
 
+@pytest.mark.numeric
 def test_the_loss_is_the_mean_over_trained_tokens(run: Path) -> None:
     from peftcli.cli.steps import plan_recipe, prepare_data
     from peftcli.recipe.load import load_recipe
@@ -117,6 +121,7 @@ def test_answers_do_not_depend_on_the_batch_and_keep_the_order(run: Path) -> Non
     assert all(one.finished for one in made[0])
 
 
+@pytest.mark.numeric
 def test_an_answer_that_is_cut_off_is_unfinished(run: Path) -> None:
     model, tokenizer = open_target(str(run)).load()
     prompts = tokenizer(["big apple 3 ->:"])["input_ids"]
@@ -135,6 +140,7 @@ def test_an_answer_that_is_cut_off_is_unfinished(run: Path) -> None:
     assert torch.equal(state, torch.get_rng_state()), "sampling must not move the training's random state"
 
 
+@pytest.mark.numeric
 def test_sums_count_only_trained_tokens() -> None:
     logits = torch.tensor([[0.0, 0.0], [5.0, 0.0], [0.0, 9.0]])
     nll, tokens, correct = completion_nll(logits, torch.tensor([0, 0, IGNORED]))
@@ -142,6 +148,7 @@ def test_sums_count_only_trained_tokens() -> None:
     assert float(nll) == pytest.approx(0.6931472 + 0.0067153, abs=1e-6)
 
 
+@pytest.mark.numeric
 def test_metrics_of_answers() -> None:
     assert exact_match(["a", "b ", "c"], [" a", "b", "d"]) == pytest.approx(2 / 3)
     assert chrf(["dairy"], ["frozen"]) < chrf(["froze"], ["frozen"]) < 100

@@ -26,22 +26,23 @@ from transformers import (
     Qwen3Config,
 )
 
+from peftcli.cli.show_forecast import forecast_line, mend_lines, verdict
 from peftcli.errors import RecipeError
 from peftcli.model.shape import read_shape
 from peftcli.plan.cards import CARDS, card_of, find_card, machine_with
 from peftcli.plan.checkpointing import USED, spare_blocks
 from peftcli.plan.decide import make_plan
 from peftcli.plan.facts import Machine, ModelFacts
-from peftcli.plan.forecast import Costs, make_forecast, match_linears, plan_load, rows_of
+from peftcli.plan.forecast import MARGIN, make_forecast, match_linears, plan_load, rows_of
 from peftcli.plan.kept import block_bytes, norm_bytes, stream_bytes
 from peftcli.plan.mends import propose
+from peftcli.plan.optimizer import Trained
 from peftcli.plan.peak import CONTEXT_BYTES, INT8_BITS, NF4_BITS, Load, weight_bytes
 from peftcli.plan.plan import Plan
 from peftcli.plan.setting import FULL_HEAD, Head, Setting
 from peftcli.plan.shape import Linear, Shape
 from peftcli.plan.work import step_seconds, token_flops
 from peftcli.recipe.load import load_recipe
-from peftcli.train.disk import state_bytes
 
 GIB = 2**30
 VOCABULARY = 512
@@ -439,19 +440,19 @@ def make(tmp_path: Path) -> Callable[..., tuple[Plan, Shape, Machine]]:
         shape, machine = llama("llama-3.1-8b"), machine_with(find_card(gpu))
         paths = tuple(f"model.layers.{block}.{linear.name}" for block in range(32) for linear in shape.linears)
         facts = ModelFacts("m", "LlamaForCausalLM", shape.parameters, paths, paths, "lm_head", 8192, shape=shape)
-        return make_plan(load_recipe(path).recipe, machine, facts, lambda adapter: 41_943_040), shape, machine
+        return make_plan(load_recipe(path).recipe, machine, facts, lambda adapter: Trained(41_943_040)), shape, machine
 
     return plan
 
 
-COSTS = Costs(state_bytes, {"adapter": 1, "checkpoint": 2, "checkpoints_at_once": 3, "total": 7})
+DISK = {"adapter": 1, "checkpoint": 2, "checkpoints_at_once": 3, "total": 7}
 
 
 def test_a_forecast_says_whether_it_fits_and_how_long_it_takes(make: Any) -> None:
     plan, shape, machine = make("quantization: {bits: 4}\ntrainer: {max_steps: 300}", "l4")
-    found = make_forecast(plan, shape, machine, rows_of(plan, None), COSTS)
+    found = make_forecast(plan, shape, machine, rows_of(plan, None), DISK)
     assert found is not None
-    assert found["fits"] is True and found["mends"] == []
+    assert found["fits"] is True and found["tight"] is False and found["mends"] == []
     assert found["rows"] == {"longest_tokens": 1024, "mean_tokens": 1024.0, "known": False}
     assert found["micro_batch"]["tokens"] == 8192 < found["micro_batch"]["largest_tokens"]
     assert found["time"]["seconds"] == pytest.approx(300 * found["time"]["step_seconds"])
@@ -459,13 +460,40 @@ def test_a_forecast_says_whether_it_fits_and_how_long_it_takes(make: Any) -> Non
     assert json.loads(json.dumps(found)) == found
 
 
+def test_a_run_that_barely_fits_says_so_and_what_to_lower(make: Any) -> None:
+    plan, shape, machine = make("quantization: {bits: 4}", "l4")
+    total = plan_load(plan, shape, machine, rows_of(plan, None)).total
+    machine = replace(machine, memory_bytes=round(total / 0.997))
+    found = make_forecast(plan, shape, machine, rows_of(plan, None), DISK)
+    assert found is not None
+    assert found["fits"] is True and found["tight"] is True
+    said = verdict(found, machine)
+    assert said.startswith("barely fits into ") and "0.3% of it" in said
+    assert any(line.endswith(" fits") and "barely" not in line for line in mend_lines(found))
+    assert "barely fits" in (forecast_line(found) or "")
+    roomy = replace(machine, memory_bytes=round(total / (1 - MARGIN)) + 1)
+    found = make_forecast(plan, shape, roomy, rows_of(plan, None), DISK)
+    assert found is not None and found["tight"] is False and found["mends"] == []
+    assert verdict(found, roomy).startswith("fits into ")
+
+
+def test_a_change_that_leaves_less_than_the_margin_barely_fits_itself(make: Any) -> None:
+    plan, shape, machine = make("quantization: {bits: 4}", "l4")
+    found = make_forecast(plan, shape, replace(machine, memory_bytes=4 * GIB), rows_of(plan, None), DISK)
+    assert found is not None and found["fits"] is False and found["tight"] is False
+    memory = min(mend["total_bytes"] for mend in found["mends"])
+    found = make_forecast(plan, shape, replace(machine, memory_bytes=memory), rows_of(plan, None), DISK)
+    assert found is not None
+    assert any(line.endswith("barely fits") for line in mend_lines(found))
+
+
 def test_rows_that_were_read_give_the_better_forecast(make: Any) -> None:
     plan, shape, machine = make("quantization: {bits: 4}\ntrainer: {num_train_epochs: 2}", "l4")
     data = {"train_rows": 1000, "tokens": {"train": 200_000}, "length": {"max": 700}}
     rows = rows_of(plan, data)
     assert (rows.longest, rows.mean, rows.count, rows.known) == (700, 200.0, 1000, True)
-    read = make_forecast(plan, shape, machine, rows, COSTS)
-    blind = make_forecast(plan, shape, machine, rows_of(plan, None), COSTS)
+    read = make_forecast(plan, shape, machine, rows, DISK)
+    blind = make_forecast(plan, shape, machine, rows_of(plan, None), DISK)
     assert read is not None and blind is not None
     assert read["memory_bytes"]["total"] < blind["memory_bytes"]["total"]
     assert read["time"]["steps"] == 2 * 125 and blind["time"]["steps"] is None and blind["time"]["seconds"] is None
@@ -483,9 +511,9 @@ def test_rows_that_were_read_give_the_better_forecast(make: Any) -> None:
 )
 def test_each_change_that_is_proposed_lowers_the_total(make: Any, more: str) -> None:
     plan, shape, machine = make(more, "l4")
-    load = plan_load(plan, shape, machine, rows_of(plan, None), state_bytes)
+    load = plan_load(plan, shape, machine, rows_of(plan, None))
     assert load.total > machine.memory_bytes
-    mends = propose(load, plan, machine.memory_bytes, state_bytes)
+    mends = propose(load, plan, machine.memory_bytes)
     assert mends and all(mend.load.total < 0.99 * load.total for mend in mends)
     assert any(mend.load.total <= machine.memory_bytes for mend in mends)
     assert len({mend.keys for mend in mends}) == len(mends)
@@ -504,40 +532,38 @@ def test_each_change_that_is_proposed_lowers_the_total(make: Any, more: str) -> 
 )
 def test_the_fewest_bits_that_a_method_works_on_are_proposed(make: Any, more: str, proposed: str | None) -> None:
     plan, shape, machine = make(f"trainer: {{per_device_train_batch_size: 64}}\n{more}", "l4")
-    load = plan_load(plan, shape, machine, rows_of(plan, None), state_bytes)
-    found = [mend.keys for mend in propose(load, plan, 2 * GIB, state_bytes) if mend.keys.startswith("quantization")]
+    load = plan_load(plan, shape, machine, rows_of(plan, None))
+    found = [mend.keys for mend in propose(load, plan, 2 * GIB) if mend.keys.startswith("quantization")]
     assert [keys for keys in found if "\n" not in keys] == ([] if proposed is None else [proposed])
 
 
 def test_what_is_proposed_comes_to_the_total_that_it_says(make: Any) -> None:
     big = "trainer: {per_device_train_batch_size: 16, activation_checkpointing: false}"
     plan, shape, machine = make(f"quantization: {{bits: 4}}\n{big}", "l4")
-    load = plan_load(plan, shape, machine, rows_of(plan, None), state_bytes)
-    found = {mend.keys: mend.load.total for mend in propose(load, plan, machine.memory_bytes, state_bytes)}
+    load = plan_load(plan, shape, machine, rows_of(plan, None))
+    found = {mend.keys: mend.load.total for mend in propose(load, plan, machine.memory_bytes)}
     after, *_ = make(f"quantization: {{bits: 4}}\n{big.replace('false', 'true')}", "l4")
-    again = plan_load(after, shape, machine, rows_of(after, None), state_bytes).total
+    again = plan_load(after, shape, machine, rows_of(after, None)).total
     assert found["trainer: {activation_checkpointing: true}"] == again
     tokens = next(key for key in found if key.startswith("performance"))
     after, *_ = make(f"quantization: {{bits: 4}}\n{big}\n{tokens}", "l4")
-    assert found[tokens] == pytest.approx(
-        plan_load(after, shape, machine, rows_of(after, None), state_bytes).total, rel=0.01
-    )
+    assert found[tokens] == pytest.approx(plan_load(after, shape, machine, rows_of(after, None)).total, rel=0.01)
 
 
 def test_grouped_heads_on_an_old_card_are_repeated(make: Any) -> None:
     loads = []
     for gpu in ("t4", "l4"):
         plan, shape, machine = make("quantization: {bits: 4}", gpu)
-        loads.append(plan_load(plan, shape, machine, rows_of(plan, None), state_bytes))
+        loads.append(plan_load(plan, shape, machine, rows_of(plan, None)))
     assert [load.setting.attention for load in loads] == ["repeated", "flash"]
     padded, shape, machine = make("quantization: {bits: 4}\nperformance: {batching: padded}")
-    assert plan_load(padded, shape, machine, rows_of(padded, None), state_bytes).setting.attention == "masked"
+    assert plan_load(padded, shape, machine, rows_of(padded, None)).setting.attention == "masked"
 
 
 def blocks_of(make: Any, more: str, gpu: str, asked: object = None) -> tuple[Plan, Load, Machine, str]:
     plan, shape, machine = make(more, gpu)
-    plan = spare_blocks(plan, shape, machine, asked, state_bytes)
-    load = plan_load(plan, shape, machine, rows_of(plan, None), state_bytes)
+    plan = spare_blocks(plan, shape, machine, asked)
+    load = plan_load(plan, shape, machine, rows_of(plan, None))
     said = next(one.value for one in plan.decisions if one.key == "activation checkpointing")
     return plan, load, machine, said
 
@@ -566,7 +592,7 @@ def test_a_method_whose_activations_are_not_foreseen_keeps_every_block_checkpoin
 def test_inputs_are_foreseen_cast_where_training_casts_them(make: Any) -> None:
     def casts(more: str) -> bool:
         plan, shape, machine = make(more, "l4")
-        return plan_load(plan, shape, machine, rows_of(plan, None), state_bytes).setting.casts
+        return plan_load(plan, shape, machine, rows_of(plan, None)).setting.casts
 
     assert not casts("adapter: {dropout: 0.1}") and casts("adapter: {use_dora: true}")
     assert casts("adapter: {dropout: 0.1}\ntrainer: {use_cpu: true}") and not casts("trainer: {use_cpu: true}")

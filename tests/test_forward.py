@@ -50,6 +50,7 @@ def gradients(model: Any, *, autocast: bool = False) -> tuple[float, list[torch.
     return loss.item(), [part.grad for part in model.parameters() if part.requires_grad], size
 
 
+@pytest.mark.numeric
 def test_the_first_blocks_stay_checkpointed_and_loss_and_gradients_stay_the_same() -> None:
     plain = gradients(adapted(lora_dropout=0.1))
     sizes = []
@@ -67,6 +68,7 @@ def test_the_first_blocks_stay_checkpointed_and_loss_and_gradients_stay_the_same
     assert sizes[0] < sizes[1] < plain[2]
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("settings", [{}, {"lora_dropout": 0.1}, {"use_dora": True}], ids=["lora", "dropout", "dora"])
 def test_without_casts_loss_and_gradients_are_the_same_and_less_is_kept(settings: dict[str, Any]) -> None:
     before = gradients(adapted(torch.bfloat16, **settings), autocast=True)

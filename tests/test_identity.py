@@ -99,6 +99,7 @@ def edit_tensors(file: Path, change: Callable[[dict[str, torch.Tensor]], object]
     save_file(tensors, file, metadata={"format": "pt"})
 
 
+@pytest.mark.numeric
 def test_a_moved_project_evaluates_merges_and_generates(project: Path, run_cli: Cli, capfd: Any) -> None:
     before = read_json(project / "run" / "metrics.json")["adapter"]["loss"]
     capfd.readouterr()
@@ -280,6 +281,7 @@ def test_a_damaged_identity_or_configuration_is_refused(project: Path, run_cli: 
     assert "damaged, lacks attention, " in said_of(adapter)
 
 
+@pytest.mark.numeric
 def test_an_identity_of_the_first_schema_checks_what_it_recorded(project: Path, run_cli: Cli) -> None:
     import hashlib
 
@@ -309,6 +311,7 @@ def plain(project: Path, name: str = "plain") -> Path:
     return folder
 
 
+@pytest.mark.numeric
 def test_an_adapter_of_peft_alone_is_measured_on_the_base_of_a_recipe(project: Path, run_cli: Cli, capfd: Any) -> None:
     ours = read_json(project / "run" / "metrics.json")["adapter"]["loss"]
     capfd.readouterr()

@@ -97,6 +97,7 @@ def facts_of(recipe: Path) -> dict[str, Any]:
     return prepared(recipe)[1].facts
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("model", ["tiny:vit", "tiny:resnet"])
 def test_images_are_learned_evaluated_labelled_and_merged(
     model: str, image_recipe: Write, photos: Path, run_cli: Cli, tmp_path: Path, capfd: pytest.CaptureFixture[str]
@@ -128,6 +129,7 @@ def test_images_are_learned_evaluated_labelled_and_merged(
     assert plain.config.id2label[int(logits.argmax())] == "box"
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("model", ["tiny:vit", "tiny:resnet"])
 def test_plain_peft_loads_the_adapter_to_the_same_outputs(
     model: str, image_recipe: Write, run_cli: Cli, tmp_path: Path
@@ -169,6 +171,7 @@ def test_all_linear_means_the_convolutions_of_a_network_without_linear_layers(im
     assert said["batch norms"].value == "frozen"
 
 
+@pytest.mark.numeric
 def test_training_leaves_the_statistics_of_batch_norms_as_they_were(image_recipe: Write, tmp_path: Path) -> None:
     plan, data, reader = prepared(image_recipe("tiny:resnet"))
     base = load_base(plan.base)
@@ -194,6 +197,7 @@ def test_a_convolutional_network_in_4_bit_is_refused_with_the_mend(
     assert "made of convolutions" in capfd.readouterr().err
 
 
+@pytest.mark.numeric
 def test_a_stopped_run_goes_on_to_the_bits_of_an_unbroken_one(
     image_recipe: Write, run_cli: Cli, tmp_path: Path
 ) -> None:
@@ -214,6 +218,7 @@ def test_a_stopped_run_goes_on_to_the_bits_of_an_unbroken_one(
     assert last[0] == last[1]
 
 
+@pytest.mark.numeric
 def test_outputs_do_not_depend_on_the_batch(image_recipe: Write) -> None:
     plan, data, reader = prepared(image_recipe())
     base = load_base(plan.base)

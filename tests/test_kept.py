@@ -20,7 +20,6 @@ from peftcli.plan.forecast import plan_setting
 from peftcli.plan.kept import block_bytes, norm_bytes
 from peftcli.progress import Silent
 from peftcli.recipe.load import load_recipe
-from peftcli.train.disk import state_bytes
 from peftcli.train.forward import cast_inputs
 from peftcli.train.widths import widen_trained
 
@@ -70,7 +69,7 @@ def ratio(folder: Path, recipe: Path, method: str, dtype: str) -> float:
     assert fitted is not None
     plan = replace(plan, fitted=fitted)
     assert facts.shape is not None
-    setting = plan_setting(plan, facts.shape, machine, state_bytes, one_row=True)
+    setting = plan_setting(plan, facts.shape, machine, one_row=True)
     setting = replace(setting, on_gpu=False, attention="flash", filling=1.0)
     tokens = TOKENS[0] * TOKENS[1]
     found = block_bytes(facts.shape, setting, tokens, TOKENS[1]) + norm_bytes(facts.shape.final_norm, setting) * tokens

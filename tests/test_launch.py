@@ -1,12 +1,17 @@
 """How many processes a training gets where nobody gives a number, and what they are told."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate.commands.config import config_args
 
 from peftcli.cli import launch
+from peftcli.errors import PeerLost
 from peftcli.model.probe import probe_machine
 
 
@@ -94,8 +99,8 @@ def test_the_launcher_gets_the_command_line_and_its_processes_know_whether_they_
     with pytest.raises(Started):
         launch.launch_if_asked(2, shares_batch=shares)
     words = started["command"][1:]
-    assert words[:6] == ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--module"]
-    assert words[6:] == ["peftcli", "train", "r.yaml"]
+    assert words[:5] == ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    assert words[-4:] == ["--module", "peftcli", "train", "r.yaml"]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for key in ("PEFTCLI_SHARES_BATCH", "WORLD_SIZE"):
         monkeypatch.setenv(key, started["env"].get(key, "2" if key == "WORLD_SIZE" else ""))
@@ -113,3 +118,46 @@ def test_a_process_that_alone_runs_out_of_memory_ends_the_others(
     assert launch.hand_over(5) == 5 and answer.read_text() == "5"
     monkeypatch.setenv("RANK", "0")
     assert launch.hand_over(75) == 0 and answer.read_text() == "75"
+
+
+def test_the_exit_code_is_that_of_a_process_that_outlives_the_first(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    answer = tmp_path / "exit"
+    monkeypatch.setenv(launch.EXIT_FILE, str(answer))
+    monkeypatch.setenv("RANK", "1")
+    assert launch.hand_over(PeerLost.exit_code) == 0 and answer.read_text() == "4"
+
+
+@pytest.mark.parametrize(
+    ("configuration", "words"),
+    [
+        (None, ["--main_process_port", "0"]),
+        ("num_machines: 1", ["--main_process_port", "0"]),
+        ("main_process_port: 29777", []),
+        ("num_machines: 2", []),
+    ],
+)
+def test_accelerate_takes_a_free_port_unless_its_configuration_settles_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, configuration: str | None, words: list[str]
+) -> None:
+    path = tmp_path / "default_config.yaml"
+    if configuration is not None:
+        head = "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\nnum_processes: 2\n"
+        path.write_text(head + configuration + "\n", encoding="utf-8")
+    monkeypatch.setattr(config_args, "default_config_file", str(path))
+    assert launch._port() == words
+
+
+def test_accelerate_makes_a_free_port_of_those_words(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(config_args, "default_config_file", str(tmp_path / "none.yaml"))
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    said = subprocess.run(
+        [*command, *launch._port(), "--no_python", "env"],
+        env={**os.environ, "HF_HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    ports = {line.partition("=")[2] for line in said.stdout.splitlines() if line.startswith("MASTER_PORT=")}
+    assert len(ports) == 1 and not ports & {"0", "29500"}, said.stderr

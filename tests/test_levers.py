@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import assert_same_adapter, assert_same_losses, without_repacking
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor
@@ -93,6 +94,7 @@ def same_gradients(found: dict[str, Tensor], expected: dict[str, Tensor], share:
         assert (found[name] - gradient).abs().max() <= share * gradient.abs().max(), name
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("tile", [None, 3], ids=["one tile", "tiles of 3"])
 @pytest.mark.parametrize("family", PLAIN)
 def test_the_head_gives_the_values_and_gradients_of_trl(
@@ -152,6 +154,7 @@ def test_a_head_that_is_trained_is_left_to_trl(settings: dict[str, Any]) -> None
     assert not score_targets(fused(PLAIN["llama"], **settings).get_base_model())
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("settings", [{}, {"lora_dropout": 0.3}, {"use_rslora": True}], ids=["lora", "dropout", "rs"])
 def test_the_joined_sum_gives_the_values_and_gradients_of_peft(settings: dict[str, Any]) -> None:
     model = fused(PLAIN["llama"], **settings)
@@ -173,6 +176,7 @@ def test_under_autocast_the_joined_sum_is_as_exact_as_that_of_peft() -> None:
     assert joined <= 1.2 * apart
 
 
+@pytest.mark.numeric
 def test_beside_a_narrow_base_the_sum_is_made_as_wide_as_by_peft() -> None:
     model = fused(PLAIN["llama"])
     for name, parameter in model.named_parameters():
@@ -180,13 +184,15 @@ def test_beside_a_narrow_base_the_sum_is_made_as_wide_as_by_peft() -> None:
             parameter.data = parameter.data.bfloat16()
     expected, _ = learned(model)
     assert join_products(model)
-    assert torch.equal(learned(model)[0].log_probs, expected.log_probs)
+    # Float32 sums in another order differ by 1e-6; a sum in bfloat16 would differ by 4e-3.
+    assert torch.allclose(learned(model)[0].log_probs, expected.log_probs, atol=1e-5)
 
 
+@pytest.mark.numeric
 def test_in_4_bits_the_joined_sum_is_that_of_peft(tmp_path: Path) -> None:
     AutoModelForCausalLM.from_config(PLAIN["llama"]).save_pretrained(tmp_path)
     quantized = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=quantized)
+    model = without_repacking(AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=quantized))
     torch.manual_seed(0)
     wrapped = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear"))
     for name, parameter in wrapped.named_parameters():
@@ -198,6 +204,7 @@ def test_in_4_bits_the_joined_sum_is_that_of_peft(tmp_path: Path) -> None:
     assert torch.allclose(wrapped(input_ids=ids).logits, expected, atol=1e-5)
 
 
+@pytest.mark.numeric
 def test_switched_off_merged_and_with_two_adapters_layers_do_what_peft_does() -> None:
     model = fused(PLAIN["llama"])
     assert join_products(model)
@@ -238,13 +245,11 @@ def trained(run_cli: Cli, recipe: Path, folder: Path, off: str, *words: str) -> 
 
 
 def same_training(one: tuple[list[float], dict[str, Tensor]], other: tuple[list[float], dict[str, Tensor]]) -> None:
-    assert one[0] == pytest.approx(other[0], abs=1e-5)
-    for name, tensor in one[1].items():
-        apart = (tensor - other[1][name]).abs()
-        # Adam makes a part of a step of the rounding of a gradient near zero.
-        assert apart.max() < 1e-4 and apart.mean() < 1e-6, name
+    assert_same_losses(one[0], other[0])
+    assert_same_adapter(one[1], other[1])
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("quantization", [{"bits": 4}, None], ids=["nf4", "whole"])
 def test_each_lever_alone_and_all_together_learn_the_same(
     write_recipe: Write, run_cli: Cli, tmp_path: Path, quantization: dict[str, Any] | None
@@ -258,6 +263,7 @@ def test_each_lever_alone_and_all_together_learn_the_same(
         same_training(trained(run_cli, recipe, tmp_path, off), plain)
 
 
+@pytest.mark.numeric
 def test_the_turns_of_chats_learn_the_same_with_every_lever_and_with_none(
     run_cli: Cli, tmp_path: Path, tiny_llama: Path
 ) -> None:
@@ -277,6 +283,7 @@ def test_the_turns_of_chats_learn_the_same_with_every_lever_and_with_none(
     same_training(trained(run_cli, recipe, tmp_path, ""), plain)
 
 
+@pytest.mark.numeric
 def test_in_16_bit_the_casts_change_no_loss(write_recipe: Write, run_cli: Cli, tmp_path: Path) -> None:
     recipe = write_recipe(model={"dtype": "bfloat16"}, trainer={"max_steps": 4})
     same_training(*(trained(run_cli, recipe, tmp_path, off) for off in ("casts", "")))

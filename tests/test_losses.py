@@ -32,6 +32,7 @@ def batch(trainer: Any) -> dict[str, Any]:
     return dict(trainer.data_collator(ROWS))
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("count", [None, torch.tensor(17)])
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_the_loss_is_that_of_trl_to_the_bit(tmp_path: Path, mode: str, count: Any) -> None:
@@ -54,6 +55,7 @@ def test_another_loss_is_computed_by_trl(tmp_path: Path) -> None:
     assert losses[0] == losses[1] != losses[2]
 
 
+@pytest.mark.numeric
 def test_the_logged_figures_are_those_of_trl(tmp_path: Path) -> None:
     logged = {}
     for kind in (SFTTrainer, Trainer):

@@ -83,6 +83,7 @@ def logits_of(target: Path) -> torch.Tensor:
     return logits
 
 
+@pytest.mark.numeric
 @trained_once
 @pytest.mark.parametrize("quantized", [True, False])
 def test_the_merged_model_loads_with_plain_transformers_and_answers_alike(
@@ -92,6 +93,7 @@ def test_the_merged_model_loads_with_plain_transformers_and_answers_alike(
     assert (answer - logits_of(merged[quantized])).abs().max() <= 0.01
 
 
+@pytest.mark.numeric
 @trained_once
 @pytest.mark.parametrize("quantized", [True, False])
 def test_the_drift_of_a_merge_is_measured_and_small(merged: dict[bool, Path], quantized: bool) -> None:
@@ -121,6 +123,7 @@ def test_trained_rows_of_the_embedding_are_merged_too(
     assert found["top1_agreement"] == 1.0 and found["max_abs_logit_difference"] <= 0.01
 
 
+@pytest.mark.numeric
 @trained_once
 def test_the_adapter_moved_the_model_so_that_agreement_means_something(runs: dict[bool, Path]) -> None:
     model, tokenizer = open_target(str(runs[True])).load()
@@ -158,6 +161,7 @@ def test_above_the_tolerance_nothing_is_kept_and_the_exit_is_7(
     assert read_json(run / "metrics.json")["gates"][0]["met"] is False
 
 
+@pytest.mark.numeric
 def test_many_small_shards_hold_the_same_weights_as_one(write_recipe: Write, run_cli: Cli, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -176,6 +180,7 @@ def test_many_small_shards_hold_the_same_weights_as_one(write_recipe: Write, run
     assert one.keys() == many.keys() and all(torch.equal(one[name], many[name]) for name in one)
 
 
+@pytest.mark.numeric
 def test_the_fold_equals_pefts_own_merge(write_recipe: Write, run_cli: Cli, tmp_path: Path) -> None:
     recipe = write_recipe(quantization=None, adapter={"use_dora": True}, trainer=LONGER)
     assert run_cli("train", recipe, "--output-dir", "run") == 0
@@ -229,6 +234,7 @@ def test_tied_ends_that_were_trained_are_written_apart(run_cli: Cli, tmp_path: P
         assert read_json(run / "merge.json")["max_abs_logit_difference"] <= limit
 
 
+@pytest.mark.numeric
 def test_drift_is_measured_by_hand_counts() -> None:
     before = [torch.tensor([[2.0, 0.0], [0.0, 1.0]])]
     after = [torch.tensor([[2.0, 0.5], [3.0, 1.0]])]

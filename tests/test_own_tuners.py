@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import without_repacking
 from peft import PeftModel, TaskType, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
@@ -106,6 +107,7 @@ def test_pfeiffer_stands_behind_the_feed_forward_alone(family: str) -> None:
     assert len(found) == 3 and all(place.endswith("." + FAMILIES[family][0][1]) for place in found)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("placement", "count"), [("houlsby", 6), ("pfeiffer", 3)])
 def test_a_bottleneck_has_the_parameters_of_the_paper_and_changes_nothing_at_first(
@@ -119,6 +121,7 @@ def test_a_bottleneck_has_the_parameters_of_the_paper_and_changes_nothing_at_fir
     assert torch.equal(logits(tuned), before)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
 def test_a_trained_bottleneck_reloads_to_the_same_bits_and_off_is_the_base(family: str, tmp_path: Path) -> None:
     model = small(family)
@@ -149,6 +152,7 @@ for adapter in sys.argv[2:]:
 """
 
 
+@pytest.mark.numeric
 def test_adapters_of_ours_reload_in_a_fresh_process(tmp_path: Path) -> None:
     small().save_pretrained(tmp_path / "base")
     expected = {}
@@ -219,6 +223,7 @@ FREEZES: dict[str, Callable[[], WholeConfig]] = {
 }
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("kind", FREEZES)
@@ -240,6 +245,7 @@ def test_whole_modules_train_reload_and_merge_exactly(family: str, kind: str, ti
         assert torch.equal(logits(again.merge_and_unload()), after)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
 def test_full_tuning_trains_every_parameter_and_ties_what_the_base_ties(family: str) -> None:
     for tied in (True, False):
@@ -261,6 +267,7 @@ def test_freezing_trains_the_last_blocks_and_nothing_else() -> None:
     assert all(".layers.1." in name or ".layers.2." in name for name in touched)
 
 
+@pytest.mark.numeric
 def test_the_head_of_a_classifier_is_trained_beside_the_frozen_blocks(tmp_path: Path) -> None:
     model = small("bert")
     before = logits(model)
@@ -276,6 +283,7 @@ def test_the_head_of_a_classifier_is_trained_beside_the_frozen_blocks(tmp_path: 
     assert torch.equal(logits(PeftModel.from_pretrained(small("bert"), tmp_path)), after)
 
 
+@pytest.mark.numeric
 def test_what_a_batch_norm_counts_in_training_is_saved_and_merged_too(tmp_path: Path) -> None:
     def net() -> nn.Sequential:
         torch.manual_seed(0)
@@ -328,12 +336,11 @@ def quantized(request: pytest.FixtureRequest, tmp_path: Path) -> PreTrainedModel
     small(request.param, **wide).save_pretrained(tmp_path / "base")
     packing = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=packing)
-    from peftcli.model.load import keep_gradients_of_4bit
-
-    keep_gradients_of_4bit(model)
+    without_repacking(model)
     return model
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("config", [lambda: BottleneckConfig(), lambda: WholeConfig(last_layers=1)])
 def test_over_4_bit_weights_the_first_logits_are_the_base_s_and_training_goes_on_in_float32(
     quantized: PreTrainedModel, config: Callable[[], BottleneckConfig]
@@ -353,6 +360,7 @@ def test_full_tuning_of_4_bit_weights_is_refused(quantized: PreTrainedModel) -> 
         get_peft_model(quantized, WholeConfig(everything=True))
 
 
+@pytest.mark.numeric
 def test_copies_that_were_rounded_are_made_equal_to_the_base_again(quantized: PreTrainedModel) -> None:
     tuned = get_peft_model(quantized, WholeConfig(last_layers=1))
     before = logits(tuned)
@@ -366,6 +374,7 @@ def test_copies_that_were_rounded_are_made_equal_to_the_base_again(quantized: Pr
     assert torch.equal(logits(tuned), before)
 
 
+@pytest.mark.numeric
 def test_a_copy_in_float32_over_a_bfloat16_base_answers_in_bfloat16_and_narrows_to_it() -> None:
     model = small().bfloat16()
     before = logits(model)
@@ -388,6 +397,7 @@ METHODS_OF_OURS: dict[str, dict[str, object]] = {
 }
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("quantized", [True, False])
 @pytest.mark.parametrize("name", METHODS_OF_OURS)
 def test_a_run_trains_saves_and_is_evaluated_again_to_the_same_loss(
@@ -403,6 +413,7 @@ def test_a_run_trains_saves_and_is_evaluated_again_to_the_same_loss(
     assert again["base"]["loss"] == pytest.approx(before["base"]["loss"], abs=1e-5)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("name", METHODS_OF_OURS)
 def test_a_stopped_run_goes_on_to_the_same_bits(write_recipe: Write, run_cli: Cli, tmp_path: Path, name: str) -> None:
     recipe = write_recipe(adapter=METHODS_OF_OURS[name], trainer={"max_steps": 4, "save_steps": 2})

@@ -20,6 +20,7 @@ import psutil
 import pytest
 
 from peftcli.errors import MachineError, RecipeError
+from peftcli.plan.optimizer import Trained, optimizer_bytes
 from peftcli.rundir import read_json
 from peftcli.train import disk, lock, session
 from peftcli.train.disk import Forecast, check_room, check_writable, forecast, free_bytes, room_for_checkpoint
@@ -110,7 +111,7 @@ def test_the_forecast_is_what_a_run_writes(write_recipe: Callable[..., Path], ru
     plan, found = read_json(run / "plan.json"), run / "checkpoints" / "checkpoint-2"
     tokens = sum(file.stat().st_size for file in found.glob("*token*"))
     needs = forecast(
-        plan["parameters"]["trainable"],
+        Trained(plan["parameters"]["trainable"]),
         optimizer=plan["trainer"].get("optim", "adamw_torch"),
         keep=plan["trainer"]["save_total_limit"],
         tokenizer_bytes=tokens,
@@ -143,21 +144,22 @@ def test_the_state_of_an_optimizer_is_what_torch_saves(optimizer: str, tmp_path:
     torch.save(stepped.state_dict(), file)
     measured = len(file.getvalue()) / sum(weight.numel() for weight in weights)
     allowed = 1.0 if optimizer == "adafactor" else 0.05  # its state depends on the shape; the table has the widest
-    assert disk.state_bytes(optimizer) == pytest.approx(measured, rel=0.05, abs=allowed)
+    assert optimizer_bytes(optimizer, Trained(10**6)) / 10**6 == pytest.approx(measured, rel=0.05, abs=allowed)
 
 
 def test_an_unknown_optimizer_counts_as_adamw() -> None:
-    assert disk.state_bytes("newest_of_all") == disk.state_bytes("adamw_torch") == 8.0
+    trained = Trained(1000)
+    assert optimizer_bytes("newest_of_all", trained) == optimizer_bytes("adamw_torch", trained) == 8000
 
 
 def test_a_merged_model_and_kept_checkpoints_are_counted() -> None:
-    needs = forecast(1000, optimizer="adamw_torch", keep=5, merged_bytes=10**9, tokenizer_bytes=7)
+    needs = forecast(Trained(1000), optimizer="adamw_torch", keep=5, merged_bytes=10**9, tokenizer_bytes=7)
     assert needs.checkpoints == 6
     assert needs.checkpoint_bytes == 12_007 + disk.SMALL_FILES_BYTES
     assert (needs.adapter_bytes, needs.merge_bytes) == (4007, 10**9 + 7)
     assert needs.total == 6 * needs.checkpoint_bytes + 4007 + 10**9 + 7 + disk.RESERVE_BYTES
-    assert forecast(1000, optimizer="adamw_torch", keep=1).checkpoints == 3  # two stay, one is written
-    assert forecast(1000, optimizer="adamw_torch", keep=1).merge_bytes == 0
+    assert forecast(Trained(1000), optimizer="adamw_torch", keep=1).checkpoints == 3  # two stay, one is written
+    assert forecast(Trained(1000), optimizer="adamw_torch", keep=1).merge_bytes == 0
 
 
 # What is free

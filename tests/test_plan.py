@@ -12,6 +12,7 @@ from peftcli.errors import MachineError, RecipeError
 from peftcli.plan.choices import check_wheel, processes_that_share
 from peftcli.plan.decide import make_plan
 from peftcli.plan.facts import Machine, ModelFacts
+from peftcli.plan.optimizer import Trained
 from peftcli.plan.plan import Plan
 from peftcli.plan.smoke import check_schedules, smoke_notices, smoke_recipe
 from peftcli.plan.targets import match_targets
@@ -44,7 +45,7 @@ def recipe(tmp_path: Path) -> Callable[[str], Recipe]:
 
 
 def plan_on(machine: Machine, recipe: Recipe, facts: ModelFacts = FACTS) -> Plan:
-    return make_plan(recipe, machine, facts, lambda adapter: 1000)
+    return make_plan(recipe, machine, facts, lambda adapter: Trained(1000))
 
 
 @pytest.mark.parametrize(

@@ -93,6 +93,7 @@ def test_several_processes_say_each_thing_once(runs: Runs) -> None:
     assert runs.said.stderr.count("error: ") == 1 and "Traceback" not in runs.said.stderr
 
 
+@pytest.mark.numeric
 def test_two_processes_give_the_losses_of_one(runs: Runs) -> None:
     assert len(losses(runs.two)) == LAST, runs.said.stderr
     assert losses(runs.two) == pytest.approx(losses(runs.wide), abs=1e-5)
@@ -103,6 +104,7 @@ def test_two_processes_train_in_lines_as_one_does(runs: Runs) -> None:
         assert read_json(run / "train.json")["batching"]["kind"] == "flat", runs.said.stderr
 
 
+@pytest.mark.numeric
 def test_two_processes_give_the_metrics_of_one(runs: Runs) -> None:
     one, two = (read_json(run / "metrics.json") for run in (runs.wide, runs.two))
     assert two["base"] == pytest.approx(one["base"], abs=1e-5)
@@ -111,6 +113,7 @@ def test_two_processes_give_the_metrics_of_one(runs: Runs) -> None:
         assert two["train"][name] == one["train"][name]
 
 
+@pytest.mark.numeric
 def test_an_evaluation_on_the_way_counts_each_row_once(runs: Runs) -> None:
     found = [
         [row["eval_loss"] for row in read_log(run / "log.jsonl") if "eval_loss" in row] for run in (runs.wide, runs.two)
@@ -120,6 +123,7 @@ def test_an_evaluation_on_the_way_counts_each_row_once(runs: Runs) -> None:
     assert found[1][0] == pytest.approx(read_json(runs.wide / "metrics.json")["adapter"]["loss"], abs=1e-4)
 
 
+@pytest.mark.numeric
 def test_a_run_begun_by_two_processes_is_ended_by_one(
     runs: Runs, stopped: Callable[[Path], Path], cli_in: Cli, tmp_path: Path
 ) -> None:
@@ -130,6 +134,7 @@ def test_a_run_begun_by_two_processes_is_ended_by_one(
     assert losses(run) == pytest.approx(losses(runs.whole), abs=1e-5)
 
 
+@pytest.mark.numeric
 def test_a_run_begun_by_one_process_is_ended_by_two(runs: Runs, stopped: Callable[[Path], Path]) -> None:
     run = stopped(runs.whole)
     said = train_by_two(runs.recipe, run)

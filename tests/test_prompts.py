@@ -13,6 +13,7 @@ Write = Callable[..., Path]
 TEXT = {"prompt_tuning_init": "TEXT", "prompt_tuning_init_text": "the colour and the kind"}
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize(
     "adapter",
     [{"method": "prompt", **TEXT}, {"method": "p_tuning"}, {"method": "prefix", "num_virtual_tokens": 5}],

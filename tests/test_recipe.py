@@ -49,6 +49,7 @@ dataset:
 trainer:
   per_device_train_batch_size: 4
   learning_rate: 1e-05
+  lr_scheduler_type: cosine
   lr_scheduler_kwargs: {num_cycles: 0.5}
   eval_strategy: no
 evaluation: {batch_size: 8, max_new_tokens: 16, samples: 0, rows: 50, temperature: 0.7, top_p: 0.9,
@@ -300,6 +301,7 @@ def test_overrides_lay_over_the_file_and_make_sections(tmp_path: Path) -> None:
         SMALL,
         "adapter.r=8",
         "trainer.learning_rate=2e-4",
+        "trainer.lr_scheduler_type=cosine",
         "trainer.lr_scheduler_kwargs.num_cycles=2",
         "dataset.path=other.csv",
         "gates.exact_match=>= 0.8",
@@ -331,12 +333,12 @@ def test_overrides_lay_over_the_file_and_make_sections(tmp_path: Path) -> None:
         ("adapter.r=[1", "--set adapter.r: the list opened with [ is never closed with ]"),
         (
             "adapter.r=*x",
-            "--set adapter.r: *x repeats another value; a recipe has no aliases: write it out",
+            "--set adapter.r: *x names no anchor above it; write &x before the value that it stands for",
         ),
         (
-            "trainer.output_dir=x",
-            "--set trainer.output_dir: trainer.output_dir is not set here: write output_dir at the top of "
-            "the recipe, or pass --output-dir",
+            "trainer.save_only_model=true",
+            "--set trainer.save_only_model: trainer.save_only_model is not set here: a checkpoint must be able to "
+            "resume; remove it",
         ),
         (
             "dataset.name=a/b",
@@ -444,15 +446,6 @@ def test_a_renamed_argument_is_translated_and_told(
     (told,) = loaded.notices
     assert told.startswith(f"{loaded.path}:4: trainer.")
     assert notice in told
-
-
-def test_max_seq_length_moves_to_the_dataset(tmp_path: Path) -> None:
-    loaded = load(tmp_path, SMALL + "trainer: {max_seq_length: 256}\n")
-    assert loaded.recipe.dataset.max_length == 256
-    assert "trainer.max_seq_length is now dataset.max_length; 256 is used" in loaded.notices[0]
-    assert refused(tmp_path, SMALL + "trainer: {max_seq_length: 1}\n") == (
-        "FILE:3: dataset.max_length = 1: must be at least 2"
-    )
 
 
 def test_a_constant_schedule_with_a_warm_up_is_noted(tmp_path: Path) -> None:

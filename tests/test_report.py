@@ -1,6 +1,7 @@
 """The report room: a pure function of the JSON files of a run, safe to open and safe to pass on."""
 
 import doctest
+import functools
 import importlib
 import json
 import math
@@ -10,16 +11,31 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import fields, replace
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from markdown_it import MarkdownIt
 
 from peftcli.errors import DataError, RecipeError
+from peftcli.metrics.classes import classification_scores, multi_label_scores
+from peftcli.metrics.numbers import regression_scores
+from peftcli.metrics.tags import tagging_scores
+from peftcli.plan.decide import make_plan
+from peftcli.plan.facts import Machine, ModelFacts
+from peftcli.plan.plan import Plan
+from peftcli.plan.selection import choose_modules
+from peftcli.progress import Silent
+from peftcli.recipe.load import load_recipe
+from peftcli.recipe.values import parse_gate
+from peftcli.report.content import make_report
+from peftcli.report.stages import Stages, load_stages
 from peftcli.report.write import write_report
 from peftcli.rundir import RunDir, write_json, write_text
+from peftcli.summary import write_metrics
 
 HOSTILE = (
     "<script>alert(1)</script></style></title>]]> <img src=http://evil.example/x.png> \x1b[31mred\x00 "
@@ -28,13 +44,37 @@ HOSTILE = (
 )
 
 
+T4 = Machine("cuda", "Tesla T4", (7, 5), native_bf16=False, arch_list=("sm_75",), memory_bytes=15_828_320_256)
+LINEAR = tuple(f"model.layers.{layer}.self_attn.{leaf}" for layer in range(32) for leaf in ("q_proj", "v_proj"))
+LLAMA = ModelFacts("m", "LlamaForCausalLM", 6_738_415_616, (*LINEAR, "lm_head"), LINEAR, "lm_head", 4096)
+PRODUCTS = Path(__file__).parents[1] / "recipes" / "products-llama2-7b.yaml"
+GATES = [
+    parse_gate("exact_match", ">= 0.75"),
+    parse_gate("loss", "<= 0.6"),
+    parse_gate("retention_change", "<= 0.1"),  # was not measured
+]
+
+
 def sample_run(folder: Path, *, smoke: bool = False) -> RunDir:
     """Write a run as `train` and `merge` leave it, with the figures of a 7B QLoRA run on one T4."""
     run = RunDir(folder)
+    write_json(run.plan, make_products_plan(smoke).as_json() | {"forecast": None})
     for path, make in STAGES.items():
-        write_json(folder / path, {"schema": 1, **make(smoke)})
+        write_json(folder / path, {"schema": 1, **make()})
+    run.adapter.mkdir(parents=True, exist_ok=True)
+    with (run.adapter / "adapter_model.safetensors").open("wb") as file:
+        file.truncate(134_235_048)
+    write_metrics(run, GATES)
     write_text(run.log, "".join(json.dumps(row) + "\n" for row in log_rows()))
     return run
+
+
+@functools.cache
+def make_products_plan(smoke: bool) -> Plan:
+    """The plan of a shipped recipe on a T4."""
+    recipe = load_recipe(PRODUCTS, ["name=products", "trainer.max_steps=600"]).recipe
+    notice = "The completion starts with a space; it is tokenized as part of the completion."
+    return make_plan(recipe, T4, LLAMA, lambda adapter: 33_554_432, smoke=smoke, notices=(notice,))
 
 
 def log_rows(steps: int = 600, every: int = 5) -> list[dict[str, Any]]:
@@ -59,45 +99,7 @@ def log_rows(steps: int = 600, every: int = 5) -> list[dict[str, Any]]:
     return rows
 
 
-def _plan(smoke: bool) -> dict[str, Any]:
-    decisions = [
-        ("model.dtype", "float16", "Tesla T4 (sm_75) has no native bfloat16"),
-        ("model.attention", "sdpa", "flash-attention 2 needs sm_80"),
-        ("quantization.compute_dtype", "float16", "follows model.dtype"),
-        ("adapter.method", "lora", "the recipe says so"),
-        ("adapter.dtype", "float32", "trainable weights in half precision lose small updates"),
-        (
-            "trainer.gradient_checkpointing",
-            "true",
-            "without it the predicted peak of 17.2 GiB does not fit 14.7 GiB",
-        ),
-        ("trainer.optim", "paged_adamw_8bit", "the recipe says so"),
-    ]
-    return {
-        "name": "products",
-        "task": "causal-lm",
-        "smoke": smoke,
-        "model": {
-            "name": "TinyPixel/Llama-2-7B-bf16-sharded",
-            "revision": None,
-            "architecture": "LlamaForCausalLM",
-            "parameters": 6738415616,
-        },
-        "decisions": [dict(zip(("key", "value", "reason"), row, strict=True)) for row in decisions],
-        "notices": ["The completion starts with a space; it is tokenized as part of the completion."],
-        "targets": [{"name": "q_proj", "modules": 32}, {"name": "v_proj", "modules": 32}],
-        "parameters": {"trainable": 33554432, "total": 6771970048},
-        "batch": {"per_device": 4, "accumulation": 4, "processes": 1, "effective": 16},
-        "trainer": {
-            "learning_rate": 2e-4,
-            "max_steps": 600,
-            "warmup_steps": 0.03,
-            "lr_scheduler_type": "cosine",
-        },
-    }
-
-
-def _environment(smoke: bool) -> dict[str, Any]:
+def _environment() -> dict[str, Any]:
     names = {"torch": "2.13.0+cu130", "transformers": "5.23.0", "trl": "1.16.0", "peft": "0.21.2"}
     return {
         "python": "3.12.11",
@@ -116,7 +118,7 @@ def _environment(smoke: bool) -> dict[str, Any]:
     }
 
 
-def _data(smoke: bool) -> dict[str, Any]:
+def _data() -> dict[str, Any]:
     return {
         "format": "prompt_completion",
         "sources": [{"path": "/home/ada/work/data/products.csv", "rows": 49688}],
@@ -207,7 +209,7 @@ def whole_data() -> dict[str, Any]:
     }
 
 
-def _train(smoke: bool) -> dict[str, Any]:
+def _train() -> dict[str, Any]:
     return {
         "status": "finished",
         "steps": 600,
@@ -234,7 +236,7 @@ def _metrics_of(figures: tuple[float, ...]) -> dict[str, float]:
     return dict(zip(KEYS, figures, strict=True))
 
 
-def _eval(smoke: bool) -> dict[str, Any]:
+def _eval() -> dict[str, Any]:
     rows = [
         (
             "Fresh Scent Dish Soap ->:",
@@ -254,14 +256,13 @@ def _eval(smoke: bool) -> dict[str, Any]:
         "adapter": _metrics_of(ADAPTER),
         "samples": [dict(zip(("prompt", "reference", "base", "adapter"), row, strict=True)) for row in rows],
         "decoding": {"temperature": 0.0, "top_p": 1.0, "max_new_tokens": 16},
-        "seconds": 214.3,
     }
 
 
 DRIFT = {"max_abs_logit_difference": 0.0312, "mean_abs_logit_difference": 0.0019, "kl_nats": 2.41e-7}
 
 
-def _merge(smoke: bool) -> dict[str, Any]:
+def _merge() -> dict[str, Any]:
     compared = {"rows": 160, "positions": 2431, **DRIFT, "top1_agreement": 1.0}
     return {
         "into": "dequantized",
@@ -276,42 +277,18 @@ def _merge(smoke: bool) -> dict[str, Any]:
         ],
         "bytes": 13_476_839_424,
         "seconds": 171.2,
-        "samples": [{"prompt": row["prompt"], "merged": row["adapter"]} for row in _eval(smoke)["samples"]],
+        "samples": [{"prompt": row["prompt"], "merged": row["adapter"]} for row in _eval()["samples"]],
     }
 
 
-def _metrics(smoke: bool) -> dict[str, Any]:
-    train, data = _train(smoke), _data(smoke)
-    counts = ("train_rows", "test_rows", "dropped_rows", "truncated_rows", "leaked_rows")
-    return {
-        "status": "finished",
-        "task": "causal-lm",
-        "smoke": smoke,
-        "base": _metrics_of(BASE),
-        "adapter": _metrics_of(ADAPTER),
-        "merged": _metrics_of(MERGED),
-        "train": {key: value for key, value in train.items() if key not in ("status", "first_loss", "last_loss")},
-        "data": {key: data[key] for key in counts},
-        "parameters": {"trainable": 33554432, "total": 6771970048},
-        "bytes": {"adapter": 134_235_048, "base": 13_476_839_424},
-        "merge": {"into": "dequantized", **DRIFT, "top1_agreement": 1.0},
-        "gates": [
-            {"name": "exact_match", "limit": ">= 0.75", "value": 0.7812, "met": True},
-            {"name": "loss", "limit": "<= 0.6", "value": 0.6274, "met": False},
-            {"name": "merge_top1_agreement", "limit": ">= 0.99", "value": None, "met": None},
-        ],
-    }
-
-
-STAGES: dict[str, Callable[[bool], dict[str, Any]]] = {
-    "plan.json": _plan,
+STAGES: dict[str, Callable[[], dict[str, Any]]] = {
     "environment.json": _environment,
     "data.json": _data,
     "train.json": _train,
     "eval.json": _eval,
     "merge.json": _merge,
-    "metrics.json": _metrics,
 }
+FILES = ("plan.json", *STAGES, "metrics.json")
 
 
 class Tags(HTMLParser):
@@ -360,7 +337,7 @@ def hostile_run(folder: Path) -> RunDir:
     """A run in which every string is an attack, the status and the tasks of the code included."""
     run = sample_run(folder)
     update(run.data, **whole_data())
-    for name in STAGES:
+    for name in FILES:
         raw = json.loads((folder / name).read_text(encoding="utf-8"))
 
         def spoil(value: Any) -> Any:
@@ -436,7 +413,7 @@ def test_same_json_gives_the_same_bytes(tmp_path: Path) -> None:
     assert written(run) == first
 
 
-@pytest.mark.parametrize("name", [*(name for name in STAGES if name not in ("plan.json", "metrics.json")), "log.jsonl"])
+@pytest.mark.parametrize("name", [*STAGES, "log.jsonl"])
 def test_absent_stage_has_no_section(tmp_path: Path, name: str) -> None:
     run = sample_run(tmp_path)
     (tmp_path / name).unlink()
@@ -469,7 +446,7 @@ def test_run_with_plan_and_metrics_alone_is_reported(tmp_path: Path) -> None:
 def test_null_figures_are_dashes_and_never_zero(tmp_path: Path) -> None:
     run = sample_run(tmp_path)
     run.log.unlink()
-    for name in STAGES:
+    for name in FILES:
         change(tmp_path / name, lambda value: value if isinstance(value, str | bool) else None)
     report, _ = written(run)
     cells = [
@@ -630,6 +607,46 @@ def test_small_difference_is_called_unsettled(tmp_path: Path) -> None:
     assert "the two 95 % intervals overlap: 160 rows do not settle it." in written(run)[0]
 
 
+def test_the_head_names_model_task_method_and_dtype(tmp_path: Path) -> None:
+    for text in written(sample_run(tmp_path)):
+        assert "TinyPixel/Llama-2-7B-bf16-sharded · causal-lm · lora · float16" in text
+
+
+def test_the_stages_of_a_run_name_the_method_of_each(tmp_path: Path) -> None:
+    run = sample_run(tmp_path)
+    for number, method in ((1, "lora"), (2, "ia3")):
+        stage = run.stage(number, method)
+        recipe = load_recipe(PRODUCTS, [f"adapter={{method: {method}}}"]).recipe
+        write_json(stage.plan, make_plan(recipe, T4, LLAMA, lambda adapter: 1000).as_json())
+        write_json(stage.train, {"schema": 1, **_train()})
+        write_metrics(stage, [])
+    report, _ = written(run)
+    rows = [line.split("|")[1:3] for line in report.splitlines() if line.startswith(("| 1-", "| 2-", "| 3 "))]
+    assert [[cell.strip() for cell in row] for row in rows] == [
+        ["1-lora", "lora"],
+        ["2-ia3", "ia3"],
+        ["3 (this run)", "lora"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("command", "resume"),
+    [
+        ("peftcli train r.yaml --overwrite --output-dir 'a b'", "peftcli train r.yaml --output-dir 'a b' --resume"),
+        ("peftcli train /home/ada/r.yaml --resume", "peftcli train ~/r.yaml --resume"),
+        ("peftcli train 'r.yaml", "peftcli train RECIPE --resume"),
+        (None, "peftcli train RECIPE --resume"),
+    ],
+)
+def test_a_stopped_run_says_the_command_that_continues_it(tmp_path: Path, command: str | None, resume: str) -> None:
+    run = sample_run(tmp_path)
+    update(run.environment, command=command)
+    update(run.train, status="stopped")
+    write_metrics(run, GATES)
+    _, page = written(run)
+    assert f"Training stopped early after 600 steps; `{resume}` continues it." in Tags(page).text
+
+
 @pytest.mark.parametrize(
     ("status", "sentence"), [("stopped", "stopped early after 600"), ("diverged", "diverged after")]
 )
@@ -680,7 +697,9 @@ def test_long_log_keeps_its_spikes_and_a_small_page(tmp_path: Path) -> None:
 
 
 def test_unfinished_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"holds no finished stage; run `peftcli train` first") as caught:
+    with pytest.raises(
+        RecipeError, match=r"holds no finished stage; run `peftcli train RECIPE --output-dir \S+` first"
+    ) as caught:
         write_report(RunDir(tmp_path))
     assert caught.value.exit_code == 2
 
@@ -734,3 +753,125 @@ def test_colours_can_be_read_in_both_schemes() -> None:
 @pytest.mark.parametrize("name", ["format", "text", "plots", "markdown"])
 def test_examples_of_the_docstrings_hold(name: str) -> None:
     assert doctest.testmod(importlib.import_module(f"peftcli.report.{name}")).failed == 0
+
+
+OPEN = ("dropped", "dropped_examples", "packages", "trainer", "limit", "limits_met", "types", "first", "metrics")
+OPEN += ("labels.train", "labels.test", "columns[]", "base", "adapter")
+"""Objects whose keys are values: names of packages, reasons, classes, metrics."""
+
+
+class Recorded(dict[str, Any]):
+    """An object that notes which of its keys are asked for, and whether it has them."""
+
+    def __init__(self, value: dict[str, Any], path: str, asked: dict[str, bool]) -> None:
+        super().__init__({key: recorded(part, f"{path}.{key}", asked) for key, part in value.items()})
+        self._path, self._asked = path, asked
+
+    def get(self, key: str, default: Any = None) -> Any:
+        path = f"{self._path}.{key}"
+        self._asked[path] = self._asked.get(path, False) or key in self
+        return super().get(key, default)
+
+
+def recorded(value: Any, path: str, asked: dict[str, bool]) -> Any:
+    if isinstance(value, dict):
+        return Recorded(value, path, asked)
+    return [recorded(part, f"{path}[]", asked) for part in value] if isinstance(value, list) else value
+
+
+def key_paths(value: Any, path: str = "") -> set[str]:
+    """The keys of a file, all items of a list as one; keys that are values are left out."""
+    if isinstance(value, list):
+        return {found for part in value for found in key_paths(part, f"{path}[]")}
+    if not isinstance(value, dict) or path.removeprefix(".").endswith(OPEN):
+        return set()
+    below = {f"{path}.{key}".removeprefix("."): part for key, part in value.items()}
+    return below.keys() | {found for key, part in below.items() for found in key_paths(part, key)}
+
+
+@pytest.fixture(scope="module")
+def real_run(recipe_in: Any, cli_in: Any, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    """A run that was trained and merged, with all that a recipe can have measured of a text."""
+    folder = tmp_path_factory.mktemp("real")
+    (folder / "other.txt").write_text("The quick brown fox jumps over the lazy dog. " * 40, encoding="utf-8")
+    kinds = "red fruit,1\nyellow fruit,1\norange root,2\ngreen leaf,2\n"
+    (folder / "kinds.csv").write_text(f"kind,shelf\n{kinds}", encoding="utf-8")
+    names = ("top1_agreement", "max_abs_logit_difference", "mean_abs_logit_difference", "kl_nats")
+    recipe = recipe_in(
+        folder,
+        quantization=None,
+        dataset={"join": [{"path": "kinds.csv", "on": "kind"}]},
+        trainer={"max_steps": 2},
+        evaluation={"max_new_tokens": 2, "samples": 1, "rows": 2, "retention": "other.txt", "retention_tokens": 100},
+        gates={f"merge_{name}": ">= 0" for name in names},
+    )
+    assert cli_in(folder, "train", recipe, "--output-dir", "run") == 0
+    assert cli_in(folder, "merge", "run", "--into", "best") == 0
+    return RunDir(folder / "run")
+
+
+@pytest.fixture(scope="module")
+def label_data(recipe_in: Any, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What `data.json` holds for classes, numbers and tags."""
+    from peftcli.cli.steps import look_at_data
+
+    folder = tmp_path_factory.mktemp("labels")
+    rows = [json.dumps({"tokens": ["a", "plum"], "tags": ["O", "B-FOOD"], "n": at / 8}) for at in range(32)]
+    (folder / "rows.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    things, tagged = str(folder / "things.csv"), str(folder / "rows.jsonl")
+    found = []
+    classes: dict[str, Any] = {"task": "sequence-classification"}
+    for model, dataset in (
+        (classes, {"path": things, "columns": {"text": "thing", "label": "kind"}}),
+        (classes | {"problem": "regression"}, {"path": things, "columns": {"text": "thing", "label": "id"}}),
+        ({"task": "token-classification"}, {"path": tagged}),
+    ):
+        whole = dataset | {"prompt": None, "completion": None}
+        recipe = recipe_in(folder, model=model, dataset=whole, evaluation=None)
+        found.append(look_at_data(load_recipe(recipe).recipe, Silent(), smoke=False, preview=2).facts)
+    return found
+
+
+@pytest.mark.slow
+def test_the_report_reads_only_keys_that_something_writes(
+    real_run: RunDir, label_data: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    from peftcli.train.ranks import Ranks
+
+    asked: dict[str, bool] = {}
+    run = load_stages(real_run)
+    chosen = choose_modules({"a.q": 2.0, "a.v": 1.0}, {"a.q": 10, "a.v": 10}, 1000, 0.01, 4)
+    history = [{"step": step, "ranks": [step, 2]} for step in (1, 2)]
+    config = SimpleNamespace(init_r=6, target_r=4)
+    Ranks.write(SimpleNamespace(_config=config, modules=["a", "b"], history=history), tmp_path / "r.json")  # type: ignore[arg-type]
+    labels = ["cat", "dog", "eel"]
+    many = replace(run, selection=chosen.as_json(), ranks=json.loads((tmp_path / "r.json").read_text("utf-8")))
+    scores = (
+        classification_scores([0, 1], [0, 0], ["cat", "dog"]),
+        multi_label_scores([[0], [1]], [[0, 1], [2]], labels),
+        regression_scores([1.0, 2.0], [1.0, 3.0]),
+        tagging_scores([["O", "B-X"]], [["O", "B-X"]], ["O", "B-X"]),
+    )
+    sides = ("base", "adapter", "merged")
+    known = [many, *(replace(run, data=data) for data in label_data)]
+    known += [replace(run, metrics=run.metrics | dict.fromkeys(sides, one.as_dict())) for one in scores]
+    for stages in known:
+        parts = {one.name: getattr(stages, one.name) for one in fields(stages) if one.name != "earlier"}
+        made = Stages(**{name: recorded(part, name, asked) for name, part in parts.items()})
+        make_report(replace(made, earlier=(("1-first", made.plan, made.metrics),)))
+    assert len(asked) > 150
+    assert [path for path, is_there in asked.items() if not is_there] == []
+
+
+@pytest.mark.slow
+def test_the_run_of_these_tests_has_only_keys_that_a_run_writes(
+    real_run: RunDir, label_data: list[dict[str, Any]]
+) -> None:
+    written_by_data = {path for data in label_data for path in key_paths(data)}
+    for name, make in STAGES.items():
+        real = key_paths(json.loads((real_run.path / name).read_text(encoding="utf-8")))
+        by_hand = key_paths(make())
+        if name == "data.json":
+            real |= written_by_data
+            by_hand |= key_paths(whole_data())
+        assert by_hand - real == set(), name

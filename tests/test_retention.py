@@ -99,6 +99,7 @@ def plain_loss(model: Any, tokenizer: PreTrainedTokenizerBase, path: Path, lengt
     return nats / tokens
 
 
+@pytest.mark.numeric
 def test_both_losses_are_those_of_the_base_alone_and_of_the_adapter(
     write_recipe: Write, run_cli: Cli, tmp_path: Path, tiny_llama: Path, tokenizer: PreTrainedTokenizerBase, capfd: Any
 ) -> None:

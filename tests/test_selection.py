@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import without_repacking
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from peftcli.adapters.own.places import all_widths
@@ -51,6 +52,7 @@ def linear_names(model: PreTrainedModel) -> list[str]:
     return [name for name in all_widths(model) if name != "lm_head"]
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("tokens", [4, 40])
 def test_the_norms_are_those_of_the_gradients_that_autograd_makes(family: str, tokens: int) -> None:
@@ -79,6 +81,7 @@ def test_measuring_leaves_the_model_as_it_was() -> None:
     assert not any(module._forward_hooks for module in model.modules())
 
 
+@pytest.mark.numeric
 def test_the_gradients_themselves_are_those_of_autograd() -> None:
     model, data = small(layers=1).eval(), batches(2)
     found = gradient_matrices(model, linear_names(model), data, loss)
@@ -88,6 +91,7 @@ def test_the_gradients_themselves_are_those_of_autograd() -> None:
         assert torch.allclose(gradient, model.get_submodule(name).weight.grad, atol=1e-6)
 
 
+@pytest.mark.numeric
 def test_both_ways_of_the_norm_agree() -> None:
     torch.manual_seed(0)
     for tokens in (3, 60):
@@ -96,11 +100,10 @@ def test_both_ways_of_the_norm_agree() -> None:
         assert squared_norm(x, g) == pytest.approx(float(direct), rel=1e-4)
 
 
+@pytest.mark.numeric
 def test_4_bit_layers_are_measured_by_the_weights_that_they_compute_with(tmp_path: Path) -> None:
     from bitsandbytes.functional import dequantize_4bit
     from transformers import BitsAndBytesConfig
-
-    from peftcli.model.load import keep_gradients_of_4bit
 
     config = AutoConfig.for_model(
         "llama", hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, vocab_size=64
@@ -108,7 +111,7 @@ def test_4_bit_layers_are_measured_by_the_weights_that_they_compute_with(tmp_pat
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     packing = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
     packed = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=packing)
-    keep_gradients_of_4bit(packed)
+    without_repacking(packed)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path)
     names = linear_names(plain)
     for name in names:
@@ -211,7 +214,9 @@ def test_the_cost_of_a_module_is_what_its_adapter_has_in_the_model(name: str) ->
     sizes = dict.fromkeys(method.divides, 4) | ({"n_frequency": 16} if name == "waveft" else {})
     adapter = AdapterSection(method=name, target_modules=("q_proj",), arguments=sizes, **size)
     model = small(layers=2)
-    assert count_trainable(model, adapter, "causal-lm") == 2 * count_on_layer(adapter, "causal-lm", 32, 32, bias=False)
+    assert count_trainable(model, adapter, "causal-lm").parameters == 2 * count_on_layer(
+        adapter, "causal-lm", 32, 32, bias=False
+    )
 
 
 def forget_the_end(run: Path, step: int) -> None:
@@ -254,6 +259,7 @@ def test_a_run_may_choose_layers_over_4_bit_weights(write_recipe: Write, run_cli
     assert len({name.split(".")[2] for name in found["modules"]}) == 1 and len(found["modules"]) == 7
 
 
+@pytest.mark.numeric
 def test_a_run_that_goes_on_keeps_its_choice(write_recipe: Write, run_cli: Cli, tmp_path: Path) -> None:
     recipe = write_recipe(adapter={"r": 4, "target_modules": SELECT}, trainer={"max_steps": 6, "save_steps": 3})
     assert run_cli("train", recipe, "--output-dir", "whole") == 0
@@ -334,6 +340,7 @@ def plain_bases(recipe_in: Write, cli_in: Cli, tmp_path_factory: pytest.TempPath
     return found
 
 
+@pytest.mark.numeric
 @pytest.mark.xdist_group("begun by the gradient")
 @pytest.mark.parametrize("quantized", [True, False])
 @pytest.mark.parametrize("name", BEGINNINGS)
@@ -351,6 +358,7 @@ def test_an_adapter_that_begins_by_the_gradient_leaves_the_base_as_it_is_and_mer
     assert run_cli("merge", "run") == 0
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("name", BEGINNINGS)
 def test_a_run_that_began_by_the_gradient_goes_on_to_the_same_bits(
     write_recipe: Write, run_cli: Cli, tmp_path: Path, name: str
@@ -364,6 +372,7 @@ def test_a_run_that_began_by_the_gradient_goes_on_to_the_same_bits(
     assert list(first) == list(second) and all(torch.equal(first[key], second[key]) for key in first)
 
 
+@pytest.mark.numeric
 def test_lora_begins_along_the_leading_directions_of_the_gradient() -> None:
     from peftcli.train.gradient_starts import along
 
@@ -379,6 +388,7 @@ def test_lora_begins_along_the_leading_directions_of_the_gradient() -> None:
         along(gradient, 25, 2.0, "layer")
 
 
+@pytest.mark.numeric
 def test_shira_takes_the_entries_with_the_largest_gradient() -> None:
     from peft import ShiraConfig, get_peft_model
 

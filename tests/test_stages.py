@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from helpers import without_repacking
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 
@@ -39,7 +40,7 @@ def loaded(base: Path, *, quantized: bool) -> Any:
         given["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
         )
-    return AutoModelForCausalLM.from_pretrained(str(base), **given)
+    return without_repacking(AutoModelForCausalLM.from_pretrained(str(base), **given))
 
 
 def adapter(model: Any, folder: Path, *targets: str) -> torch.Tensor:
@@ -58,6 +59,7 @@ def logits(model: Any) -> torch.Tensor:
     return found
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("quantized", [False, True], ids=["float", "nf4"])
 def test_two_adapters_are_folded_in_order_and_the_third_stands_on_them(
     base: Path, tmp_path: Path, quantized: bool
@@ -134,6 +136,7 @@ def staged(recipe_in: Any, cli_in: Any, tmp_path_factory: pytest.TempPathFactory
     return folder
 
 
+@pytest.mark.numeric
 @pytest.mark.xdist_group("staged run")
 def test_a_staged_run_ends_as_one_run_whose_adapter_is_enough_by_itself(
     staged: Path, run_cli: Any, tmp_path: Path
@@ -165,6 +168,7 @@ def test_an_earlier_adapter_that_was_changed_is_refused(staged: Path, run_cli: A
     assert run_cli("generate", run, "big apple 3") == 4
 
 
+@pytest.mark.numeric
 @pytest.mark.xdist_group("staged run")
 def test_a_run_that_was_stopped_in_its_second_stage_goes_on_to_the_same_bits(
     staged: Path, run_cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -234,6 +238,7 @@ def test_a_start_that_does_not_fit_is_refused(
 # Calibration
 
 
+@pytest.mark.numeric
 def test_a_calibration_changes_nothing_and_is_reported(
     write_recipe: Any, run_cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

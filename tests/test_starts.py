@@ -54,6 +54,7 @@ def descend(model: torch.nn.Module, steps: int = 4, rate: float = 0.5) -> list[f
     return losses
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("word", ["pissa", "pissa_niter_8", "olora"])
 @pytest.mark.parametrize("quantization", [None, NF4])
 def test_a_principal_start_is_the_base_at_first_and_off_and_reloads_as_plain_lora(
@@ -76,6 +77,7 @@ def test_a_principal_start_is_the_base_at_first_and_off_and_reloads_as_plain_lor
     assert read_json(tmp_path / "adapter_config.json")["r"] == 8
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("word", ["pissa", "olora"])
 def test_a_principal_start_learns_as_peft_does_with_a_changed_base(tiny_llama: Path, word: str) -> None:
     ours = lora(tiny_llama, word)
@@ -88,6 +90,7 @@ def test_a_principal_start_learns_as_peft_does_with_a_changed_base(tiny_llama: P
     torch.testing.assert_close(descend(ours, rate=rate), descend(theirs, rate=rate), atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("word", ["pissa", "olora"])
 def test_a_full_rank_start_is_the_whole_weight(word: str) -> None:
     weight = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
@@ -96,6 +99,7 @@ def test_a_full_rank_start_is_the_whole_weight(word: str) -> None:
     torch.testing.assert_close(taken, weight, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.numeric
 def test_loftq_begins_nearer_to_the_weights_before_quantization(tiny_llama: Path) -> None:
     exact = logits_of(load_base(base_of(tiny_llama, None)))
     base = base_of(tiny_llama, NF4)
@@ -137,6 +141,7 @@ def test_eva_that_never_settles_ends(tiny_llama: Path, monkeypatch: pytest.Monke
         begin_from_data(lora(tiny_llama, "eva"), rows, 0)
 
 
+@pytest.mark.numeric
 def test_eva_gives_more_rank_where_the_inputs_need_it_and_reloads(tiny_llama: Path, tmp_path: Path) -> None:
     before = logits_of(load_base(base_of(tiny_llama, None)))
     model = lora(tiny_llama, "eva")
@@ -151,6 +156,7 @@ def test_eva_gives_more_rank_where_the_inputs_need_it_and_reloads(tiny_llama: Pa
     torch.testing.assert_close(logits_of(again), tuned, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("word", ["pissa", "eva"])
 def test_a_run_that_was_stopped_ends_with_the_same_bits(
     write_recipe: Write, run_cli: Cli, tmp_path: Path, word: str

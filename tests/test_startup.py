@@ -7,7 +7,18 @@ from pathlib import Path
 
 import pytest
 
-HEAVY = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "bitsandbytes", "pyarrow", "numpy")
+HEAVY = (
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "datasets",
+    "accelerate",
+    "bitsandbytes",
+    "pyarrow",
+    "numpy",
+    "rapidfuzz",
+)
 RECIPE = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
 PROBE = """
 import sys
@@ -18,7 +29,7 @@ raise SystemExit(code)
 """
 
 
-@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["validate", str(RECIPE)]])
+@pytest.mark.parametrize("words", [["--help"], ["train", "-h"], ["validate", str(RECIPE)], ["--version", "--verbose"]])
 def test_a_light_command_imports_nothing_heavy(words: list[str]) -> None:
     done = subprocess.run(
         [sys.executable, "-c", PROBE.format(heavy=HEAVY), *words], capture_output=True, text=True, check=False

@@ -98,6 +98,7 @@ def test_on_a_processor_rows_are_laid_side_by_side() -> None:
     assert kernel_for(*line(), dropout=0.0, window=None) is None
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize(("kernel", "window"), [("varlen_attn", None), ("varlen_attn", 9), ("efficient", None)])
 def test_a_kernel_gives_the_outputs_and_gradients_of_rows_side_by_side(
     kernels: None, kernel: Any, window: int | None, monkeypatch: pytest.MonkeyPatch

@@ -1,1 +1,1 @@
-"""Files that the package ships: the text that tiny:llama learns, and the tables of the quickstart."""
+"""Files that the package ships: tiny:llama, the text it learned, and the tables of the quickstart."""

@@ -15,7 +15,8 @@ from typer.main import get_command
 from peftcli.cli.bench import bench
 from peftcli.cli.printable import printable
 from peftcli.cli.process import settle_process
-from peftcli.errors import MachineError, MemoryExhausted, PeftcliError
+from peftcli.errors import MachineError, MemoryExhausted, PeerLost, PeftcliError, RecipeError
+from peftcli.train.stops import is_first_of_machine
 
 BUG = "error: this is a bug of peftcli; report it with the lines above and the output of `pip list`"
 MACHINE_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
@@ -29,6 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     no_args_is_help=True,
     add_completion=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 RecipeArgument = Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped one such as quickstart.")]
@@ -43,6 +45,25 @@ SmokeOption = Annotated[
     bool, typer.Option("--smoke", help="Rehearse on a CPU without network: a tiny stand-in, a few rows and steps.")
 ]
 RunArgument = Annotated[Path, typer.Argument(help="A run folder.")]
+
+
+@app.callback(invoke_without_command=True)
+def options(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version of peftcli.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="With --version: those of the libraries too.")] = False,
+) -> None:
+    """The options before a command."""
+    if version:
+        from peftcli.doctor.versions import version_lines
+
+        for line in version_lines() if verbose else version_lines()[:1]:
+            typer.echo(line)
+        raise typer.Exit()
+    if verbose:
+        raise RecipeError("--verbose: belongs to --version; write `peftcli --version --verbose`")
+    if context.invoked_subcommand is None:
+        raise RecipeError("no command is given; `peftcli --help` lists them")
 
 
 @app.command()
@@ -275,8 +296,8 @@ def _run(argv: Sequence[str] | None) -> int:
     except PeftcliError as error:
         if show_trace:
             traceback.print_exc()
-        # Of several processes one speaks, and one that alone runs out of memory.
-        if os.environ.get("RANK", "0") == "0" or isinstance(error, MemoryExhausted):
+        # One process speaks for each machine, and one that alone runs out of memory or is left by the others.
+        if is_first_of_machine() or isinstance(error, MemoryExhausted | PeerLost):
             typer.echo(f"error: {printable(str(error))}", err=True)
         return error.exit_code
     except OSError as problem:

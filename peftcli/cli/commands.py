@@ -128,7 +128,7 @@ def merge_command(
     if not run.recipe.is_file():
         raise RecipeError(
             f"{path}: no run folder (recipe.yaml is missing), and no adapter of another tool (adapter_config.json); "
-            "`peftcli train` makes a run"
+            f"`peftcli train RECIPE --output-dir {path}` makes a run"
         )
     if recipe is not None:
         raise RecipeError(f"--recipe {recipe}: {path} is a run and has its own recipe; leave it out")
@@ -146,7 +146,9 @@ def merge_command(
         plan = planned.plan
         target, data = prepare_for(planned, target, shown)
         stored = DTYPE_BYTES[dtype or plan.base.dtype]
-        check_room(output_dir or run.merged, Forecast(0, 0, 0, plan.total_parameters * stored, RESERVE_BYTES))
+        # Whole modules take the place of the base's in a merged model; those of LoRA may stand beside a tied one.
+        merged = plan.total_parameters - (plan.trainable_parameters if plan.frees_base else 0)
+        check_room(output_dir or run.merged, Forecast(0, 0, 0, merged * stored, RESERVE_BYTES))
         settings = MergeSettings(into, dtype, plan.gates, plan.evaluation, plan.evaluation_batch, plan.seed)
         try:
             found = merge(target, data, output_dir or run.merged, settings, shown)
@@ -212,19 +214,18 @@ def generate_command(
     Args:
         recipe: whose base and prompt template an adapter of another tool gets.
     """
-    from peftcli.generate import read_prompts
-
     if file is not None and not file.is_file():
         raise RecipeError(f"--file {file}: no such file")
-    try:
-        lines = file.read_text(encoding="utf-8").split("\n") if file is not None else sys.stdin
-        asked = prompts or read_prompts(lines)
-    except UnicodeDecodeError as problem:
-        raise DataError(f"{file or 'standard input'}: byte {problem.start} is not UTF-8") from problem
     with shown_run(None) as (shown, streams):
-        from peftcli.generate import generate, label
+        # Only in here: what the libraries print while they are imported belongs to no terminal.
+        from peftcli.generate import generate, label, read_prompts
         from peftcli.model.answer import Decoding
 
+        try:
+            lines = file.read_text(encoding="utf-8").split("\n") if file is not None else sys.stdin
+            asked = prompts or read_prompts(lines)
+        except UnicodeDecodeError as problem:
+            raise DataError(f"{file or 'standard input'}: byte {problem.start} is not UTF-8") from problem
         target = _open_for_prompts(name, recipe, shown)
         decoding = Decoding(flags.max_new_tokens, flags.temperature, flags.top_p, flags.seed)
         rows = int(target.identity.get("evaluation_batch", 16))
@@ -342,7 +343,7 @@ def shown_run(log: Path | None) -> Iterator[tuple[Shown, Streams]]:
         try:
             yield shown, streams
         except Exception as problem:
-            if type(problem).__name__ != "OutOfMemoryError":  # torch's, which the light commands do not import
+            if not _is_out_of_memory(problem):
                 raise
             raise MemoryExhausted(
                 f"out of memory: {' '.join(str(problem).split())[:200]}; halve trainer.per_device_train_batch_size and "
@@ -351,6 +352,14 @@ def shown_run(log: Path | None) -> Iterator[tuple[Shown, Streams]]:
             ) from problem
         finally:
             shown.end()
+
+
+def _is_out_of_memory(problem: Exception) -> bool:
+    if "torch" not in sys.modules:  # which the light commands do not import
+        return isinstance(problem, MemoryError)
+    from peftcli.model.memory import is_out_of_memory
+
+    return is_out_of_memory(problem)
 
 
 def print_json(streams: Streams, value: dict[str, Any]) -> None:

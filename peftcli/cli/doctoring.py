@@ -25,7 +25,7 @@ from peftcli.doctor.versions import (
     judge_python,
     judge_tested,
     stated_pythons,
-    versions_line,
+    version_lines,
 )
 from peftcli.errors import MachineError
 from peftcli.recipe.load import load_recipe
@@ -67,7 +67,7 @@ def ask_all(recipe: Recipe | None, progress: Shown) -> Iterable[Verdict]:
     needs = installed_needs()
     installed = installed_versions([OURS, *TESTED, "sqlalchemy", *{need.what.name for need in needs}])
     python = platform.python_version()
-    yield Verdict("versions", "ok", f"{versions_line(python, installed)}; {platform.system()} {platform.machine()}")
+    yield Verdict("versions", "ok", f"{', '.join(version_lines())}; {platform.system()} {platform.machine()}")
     yield judge_python(python, *stated_pythons())
     yield judge_needs(needs, installed)
     yield judge_tested(installed)

@@ -149,7 +149,7 @@ def _with_names(loaded: Loaded, adapter: Foreign, progress: Progress) -> tuple[L
             f"{adapter.folder}: an adapter for {adapter.task}; the recipe's model.task is {model.task}; name a recipe "
             "for that task"
         )
-    located = locate(model, progress, smoke=False)
+    located = locate(model, smoke=False)
     if adapter.base is not None and Path(adapter.base).name != Path(located.path).name:
         progress.note(f"note: {adapter.folder} names {adapter.base} as its base; {model.name} of the recipe is used")
     outputs = outputs_of(adapter, model.task, located.path, located.config)

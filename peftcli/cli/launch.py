@@ -2,18 +2,21 @@
 
 import ctypes
 import os
+import re
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
 
 from peftcli.cli.commands import load
 from peftcli.cli.stages import loaded_stages
-from peftcli.errors import MemoryExhausted, PeftcliError
+from peftcli.errors import MachineError, MemoryExhausted, PeerLost, PeftcliError
 from peftcli.plan.choices import processes_that_share
 from peftcli.plan.facts import SHARES_BATCH
 from peftcli.train.stops import STARTED
@@ -78,7 +81,7 @@ def launch_if_asked(num_processes: int | None, *, shares_batch: bool = False) ->
         if shares_batch:
             settings[SHARES_BATCH] = "1"
         if _has_gpu():
-            words = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", str(num_processes)]
+            words = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", str(num_processes), *_port()]
         else:
             words = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
             settings["ACCELERATE_USE_CPU"] = "true"
@@ -88,6 +91,20 @@ def launch_if_asked(num_processes: int | None, *, shares_batch: bool = False) ->
             signal.signal(number, lambda received, _: launcher.send_signal(received))
         code = launcher.wait()
         return int(answer.read_text()) if answer.is_file() else (code or 1)
+
+
+def _port() -> list[str]:
+    """The words that have accelerate look for a free port, where its configuration settles nothing about that.
+
+    Left alone it takes 29500, on which another training may be listening. Several machines must agree on a port.
+    """
+    from accelerate.commands.config.config_args import default_config_file, load_config_from_file
+
+    if Path(default_config_file).is_file():
+        settled = load_config_from_file(None)
+        if settled.main_process_port is not None or settled.num_machines > 1:
+            return []
+    return ["--main_process_port", "0"]
 
 
 def hand_over(code: int) -> int:
@@ -100,7 +117,8 @@ def hand_over(code: int) -> int:
         return code
     answer = Path(os.environ[EXIT_FILE])
     alone = code == MemoryExhausted.exit_code
-    if os.environ.get("RANK", "0") == "0" or (alone and not answer.exists()):
+    lost = code == MachineError.exit_code  # the first process may have been killed, and the others tell it by this code
+    if os.environ.get("RANK", "0") == "0" or ((alone or lost) and not answer.exists()):
         answer.write_text(str(code))
     # A process that alone runs out of memory ends as a crash: the launcher then ends the others, which wait for it.
     return code if code == 1 or alone else 0
@@ -116,30 +134,79 @@ def _end_with_parent() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
+@contextmanager
+def several_processes(timeout_seconds: float) -> Iterator[None]:
+    """Join the processes of this training, where it has several, and leave them once all have come to the end.
+
+    Args:
+        timeout_seconds: that one waits for the others at a place that all must reach.
+
+    Raises:
+        PeerLost: another process has ended, or cannot be reached.
+    """
+    if not _has_others():
+        yield
+        return
+    import torch
+    from accelerate import PartialState
+
+    from peftcli.model.shards import contact_was_lost, leave_group, tell_others, told_by_other
+
+    try:
+        PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(seconds=timeout_seconds))
+        yield
+        leave_group()
+    except PeftcliError as problem:
+        if problem.in_all:
+            leave_group()
+        else:
+            tell_others(problem)
+        raise
+    except Exception as problem:
+        if not contact_was_lost(problem):
+            raise
+        cause = told_by_other() or f"{_said(problem)}; the cause is in the output of that process"
+        raise PeerLost(
+            f"process {os.environ['RANK']} of {os.environ['WORLD_SIZE']} cannot go on, since another one has ended or "
+            f"cannot be reached ({cause}); the same command, given again on every machine, goes on from the last "
+            "checkpoint"
+        ) from problem
+
+
 def first_decides(work: Callable[[], T]) -> T:
     """Let the first of several processes do something to the run folder, and tell the others what came of it.
 
     Raises:
         PeftcliError: what the work raised, in every process.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if not _has_others():
         return work()
-    import torch
-    from accelerate import PartialState
-    from accelerate.utils import broadcast_object_list
+    from peftcli.model.shards import from_first
 
-    state = PartialState(cpu=not torch.cuda.is_available())
-    outcome: list[T | PeftcliError | None] = [None]
-    if state.is_main_process:
-        try:
-            outcome = [work()]
-        except PeftcliError as problem:
-            outcome = [problem]
-    broadcast_object_list(outcome)
-    found = outcome[0]
-    if isinstance(found, PeftcliError):
-        raise found
-    return found  # type: ignore[return-value]  # None only where T has it
+    return from_first(work)
+
+
+def all_do(work: Callable[[], T]) -> T:
+    """Let each of several processes do something on its machine, and fail in all of them where it fails in one.
+
+    Raises:
+        PeftcliError: what the work raised in the first process in which it failed.
+    """
+    if not _has_others():
+        return work()
+    from peftcli.model.shards import in_all
+
+    return in_all(work)
+
+
+def _has_others() -> bool:
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def _said(problem: Exception) -> str:
+    """What a backend says first, without the place in its source that gloo begins with."""
+    text = re.sub(r"^\[\S+:\d+\] ", "", " ".join(str(problem).split()))
+    return text.partition(". ")[0][:200]
 
 
 def _has_gpu() -> bool:

@@ -11,7 +11,8 @@ from peftcli.cli.show import console
 from peftcli.cli.show_forecast import show_forecast
 from peftcli.cli.stages import loaded_stages
 from peftcli.plan.cards import Card, find_card, machine_with
-from peftcli.plan.choices import check_optimizers, processes_that_share
+from peftcli.plan.choices import processes_that_share
+from peftcli.plan.requirements import check_hardware, check_packages
 
 if TYPE_CHECKING:
     from peftcli.cli.steps import Planned
@@ -22,7 +23,7 @@ def plan_command(name: str, overrides: Sequence[str], *, gpu: str | None, smoke:
     card = None if gpu is None else find_card(gpu)
     loaded = load(name, overrides, smoke=smoke)
     if card is None:
-        check_optimizers(loaded.recipe)
+        check_packages(loaded.recipe)
     stages = loaded_stages(loaded, smoke=smoke)
     with shown_run(None) as (shown, streams):
         from peftcli.cli.steps import forecast_run, plan_recipe
@@ -33,6 +34,8 @@ def plan_command(name: str, overrides: Sequence[str], *, gpu: str | None, smoke:
             trainers = [stage.recipe.trainer for stage in stages]
             processes = processes_that_share(trainers, machine.count)
             machine = replace(machine, processes=processes, shares_batch=True)
+        for stage in stages:
+            check_hardware(stage.recipe, machine)
         known = [plan_recipe(stage, shown, smoke=smoke, machine=machine) for stage in stages]
         forecasts = [forecast_run(planned) for planned in known]
         if as_json:

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from peftcli.plan.facts import Machine
+from peftcli.plan.forecast import MARGIN
 from peftcli.report.format import count, duration, size
 
 PARTS = (
@@ -59,6 +60,12 @@ def verdict(forecast: Mapping[str, Any], machine: Machine) -> str:
     largest = count(forecast["micro_batch"]["largest_tokens"])
     spare = memory["machine"] - memory["total"]
     whole = f"the {size(memory['machine'])} of {where}"
+    if forecast["tight"]:
+        fix = "one of the changes below" if forecast["mends"] else "a GPU with more memory"
+        return (
+            f"barely fits into {whole}: {size(spare)} to spare{given}, {spare / memory['machine']:.1%} of it, and no "
+            f"forecast is that exact; leave {MARGIN:.0%} with {fix}; the largest micro-batch has {largest} tokens"
+        )
     if forecast["fits"]:
         return f"fits into {whole} with {size(spare)} to spare{given}; the largest micro-batch has {largest} tokens"
     return f"does not fit into {whole}: {size(-spare)} too much{given}; the largest micro-batch has {largest} tokens"
@@ -67,8 +74,10 @@ def verdict(forecast: Mapping[str, Any], machine: Machine) -> str:
 def mend_lines(forecast: Mapping[str, Any]) -> list[str]:
     """What to change, the cheapest first, each alone; last, what does it together."""
     lines = []
+    machine = forecast["memory_bytes"]["machine"]
     for mend in forecast["mends"]:
-        fits = "fits" if mend["fits"] else "still too much"
+        spare = machine - mend["total_bytes"]
+        fits = "still too much" if spare < 0 else "fits" if spare >= MARGIN * machine else "barely fits"
         lines.append(f"  {' and '.join(mend['keys'])}: {size(mend['total_bytes'])}, {fits}")
     return ["change in the recipe, the cheapest first:", *lines] if lines else []
 
@@ -105,4 +114,6 @@ def forecast_line(forecast: Mapping[str, Any] | None) -> str | None:
     line = f"  forecast: {size(memory['total'])} of {size(memory['machine'])} at the peak"
     if time["seconds"] is not None:
         line += f", about {duration(time['seconds'])}"
-    return line if forecast["fits"] else line + "; this may not fit, see `peftcli plan` for what to change"
+    if forecast["tight"]:
+        return line + "; this barely fits; `peftcli plan RECIPE` lists what to lower"
+    return line if forecast["fits"] else line + "; this may not fit; `peftcli plan RECIPE` lists what to change"

@@ -27,9 +27,10 @@ from peftcli.model.target import Target
 from peftcli.plan.checkpointing import spare_blocks
 from peftcli.plan.decide import check_recipe, label_rule, make_plan
 from peftcli.plan.facts import Machine, ModelFacts
-from peftcli.plan.forecast import OPTIMIZER, Costs, make_forecast, rows_of
+from peftcli.plan.forecast import OPTIMIZER, make_forecast, rows_of
 from peftcli.plan.heads import first_labels, keep_labels, settle_labels
-from peftcli.plan.plan import LabelRule, Plan, TokenizerChoice
+from peftcli.plan.optimizer import Trained
+from peftcli.plan.plan import DTYPE_BYTES, LabelRule, Plan, TokenizerChoice
 from peftcli.plan.shape import Shape
 from peftcli.plan.smoke import stand_in_adapter
 from peftcli.progress import Progress
@@ -38,7 +39,6 @@ from peftcli.recipe.load import Loaded
 from peftcli.recipe.schema import Recipe
 from peftcli.recipe.tasks import CAUSAL, IMAGES
 from peftcli.train.disk import forecast as disk_forecast
-from peftcli.train.disk import state_bytes
 
 SHOWN_ROWS = 3
 """Rows of the preview where nobody asks for another number."""
@@ -57,7 +57,7 @@ class Planned:
     plan: Plan
     machine: Machine
     shape: Shape | None = None
-    counter: Callable[..., Callable[[AdapterSection], int]] | None = None
+    counter: Callable[..., Callable[[AdapterSection], Trained]] | None = None
 
 
 def plan_recipe(loaded: Loaded, progress: Progress, *, smoke: bool = False, machine: Machine | None = None) -> Planned:
@@ -70,7 +70,7 @@ def plan_recipe(loaded: Loaded, progress: Progress, *, smoke: bool = False, mach
     if recipe.adapter.init_from is not None:
         adapter_folder(recipe.adapter.init_from)  # whether there is one is known before anything is loaded
     machine = probe_machine() if machine is None else machine
-    located = locate(recipe.model, progress, smoke=smoke, longest=recipe.dataset.max_length)
+    located = locate(recipe.model, smoke=smoke, longest=recipe.dataset.max_length)
     path, config = located.path, located.config
     trust = recipe.model.trust_remote_code
     task, labels = recipe.model.task, first_labels(recipe)
@@ -86,7 +86,7 @@ def plan_recipe(loaded: Loaded, progress: Progress, *, smoke: bool = False, mach
         )
         plan = replace(plan, notices=(*plan.notices, uncounted))
     plan = replace(plan, fitted=fitted or {})
-    plan = spare_blocks(plan, facts.shape, machine, recipe.trainer.get("activation_checkpointing"), state_bytes)
+    plan = spare_blocks(plan, facts.shape, machine, recipe.trainer.get("activation_checkpointing"))
     return Planned(plan, machine, facts.shape, counter)
 
 
@@ -140,14 +140,15 @@ def forecast_run(planned: Planned, data: Mapping[str, Any] | None = None) -> dic
     plan, given = planned.plan, planned.plan.trainer
     # As the trainer counts them, without importing it for a plan.
     keep = int(given.get("save_total_limit") or 2) + bool(given.get("load_best_model_at_end"))
-    needs = disk_forecast(plan.trainable_parameters, optimizer=str(given.get("optim", OPTIMIZER)), keep=keep)
+    width = DTYPE_BYTES[plan.adapter_dtype]
+    needs = disk_forecast(plan.trained, optimizer=str(given.get("optim", OPTIMIZER)), keep=keep, width=width)
     disk = {
         "adapter": needs.adapter_bytes,
         "checkpoint": needs.checkpoint_bytes,
         "checkpoints_at_once": needs.checkpoints,
         "total": needs.total,
     }
-    return make_forecast(plan, planned.shape, planned.machine, rows_of(plan, data), Costs(state_bytes, disk))
+    return make_forecast(plan, planned.shape, planned.machine, rows_of(plan, data), disk)
 
 
 def prepare_data(
@@ -166,7 +167,7 @@ def prepare_data(
 
 def look_at_data(recipe: Recipe, progress: Progress, *, smoke: bool, preview: int) -> PreparedData:
     """The data of a recipe with their checks and preview; of the model only the tokenizer and the length are asked."""
-    located = locate(recipe.model, progress, smoke=smoke, longest=recipe.dataset.max_length)
+    located = locate(recipe.model, smoke=smoke, longest=recipe.dataset.max_length)
     path, config, made = located.path, located.config, located.rehearsal
     real = config if made is None or made.config is None else made.config
     rule = label_rule(recipe, positions_of(real), smoke=smoke)

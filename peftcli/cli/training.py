@@ -1,33 +1,51 @@
 """The body of `train`: the folder, the lock, the clock, the data, and the verb itself."""
 
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from peftcli.cli.commands import finish, load, raise_unmet, show_result, shown_run
-from peftcli.cli.launch import first_decides
+from peftcli.cli.commands import finish, load, show_result, shown_run
+from peftcli.cli.launch import all_do, first_decides, several_processes
 from peftcli.cli.show import Shown, plan_lines
 from peftcli.cli.show_forecast import forecast_line
 from peftcli.cli.spare import import_peft
 from peftcli.cli.stages import loaded_stages
-from peftcli.errors import Stopped
-from peftcli.plan.choices import check_optimizers
+from peftcli.errors import GateNotMet, PeftcliError, Stopped
 from peftcli.plan.plan import Plan
+from peftcli.plan.requirements import check_hardware, check_packages
 from peftcli.recipe.load import Loaded
 from peftcli.recipe.schema import Recipe
 from peftcli.rundir import RunDir, write_json
+from peftcli.summary import unmet
 from peftcli.train.begin import Beginning, begin, write_recipe
 from peftcli.train.borrow import why_not
-from peftcli.train.disk import check_room, check_writable
+from peftcli.train.disk import cannot_write, check_room, check_writable
 from peftcli.train.lock import RunLock
 from peftcli.train.session import deadline, session_note, wall_clock_limit
 from peftcli.train.stamp import make_stamp, refuse_changes
-from peftcli.train.stops import Heeding, StopRequests, forget_stop_file, is_first_process, seconds_since_start
+from peftcli.train.stops import (
+    Heeding,
+    StopRequests,
+    forget_stop_file,
+    is_first_of_machine,
+    is_first_process,
+    seconds_since_start,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from peftcli.cli.steps import Planned
+    from peftcli.data.prepare import PreparedData
+
+TIMEOUT_SECONDS = 1800.0
+"""That one of several processes waits for the others where `trainer.ddp_timeout` says nothing, as in transformers."""
 
 
 @dataclass(frozen=True)
@@ -50,20 +68,22 @@ def train_command(name: str, overrides: Sequence[str], flags: TrainFlags) -> Non
     now, budget = time.time(), loaded.recipe.budget.wall_clock
     limit, name = wall_clock_limit(budget, deadline(now), now - seconds_since_start())
     lock = RunLock(run.path)
-    with StopRequests(run.path, limit, limit_name=name) as stops, closing(lock):
+    patience = float(loaded.recipe.trainer.get("ddp_timeout", TIMEOUT_SECONDS))
+    stopping = StopRequests(run.path, limit, limit_name=name)
+    with several_processes(patience), stopping as stops, closing(lock):
 
         def prepare_folder() -> Beginning:
             if not run.path.is_file():
                 check_writable(run.path)
                 lock.acquire()
             found = begin(run, loaded.recipe, overwrite=flags.overwrite, resume=flags.resume, allowed=flags.force)
-            forget_stop_file(run.path)
             if not found.finished:
                 run.path.mkdir(parents=True, exist_ok=True)
                 write_recipe(run, loaded.recipe)
             return found
 
         beginning = first_decides(prepare_folder)
+        all_do(lambda: _prepare_here(run, beginning))
         with shown_run(run.library_log if not beginning.finished else None) as (shown, streams):
             for line in (*beginning.notes, session_note(budget, now)):
                 if line is not None:
@@ -71,10 +91,29 @@ def train_command(name: str, overrides: Sequence[str], flags: TrainFlags) -> Non
             reason = None
             if not beginning.finished:
                 reason = _train_stages(loaded, run, shown, stops, beginning, flags)
-            if is_first_process():
+
+            def conclude() -> PeftcliError | None:
                 metrics = finish(run, loaded.recipe)
                 show_result(run, metrics, streams, as_json=flags.as_json)
-                _raise_unless_good(run, metrics, reason)
+                return _why_not_good(run, metrics, reason)
+
+            outcome = first_decides(conclude)
+    if outcome is not None:
+        raise outcome
+
+
+def _prepare_here(run: RunDir, beginning: Beginning) -> None:
+    """Make the run folder on this machine, which may have a disk of its own, and forget what it was told before."""
+    if not is_first_of_machine():
+        return
+    if not beginning.finished:
+        check_writable(run.path)
+        try:
+            run.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise cannot_write(run.path, error) from error
+    forget_stop_file(run.path)
+    _forget_received(run)
 
 
 def _train_stages(
@@ -85,11 +124,14 @@ def _train_stages(
     Raises:
         Stopped: in a stage before the last.
     """
-    check_optimizers(loaded.recipe)
+    check_packages(loaded.recipe)
     import_peft(loaded.recipe)
-    from peftcli.model.shards import leave_group
+    from peftcli.model.probe import probe_machine
 
     stages = loaded_stages(loaded, smoke=flags.smoke)
+    machine = probe_machine()
+    for stage in stages:
+        check_hardware(stage.recipe, machine)
     before: list[RunDir] = []
     for number, stage in enumerate(stages[:-1], start=1):
         part = run.stage(number, loaded.recipe.stages[number - 1].name)
@@ -98,9 +140,7 @@ def _train_stages(
         before.append(part)
     if before:
         shown.note(f"stage {len(stages)} of {len(stages)}: {loaded.recipe.stages[-1].name}")
-    reason = _train(stages[-1], run, shown, stops, beginning, flags, before)
-    leave_group()
-    return reason
+    return _train(stages[-1], run, shown, stops, beginning, flags, before)
 
 
 def _train_part(
@@ -127,13 +167,14 @@ def _train_part(
     if beginning.finished:
         return
     reason = _train(loaded, run, shown, stops, beginning, flags, before)
-    if is_first_process():
-        finish(run, recipe)
+    first_decides(lambda: finish(run, recipe))
     if reason is not None:
-        raise Stopped(
+        stopped = Stopped(
             f"stopped in stage {run.path.name} by {reason}; a whole checkpoint is in {run.checkpoints}; "
             "the same command goes on"
         )
+        stopped.in_all = True
+        raise stopped
 
 
 def _train(
@@ -150,45 +191,29 @@ def _train(
     Args:
         before: the runs of earlier stages, whose results this one starts from.
     """
-    from peftcli.cli.steps import (
-        SHOWN_ROWS,
-        add_view,
-        check_ends,
-        forecast_run,
-        plan_recipe,
-        prepare_data,
-        real_tokenizer,
-        settle,
-    )
-    from peftcli.model.absorb import base_hash, with_earlier
+    from peftcli.cli.steps import forecast_run
+    from peftcli.model.absorb import base_hash
     from peftcli.model.files import base_facts
     from peftcli.model.probe import describe_environment
+    from peftcli.train.machines import check_alike, on_this_machine, what_must_be_alike
     from peftcli.train.run import Session, evaluate_trained, run_forecast, train
 
-    planned = plan_recipe(loaded, shown, smoke=flags.smoke)
-    plan = with_earlier(planned.plan, [str(part.adapter) for part in before])
-    needs = run_forecast(plan)
-    if is_first_process():
-        check_room(run.path, needs)
-    begun = time.monotonic()
-    tokenizer, data = prepare_data(plan, Heeding(shown, stops, "before the first step"))
-    planned = settle(replace(planned, plan=plan), data)
+    earlier = [str(on_this_machine(part.adapter, run.received)) for part in before]
+    planned, tokenizer, data = all_do(lambda: _planned_rows(loaded, run, shown, stops, earlier, smoke=flags.smoke))
     plan = planned.plan
-    prepared = {"prepare_seconds": round(time.monotonic() - begun, 3)}
-    ends = check_ends(real_tokenizer(plan), tokenizer, data, plan.adapter) if plan.own_tokenizer else []
-    add_view(data, tokenizer, plan.labels, SHOWN_ROWS, ends)
     environment = describe_environment(planned.machine, command_line())
     base = base_facts(plan.base.path, plan.base.revision)
     weights = base_hash(base.weights_sha256 or base.config_sha256, plan.base.absorbed)
     stamp = make_stamp(data.facts, weights, environment["packages"])
-    for note in refuse_changes(beginning.stamp, stamp, flags.force):
+    check_alike(what_must_be_alike(plan, stamp), flags.force)
+    for note in all_do(lambda: refuse_changes(beginning.stamp, stamp, flags.force)):
         shown.note(f"  note: {note}")
     forecast = forecast_run(planned, data.facts)
     if is_first_process():
         write_json(run.plan, plan.as_json() | {"forecast": forecast})
         write_json(run.environment, environment)
-        write_json(run.data, data.facts | prepared)
-    data.raise_if_crossed(f"peftcli data {loaded.path}")
+        write_json(run.data, data.facts)
+    all_do(lambda: data.raise_if_crossed(f"peftcli data {loaded.path}"))
     for line in [*plan_lines(plan.as_json(), data.facts), *(f"  note: {notice}" for notice in plan.notices)]:
         shown.note(line)
     if twice := plan.batch.repeated(len(data.train.rows)):
@@ -198,10 +223,62 @@ def _train(
     if foretold := forecast_line(forecast):
         shown.note(foretold)
     shown.note(f"  run folder {run.path}")
-    baseline = before[0].eval if before else _borrowed(loaded.recipe, plan, stamp, shown, flags.baseline_from)
-    session = Session(stops, beginning.resume_from, stamp, needs.checkpoint_bytes, baseline)
+    baseline = first_decides(
+        lambda: before[0].eval if before else _borrowed(loaded.recipe, plan, stamp, shown, flags.baseline_from)
+    )
+    resume_from = beginning.resume_from and on_this_machine(beginning.resume_from, run.received)
+    asked = loaded.recipe.trainer
+    checkpoint_bytes = run_forecast(plan, asked).checkpoint_bytes
+    session = Session(stops, resume_from, stamp, checkpoint_bytes, baseline, asked)
     work = evaluate_trained if beginning.trained else train
-    return work(plan, run, data, tokenizer, shown, session).stop_reason
+    try:
+        return work(plan, run, data, tokenizer, shown, session).stop_reason
+    finally:
+        _forget_received(run)
+
+
+def _planned_rows(
+    loaded: Loaded, run: RunDir, shown: Shown, stops: StopRequests, earlier: Sequence[str], *, smoke: bool
+) -> tuple["Planned", "PreTrainedTokenizerBase", "PreparedData"]:
+    """The plan of a recipe, its tokenizer and its rows, which one process of each machine prepares for all there.
+
+    Args:
+        earlier: the adapters of earlier stages, on this machine.
+    """
+    from peftcli.cli.steps import (
+        SHOWN_ROWS,
+        add_view,
+        check_ends,
+        plan_recipe,
+        prepare_data,
+        real_tokenizer,
+        settle,
+    )
+    from peftcli.model.absorb import with_earlier
+    from peftcli.model.shards import first_of_machine_first
+    from peftcli.train.run import run_forecast
+
+    def prepare() -> tuple["Planned", "PreTrainedTokenizerBase", "PreparedData"]:
+        planned = plan_recipe(loaded, shown, smoke=smoke)
+        plan = with_earlier(planned.plan, earlier)
+        if is_first_process():
+            check_room(run.path, run_forecast(plan, loaded.recipe.trainer))
+        begun = time.monotonic()
+        tokenizer, data = prepare_data(plan, Heeding(shown, stops, "before the first step"))
+        data.facts["prepare_seconds"] = round(time.monotonic() - begun, 3)
+        return settle(replace(planned, plan=plan), data), tokenizer, data
+
+    planned, tokenizer, data = first_of_machine_first(prepare, is_first=is_first_of_machine())
+    plan = planned.plan
+    ends = check_ends(real_tokenizer(plan), tokenizer, data, plan.adapter) if plan.own_tokenizer else []
+    add_view(data, tokenizer, plan.labels, SHOWN_ROWS, ends)
+    return planned, tokenizer, data
+
+
+def _forget_received(run: RunDir) -> None:
+    """Remove what the first process has sent to this machine; nothing happens where nothing was."""
+    if is_first_of_machine():
+        shutil.rmtree(run.received, ignore_errors=True)
 
 
 def _borrowed(recipe: Recipe, plan: Plan, stamp: Mapping[str, Any], shown: Shown, lender: Path | None) -> Path | None:
@@ -214,14 +291,16 @@ def _borrowed(recipe: Recipe, plan: Plan, stamp: Mapping[str, Any], shown: Shown
     return RunDir(lender).eval if reason is None else None
 
 
-def _raise_unless_good(run: RunDir, metrics: dict[str, Any], stop_reason: str | None) -> None:
+def _why_not_good(run: RunDir, metrics: dict[str, Any], stop_reason: str | None) -> PeftcliError | None:
+    """What a run ends with in every process, None where it is finished and its gates are met."""
     if stop_reason is not None:
         steps = metrics["train"]["steps"]
-        raise Stopped(
+        return Stopped(
             f"stopped at step {steps} by {stop_reason}; a whole checkpoint is in {run.checkpoints}; "
             "the same command goes on"
         )
-    raise_unmet(metrics)
+    missed = unmet(metrics)
+    return GateNotMet("; ".join(missed)) if missed else None
 
 
 def command_line() -> str:

@@ -9,8 +9,9 @@ from peftcli.data.chats import is_turns
 from peftcli.data.names import LONG_NAME, listed, shown
 from peftcli.data.rows import Rows
 from peftcli.errors import DataError
+from peftcli.nearest import nearest
 from peftcli.recipe.dataset_section import SourceSection
-from peftcli.recipe.problems import choice_text, nearest
+from peftcli.recipe.problems import choice_text
 
 
 @dataclass(frozen=True)

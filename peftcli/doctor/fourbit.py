@@ -133,5 +133,8 @@ def judge_trial(trial: Trial, name: str, what: str, most_loss: float, *, asked: 
     there = f"{what} in {trial.dtype} on the {place}: products and gradients are those of the unpacked weights"
     there += f" to {max(parts.values()):.0e}"
     if trial.repacks:
-        there += "; this CPU has AVX512_BF16, whose packing loses gradients and is switched off"
+        there += (
+            "; this CPU has AVX512_BF16, where plain bitsandbytes rounds products to bfloat16 in evaluation and loses "
+            "gradients afterwards; peftcli switches that kernel off (docs/4bit-on-cpu.md)"
+        )
     return Verdict(name, OK, there)

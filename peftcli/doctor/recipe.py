@@ -19,6 +19,7 @@ from peftcli.plan.decide import make_plan
 from peftcli.plan.facts import Machine
 from peftcli.plan.heads import first_labels
 from peftcli.plan.plan import Plan
+from peftcli.plan.requirements import check_hardware, check_packages
 from peftcli.progress import Progress
 from peftcli.recipe.schema import Recipe
 from peftcli.report.format import size
@@ -53,6 +54,8 @@ def recipe_verdicts(recipe: Recipe, machine: Machine, hub: Hub, progress: Progre
     if found.path is None:
         return verdicts
     try:
+        check_packages(recipe.model_copy(update={"report": type(recipe.report)()}))  # trackers have their own verdict
+        check_hardware(recipe, machine)
         plan = plan_for(recipe, machine, found.path, found.revision)
     except PeftcliError as problem:
         return [*verdicts, refused("plan", problem)]
@@ -64,7 +67,7 @@ def find_model(recipe: Recipe, hub: Hub, progress: Progress) -> Found:
     model = recipe.model
     if model.name.startswith(TINY):
         try:
-            path = locate(model, progress, smoke=False).path
+            path = locate(model, smoke=False).path
         except PeftcliError as problem:
             return Found(refused("model", problem))
         return Found(Verdict("model", OK, f"{model.name}, made here"), path)
@@ -144,8 +147,8 @@ def judge_plan(plan: Plan) -> Verdict:
 def judge_room(plan: Plan, recipe: Recipe) -> Verdict:
     """Whether the run folder can be written and holds the run to its end."""
     run = Path(recipe.output_dir or Path("runs") / recipe.name)
-    needs = run_forecast(plan)
     try:
+        needs = run_forecast(plan, recipe.trainer)
         if not run.is_file():
             check_writable(run)
         check_room(run, needs)

@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.metadata
+import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -30,6 +31,7 @@ TESTED = {
     "rich": "15.0.0",
     "psutil": "7.2.2",
     "filelock": "4.2.11",
+    "rapidfuzz": "3.14.6",
     "matplotlib": "3.11.2",
     "jinja2": "3.1.6",
     "sacrebleu": "2.6.0",
@@ -154,10 +156,12 @@ def stated_pythons() -> tuple[str | None, list[str]]:
     return (stated.get_all("Requires-Python") or [None])[0], [name for name in named if "." in name]
 
 
-def versions_line(python: str, installed: Mapping[str, str | None]) -> str:
-    """The versions that a report of a fault should name."""
-    parts = [f"{name} {installed.get(name) or 'missing'}" for name in (OURS, *TRAINING)]
-    return ", ".join([f"python {python}", *parts])
+def version_lines() -> list[str]:
+    """The versions that a report of a fault should name, peftcli's own first; nothing is imported for it."""
+    found = installed_versions((OURS, *TRAINING))
+    own = found.pop(OURS) or "(not installed)"
+    others = {"python": platform.python_version(), **found}
+    return [f"{OURS} {own}", *(f"{name} {version or 'missing'}" for name, version in others.items())]
 
 
 def judge_databases(version: str | None, *, asked: bool) -> Verdict:

@@ -136,7 +136,9 @@ def keeps_rows_apart(model: PreTrainedModel) -> bool:
     try:
         with documents(Layout(tuple(map(len, rows)), device)):
             line = model(input_ids=torch.cat(rows)[None], position_ids=places[None], use_cache=False).logits[0]
-    except (TypeError, ValueError):  # no such argument, or an attention of its own that wants a mask
+    except torch.OutOfMemoryError:
+        raise
+    except (TypeError, ValueError, RuntimeError):  # no such argument, or an attention of its own that wants a mask
         return False
     finally:
         model.train(was_training)

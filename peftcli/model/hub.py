@@ -1,6 +1,5 @@
 """Whether the Hub can be asked, and what to say when a model cannot be had."""
 
-import difflib
 import socket
 from functools import cache
 from pathlib import Path
@@ -8,6 +7,8 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 from huggingface_hub import constants
+
+from peftcli.nearest import nearest
 
 CONNECT_SECONDS = 5.0
 """After which a server that does not answer counts as out of reach."""
@@ -58,10 +59,9 @@ def explain_missing(name: str, problem: Exception) -> str:
         return f"{name}: this folder holds no usable model: {_first_line(problem)}"
     looks_local = name.startswith(("/", "./", "../", "~")) or name.count("/") != 1
     if looks_local:
-        near: list[str] = []
-        if path.parent.is_dir():
-            near = difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir() if p.is_dir()], n=1)
-        return f"model.name {name}: no such folder" + (f"; did you mean {near[0]}?" if near else "")
+        beside = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
+        near = nearest(path.name, beside)
+        return f"model.name {name}: no such folder" + (f"; did you mean {near}?" if near else "")
     if constants.is_offline_mode():
         return (
             f"model.name {name}: not in the local cache, and {why_offline()}; download it once with a network, "

@@ -9,12 +9,14 @@ from transformers.pytorch_utils import Conv1D
 
 from peftcli.adapters.own.places import all_widths, end_name, hidden_width, parameter_owners
 from peftcli.errors import MachineError, RecipeError
+from peftcli.model.flat_rows import why_not_flat
 from peftcli.model.heads import build_empty, head_modules, is_within, positions_of
 from peftcli.model.hub import explain_missing, look_for_network
 from peftcli.model.shape import read_shape
 from peftcli.model.statistics import keeps_statistics
 from peftcli.model.trainable import count_trainable
 from peftcli.plan.facts import ModelFacts
+from peftcli.plan.optimizer import Trained
 from peftcli.recipe.adapter_section import AdapterSection
 from peftcli.recipe.tasks import CAUSAL, SEQUENCE
 
@@ -90,6 +92,7 @@ def inspect_model(
         statistics=any(keeps_statistics(module) for module in names.values()),
         checkpointing=bool(model.supports_gradient_checkpointing),
         divisible=_is_divisible(model, names),
+        not_flat=why_not_flat(config) if task == CAUSAL else "",
     )
 
 
@@ -111,10 +114,10 @@ def trainable_counter(
     *,
     labels: tuple[str, ...] = (),
     trust_remote_code: bool = False,
-) -> Callable[[AdapterSection], int]:
+) -> Callable[[AdapterSection], Trained]:
     """A function that counts the trainable parameters of an adapter on this model, by letting PEFT build it there."""
 
-    def count(adapter: AdapterSection) -> int:
+    def count(adapter: AdapterSection) -> Trained:
         model = build_empty(path, config, task, labels, trust_remote_code=trust_remote_code)
         return count_trainable(model, adapter, task)
 

@@ -1,6 +1,5 @@
 """Tokenizers, base models and adapters, loaded in one way for every verb."""
 
-import difflib
 import re
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from peftcli.model.hub import explain_missing, look_for_network
 from peftcli.model.images import load_image_reader
 from peftcli.model.shards import leave_dividing_to_the_plan
 from peftcli.model.tensors import explain_unfit, refuse_unfit
+from peftcli.nearest import nearest
 from peftcli.plan.plan import Base, TokenizerChoice
 from peftcli.recipe.tasks import CAUSAL, SEQUENCE
 
@@ -72,10 +72,10 @@ def load_tokenizer(choice: TokenizerChoice, path: str | None = None) -> PreTrain
 def _set_end(tokenizer: PreTrainedTokenizerBase, end: str) -> None:
     known = tokenizer.get_vocab()
     if end not in known:
-        near = difflib.get_close_matches(end, [*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()], n=1)
+        near = nearest(end, [*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()])
         raise RecipeError(
             f"model.eos_token = {end}: the tokenizer has no such token"
-            + (f"; did you mean {near[0]}?" if near else f"; its special tokens are {_listed(tokenizer)}")
+            + (f"; did you mean {near}?" if near else f"; its special tokens are {_listed(tokenizer)}")
         )
     tokenizer.eos_token = end
 

@@ -6,7 +6,6 @@ from transformers import PreTrainedConfig
 
 from peftcli.model.inspect import load_config
 from peftcli.model.rehearsal import Rehearsal, rehearse
-from peftcli.progress import Progress
 from peftcli.recipe.schema import ModelSection
 from peftcli.tiny.build import tiny_model
 
@@ -28,7 +27,7 @@ class Located:
     rehearsal: Rehearsal | None = None
 
 
-def locate(model: ModelSection, progress: Progress, *, smoke: bool, longest: int = 0) -> Located:
+def locate(model: ModelSection, *, smoke: bool, longest: int = 0) -> Located:
     """Find or make the model of a recipe.
 
     Args:
@@ -40,28 +39,10 @@ def locate(model: ModelSection, progress: Progress, *, smoke: bool, longest: int
         RecipeError: no tiny model has that name.
     """
     if model.name.startswith(TINY):
-        path = str(tiny_path(model.name, progress))
+        path = str(tiny_model(model.name))
         return Located(path, load_config(path, None))
     if not smoke:
         trust = model.trust_remote_code
         return Located(model.name, load_config(model.name, model.revision, trust_remote_code=trust))
     made = rehearse(model, longest)
     return Located(made.path, load_config(made.path, None), made)
-
-
-def tiny_path(name: str, progress: Progress) -> str:
-    """The folder of a tiny model, made on first use."""
-    begun = False
-
-    def show(done: int, total: int) -> None:
-        nonlocal begun
-        if not begun:
-            progress.note(f"making {name} (once; it is kept for later runs)")
-            progress.start(f"pretraining {name}", total)
-            begun = True
-        progress.advance(done)
-
-    path = tiny_model(name, progress=show)
-    if begun:
-        progress.end()
-    return str(path)

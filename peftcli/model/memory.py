@@ -12,11 +12,16 @@ from peftcli.progress import Progress
 
 T = TypeVar("T")
 MOST_HALVINGS = 3
+FROM_THE_DRIVER = ("[CUDA]: out of memory", "CUDA error: out of memory", "_STATUS_ALLOC_FAILED")
+"""What a RuntimeError says where something beside torch's allocator found no memory: a kernel of Triton, the CUDA
+driver, the workspace of cuBLAS, cuDNN or cuSOLVER."""
 
 
 def is_out_of_memory(problem: Exception) -> bool:
     """Whether an error says that the memory of the card, or of the machine, is used up."""
-    return isinstance(problem, torch.OutOfMemoryError | MemoryError) or should_reduce_batch_size(problem)
+    if isinstance(problem, torch.OutOfMemoryError | MemoryError) or should_reduce_batch_size(problem):
+        return True
+    return isinstance(problem, RuntimeError) and any(text in str(problem) for text in FROM_THE_DRIVER)
 
 
 def free_memory() -> None:

@@ -97,7 +97,8 @@ def open_target(path: str, base: Base | None = None) -> Target:
         run = RunDir(folder)
         found = read_identity(run.adapter)
         if found is None:
-            raise MachineError(f"{path}: this run holds no adapter yet; `peftcli train` makes one")
+            mend = f"`peftcli train RECIPE --output-dir {path}` makes one"
+            raise MachineError(f"{path}: this run holds no adapter yet; {mend}")
         return _adapter(run.adapter, found, base, run)
     found = read_identity(folder) if folder.is_dir() else None
     run_of = RunDir(folder.parent) if (folder.parent / "recipe.yaml").is_file() else None

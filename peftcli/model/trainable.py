@@ -1,6 +1,7 @@
 """The trainable parameters of an adapter, counted by letting PEFT build it on a model without weights."""
 
 import copy
+from collections import Counter
 from typing import Any
 
 import torch
@@ -13,11 +14,12 @@ from transformers.pytorch_utils import Conv1D
 from peftcli.adapters.build import peft_config
 from peftcli.errors import RecipeError
 from peftcli.methods.table import METHODS
+from peftcli.plan.optimizer import SMALL, Trained
 from peftcli.recipe.adapter_section import AdapterSection
 
 
-def count_trainable(model: PreTrainedModel, adapter: AdapterSection, task: str) -> int:
-    """Number of trainable parameters.
+def count_trainable(model: PreTrainedModel, adapter: AdapterSection, task: str) -> Trained:
+    """The trainable parameters, each stored one once.
 
     Args:
         model: on the meta device; it is changed.
@@ -29,7 +31,7 @@ def count_trainable(model: PreTrainedModel, adapter: AdapterSection, task: str) 
         config, spare = peft_config(adapter, task), copy.deepcopy(model)
         try:
             with torch.device("meta"):
-                wrapped = get_peft_model(model, config, low_cpu_mem_usage=not METHODS[adapter.method].prompts)
+                wrapped = get_peft_model(model, config, low_cpu_mem_usage=not _needs_own_weights(adapter))
         except (NotImplementedError, RuntimeError):  # of a method that computes with the weights when it is built
             return _count_on_samples(spare, config)  # the other is half wrapped
     except (ValueError, TypeError, AssertionError, KeyError) as problem:
@@ -39,7 +41,34 @@ def count_trainable(model: PreTrainedModel, adapter: AdapterSection, task: str) 
         isinstance(one, (BaseTunerLayer, AuxiliaryTrainingWrapper)) for one in wrapped.modules()
     ):
         raise RecipeError(f"adapter.method {adapter.method} found no module to stand on in {model.config.name_or_path}")
-    return sum(parameter.numel() for parameter in wrapped.parameters() if parameter.requires_grad)
+    return sort_trained(wrapped)
+
+
+def sort_trained(model: torch.nn.Module) -> Trained:
+    """The trainable parameters of a model, as an optimizer tells them apart."""
+    embedded = {id(one.weight) for one in model.modules() if isinstance(one, torch.nn.Embedding)}
+    parts = Counter[str]()
+    for parameter in model.parameters():  # a shared one comes once
+        size, shape = parameter.numel(), parameter.shape
+        if not parameter.requires_grad or not size:
+            continue
+        parts["parameters"] += size
+        if id(parameter) in embedded:
+            parts["embeddings"] += size
+        elif size < SMALL:
+            parts["small"] += size
+        parts["factors"] += size if len(shape) < 2 else size // shape[-1] + size // shape[-2]
+    named = sum(one.numel() for _, one in model.named_parameters(remove_duplicate=False) if one.requires_grad)
+    return Trained(**parts, repeated=named - parts["parameters"])
+
+
+def _needs_own_weights(adapter: AdapterSection) -> bool:
+    """Whether PEFT may not put weights of its own making in the place of those that a method hands it.
+
+    It would do so while it builds without memory, and two layers that share a weight would then be counted as two.
+    """
+    method = METHODS[adapter.method]
+    return method.prompts or method.targets == "whole" or bool(adapter.arguments.get("ensure_weight_tying"))
 
 
 def count_on_layer(adapter: AdapterSection, task: str, inputs: int, outputs: int, *, bias: bool) -> int:
@@ -69,7 +98,7 @@ def count_on_layer(adapter: AdapterSection, task: str, inputs: int, outputs: int
     return sum(parameter.numel() for parameter in wrapped.parameters() if parameter.requires_grad)
 
 
-def _count_on_samples(model: PreTrainedModel, config: PeftConfig) -> int:
+def _count_on_samples(model: PreTrainedModel, config: PeftConfig) -> Trained:
     """Count on two layers of each shape, with zeros for weights: on all of them it would take minutes."""
     hollow_out(model)
     output = model.get_output_embeddings()
@@ -92,7 +121,8 @@ def _count_on_samples(model: PreTrainedModel, config: PeftConfig) -> int:
         if parameter.requires_grad
     ]
     # What several layers share is there once, however many they are.
-    return sum(round(size * (samples.get(next(iter(own)), 1.0) if len(own) == 1 else 1.0)) for size, own in counted)
+    found = sum(round(size * (samples.get(next(iter(own)), 1.0) if len(own) == 1 else 1.0)) for size, own in counted)
+    return sort_trained(wrapped).resized(found)
 
 
 def _is_target(name: str, config: PeftConfig) -> bool:

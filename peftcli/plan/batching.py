@@ -20,8 +20,13 @@ APART = {
 """Trainer arguments with which rows stay padded, and why."""
 
 
-def choose_batching(recipe: Recipe, choices: Choices, batch: Batch, labels: LabelRule) -> tuple[Batching, Decision]:
+def choose_batching(
+    recipe: Recipe, choices: Choices, batch: Batch, labels: LabelRule, not_flat: str = ""
+) -> tuple[Batching, Decision]:
     """Choose how the rows of a step are run.
+
+    Args:
+        not_flat: why the model would not keep the rows of a line apart, empty where it does.
 
     Raises:
         RecipeError: flat lines are asked for together with something that they cannot go with.
@@ -41,8 +46,10 @@ def choose_batching(recipe: Recipe, choices: Choices, batch: Batch, labels: Labe
         why = "a head reads whole rows, which a line would not keep apart"
     if why is None and choices.attention.value != "sdpa":
         why = f"lines need model.attention sdpa, not {choices.attention.value}"
+    why = why or not_flat or None
     if asked == "flat" and why is not None:
-        raise RecipeError(f"performance.batching: flat cannot be had: {why}; remove one of the two")
+        fix = "set padded or auto" if why == not_flat else "remove one of the two"
+        raise RecipeError(f"performance.batching: flat cannot be had: {why}; {fix}")
     if asked == "padded" or why is not None:
         value = f"padded, up to {tokens:,} tokens at once" if firm else "padded"
         return Batching("padded", tokens, firm), Decision("batching", value, why or "performance.batching")

@@ -1,10 +1,10 @@
 """GPUs that a plan can be made for without having one: `plan --gpu NAME`."""
 
-import difflib
 import re
 from dataclasses import dataclass
 
 from peftcli.errors import RecipeError
+from peftcli.nearest import nearest
 from peftcli.plan.facts import Machine
 
 GIB = 2**30
@@ -103,8 +103,8 @@ def find_card(key: str) -> Card:
     found = known.get(plain) or bare.get(plain.replace("-", ""))
     if found is not None:
         return found
-    near = difflib.get_close_matches(plain, known, n=1, cutoff=0.5)
-    mean = f"; did you mean {near[0]}?" if near else ""
+    near = nearest(plain, known, least=0.5)
+    mean = f"; did you mean {near}?" if near else ""
     raise RecipeError(f"--gpu {key}: no card of that name is known{mean}\nknown are {', '.join(known)}")
 
 

@@ -1,6 +1,5 @@
 """Activation checkpointing for the blocks that do not fit, and for no other."""
 
-from collections.abc import Callable
 from dataclasses import replace
 
 from peftcli.plan.choices import CHECKPOINTING
@@ -15,9 +14,7 @@ USED = 0.85
 """Share of a card that the forecast may fill: what it does not foresee, and evaluation, need the rest."""
 
 
-def spare_blocks(
-    plan: Plan, shape: Shape | None, machine: Machine, asked: object, state_bytes: Callable[[str], float]
-) -> Plan:
+def spare_blocks(plan: Plan, shape: Shape | None, machine: Machine, asked: object) -> Plan:
     """The plan with as few checkpointed blocks as its card has room for.
 
     A block that keeps its activations need not run again in the backward pass, which is a quarter of the work of a
@@ -26,13 +23,12 @@ def spare_blocks(
     Args:
         shape: of the model; without it nothing is changed.
         asked: what the recipe says of activation checkpointing; only where it says nothing there is a choice.
-        state_bytes: of an optimizer, for each trainable weight.
     """
     if asked is not None or shape is None or not plan.trainer.get("activation_checkpointing"):
         return plan
     if machine.device != "cuda" or plan.base.device != "cuda" or plan.adapter.method != FORESEEN:
         return plan
-    load = plan_load(plan, shape, machine, rows_of(plan, None), state_bytes)
+    load = plan_load(plan, shape, machine, rows_of(plan, None))
     room = USED * machine.memory_bytes
     for blocks in range(shape.layers + 1):
         setting = replace(load.setting, checkpointing=blocks / shape.layers)

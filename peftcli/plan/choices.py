@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any
 
 from peftcli.errors import MachineError, RecipeError
@@ -10,29 +9,11 @@ from peftcli.methods.table import METHODS
 from peftcli.plan.facts import Machine, ModelFacts
 from peftcli.plan.plan import Batch, Decision
 from peftcli.recipe.schema import QuantizationSection, Recipe
-from peftcli.recipe.stages import stage_recipes
 
 CHECKPOINTING = "activation checkpointing"
 """Key of the decision."""
 EIGHT_BIT = "quantization"
 """Key of the decision over a base in 8 bits."""
-OPTIMIZER_PACKAGES = {
-    "galore_": "galore_torch",
-    "apollo_": "apollo_torch",
-    "lomo": "lomo_optim",
-    "adalomo": "lomo_optim",
-    "grokadamw": "grokadamw",
-    "schedule_free_": "schedulefree",
-    "stable_adamw": "optimi",
-    "adamw_torch_4bit": "torchao",
-    "adamw_torch_8bit": "torchao",
-    "adamw_anyprecision": "torchdistx",
-    "adamw_apex_fused": "apex",
-}
-"""What an optimizer of the trainer imports, by the beginning of its name.
-
-Source: transformers/trainer_optimizer.py, 5.23.
-"""
 
 
 @dataclass(frozen=True)
@@ -78,22 +59,6 @@ def _not_twice(recipe: Recipe, facts: ModelFacts) -> str:
     if recipe.trainer.get("activation_checkpointing"):
         raise RecipeError(f"trainer.activation_checkpointing: {facts.architecture} does not support it; leave it out")
     return f"{facts.architecture} does not support it"
-
-
-def check_optimizers(recipe: Recipe) -> None:
-    """Hold the optimizer of each stage against what is installed.
-
-    Raises:
-        MachineError: its package is missing.
-    """
-    for stage in stage_recipes(recipe):
-        name = str(stage.trainer.get("optim", ""))
-        for start, package in OPTIMIZER_PACKAGES.items():
-            if name.startswith(start) and find_spec(package) is None:
-                raise MachineError(
-                    f"trainer.optim: {name} needs the package {package}, which is not installed here; install it, or "
-                    "take adamw_torch"
-                )
 
 
 def check_wheel(machine: Machine) -> None:
@@ -151,6 +116,29 @@ def choose_dtype(recipe: Recipe, machine: Machine, on_gpu: bool) -> Decision:
     if asked == "float16" and not on_gpu:
         raise MachineError("this recipe needs float16, which trains on a GPU only; set model.dtype: auto")
     return Decision(key, asked, "the recipe")
+
+
+def choose_trained_dtype(recipe: Recipe, choices: Choices) -> Decision:
+    """The format of the trained weights.
+
+    Raises:
+        MachineError: they are to be bfloat16 and the base is not.
+    """
+    key = "adapter dtype"
+    base = choices.dtype
+    if recipe.adapter.dtype == "bfloat16":
+        if base.value != "bfloat16":
+            fix = "set adapter.dtype: float32" if choices.on_gpu else "set model.dtype: bfloat16"
+            raise MachineError(
+                f"adapter.dtype: bfloat16 trains the weights of the base as they are, and here they are {base.value} "
+                f"({base.reason}); {fix}"
+            )
+        return Decision(key, "bfloat16", "the recipe: no float32 copy of the weights")
+    if base.value == "float16" and choices.on_gpu:
+        return Decision(key, "float32", "the gradient scaler of float16 needs it")
+    if METHODS[recipe.adapter.method].targets == "whole":
+        return Decision(key, "float32", "small updates survive; adapter.dtype: bfloat16 takes half the memory")
+    return Decision(key, "float32", "small updates survive; the adapter is small")
 
 
 def choose_products(

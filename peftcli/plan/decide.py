@@ -8,11 +8,12 @@ from peftcli.methods.prompts import VIRTUAL_TOKENS
 from peftcli.methods.table import METHODS
 from peftcli.plan.adapter import settle_adapter
 from peftcli.plan.batching import choose_batching
-from peftcli.plan.choices import Choices, choose, count_batch
+from peftcli.plan.choices import Choices, choose, choose_trained_dtype, count_batch
 from peftcli.plan.facts import Machine, ModelFacts
 from peftcli.plan.heads import base_with_head, head_decisions, head_notices, with_head
 from peftcli.plan.layers import choice_decisions, choice_of, named_targets, within_choice
 from peftcli.plan.levers import choose_levers
+from peftcli.plan.optimizer import Trained
 from peftcli.plan.peak import INT8_BITS, NF4_BITS
 from peftcli.plan.plan import DTYPE_BYTES, Base, Batch, Decision, LabelRule, Plan
 from peftcli.plan.ranks import check_ranks
@@ -20,9 +21,20 @@ from peftcli.plan.sharding import Sharding, choose_sharding
 from peftcli.plan.smoke import ROW_TOKENS
 from peftcli.plan.targets import match_saved, match_targets
 from peftcli.recipe.adapter_section import AdapterSection
+from peftcli.recipe.schedulers import LEARNING_RATE
 from peftcli.recipe.schema import QuantizationSection, Recipe
 from peftcli.recipe.tasks import CAUSAL
+from peftcli.recipe.trainer_together import default_logging_steps, save_strategy
 
+ROUNDED = (
+    "adapter.dtype bfloat16: an update of less than about 1/256 of its weight is rounded away, so small learning rates "
+    "learn less than the loss of the first steps suggests; float32 weights (adapter.dtype: float32) keep them, and so "
+    "does stochastic rounding (trainer.optim: adamw_torch_8bit with optim_args: bf16_stochastic_round=True, of torchao)"
+)
+"""bfloat16 has 8 bits of precision: halfway to the next number is 1/512 to 1/256 of a weight.
+
+Source: Gupta et al. 2015, arXiv:1502.02551, on what stochastic rounding keeps.
+"""
 LABEL_RULES = ("completion_only_loss", "assistant_only_loss")
 
 
@@ -30,7 +42,7 @@ def make_plan(
     recipe: Recipe,
     machine: Machine,
     facts: ModelFacts,
-    count_trainable: Callable[[AdapterSection], int],
+    count_trainable: Callable[[AdapterSection], Trained],
     *,
     smoke: bool = False,
     notices: tuple[str, ...] = (),
@@ -41,7 +53,7 @@ def make_plan(
         recipe: what was asked.
         machine: what is there.
         facts: the base model's structure.
-        count_trainable: number of trainable parameters of an adapter on that structure.
+        count_trainable: the trainable parameters of an adapter on that structure.
         smoke: the base is a stand-in and the run a rehearsal.
         notices: what the recipe's loading had to say.
 
@@ -59,10 +71,11 @@ def make_plan(
     sharding = choose_sharding(recipe, machine, facts, choices)
     _check_room(recipe, facts, machine, choices, sharding)
     batch = count_batch(recipe.trainer, machine.processes, shared=machine.shares_batch)
-    batching, how = choose_batching(recipe, choices, batch, labels)
+    batching, how = choose_batching(recipe, choices, batch, labels, facts.not_flat)
     levers, switched = choose_levers(recipe, choices, facts)
     adapter = with_head(settled, facts, recipe.model.task)
-    trainable = within_choice(count_trainable(adapter), choice)
+    trained = within_choice(count_trainable(adapter), choice)
+    trainable = trained.parameters
     total = facts.parameters + trainable
     return Plan(
         name=recipe.name,
@@ -72,18 +85,19 @@ def make_plan(
         base=base_with_head(_base(recipe, facts, choices), recipe, facts),
         architecture=facts.architecture,
         adapter=adapter,
-        adapter_dtype="float32",
+        adapter_dtype=choose_trained_dtype(recipe, choices).value,
         dataset=recipe.dataset,
         labels=labels,
         batch=batch,
         batching=batching,
-        trainer=_trainer_arguments(recipe, labels, choices) | (batch.arguments() if machine.shares_batch else {}),
+        trainer=_trainer_arguments(recipe, labels, choices, machine.processes)
+        | (batch.arguments() if machine.shares_batch else {}),
         evaluation=recipe.evaluation,
         evaluation_batch=_evaluation_batch(recipe, choices.on_gpu),
         gates=recipe.gates,
         budget=recipe.budget,
         targets=targets,
-        trainable_parameters=trainable,
+        trained=trained,
         choice=choice,
         levers=levers,
         total_parameters=total,
@@ -138,15 +152,18 @@ def _quantization(asked: QuantizationSection | None, choices: Choices) -> dict[s
 
 
 def _decisions(
-    recipe: Recipe, choices: Choices, batch: Batch, targets: dict[str, int], trainable: int, total: int
+    recipe: Recipe,
+    choices: Choices,
+    batch: Batch,
+    targets: dict[str, int],
+    trainable: int,
+    total: int,
 ) -> tuple[Decision, ...]:
-    needs_scaler = choices.dtype.value == "float16" and choices.on_gpu
-    wide = "the gradient scaler of float16 needs it" if needs_scaler else "small updates survive; the adapter is small"
     machine = (choices.device, choices.dtype, choices.products, choices.attention)
     processes = f"{batch.processes} process" + ("es" if batch.processes > 1 else "")
     return (
         *(decision for decision in machine if decision is not None),
-        Decision("adapter dtype", "float32", wide),
+        choose_trained_dtype(recipe, choices),
         choices.checkpointing,
         Decision(
             "batch",
@@ -176,12 +193,12 @@ def _adapter_said(adapter: AdapterSection, modules: int) -> str:
     return f"{adapter.method}{rank} on {modules} modules"
 
 
-def check_recipe(recipe: Recipe, facts: ModelFacts, count_trainable: Callable[[AdapterSection], int]) -> None:
+def check_recipe(recipe: Recipe, facts: ModelFacts, count_trainable: Callable[[AdapterSection], Trained]) -> None:
     """Check what a recipe asks of a model that will not be loaded, as that of a smoke run.
 
     Args:
         facts: the structure of the real model.
-        count_trainable: number of trainable parameters of an adapter on that structure.
+        count_trainable: the trainable parameters of an adapter on that structure.
 
     Raises:
         RecipeError: the model lacks a module or a layer that the recipe names, cannot read rows of that length, or
@@ -262,18 +279,25 @@ def _evaluation_batch(recipe: Recipe, on_gpu: bool) -> int:
     return asked if isinstance(asked, int) else (16 if on_gpu else 128)
 
 
-def _trainer_arguments(recipe: Recipe, labels: LabelRule, choices: Choices) -> dict[str, Any]:
+def _trainer_arguments(recipe: Recipe, labels: LabelRule, choices: Choices, processes: int) -> dict[str, Any]:
     # The labels are made before the trainer sees the rows, so it must not look for columns to make them from.
     given = {name: value for name, value in recipe.trainer.items() if name not in LABEL_RULES}
-    steps, asked = given.get("max_steps"), recipe.evaluation.batch_size
+    asked = recipe.evaluation.batch_size
+    # transformers would take it for a process group that is there already.
+    given = {name: value for name, value in given.items() if name != "ddp_backend" or processes > 1}
+    # torch takes two floats or two tensors.
+    given |= {name: float(given[name]) for name in ("adam_beta1", "adam_beta2") if name in given}
+    packs = given.get("packing") or given.get("eval_packing")
     defaults: dict[str, Any] = {
-        "logging_steps": max(1, min(10, steps // 20)) if isinstance(steps, int) and steps > 0 else 10,
+        "logging_steps": default_logging_steps(given),
         "logging_first_step": True,
-        "save_strategy": "no" if "save_steps" not in given else "steps",
+        "save_strategy": save_strategy(given),
         "save_total_limit": 2,
         # The rows are cut already; packing still needs to know the length of a packed row.
-        **({"max_length": labels.max_length if given.get("packing") else None} if labels.task == CAUSAL else {}),
-        "learning_rate": 2e-4,
+        **({"max_length": labels.max_length if packs else None} if labels.task == CAUSAL else {}),
+        "learning_rate": LEARNING_RATE,
+        # Nothing else is measured on the way, and without a name transformers refuses save_strategy: best.
+        **({"metric_for_best_model": "loss"} if save_strategy(given) == "best" else {}),
         # The evaluation on the way has as many rows at once as training, which is known to fit, unless told otherwise.
         "per_device_eval_batch_size": asked if isinstance(asked, int) else count_batch(given, 1).per_device,
     }
@@ -300,6 +324,8 @@ def _notices(recipe: Recipe, machine: Machine, on_gpu: bool) -> tuple[str, ...]:
             f"{machine.count} GPUs are here and one is used; without --num-processes all of them share the rows of a "
             "step, where their number divides it"
         )
+    if recipe.adapter.dtype == "bfloat16":
+        notices.append(ROUNDED)
     if recipe.adapter.dropout and recipe.quantization is None and not on_gpu:
         notices.append(f"adapter.dropout {recipe.adapter.dropout} costs time and memory on a CPU")
     return tuple(notices)

@@ -76,6 +76,7 @@ class ModelFacts:
         convolutions: it has no linear layer but in its head, so `linear` names its convolutions.
         statistics: it keeps running statistics of what it has seen, as batch norms do.
         checkpointing: it can compute its activations a second time.
+        not_flat: why the rows of a flat line would not stay apart in it; empty where they do, or where nobody knows.
         divisible: transformers knows its blocks, so that processes can each hold a part of them.
     """
 
@@ -101,3 +102,4 @@ class ModelFacts:
     statistics: bool = False
     checkpointing: bool = True
     divisible: bool = True
+    not_flat: str = ""

@@ -1,7 +1,7 @@
 """The forecast: what a run will need in memory, time and disk, before anything is downloaded or loaded."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +9,7 @@ from peftcli.methods.table import METHODS
 from peftcli.plan.cards import card_of
 from peftcli.plan.facts import Machine
 from peftcli.plan.mends import propose
+from peftcli.plan.optimizer import optimizer_bytes
 from peftcli.plan.peak import INT8_BITS, NF4_BITS, Load
 from peftcli.plan.plan import DTYPE_BYTES, Plan
 from peftcli.plan.setting import FULL_HEAD, Head, Setting, tile_rows
@@ -25,6 +26,12 @@ Source: the docstring of `scaled_dot_product_attention` on `enable_gqa`, torch 2
 FILLING = 1 / 0.85
 """Places of attention for each token of a flat line: rows side by side have 0.7 to 1 of the longest one's length."""
 BLOCK_NUMBER = re.compile(r"(^|.*\.)\d+\.")
+MARGIN = 0.05
+"""Share of the memory that must be left for a run to be said to fit without a warning.
+
+The forecast is within 10 % of what autograd keeps, and that is a part of the total; a notebook's other processes and a
+fragmented allocator take what is left.
+"""
 DEFAULT_EPOCHS = 3.0
 """Of transformers, where the recipe sets neither epochs nor steps."""
 OPTIMIZER = "adamw_torch_fused"
@@ -48,14 +55,6 @@ class Rows:
     known: bool = True
 
 
-@dataclass(frozen=True)
-class Costs:
-    """What the floors above know: `state_bytes` by the name of an optimizer, and the bytes on the disk."""
-
-    state_bytes: Callable[[str], float]
-    disk: Mapping[str, int]
-
-
 def rows_of(plan: Plan, data: Mapping[str, Any] | None) -> Rows:
     """The rows as `data.json` describes them, or as long as the recipe allows where there is none.
 
@@ -70,20 +69,26 @@ def rows_of(plan: Plan, data: Mapping[str, Any] | None) -> Rows:
     return Rows(min(most, int(data["length"]["max"])), data["tokens"]["train"] / rows, rows)
 
 
-def make_forecast(plan: Plan, shape: Shape | None, machine: Machine, rows: Rows, costs: Costs) -> dict[str, Any] | None:
+def make_forecast(
+    plan: Plan, shape: Shape | None, machine: Machine, rows: Rows, disk: Mapping[str, int]
+) -> dict[str, Any] | None:
     """Compute what a run will need.
+
+    Args:
+        disk: bytes on the disk, which the forecast hands on.
 
     Returns:
         What `plan.json` holds under "forecast"; None where the model's widths are not known.
     """
     if shape is None:
         return None
-    load = plan_load(plan, shape, machine, rows, costs.state_bytes)
+    load = plan_load(plan, shape, machine, rows)
     # A CPU run on a machine with a card: what the machine states is the memory of the card.
     memory = machine.memory_bytes if machine.device == plan.base.device else None
     parts = load.parts()
     largest = None if memory is None else load.largest(memory)
     fits = None if memory is None else load.total <= memory
+    tight = None if memory is None else memory * (1 - MARGIN) < load.total <= memory
     return {
         "schema": 1,
         "rows": {"longest_tokens": rows.longest, "mean_tokens": round(rows.mean, 1), "known": rows.known},
@@ -91,13 +96,14 @@ def make_forecast(plan: Plan, shape: Shape | None, machine: Machine, rows: Rows,
         "memory_bytes": {**parts, "total": load.total, "machine": memory},
         "peak_memory_bytes": load.counted,
         "fits": fits,
-        "mends": _mends(load, plan, memory, costs) if memory is not None and not fits else [],
+        "tight": tight,
+        "mends": _mends(load, plan, memory, tight=bool(tight)) if memory is not None and (tight or not fits) else [],
         "time": _time(plan, load, machine, rows),
-        "disk_bytes": dict(costs.disk),
+        "disk_bytes": dict(disk),
     }
 
 
-def plan_load(plan: Plan, shape: Shape, machine: Machine, rows: Rows, state_bytes: Callable[[str], float]) -> Load:
+def plan_load(plan: Plan, shape: Shape, machine: Machine, rows: Rows) -> Load:
     """The largest micro-batch of a plan, in its setting."""
     whole = plan.trainer.get("packing") or plan.trainer.get("padding_free")
     at_once = plan.batch.per_device * (plan.labels.max_length if plan.trainer.get("packing") else rows.longest)
@@ -105,13 +111,11 @@ def plan_load(plan: Plan, shape: Shape, machine: Machine, rows: Rows, state_byte
     tokens = min(plan.batching.tokens, in_step) if plan.batching.kind == "flat" else at_once
     tokens = min(tokens, plan.batching.most or tokens)
     tokens = max(tokens, rows.longest)
-    setting = plan_setting(plan, shape, machine, state_bytes, one_row=tokens == rows.longest)
+    setting = plan_setting(plan, shape, machine, one_row=tokens == rows.longest)
     return Load(shape, setting, tokens, tokens if whole else rows.longest)
 
 
-def plan_setting(
-    plan: Plan, shape: Shape, machine: Machine, state_bytes: Callable[[str], float], *, one_row: bool
-) -> Setting:
+def plan_setting(plan: Plan, shape: Shape, machine: Machine, *, one_row: bool) -> Setting:
     """What of a plan decides memory and time.
 
     Args:
@@ -126,7 +130,7 @@ def plan_setting(
         weight_bits=weight_bits(plan.base.quantization),
         autocast=bool(plan.trainer.get("bf16") or plan.trainer.get("fp16")),
         adapter_bytes=DTYPE_BYTES[plan.adapter_dtype],
-        state_bytes=state_bytes(str(plan.trainer.get("optim", OPTIMIZER))),
+        state_bytes=state_bytes(plan, str(plan.trainer.get("optim", OPTIMIZER))),
         targets=targets,
         r=plan.adapter.r or 0,
         trainable=plan.trainable_parameters,
@@ -144,8 +148,15 @@ def plan_setting(
         shards=plan.shards,
         fitted=plan.fitted,
         first_block=_first_block(plan, shape),
+        freed=min(plan.trainable_parameters, shape.parameters) if plan.frees_base else 0,
         norms_trained=plan.adapter.method in ("full", "freeze", "ln_tuning"),
     )
+
+
+def state_bytes(plan: Plan, optimizer: str) -> float:
+    """Bytes of optimizer state for a trainable weight of a plan, on average."""
+    trained = plan.trained
+    return optimizer_bytes(optimizer, trained, DTYPE_BYTES[plan.adapter_dtype]) / max(1, trained.parameters)
 
 
 def _first_block(plan: Plan, shape: Shape) -> int:
@@ -225,10 +236,12 @@ def _attention(plan: Plan, shape: Shape, machine: Machine, one_row: bool) -> str
     return "repeated" if plan.batching.kind == "flat" else "math"
 
 
-def _mends(load: Load, plan: Plan, memory: int, costs: Costs) -> list[dict[str, Any]]:
+def _mends(load: Load, plan: Plan, memory: int, *, tight: bool) -> list[dict[str, Any]]:
+    """What to change so that a load fits, or so that one that fits leaves the margin."""
+    room = int(memory * (1 - MARGIN)) if tight else memory
     return [
         {"keys": mend.keys.split("\n"), "total_bytes": mend.load.total, "fits": mend.load.total <= memory}
-        for mend in propose(load, plan, memory, costs.state_bytes)
+        for mend in propose(load, plan, room)
     ]
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from peftcli.errors import RecipeError
 from peftcli.plan.facts import ModelFacts
+from peftcli.plan.optimizer import Trained
 from peftcli.plan.plan import Base, Decision, Plan
 from peftcli.plan.targets import ALL_LINEAR, matches, of_head
 from peftcli.recipe.adapter_section import AdapterSection
@@ -108,14 +109,14 @@ def head_notices(recipe: Recipe) -> tuple[str, ...]:
 
 
 def settle_labels(
-    plan: Plan, labels: tuple[str, ...], problem: str | None, count: Callable[[AdapterSection], int]
+    plan: Plan, labels: tuple[str, ...], problem: str | None, count: Callable[[AdapterSection], Trained]
 ) -> Plan:
     """The plan with the labels that the rows turned out to have.
 
     Args:
         labels: names by number; empty for a regression.
         problem: of sequence-classification, as the rows decide it.
-        count: number of trainable parameters of an adapter with a head of that size.
+        count: the trainable parameters of an adapter with a head of that size.
 
     Raises:
         RecipeError: `evaluation.positive_label` is none of two classes.
@@ -124,7 +125,8 @@ def settle_labels(
         return plan
     _check_positive(plan.evaluation.positive_label, labels, problem)
     names = labels or (NUMBER,)
-    trainable = count(plan.adapter)
+    trained = count(plan.adapter)
+    trainable = trained.parameters
     grown = trainable - plan.trainable_parameters
     total = plan.total_parameters + 2 * grown  # the untrained head stays in the base beside the trained one
     decisions = tuple(
@@ -136,7 +138,7 @@ def settle_labels(
     return replace(
         plan,
         base=replace(plan.base, labels=names, problem=problem),
-        trainable_parameters=trainable,
+        trained=trained,
         total_parameters=total,
         decisions=decisions,
     )

@@ -8,6 +8,7 @@ from peftcli.errors import RecipeError
 from peftcli.methods.method import Method
 from peftcli.methods.table import METHODS
 from peftcli.plan.facts import ModelFacts
+from peftcli.plan.optimizer import Trained
 from peftcli.plan.places import (
     block_number,
     bottleneck_places,
@@ -35,9 +36,9 @@ def choice_of(adapter: AdapterSection, facts: ModelFacts) -> tuple[AdapterSectio
     return adapter.model_copy(update=candidates), choice
 
 
-def within_choice(trainable: int, choice: Choice | None) -> int:
+def within_choice(trained: Trained, choice: Choice | None) -> Trained:
     """Trainable parameters at most, where everything that may be chosen would have so many."""
-    return trainable if choice is None else min(trainable, choice.parameters)
+    return trained if choice is None else trained.resized(min(trained.parameters, choice.parameters))
 
 
 def choice_decisions(choice: Choice | None) -> tuple[Decision, ...]:
@@ -68,7 +69,7 @@ def chosen_plan(plan: Plan, selection: Selection, saved: int) -> Plan:
         plan,
         adapter=plan.adapter.model_copy(update={"target_modules": selection.modules, "layers": None}),
         targets=modules,
-        trainable_parameters=trainable,
+        trained=plan.trained.resized(trainable),
         total_parameters=base + trainable,
         decisions=tuple(
             replace(one, value=said[one.key], reason=reasons[one.key]) if one.key in said else one

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 from peftcli.methods.method import Method
 from peftcli.methods.table import METHODS
+from peftcli.plan.optimizer import optimizer_bytes
 from peftcli.plan.peak import INT8_BITS, NF4_BITS, Load
 from peftcli.plan.plan import Plan
 from peftcli.plan.setting import Setting
@@ -35,14 +36,13 @@ Change = Callable[[Load], Mend | None]
 """From a load to the change of it; None where it is made already."""
 
 
-def propose(load: Load, plan: Plan, memory_bytes: int, state_bytes: Callable[[str], float]) -> list[Mend]:
+def propose(load: Load, plan: Plan, memory_bytes: int) -> list[Mend]:
     """All changes that lower the total of a load, each alone, then as many together as it takes.
 
     Args:
-        memory_bytes: of the card.
-        state_bytes: bytes of optimizer state for a trainable weight, by the name of the optimizer.
+        memory_bytes: that the load should fit.
     """
-    changes = list(_changes(plan, memory_bytes, state_bytes))
+    changes = list(_changes(plan, memory_bytes))
     alone = [mend for change in changes if (mend := change(load)) is not None and _helps(mend.load, load)]
     if any(mend.load.total <= memory_bytes for mend in alone):
         return alone
@@ -62,7 +62,7 @@ def _helps(after: Load, before: Load) -> bool:
     return after.total < before.total * (1 - LEAST_SHARE)
 
 
-def _changes(plan: Plan, memory_bytes: int, state_bytes: Callable[[str], float]) -> Iterator[Change]:
+def _changes(plan: Plan, memory_bytes: int) -> Iterator[Change]:
     yield lambda load: _quantize(load, METHODS[plan.adapter.method])
     if plan.batching.kind == "flat":
         yield lambda load: _shorter_lines(load, memory_bytes)
@@ -73,7 +73,7 @@ def _changes(plan: Plan, memory_bytes: int, state_bytes: Callable[[str], float])
     yield _shorten
     yield lambda load: _lower_rank(load, plan)
     yield _fewer_targets
-    yield lambda load: _small_optimizer(load, state_bytes(SMALL_OPTIMIZER))
+    yield lambda load: _small_optimizer(load, plan)
 
 
 def _quantize(load: Load, method: Method) -> Mend | None:
@@ -149,7 +149,9 @@ def _fewer_targets(load: Load) -> Mend | None:
     return _with(load, f"adapter: {{target_modules: [{', '.join(FEW_TARGETS)}]}}", fewer)
 
 
-def _small_optimizer(load: Load, state_bytes: float) -> Mend | None:
+def _small_optimizer(load: Load, plan: Plan) -> Mend | None:
+    whole = optimizer_bytes(SMALL_OPTIMIZER, plan.trained, load.setting.adapter_bytes)
+    state_bytes = whole / max(1, plan.trained.parameters)
     if not load.setting.on_gpu or state_bytes >= load.setting.state_bytes:
         return None
     return _with(load, f"trainer: {{optim: {SMALL_OPTIMIZER}}}", replace(load.setting, state_bytes=state_bytes))

@@ -52,8 +52,8 @@ class Load:
         found = {
             "weights": own_bytes(self.shape, setting),
             **({"gathered": gathered_bytes(self.shape, setting)} if setting.shards > 1 else {}),
-            # Autocast keeps a 16-bit copy of each trainable weight until the backward pass is over.
-            "adapter": setting.trainable * (setting.adapter_bytes + (2 if setting.autocast else 0)),
+            # Autocast keeps a 16-bit copy of each wider trainable weight until the backward pass is over.
+            "adapter": setting.trainable * (setting.adapter_bytes + (2 if setting.copies_trained else 0)),
             # Several processes sum their gradients in buckets of the same size; beside a divided base, one by one.
             "gradients": setting.trainable * setting.adapter_bytes * (2 if setting.processes > setting.shards else 1),
             "optimizer": setting.trainable * setting.state_bytes,
@@ -120,7 +120,7 @@ def weight_bytes(shape: Shape, setting: Setting) -> float:
 
 def own_bytes(shape: Shape, setting: Setting) -> float:
     """Bytes of the part of the base that a process keeps; of 4-bit weights the block constants are whole in each."""
-    whole = weight_bytes(shape, setting)
+    whole = weight_bytes(shape, setting) - setting.freed * setting.base_bytes
     bits = setting.weight_bits
     constants = 0.0 if bits is None or bits == INT8_BITS else shape.quantizable * (bits - CODE_BITS) / 8
     return constants + (whole - constants) / setting.shards

@@ -4,7 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from peftcli.methods.table import METHODS
 from peftcli.plan.fitted import Fitted
+from peftcli.plan.optimizer import Trained
 from peftcli.plan.selection import Choice
 from peftcli.recipe.adapter_section import AdapterSection
 from peftcli.recipe.dataset_section import DatasetSection
@@ -174,10 +176,11 @@ class Plan:
         adapter_dtype: of the trainable weights.
         evaluation_batch: rows that are evaluated and answered at once.
         targets: number of modules by name of the target.
-        trainable_parameters, total_parameters: counted on the model's structure.
+        trained: the trainable parameters, counted on the model's structure.
+        total_parameters: those and the base's.
         decisions: for people, in the order of the work.
         choice: what the gradient chooses before the first step; until then `adapter` and `targets` hold all that may be
-            chosen, and `trainable_parameters` is a bound.
+            chosen, and `trained` is a bound.
         shards: processes that each hold a part of the base; 1 where each has all of it.
         possible_shards: cards or processes here that the base could be divided among; 1 where it cannot be.
         fitted: what adapters of a method other than LoRA keep for the backward pass, by the last name of their layer.
@@ -204,7 +207,7 @@ class Plan:
     gates: tuple[Gate, ...]
     budget: BudgetSection
     targets: Mapping[str, int]
-    trainable_parameters: int
+    trained: Trained
     total_parameters: int
     decisions: tuple[Decision, ...]
     notices: tuple[str, ...] = field(default=())
@@ -215,6 +218,17 @@ class Plan:
     own_tokenizer: bool = True
     fitted: Mapping[str, Fitted] = field(default_factory=dict)
     levers: frozenset[str] = frozenset()
+
+    @property
+    def frees_base(self) -> bool:
+        """Whether weights of the base that have a trained copy leave the memory while the copies are trained."""
+        whole = METHODS[self.adapter.method].targets == "whole"
+        return whole and self.base.quantization is None and self.shards == 1
+
+    @property
+    def trainable_parameters(self) -> int:
+        """Number of trainable parameters."""
+        return self.trained.parameters
 
     def as_json(self) -> dict[str, Any]:
         """The content of `plan.json`."""
@@ -232,6 +246,7 @@ class Plan:
             },
             "decisions": [vars(decision) for decision in self.decisions],
             "notices": list(self.notices),
+            "adapter": {"method": self.adapter.method, "r": self.adapter.r},
             "targets": [{"name": name, "modules": count} for name, count in self.targets.items()],
             "parameters": {"trainable": self.trainable_parameters, "total": self.total_parameters},
             "batch": {

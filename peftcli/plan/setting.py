@@ -80,6 +80,7 @@ class Setting:
         fitted: what adapters of a method other than LoRA keep, by the last name of their layer, "" for all others.
         first_block: before which nothing is trained, so that nothing is kept.
         norms_trained: the factors of the norms are trained.
+        freed: weights of the base that are not in memory while their trained copies are.
     """
 
     on_gpu: bool
@@ -106,11 +107,17 @@ class Setting:
     fitted: Mapping[str, Fitted] = field(default_factory=dict)
     first_block: int = 0
     norms_trained: bool = False
+    freed: int = 0
 
     @property
     def width(self) -> int:
         """Bytes of a feature within a block."""
         return 2 if self.autocast else self.base_bytes
+
+    @property
+    def copies_trained(self) -> bool:
+        """Autocast makes a copy of each trainable weight in 16 bit; those that are as narrow are used as they are."""
+        return self.autocast and self.adapter_bytes != 2
 
     @property
     def casts_inputs(self) -> bool:

@@ -1,6 +1,7 @@
 """The rehearsal of a recipe: the same path from end to end, on a few rows for a few steps."""
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from peftcli.plan.ranks import check_ranks
@@ -10,17 +11,28 @@ from peftcli.recipe.schema import QuantizationSection, Recipe
 from peftcli.recipe.select_section import SelectSection
 from peftcli.recipe.stages import stage_recipes
 from peftcli.recipe.tasks import CAUSAL
+from peftcli.recipe.trainer_together import save_strategy
 
 STEPS = 6
-SAVED = STEPS // 2
-"""Steps between two evaluations or checkpoints, where the recipe counts them in steps."""
 ROW_TOKENS = 1024
 """Rows are cut here: the default of `dataset.max_length`, so most recipes are rehearsed with whole rows."""
 LAYERS = 2
 """Of every stand-in, at least."""
 BUDGET = 0.5
 """Of a choice by gradient, as a share of the stand-in, which is small beside its adapters."""
-DROPPED = ("num_train_epochs", "torch_compile")
+EVALUATED_EVERY = STEPS // 2
+"""Steps between two evaluations or checkpoints, where the recipe asks for them."""
+DROPPED = ("num_train_epochs", "save_steps", "save_strategy", "eval_steps", "eval_delay", "eval_strategy")
+"""Trainer arguments that say how long training takes and when it is evaluated or saved."""
+COMPILE = ("torch_compile", "torch_compile_backend", "torch_compile_mode")
+REAL_MACHINE = {
+    **dict.fromkeys(("tf32", "activation_offloading"), "it needs a GPU"),
+    **dict.fromkeys(("use_liger_kernel", "liger_kernel_config"), "its kernels need a GPU"),
+    "deepspeed": "it needs GPUs",
+    "ddp_backend": "a rehearsal is one process",
+    **dict.fromkeys(COMPILE, "compiling for this CPU would take minutes and say nothing about a GPU"),
+}
+"""Trainer arguments that only the real machine can serve, and why."""
 SCHEDULE = ("tinit", "tfinal")
 """Arguments of AdaLoRA that are numbers of steps."""
 
@@ -32,7 +44,8 @@ def smoke_recipe(recipe: Recipe) -> Recipe:
     nothing about the real model. `smoke_notices` names what goes.
     """
     given = recipe.trainer
-    trainer = {name: value for name, value in given.items() if name not in DROPPED}
+    trainer = {name: value for name, value in given.items() if name not in (*DROPPED, *REAL_MACHINE)}
+    trainer |= _looks(given) | _checkpointing(given)
     trainer |= {
         "max_steps": STEPS,
         "logging_steps": 1,
@@ -44,10 +57,10 @@ def smoke_recipe(recipe: Recipe) -> Recipe:
         update={
             "name": f"{recipe.name}-smoke",
             "output_dir": None if recipe.output_dir is None else f"{recipe.output_dir}-smoke",
-            "model": recipe.model.model_copy(update={"dtype": "auto", "attention": "auto"}),
+            "model": recipe.model.model_copy(update={"dtype": _dtype(recipe), "attention": "auto"}),
             "quantization": _quantization(recipe.quantization),
             "adapter": _without_schedule(recipe.adapter),
-            "trainer": trainer | _sooner(trainer),
+            "trainer": trainer,
             "evaluation": recipe.evaluation.model_copy(update=_evaluation(recipe)),
             "gates": (),
             "budget": type(recipe.budget)(),
@@ -69,9 +82,8 @@ def check_schedules(recipe: Recipe) -> None:
 def smoke_notices(recipe: Recipe) -> tuple[str, ...]:
     """What a smoke run of a recipe leaves out, as sentences for people."""
     asked: list[tuple[tuple[str, ...], Any]] = [
-        (("model", "dtype"), _unless_auto(recipe.model.dtype)),
+        (("model", "dtype"), recipe.model.dtype not in ("auto", _dtype(recipe))),
         (("model", "attention"), _unless_auto(recipe.model.attention)),
-        (("trainer", "torch_compile"), recipe.trainer.get("torch_compile")),
         (("gates",), recipe.gates),
         (("budget", "wall_clock"), recipe.budget.wall_clock),
         (("report", "trackers"), recipe.report.trackers),
@@ -80,7 +92,9 @@ def smoke_notices(recipe: Recipe) -> tuple[str, ...]:
     if recipe.quantization is not None:
         asked.append((("quantization", "compute_dtype"), _unless_auto(recipe.quantization.compute_dtype)))
     left_out = [dotted(path) for path, value in asked if value]
-    said = [f"smoke: left out: {', '.join(left_out)}"] if left_out else []
+    said = [*_only_on_the_real_machine(recipe)]
+    if left_out:
+        said.append(f"smoke: left out: {', '.join(left_out)}")
     if recipe.dataset.max_length > ROW_TOKENS:
         said.append(
             f"smoke: rows are cut at {ROW_TOKENS:,} tokens, dataset.max_length is {recipe.dataset.max_length:,}"
@@ -92,21 +106,45 @@ def _unless_auto(value: str) -> str | None:
     return None if value == "auto" else value
 
 
-def _sooner(trainer: dict[str, Any]) -> dict[str, int]:
-    """Evaluations and checkpoints that come within the few steps; periods that do not fit each other stay as they are,
-    so that transformers refuses them as it would in the real run."""
-    periods = {name: trainer[name] for name in ("eval_steps", "save_steps") if _is_late(trainer.get(name))}
-    unfit = len(periods) == 2 and periods["save_steps"] % periods["eval_steps"] != 0
-    return {} if unfit and trainer.get("load_best_model_at_end") else dict.fromkeys(periods, SAVED)
+def _only_on_the_real_machine(recipe: Recipe) -> dict[str, None]:
+    """A sentence for each trainer argument that a rehearsal cannot try, in order, each once."""
+    found: dict[str, None] = {}
+    for stage in stage_recipes(recipe):
+        for name, why in REAL_MACHINE.items():
+            if stage.trainer.get(name):
+                found[f"smoke: trainer.{name} is left out: {why}"] = None
+        if (stage.trainer.get("activation_checkpointing_kwargs") or {}).get("offload"):
+            found["smoke: trainer.activation_checkpointing_kwargs.offload is left out: it needs a GPU"] = None
+    return found
 
 
-def _is_late(steps: object) -> bool:
-    return isinstance(steps, int | float) and steps > SAVED
+def _looks(given: Mapping[str, Any]) -> dict[str, Any]:
+    """When a rehearsal evaluates and saves: as often as it has time for, since other arguments can need it."""
+    looks: dict[str, Any] = {}
+    if given.get("eval_strategy", "no") != "no":
+        looks |= {"eval_strategy": "steps", "eval_steps": EVALUATED_EVERY}
+    if save_strategy(given) == "best":
+        looks["save_strategy"] = "best"
+    elif given.get("load_best_model_at_end"):
+        looks |= {"save_strategy": "steps", "save_steps": EVALUATED_EVERY}
+    return looks
+
+
+def _checkpointing(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe's arguments of activation checkpointing without what needs a GPU."""
+    asked = given.get("activation_checkpointing_kwargs")
+    kept = {name: value for name, value in (asked or {}).items() if name != "offload"}
+    return {} if asked is None else {"activation_checkpointing_kwargs": kept or None}
 
 
 def _without_schedule(adapter: AdapterSection) -> AdapterSection:
     kept = {name: value for name, value in adapter.arguments.items() if name not in SCHEDULE}
     return adapter.model_copy(update={"arguments": kept}) if len(kept) < len(adapter.arguments) else adapter
+
+
+def _dtype(recipe: Recipe) -> str:
+    """The format of a CPU, or that of weights that are trained as they are."""
+    return "bfloat16" if recipe.adapter.dtype == "bfloat16" else "auto"
 
 
 def _quantization(asked: QuantizationSection | None) -> QuantizationSection | None:

@@ -1,9 +1,9 @@
 """Adapter targets held against the names of the model's modules."""
 
-import difflib
 from collections.abc import Iterable, Mapping, Sequence
 
 from peftcli.errors import RecipeError
+from peftcli.nearest import nearest_names
 from peftcli.plan.facts import ModelFacts
 from peftcli.plan.places import BLOCK
 
@@ -94,5 +94,5 @@ def of_head(module: str, facts: ModelFacts) -> bool:
 
 
 def _nearest(wanted: list[str], known: list[str]) -> list[str]:
-    near = [name for word in wanted for name in difflib.get_close_matches(word, known, n=3, cutoff=0.4)]
+    near = [name for word in wanted for name in nearest_names(word, known, most=3, least=0.4)]
     return list(dict.fromkeys(near)) or known[:12]

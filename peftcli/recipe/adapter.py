@@ -76,6 +76,12 @@ def _check_fields(method: Method, given: Mapping[str, Any], tree: Tree, problems
         if value is not None and why is not None:
             text = f"adapter.{key} does nothing with {method.name}, which {why}; remove it"
             problems.add(tree.place(("adapter", key)), text)
+    if given.get("dtype") == "bfloat16" and method.targets != "whole":
+        text = (
+            f"adapter.dtype: bfloat16 is for methods that train the model's own weights, and {method.name} adds few of "
+            "its own, whose float32 costs little; remove it, or set adapter.method: full or freeze"
+        )
+        problems.add(tree.place(("adapter", "dtype")), text)
     _check_choice(method, given, tree, problems)
 
 

@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field, PlainSerializer, PlainValidator, mo
 
 from peftcli.methods.method import CORE
 from peftcli.methods.table import METHODS
-from peftcli.recipe.fields import freeze_mapping, freeze_names, read_method
+from peftcli.recipe.fields import freeze_mapping, freeze_names, read_method, read_trained_dtype
 from peftcli.recipe.section import Section
 from peftcli.recipe.select_section import SelectSection, read_layers, read_target_modules
 
@@ -42,6 +42,9 @@ class AdapterSection(Section):
     """Modules trained whole and stored with the adapter."""
     init_from: Annotated[str, Field(min_length=1)] | None = None
     """Run or adapter whose weights the training starts from; absolute once loaded."""
+    dtype: Annotated[Literal["float32", "bfloat16"], BeforeValidator(read_trained_dtype)] = "float32"
+    """Format of the trained weights, their gradients and, with torch's optimizers, their state; `bfloat16` trains whole
+    weights without a float32 copy, and loses updates that are small beside the weight."""
     bias: Literal["none"] = "none"
     """Bias vectors are not trained: with them, switching the adapter off would not give the base back."""
     arguments: Annotated[Mapping[str, Any], PlainValidator(freeze_mapping), PlainSerializer(dict)] = Field(

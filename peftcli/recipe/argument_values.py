@@ -1,5 +1,6 @@
 """Values of arguments of the installed libraries, held against what their source says may stand there."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from peftcli.recipe.installed import Argument
@@ -15,6 +16,7 @@ _KIND_WORDS = {
     "list": "a list",
     "none": "null",
 }
+_LIMIT_WORDS = {">": "greater than", ">=": "at least", "<": "less than", "<=": "at most"}
 
 
 def kind_fault(argument: Argument, value: Any) -> str | None:
@@ -37,6 +39,19 @@ def kind_fault(argument: Argument, value: Any) -> str | None:
     words = [_KIND_WORDS[kind] for kind in order]
     hint = next((hint for kind in order if (hint := type_hint(kind, value))), "")
     return f"must be {choice_text(words)}{hint}"
+
+
+def limit_fault(value: Any, limits: Sequence[tuple[str, float]]) -> str | None:
+    """Whether a number is not finite or outside of limits such as `(">", 0)`; None for what is no number."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    if value != value or value in (float("inf"), float("-inf")):
+        return "must be a finite number"
+    for sign, limit in limits:
+        held = {">": value > limit, ">=": value >= limit, "<": value < limit, "<=": value <= limit}[sign]
+        if not held:
+            return f"must be {_LIMIT_WORDS[sign]} {limit:g}"
+    return None
 
 
 def nested_fault(value: Any) -> str | None:

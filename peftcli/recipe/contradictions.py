@@ -49,11 +49,26 @@ def find_contradictions(tree: Tree, problems: Problems) -> None:
         _check_dataset(dataset, tree, problems)
     _check_model(tree, problems)
     _check_quantization(tree, problems)
+    _check_dtype(tree, problems)
     find_idle_keys(tree, problems)
     _check_labels(tree, problems)
     _check_retention(tree, problems)
     find_undivided(tree, problems)
     find_untested(tree, problems)
+
+
+def _check_dtype(tree: Tree, problems: Problems) -> None:
+    """Report whole weights in bfloat16 beside a base that cannot hold them."""
+    path: KeyPath = ("adapter", "dtype")
+    if tree.get("adapter", "dtype") != "bfloat16" or path in tree.spoiled:
+        return
+    base = tree.get("model", "dtype")
+    if base in ("float16", "float32"):
+        text = f"adapter.dtype: bfloat16 trains the model's own weights, and model.dtype is {base}; set it to bfloat16"
+        problems.add(tree.place(path), text)
+    if tree.get("quantization") is not None:
+        text = "adapter.dtype: bfloat16 would round the weights that are unpacked from the quantized base; remove one"
+        problems.add(tree.place(path), text)
 
 
 def _check_dataset(dataset: dict[str, Any], tree: Tree, problems: Problems) -> None:

@@ -139,6 +139,7 @@ def _path_holders(values: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any],
         (("dataset", "test", "path"), dataset.get("test")),
         (("evaluation", "retention"), values.get("evaluation")),
         (("adapter", "init_from"), values.get("adapter")),
+        (("trainer", "deepspeed"), values.get("trainer")),
     ]
     for name in ("sources", "join"):
         holders += [(("dataset", name, i, "path"), item) for i, item in enumerate(dataset.get(name, []))]

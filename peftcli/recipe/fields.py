@@ -13,8 +13,8 @@ from pydantic_core import PydanticCustomError
 
 from peftcli.methods.left_out import LEFT_OUT
 from peftcli.methods.table import METHODS
+from peftcli.nearest import nearest
 from peftcli.recipe.foreign import METHOD_WORDS
-from peftcli.recipe.problems import nearest
 from peftcli.recipe.template import template_columns
 from peftcli.recipe.values import parse_duration
 
@@ -42,6 +42,16 @@ def freeze_names(value: Any) -> tuple[str, ...]:
         raise wrong("must hold at least one name")
     _no_double(names)
     return tuple(names)
+
+
+def read_trained_dtype(value: Any) -> Any:
+    """Refuse float16 for trained weights, with the reason; the field checks the rest."""
+    if value in ("float16", "fp16"):
+        raise wrong(
+            "float16 weights cannot be trained: the gradient scaler of torch refuses gradients of float16, since "
+            "the small ones become zero; set float32, or bfloat16 on a GPU of sm_80 or later"
+        )
+    return value
 
 
 def read_targets(value: Any) -> tuple[str, ...] | str | None:

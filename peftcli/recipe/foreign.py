@@ -28,6 +28,7 @@ _BY_KEY: dict[str, str] = {
     "adapter.modules_to_save": "lora_modules_to_save additional_target",
     "adapter.use_rslora": "lora_use_rslora peft_use_rslora rslora",
     "adapter.use_dora": "lora_use_dora peft_use_dora dora",
+    "adapter.dtype": "pure_bf16 bf16_pure adapter_dtype lora_dtype autocast_adapter_dtype",
     "adapter.bias": "lora_bias",
     "dataset": "data datasets train_dataset",
     "dataset.path": "data_path train_file data_file data_files dataset_path train_data train_path file",

@@ -1,6 +1,7 @@
 """The `gates` section: names of figures, each with a limit."""
 
-from peftcli.recipe.problems import Problems, nearest, printable, show
+from peftcli.nearest import nearest
+from peftcli.recipe.problems import Problems, printable, show
 from peftcli.recipe.values import AVERAGED_FIGURES, GATE_NAMES, Gate, parse_gate
 from peftcli.recipe.yaml_text import Tree
 

@@ -62,8 +62,18 @@ def class_fields(path: Path, name: str) -> Iterator[ast.AnnAssign]:
             yield node
 
 
+def class_arguments(package: str, file: str, name: str) -> dict[str, Argument]:
+    """The fields of a class of an installed package by name; empty where it is not there."""
+    folder, transformers = package_folder(package), package_folder("transformers")
+    if folder is None or transformers is None:
+        return {}
+    found = [_argument(field, transformers) for field in class_fields(folder / file, name)]
+    return {argument.name: argument for argument in found}
+
+
 @cache
-def _text(path: Path) -> str:
+def source_text(path: Path) -> str:
+    """The text of a source file; empty where it cannot be read."""
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
@@ -72,10 +82,10 @@ def _text(path: Path) -> str:
 
 def class_body(path: Path, name: str) -> list[ast.stmt]:
     """The statements of a class up to its first method; empty when the file or the class is not there."""
-    head = re.search(rf"^class {name}\b.*?:\n", _text(path), re.MULTILINE | re.DOTALL)
+    head = re.search(rf"^class {name}\b.*?:\n", source_text(path), re.MULTILINE | re.DOTALL)
     if head is None:
         return []
-    rest = _text(path)[head.start() :]
+    rest = source_text(path)[head.start() :]
     end = re.search(r"\n(?=    def |    @|[^\s#])", rest)
     try:
         (node,) = ast.parse(rest[: end.start()] if end else rest).body

@@ -7,6 +7,7 @@ from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
+from peftcli.nearest import nearest
 from peftcli.recipe.foreign import FOREIGN_NAMES, FOREIGN_VALUES
 from peftcli.recipe.installed import installed_arguments
 from peftcli.recipe.problems import (
@@ -15,7 +16,6 @@ from peftcli.recipe.problems import (
     choice_text,
     dotted,
     hide_secrets,
-    nearest,
     printable,
     show,
 )
@@ -44,7 +44,7 @@ _BOUNDS = {
 
 
 def add_schema_problems(error: ValidationError, tree: Tree, problems: Problems) -> None:
-    """Add each finding of pydantic, at its line; nothing more about values that were refused already."""
+    """Add each finding of pydantic, at its line; nothing more about values that were refused, in whole or in part."""
     for item in error.errors(include_url=False):
         path: KeyPath = tuple(item["loc"])
         if any(path[:end] in tree.spoiled for end in range(1, len(path) + 1)):
@@ -54,7 +54,7 @@ def add_schema_problems(error: ValidationError, tree: Tree, problems: Problems) 
                 problems.add(tree.place(path), f"{dotted(path)} is missing{_example(path)}")
         elif item["type"] == "extra_forbidden":
             problems.add(tree.place(path), unknown_key(path))
-        else:
+        elif not any(spoiled[: len(path)] == path for spoiled in tree.spoiled):
             problems.add(tree.place(path), _sentence(item, path, tree))
 
 
@@ -99,7 +99,7 @@ def _meant(section: tuple[str, ...], word: str, beside: Sequence[str]) -> str | 
         return _join(own, near)
     everywhere = {key: _join(home, key) for home in reversed(keys) for key in keys[home]}
     everywhere |= {key: f"trainer.{key}" for key in arguments if key not in everywhere}
-    near = nearest(plain, everywhere, cutoff=0.8)
+    near = nearest(plain, everywhere, least=0.8)
     return everywhere[near] if near is not None else None
 
 

@@ -13,6 +13,7 @@ _PATH_KEYS: tuple[tuple[str, ...], ...] = (
     ("model", "chat_template"),
     ("evaluation", "retention"),
     ("adapter", "init_from"),
+    ("trainer", "deepspeed"),
 )
 
 
@@ -29,9 +30,8 @@ def resolve_paths(tree: Tree, recipe: Path, problems: Problems) -> frozenset[str
         rows = tree.get("dataset", name)
         keys += [("dataset", name, index, "path") for index in range(len(rows) if isinstance(rows, list) else 0)]
     stages = tree.get("stages")
-    keys += [
-        ("stages", index, "adapter", "init_from") for index in range(len(stages) if isinstance(stages, list) else 0)
-    ]
+    for index in range(len(stages) if isinstance(stages, list) else 0):
+        keys += [("stages", index, "adapter", "init_from"), ("stages", index, "trainer", "deepspeed")]
     name = tree.get("model", "name")
     if isinstance(name, str) and _is_local(name, folder):
         keys.append(("model", "name"))
@@ -40,6 +40,8 @@ def resolve_paths(tree: Tree, recipe: Path, problems: Problems) -> frozenset[str
         value = holder.get(path[-1]) if holder is not None else None
         if holder is None or not isinstance(value, str) or not value:
             continue
+        if path[-1] == "deepspeed" and value.startswith("{"):
+            continue  # the configuration itself
         if path == ("model", "chat_template") and ("{%" in value or "{{" in value):
             text = "model.chat_template is a template; it takes the path of a file that holds one"
             problems.add(tree.place(path), text)

@@ -1,6 +1,5 @@
 """Problems of a recipe: collected with their places, told together, in plain words."""
 
-import difflib
 import json
 import re
 from collections.abc import Iterable, Sequence
@@ -11,6 +10,9 @@ from peftcli.errors import RecipeError
 
 Where = int | str  # a line of the file, or the `--set section.key` that brought the value
 KeyPath = tuple[str | int, ...]
+
+MOST_SHOWN = 10
+"""Problems that are written out; one mistake may be behind all of the others."""
 
 _SECRET = re.compile(
     r"(?<![A-Za-z0-9])(?:hf_[A-Za-z0-9]{20,}|sk-(?:[a-z]+[0-9]*-)*[A-Za-z0-9_]{20,}[A-Za-z0-9_-]*"
@@ -31,20 +33,19 @@ class Problems:
     """The problems and notices of one recipe, with the file's name as the user gave it."""
 
     file: str
-    found: list[Problem] = field(default_factory=list)
-    noted: list[Problem] = field(default_factory=list)
+    found: dict[Problem, None] = field(default_factory=dict)
+    "In the order in which they were found, each once."
+    noted: dict[Problem, None] = field(default_factory=dict)
     overrides: list[str] = field(default_factory=list)
     "The places that are no lines, in the order they were given."
 
     def add(self, where: Where, text: str) -> None:
         """Keep a problem; the same one twice is kept once."""
-        problem = Problem(where, text)
-        if problem not in self.found:
-            self.found.append(problem)
+        self.found[Problem(where, text)] = None
 
     def note(self, where: Where, text: str) -> None:
-        """Keep a notice: nothing is wrong, but the user should know."""
-        self.noted.append(Problem(where, text))
+        """Keep a notice: nothing is wrong, but the user should know. The same one twice is kept once."""
+        self.noted[Problem(where, text)] = None
 
     def place(self, where: Where) -> str:
         """The front of a message: `recipe.yaml:4`, or the `--set` as it is."""
@@ -55,7 +56,7 @@ class Problems:
         return tuple(self._lines(self.noted))
 
     def raise_if_any(self) -> None:
-        """Raise all problems as one error, in the order of the file.
+        """Raise the problems as one error, in the order of the file, the first of them in full.
 
         Raises:
             RecipeError: there is at least one problem.
@@ -65,7 +66,8 @@ class Problems:
             raise RecipeError(lines[0])
         if lines:
             head = f"{self.file} has {len(lines)} problems"
-            raise RecipeError("\n  ".join([head, *lines]))
+            more = [f"and {len(lines) - MOST_SHOWN} more"] if len(lines) > MOST_SHOWN else []
+            raise RecipeError("\n  ".join([head, *lines[:MOST_SHOWN], *more]))
 
     def _lines(self, problems: Iterable[Problem]) -> list[str]:
         def order(problem: Problem) -> tuple[bool, int]:
@@ -122,20 +124,6 @@ def choice_text(choices: Sequence[str]) -> str:
     if len(choices) < 2:
         return "".join(choices)
     return f"{', '.join(choices[:-1])} or {choices[-1]}"
-
-
-def nearest(word: str, names: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """The name that looks most like the word, or None when none comes near.
-
-    >>> nearest("learnin_rate", ["learning_rate", "max_steps"])
-    'learning_rate'
-    """
-    plain = word.lower().replace("-", "_")
-    known = list(names)
-    if plain in known:
-        return plain
-    found = difflib.get_close_matches(plain[:80], known, n=1, cutoff=cutoff)
-    return found[0] if found else None
 
 
 def is_secret(text: str) -> bool:

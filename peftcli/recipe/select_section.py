@@ -4,8 +4,8 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from peftcli.nearest import nearest
 from peftcli.recipe.fields import freeze_names, read_targets, wrong
-from peftcli.recipe.problems import nearest
 from peftcli.recipe.section import Section
 
 EXAMPLE = "{select: gradient, batches: 8, budget: 0.5%}"

@@ -13,7 +13,7 @@ DIVIDED = ("lora",)
 """Methods whose own weights stand beside those of the base and need none of them whole."""
 BESIDE = frozenset(
     [
-        *("method", "r", "alpha", "dropout", "bias", "use_rslora", "target_modules", "layers", "init_from"),
+        *("method", "r", "alpha", "dropout", "bias", "use_rslora", "target_modules", "layers", "init_from", "dtype"),
         *("alpha_pattern", "exclude_modules", "init_lora_weights", "loraplus_lr_ratio", "rank_pattern"),
     ]
 )

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from peftcli.errors import RecipeError
-from peftcli.recipe.problems import Problems, Where, hide_secrets, nearest, printable
+from peftcli.nearest import nearest
+from peftcli.recipe.problems import Problems, Where, hide_secrets, printable
 from peftcli.recipe.yaml_text import Tree, parse_yaml
 
 MAX_BYTES = 1_000_000
@@ -102,9 +103,8 @@ def _nearest_file(path: Path) -> str:
         names = [entry.name for entry in path.parent.iterdir() if entry.suffix in (".yaml", ".yml")]
     except (OSError, ValueError):
         return f"; there is no folder {printable(str(path.parent), 300)} either"
-    lowered = {name.lower(): name for name in sorted(names)}
-    near = nearest(path.name, lowered)
-    return f"; did you mean {path.parent / lowered[near]}?" if near else ""
+    near = nearest(path.name, sorted(names))
+    return f"; did you mean {path.parent / near}?" if near else ""
 
 
 def _stop(problems: Problems, where: Where, text: str) -> NoReturn:

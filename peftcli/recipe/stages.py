@@ -52,7 +52,7 @@ def _stage(number: int, stage: Any, tree: Tree, trainer: Mapping[str, Any], prob
     if not isinstance(stage, dict):
         return stage
     part = _tree_of(number, stage, tree)
-    given = {**trainer, **read_trainer(part, problems)}
+    given = {**trainer, **read_trainer(part, problems, trainer)}
     checked: dict[str, Any] = {"trainer": given} if "trainer" in stage else {}
     return {**stage, **checked, **read_adapter(part, given, problems)}
 

@@ -21,7 +21,6 @@ _NO_USE: dict[tuple[str, ...], str] = {
         for name in (
             "pad_to_multiple_of",
             "shuffle_dataset",
-            "truncation_mode",
             "use_liger_kernel",
         )
     },

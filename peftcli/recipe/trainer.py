@@ -1,22 +1,40 @@
 """The `trainer` section: arguments of the installed SFTConfig, checked and translated to its names."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from peftcli.recipe.argument_values import kind_fault, nested_fault
+from peftcli.nearest import nearest
+from peftcli.recipe.argument_values import kind_fault, limit_fault, nested_fault
 from peftcli.recipe.foreign import FOREIGN_NAMES
 from peftcli.recipe.installed import Argument, installed_arguments
 from peftcli.recipe.messages import type_hint
-from peftcli.recipe.problems import KeyPath, Problems, Where, dotted, nearest, show
-from peftcli.recipe.trainer_names import BOUNDS, DROP, OWNED, REMOVED, RENAMED, RENAMED_VALUES, WHOLE_FROM_ONE
+from peftcli.recipe.problems import KeyPath, Problems, Where, choice_text, dotted, show
+from peftcli.recipe.tasks import CAUSAL
+from peftcli.recipe.trainer_names import (
+    BOUNDS,
+    DROP,
+    IDLE,
+    MOVED,
+    OWNED,
+    PRECISION,
+    REMOVED,
+    RENAMED,
+    RENAMED_VALUES,
+    WHOLE_FROM_ONE,
+)
+from peftcli.recipe.trainer_together import deprecations, implied, together_faults
+from peftcli.recipe.trainer_values import read_json_text, value_fault
 from peftcli.recipe.yaml_text import Tree
 
-_BOUND_WORDS = {">": "greater than", ">=": "at least", "<": "less than", "<=": "at most"}
 
-
-def read_trainer(tree: Tree, problems: Problems) -> dict[str, Any]:
+def read_trainer(tree: Tree, problems: Problems, under: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Check the section and return its arguments under the installed names.
 
-    `max_seq_length` moves to the dataset section of the tree.
+    An argument that is a key of another section moves there, in the tree.
+
+    Args:
+        under: for a stage, the checked arguments of the recipe's own section, over which its own are laid. Nothing of a
+            stage may move to what all stages share.
     """
     section = tree.values.get("trainer")
     if "trainer" not in tree.values or ("trainer",) in tree.spoiled:
@@ -29,17 +47,19 @@ def read_trainer(tree: Tree, problems: Problems) -> dict[str, Any]:
             text if empty else f"trainer must be a section of keys, not {show(section)}",
         )
         return {}
-    return _Section(tree, problems).read(section)
+    return _Section(tree, problems, under).read(section)
 
 
 class _Section:
     """One walk over the section: where each argument went, and from which line."""
 
-    def __init__(self, tree: Tree, problems: Problems) -> None:
-        self.tree, self.problems = tree, problems
+    def __init__(self, tree: Tree, problems: Problems, under: Mapping[str, Any] | None) -> None:
+        self.tree, self.problems, self.under = tree, problems, under
+        self.of_stage = under is not None
         self.installed = installed_arguments()
         self.arguments: dict[str, Any] = {}
         self.source: dict[str, str] = {}
+        self.refused: set[str] = set()
 
     def read(self, section: dict[str, Any]) -> dict[str, Any]:
         if self.installed is None and section:
@@ -48,17 +68,23 @@ class _Section:
         for name, value in section.items():
             if ("trainer", name) not in self.tree.spoiled:
                 self._take(name, value)
+        if not self.of_stage:
+            whole = [name for name in PRECISION if name in section and ("trainer", name) not in self.tree.spoiled]
+            self._move_precision({name: section[name] for name in whole})
         self._check_together()
         return self.arguments
 
     def _where(self, *name: str) -> Where:
         return self.tree.place(("trainer", *name))
 
+    def _place(self, path: KeyPath) -> Where:
+        """Where a key stands, or the nearest one above it, under the name that the recipe gave it."""
+        name = str(path[0])
+        return self.tree.place(("trainer", self.source.get(name, name), *path[1:]))
+
     def _take(self, name: str, value: Any) -> None:
         if name in OWNED:
-            self.problems.add(self._where(name), f"trainer.{name} is not set here: {OWNED[name]}")
-        elif name == "max_seq_length":
-            self._move_length(value)
+            self._take_owned(name, value)
         elif self.installed is None:
             self._set(name, value, name)
         elif name in RENAMED and RENAMED[name].new in self.installed:
@@ -70,18 +96,60 @@ class _Section:
         else:
             self.problems.add(self._where(name), self._unknown(name, self.installed))
 
-    def _move_length(self, value: Any) -> None:
-        path = ("dataset", "max_length")
-        where = self._where("max_seq_length")
-        dataset = self.tree.values.get("dataset")
-        if path in self.tree.places:
-            self.problems.add(
-                where,
-                f"trainer.max_seq_length is now dataset.max_length ({self._at(path)}); keep that one",
-            )
-        elif isinstance(dataset, dict):
-            self.problems.note(where, f"trainer.max_seq_length is now dataset.max_length; {show(value)} is used")
-            self.tree.put(path, value, where)
+    def _take_owned(self, name: str, value: Any) -> None:
+        """Take an argument that another section has: moved there, dropped, or refused."""
+        if _is_one_of(value, IDLE.get(name, ())):
+            text = f"trainer.{name}: {show(value)} is dropped: it asks for what happens anyway"
+            self.problems.note(self._where(name), text)
+        elif self.of_stage and (name in MOVED or name in PRECISION):
+            text = f"trainer.{name} is not set in a stage, since all stages share it: {OWNED[name]}"
+            self.problems.add(self._where(name), text)
+        elif name == "report_to" and value == "all":
+            self._refuse(name, ", which takes the names of the trackers")
+        elif name in MOVED:
+            self._move(name, MOVED[name], _trackers(value) if name == "report_to" else value)
+        elif name not in PRECISION:
+            self._refuse(name)
+
+    def _refuse(self, name: str, more: str = "") -> None:
+        self.problems.add(self._where(name), f"trainer.{name} is not set here: {OWNED[name]}{more}")
+
+    def _move(self, name: str, home: tuple[str, ...], value: Any) -> None:
+        """Move a value to the key that has its meaning, unless that key says something else."""
+        where = self._where(name)
+        section = self.tree.get(*home[:-1])
+        missing = section is None and home[0] in ("model", "dataset")
+        if home in self.tree.spoiled or missing or (section is not None and not isinstance(section, dict)):
+            return  # what is wrong there is reported there
+        key, there = dotted(home), self.tree.get(*home)
+        if home not in self.tree.places:
+            self.tree.put(home, value, where)
+            self.problems.note(where, f"trainer.{name} is taken as {key}: {show(value)}")
+        elif there == value:
+            self.problems.note(where, f"trainer.{name} repeats {key} ({self._at(home)}) and is dropped")
+        else:
+            text = f"trainer.{name} = {show(value)} contradicts {key} = {show(there)} ({self._at(home)}); keep {key}"
+            self.problems.add(where, text)
+
+    def _move_precision(self, given: dict[str, Any]) -> None:
+        """Move `bf16` or `fp16`; one that is off needs a dtype chosen elsewhere: `auto` might take just that."""
+        for name, value in given.items():
+            if not isinstance(value, bool):
+                text = f"must be true or false{type_hint('bool', value)}; or {OWNED[name]}"
+                self.problems.add(self._where(name), f"trainer.{name} = {show(value)}: {text}")
+                return
+        if all(given.values()) and len(given) > 1:
+            self.problems.add(self._where("fp16"), "trainer.bf16 and trainer.fp16 exclude each other; keep one")
+            return
+        for name in (name for name, on in given.items() if on):
+            self._move(name, ("model", "dtype"), PRECISION[name])
+        chosen = self.tree.get("model", "dtype")
+        for name in (name for name, on in given.items() if not on):
+            if chosen in (None, "auto", PRECISION[name]):
+                others = [dtype for dtype in (*PRECISION.values(), "float32") if dtype != PRECISION[name]]
+                self._refuse(name, f": {choice_text(others)}")
+            else:
+                self.problems.note(self._where(name), f"trainer.{name}: false is dropped: model.dtype is {chosen}")
 
     def _rename(self, name: str, value: Any) -> None:
         rule = RENAMED[name]
@@ -105,7 +173,7 @@ class _Section:
 
     def _drop(self, name: str, value: Any) -> None:
         rule = REMOVED[name]
-        if any(type(value) is type(harmless) and value == harmless for harmless in rule.harmless):
+        if _is_one_of(value, rule.harmless):
             self.problems.note(self._where(name), f"trainer.{name} is gone and is dropped: {rule.mend}")
         else:
             self.problems.add(self._where(name), f"trainer.{name} = {show(value)} is gone: {rule.mend}")
@@ -121,9 +189,11 @@ class _Section:
         if renamed is not None:
             self.problems.note(where, f"trainer.{name} = {show(value)} is now {renamed}; {renamed} is used")
             value = renamed
+        value = read_json_text(name, value)
         fault = _fault(self.installed[name], value) if self.installed is not None else nested_fault(value)
         if fault is not None:
             self.problems.add(where, f"trainer.{given} = {show(value)}: {fault}")
+            self.refused.add(name)
             return False
         self.arguments[name] = value
         return True
@@ -156,8 +226,19 @@ class _Section:
         return f"trainer.{dotted((name,))} is not a training argument of the installed trl; {mend}"
 
     def _check_together(self) -> None:
+        if self.installed is None:
+            return
+        below = self.under or {}
+        self.arguments |= implied({**below, **self.arguments})
+        asked = {**below, **self.arguments}
+        if self.under is not None or not _all_stages_have_their_own(self.tree):
+            for path, text in together_faults(asked):
+                if not any(name in text for name in self.refused):  # whose value it cannot know
+                    self.problems.add(self._place(path), text)
+        for path, text in deprecations(self.arguments, self.tree.get("model", "task") or CAUSAL):
+            self.problems.note(self._place(path), text)
         warmup = self.arguments.get("warmup_steps", 0)
-        if self.arguments.get("lr_scheduler_type") == "constant" and warmup:
+        if asked.get("lr_scheduler_type") == "constant" and warmup:
             self.problems.note(
                 self._where(self.source["warmup_steps"]),
                 "trainer.lr_scheduler_type: constant has no warm-up, so warmup_steps does nothing; "
@@ -165,22 +246,36 @@ class _Section:
             )
 
 
+def _trackers(value: Any) -> Any:
+    """The value of `report_to` as the list that `report.trackers` takes."""
+    names = [value] if isinstance(value, str) else [] if value is None else value
+    return [name for name in names if name != "none"] if isinstance(names, list) else names
+
+
+def _is_one_of(value: Any, others: Sequence[Any]) -> bool:
+    return any(type(value) is type(other) and value == other for other in others)
+
+
 def _fault(argument: Argument, value: Any) -> str | None:
     """What is wrong with the value of an argument, or None."""
-    return kind_fault(argument, value) or _bound_fault(argument.name, value) or nested_fault(value)
+    return (
+        kind_fault(argument, value)
+        or _bound_fault(argument.name, value)
+        or nested_fault(value)
+        or value_fault(argument.name, value)
+    )
 
 
 def _bound_fault(name: str, value: Any) -> str | None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    if value != value or value in (float("inf"), float("-inf")):
-        return "must be a finite number"
-    if name == "max_steps" and value < 1 and value != -1:
+    if name == "max_steps" and value is not None and value < 1 and value != -1:
         return "must be at least 1, or -1 for no limit"
-    for sign, limit in BOUNDS.get(name, ()):
-        held = {">": value > limit, ">=": value >= limit, "<": value < limit, "<=": value <= limit}[sign]
-        if not held:
-            return f"must be {_BOUND_WORDS[sign]} {limit:g}"
-    if name in WHOLE_FROM_ONE and value >= 1 and value != int(value):
+    fault = limit_fault(value, BOUNDS.get(name, ()))
+    if fault is None and name in WHOLE_FROM_ONE and value is not None and value >= 1 and value != int(value):
         return "must be a share of the steps below 1, or a whole number of steps"
-    return None
+    return fault
+
+
+def _all_stages_have_their_own(tree: Tree) -> bool:
+    """Whether no stage trains with the recipe's own section alone, so that it need not be whole."""
+    stages = tree.get("stages")
+    return isinstance(stages, list) and all(isinstance(one, dict) and "trainer" in one for one in stages)

@@ -97,6 +97,7 @@ OWNED: Mapping[str, str] = {
     "restore_callback_states_from_checkpoint": _ALWAYS,
     "logging_nan_inf_filter": "a loss that is not finite must be seen; remove it",
     "max_length": "write dataset.max_length",
+    "max_seq_length": "write dataset.max_length",
     "dataset_text_field": "write dataset.text (a template) or dataset.columns.text (a column)",
     "dataset_kwargs": "peftcli prepares the rows; remove it",
     "dataset_num_proc": "peftcli prepares the rows; remove it",
@@ -105,6 +106,7 @@ OWNED: Mapping[str, str] = {
     "remove_unused_columns": "peftcli prepares the rows; remove it",
     "label_names": "peftcli prepares the rows; remove it",
     "eos_token": "set model.eos_token; generation and the merged model use it too",
+    "truncation_mode": "peftcli cuts the rows, as dataset.too_long says; remove it",
     "pad_token": "peftcli chooses the padding token; remove it",
     "chat_template_path": "write model.chat_template",
     "model_init_kwargs": "write the model section (dtype, attention, revision)",
@@ -152,6 +154,43 @@ OWNED: Mapping[str, str] = {
     ),
 }
 
+MOVED: Mapping[str, tuple[str, ...]] = {
+    "seed": ("seed",),
+    "output_dir": ("output_dir",),
+    "run_name": ("name",),
+    "report_to": ("report", "trackers"),
+    "max_length": ("dataset", "max_length"),
+    "max_seq_length": ("dataset", "max_length"),
+    "eos_token": ("model", "eos_token"),
+    "per_device_eval_batch_size": ("evaluation", "batch_size"),
+    "per_gpu_eval_batch_size": ("evaluation", "batch_size"),
+}
+"""Arguments with the same meaning as one key of the recipe, which takes their value over.
+
+Not among them are those that mean something else there: a relative `chat_template_path` starts at another folder and
+may be a tokenizer, `dataset_text_field` is ignored for chats, `data_seed` shuffles epochs and not the split, and
+`eval_on_start` is off by default. `trust_remote_code` must be read beside the model that it trusts.
+"""
+PRECISION: Mapping[str, str] = {"bf16": "bfloat16", "fp16": "float16"}
+"""Switches that choose `model.dtype` when they are on."""
+
+_NOT_GIVEN = (None, False)
+IDLE: Mapping[str, tuple[Any, ...]] = {
+    **{name: _NOT_GIVEN for name, text in OWNED.items() if text == _HUB},
+    **dict.fromkeys(("output_dir", "run_name", "eos_token", "data_seed", "logging_dir", "label_names"), (None,)),
+    **dict.fromkeys(("resume_from_checkpoint", "trust_remote_code", "overwrite_output_dir"), _NOT_GIVEN),
+    **dict.fromkeys(("bf16_full_eval", "fp16_full_eval", "save_only_model", "ignore_data_skip"), (False,)),
+    "disable_tqdm": _NOT_GIVEN,
+    "log_level": ("passive",),
+    "local_rank": (-1,),
+    "do_train": (True,),
+    "do_eval": (True,),
+    "do_predict": (False,),
+    "fsdp": (None, False, "", []),
+    "fsdp_config": (None,),
+}
+"""Values of arguments that belong to other sections which ask for what happens anyway."""
+
 BOUNDS: Mapping[str, tuple[tuple[str, float], ...]] = {
     "learning_rate": ((">", 0),),
     "num_train_epochs": ((">", 0),),
@@ -173,7 +212,7 @@ BOUNDS: Mapping[str, tuple[tuple[str, float], ...]] = {
     "eval_accumulation_steps": ((">=", 1),),
     "torch_empty_cache_steps": ((">=", 1),),
     "pad_to_multiple_of": ((">=", 1),),
-    "dataloader_num_workers": ((">=", 0),),
+    "dataloader_num_workers": ((">=", 0), ("<=", 1024)),  # each is a process
     "dataloader_prefetch_factor": ((">=", 1),),
     "ddp_timeout": ((">", 0),),
     "ddp_bucket_cap_mb": ((">", 0),),

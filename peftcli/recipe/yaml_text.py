@@ -1,19 +1,28 @@
 """YAML 1.2 text -> plain values with the line of each; refuses what a recipe never needs.
 
 PyYAML only splits the text into events: its own reading of scalars (YAML 1.1: `2e-4` is text, `no` is false),
-of double keys (the last wins), of tags and of aliases never runs.
+of duplicate keys (the last wins), of tags, of aliases and of merge keys never runs.
+
+Aliases (`*name`) and merge keys (`<<: *name`) are read within limits: the text becomes nodes, where an alias is the
+node that its anchor names, and only a document whose size and depth are known to be small is written out as values.
 """
 
 import re
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
-from peftcli.recipe.problems import KeyPath, Problems, Where, dotted, printable
+from peftcli.nearest import nearest
+from peftcli.recipe.problems import MOST_SHOWN, KeyPath, Problems, Where, dotted, printable
 
 MAX_DEPTH = 50
 MAX_DIGITS = 18
+MAX_ADDED = 1_000_000
+"""Characters that aliases may add to a recipe, as many as its file may have."""
+VALUE_SIZE = 16
+"""Characters that a value counts for besides its own, so that many empty values have a limit too."""
+MERGE = "<<"
 
 _INT = re.compile(r"[-+]?[0-9]+")
 _INT_BASE = re.compile(r"0o[0-7]+|0x[0-9a-fA-F]+")
@@ -41,7 +50,7 @@ class Tree:
     empty: set[KeyPath] = field(default_factory=set)
     "Keys with nothing after the colon: read as null, but a section so written deserves a question."
     spoiled: set[KeyPath] = field(default_factory=set)
-    "Values already refused (a tag, an alias, a secret): nothing more is said about them."
+    "Values already refused (a tag, an unknown alias, a secret): nothing more is said about them."
 
     def place(self, path: KeyPath) -> Where:
         """The place of a key, or of the nearest key above it that the recipe holds."""
@@ -123,26 +132,58 @@ def parse_yaml(text: str, problems: Problems, where: str | None = None) -> tuple
         mark = error.context_mark if at_end and error.context_mark else error.problem_mark
         problems.add(where or (mark.line + 1 if mark else 1), _syntax_text(error, one_line=where is not None))
         problems.raise_if_any()
-    return builder.value, builder.tree
+    return builder.finish()
+
+
+@dataclass(eq=False)
+class _Node:
+    """A value of the text with the place of each part; an alias is its anchor's node once more."""
+
+    value: Any = None
+    "Of a scalar."
+    parts: "dict[str, tuple[Where, _Node]] | list[tuple[Where, _Node]] | None" = None
+    "Of a mapping by key, or of a list, each with its place; None for a scalar."
+    size: int = VALUE_SIZE
+    "Characters, with those that aliases add."
+    height: int = 0
+    "Levels of mappings and lists."
+    open: bool = False
+    "Its end is not read yet, so an alias here would make it hold itself."
+    empty: bool = False
+    spoiled: bool = False
+    refused: set[str] = field(default_factory=set)
+    "Keys that were set twice or have a tag."
 
 
 @dataclass
 class _Frame:
-    value: Any
+    node: _Node
     path: KeyPath
+    begin: Where
     key: str | None = None
+    key_line: Where = 1
+    merges: bool = False
+    "The key is <<."
     lines: dict[str, int] = field(default_factory=dict)
+    "Of each key that was read."
+    merged: list[_Node] = field(default_factory=list)
 
 
 class _Builder:
-    """Builds values from YAML events with a stack of its own, so depth never costs Python's stack."""
+    """Builds nodes from YAML events with a stack of its own, and values from nodes that are known to be small."""
 
     def __init__(self, problems: Problems, where: str | None) -> None:
         self.problems, self.where = problems, where
-        self.value: Any = None
+        self.root: _Node | None = None
         self.tree = Tree()
         self.stack: list[_Frame] = []
+        self.anchors: dict[str, _Node] = {}
+        self.added = 0
         self.documents = 0
+
+    def finish(self) -> tuple[Any, Tree]:
+        """The value of the document, and a tree that holds its places only."""
+        return None if self.root is None else self._expand(self.root, ()), self.tree
 
     def take(self, event: Any) -> None:
         line = self.where or event.start_mark.line + 1
@@ -151,86 +192,153 @@ class _Builder:
             if self.documents > 1:
                 self._stop(line, "a second document starts here (---); a recipe is one document")
         elif isinstance(event, yaml.CollectionEndEvent):
-            self.stack.pop()
+            self._close(self.stack.pop())
         elif isinstance(event, yaml.NodeEvent):
             self._take_node(event, line)
 
     def _take_node(self, event: Any, line: Where) -> None:
         frame = self.stack[-1] if self.stack else None
-        if frame is not None and isinstance(frame.value, dict) and frame.key is None:
+        if frame is not None and isinstance(frame.node.parts, dict) and frame.key is None:
             self._take_key(event, line, frame)
             return
         path = self._path(frame)
-        if path:
-            self.tree.places.setdefault(path, line)
-        value = self._value(event, line, path)
-        if frame is None:
-            self.value = value
-        elif isinstance(frame.value, list):
-            frame.value.append(value)
-        else:
-            assert frame.key is not None
-            if frame.key in frame.value or frame.key == "<<":
-                self.tree.spoiled.add(path)
-            else:
-                frame.value[frame.key] = value
-            frame.key = None
-        if isinstance(value, dict | list) and isinstance(event, yaml.CollectionStartEvent):
-            self.stack.append(_Frame(value, path))
-            if len(self.stack) > MAX_DEPTH:
-                self._stop(line, f"nested more than {MAX_DEPTH} levels deep; a recipe needs four")
+        if isinstance(event, yaml.AliasEvent):
+            self._attach(self._alias(event, line), line)
+            return
+        node = self._node(event, line, path)
+        if event.anchor is not None:
+            self.anchors[event.anchor] = node
+        if node.parts is None:
+            self._attach(node, line)
+            return
+        self.stack.append(_Frame(node, path, line))
+        self._check_depth(0, line)
 
     def _take_key(self, event: Any, line: Where, frame: _Frame) -> None:
         if not isinstance(event, yaml.ScalarEvent):
             self._stop(line, "a key must be one word; put text that starts with { or [ in quotes")
         key = event.value
-        self._check_marks(event, line, (*frame.path, key))
+        if event.anchor is not None:
+            text = f"&{event.anchor} names a key; put the anchor behind the colon, where it names the value"
+            self.problems.add(line, printable(text, 120))
+        if event.tag is not None:
+            frame.node.refused.add(key)
+            self._refuse_tag(event.tag, line)
         name = dotted((*frame.path, key))
-        if key == "<<":
-            self.problems.add(line, "<< merges another mapping; a recipe is complete by itself: write the keys out")
-        elif key in frame.lines:
-            self.problems.add(line, f"{name} is set twice; the first is on line {frame.lines[key]}")
+        frame.key, frame.key_line = key, line
+        frame.merges = key == MERGE and event.style is None
+        if key in frame.lines:
+            mend = f"; the first is on line {frame.lines[key]}"
+            if frame.merges:
+                mend = "; give it a list, such as <<: [*one, *other]"
+            self.problems.add(line, f"{name} is set twice{mend}")
         else:
             self._check_text(key, line, name)
+            assert event.start_mark is not None  # a parsed event has one; its type is that of an emitted one too
             frame.lines[key] = event.start_mark.line + 1
-            self.tree.places[(*frame.path, key)] = line
-        frame.key = key
 
-    def _value(self, event: Any, line: Where, path: KeyPath) -> Any:
-        if isinstance(event, yaml.AliasEvent):
-            self._spoil(line, path, f"*{event.anchor} repeats another value; a recipe has no aliases: write it out")
-            return None
-        self._check_marks(event, line, path)
-        if isinstance(event, yaml.MappingStartEvent):
-            return {}
-        if isinstance(event, yaml.SequenceStartEvent):
-            return []
-        return self._scalar(event, line, path)
+    def _alias(self, event: Any, line: Where) -> _Node:
+        node = self.anchors.get(event.anchor)
+        if node is None:
+            # Only for what is shown: of many anchors and many unknown aliases each would be compared with each.
+            near = nearest(event.anchor, self.anchors) if len(self.problems.found) < MOST_SHOWN else None
+            mend = f"did you mean *{near}?" if near else f"write &{event.anchor} before the value that it stands for"
+            return self._spoilt(line, f"*{event.anchor} names no anchor above it; {mend}")
+        if node.open:
+            return self._spoilt(line, f"*{event.anchor} stands inside the value that it repeats; write that value out")
+        self._check_depth(node.height, line)
+        self.added += node.size
+        if self.added > MAX_ADDED:
+            self._stop(line, f"aliases make the recipe longer than {MAX_ADDED:,} characters; repeat less")
+        return node
 
-    def _scalar(self, event: Any, line: Where, path: KeyPath) -> Any:
+    def _attach(self, node: _Node, line: Where) -> None:
+        """Put a complete node where it belongs."""
+        if not self.stack:
+            self.root = node
+            return
+        frame = self.stack[-1]
+        above = frame.node
+        above.size += node.size
+        above.height = max(above.height, node.height + 1)
+        if isinstance(above.parts, list):
+            above.parts.append((line, node))
+            return
+        key, frame.key = frame.key, None
+        assert key is not None and above.parts is not None
+        above.size += len(key)
+        if frame.merges:
+            frame.merged += self._merge_sources(node, frame.key_line)
+        elif key in above.parts:
+            above.refused.add(key)
+        else:
+            above.parts[key] = (frame.key_line, node)
+
+    def _merge_sources(self, node: _Node, line: Where) -> list[_Node]:
+        sources = [part for _, part in node.parts] if isinstance(node.parts, list) else [node]
+        if not all(isinstance(source.parts, dict) or source.spoiled for source in sources):
+            self.problems.add(line, "<< takes a mapping, such as *name, or a list of mappings")
+        return [source for source in sources if isinstance(source.parts, dict)]
+
+    def _close(self, frame: _Frame) -> None:
+        """End a mapping or a list; a mapping takes the keys that it does not set itself from those it merges."""
+        node = frame.node
+        node.open = False
+        for source in frame.merged:  # of two that set the same key the first counts
+            assert isinstance(source.parts, dict) and isinstance(node.parts, dict)
+            for key, part in source.parts.items():
+                node.parts.setdefault(key, part)
+            node.refused |= source.refused
+        self._attach(node, frame.begin)
+
+    def _node(self, event: Any, line: Where, path: KeyPath) -> _Node:
+        tagged = event.tag is not None
+        if tagged:
+            self._refuse_tag(event.tag, line)
+        if isinstance(event, yaml.ScalarEvent):
+            node = self._scalar(event, line, path)
+        else:
+            parts: Any = {} if isinstance(event, yaml.MappingStartEvent) else []
+            node = _Node(parts=parts, height=1, open=True)
+        node.spoiled |= tagged
+        return node
+
+    def _scalar(self, event: Any, line: Where, path: KeyPath) -> _Node:
         text: str = event.value
         self._check_text(text, line, dotted(path))
+        size = VALUE_SIZE + len(text)
         if event.style is not None:
-            return text
+            return _Node(text, size=size)
         try:
             value = read_scalar(text)
         except ValueError as error:
-            self._spoil(line, path, f"{dotted(path)} is {error}")
-            return None
-        if text == "":
-            self.tree.empty.add(path)
+            return self._spoilt(line, f"{dotted(path)} is {error}")
         if isinstance(value, int) and not isinstance(value, bool) and re.match(r"[-+]?0[0-9]", text):
             self.problems.note(line, f"{dotted(path)} = {text} is read as {value}: YAML 1.2 takes no octal from a 0")
-        return value
+        return _Node(value, size=size, empty=text == "")
 
-    def _check_marks(self, event: Any, line: Where, path: KeyPath) -> None:
-        if event.anchor is not None:
-            text = f"&{event.anchor} names a value for later; a recipe has no anchors: write it out each time"
-            self.problems.add(line, f"{printable(text, 120)}")
-        tag = getattr(event, "tag", None)
-        if tag is not None:
-            shown = printable(tag.replace("tag:yaml.org,2002:", "!!"))
-            self._spoil(line, path, f"the tag {shown} is not read in a recipe; remove it")
+    def _expand(self, node: _Node, path: KeyPath) -> Any:
+        """The value of a node with all aliases written out, so that no two places share a part of it."""
+        self.tree.spoiled |= {(*path, key) for key in node.refused} | ({path} if node.spoiled else set())
+        if node.empty:
+            self.tree.empty.add(path)
+        if node.parts is None:
+            return node.value
+        mapping = isinstance(node.parts, dict)
+        found: dict[str | int, Any] = {}
+        for key, (where, part) in node.parts.items() if isinstance(node.parts, dict) else enumerate(node.parts):
+            below = (*path, key)
+            self.tree.places[below] = where
+            found[key] = self._expand(part, below)
+        return found if mapping else [*found.values()]
+
+    def _check_depth(self, height: int, line: Where) -> None:
+        if len(self.stack) + height > MAX_DEPTH:
+            self._stop(line, f"nested more than {MAX_DEPTH} levels deep; a recipe needs four")
+
+    def _refuse_tag(self, tag: str, line: Where) -> None:
+        shown = printable(tag.replace("tag:yaml.org,2002:", "!!"))
+        self.problems.add(line, f"the tag {shown} is not read in a recipe; remove it")
 
     def _check_text(self, text: str, line: Where, name: str) -> None:
         if "\0" in text or any("\ud800" <= c <= "\udfff" for c in text):
@@ -239,15 +347,16 @@ class _Builder:
     def _path(self, frame: _Frame | None) -> KeyPath:
         if frame is None:
             return ()
-        return (*frame.path, len(frame.value) if isinstance(frame.value, list) else frame.key or "")
+        return (*frame.path, len(frame.node.parts) if isinstance(frame.node.parts, list) else frame.key or "")
 
-    def _spoil(self, line: Where, path: KeyPath, text: str) -> None:
+    def _spoilt(self, line: Where, text: str) -> _Node:
         self.problems.add(line, text)
-        self.tree.spoiled.add(path)
+        return _Node(spoiled=True)
 
-    def _stop(self, line: Where, text: str) -> None:
+    def _stop(self, line: Where, text: str) -> NoReturn:
         self.problems.add(line, text)
         self.problems.raise_if_any()
+        raise AssertionError("a problem was just added")
 
 
 def _syntax_text(error: yaml.MarkedYAMLError, *, one_line: bool) -> str:

@@ -1,11 +1,9 @@
 """The stages of a run that was trained in several: what each trained, and what the model could do after it."""
 
-from typing import Any
-
 from peftcli.report.blocks import Section, table
 from peftcli.report.format import count, duration, share
 from peftcli.report.scores import primary_metric
-from peftcli.report.stages import Stages, figure, find, objects
+from peftcli.report.stages import Stages, figure, text
 
 
 def earlier_section(stages: Stages) -> Section | None:
@@ -21,7 +19,7 @@ def earlier_section(stages: Stages) -> Section | None:
         rows.append(
             (
                 name,
-                _method(plan),
+                text(plan, "adapter", "method"),
                 f"{count(trainable)} ({share(trainable, total)})",
                 count(figure(metrics, "train", "steps")),
                 duration(figure(metrics, "train", "seconds")),
@@ -32,8 +30,3 @@ def earlier_section(stages: Stages) -> Section | None:
     columns = ("Stage", "Method", "Trainable", "Steps", "Time", title)
     lead = "Each stage starts from the result of the one before; the base of the results is that of the first."
     return Section("stages", "Stages", (table(columns, rows, numeric=(2, 3, 4, 5)),), lead)
-
-
-def _method(plan: Any) -> str:
-    chosen = {str(row.get("key")): str(row.get("value")) for row in objects(plan, "decisions")}
-    return chosen.get("adapter.method") or str(find(plan, "adapter", "method") or "")

@@ -1,5 +1,6 @@
 """The head of the report: how the run ended, in one sentence, in a few figures and against its gates."""
 
+import shlex
 from typing import Any
 
 from peftcli.report.blocks import Gate, Tile, Tone
@@ -16,6 +17,7 @@ from peftcli.report.format import (
 )
 from peftcli.report.scores import BY_KEY, LOSS_OF, interval, primary_metric, rows_scored
 from peftcli.report.stages import Stages, figure, find, objects, text
+from peftcli.report.text import without_home
 
 STATUS: dict[str, tuple[str, Tone]] = {
     "finished": ("✓ finished", "good"),
@@ -33,8 +35,8 @@ def status(stages: Stages) -> tuple[str, Tone]:
 def subtitle(stages: Stages) -> str:
     """What was trained, in a few words."""
     chosen = {text(row, "key"): text(row, "value") for row in objects(stages.plan, "decisions")}
-    parts = [text(stages.plan, "model", "name"), text(stages.metrics, "task")]
-    parts += [chosen[key] for key in ("adapter.method", "model.dtype") if key in chosen]
+    parts = [text(stages.plan, "model", "name"), text(stages.metrics, "task"), text(stages.plan, "adapter", "method")]
+    parts.append(chosen.get("model.dtype", DASH))
     return " · ".join(part for part in parts if part != DASH)
 
 
@@ -49,8 +51,20 @@ def _ending(stages: Stages) -> str:
     if stages.metrics.get("status") == "diverged":
         return f"Training diverged after {count(steps)} steps: a loss or a gradient was no longer finite."
     if stages.metrics.get("status") == "stopped":
-        return f"Training stopped early after {count(steps)} steps; `peftcli train --resume` goes on."
+        return f"Training stopped early after {count(steps)} steps; `{_resume_command(stages)}` continues it."
     return ""
+
+
+def _resume_command(stages: Stages) -> str:
+    """The recorded command, so that it can be pasted: to resume, without what would remove the run."""
+    try:
+        words = shlex.split(text(stages.environment, "command"))
+    except ValueError:  # the command of another shell, with a quote that is never closed
+        words = []
+    if words[:2] != ["peftcli", "train"]:
+        return "peftcli train RECIPE --resume"
+    kept = [word for word in words if word not in ("--overwrite", "--resume")]
+    return without_home(shlex.join([*kept, "--resume"]))
 
 
 def _learned(stages: Stages) -> str:

@@ -52,9 +52,9 @@ def merge_section(stages: Stages) -> Section | None:
     if not merge:
         return None
     limits = find(merge, "limit") or {}
-    rows = [(title, write(figure(merge, key)), _limit(limits, key)) for key, title, write in DRIFT]
+    rows = [(title, write(figure(merge, key)), text(limits, key)) for key, title, write in DRIFT]
     known = {key for key, _, _ in DRIFT}
-    rows += [(str(key), compact(figure(merge, key)), _limit(limits, key)) for key in limits if key not in known]
+    rows += [(str(key), compact(figure(merge, key)), text(limits, key)) for key in limits if key not in known]
     blocks: list[Block] = [
         facts(
             (
@@ -78,13 +78,6 @@ def merge_section(stages: Stages) -> Section | None:
 
 def _within(met: Any) -> str:
     return DASH if met is None else "✓ yes" if met else "✗ no"
-
-
-def _limit(limits: dict[str, Any], key: str) -> str:
-    value = figure(limits, key)
-    if value is None:
-        return text(limits, key)
-    return f"at least {percent(value)}" if key == "top1_agreement" else f"at most {compact(value)}"
 
 
 def _compared(merge: dict[str, Any]) -> str | None:

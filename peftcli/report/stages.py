@@ -41,7 +41,9 @@ def load_stages(run: RunDir) -> Stages:
         DataError: a file is not JSON, or another version of peftcli wrote it.
     """
     if not run.metrics.is_file() or not run.plan.is_file():
-        raise RecipeError(f"{run.path} holds no finished stage; run `peftcli train` first")
+        raise RecipeError(
+            f"{run.path} holds no finished stage; run `peftcli train RECIPE --output-dir {run.path}` first"
+        )
     try:
         log = read_log(run.log)
     except json.JSONDecodeError as error:

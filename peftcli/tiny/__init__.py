@@ -1,1 +1,1 @@
-"""Tiny models built on this machine: one really pretrained, some random, and stand-ins for real ones."""
+"""Tiny models: one pretrained and shipped, some random, and stand-ins for real ones."""

@@ -1,6 +1,5 @@
 """The models named `tiny:...`, and random stand-ins for real models: built here, without a network."""
 
-import difflib
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
-    LlamaConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -19,76 +17,43 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 
 from peftcli.cache import built_once, cache_root
 from peftcli.errors import MachineError, RecipeError
-from peftcli.tiny.cache import content_hash, shape_of, write_model, write_weights
-from peftcli.tiny.cards import pretrained_card, random_card, stand_in_card
+from peftcli.nearest import nearest
+from peftcli.tiny.cache import content_hash, isolated, shape_of, write_model, write_weights
+from peftcli.tiny.cards import random_card, stand_in_card
 from peftcli.tiny.images import NAMES as IMAGE_NAMES
 from peftcli.tiny.images import tiny_image_model
+from peftcli.tiny.llama import POSITIONS, tiny_llama
 from peftcli.tiny.own_files import files_digest, taken_over
-from peftcli.tiny.pretrain import Progress, Schedule, isolated, pretrain
 from peftcli.tiny.shrink import shrink
 from peftcli.tiny.tokenizer import make_causal_tokenizer, make_encoder_tokenizer
 
 # Raised with every change of this folder's code that changes what is written.
 VERSION = 1
 VOCABULARY_TOKENS = 1024
-POSITIONS = 512
 RANDOM = ("gpt2", "qwen3", "bert")
 NAMES = ("tiny:llama", *(f"tiny:{family}" for family in RANDOM), *IMAGE_NAMES)
 
 
-def tiny_model(name: str, cache: Path | None = None, progress: Progress | None = None) -> Path:
+def tiny_model(name: str, cache: Path | None = None) -> Path:
     """The folder of a model `tiny:...` in Hugging Face format, made at first use.
-
-    The first use of tiny:llama trains it, which takes less than a minute on 2 cores.
 
     Args:
         name: one of `NAMES`.
         cache: where the folder is kept; by default `$PEFTCLI_CACHE`, else `~/.cache/peftcli`.
-        progress: called with the pretraining steps done and the steps in all; only called while training.
 
     Raises:
         RecipeError: there is no such tiny model.
         MachineError: the cache cannot be written.
     """
     if name == "tiny:llama":
-        return build_llama(cache_root(cache), Schedule(), progress)
+        return tiny_llama(cache_root(cache))
     if name in IMAGE_NAMES:
         return tiny_image_model(name, cache)
     if name in NAMES:
         return _build_random(name.removeprefix("tiny:"), cache_root(cache))
-    nearest = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.0)[0]
-    raise RecipeError(f"model.name = {name}: the tiny models are {', '.join(NAMES)}; did you mean {nearest}?")
-
-
-def llama_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
-    """The shape of tiny:llama; every width is a multiple of 64, the block of the 4-bit formats."""
-    return LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=POSITIONS,
-        tie_word_embeddings=False,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        dtype="float32",
+    raise RecipeError(
+        f"model.name = {name}: the tiny models are {', '.join(NAMES)}; did you mean {nearest(name, NAMES, least=0)}?"
     )
-
-
-def build_llama(root: Path, schedule: Schedule, progress: Progress | None = None) -> Path:
-    """The folder of a tiny:llama that was trained by `schedule`."""
-    tokenizer = make_causal_tokenizer(VOCABULARY_TOKENS, POSITIONS)
-    config = llama_config(tokenizer)
-
-    def build(folder: Path) -> None:
-        trained = pretrain(config, tokenizer, schedule, progress)
-        write_model(folder, trained.model, tokenizer, pretrained_card(trained, schedule))
-
-    digest = content_hash(VERSION, shape_of(config), tokenizer.chat_template, vars(schedule))
-    return built_once(root, f"tiny-llama-{digest}", build)
 
 
 def stand_in(

@@ -2,9 +2,12 @@
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -51,3 +54,20 @@ def write_weights(folder: Path, model: PreTrainedModel, card: str) -> None:
         if bars:
             transformers.utils.logging.enable_progress_bar()
     (folder / "README.md").write_text(card, encoding="utf-8", newline="\n")
+
+
+@contextmanager
+def isolated(seed: int) -> Iterator[None]:
+    """Seeded random numbers on one CPU thread, float32 and gradients inside; outside nothing has changed."""
+    before_threads, before_dtype = torch.get_num_threads(), torch.get_default_dtype()
+    modes = torch.inference_mode(False), torch.enable_grad(), torch.device("cpu")
+    with torch.random.fork_rng(devices=[]), modes[0], modes[1], modes[2]:
+        # `torch.manual_seed` would seed the GPUs too, whose state is not put back.
+        torch.default_generator.manual_seed(seed)
+        torch.set_default_dtype(torch.float32)
+        try:
+            torch.set_num_threads(1)
+            yield
+        finally:
+            torch.set_num_threads(before_threads)
+            torch.set_default_dtype(before_dtype)

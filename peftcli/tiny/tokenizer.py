@@ -54,6 +54,11 @@ def make_causal_tokenizer(vocabulary_tokens: int, max_length: int) -> PreTrained
     backend.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A $B:1", special_tokens=[("<s>", CAUSAL_TOKENS.index("<s>"))]
     )
+    return wrap_causal_tokenizer(backend, max_length)
+
+
+def wrap_causal_tokenizer(backend: Tokenizer, max_length: int) -> PreTrainedTokenizerFast:
+    """The tokenizer of transformers around a backend with the tokens of `CAUSAL_TOKENS`, with the chat template."""
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         bos_token="<s>",

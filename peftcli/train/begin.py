@@ -43,6 +43,7 @@ HELD = frozenset(
         "adapter.target_modules",
         "adapter.layers",
         "adapter.use_dora",
+        "adapter.dtype",
         "adapter.modules_to_save",
         "trainer.optim",
         "trainer.learning_rate",
@@ -94,7 +95,9 @@ def begin(run: RunDir, recipe: Recipe, *, overwrite: bool, resume: bool, allowed
         clear(run)
     if not run.recipe.is_file():
         # What the user put into a run of ours may stay there; a folder without one is nothing to write into.
-        foreign = [path.name for path in run.path.iterdir() if path.name != LOCK] if run.path.is_dir() else []
+        # Where this was a further machine of a training before, there is the log of its libraries.
+        ours = (LOCK, run.library_log.name, run.received.name)
+        foreign = [path.name for path in run.path.iterdir() if path.name not in ours] if run.path.is_dir() else []
         if foreign and not replaced:
             raise RecipeError(
                 f"{run.path} holds files that are no run of ours ({', '.join(sorted(foreign)[:3])}); "

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from peftcli.errors import MachineError, RecipeError
+from peftcli.plan.optimizer import FLOAT32_BYTES, Trained, optimizer_bytes
 from peftcli.report.format import several, size
 from peftcli.rundir import RunDir
 from peftcli.train.checkpoints import list_checkpoints
@@ -25,21 +26,6 @@ TOKENIZER_BYTES = 32 * 2**20
 RESERVE_BYTES = 64 * 2**20
 """For the log, the report and the rest of a run folder."""
 PROBE_BYTES = 4096
-SAVED_BYTES = 4
-"""Of a trainable parameter: adapters are trained and saved in float32."""
-STATE_BYTES = {
-    "adafactor": 1.0,  # two vectors a matrix; so much at rank 4, less above
-    "ademamix": 12.0,
-    "lion": 4.0,
-    "rmsprop": 4.0,
-    "adagrad": 4.0,
-    "schedule_free_sgd": 4.0,
-    "sgd": 4.0,  # with momentum, which trainer.optim_args may ask for
-    "adamw": 8.0,
-}
-"""Optimizer state of a parameter, by a part of the name in `trainer.optim`; the first that fits counts."""
-NARROW = {"8bit": 1.04 / 4, "4bit": 1.08 / 8}
-"""What a narrow state takes of the above, its scales per block included."""
 _UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 _REASONS = {
@@ -84,10 +70,11 @@ class Room:
 
 
 def forecast(
-    trainable_parameters: int,
+    trained: Trained,
     *,
     optimizer: str,
     keep: int,
+    width: int = FLOAT32_BYTES,
     merged_bytes: int = 0,
     tokenizer_bytes: int = TOKENIZER_BYTES,
 ) -> Forecast:
@@ -96,28 +83,19 @@ def forecast(
     Args:
         optimizer: `trainer.optim`, a name of transformers; an unknown one counts as AdamW.
         keep: `trainer.save_total_limit`, and one more where the best checkpoint is kept beside the newest.
+        width: bytes of a trainable weight, in training and in the files.
         merged_bytes: of the weights of the merged model, 0 where none is written.
         tokenizer_bytes: of the tokenizer files, which stand in each of the folders.
     """
-    saved = trainable_parameters * SAVED_BYTES + tokenizer_bytes
+    saved = (trained.parameters + trained.repeated) * width + tokenizer_bytes
     return Forecast(
-        checkpoint_bytes=saved + int(trainable_parameters * state_bytes(optimizer)) + SMALL_FILES_BYTES,
+        checkpoint_bytes=saved + optimizer_bytes(optimizer, trained, width) + SMALL_FILES_BYTES,
         # The rotation never goes below two, and comes after the new one was moved to its name.
         checkpoints=max(keep, 2) + 1,
         adapter_bytes=saved,
         merge_bytes=merged_bytes + tokenizer_bytes if merged_bytes else 0,
         reserve_bytes=RESERVE_BYTES,
     )
-
-
-def state_bytes(optimizer: str) -> float:
-    """Bytes of optimizer state for each trainable parameter in a checkpoint.
-
-    >>> state_bytes("adamw_torch"), state_bytes("paged_lion_32bit"), state_bytes("paged_adamw_8bit")
-    (8.0, 4.0, 2.08)
-    """
-    wide = next((count for part, count in STATE_BYTES.items() if part in optimizer), STATE_BYTES["adamw"])
-    return wide * next((share for part, share in NARROW.items() if part in optimizer), 1.0)
 
 
 def free_bytes(folder: Path) -> int:

@@ -106,7 +106,7 @@ def make_label_trainer(
     arguments._n_gpu = min(arguments.n_gpu, 1)
     set_seed(plan.seed)  # the adapter begins at random
     wrapped = get_peft_model(model, peft_config(plan.adapter, plan.task, tokenizer=plan.base.path))
-    if arguments.gradient_checkpointing:
+    if arguments.activation_checkpointing:
         wrapped.enable_input_require_grads()
     widen_trained(wrapped, plan.adapter_dtype)
 

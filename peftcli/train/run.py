@@ -1,9 +1,9 @@
 """`train`: baseline, training, adapter, evaluation, in one process that may be stopped at any step."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +20,20 @@ from peftcli.model.likelihood import score_targets
 from peftcli.model.load import load_adapter, load_base
 from peftcli.model.measure import Measured, decoding_for, evaluation_json, measure
 from peftcli.model.retention import adapter_retention, base_retention, load_retention
+from peftcli.model.shards import from_first
 from peftcli.model.start import start_from
-from peftcli.plan.plan import Plan
+from peftcli.plan.plan import DTYPE_BYTES, Plan
 from peftcli.progress import Progress
 from peftcli.recipe.tasks import CAUSAL
 from peftcli.rundir import RunDir, read_json, write_json
 from peftcli.train import checkpoints
+from peftcli.train.arguments import naming_arguments
 from peftcli.train.calibrate import Calibrate
 from peftcli.train.disk import Forecast, forecast
 from peftcli.train.forward import Forward
 from peftcli.train.gradient_starts import begin_from_gradient, takes_gradient
 from peftcli.train.labels import make_label_trainer
+from peftcli.train.machines import on_this_machine
 from peftcli.train.outcome import write_train
 from peftcli.train.ranks import Ranks
 from peftcli.train.select import make_choice
@@ -39,7 +42,7 @@ from peftcli.train.steps import StepTrainer
 from peftcli.train.stops import Heeding, StopRequests, is_first_process
 from peftcli.train.trainer import Trainer
 from peftcli.train.watch import Watch
-from peftcli.train.widths import narrow_saved_modules, widen_trained
+from peftcli.train.widths import free_trained_base, narrow_saved_modules, widen_trained
 
 UNMEASURED_RESERVE_SECONDS = 60.0
 """Set aside for the last evaluation where no baseline told how long one takes."""
@@ -59,6 +62,7 @@ class Session:
         stamp: what the run is made from.
         checkpoint_bytes: forecast of one checkpoint on the disk.
         baseline: `eval.json` of an earlier stage, which has measured the base already.
+        trainer: the trainer arguments of the recipe itself.
     """
 
     stops: StopRequests
@@ -66,6 +70,7 @@ class Session:
     stamp: dict[str, Any]
     checkpoint_bytes: int
     baseline: Path | None = None
+    trainer: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -98,7 +103,8 @@ def train(
         Diverged: a loss, a gradient or a weight is not finite, or nothing is learned any more.
         MemoryExhausted: not even small pieces of a micro-batch fit.
         Stopped: a stop was asked for outside the training loop.
-        MachineError: the weights cannot be loaded.
+        MachineError: the weights cannot be loaded, or a package that a trainer argument needs is missing.
+        RecipeError: the libraries refuse a trainer argument.
     """
     stops, resume_from = session.stops, session.resume_from
     load_retention(plan, tokenizer)  # what is wrong with the text is said before the weights are loaded
@@ -110,7 +116,8 @@ def train(
     if plan.batching.kind == "flat" and not lines:
         progress.note("  note: this model does not keep the rows of a flat line apart, so padded batches are used")
     make = make_trainer if plan.task == CAUSAL else make_label_trainer
-    trainer: StepTrainer = make(plan, run, data, tokenizer, model)
+    with naming_arguments(session.trainer):
+        trainer: StepTrainer = make(plan, run, data, tokenizer, model)
     trainer.levers |= plan.levers
     if "head" in plan.levers and not score_targets(model):
         trainer.levers.discard("head")
@@ -128,6 +135,8 @@ def train(
     before, baseline_seconds = _baseline(plan, run, data, tokenizer, trainer.model, heeding, known=known)
     if resume_from is None and plan.adapter.init_from is not None:
         progress.note(start_from(trainer.model, plan.adapter.init_from, plan.base))
+    if plan.frees_base:
+        free_trained_base(trainer.model)
     watch = Watch(
         trainer,
         run.log,
@@ -146,10 +155,11 @@ def train(
         trainer.add_callback(trainer.ranks)
     if resume_from is not None:
         trainer.go_on_from(read_json(resume_from / checkpoints.MANIFEST)["counters"])
-    trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
+    with naming_arguments(session.trainer):
+        trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
     reason = watch.stop_reason
     steps = trainer.state.global_step
-    if reason is not None and not stops.is_clock(reason):
+    if reason is not None and not watch.stopped_by_clock:
         write_train(run, trainer, watch, plan, resume_from)
         return TrainResult(steps, reason)
     tuned = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
@@ -182,19 +192,29 @@ def evaluate_trained(
         MachineError: the weights cannot be loaded.
     """
     heeding = Heeding(progress, session.stops, "in the last evaluation")
-    model = load_adapter(load_base(plan.base, shards=plan.shards), run.adapter)
+    model = load_adapter(load_base(plan.base, shards=plan.shards), on_this_machine(run.adapter, run.received))
     known = _known_baseline(run, session, resuming=True)
     before, _ = _baseline(plan, run, data, tokenizer, model, heeding, known=known)
     _measure_adapter(plan, run, data, tokenizer, model, heeding, before)
-    return TrainResult(int(read_json(run.train)["steps"]), None)
+    return TrainResult(from_first(lambda: int(read_json(run.train)["steps"])), None)
 
 
-def run_forecast(plan: Plan) -> Forecast:
-    """What a run will have on the disk; the merged model is asked for when it is merged."""
+def run_forecast(plan: Plan, trainer: Mapping[str, Any]) -> Forecast:
+    """What a run will have on the disk; the merged model is asked for when it is merged.
+
+    Args:
+        trainer: the trainer arguments of the recipe itself.
+
+    Raises:
+        MachineError: a package that a trainer argument needs is missing.
+        RecipeError: the libraries refuse a trainer argument.
+    """
     kind = SFTConfig if plan.task == CAUSAL else TrainingArguments
-    arguments = kind(output_dir="unused", **plan.trainer)
+    with naming_arguments(trainer, only=True):
+        arguments = kind(output_dir="unused", **plan.trainer)
     keep = (arguments.save_total_limit or 2) + bool(arguments.load_best_model_at_end)
-    return forecast(plan.trainable_parameters, optimizer=str(arguments.optim.value), keep=keep)
+    width = DTYPE_BYTES[plan.adapter_dtype]
+    return forecast(plan.trained, optimizer=str(arguments.optim.value), keep=keep, width=width)
 
 
 def make_trainer(
@@ -241,10 +261,10 @@ def _baseline(
     """`eval.json` with the base alone, measured now or earlier, and the seconds that it took.
 
     Args:
-        known: a file that holds it.
+        known: a file of the first process that holds it.
     """
-    if known is not None:
-        stored = read_json(known)
+    stored = from_first(lambda: None if known is None else read_json(known))
+    if stored is not None:
         measured_before = "baseline_seconds" in stored
         return (stored if measured_before else None), float(stored.get("baseline_seconds") or 0.0)
     tested = plan.evaluation.baseline and data.holds_out

@@ -8,7 +8,7 @@ from peftcli.adapters.own.places import all_widths, end_name
 from peftcli.data.prepare import PreparedData
 from peftcli.errors import MachineError
 from peftcli.model.gradients import gradient_norms
-from peftcli.model.shards import my_share, processes
+from peftcli.model.shards import from_first, my_share, processes
 from peftcli.model.trainable import count_on_layer
 from peftcli.plan.layers import chosen_plan
 from peftcli.plan.places import within
@@ -36,9 +36,7 @@ def make_choice(
     if plan.choice is None:
         return plan, None
     if resuming:
-        if not run.selection.is_file():
-            raise MachineError(f"{run.selection}: gone, so it is not known what this run trains; train it anew")
-        selection = Selection.from_json(read_json(run.selection))
+        selection = from_first(lambda: _earlier(run))
     else:
         selection = _select(plan, data, tokenizer, model)
     chosen = chosen_plan(plan, selection, _saved_whole(plan, model))
@@ -47,6 +45,13 @@ def make_choice(
         if run.plan.is_file():
             write_json(run.plan, read_json(run.plan) | chosen.as_json())
     return chosen, selection.sentence()
+
+
+def _earlier(run: RunDir) -> Selection:
+    """The choice that an earlier session has made."""
+    if not run.selection.is_file():
+        raise MachineError(f"{run.selection}: gone, so it is not known what this run trains; train it anew")
+    return Selection.from_json(read_json(run.selection))
 
 
 def _select(plan: Plan, data: PreparedData, tokenizer: PreTrainedTokenizerBase, model: Any) -> Selection:

@@ -38,7 +38,7 @@ def refuse_changes(before: Mapping[str, Any], now: Mapping[str, Any], allowed: C
         RecipeError: something else differs; every key of it is listed.
     """
     changed = {
-        key: f"{key}: {_short(before[key])} -> {_short(now.get(key))}"
+        key: f"{key}: {shown_value(before[key])} -> {shown_value(now.get(key))}"
         for key in before
         if before[key] is not None and now.get(key) is not None and before[key] != now[key]
     }
@@ -62,6 +62,7 @@ def is_allowed(key: str, allowed: Collection[str]) -> bool:
     return any(key == name or key.startswith(f"{name}.") for name in allowed)
 
 
-def _short(value: Any) -> str:
+def shown_value(value: Any) -> str:
+    """A value for a message: a hash by its beginning."""
     text = str(value)
     return text[:12] if len(text) == 64 else text

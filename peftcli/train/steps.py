@@ -1,5 +1,6 @@
 """The optimizer steps of a trainer: run in pieces, checked, counted, and kept in checkpoints whole or absent."""
 
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -15,9 +16,11 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from peftcli.errors import MachineError
 from peftcli.model.shards import gather
+from peftcli.rundir import RunDir
 from peftcli.train import checkpoints
 from peftcli.train.disk import room_for_checkpoint
 from peftcli.train.divergence import Divergence
+from peftcli.train.machines import on_this_machine
 from peftcli.train.parts import made_for_parts
 from peftcli.train.pieces import Pieces, fed, first_rows
 from peftcli.train.ranks import Ranks
@@ -153,9 +156,11 @@ class StepTrainer(transformers.Trainer):  # type: ignore[misc]  # transformers' 
         state = self.accelerator.gradient_state
         deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
         state._set_sync_gradients(False)
-        with nullcontext() if deepspeed else self.accelerator.no_sync(model):
-            yield
-        state._set_sync_gradients(True)
+        try:
+            with nullcontext() if deepspeed else self.accelerator.no_sync(model):
+                yield
+        finally:
+            state._set_sync_gradients(True)
 
     def counters(self) -> dict[str, float]:
         """What all processes of all sessions have counted: tokens, trained tokens and seconds of training."""
@@ -255,6 +260,26 @@ class StepTrainer(transformers.Trainer):  # type: ignore[misc]  # transformers' 
         if reason is not None:
             raise MachineError(f"step {self.state.global_step}: {reason}; the checkpoints before it are whole")
 
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Write the random states of all processes in the first one, whose disk the others may not share."""
+        with tempfile.TemporaryDirectory() as own:
+            super()._save_rng_state(own)
+            states = gather({file.name: file.read_bytes() for file in Path(own).iterdir()})
+        if self.args.should_save:
+            for name, content in ((name, content) for one in states for name, content in one.items()):
+                (Path(output_dir) / name).write_bytes(content)
+
+    def _load_best_model(self) -> None:
+        """Load the best checkpoint, which is sent to the machines that do not share the first one's disk."""
+        best = self.state.best_model_checkpoint
+        assert best is not None  # else transformers does not ask for it
+        here = on_this_machine(Path(best), RunDir(Path(self.args.output_dir).parent).received)
+        try:
+            self.state.best_model_checkpoint = str(here)
+            super()._load_best_model()
+        finally:
+            self.state.best_model_checkpoint = best
+
     def _get_output_dir(self, trial: Any) -> str:
         return self._staging or str(super()._get_output_dir(trial))
 
@@ -273,9 +298,11 @@ class StepTrainer(transformers.Trainer):  # type: ignore[misc]  # transformers' 
             self._staging = None
         counters = self.counters()
         self.accelerator.wait_for_everyone()
+        is_best = self.state.best_global_step == self.state.global_step
+        if is_best:  # in every process; transformers looks for it on the disk, where it is being staged or not at all
+            self.state.best_model_checkpoint = str(folder / name)
         if self.args.should_save:
-            if self.state.best_global_step == self.state.global_step:
-                self.state.best_model_checkpoint = str(folder / name)
+            if is_best:
                 self.state.save_to_json(str(folder / checkpoints.STAGING / name / "trainer_state.json"))
             checkpoints.seal(folder / checkpoints.STAGING / name, self.state.global_step, counters, self.stamp)
             checkpoints.promote(folder / checkpoints.STAGING / name, folder / name)

@@ -134,6 +134,11 @@ def forget_stop_file(run: Path) -> None:
     (run / "STOP").unlink(missing_ok=True)
 
 
+def is_first_of_machine() -> bool:
+    """Whether this process does for its machine what one process there has to do: the first one on each."""
+    return os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0"
+
+
 def is_first_process() -> bool:
     """Whether this process writes and prints for all."""
     return os.environ.get("RANK", "0") == "0"

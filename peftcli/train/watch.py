@@ -24,6 +24,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers' callbacks a
     Attributes:
         losses: (step, loss) as logged.
         stop_reason: why the run stopped early, None where it did not.
+        stopped_by_clock: that was a limit of time, so there is time for the last evaluation.
         resident_before: memory of the process in bytes when the loop began.
     """
 
@@ -50,6 +51,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers' callbacks a
         """
         self.losses: list[tuple[int, float]] = []
         self.stop_reason: str | None = None
+        self.stopped_by_clock = False
         self.resident_before = 0
         self._trainer = trainer
         self._log = log
@@ -73,6 +75,8 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers' callbacks a
         self.resident_before = resident_bytes()
         self._begun = self._saved = self._stepped = time.monotonic()
         self._last_logged = (self._begun, self._trainer.tokens_before)
+        # transformers forgets the best checkpoint where it is not on this machine's disk.
+        state.best_model_checkpoint = gather(state.best_model_checkpoint)[0]
         left = self._stops.seconds_left
         if left is not None:
             self._progress.note(
@@ -97,8 +101,10 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers' callbacks a
         if state.global_step >= state.max_steps:
             return
         # Clocks and signals differ between processes, but all must save and stop at the same step.
-        reasons = gather(self._stops.reason(self.margin()))
-        self.stop_reason = next((reason for reason in reasons if reason is not None), None)
+        # Whether it is the clock goes with the reason: a deadline may be set on one machine alone.
+        own = self._stops.reason(self.margin())
+        found = gather((own, own is not None and self._stops.is_clock(own)))
+        self.stop_reason, self.stopped_by_clock = next((one for one in found if one[0] is not None), (None, False))
         if self.stop_reason is not None:
             control.should_save = control.should_training_stop = True
         elif any(gather(now - self._saved >= self._save_every)):

@@ -4,7 +4,7 @@ import torch
 from peft.utils import ModulesToSaveWrapper
 
 from peftcli.adapters.own.packed import is_quantized
-from peftcli.adapters.own.whole import WholeLayer
+from peftcli.adapters.own.whole import WholeLayer, free_weights
 
 
 def widen_trained(model: torch.nn.Module, dtype: str) -> None:
@@ -26,6 +26,22 @@ def widen_trained(model: torch.nn.Module, dtype: str) -> None:
             module.restore()
         elif isinstance(module, ModulesToSaveWrapper):
             _restore(module)
+
+
+def free_trained_base(model: torch.nn.Module) -> None:
+    """Give back the memory of the base's weights that trained copies stand for.
+
+    They are of no use while the copies are trained, and as large as the copies or half as large. The base can no
+    longer be had by switching the adapter off.
+
+    Args:
+        model: whose base was measured already.
+    """
+    for module in model.modules():
+        if isinstance(module, WholeLayer):
+            module.free_base()
+        elif isinstance(module, ModulesToSaveWrapper):
+            free_weights(module.original_module)
 
 
 def narrow_saved_modules(model: torch.nn.Module, dtype: str) -> None:

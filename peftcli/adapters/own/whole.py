@@ -121,6 +121,10 @@ class WholeLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             for name, own in copied.named_parameters():
                 own.data = base[name].data.to(own.device, own.dtype)
 
+    def free_base(self) -> None:
+        """Give the memory of the base's own weights back; only the copies can be used from then on."""
+        free_weights(self.get_base_layer())
+
     def narrow(self) -> None:
         """Give the copies the dtype of the base, as loading them does; over quantized weights they stay float32."""
         dtype = next(float_copy(self.get_base_layer()).parameters()).dtype
@@ -210,6 +214,14 @@ class WholeModel(BaseTuner):  # type: ignore[misc]
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Copies are as wide as their base; who trains them makes them wider."""
+
+
+def free_weights(module: nn.Module) -> None:
+    """Put nothing in the place of each weight of a module, on its device and in its dtype."""
+    for part in module.modules():
+        for name, weight in list(part.named_parameters(recurse=False)):
+            nothing = torch.empty(0, dtype=weight.dtype, device=weight.device)
+            setattr(part, name, nn.Parameter(nothing, requires_grad=False))
 
 
 def float_copy(module: nn.Module) -> nn.Module:

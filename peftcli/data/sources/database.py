@@ -1,6 +1,5 @@
 """Tables and queries of databases, read only and one row after another."""
 
-import difflib
 import hashlib
 import importlib
 import os
@@ -18,6 +17,7 @@ from peftcli.data.rows import BATCH_ROWS, Rows
 from peftcli.data.sources.batches import Item, columns_of_tuples, double_names, gather
 from peftcli.data.sources.files import DataFile
 from peftcli.errors import DataError, MachineError
+from peftcli.nearest import nearest
 from peftcli.recipe.dataset_section import FilesSection, SourceSection
 
 _BROKEN = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
@@ -182,8 +182,8 @@ def _query(section: FilesSection, tables: list[str], place: str, key: str, quote
     if section.table is None:
         raise DataError(f"{place}: which table is meant? {there}; set {key}.table or {key}.query")
     if section.table not in tables:
-        near = difflib.get_close_matches(section.table, tables, n=1)
-        hint = f"; did you mean {shown(near[0])}?" if near else f"; set {key}.table or {key}.query"
+        near = nearest(section.table, tables)
+        hint = f"; did you mean {shown(near)}?" if near else f"; set {key}.table or {key}.query"
         raise DataError(f"{place}: no table {section.table}; {there}{hint}")
     return f"SELECT * FROM {quoted(section.table)}"
 

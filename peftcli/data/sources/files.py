@@ -1,6 +1,5 @@
 """The files that a path, a folder or a glob stands for, and what each of them is."""
 
-import difflib
 import glob
 import json
 import re
@@ -8,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from peftcli.errors import DataError
+from peftcli.nearest import nearest
 from peftcli.recipe.dataset_section import FilesSection
 
 ENDINGS = {
@@ -179,5 +179,5 @@ def _nearest(path: Path) -> str:
         return "; the link leads nowhere"
     if not path.parent.is_dir():
         return f"; there is no folder {path.parent}"
-    near = difflib.get_close_matches(path.name, [file.name for file in path.parent.iterdir()], n=1)
-    return f"; did you mean {near[0]}?" if near else f"; look into {path.parent}"
+    near = nearest(path.name, [file.name for file in path.parent.iterdir()])
+    return f"; did you mean {near}?" if near else f"; look into {path.parent}"

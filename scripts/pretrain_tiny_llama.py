@@ -1,22 +1,33 @@
-"""Pretraining of tiny:llama: a plain loop over the shipped text, the same bits on every run."""
+"""Pretrain tiny:llama and write what the package ships of it: weights, tokenizer and model card.
+
+    python scripts/pretrain_tiny_llama.py [FOLDER]
+
+It takes about two minutes on one core. Two runs on one machine give the same bytes; other machines round differently,
+which is why the weights are shipped and not made where they are used.
+"""
 
 import math
+import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from copy import deepcopy
+from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from peftcli.tiny.tokenizer import load_chats, load_documents
+from peftcli.tiny.build import POSITIONS, VOCABULARY_TOKENS
+from peftcli.tiny.cache import isolated
+from peftcli.tiny.llama import FOLDER, TOKENIZER, WEIGHTS, llama_config
+from peftcli.tiny.tokenizer import load_chats, load_documents, make_causal_tokenizer
 
-Progress = Callable[[int, int], None]
+SHIPPED_DTYPE = torch.float16
+"""Half the size of float32. The weights are small numbers, which float16 rounds less than bfloat16 does."""
 
 
 @dataclass(frozen=True)
@@ -33,15 +44,56 @@ class Schedule:
     seed: int = 11
 
 
-@dataclass(frozen=True)
-class Pretrained:
-    """A trained model with its losses, in nats per token."""
+def main(folder: Path) -> None:
+    """Pretrain, round to 16 bits, measure the rounded weights, and write."""
+    schedule = Schedule()
+    tokenizer = make_causal_tokenizer(VOCABULARY_TOKENS, POSITIONS)
+    pad = int(tokenizer.pad_token_id)
+    learned, held_out = split_documents(encode_documents(tokenizer), schedule.held_out_every)
+    with isolated(schedule.seed):
+        model = LlamaForCausalLM(llama_config(tokenizer))
+        fit(model, learned, schedule, pad)
+        model.eval().to(SHIPPED_DTYPE).float()
+        loss = document_loss(model, held_out, pad)
+    frequencies = unigram_loss(learned, held_out, len(tokenizer))
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {name: tensor.to(SHIPPED_DTYPE).contiguous() for name, tensor in model.state_dict().items()}
+    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+    tokenizer.backend_tokenizer.save(str(folder / TOKENIZER), pretty=False)
+    (folder / "README.md").write_text(card(model, learned, schedule, loss, frequencies), encoding="utf-8", newline="\n")
+    print(f"held-out loss {loss:.4f} nats per token, {frequencies:.4f} with token frequencies alone; wrote {folder}")
 
-    model: LlamaForCausalLM
-    documents: int
-    train_tokens: int
-    held_out_loss: float
-    unigram_loss: float
+
+def card(model: LlamaForCausalLM, learned: list[list[int]], schedule: Schedule, loss: float, frequencies: float) -> str:
+    """The model card."""
+    parameters = sum(p.numel() for p in model.parameters())
+    seen = schedule.steps * schedule.rows * schedule.block_tokens
+    return f"""\
+---
+license: apache-2.0
+language: en
+library_name: transformers
+---
+
+# tiny:llama
+
+A Llama of {parameters:,} parameters for demonstrations and tests of fine-tuning. It knows nothing but the short
+invented sentences about shops, kitchens, animals and school that peftcli ships, and is of no use for anything else.
+
+| | |
+|---|---|
+| text | {len(learned):,} documents, {sum(map(len, learned)):,} tokens, written for peftcli |
+| training | {schedule.steps} steps of {schedule.rows} x {schedule.block_tokens} tokens ({seen:,} in all) |
+| optimizer | AdamW, learning rate {schedule.learning_rate:g}, cosine, seed {schedule.seed} |
+| held-out loss | {loss:.4f} nats per token |
+| the same with token frequencies alone | {frequencies:.4f} nats per token |
+| precision | trained in float32, shipped in float16, loaded as float32 |
+
+Every document ends in `</s>`, which also ends an assistant turn of the chat template; `<s>` opens a text.
+`<pad>` filled the rest of a row and was never an answer, so the model does not write it.
+
+License: Apache-2.0, for the text, the tokenizer and the weights.
+"""
 
 
 def encode_documents(tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
@@ -114,110 +166,34 @@ def summed_nll(model: LlamaForCausalLM, input_ids: Tensor, labels: Tensor) -> Te
     return cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
 
 
-def pretrain(
-    config: LlamaConfig,
-    tokenizer: PreTrainedTokenizerFast,
-    schedule: Schedule,
-    progress: Progress | None = None,
-) -> Pretrained:
-    """Train a Llama from random weights; the caller's random state and thread count are left as they were.
-
-    Args:
-        progress: called with the steps done and the steps in all, after every step.
-    """
-    learned, held_out = split_documents(encode_documents(tokenizer), schedule.held_out_every)
-    pad = int(tokenizer.pad_token_id)
-    with isolated(schedule.seed):
-        model = LlamaForCausalLM(config)
-        _fit(model, learned, schedule, pad, progress)
-        model.eval()
-        loss = document_loss(model, held_out, pad)
-    return Pretrained(
-        model=model,
-        documents=len(learned),
-        train_tokens=sum(map(len, learned)),
-        held_out_loss=loss,
-        unigram_loss=unigram_loss(learned, held_out, len(tokenizer)),
-    )
-
-
-@contextmanager
-def isolated(seed: int) -> Iterator[None]:
-    """Seeded random numbers on one CPU thread, float32 and gradients inside; outside nothing has changed."""
-    before_threads, before_dtype = torch.get_num_threads(), torch.get_default_dtype()
-    modes = torch.inference_mode(False), torch.enable_grad(), torch.device("cpu")
-    with torch.random.fork_rng(devices=[]), modes[0], modes[1], modes[2]:
-        # `torch.manual_seed` would seed the GPUs too, whose state is not put back.
-        torch.default_generator.manual_seed(seed)
-        torch.set_default_dtype(torch.float32)
-        try:
-            torch.set_num_threads(1)
-            yield
-        finally:
-            torch.set_num_threads(before_threads)
-            torch.set_default_dtype(before_dtype)
-
-
-def _fit(
-    model: LlamaForCausalLM,
-    documents: list[list[int]],
-    schedule: Schedule,
-    pad: int,
-    progress: Progress | None,
-) -> None:
+def fit(model: LlamaForCausalLM, documents: list[list[int]], schedule: Schedule, pad: int) -> None:
+    """Train the model in place."""
     groups = [
         {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": schedule.weight_decay},
         {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=schedule.learning_rate, betas=(0.9, 0.98), fused=True)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _warmup_cosine(step, schedule))
-    batches = _batches(documents, schedule, pad)
-    twins = [model.train(), _twin(model)]
-    with ThreadPoolExecutor(len(twins), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        for step in range(schedule.steps):
-            _backward(pool, twins, *next(batches))
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            scheduler.step()
-            optimizer.zero_grad()
-            if progress is not None:
-                progress(step + 1, schedule.steps)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, schedule))
+    batches = make_batches(documents, schedule, pad)
+    model.train()
+    for _ in range(schedule.steps):
+        input_ids, labels = next(batches)
+        (summed_nll(model, input_ids, labels) / (labels[:, 1:] != -100).sum()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
 
 
-def _twin(model: LlamaForCausalLM) -> LlamaForCausalLM:
-    """A model with the same weights in memory and gradients of its own."""
-    twin = deepcopy(model)
-    for mine, other in zip(twin.parameters(), model.parameters(), strict=True):
-        mine.data = other.data
-    return twin
-
-
-def _backward(pool: ThreadPoolExecutor, twins: list[LlamaForCausalLM], input_ids: Tensor, labels: Tensor) -> None:
-    """Leave the gradient of the mean loss in the first twin; each works out its half on a thread of its own.
-
-    A thread per half, not torch's threads within each operation: those wait in a busy loop, which takes ten
-    times as long on a machine that does other work too, and their sums depend on how many there are.
-    """
-    tokens = (labels[:, 1:] != -100).sum()
-
-    def half(twin: LlamaForCausalLM, ids: Tensor, wanted: Tensor) -> None:
-        torch.autograd.backward(summed_nll(twin, ids, wanted) / tokens)
-
-    list(pool.map(half, twins, input_ids.chunk(len(twins)), labels.chunk(len(twins))))
-    for first, second in zip(*(twin.parameters() for twin in twins), strict=True):
-        if first.grad is not None and second.grad is not None:
-            first.grad.add_(second.grad)
-        second.grad = None
-
-
-def _warmup_cosine(step: int, schedule: Schedule) -> float:
+def warmup_cosine(step: int, schedule: Schedule) -> float:
+    """The factor of the learning rate at a step: linear warm-up, then a cosine down to 2 %."""
     warmup = max(1, round(schedule.steps * schedule.warmup_ratio))
     if step < warmup:
         return (step + 1) / warmup
     return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, schedule.steps - warmup)))
 
 
-def _batches(documents: list[list[int]], schedule: Schedule, pad: int) -> Iterator[tuple[Tensor, Tensor]]:
+def make_batches(documents: list[list[int]], schedule: Schedule, pad: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches without end; every pass shuffles the documents and packs them again."""
     generator = torch.Generator().manual_seed(schedule.seed)
     while True:
@@ -227,3 +203,7 @@ def _batches(documents: list[list[int]], schedule: Schedule, pad: int) -> Iterat
         for first in range(0, len(rows), schedule.rows):
             chosen = rows[first : first + schedule.rows]
             yield input_ids[chosen], labels[chosen]
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]) if sys.argv[1:] else Path(str(files("peftcli.assets").joinpath(FOLDER))))

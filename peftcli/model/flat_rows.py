@@ -1,0 +1,55 @@
+"""Whether a model can train rows in flat lines, found out for a plan before its weights are here."""
+
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from peftcli.model.documents import keeps_rows_apart, use_documents
+from peftcli.tiny.cache import isolated
+from peftcli.tiny.shrink import shrink
+
+ATTENTION = "sdpa"
+"""The attention that lines take the place of; a model without it is padded for that reason."""
+SPECIAL = ("pad", "bos", "eos", "sep", "cls", "mask")
+UNKNOWN = (ValueError, TypeError, KeyError, IndexError, AttributeError, AssertionError, RuntimeError)
+"""What a tiny model raises whose sizes do not go together: it tells nothing then, and training asks the real one."""
+
+
+def why_not_flat(config: PreTrainedConfig) -> str:
+    """Why the rows of a flat line would not stay apart in a model; empty where they do, or where nobody knows.
+
+    A tiny random model of the same configuration is asked, by the same proof that training makes on the real one. It
+    takes a tenth of a second, and unlike a list of architectures it knows the options of a configuration (alibi,
+    windows, encoder or decoder) and the models of a later transformers.
+
+    Args:
+        config: of the real model; it is not changed.
+    """
+    try:
+        if type(config.get_text_config()) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            return ""  # code of its own
+        with isolated(seed=0):
+            small = shrink(config, _bare_tokenizer())
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                small, dtype=torch.float32, attn_implementation=ATTENTION
+            )
+            if not use_documents(model):
+                return f"{_name(model)} has an attention of its own, which cannot read rows by their edges"
+            return "" if keeps_rows_apart(model) else f"{_name(model)} does not keep the rows of a line apart"
+    except UNKNOWN:
+        return ""
+
+
+def _name(model: PreTrainedModel) -> str:
+    return type(model).__name__
+
+
+def _bare_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer with the special tokens and no others, for their ids."""
+    words = [f"<{kind}>" for kind in SPECIAL]
+    backend = Tokenizer(WordLevel({word: number for number, word in enumerate(words)}, unk_token=words[0]))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, **{f"{kind}_token": word for kind, word in zip(SPECIAL, words, strict=True)}
+    )

@@ -1,0 +1,151 @@
+"""Values of trainer arguments whose type in the libraries' source says less than what they really take."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
+from typing import Any
+
+from peftcli.nearest import nearest
+from peftcli.recipe.argument_values import kind_fault, limit_fault
+from peftcli.recipe.installed import Argument, class_arguments
+from peftcli.recipe.messages import choices_text
+from peftcli.recipe.problems import KeyPath, choice_text, show
+
+LARGEST = 2**31 - 1
+"""Of whole numbers: counts of rows, steps and seconds stay far below, and the libraries keep some in 32 bits."""
+COMPILERS = ("inductor", "cudagraphs", "eager", "aot_eager", "tvm")
+"""Backends that accelerate's DynamoBackend and torch._dynamo.list_backends both know, but for those of TPUs."""
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs", "lite")
+"""Source: torch._inductor.list_mode_options, torch 2.13."""
+LOSS_NAMES = ("loss", "eval_loss")
+"""What an evaluation during training measures."""
+_CHECKPOINTING = {
+    "every_n_layers": Argument("every_n_layers", frozenset({"int"})),
+    "offload": Argument("offload", frozenset({"bool"})),
+    "use_reentrant": Argument("use_reentrant", frozenset({"bool", "none"})),
+    "preserve_rng_state": Argument("preserve_rng_state", frozenset({"bool"})),
+    "determinism_check": Argument("determinism_check", frozenset({"str"}), ("default", "none")),
+    "debug": Argument("debug", frozenset({"bool"})),
+    "early_stop": Argument("early_stop", frozenset({"bool"})),
+}
+"""Keys of `activation_checkpointing_kwargs` that a recipe can write.
+
+Source: transformers/trainer.py 5.23 (the first two) and torch.utils.checkpoint.checkpoint, torch 2.13.
+"""
+_NOT_HERE = {
+    ("activation_checkpointing_kwargs", "selective"): "TRL's selective checkpointing does not reach a PEFT model",
+    ("activation_checkpointing_kwargs", "context_fn"): "it takes a function of Python",
+    ("accelerator_config", "use_configured_state"): "peftcli sets accelerate up itself",
+    ("accelerator_config", "gradient_accumulation_kwargs"): (
+        "peftcli runs the micro-batches of a step itself, as gradient_accumulation_steps says"
+    ),
+    ("liger_kernel_config", "fused_linear_cross_entropy"): "TRL computes the loss itself and refuses it",
+}
+"""Keys inside of an argument that cannot be switched on, and why."""
+JSON_TEXTS = ("accelerator_config", "activation_checkpointing_kwargs", "deepspeed", "lr_scheduler_kwargs")
+"""Mappings that the command line of transformers takes as JSON."""
+
+
+def read_json_text(name: str, value: Any) -> Any:
+    """The mapping that a text of JSON holds, as transformers reads it; any other value as it is."""
+    if name not in JSON_TEXTS or not isinstance(value, str) or not value.startswith("{"):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
+
+
+def value_fault(name: str, value: Any) -> str | None:
+    """What is wrong with a value of the right type, or None."""
+    if isinstance(value, int) and abs(value) > LARGEST:
+        return f"must be at most {LARGEST}"
+    if isinstance(value, str) and name in JSON_TEXTS and name != "deepspeed":
+        return "must be a mapping; write its keys here"
+    return _CHECKS[name](value) if name in _CHECKS and value is not None else None
+
+
+def inner_faults(arguments: Mapping[str, Any]) -> Iterator[tuple[KeyPath, str]]:
+    """What is wrong inside of arguments that are mappings: the key, and the sentence."""
+    for name, takes in (
+        ("activation_checkpointing_kwargs", _CHECKPOINTING),
+        ("accelerator_config", _accelerator_config()),
+    ):
+        given = arguments.get(name)
+        if isinstance(given, Mapping) and takes:
+            for key, value in given.items():
+                yield from _inner_fault(name, str(key), value, takes)
+    liger = arguments.get("liger_kernel_config")
+    for key, value in liger.items() if isinstance(liger, Mapping) else ():
+        yield from _inner_fault("liger_kernel_config", str(key), value, {str(key): Argument(key, frozenset({"bool"}))})
+
+
+def _inner_fault(name: str, key: str, value: Any, takes: Mapping[str, Argument]) -> Iterator[tuple[KeyPath, str]]:
+    path: KeyPath = (name, key)
+    why = _NOT_HERE.get((name, key))
+    if why is not None:
+        if value not in (None, False):
+            yield path, f"trainer.{name}.{key} cannot be set: {why}; remove it"
+        return
+    if key not in takes:
+        near = nearest(key, takes)
+        mend = f"did you mean {near}?" if near else f"they are {', '.join(takes)}"
+        yield path, f"trainer.{name}.{key} is not one of its keys; {mend}"
+        return
+    fault = kind_fault(takes[key], value)
+    fault = fault or (limit_fault(value, ((">=", 1),)) if key == "every_n_layers" else None)
+    if fault is not None:
+        yield path, f"trainer.{name}.{key} = {show(value)}: {fault}"
+
+
+@cache
+def _accelerator_config() -> dict[str, Argument]:
+    return class_arguments("transformers", "trainer_pt_utils.py", "AcceleratorConfig")
+
+
+def _debug(value: Any) -> str | None:
+    words = value.split() if isinstance(value, str) else value
+    if "tpu_metrics_debug" in words:
+        return "tpu_metrics_debug needs a TPU, and peftcli trains on NVIDIA GPUs and CPUs; remove it"
+    return None if all(word == "underflow_overflow" for word in words) else "must be underflow_overflow"
+
+
+def _compiler(value: str) -> str | None:
+    return None if value.lower() in COMPILERS else choices_text([*COMPILERS], value)
+
+
+def _pad(value: Any) -> str | None:
+    if not isinstance(value, str) or value == "auto":
+        return None
+    return "must be a whole number or auto" + ("; remove the quotes" if value.isdigit() else "")
+
+
+def _metric(value: str) -> str | None:
+    if value in LOSS_NAMES:
+        return None
+    return f"must be {choice_text(LOSS_NAMES)}, which is all that an evaluation during training measures"
+
+
+def _higher(value: bool) -> str | None:
+    return "would take the highest loss for the best; remove it" if value else None
+
+
+def _one_of(*choices: str) -> Callable[[Any], str | None]:
+    """A check that a text is one of some; other values have been checked by their type."""
+
+    def check(value: Any) -> str | None:
+        return None if not isinstance(value, str) or value in choices else choices_text([*choices], value)
+
+    return check
+
+
+_CHECKS: Mapping[str, Callable[[Any], str | None]] = {
+    "ddp_backend": _one_of("nccl", "gloo", "mpi"),
+    "debug": _debug,
+    "greater_is_better": _higher,
+    "include_num_input_tokens_seen": _one_of("all", "non_padding", "no"),
+    "metric_for_best_model": _metric,
+    "pad_to_multiple_of": _pad,
+    "torch_compile_backend": _compiler,
+    "torch_compile_mode": _one_of(*COMPILE_MODES),
+}

@@ -1,0 +1,70 @@
+"""tiny:llama: a small Llama pretrained once and shipped, so that its weights are the same on every machine.
+
+`scripts/pretrain_tiny_llama.py` makes what is in `assets/tiny_llama`.
+"""
+
+import hashlib
+from importlib.resources import files
+from pathlib import Path
+
+from safetensors.torch import load
+from tokenizers import Tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from peftcli.cache import built_once
+from peftcli.tiny.cache import content_hash, isolated, shape_of, write_model
+from peftcli.tiny.tokenizer import wrap_causal_tokenizer
+
+# Raised with every change of this file that changes what is written.
+VERSION = 2
+POSITIONS = 512
+FOLDER, WEIGHTS, TOKENIZER = "tiny_llama", "model.safetensors", "tokenizer.json"
+"""What is shipped, under `peftcli.assets`."""
+
+
+def shipped(name: str) -> bytes:
+    """The bytes of one file of the shipped model."""
+    return files("peftcli.assets").joinpath(FOLDER, name).read_bytes()
+
+
+def llama_tokenizer() -> PreTrainedTokenizerFast:
+    """The tokenizer that tiny:llama was pretrained with."""
+    return wrap_causal_tokenizer(Tokenizer.from_buffer(shipped(TOKENIZER)), POSITIONS)
+
+
+def llama_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
+    """The shape of tiny:llama; every width is a multiple of 64, the block size of the 4-bit formats."""
+    return LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=POSITIONS,
+        tie_word_embeddings=False,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        dtype="float32",
+    )
+
+
+def tiny_llama(root: Path) -> Path:
+    """The folder of tiny:llama in float32, written into the cache at first use.
+
+    Raises:
+        MachineError: the cache cannot be written.
+    """
+    tokenizer = llama_tokenizer()
+    config = llama_config(tokenizer)
+
+    def build(folder: Path) -> None:
+        with isolated(seed=0):
+            model = LlamaForCausalLM(config)
+        model.load_state_dict({name: tensor.float() for name, tensor in load(shipped(WEIGHTS)).items()})
+        write_model(folder, model.eval(), tokenizer, shipped("README.md").decode("utf-8"))
+
+    contents = hashlib.sha256(shipped(WEIGHTS) + shipped(TOKENIZER)).hexdigest()
+    digest = content_hash(VERSION, contents, shape_of(config), tokenizer.chat_template)
+    return built_once(root, f"tiny-llama-{digest}", build)

@@ -1,0 +1,107 @@
+"""A training on several machines, which need not share a disk: what is sent, what must be alike, who works first."""
+
+import hashlib
+import shutil
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from peftcli.errors import MachineError
+from peftcli.model.shards import from_first, gather, processes
+from peftcli.plan.plan import Plan
+from peftcli.train.borrow import DECIDED
+from peftcli.train.stamp import is_allowed, shown_value
+from peftcli.train.stops import is_first_of_machine
+
+CHUNK_BYTES = 64 * 2**20
+
+
+def on_this_machine(folder: Path, received: Path) -> Path:
+    """Where a folder of the first process can be read by this one: at its own place, or in a copy that is sent.
+
+    All processes must ask at the same time. A machine whose disk has the same files under that name gets no copy.
+
+    Args:
+        received: where a copy is kept; the caller removes it in the end.
+    """
+    rank, count = processes()
+    if count == 1:
+        return folder
+    files = from_first(lambda: _hashes(folder))
+    identity = hashlib.sha256(repr(sorted(files.items())).encode()).hexdigest()[:16]
+    copy = received / identity / folder.name
+    receives = False
+    if rank and is_first_of_machine():
+        shutil.rmtree(copy, ignore_errors=True)  # half of one that was being sent to a killed process
+        receives = _hashes(folder) != files
+    if any(gather(receives)):
+        for name in sorted(files):
+            _send(folder / name, copy / name if receives else None)
+    gather(None)  # the copy is whole before another process of its machine looks for it
+    return copy if rank and copy.is_dir() else folder
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of each file of a folder by its name, empty where there is no such folder."""
+    found = {}
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        with file.open("rb") as stream:
+            found[str(file.relative_to(folder))] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return found
+
+
+def _send(source: Path, target: Path | None) -> None:
+    """Read a file in the first process and hand it to all, piece by piece; those with a target write it."""
+    stream = source.open("rb") if processes()[0] == 0 else None
+    if target is not None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.unlink(missing_ok=True)
+    try:
+        while True:
+            piece = [stream.read(CHUNK_BYTES) if stream is not None else b""]
+            dist.broadcast_object_list(piece, src=0)
+            if target is not None:
+                with target.open("ab") as file:
+                    file.write(piece[0])
+            if not piece[0]:
+                return
+    finally:
+        if stream is not None:
+            stream.close()
+
+
+def what_must_be_alike(plan: Plan, stamp: Mapping[str, Any]) -> dict[str, Any]:
+    """What every process of a training must have the same of: the rows, the base, the libraries, how it is computed."""
+    decided = {one.key: one.value for one in plan.decisions if one.key in DECIDED}
+    work = {"performance": sorted(plan.levers), "performance.batching": plan.batching.kind}
+    if plan.shards > 1:  # blocks that are computed twice are gathered twice, by all processes
+        work["trainer.activation_checkpointing"] = str(plan.checkpointed_blocks)
+    return {**stamp, **decided, **work}
+
+
+def check_alike(facts: Mapping[str, Any], allowed: Collection[str]) -> None:
+    """Compare what the processes are about to train with and on.
+
+    Args:
+        facts: of this process, by key.
+        allowed: keys, or their first parts such as `versions`, that `--force` names.
+
+    Raises:
+        MachineError: in every process, where one of them has something else than the first.
+    """
+    first, *others = gather(dict(facts))
+    for rank, other in enumerate(others, start=1):
+        differs = [
+            f"  {key}: {shown_value(first[key])} in process 0, {shown_value(other.get(key))} in process {rank}"
+            for key in first
+            if first[key] != other.get(key) and not is_allowed(key, allowed)
+        ]
+        if differs:
+            raise MachineError(
+                "the processes of this training would not train the same:\n"
+                + "\n".join(differs)
+                + "\ngive every machine the same data files, model files and package versions, and name in the recipe "
+                "what machines of different kinds decide differently (model.dtype, model.attention)"
+            )
