@@ -150,15 +150,15 @@ def several_processes(timeout_seconds: float) -> Iterator[None]:
     import torch
     from accelerate import PartialState
 
-    from peftcli.model.shards import contact_was_lost, leave_group, tell_others, told_by_other
+    from peftcli.model.shards import contact_was_lost, tell_others, told_by_other
 
     try:
         PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(seconds=timeout_seconds))
         yield
-        leave_group()
+        _leave()
     except PeftcliError as problem:
         if problem.in_all:
-            leave_group()
+            _leave()
         else:
             tell_others(problem)
         raise
@@ -171,6 +171,17 @@ def several_processes(timeout_seconds: float) -> Iterator[None]:
             f"cannot be reached ({cause}); the same command, given again on every machine, goes on from the last "
             "checkpoint"
         ) from problem
+
+
+def _leave() -> None:
+    """Leave the other processes; from here on this one ends by itself, with its own exit code.
+
+    A launcher takes any code but 0 for a crash, and ends the processes beside the first that it sees end.
+    """
+    from peftcli.model.shards import leave_group
+
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    leave_group()
 
 
 def first_decides(work: Callable[[], T]) -> T:

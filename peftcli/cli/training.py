@@ -10,19 +10,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peftcli.cli.commands import finish, load, show_result, shown_run
+from peftcli.cli.commands import finish, load, raise_unmet, show_result, shown_run
 from peftcli.cli.launch import all_do, first_decides, several_processes
 from peftcli.cli.show import Shown, plan_lines
 from peftcli.cli.show_forecast import forecast_line
 from peftcli.cli.spare import import_peft
 from peftcli.cli.stages import loaded_stages
-from peftcli.errors import GateNotMet, PeftcliError, Stopped
+from peftcli.errors import Stopped
 from peftcli.plan.plan import Plan
 from peftcli.plan.requirements import check_hardware, check_packages
 from peftcli.recipe.load import Loaded
 from peftcli.recipe.schema import Recipe
 from peftcli.rundir import RunDir, write_json
-from peftcli.summary import unmet
 from peftcli.train.begin import Beginning, begin, write_recipe
 from peftcli.train.borrow import why_not
 from peftcli.train.disk import cannot_write, check_room, check_writable
@@ -92,14 +91,12 @@ def train_command(name: str, overrides: Sequence[str], flags: TrainFlags) -> Non
             if not beginning.finished:
                 reason = _train_stages(loaded, run, shown, stops, beginning, flags)
 
-            def conclude() -> PeftcliError | None:
+            def conclude() -> None:
                 metrics = finish(run, loaded.recipe)
                 show_result(run, metrics, streams, as_json=flags.as_json)
-                return _why_not_good(run, metrics, reason)
+                _raise_unless_good(run, metrics, reason)
 
-            outcome = first_decides(conclude)
-    if outcome is not None:
-        raise outcome
+            first_decides(conclude)  # and all end with its exit code
 
 
 def _prepare_here(run: RunDir, beginning: Beginning) -> None:
@@ -291,16 +288,14 @@ def _borrowed(recipe: Recipe, plan: Plan, stamp: Mapping[str, Any], shown: Shown
     return RunDir(lender).eval if reason is None else None
 
 
-def _why_not_good(run: RunDir, metrics: dict[str, Any], stop_reason: str | None) -> PeftcliError | None:
-    """What a run ends with in every process, None where it is finished and its gates are met."""
+def _raise_unless_good(run: RunDir, metrics: dict[str, Any], stop_reason: str | None) -> None:
     if stop_reason is not None:
         steps = metrics["train"]["steps"]
-        return Stopped(
+        raise Stopped(
             f"stopped at step {steps} by {stop_reason}; a whole checkpoint is in {run.checkpoints}; "
             "the same command goes on"
         )
-    missed = unmet(metrics)
-    return GateNotMet("; ".join(missed)) if missed else None
+    raise_unmet(metrics)
 
 
 def command_line() -> str:
