@@ -21,7 +21,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from peftcli.model.documents import Layout, documents, keeps_rows_apart, use_documents
+from peftcli.model.documents import Layout, documents, row_problem, use_documents
 from peftcli.rundir import read_json, read_log
 from peftcli.train.pieces import Pieces, line_up, parts_that_fit, split_evenly
 
@@ -98,14 +98,14 @@ def test_without_keeping_rows_apart_the_same_line_gives_something_else() -> None
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_proof_on_the_model_itself_passes_for_attention(family: str) -> None:
     model = model_of(family)
-    assert use_documents(model) and keeps_rows_apart(model)
+    assert use_documents(model) and row_problem(model) is None
 
 
 def test_a_model_that_carries_a_state_from_row_to_row_is_found_out() -> None:
     torch.manual_seed(0)
     config = MambaConfig(vocab_size=200, hidden_size=32, num_hidden_layers=2, state_size=8)
     model = AutoModelForCausalLM.from_config(config).eval()
-    assert not (use_documents(model) and keeps_rows_apart(model))
+    assert not use_documents(model) or row_problem(model) is not None
 
 
 def test_rows_of_a_group_are_of_similar_length() -> None:

@@ -1,25 +1,46 @@
-"""Kernels that read rows by their edges: which card has which, what they are given, and the proof before their use.
+"""Kernels that read rows by their edges: which GPU has which, what they are given, and the check before their use.
 
-No kernel runs here; a stand-in computes what torch's documentation says of it, and the shapes are held against the real
-operators on the meta device.
+No kernel runs here; a substitute computes what torch's documentation says of it, and the arguments are given to the
+real operators on the meta device.
 """
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
 
 from peftcli.model import documents, varlen
-from peftcli.model.documents import Layout, documents_attention
-from peftcli.model.varlen import Shape, attend, choose_kernel, kernel_for, proved
+from peftcli.model.documents import Layout, documents_attention, row_problem, use_documents
+from peftcli.model.varlen import Shape, attend, choose_kernel, kernel_for, kernel_problem
+from peftcli.train.pieces import line_up
 
 LENGTHS = (5, 1, 64, 17)
 WIDE = Shape(torch.bfloat16, 4, 2, 16)
 
 
-def stand_in(
+def rows_alone(
+    query: Tensor, key: Tensor, value: Tensor, edges: Tensor, longest: int, *, scale: float | None, behind: int
+) -> Tensor:
+    """(tokens, heads, size): causal attention of each row with itself, over `behind` tokens before, -1 for all."""
+    assert edges.dtype == torch.int32 and longest == int(edges.diff().max())
+    found = []
+    for begin, end in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
+        places = torch.arange(end - begin)
+        back = places[:, None] - places[None]
+        seen = (back >= 0) & ((behind < 0) | (back <= behind))
+        row = [part[begin:end].transpose(0, 1)[None] for part in (query, key, value)]
+        made = scaled_dot_product_attention(
+            *row, attn_mask=seen, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
+        )
+        found.append(made[0].transpose(0, 1))
+    return torch.cat(found)
+
+
+def flash(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -27,38 +48,69 @@ def stand_in(
     edges_of_keys: Tensor,
     longest: int,
     longest_key: int,
+    dropout: float,
+    is_causal: bool,
+    return_debug_mask: bool,
     *,
     scale: float | None,
-    window_size: tuple[int, int],
-    enable_gqa: bool,
-) -> Tensor:
-    """What `varlen_attn` computes: (tokens, heads, size) of each row with itself."""
-    assert edges.dtype == torch.int32 and torch.equal(edges, edges_of_keys)
-    assert longest == longest_key == int(edges.diff().max())
-    assert enable_gqa == (query.shape[1] != key.shape[1])
-    found = []
-    for begin, end in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
-        places = torch.arange(end - begin)
-        behind = places[:, None] - places[None]
-        seen = (behind >= -window_size[1]) & ((window_size[0] < 0) | (behind <= window_size[0]))
-        row = [part[begin:end].transpose(0, 1)[None] for part in (query, key, value)]
-        made = scaled_dot_product_attention(*row, attn_mask=seen, scale=scale, enable_gqa=enable_gqa)
-        found.append(made[0].transpose(0, 1))
-    return torch.cat(found)
+    window_size_left: int,
+    window_size_right: int,
+) -> tuple[Tensor, ...]:
+    """What FlashAttention computes, with its arguments in every torch from 2.6 on."""
+    assert torch.equal(edges, edges_of_keys) and longest == longest_key and dropout == 0.0 and not return_debug_mask
+    assert window_size_right == 0 and is_causal == (window_size_left < 0)
+    return (rows_alone(query, key, value, edges, longest, scale=scale, behind=window_size_left),)
 
 
-def efficient_stand_in(*given: Any, scale: float | None) -> tuple[Tensor, ...]:
+def efficient(*given: Any, scale: float | None) -> tuple[Tensor, ...]:
     """What the memory-efficient kernel computes, (1, tokens, heads, size), with keys for every query head."""
     query, key, value, bias, edges, edges_of_keys, longest, longest_key, dropout, mask, keeps = given
     assert bias is None and dropout == 0.0 and mask == 1 and keeps and query.shape == key.shape == value.shape
-    line = (query[0], key[0], value[0], edges, edges_of_keys, longest, longest_key)
-    return (stand_in(*line, scale=scale, window_size=(-1, 0), enable_gqa=False)[None],)
+    assert torch.equal(edges, edges_of_keys) and longest == longest_key
+    return (rows_alone(query[0], key[0], value[0], edges, longest, scale=scale, behind=-1)[None],)
+
+
+@pytest.fixture(autouse=True)
+def forget_checks() -> Iterator[None]:
+    """Let each test check its kernels itself."""
+    yield
+    varlen._chosen.cache_clear()
+    varlen.rejected.clear()
 
 
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(varlen, "varlen_attn", stand_in)
-    monkeypatch.setattr(torch.ops.aten, "_efficient_attention_forward", efficient_stand_in)
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", flash)
+    monkeypatch.setattr(torch.ops.aten, "_efficient_attention_forward", efficient)
+
+
+@pytest.fixture
+def ampere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take the CPU for a GPU of sm_80 when kernels are chosen."""
+
+    def choose(query: Tensor, key: Tensor, value: Tensor, *, dropout: float, window: int | None) -> Any:
+        shape = Shape(varlen.computed(query).dtype, query.shape[1], key.shape[1], query.shape[-1])
+        return varlen._chosen(query.device, shape, window is not None, torch.are_deterministic_algorithms_enabled())
+
+    monkeypatch.setattr(documents, "kernel_for", choose)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
+    monkeypatch.setattr(torch.version, "hip", None)
+
+
+SMALL = {
+    "vocab_size": 100,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "attn_implementation": "sdpa",
+}
+
+
+def small_llama() -> PreTrainedModel:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**SMALL)).to(torch.bfloat16)
 
 
 def line(requires_grad: bool = False, **kwargs: Any) -> list[Tensor]:
@@ -70,8 +122,8 @@ def line(requires_grad: bool = False, **kwargs: Any) -> list[Tensor]:
 @pytest.mark.parametrize(
     ("capability", "shape", "windowed", "deterministic", "kernel"),
     [
-        ((9, 0), WIDE, True, True, "varlen_attn"),
-        ((8, 0), WIDE._replace(dtype=torch.float16), False, False, "varlen_attn"),
+        ((9, 0), WIDE, True, True, "flash"),
+        ((8, 0), WIDE._replace(dtype=torch.float16), False, False, "flash"),
         ((8, 9), WIDE._replace(dtype=torch.float32), False, False, None),  # FlashAttention computes in 16 bit
         ((8, 0), WIDE._replace(size=12), False, False, None),
         ((8, 0), WIDE._replace(size=264), False, False, None),
@@ -84,14 +136,9 @@ def line(requires_grad: bool = False, **kwargs: Any) -> list[Tensor]:
     ],
 )
 def test_each_card_has_its_kernel(
-    kernels: None, capability: Any, shape: Shape, windowed: bool, deterministic: bool, kernel: str | None
+    capability: Any, shape: Shape, windowed: bool, deterministic: bool, kernel: str | None
 ) -> None:
     assert choose_kernel(capability, shape, windowed=windowed, deterministic=deterministic) == kernel
-
-
-def test_an_older_torch_has_no_kernel_for_newer_cards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(varlen, "varlen_attn", None)
-    assert choose_kernel((9, 0), WIDE, windowed=False, deterministic=False) is None
 
 
 def test_on_a_processor_rows_are_laid_side_by_side() -> None:
@@ -99,7 +146,7 @@ def test_on_a_processor_rows_are_laid_side_by_side() -> None:
 
 
 @pytest.mark.numeric
-@pytest.mark.parametrize(("kernel", "window"), [("varlen_attn", None), ("varlen_attn", 9), ("efficient", None)])
+@pytest.mark.parametrize(("kernel", "window"), [("flash", None), ("flash", 9), ("efficient", None)])
 def test_a_kernel_gives_the_outputs_and_gradients_of_rows_side_by_side(
     kernels: None, kernel: Any, window: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -118,12 +165,16 @@ def test_a_kernel_gives_the_outputs_and_gradients_of_rows_side_by_side(
         assert torch.allclose(one, other, atol=1e-5)
 
 
-@pytest.mark.parametrize("kernel", ["varlen_attn", "efficient"])
-def test_the_real_operators_take_what_they_are_given(kernel: Any) -> None:
-    parts = line(device="meta", dtype=torch.float16)
+@pytest.mark.parametrize(("kernel", "window"), [("flash", None), ("flash", 9), ("efficient", None)])
+def test_the_real_operators_take_what_they_are_given_and_have_a_derivative(kernel: Any, window: int | None) -> None:
+    parts = line(requires_grad=True, device="meta", dtype=torch.float16)
     edges = Layout(LENGTHS, torch.device("cpu")).edges.to("meta")
-    made = attend(kernel, *parts, edges, max(LENGTHS), scale=0.3, window=None)
+    made = attend(kernel, *parts, edges, max(LENGTHS), scale=0.3, window=window)
     assert made.shape == (1, sum(LENGTHS), 4, 16) and made.dtype == torch.float16
+    assert made.grad_fn is not None
+    if kernel == "flash":  # on the meta device torch gives the backward of the other one its scale twice
+        made.sum().backward()
+        assert [part.grad is not None and part.grad.shape == part.shape for part in parts] == [True] * 3
 
 
 def test_edges_are_where_rows_begin_and_end() -> None:
@@ -131,29 +182,84 @@ def test_edges_are_where_rows_begin_and_end() -> None:
     assert edges.tolist() == [0, 5, 6, 70, 87] and edges.dtype == torch.int32
 
 
-@pytest.mark.parametrize("kernel", ["varlen_attn", "efficient"])
-def test_a_kernel_that_computes_rightly_is_proved(kernels: None, kernel: Any) -> None:
+@pytest.mark.parametrize(("kernel", "window"), [("flash", None), ("flash", 9), ("efficient", None)])
+def test_a_kernel_that_computes_rightly_passes_its_check(kernels: None, kernel: Any, window: int | None) -> None:
     for dtype in (torch.float16, torch.float32):
-        assert proved(kernel, torch.device("cpu"), WIDE._replace(dtype=dtype))
+        assert kernel_problem(kernel, torch.device("cpu"), WIDE._replace(dtype=dtype), window=window) is None
     with torch.inference_mode():  # in which the first forward pass of a training asks
-        assert proved(kernel, torch.device("cpu"), WIDE)
+        assert kernel_problem(kernel, torch.device("cpu"), WIDE, window=window) is None
 
 
-def test_a_kernel_that_mixes_rows_or_cannot_run_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    def mixes(query: Tensor, key: Tensor, value: Tensor, edges: Tensor, *given: Any, **more: Any) -> Tensor:
-        whole = torch.stack([edges[0], edges[-1]])
-        return stand_in(query, key, value, whole, whole, int(whole[-1]), int(whole[-1]), **more)
+def mixes_rows(query: Tensor, key: Tensor, value: Tensor, edges: Tensor, *given: Any, **more: Any) -> Any:
+    whole = torch.stack([edges[0], edges[-1]])
+    return flash(query, key, value, whole, whole, int(whole[-1]), int(whole[-1]), *given[3:], **more)
 
-    def wrong_gradient(*given: Any, **more: Any) -> Tensor:
-        made = stand_in(*given, **more)
-        return made.detach() + 0.5 * (made - made.detach())
 
-    def missing(*given: Any, **more: Any) -> Tensor:
-        raise RuntimeError("no kernel image is available for execution on the device")
+def ignores_the_window(*given: Any, **more: Any) -> Any:
+    return flash(*given[:8], True, *given[9:], **(more | {"window_size_left": -1}))
 
-    for kernel in (mixes, wrong_gradient, missing):
-        monkeypatch.setattr(varlen, "varlen_attn", kernel)
-        assert not proved("varlen_attn", torch.device("cpu"), WIDE), kernel.__name__
+
+def has_a_wrong_gradient(*given: Any, **more: Any) -> Any:
+    made = flash(*given, **more)[0]
+    return (made.detach() + 0.5 * (made - made.detach()),)
+
+
+def is_not_in_the_wheel(*given: Any, **more: Any) -> Any:
+    raise RuntimeError("no kernel image is available for execution on the device")
+
+
+def takes_other_arguments(query: Tensor, key: Tensor, value: Tensor, edges: Tensor, *, causal: bool) -> Any:
+    raise AssertionError("never called")
+
+
+@pytest.mark.parametrize(
+    ("kernel", "window", "problem"),
+    [
+        (mixes_rows, None, "its outputs differ"),
+        (ignores_the_window, 9, "its outputs differ"),
+        (has_a_wrong_gradient, None, "its gradients differ"),
+        (is_not_in_the_wheel, None, "RuntimeError: no kernel image is available"),
+        (takes_other_arguments, None, "TypeError: takes_other_arguments() "),
+    ],
+)
+def test_a_kernel_that_is_wrong_or_cannot_run_says_what_failed(
+    kernel: Callable[..., Any], window: int | None, problem: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", kernel)
+    found = kernel_problem("flash", torch.device("cpu"), WIDE, window=window)
+    assert found is not None and found.startswith(problem)
+
+
+@pytest.mark.parametrize("kernel", [takes_other_arguments, is_not_in_the_wheel, mixes_rows])
+def test_without_a_sound_kernel_rows_are_laid_side_by_side(
+    ampere: None, kernel: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", kernel)
+    model = small_llama()
+    assert use_documents(model) and row_problem(model) is None
+    assert documents.served == {"side by side"} and list(varlen.rejected) == ["flash"]
+
+
+def test_with_a_sound_kernel_rows_in_a_line_use_it(ampere: None, kernels: None) -> None:
+    model = small_llama()
+    assert use_documents(model) and row_problem(model) is None
+    assert documents.served == {"flash"} and not varlen.rejected
+
+
+def test_a_first_check_inside_a_checkpointed_block_leaves_its_tensors_alone(ampere: None, kernels: None) -> None:
+    """Rows are longer than the window here for the first time, so the kernel with a window is checked in a block."""
+    torch.manual_seed(0)
+    model = MistralForCausalLM(MistralConfig(**SMALL, sliding_window=16)).to(torch.bfloat16)
+    assert use_documents(model) and row_problem(model) is None
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    rows = [{"input_ids": torch.arange(length) % 100, "labels": torch.arange(length) % 100} for length in (40, 9, 30)]
+    inputs, layout = line_up(rows)
+    checked = varlen._chosen.cache_info().currsize
+    with documents.documents(layout):
+        model(**{**inputs, "use_cache": False}).logits.float().mean().backward()
+    assert varlen._chosen.cache_info().currsize == checked + 1
+    assert documents.served == {"flash"}
 
 
 def test_under_autocast_the_kernel_gets_its_number_format() -> None:

@@ -13,11 +13,12 @@ def import_peft(recipe: Recipe) -> None:
     """Import PEFT and transformers without packages that they import where they are installed, used or not.
 
     bitsandbytes brings torch's compiler with it, and only a loss of object detection wants scipy: together a fifth of
-    the start of a training and 70 MB, and on a CUDA machine more.
+    the start of a training and 70 MB, and on a CUDA machine more. Older transformers import scikit-learn for assisted
+    generation, and it does not load without scipy, so both are hidden.
     """
     if "peft" in sys.modules:
         return
-    unused = {"scipy"}
+    unused = {"scipy", "sklearn"}
     own = all(one.trainer.get("optim") in OWN_OPTIMIZERS for one in stage_recipes(recipe))
     if own and recipe.quantization is None:
         unused.add("bitsandbytes")

@@ -121,8 +121,8 @@ def use_documents(model: PreTrainedModel) -> bool:
 
 
 @without_gradients
-def keeps_rows_apart(model: PreTrainedModel) -> bool:
-    """Whether rows in one line give what each gives alone: the proof on the model itself, with a few tokens.
+def row_problem(model: PreTrainedModel) -> str | None:
+    """Why rows in one line do not give what each gives alone; None where they do. A few tokens run through the model.
 
     A layer that carries a state from token to token, or a model that takes no positions, would mix them.
     """
@@ -138,12 +138,15 @@ def keeps_rows_apart(model: PreTrainedModel) -> bool:
             line = model(input_ids=torch.cat(rows)[None], position_ids=places[None], use_cache=False).logits[0]
     except torch.OutOfMemoryError:
         raise
-    except (TypeError, ValueError, RuntimeError):  # no such argument, or an attention of its own that wants a mask
-        return False
+    except (TypeError, ValueError, RuntimeError) as problem:  # no such argument, or an attention that wants a mask
+        return f"the model does not take rows in one line ({type(problem).__name__}: {problem})"
     finally:
         model.train(was_training)
     narrow = next(model.parameters()).dtype != torch.float32
-    return bool((line.float() - alone).abs().max() <= (0.1 if narrow else 1e-3) * alone.std())
+    found, limit = float((line.float() - alone).abs().max() / alone.std()), 0.1 if narrow else 1e-3
+    if found <= limit:  # false for NaN too
+        return None
+    return f"in one line the logits of a row differ from those of the row alone by {found:.2g} of their deviation"
 
 
 def documents_mask(*args: Any, **kwargs: Any) -> Tensor | None:

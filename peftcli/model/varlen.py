@@ -1,25 +1,21 @@
-"""Attention over rows behind one another by the edges of the rows, with kernels that a card has to prove first.
+"""Attention over rows behind one another by the edges of the rows, with kernels that are checked on the GPU first.
 
-Nothing is filled up and nothing is copied, but only a card has such kernels. Before one is used, it computes a few rows
-of the same shape on that very card, whose outputs and gradients are held against float32.
+Nothing is padded and nothing is copied, but only a GPU has such kernels. Before one is used, it computes a few rows of
+the same shape on that GPU, and its outputs and gradients are compared with float32.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import lru_cache
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-varlen_attn: Callable[..., Any] | None
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # torch before 2.10
-    varlen_attn = None
-
-Kernel = Literal["varlen_attn", "efficient"]
-"""torch's `varlen_attn`, which is FlashAttention, and the memory-efficient kernel for cards before sm_80."""
+Kernel = Literal["flash", "efficient"]
+"""FlashAttention as torch ships it, and the memory-efficient kernel for GPUs before sm_80."""
 
 CAUSAL = 1
 """`custom_mask_type` of the memory-efficient kernel: each token sees those before it in its own row."""
@@ -27,12 +23,18 @@ LARGEST_HEAD = 256
 """Numbers of a head that FlashAttention takes; they are a multiple of 8."""
 PROOF_ROWS = (3, 70, 1, 129)
 """Tokens of the rows of the proof: within one block of the kernel, and over its edge."""
+PROOF_WINDOW = 9
+"""Tokens that one sees in the proof of a sliding window, so that two of the rows are longer than it."""
 PROOF_TOLERANCE = 0.05
 """Of the largest value; 16-bit numbers differ by a hundredth, a token that sees a wrong row by about the whole."""
 
 
+rejected: dict[Kernel, str] = {}
+"""Kernels that failed their check in this process, and how."""
+
+
 class Shape(NamedTuple):
-    """What a kernel is proved for."""
+    """What a kernel is checked for."""
 
     dtype: torch.dtype
     heads: int
@@ -60,7 +62,13 @@ def _chosen(device: torch.device, shape: Shape, windowed: bool, deterministic: b
         return None
     capability = torch.cuda.get_device_capability(device)
     kernel = choose_kernel(capability, shape, windowed=windowed, deterministic=deterministic)
-    return kernel if kernel is not None and proved(kernel, device, shape) else None
+    if kernel is None:
+        return None
+    problem = kernel_problem(kernel, device, shape, window=PROOF_WINDOW if windowed else None)
+    if problem is not None:
+        rejected[kernel] = problem
+        return None
+    return kernel
 
 
 def choose_kernel(capability: tuple[int, int], shape: Shape, *, windowed: bool, deterministic: bool) -> Kernel | None:
@@ -74,42 +82,58 @@ def choose_kernel(capability: tuple[int, int], shape: Shape, *, windowed: bool, 
     if shape.size % 8 or shape.size > LARGEST_HEAD:
         return None
     if capability >= (8, 0):
-        return "varlen_attn" if varlen_attn is not None and shape.dtype in (torch.bfloat16, torch.float16) else None
+        return "flash" if shape.dtype in (torch.bfloat16, torch.float16) else None
     plain = not windowed and not deterministic and shape.dtype in (torch.float16, torch.float32)
     return "efficient" if plain else None
 
 
-def proved(kernel: Kernel, device: torch.device, shape: Shape) -> bool:
-    """Whether a kernel gives the outputs and gradients of each row alone in float32."""
+def kernel_problem(kernel: Kernel, device: torch.device, shape: Shape, *, window: int | None) -> str | None:
+    """How a kernel fails to give the outputs and gradients of each row alone in float32; None where it gives them.
+
+    The check runs in a thread of its own, because the modes of torch belong to a thread. The caller may be inside of a
+    checkpointed block, whose hooks would count the tensors of the check among those of the block, or in inference mode.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(_kernel_problem, kernel, device, shape, window).result()
+
+
+def _kernel_problem(kernel: Kernel, device: torch.device, shape: Shape, window: int | None) -> str | None:
     drawn = torch.Generator().manual_seed(0)
     tokens = sum(PROOF_ROWS)
-    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         parts = [
             torch.randn((1, heads, tokens, shape.size), generator=drawn).to(device, shape.dtype).requires_grad_()
             for heads in (shape.heads, shape.key_heads, shape.key_heads)
         ]
         whole = [part.detach().float().requires_grad_() for part in parts]
         edges = torch.tensor([0, *PROOF_ROWS]).cumsum(0).to(device, torch.int32)
-        wanted = _rows_alone(whole, PROOF_ROWS)
+        wanted = _rows_alone(whole, PROOF_ROWS, window)
+        weights = torch.randn(wanted.shape, generator=drawn).to(device)
         try:
             query, key, value = parts
-            found = attend(kernel, query, key, value, edges, max(PROOF_ROWS), scale=None, window=None)
-            weights = torch.randn(wanted.shape, generator=drawn).to(device)
+            found = attend(kernel, query, key, value, edges, max(PROOF_ROWS), scale=None, window=window)
             torch.autograd.backward((found.float() * weights).sum())
-        except RuntimeError:  # the wheel or the card has no such kernel
-            return False
+        # A wheel or a GPU without the kernel, or a torch whose operator takes other arguments.
+        except (RuntimeError, TypeError, ValueError) as problem:
+            return f"{type(problem).__name__}: {' '.join(str(problem).split())[:200]}"
         torch.autograd.backward((wanted * weights).sum())
-        pairs = [(found, wanted), *((part.grad, other.grad) for part, other in zip(parts, whole, strict=True))]
-        return all(_is_near(one, other) for one, other in pairs)
+        if not _is_near(found, wanted):
+            return "its outputs differ from those of each row alone in float32"
+        if not all(_is_near(part.grad, other.grad) for part, other in zip(parts, whole, strict=True)):
+            return "its gradients differ from those of each row alone in float32"
+        return None
 
 
-def _rows_alone(parts: Sequence[Tensor], lengths: Sequence[int]) -> Tensor:
+def _rows_alone(parts: Sequence[Tensor], lengths: Sequence[int], window: int | None) -> Tensor:
     times = parts[0].shape[1] // parts[1].shape[1]
     query, (key, value) = parts[0], (part.repeat_interleave(times, 1) for part in parts[1:])
     found, begin = [], 0
     for length in lengths:
         row = slice(begin, begin + length)
-        found.append(scaled_dot_product_attention(query[:, :, row], key[:, :, row], value[:, :, row], is_causal=True))
+        places = torch.arange(length, device=query.device)
+        behind = places[:, None] - places[None]
+        seen = (behind >= 0) & (behind < (window or length))
+        found.append(scaled_dot_product_attention(query[:, :, row], key[:, :, row], value[:, :, row], attn_mask=seen))
         begin += length
     return torch.cat(found, 2).transpose(1, 2)
 
@@ -150,24 +174,17 @@ def attend(
         (1, tokens, heads, size).
     """
     query, key, value = (part.transpose(1, 2) for part in (query, key, value))
-    if kernel == "varlen_attn":
-        assert varlen_attn is not None  # chosen where it is there
+    if kernel == "flash":
+        # Not by torch.nn.attention.varlen, which takes no window or grouped heads before torch 2.12.
+        given = (query[0], key[0], value[0], edges, edges, longest, longest, 0.0, window is None, False)
         behind = -1 if window is None else window - 1
-        made: Tensor = varlen_attn(
-            query[0],
-            key[0],
-            value[0],
-            edges,
-            edges,
-            longest,
-            longest,
-            scale=scale,
-            window_size=(behind, 0),
-            enable_gqa=query.shape[2] != key.shape[2],
-        )
-        return made[None]
+        flat: Tensor = torch.ops.aten._flash_attention_forward(
+            *given, scale=scale, window_size_left=behind, window_size_right=0
+        )[0]
+        return flat[None]
     times = query.shape[2] // key.shape[2]
     key, value = (part.repeat_interleave(times, 2) for part in (key, value))
-    given = (query, key, value, None, edges, edges, longest, longest, 0.0, CAUSAL, True)
-    found: Tensor = torch.ops.aten._efficient_attention_forward(*given, scale=scale)[0]
+    found: Tensor = torch.ops.aten._efficient_attention_forward(
+        query, key, value, None, edges, edges, longest, longest, 0.0, CAUSAL, True, scale=scale
+    )[0]
     return found

@@ -157,7 +157,7 @@ class Recipe(Section):
     stages: Annotated[tuple[StageSection, ...], BeforeValidator(freeze_rows)] = ()
     """Trainings in a row, in place of one."""
     dataset: DatasetSection
-    trainer: Arguments = MappingProxyType({})
+    trainer: Arguments = Field(default_factory=lambda: MappingProxyType({}))  # pydantic before 2.10 copies a default
     """Arguments of SFTConfig that the recipe sets, under the names of the installed version."""
     performance: PerformanceSection = PerformanceSection()
     evaluation: EvaluationSection = EvaluationSection()

@@ -6,6 +6,7 @@ from trl import SFTConfig
 
 from peftcli.model.documents import served
 from peftcli.model.probe import peak_memory_bytes
+from peftcli.model.varlen import rejected
 from peftcli.plan.plan import Plan
 from peftcli.rundir import RunDir, write_json
 from peftcli.train import checkpoints
@@ -58,6 +59,7 @@ def write_train(run: RunDir, trainer: StepTrainer, watch: Watch, plan: Plan, res
             "batching": {
                 "kind": plan.batching.kind if trainer.pieces.lines else "padded",
                 "attention": sorted(served) if trainer.pieces.lines else None,
+                "rejected_kernels": dict(rejected),
                 "real_tokens": trainer.pieces.real,
                 "padded_tokens": trainer.pieces.padded,
             },

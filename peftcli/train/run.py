@@ -8,20 +8,21 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from trl import SFTConfig
 
 from peftcli.adapters.build import peft_config
 from peftcli.data.prepare import PreparedData
 from peftcli.model.adapter import save_adapter
 from peftcli.model.card import write_card
-from peftcli.model.documents import keeps_rows_apart, use_documents
+from peftcli.model.documents import row_problem, use_documents
 from peftcli.model.likelihood import score_targets
 from peftcli.model.load import load_adapter, load_base
 from peftcli.model.measure import Measured, decoding_for, evaluation_json, measure
 from peftcli.model.retention import adapter_retention, base_retention, load_retention
 from peftcli.model.shards import from_first
 from peftcli.model.start import start_from
+from peftcli.model.varlen import rejected
 from peftcli.plan.plan import DTYPE_BYTES, Plan
 from peftcli.progress import Progress
 from peftcli.recipe.tasks import CAUSAL
@@ -112,9 +113,7 @@ def train(
     plan, chosen = make_choice(plan, run, data, tokenizer, model, resuming=resume_from is not None)
     if chosen is not None:
         progress.note(chosen)
-    lines = plan.batching.kind == "flat" and use_documents(model) and keeps_rows_apart(model)
-    if plan.batching.kind == "flat" and not lines:
-        progress.note("  note: this model does not keep the rows of a flat line apart, so padded batches are used")
+    lines = plan.batching.kind == "flat" and _keeps_rows_apart(model, progress)
     make = make_trainer if plan.task == CAUSAL else make_label_trainer
     with naming_arguments(session.trainer):
         trainer: StepTrainer = make(plan, run, data, tokenizer, model)
@@ -175,6 +174,19 @@ def train(
     heard: Progress = Heeding(progress, stops, "in the last evaluation") if reason is None else progress
     _measure_adapter(plan, run, data, tokenizer, tuned, heard, before)
     return TrainResult(steps, reason)
+
+
+def _keeps_rows_apart(model: PreTrainedModel, progress: Progress) -> bool:
+    """Whether the rows of a micro-batch may stand in one line; says why not, and which kernel failed its check."""
+    if use_documents(model):
+        problem = row_problem(model)
+    else:
+        problem = "the attention of this model cannot be replaced"
+    for kernel, why in rejected.items():
+        progress.note(f"  note: the {kernel} attention kernel failed its check on this GPU and is not used: {why}")
+    if problem is not None:
+        progress.note(f"  note: padded batches are used: {problem}")
+    return problem is None
 
 
 def evaluate_trained(
