@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, FalconConfig, LlamaConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from peftcli.model.documents import keeps_rows_apart, use_documents
+from peftcli.model.documents import row_problem, use_documents
 from peftcli.model.flat_rows import why_not_flat
 from peftcli.tiny.build import stand_in
 from peftcli.tiny.family import FAMILIES
@@ -40,7 +40,7 @@ def test_a_plan_says_of_a_family_what_its_architecture_allows(family: str) -> No
 def test_a_plan_says_what_training_finds_on_the_model(family: str) -> None:
     folder = stand_in(AutoConfig.for_model(family))
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa", dtype=torch.float32)
-    trains_flat = use_documents(model) and keeps_rows_apart(model)
+    trains_flat = use_documents(model) and row_problem(model) is None
     assert trains_flat == (why_not_flat(AutoConfig.from_pretrained(folder)) == "")
 
 

@@ -6,7 +6,7 @@ from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from peftcli.model.documents import keeps_rows_apart, use_documents
+from peftcli.model.documents import row_problem, use_documents
 from peftcli.tiny.cache import isolated
 from peftcli.tiny.shrink import shrink
 
@@ -37,7 +37,8 @@ def why_not_flat(config: PreTrainedConfig) -> str:
             )
             if not use_documents(model):
                 return f"{_name(model)} has an attention of its own, which cannot read rows by their edges"
-            return "" if keeps_rows_apart(model) else f"{_name(model)} does not keep the rows of a line apart"
+            problem = row_problem(model)
+            return "" if problem is None else f"{_name(model)} does not keep the rows of a line apart: {problem}"
     except UNKNOWN:
         return ""
 
