@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test portability test-gpu check startup bench-smoke recipes faults install clean
+.PHONY: demo test test-slow portability test-gpu check startup bench-smoke recipes faults install clean
 
 install: $(READY)
 
@@ -23,7 +23,10 @@ demo: $(READY)  ## the main job on a CPU, without network: train, compare, merge
 	$(BIN)/peftcli merge runs/demo
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m 'not gpu'
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m 'not gpu and not slow'
+
+test-slow: $(READY)  ## walks that take minutes: every value of every trainer argument
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m 'slow and not gpu'
 
 portability: $(READY)  ## the numeric tests with the kernels, threads and last bits of other machines
 	scripts/portability.sh

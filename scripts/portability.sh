@@ -9,11 +9,11 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-.venv/bin/python}
 LOGS=${LOGS:-$(mktemp -d)}
-marks='numeric and not gpu'
+marks='numeric and not gpu and not slow'
 only=()
 while (($#)); do
     case $1 in
-        --all) marks='not gpu' ;;
+        --all) marks='not gpu and not slow' ;;
         --only) shift; only=("$@"); break ;;
         *) echo "unknown word: $1" >&2; exit 2 ;;
     esac

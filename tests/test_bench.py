@@ -365,7 +365,6 @@ def run_here(verb: str, spec: Path, result: Path) -> Ended:
     return Ended(0, 0.0, 0, "")
 
 
-@pytest.mark.slow
 def test_flat_padded_and_plain_training_of_the_same_rows_have_the_same_losses(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

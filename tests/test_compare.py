@@ -428,7 +428,6 @@ def test_the_error_of_a_child_is_kept_whole_and_what_it_says_is_named(write_reci
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
-@pytest.mark.slow
 def test_variants_are_trained_once_failures_are_rows_and_the_base_is_measured_once(
     write_recipe: Write, run_cli: Cli, capfd: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -456,7 +455,6 @@ def test_variants_are_trained_once_failures_are_rows_and_the_base_is_measured_on
     assert [one["varied"] for one in again["variants"]] == [one["varied"] for one in found["variants"]]
 
 
-@pytest.mark.slow
 def test_a_stop_ends_the_child_with_a_checkpoint_and_begins_no_other(write_recipe: Write, tmp_path: Path) -> None:
     recipe = write_recipe(trainer={"max_steps": 400}, evaluation={"baseline": False}, quantization=None)
     command = [

@@ -832,7 +832,6 @@ def label_data(recipe_in: Any, tmp_path_factory: pytest.TempPathFactory) -> list
     return found
 
 
-@pytest.mark.slow
 def test_the_report_reads_only_keys_that_something_writes(
     real_run: RunDir, label_data: list[dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -863,7 +862,6 @@ def test_the_report_reads_only_keys_that_something_writes(
     assert [path for path, is_there in asked.items() if not is_there] == []
 
 
-@pytest.mark.slow
 def test_the_run_of_these_tests_has_only_keys_that_a_run_writes(
     real_run: RunDir, label_data: list[dict[str, Any]]
 ) -> None:
