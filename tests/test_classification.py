@@ -104,7 +104,7 @@ def label_recipe(tmp_path: Path) -> Write:
 
 
 def prepared(recipe: Path) -> tuple[Plan, PreparedData, Any]:
-    planned = plan_recipe(load_recipe(recipe), Silent())
+    planned = plan_recipe(load_recipe(recipe))
     tokenizer, data = prepare_data(planned.plan, Silent())
     return settle(planned, data).plan, data, tokenizer
 

@@ -495,14 +495,14 @@ def test_a_model_of_the_hub_is_asked_for_before_it_is_downloaded(
 )
 def test_a_model_that_cannot_be_had_fails_without_a_wait(write_recipe: Write, name: str, hub: Hub, words: str) -> None:
     asked = load_recipe(write_recipe(model={"name": name})).recipe
-    found = recipe.find_model(asked, hub, None)  # type: ignore[arg-type]  # nothing is made, so nothing is shown
+    found = recipe.find_model(asked, hub)
     assert found.path is None and found.verdict.result == "fail" and words in found.verdict.line
 
 
 def test_a_model_that_the_hub_has_is_planned_from_there(write_recipe: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recipe, "model_on_hub", lambda *_: HubModel(True, weights_bytes=1000))
     asked = load_recipe(write_recipe(model={"name": "org/model", "revision": "v1"})).recipe
-    found = recipe.find_model(asked, Hub(offline=False, code=200), None)  # type: ignore[arg-type]
+    found = recipe.find_model(asked, Hub(offline=False, code=200))
     assert (found.path, found.revision, found.verdict.result) == ("org/model", "v1", "ok")
 
 
@@ -540,14 +540,14 @@ def made_up(monkeypatch: pytest.MonkeyPatch, card: Card) -> list[str]:
 
 def test_a_card_without_kernels_is_not_asked_to_compute(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = made_up(monkeypatch, P100)
-    found = {verdict.name: verdict for verdict in examine.examine(None, {"files": "utf-8"}, None)}  # type: ignore[arg-type]
+    found = {verdict.name: verdict for verdict in examine.examine(None, {"files": "utf-8"})}
     assert found["kernels"].result == "fail" and asked == []
     assert "4-bit" not in found and found["disk"].result
 
 
 def test_a_card_with_kernels_is_asked_and_gets_its_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = made_up(monkeypatch, T4)
-    found = {verdict.name: verdict for verdict in examine.examine(None, {"files": "utf-8"}, None)}  # type: ignore[arg-type]
+    found = {verdict.name: verdict for verdict in examine.examine(None, {"files": "utf-8"})}
     assert asked == ["cuda:0", "cuda"]
     expect(found["arithmetic 0"], "ok")
     expect(found["precision"], "ok", "float16")
@@ -563,7 +563,7 @@ def test_an_8_bit_layer_is_tried_for_a_recipe_that_asks_for_one(
     )
     asking = load_recipe(write_recipe(quantization={"bits": 8})).recipe
     found = {}
-    for verdict in examine.examine(asking, {"files": "utf-8"}, None):  # type: ignore[arg-type]
+    for verdict in examine.examine(asking, {"files": "utf-8"}):
         found[verdict.name] = verdict
         if verdict.name == "8-bit":
             break

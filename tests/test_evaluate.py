@@ -89,7 +89,7 @@ def test_the_loss_is_the_mean_over_trained_tokens(run: Path) -> None:
     from peftcli.cli.steps import plan_recipe, prepare_data
     from peftcli.recipe.load import load_recipe
 
-    plan = plan_recipe(load_recipe(run / "recipe.yaml"), Silent()).plan
+    plan = plan_recipe(load_recipe(run / "recipe.yaml")).plan
     model, tokenizer = open_target(str(run)).load()
     _, data = prepare_data(plan, Silent())
     rows = data.test.select(["input_ids", "labels"])

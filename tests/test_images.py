@@ -88,7 +88,7 @@ def image_recipe(tmp_path: Path, photos: Path) -> Write:
 
 
 def prepared(recipe: Path) -> tuple[Plan, PreparedData, Any]:
-    planned = plan_recipe(load_recipe(recipe), Silent())
+    planned = plan_recipe(load_recipe(recipe))
     reader, data = prepare_data(planned.plan, Silent())
     return settle(planned, data).plan, data, reader
 

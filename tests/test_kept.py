@@ -18,7 +18,6 @@ from peftcli.plan.cards import find_card, machine_with
 from peftcli.plan.decide import make_plan
 from peftcli.plan.forecast import plan_setting
 from peftcli.plan.kept import block_bytes, norm_bytes
-from peftcli.progress import Silent
 from peftcli.recipe.load import load_recipe
 from peftcli.train.forward import cast_inputs
 from peftcli.train.widths import widen_trained
@@ -112,7 +111,7 @@ def test_a_method_that_does_not_run_on_small_layers_is_told(
         f"model: {{name: {folder}}}\ndataset: {{path: a.csv, text: '{{a}}'}}\nadapter: {{method: oft}}\n",
         encoding="utf-8",
     )
-    assert not plan_recipe(load_recipe(path), Silent()).plan.notices
+    assert not plan_recipe(load_recipe(path)).plan.notices
     monkeypatch.setattr("peftcli.model.kept._kept", fails)
-    plan = plan_recipe(load_recipe(path), Silent()).plan
+    plan = plan_recipe(load_recipe(path)).plan
     assert plan.fitted == {} and any("what oft keeps" in notice for notice in plan.notices)

@@ -41,7 +41,7 @@ def losses(run: Path) -> list[float]:
 
 def trainer_of(recipe: Path, folder: Path) -> Trainer:
     """The trainer as `train` builds it."""
-    plan = plan_recipe(load_recipe(recipe), Silent()).plan
+    plan = plan_recipe(load_recipe(recipe)).plan
     tokenizer, data = prepare_data(plan, Silent())
     return make_trainer(plan, RunDir(folder), data, tokenizer, load_base(plan.base))
 
@@ -166,7 +166,7 @@ def test_an_evaluation_leaves_the_gradients_of_4bit_as_they_were(write_recipe: W
 def test_the_fast_cpu_path_without_gradients_is_off(write_recipe: Write) -> None:
     from peftcli.model.load import FAST_CPU_PATH
 
-    plan = plan_recipe(load_recipe(write_recipe()), Silent()).plan
+    plan = plan_recipe(load_recipe(write_recipe())).plan
     found = [
         getattr(module, FAST_CPU_PATH) for module in load_base(plan.base).modules() if hasattr(module, FAST_CPU_PATH)
     ]
@@ -178,7 +178,7 @@ def test_trainable_weights_are_float32_and_counted_right(write_recipe: Write, tm
     trainer = trainer_of(recipe, tmp_path / "run")
     trainable = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
     assert {parameter.dtype for parameter in trainable} == {torch.float32}
-    planned = plan_recipe(load_recipe(recipe), Silent()).plan.trainable_parameters
+    planned = plan_recipe(load_recipe(recipe)).plan.trainable_parameters
     assert sum(parameter.numel() for parameter in trainable) == planned
 
 

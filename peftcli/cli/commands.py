@@ -98,7 +98,7 @@ def _to_evaluate(name: str, recipe: str | None, overrides: Sequence[str], shown:
     loaded = _recipe_for(recipe, found.run if found is not None else None, overrides)
     _refuse_untested(*_both(loaded))
     smoke = bool(found is not None and found.identity.get("smoke"))
-    planned = plan_recipe(loaded, shown, smoke=smoke)
+    planned = plan_recipe(loaded, smoke=smoke)
     return loaded, planned.plan, *prepare_for(planned, found or open_target(name, planned.plan.base), shown)
 
 
@@ -142,7 +142,7 @@ def merge_command(
         if target.adapter is not None:
             refuse_unmergeable(target.adapter)
         loaded = load_recipe(run.recipe)
-        planned = plan_recipe(loaded, shown, smoke=bool(target.identity.get("smoke")))
+        planned = plan_recipe(loaded, smoke=bool(target.identity.get("smoke")))
         plan = planned.plan
         target, data = prepare_for(planned, target, shown)
         stored = DTYPE_BYTES[dtype or plan.base.dtype]

@@ -50,7 +50,7 @@ def doctor_command(name: str | None, overrides: Sequence[str], *, as_json: bool)
     with quiet(None) as streams:
         shown, private = Shown(console(streams.err)), private_words()
         shown.note("loading the libraries")
-        verdicts = [anonymous(verdict, private) for verdict in ask_all(recipe, shown)]
+        verdicts = [anonymous(verdict, private) for verdict in ask_all(recipe)]
         versions = {"python": platform.python_version(), **installed_versions((OURS, *TESTED))}
         if as_json:
             streams.out.write(json.dumps(as_object(verdicts, versions), ensure_ascii=False) + "\n")
@@ -62,7 +62,7 @@ def doctor_command(name: str | None, overrides: Sequence[str], *, as_json: bool)
         raise MachineError(f"{len(failed)} of {len(verdicts)} checks failed: {', '.join(failed)}; each names its mend")
 
 
-def ask_all(recipe: Recipe | None, progress: Shown) -> Iterable[Verdict]:
+def ask_all(recipe: Recipe | None) -> Iterable[Verdict]:
     """All verdicts; those that need the libraries are left out where one cannot be loaded."""
     needs = installed_needs()
     installed = installed_versions([OURS, *TESTED, "sqlalchemy", *{need.what.name for need in needs}])
@@ -79,7 +79,7 @@ def ask_all(recipe: Recipe | None, progress: Shown) -> Iterable[Verdict]:
     from peftcli.doctor.examine import examine
     from peftcli.doctor.host import encodings
 
-    yield from examine(recipe, encodings(), progress)
+    yield from examine(recipe, encodings())
 
 
 def _reads_database(recipe: Recipe) -> bool:

@@ -51,7 +51,7 @@ def opened(
             loaded, outputs = _own_recipe(adapter, rows)
         else:
             loaded, outputs = _with_names(load_recipe(find_recipe(recipe), overrides), adapter, progress)
-        planned = plan_recipe(loaded, progress)
+        planned = plan_recipe(loaded)
         target = open_target(str(folder), planned.plan.base)
         yield loaded, planned, _described(target, loaded.recipe, planned, given=recipe is not None, outputs=outputs)
 

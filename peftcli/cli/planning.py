@@ -25,7 +25,7 @@ def plan_command(name: str, overrides: Sequence[str], *, gpu: str | None, smoke:
     if card is None:
         check_packages(loaded.recipe)
     stages = loaded_stages(loaded, smoke=smoke)
-    with shown_run(None) as (shown, streams):
+    with shown_run(None) as (_, streams):
         from peftcli.cli.steps import forecast_run, plan_recipe
         from peftcli.model.probe import probe_machine
 
@@ -36,7 +36,7 @@ def plan_command(name: str, overrides: Sequence[str], *, gpu: str | None, smoke:
             machine = replace(machine, processes=processes, shares_batch=True)
         for stage in stages:
             check_hardware(stage.recipe, machine)
-        known = [plan_recipe(stage, shown, smoke=smoke, machine=machine) for stage in stages]
+        known = [plan_recipe(stage, smoke=smoke, machine=machine) for stage in stages]
         forecasts = [forecast_run(planned) for planned in known]
         if as_json:
             plans = [one.plan.as_json() | {"forecast": what} for one, what in zip(known, forecasts, strict=True)]

@@ -60,7 +60,7 @@ class Planned:
     counter: Callable[..., Callable[[AdapterSection], Trained]] | None = None
 
 
-def plan_recipe(loaded: Loaded, progress: Progress, *, smoke: bool = False, machine: Machine | None = None) -> Planned:
+def plan_recipe(loaded: Loaded, *, smoke: bool = False, machine: Machine | None = None) -> Planned:
     """Make the plan of a recipe; no weight is loaded.
 
     Args:

@@ -256,7 +256,7 @@ def _planned_rows(
     from peftcli.train.run import run_forecast
 
     def prepare() -> tuple["Planned", "PreTrainedTokenizerBase", "PreparedData"]:
-        planned = plan_recipe(loaded, shown, smoke=smoke)
+        planned = plan_recipe(loaded, smoke=smoke)
         plan = with_earlier(planned.plan, earlier)
         if is_first_process():
             check_room(run.path, run_forecast(plan, loaded.recipe.trainer))

@@ -12,12 +12,11 @@ from peftcli.doctor.verdict import FAIL, Verdict, refused
 from peftcli.errors import PeftcliError
 from peftcli.model.probe import probe_machine
 from peftcli.plan.facts import Machine
-from peftcli.progress import Progress
 from peftcli.recipe.schema import Recipe
 from peftcli.train.session import deadline, known_limit
 
 
-def examine(recipe: Recipe | None, encodings: dict[str, str], progress: Progress) -> Iterator[Verdict]:
+def examine(recipe: Recipe | None, encodings: dict[str, str]) -> Iterator[Verdict]:
     """Ask this machine everything.
 
     Args:
@@ -39,7 +38,7 @@ def examine(recipe: Recipe | None, encodings: dict[str, str], progress: Progress
     yield _session_verdict(recipe)
     yield host.judge_encoding(encodings)
     if recipe is not None and machine is not None:
-        yield from recipe_verdicts(recipe, machine, hub, progress)
+        yield from recipe_verdicts(recipe, machine, hub)
 
 
 def _device_verdicts(cuda: device.Cuda, machine: Machine, recipe: Recipe | None) -> Iterator[Verdict]:

@@ -20,7 +20,6 @@ from peftcli.plan.facts import Machine
 from peftcli.plan.heads import first_labels
 from peftcli.plan.plan import Plan
 from peftcli.plan.requirements import check_hardware, check_packages
-from peftcli.progress import Progress
 from peftcli.recipe.schema import Recipe
 from peftcli.report.format import size
 from peftcli.train.disk import check_room, check_writable, free_bytes
@@ -43,13 +42,13 @@ class Found:
     revision: str | None = None
 
 
-def recipe_verdicts(recipe: Recipe, machine: Machine, hub: Hub, progress: Progress) -> list[Verdict]:
+def recipe_verdicts(recipe: Recipe, machine: Machine, hub: Hub) -> list[Verdict]:
     """Hold a recipe against this machine; no weight is loaded.
 
     Args:
         machine: with the memory that this process may have.
     """
-    found = find_model(recipe, hub, progress)
+    found = find_model(recipe, hub)
     verdicts = [found.verdict, *judge_trackers(recipe.report.trackers, get_available_reporting_integrations())]
     if found.path is None:
         return verdicts
@@ -62,7 +61,7 @@ def recipe_verdicts(recipe: Recipe, machine: Machine, hub: Hub, progress: Progre
     return [*verdicts, judge_plan(plan), judge_room(plan, recipe)]
 
 
-def find_model(recipe: Recipe, hub: Hub, progress: Progress) -> Found:
+def find_model(recipe: Recipe, hub: Hub) -> Found:
     """Look for the model: made here, a folder, the cache, the Hub, in this order."""
     model = recipe.model
     if model.name.startswith(TINY):
