@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test portability test-gpu check startup bench-smoke recipes faults install clean
+.PHONY: demo test portability test-gpu check startup bench-smoke recipes faults docs reference install clean
 
 install: $(READY)
 
@@ -48,6 +48,16 @@ recipes: $(READY)  ## every shipped recipe is valid
 
 faults: $(READY)  ## the fault matrix as real commands, and how each ended
 	$(BIN)/python scripts/faults
+
+docs: $(READY)  ## the documentation site, in build/site; a broken link fails
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+reference: $(READY)  ## the pages that are generated from code
+	$(BIN)/python scripts/recipe_reference.py --write
+	$(BIN)/python scripts/cli_reference.py --write
+	$(BIN)/python scripts/methods_table.py --write
+	$(BIN)/python scripts/bench/table.py
 
 clean:
 	rm -rf $(VENV) runs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
