@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+DOCS := build/docs-venv/.ready
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -49,9 +50,13 @@ recipes: $(READY)  ## every shipped recipe is valid
 faults: $(READY)  ## the fault matrix as real commands, and how each ended
 	$(BIN)/python scripts/faults
 
-docs: $(READY)  ## the documentation site, in build/site; a broken link fails
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+docs: $(DOCS)  ## the documentation site, in build/site; a broken link fails
+	NO_MKDOCS_2_WARNING=1 build/docs-venv/bin/mkdocs build --strict --quiet
+
+$(DOCS): constraints.txt
+	$(PYTHON) -m venv build/docs-venv
+	build/docs-venv/bin/python -m pip install --quiet --constraint constraints.txt mkdocs-material
+	touch $@
 
 reference: $(READY)  ## the pages that are generated from code
 	$(BIN)/python scripts/recipe_reference.py --write
