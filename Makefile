@@ -3,10 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+DOCS := build/docs-venv/.ready
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-slow portability test-gpu check startup bench-smoke recipes faults install clean
+.PHONY: demo test test-slow portability test-gpu check startup bench-smoke recipes faults docs reference install clean
 
 install: $(READY)
 
@@ -51,6 +52,20 @@ recipes: $(READY)  ## every shipped recipe is valid
 
 faults: $(READY)  ## the fault matrix as real commands, and how each ended
 	$(BIN)/python scripts/faults
+
+docs: $(DOCS)  ## the documentation site, in build/site; a broken link fails
+	NO_MKDOCS_2_WARNING=1 build/docs-venv/bin/mkdocs build --strict --quiet
+
+$(DOCS): constraints.txt
+	$(PYTHON) -m venv build/docs-venv
+	build/docs-venv/bin/python -m pip install --quiet --constraint constraints.txt mkdocs-material
+	touch $@
+
+reference: $(READY)  ## the pages that are generated from code
+	$(BIN)/python scripts/recipe_reference.py --write
+	$(BIN)/python scripts/cli_reference.py --write
+	$(BIN)/python scripts/methods_table.py --write
+	$(BIN)/python scripts/bench/table.py
 
 clean:
 	rm -rf $(VENV) runs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,25 +1,29 @@
-"""Print the methods as the README shows them, between its markers; with --write, put them there."""
+"""Print the tables of docs/methods.md, between its markers; with --write, put them there."""
 
 import sys
 from pathlib import Path
 
 from peftcli.methods.listing import markdown
 
-README = Path(__file__).parent.parent / "README.md"
-BEGIN, END = "<!-- methods -->", "<!-- /methods -->"
+PAGE = Path(__file__).parent.parent / "docs" / "methods.md"
+BEGIN, END = "<!-- methods -->\n", "<!-- /methods -->"
 
 
 def main() -> None:
-    """Print the table, or write it into the README."""
+    """Print the tables, or write them into the page."""
     if "--write" not in sys.argv[1:]:
         sys.stdout.write(markdown())
         return
-    text = README.read_text(encoding="utf-8")
-    before, _, rest = text.partition(BEGIN)
+    PAGE.write_text(page(), encoding="utf-8")
+
+
+def page() -> str:
+    """The page with the tables of today between its markers."""
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
     _, found, after = rest.partition(END)
     if not found:
-        raise SystemExit(f"{README}: no section between {BEGIN} and {END}")
-    README.write_text(f"{before}{BEGIN}\n{markdown()}{END}{after}", encoding="utf-8")
+        raise SystemExit(f"{PAGE}: no section between {BEGIN.strip()} and {END}")
+    return f"{before}{BEGIN}{markdown()}{END}{after}"
 
 
 if __name__ == "__main__":

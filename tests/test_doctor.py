@@ -100,7 +100,7 @@ def test_the_tested_versions_are_those_of_the_constraints() -> None:
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pinned = dict(line.split("==") for line in lines if line and not line.startswith("#"))
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    tools = {name for name in pinned if f'"{name}' in project.split("dev = [")[1].split("]")[0]}
+    tools = {name for name in pinned if f'"{name}' in project.split("dev = [")[1].split("[project.scripts]")[0]}
     assert {name: version for name, version in pinned.items() if name not in tools} == versions.TESTED
 
 

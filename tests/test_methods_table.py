@@ -12,7 +12,6 @@ import yaml
 
 from peftcli.errors import RecipeError
 from peftcli.methods.left_out import LEFT_OUT
-from peftcli.methods.listing import markdown
 from peftcli.methods.table import METHODS
 from peftcli.recipe.dump import changed_keys, dump_recipe
 from peftcli.recipe.installed_methods import method_arguments
@@ -128,12 +127,6 @@ def test_what_excludes_a_method_is_refused_before_anything_is_loaded(
     tmp_path: Path, method: str, sections: dict[str, Any], said: str
 ) -> None:
     assert said in fault(tmp_path, {"method": method}, **sections)
-
-
-def test_the_readme_shows_the_table() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    shown = text.partition("<!-- methods -->\n")[2].partition("<!-- /methods -->")[0]
-    assert shown == markdown(), "python scripts/methods_table.py --write"
 
 
 def test_methods_prints_the_table_one_row_or_json_and_knows_a_misspelt_name(run_cli: Cli, capfd: Any) -> None:

@@ -1,14 +1,11 @@
-"""The shipped recipes and the README: valid, runnable, and what they say is so."""
+"""The shipped recipes: valid, runnable, and what they say is so."""
 
 import re
-import shlex
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from typer.main import get_command
 
-from peftcli.cli.app import app
 from peftcli.cli.recipes import find_recipe
 from peftcli.errors import RecipeError
 from peftcli.recipe.load import load_recipe
@@ -17,14 +14,7 @@ from peftcli.rundir import read_json
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
-README = (ROOT / "README.md").read_text(encoding="utf-8")
 NAMES = [path.stem for path in RECIPES]
-
-
-def test_the_recipes_that_the_readme_names_are_there() -> None:
-    assert {"quickstart", "products-llama2-7b", "chat-qlora", "text-lora"} <= set(NAMES)
-    for name in NAMES:
-        assert name in README
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -77,34 +67,6 @@ def test_the_trainable_parameters_of_the_exercise_on_the_real_shape(tmp_path: Pa
     recipe = load_recipe(find_recipe("products-llama2-7b")).recipe
     assert facts.parameters == 6_738_415_616
     assert trainable_counter("org/llama-2-7b", config, "causal-lm")(recipe.adapter).parameters == 33_554_432
-
-
-def test_the_readme_shows_the_quickstart_as_it_is() -> None:
-    shown = re.search(r"<!-- recipe:quickstart -->\n```yaml\n(.*?)```", README, flags=re.S)
-    assert shown is not None
-    assert shown[1] == (ROOT / "recipes" / "quickstart.yaml").read_text(encoding="utf-8")
-
-
-def test_every_command_line_of_the_readme_is_understood() -> None:
-    command = get_command(app)
-    lines = re.findall(r"^peftcli (.+?)(?:\s+#.*)?$", README, flags=re.M)
-    assert len(lines) >= 6
-    for line in lines:
-        words = shlex.split(line)
-        sub = command.commands[words[0]]  # type: ignore[attr-defined]
-        sub.make_context(words[0], words[1:])
-
-
-def test_the_readme_names_every_command_and_every_key() -> None:
-    command = get_command(app)
-    for name in command.commands:  # type: ignore[attr-defined]
-        assert f"| `{name} " in README, name
-    for section, field in Recipe.model_fields.items():
-        assert f"`{section}`" in README, section
-        for key in getattr(field.annotation, "model_fields", {}):
-            if key == "arguments":  # which a recipe writes beside the other keys, each under its own name
-                continue
-            assert f"`{key}" in README, f"{section}.{key}"
 
 
 def test_every_key_of_the_schema_is_read_outside_the_recipe_room() -> None:

@@ -1,4 +1,4 @@
-"""Write the table of scripts/bench/README.md from the files in results/: `python scripts/bench/table.py`."""
+"""Write the tables of scripts/bench/README.md and docs/benchmarks.md from results/: `python scripts/bench/table.py`."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -6,7 +6,18 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-BEGIN, END = "<!-- table -->", "<!-- /table -->"
+README, TABLE = HERE / "README.md", "table"
+PAGE, BENCHMARKS = HERE.parent.parent / "docs" / "benchmarks.md", "benchmarks"
+TOOL_NAMES = {
+    "flat": "peftcli",
+    "flat_512": "peftcli, `tokens_per_micro_batch: 512`",
+    "padded": "peftcli, padded",
+    "trl": "`trl`",
+    "trl_fp32": "`trl`",
+    "trl_tuned": "`trl`, tuned",
+    "trl_tuned_fp32": "`trl`, tuned",
+}
+"""Tools as docs/benchmarks.md calls them."""
 
 
 def regime_lines(found: Mapping[str, Any]) -> Iterable[str]:
@@ -87,14 +98,84 @@ def _linear(found: Mapping[str, Any]) -> str:
     )
 
 
+def page_lines(results: Path) -> Iterable[str]:
+    """The table of docs/benchmarks.md: speed and memory of each tool as ratios, then the other measurements."""
+    found = json.loads((results / "batching-cpu.json").read_text())
+    packages, cores = found["environment"]["packages"], found["environment"]["cpu_count"]
+    device = found["environment"]["device"]["name"]
+    yield f"{device}, {cores} cores, torch {packages['torch']}, trl {packages['trl']}:"
+    yield ""
+    yield "| lengths | tool | trained tokens/s | peak memory | largest loss difference | peftcli is faster by |"
+    yield "|---|---|---|---|---|---|"
+    for result in found["regimes"]:
+        for name, tool in result["tools"].items():
+            yield _page_row(result, name, tool)
+    yield ""
+    yield from _page_others(results)
+
+
+def _page_row(result: Mapping[str, Any], name: str, tool: Mapping[str, Any]) -> str:
+    ratio = result["ratios"].get(name)
+    cells = [
+        result["regime"],
+        TOOL_NAMES[name],
+        f"{tool['label_tokens_per_second']:,.0f}" if tool["equal_loss"] else "other loss",
+        _mib(tool["peak_memory_bytes"]),
+        f"{tool['largest_loss_difference']:.1e}",
+        "" if ratio is None else f"{ratio['times_as_fast']:.2f} ({ratio['least']:.2f} to {ratio['most']:.2f})",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _page_others(results: Path) -> Iterable[str]:
+    startup, prepare, linear, data = (
+        json.loads((results / f"{name}-cpu.json").read_text()) for name in ("startup", "prepare", "linear", "data")
+    )
+    seconds = {
+        way: spread["median"] for way, spread in startup.items() if isinstance(spread, dict) and "median" in spread
+    }
+    first, last, largest = linear["points"][0], linear["points"][-1], data["sizes"][-1]["ours"]
+    yield "Other measurements on two cores:"
+    yield ""
+    yield (
+        f"- One training step on {startup['rows']:,} rows, whole process: "
+        + ", ".join(f"`{way}` {value:.1f} s" for way, value in seconds.items())
+        + "."
+    )
+    yield (
+        f"- Tokenizing {prepare['rows']:,} chats: {prepare['seconds']['ours']['median']:.1f} s, `SFTTrainer` "
+        f"{prepare['seconds']['theirs']['median']:.1f} s, with equal ids and labels."
+    )
+    yield (
+        f"- Time per step grows with its tokens to the power of {linear['exponent']:.2f}, from {first['tokens']:,} "
+        f"tokens ({first['seconds']:.2f} s) to {last['tokens']:,} ({last['seconds']:.1f} s)."
+    )
+    yield (
+        f"- A CSV file of {largest['rows']:,} rows: {largest['seconds']:.0f} s the first time, "
+        f"{largest['second_time_seconds']:.1f} s from the cache, {largest['peak_anonymous_mib_above_start']:.0f} MiB "
+        "of memory above the start."
+    )
+    kills = {row["fault"]: row["note"] for row in json.loads((results / "faults-cpu.json").read_text())["rows"]}
+    ours, theirs = kills["kill -9 at 40 random moments"], kills["trl sft: kill -9 at 40 random moments"]
+    yield (
+        f"- 40 runs killed at random moments with `kill -9` and then resumed: {ours.split(' ')[0]} end with the bits "
+        f"of the uninterrupted run. `trl sft`: {theirs}."
+    )
+
+
 def main() -> None:
-    """Replace what stands between the two marks."""
-    readme = HERE / "README.md"
-    before, _, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
-    after = rest.partition(END)[2]
-    lines = [line for path in sorted((HERE / "results").glob("batching-*.json")) for line in _lines_of(path)]
-    lines += other_lines(HERE / "results")
-    readme.write_text(f"{before}{BEGIN}\n" + "\n".join(lines) + f"\n{END}{after}", encoding="utf-8")
+    """Replace what stands between the marks of both files."""
+    results = HERE / "results"
+    lines = [line for path in sorted(results.glob("batching-*.json")) for line in _lines_of(path)]
+    README.write_text(replaced(README, TABLE, [*lines, *other_lines(results)]), encoding="utf-8")
+    PAGE.write_text(replaced(PAGE, BENCHMARKS, page_lines(results)), encoding="utf-8")
+
+
+def replaced(file: Path, mark: str, lines: Iterable[str]) -> str:
+    """The text of a file with other lines between `<!-- mark -->` and `<!-- /mark -->`."""
+    before, _, rest = file.read_text(encoding="utf-8").partition(f"<!-- {mark} -->")
+    after = rest.partition(f"<!-- /{mark} -->")[2]
+    return f"{before}<!-- {mark} -->\n" + "\n".join(lines) + f"\n<!-- /{mark} -->{after}"
 
 
 def _lines_of(path: Path) -> Iterable[str]:
