@@ -3,10 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+OLDEST := .venv-oldest
+OLDEST_READY := $(OLDEST)/.ready
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-gpu check startup bench-smoke recipes faults install clean
+.PHONY: demo test test-oldest test-gpu check startup bench-smoke recipes faults install clean
 
 install: $(READY)
 
@@ -24,6 +26,14 @@ demo: $(READY)  ## the main job on a CPU, without network: train, compare, merge
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m 'not gpu'
+
+test-oldest: $(OLDEST_READY)  ## the tests on the lower bounds of pyproject.toml; several GB of CUDA libraries
+	$(OLDEST)/bin/python -m pytest -n 2 --dist loadgroup -m 'not gpu'
+
+$(OLDEST_READY): pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable '.[dev]'
+	touch $(OLDEST_READY)
 
 test-gpu: $(READY)
 	$(BIN)/python -m pytest -m gpu
@@ -47,4 +57,4 @@ faults: $(READY)  ## the fault matrix as real commands, and how each ended
 	$(BIN)/python scripts/faults
 
 clean:
-	rm -rf $(VENV) runs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) runs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
