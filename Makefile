@@ -4,10 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DOCS := build/docs-venv/.ready
+OLDEST := .venv-oldest
+OLDEST_READY := $(OLDEST)/.ready
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-slow portability test-gpu check startup bench-smoke recipes faults docs reference install clean
+.PHONY: demo test test-slow test-oldest portability test-gpu check startup bench-smoke recipes faults docs reference
+.PHONY: install clean
 
 install: $(READY)
 
@@ -31,6 +34,14 @@ test-slow: $(READY)  ## walks that take minutes: every value of every trainer ar
 
 portability: $(READY)  ## the numeric tests with the kernels, threads and last bits of other machines
 	scripts/portability.sh
+
+test-oldest: $(OLDEST_READY)  ## the tests on the lower bounds of pyproject.toml; several GB of CUDA libraries
+	$(OLDEST)/bin/python -m pytest -n 2 --dist loadgroup -m 'not gpu and not slow'
+
+$(OLDEST_READY): pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable '.[dev]'
+	touch $(OLDEST_READY)
 
 test-gpu: $(READY)
 	$(BIN)/python -m pytest -m gpu
@@ -68,4 +79,4 @@ reference: $(READY)  ## the pages that are generated from code
 	$(BIN)/python scripts/bench/table.py
 
 clean:
-	rm -rf $(VENV) runs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) runs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

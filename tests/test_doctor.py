@@ -20,7 +20,7 @@ from packaging.requirements import Requirement
 from rich.console import Console
 
 from peftcli.cli.doctoring import print_verdicts
-from peftcli.doctor import device, eightbit, examine, fourbit, network, recipe, versions
+from peftcli.doctor import device, eightbit, examine, fourbit, network, recipe, tested, versions
 from peftcli.doctor.device import Card, Cuda
 from peftcli.doctor.fourbit import Trial
 from peftcli.doctor.host import Host, judge_cores, judge_encoding, judge_memory
@@ -135,20 +135,44 @@ def test_needs_are_read_from_the_metadata_without_the_extras() -> None:
 
 def test_a_package_that_runs_from_a_folder_needs_what_the_tests_ran_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(versions, "OURS", "no-such-package-peftcli")
-    found = {str(each.what) for each in versions.installed_needs() if each.by == "no-such-package-peftcli"}
+    found = {each.what.name for each in versions.installed_needs() if each.by == "no-such-package-peftcli"}
     assert found == set(versions.TESTED)
     assert versions.stated_pythons() == (None, [])
 
 
-def test_only_another_second_number_of_a_training_library_is_worth_a_warning() -> None:
-    same = dict(versions.TESTED)
-    expect(versions.judge_tested(same | {"torch": "2.13.0+cpu"}), "ok", "25 of 25")
-    expect(
-        versions.judge_tested(same | {"trl": "1.16.9", "rich": "14.0.0"}), "ok", "23 of 25", "trl 1.16.9, tested 1.16.0"
-    )
-    found = versions.judge_tested(same | {"trl": "1.18.0", "torch": "2.9.1", "rich": "14.0.0"})
-    expect(found, "warn", "torch 2.9.1 (tested 2.13.0), trl 1.18.0 (tested 1.16.0)", "pip install torch==2.13.0 trl==")
-    assert "rich" not in found.line
+@pytest.fixture
+def two_combinations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests that ran with torch 2.6 and trl 1.16, and with torch 2.14 and trl 1.16; the rest as pinned."""
+    pinned = {name: versions.TESTED[name] for name in tested.TRAINING}
+    made = [
+        tested.Combination(torch, "2026-01-01", "3.11.9", pinned | {"torch": torch, "trl": trl}, tested.Tests(1, 0))
+        for torch, trl in (("2.6.0", "1.16.0"), ("2.14.1", "1.16.2"))
+    ]
+    monkeypatch.setattr(tested, "COMBINATIONS", tuple(made))
+
+
+def test_versions_within_those_that_tests_ran_on_are_fine(two_combinations: None) -> None:
+    for torch_here in ("2.6.0+cu124", "2.9.1", "2.14.3"):
+        found = versions.judge_tested(versions.TESTED | {"torch": torch_here, "rich": "99.0"})
+        expect(found, "ok", "tested with torch 2.6 to 2.14, transformers 5.23, trl 1.16, peft 0.21")
+
+
+def test_only_a_newer_second_number_of_a_training_library_is_worth_a_warning(two_combinations: None) -> None:
+    found = versions.judge_tested(versions.TESTED | {"torch": "2.15.0", "trl": "1.16.9", "datasets": "6.0.0"})
+    expect(found, "warn", "torch 2.15.0 is newer than 2.14.1, the newest tested", "datasets 6.0.0", "torch==2.14.1")
+    assert "trl" not in found.line
+
+
+def test_a_version_older_than_any_tested_fails_with_the_command_that_fixes_it(
+    two_combinations: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(versions, "OURS", "no-such-package-peftcli")
+    needs = [each for each in versions.installed_needs() if each.by == "no-such-package-peftcli"]
+    monkeypatch.setattr(versions, "OURS", "peftcli")
+    needs = [replace(each, by="peftcli") for each in needs]
+    old = versions.TESTED | {"torch": "2.5.1"}
+    expect(versions.judge_needs(needs, old), "fail", "torch>=2.6.0, here is 2.5.1", "pip install 'torch>=2.6.0'")
+    assert "torch" not in versions.judge_tested(old).line
 
 
 def test_python_is_held_against_what_the_package_states() -> None:
@@ -156,7 +180,7 @@ def test_python_is_held_against_what_the_package_states() -> None:
     assert asked == ">=3.11" and "3.11" in tested
     expect(versions.judge_python("3.11.7", asked, tested), "ok")
     expect(versions.judge_python("3.10.2", asked, tested), "fail", ">=3.11 is needed")
-    expect(versions.judge_python("3.14.0", asked, tested), "warn", "tested are 3.11 and 3.12")
+    expect(versions.judge_python("3.14.0", asked, tested), "warn", "tested are 3.11, 3.12")
 
 
 def test_sqlalchemy_is_missed_only_by_a_recipe_that_reads_a_database() -> None:

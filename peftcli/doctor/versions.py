@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+from peftcli.doctor.tested import TRAINING, tested_range
 from peftcli.doctor.verdict import FAIL, OK, WARN, Verdict
 
 TESTED = {
@@ -40,8 +41,6 @@ TESTED = {
     "seqeval": "1.2.2",
 }
 """The versions of constraints.txt, on which the tests and CI run."""
-TRAINING = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets")
-"""Packages whose behaviour changes what a run does; another version of these is worth a warning."""
 OURS = "peftcli"
 
 
@@ -67,10 +66,15 @@ def installed_versions(names: Sequence[str]) -> dict[str, str | None]:
 def installed_needs() -> list[Need]:
     """What peftcli asks of other packages, and what those ask in turn; extras aside.
 
-    Where peftcli is run without having been installed, it is taken to need whatever the tests ran on, in any version.
+    Where peftcli is run without having been installed, it is taken to need whatever the tests ran on: packages that
+    change what a run does in no older version than was tested, others in any version.
     """
-    ours = _needs_of(OURS) or [Need(OURS, Requirement(name)) for name in TESTED]
+    ours = _needs_of(OURS) or [Need(OURS, _tested_need(name)) for name in TESTED]
     return ours + [need for direct in ours for need in _needs_of(direct.what.name)]
+
+
+def _tested_need(name: str) -> Requirement:
+    return Requirement(f"{name}>={tested_range(name)[0]}" if name in TRAINING else name)
 
 
 def _needs_of(package: str) -> list[Need]:
@@ -110,17 +114,35 @@ def _unmet_text(need: Need, version: str | None) -> str:
 
 
 def judge_tested(installed: Mapping[str, str | None]) -> Verdict:
-    """Hold the installed versions against those that the tests ran on; a third number never warns."""
-    here = {name: version for name in TESTED if (version := installed.get(name)) is not None}
-    other = {name: version for name, version in here.items() if Version(version).public != TESTED[name]}
-    far = [name for name in TRAINING if name in other and _first_two(other[name]) != _first_two(TESTED[name])]
-    if far:
-        there = ", ".join(f"{name} {other[name]} (tested {TESTED[name]})" for name in far)
-        wanted = " ".join(f"{name}=={TESTED[name]}" for name in far)
-        return Verdict("tested", WARN, there, f"should something misbehave, pip install {wanted}")
-    same = len(here) - len(other)
-    listed = "".join(f"; {name} {version}, tested {TESTED[name]}" for name, version in other.items())
-    return Verdict("tested", OK, f"{same} of {len(TESTED)} packages as in the tests{listed}")
+    """Compare the installed versions with the range of those that the tests ran on; a third number never warns.
+
+    Versions older than that are left out: peftcli does not allow them, so `judge_needs` fails.
+    """
+    here = {name: version for name in TRAINING if (version := installed.get(name)) is not None}
+    newer = {name: last for name in here if _is_newer(here[name], last := tested_range(name)[1])}
+    if newer:
+        found = ", ".join(
+            f"{name} {here[name]} is newer than {last}, the newest tested" for name, last in newer.items()
+        )
+        wanted = " ".join(f"{name}=={last}" for name, last in newer.items())
+        return Verdict("tested", WARN, found, f"should something misbehave, pip install {wanted}")
+    ranges = {name: tested_range(name) for name in here}
+    inside = [name for name, (first, _) in ranges.items() if Version(here[name]) >= Version(first)]
+    return Verdict("tested", OK, "tested with " + ", ".join(f"{name} {_range_text(*ranges[name])}" for name in inside))
+
+
+def _is_newer(version: str, last: str) -> bool:
+    return _first_two(version) > _first_two(last)
+
+
+def _range_text(first: str, last: str) -> str:
+    """The first two numbers of a range.
+
+    >>> _range_text("2.6.0", "2.15.0"), _range_text("1.16.0", "1.16.0")
+    ('2.6 to 2.15', '1.16')
+    """
+    first, last = (".".join(map(str, _first_two(version))) for version in (first, last))
+    return first if first == last else f"{first} to {last}"
 
 
 def _first_two(version: str) -> tuple[int, ...]:
@@ -140,7 +162,7 @@ def judge_python(version: str, asked: str | None, tested: Sequence[str]) -> Verd
             "python", FAIL, f"{version}, but {asked} is needed", "make a virtual environment with such a one"
         )
     if tested and ".".join(version.split(".")[:2]) not in tested:
-        there = f"{version}, tested are {' and '.join(tested)}"
+        there = f"{version}, tested are {', '.join(tested)}"
         return Verdict("python", WARN, there, f"should something misbehave, use Python {tested[-1]}")
     return Verdict("python", OK, version)
 
