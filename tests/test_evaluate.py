@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from peftcli.data.tokens import IGNORED
-from peftcli.metrics.answers import chrf, exact_match
+from peftcli.metrics.language import chrf, exact_match
 from peftcli.model.answer import Decoding, answer
 from peftcli.model.score import completion_nll, score
 from peftcli.model.target import open_target

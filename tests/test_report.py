@@ -21,9 +21,9 @@ import pytest
 from markdown_it import MarkdownIt
 
 from peftcli.errors import DataError, RecipeError
-from peftcli.metrics.classes import classification_scores, multi_label_scores
-from peftcli.metrics.numbers import regression_scores
-from peftcli.metrics.tags import tagging_scores
+from peftcli.metrics.classification import classification_scores, multi_label_scores
+from peftcli.metrics.regression import regression_scores
+from peftcli.metrics.tagging import tagging_scores
 from peftcli.plan.decide import make_plan
 from peftcli.plan.facts import Machine, ModelFacts
 from peftcli.plan.plan import Plan

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from peftcli.metrics.classes import classification_scores, multi_label_scores
-from peftcli.metrics.numbers import regression_scores
-from peftcli.metrics.tags import tagging_scores
+from peftcli.metrics.classification import classification_scores, multi_label_scores
+from peftcli.metrics.regression import regression_scores
+from peftcli.metrics.tagging import tagging_scores
 from peftcli.report.blocks import Folded, Notices, Section, Table
 from peftcli.report.classes import classes_section
 from peftcli.report.content import make_report

@@ -11,9 +11,9 @@ import sklearn.metrics as theirs
 from seqeval.metrics import classification_report
 from seqeval.metrics import f1_score as seqeval_f1
 
-from peftcli.metrics.classes import classification_scores, multi_label_scores
-from peftcli.metrics.numbers import regression_scores
-from peftcli.metrics.tags import tagging_scores
+from peftcli.metrics.classification import classification_scores, multi_label_scores
+from peftcli.metrics.regression import regression_scores
+from peftcli.metrics.tagging import tagging_scores
 from peftcli.recipe.values import GATE_NAMES
 
 NAMES = ["cat", "dog", "eel"]

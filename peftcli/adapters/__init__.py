@@ -1,1 +1,1 @@
-"""What a method's name stands for in PEFT: its configuration, and the tuners that PEFT does not have."""
+"""PEFT configurations of the methods, and the tuners that PEFT does not have."""

@@ -1,1 +1,1 @@
-"""The commands: read flags, call the rooms below, print."""
+"""The commands: parse options, call the packages below, print."""

@@ -49,11 +49,3 @@ def words_table(data: Mapping[str, Any]) -> Table | None:
     if len(entities) > MOST_TYPES:
         table.add_row(Text(f"and {len(entities) - MOST_TYPES:,} more types", style="dim"), "")
     return table
-
-
-def _table(*columns: str) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    for column in columns:
-        title, _, side = column.partition("|")
-        table.add_column(title, justify="right" if side else "left", overflow="fold", no_wrap=bool(side))
-    return table

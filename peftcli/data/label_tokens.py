@@ -16,7 +16,7 @@ from peftcli.data.labels import sorted_names
 from peftcli.data.tokens import FLAGS, IGNORED, TokenBatch
 from peftcli.data.words import Aligned, align
 from peftcli.errors import DataError
-from peftcli.metrics.tags import OUTSIDE
+from peftcli.metrics.tagging import OUTSIDE
 from peftcli.plan.plan import LabelRule
 
 NO_WORD = "with no word that gets a token"

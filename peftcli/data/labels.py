@@ -9,7 +9,7 @@ from typing import Any
 from peftcli.data.names import listed
 from peftcli.data.values import Unused, Wrong, is_null, type_name
 from peftcli.errors import DataError
-from peftcli.metrics.tags import OUTSIDE
+from peftcli.metrics.tagging import OUTSIDE
 
 SMALL_RANGE = 20
 """Whole numbers that span no more than this are taken for classes; of others the recipe must say what they are."""

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from peftcli.data.labels import Names
 from peftcli.data.parts import DROPPED, PROMPT, TRAINED, Part
 from peftcli.data.tokens import IGNORED
-from peftcli.metrics.tags import OUTSIDE
+from peftcli.metrics.tagging import OUTSIDE
 
 
 def label_parts(

@@ -7,7 +7,7 @@ from typing import Any
 from peftcli.data.dropped import Dropped
 from peftcli.data.readings import Examples
 from peftcli.data.rows import Rows
-from peftcli.metrics.tags import entities_of, span_tags
+from peftcli.metrics.tagging import entities_of, span_tags
 
 _INSIDE = ("I", "E", "L")
 """Prefixes of tags that go on with an entity."""

@@ -1,1 +1,1 @@
-"""What this machine can do, in general or for one recipe: one verdict for each question."""
+"""Checks of this machine, in general or for one recipe."""

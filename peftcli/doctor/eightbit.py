@@ -8,7 +8,7 @@ from peftcli.doctor.fourbit import INPUTS, OUTPUTS, Trial, judge_trial, run_laye
 from peftcli.doctor.verdict import Verdict
 from peftcli.model.eight_bit import compute_in_floats
 
-MOST_LOSS = 0.02
+INT8_TOLERANCE = 0.02
 """Largest relative distance between a matrix of normal numbers and the same in 8 bits; about 0.007 is usual."""
 
 
@@ -31,4 +31,4 @@ def try_8bit(device: str, dtype: str) -> Trial:
 
 def judge_8bit(trial: Trial) -> Verdict:
     """Whether the 8-bit training that a recipe asks for can be trusted here."""
-    return judge_trial(trial, "8-bit", "int8", MOST_LOSS, asked=True)
+    return judge_trial(trial, "8-bit", "int8", INT8_TOLERANCE, asked=True)

@@ -12,7 +12,7 @@ from peftcli.model.load import DTYPES, FAST_CPU_PATH, keep_gradients_of_4bit
 INPUTS, OUTPUTS, ROWS = 256, 192, 8
 MOST_ERROR = {"float32": 1e-5, "float16": 1e-2, "bfloat16": 5e-2}
 """Largest relative distance between the product of a 4-bit layer and that of its unpacked weights."""
-MOST_LOSS = 0.2
+NF4_TOLERANCE = 0.2
 """Largest relative distance between a matrix of normal numbers and the same in NF4; about 0.09 is usual."""
 
 
@@ -106,7 +106,7 @@ def judge_4bit(trial: Trial, *, asked: bool = True) -> Verdict:
     Args:
         asked: False for a recipe without quantization, which goes on whatever comes out.
     """
-    return judge_trial(trial, "4-bit", "NF4", MOST_LOSS, asked=asked)
+    return judge_trial(trial, "4-bit", "NF4", NF4_TOLERANCE, asked=asked)
 
 
 def judge_trial(trial: Trial, name: str, what: str, most_loss: float, *, asked: bool) -> Verdict:

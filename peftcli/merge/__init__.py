@@ -1,1 +1,1 @@
-"""Merging: an adapter folded into its base tensor by tensor, and the proof that the result answers alike."""
+"""Merging: folds an adapter into its base tensor by tensor and verifies that the outputs agree."""

@@ -1,1 +1,1 @@
-"""The table of the methods: what each is, takes and can do. Nothing heavy is imported."""
+"""The table of PEFT methods: what each is, takes and supports. Nothing heavy is imported."""

@@ -1,1 +1,1 @@
-"""Sums, answers and labels to the numbers of `metrics.json`."""
+"""Metrics: predictions and labels to the numbers of `metrics.json`."""

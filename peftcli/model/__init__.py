@@ -1,1 +1,1 @@
-"""All that touches weights or the device."""
+"""Everything that touches weights or the device."""

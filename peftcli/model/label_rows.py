@@ -11,9 +11,9 @@ from transformers import PreTrainedTokenizerBase
 
 from peftcli.data.prepare import PreparedData
 from peftcli.data.tokens import IGNORED
-from peftcli.metrics.classes import classification_scores, multi_label_scores
-from peftcli.metrics.numbers import regression_scores
-from peftcli.metrics.tags import tagging_scores
+from peftcli.metrics.classification import classification_scores, multi_label_scores
+from peftcli.metrics.regression import regression_scores
+from peftcli.metrics.tagging import tagging_scores
 from peftcli.model.answer import Answer
 from peftcli.model.label import Head, Row, forward, head_of, make_batch, output_names, targets_of
 from peftcli.model.memory import Shrinking

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from peftcli.data.tokens import IGNORED
 from peftcli.data.words import Aligned, align
 from peftcli.errors import DataError
-from peftcli.metrics.tags import OUTSIDE, entities_of, span_tags
+from peftcli.metrics.tagging import OUTSIDE, entities_of, span_tags
 from peftcli.model.label import Head, head_of
 from peftcli.model.label_rows import row_logits
 from peftcli.model.target import Target

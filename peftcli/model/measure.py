@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from peftcli.data.prepare import PreparedData
 from peftcli.data.readings import LABELLED
 from peftcli.data.traces import hide_keys
-from peftcli.metrics.answers import Metrics, chrf, exact_match
+from peftcli.metrics.language import Metrics, chrf, exact_match
 from peftcli.model.answer import Answer, Decoding, answer
 from peftcli.model.label_rows import LabelMetrics, measure_labels
 from peftcli.model.score import Sums, score_shared

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from peftcli.data.tokens import IGNORED
-from peftcli.metrics.answers import Metrics, perplexity
+from peftcli.metrics.language import Metrics, perplexity
 from peftcli.model.memory import Shrinking
 from peftcli.model.shards import gather, is_divided, my_share, without_gradients
 from peftcli.progress import Progress

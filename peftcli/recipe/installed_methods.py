@@ -64,7 +64,7 @@ def _arguments(folder: Path, path: Path, name: str) -> dict[str, Argument]:
             found |= _arguments(folder, folder / _HOMES[base], base)
     for field in class_fields(path, name):
         assert isinstance(field.target, ast.Name)
-        found[field.target.id] = _argument(field.target.id, field.annotation, path)
+        found[field.target.id] = _peft_argument(field.target.id, field.annotation, path)
     return found
 
 
@@ -76,11 +76,11 @@ def _bases(path: Path, name: str) -> list[str]:
     return [base.strip() for base in head[1].split(",")] if head else []
 
 
-def _argument(name: str, annotation: ast.expr, path: Path) -> Argument:
+def _peft_argument(name: str, annotation: ast.expr, path: Path) -> Argument:
     kinds: set[str] = set()
     choices: list[str] = []
     for part in union_parts(annotation):
-        kind, words = _kind(part, path)
+        kind, words = _peft_kind(part, path)
         kinds.add(kind)
         choices += words
     # A pattern such as pissa_niter_[number of iters] leaves its beginning, which every word that goes on from it fits.
@@ -88,7 +88,7 @@ def _argument(name: str, annotation: ast.expr, path: Path) -> Argument:
     return Argument(name, frozenset(kinds), tuple(dict.fromkeys(choices)))
 
 
-def _kind(node: ast.expr, path: Path) -> tuple[str, list[str]]:
+def _peft_kind(node: ast.expr, path: Path) -> tuple[str, list[str]]:
     if isinstance(node, ast.Constant) and node.value is None:
         return "none", []
     if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Name) and node.value.id == "Literal":

@@ -6,7 +6,7 @@ from peftcli.report.blocks import Block, Cell, Folded, Notices, Section, Table, 
 from peftcli.report.format import count, score, several, share
 from peftcli.report.stages import Stages, figure, find, objects, text
 
-SIDES = ("adapter", "merged", "base")
+PREFERRED_MODELS = ("adapter", "merged", "base")
 """The model whose classes are shown: the first that was measured."""
 MOST_CLASSES = 12
 """A matrix of more classes is no longer read; their most frequent mistakes are."""
@@ -23,7 +23,7 @@ MEANING = {
 
 def classes_section(stages: Stages) -> Section | None:
     """The confusion matrix and the figures of each class; None where the model gives no classes."""
-    side = next((name for name in SIDES if objects(stages.metrics, name, "per_class")), None)
+    side = next((name for name in PREFERRED_MODELS if objects(stages.metrics, name, "per_class")), None)
     if side is None:
         return None
     found = find(stages.metrics, side)

@@ -20,7 +20,7 @@ def ranks_section(stages: Stages) -> Section | None:
     last = ranks[-1]
     allowed = None if target is None else target * len(modules)
     blocks = (
-        Plots((_plot(steps, ranks),), ()),
+        Plots((_rank_plot(steps, ranks),), ()),
         facts(
             (
                 ("Rank of each module at first", count(first)),
@@ -29,7 +29,7 @@ def ranks_section(stages: Stages) -> Section | None:
                 ("Smallest and largest", f"{count(min(last))} and {count(max(last))}"),
             )
         ),
-        Folded("All modules", _table(modules, ranks)),
+        Folded("All modules", _rank_table(modules, ranks)),
     )
     lead = (
         "All modules began with the same rank; the directions that mattered least, by weight times gradient averaged "
@@ -38,19 +38,19 @@ def ranks_section(stages: Stages) -> Section | None:
     return Section("ranks", "Ranks", blocks, lead)
 
 
-def _plot(steps: list[int], ranks: list[list[int]]) -> Plot:
+def _rank_plot(steps: list[int], ranks: list[list[int]]) -> Plot:
     title = "Rank of each module"
 
     def drawn(inches: tuple[float, float]) -> str:
         width, height = inches
         frame = (0.5 / width, 0.45 / height, (width - 0.7) / width, (height - 0.6) / height)
-        return drawing(title, inches, lambda axes: _draw(axes, steps, ranks), frame)
+        return drawing(title, inches, lambda axes: _draw_ranks(axes, steps, ranks), frame)
 
     note = "Steps from left to right. Light: one line a module; dark: their mean."
     return Plot(title, drawn(WIDE), note, drawn(NARROW))
 
 
-def _draw(axes: "Axes", steps: list[int], ranks: list[list[int]]) -> None:
+def _draw_ranks(axes: "Axes", steps: list[int], ranks: list[list[int]]) -> None:
     from matplotlib.ticker import MaxNLocator
 
     for line in zip(*ranks, strict=True):
@@ -62,7 +62,7 @@ def _draw(axes: "Axes", steps: list[int], ranks: list[list[int]]) -> None:
     axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
 
 
-def _table(modules: list[str], ranks: list[list[int]]) -> Any:
+def _rank_table(modules: list[str], ranks: list[list[int]]) -> Any:
     ordered = sorted(range(len(modules)), key=lambda place: (-ranks[-1][place], place))
     rows = [(modules[place], count(ranks[0][place]), count(ranks[-1][place])) for place in ordered]
     return table(("Module", "First rank", "Last rank"), rows, numeric=(1, 2))

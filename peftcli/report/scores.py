@@ -9,7 +9,7 @@ from peftcli.report.classes import f1_kind
 from peftcli.report.format import DASH, MINUS, compact, count, percent, score, several, significant, wilson_interval
 from peftcli.report.stages import Stages, figure, find, text
 
-SIDES = ("base", "adapter", "merged")
+MODELS = ("base", "adapter", "merged")
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def metric_table(stages: Stages) -> Table | None:
         if base is not None and adapter is not None:
             word, tone = metric.verdict(base, adapter)
             change = Cell(f"{metric.change(base, adapter)} {word}".strip(), tone)
-        written = [metric.write(figure(metrics, side, metric.key)) for side in SIDES]
+        written = [metric.write(figure(metrics, side, metric.key)) for side in MODELS]
         rows.append((metric.heading, *written, change))
     rows += _retention_row(metrics)
     columns = ("Metric", "Base", "Adapter", "Merged", "Change")
@@ -132,7 +132,7 @@ def _note(stages: Stages) -> str:
     parts += filter(None, [f1_kind(find(stages.metrics, "adapter") or find(stages.metrics, "base"))])
     bounds = [
         f"{side} {score(found[0])} to {score(found[1])}"
-        for side in SIDES
+        for side in MODELS
         if (found := interval(stages, side)) is not None
     ]
     if bounds:
@@ -164,13 +164,13 @@ def _retention_row(metrics: dict[str, Any]) -> list[tuple[Cell | str, ...]]:
 
 def _measured(metrics: dict[str, Any], key: str) -> bool:
     """A known key that some side names is shown even where it is null, so that the dash is seen."""
-    named = any(key in side for name in SIDES if isinstance(side := metrics.get(name), dict))
-    return named and (key in BY_KEY or any(figure(metrics, side, key) is not None for side in SIDES))
+    named = any(key in side for name in MODELS if isinstance(side := metrics.get(name), dict))
+    return named and (key in BY_KEY or any(figure(metrics, side, key) is not None for side in MODELS))
 
 
 def _unknown(metrics: dict[str, Any]) -> list[Metric]:
     """Metrics that this version has no name for: shown under their key, judged by nobody."""
     known = BY_KEY.keys() | ELSEWHERE
-    found = {key for side in SIDES if isinstance(of := metrics.get(side), dict) for key in of if key not in known}
-    keys = {key for key in found if any(figure(metrics, side, key) is not None for side in SIDES)}
+    found = {key for side in MODELS if isinstance(of := metrics.get(side), dict) for key in of if key not in known}
+    keys = {key for key in found if any(figure(metrics, side, key) is not None for side in MODELS)}
     return [Metric(key, key, compact, None) for key in sorted(keys)]

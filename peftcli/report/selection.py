@@ -27,7 +27,7 @@ def selection_section(stages: Stages) -> Section | None:
     chosen = sum(bool(row.get("chosen")) for row in rows)
     allowed, used = figure(found, "budget_parameters"), figure(found, "used_parameters")
     blocks: list[Block] = [
-        Plots((_plot(ordered, kind),), ()),
+        Plots((_score_plot(ordered, kind),), ()),
         facts(
             (
                 ("Chosen", f"{count(chosen)} of {count(len(rows))} {kind}"),
@@ -35,7 +35,7 @@ def selection_section(stages: Stages) -> Section | None:
                 ("Measured on", f"{count(figure(found, 'batches'))} training batches"),
             )
         ),
-        Folded(f"All {kind}", _table(ordered, kind)),
+        Folded(f"All {kind}", _score_table(ordered, kind)),
     ]
     lead = (
         f"Before the first step the loss's gradient was measured on training rows, and whole {kind} were taken, the "
@@ -44,7 +44,7 @@ def selection_section(stages: Stages) -> Section | None:
     return Section("selection", f"Chosen {kind}", tuple(blocks), lead)
 
 
-def _plot(ordered: list[dict[str, Any]], kind: str) -> Plot:
+def _score_plot(ordered: list[dict[str, Any]], kind: str) -> Plot:
     shown = ordered[:MOST_BARS] if kind == "modules" else sorted(ordered, key=lambda row: _number(row))[:MOST_BARS]
     height = 0.6 + 0.2 * len(shown)
 
@@ -53,7 +53,7 @@ def _plot(ordered: list[dict[str, Any]], kind: str) -> Plot:
         names = [_short(row, kind, most=24 if width == NARROW[0] else 60) for row in shown]
         left = min(0.5 * width, 0.25 + NAME_INCHES * max(map(len, names)))
         frame = (left / width, 0.4 / height, (width - left - 0.3) / width, (height - 0.5) / height)
-        return drawing(f"Gradient by {kind}", inches, lambda axes: _draw(axes, shown, names), frame)
+        return drawing(f"Gradient by {kind}", inches, lambda axes: _draw_scores(axes, shown, names), frame)
 
     note = "Root mean square of the loss's gradient by the weights. Dark: chosen; light: left out."
     if len(ordered) > len(shown):
@@ -61,7 +61,7 @@ def _plot(ordered: list[dict[str, Any]], kind: str) -> Plot:
     return Plot(f"Gradient by {kind}", drawn(WIDE[0]), note, drawn(NARROW[0]))
 
 
-def _draw(axes: "Axes", rows: list[dict[str, Any]], names: list[str]) -> None:
+def _draw_scores(axes: "Axes", rows: list[dict[str, Any]], names: list[str]) -> None:
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     places = range(len(rows))
@@ -75,7 +75,7 @@ def _draw(axes: "Axes", rows: list[dict[str, Any]], names: list[str]) -> None:
     axes.grid(visible=True, axis="x")
 
 
-def _table(ordered: list[dict[str, Any]], kind: str) -> Any:
+def _score_table(ordered: list[dict[str, Any]], kind: str) -> Any:
     cells = [
         (
             text(row, "name"),

@@ -1,1 +1,1 @@
-"""Training: TRL's loop, watched, stoppable, and written down."""
+"""Training: TRL's loop with checkpoints, stops, and a log."""

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from peftcli.metrics.classes import ClassFigures, Figure, classification_scores
+from peftcli.metrics.classification import ClassFigures, Figure, classification_scores
 
 OUTSIDE = "O"
 _SPAN = re.compile(r"[BIESLU](-.+)?")

@@ -1,4 +1,4 @@
-"""Predicted and actual numbers to the figures of a regression."""
+"""Metrics of a regression: errors and correlations of predicted and actual numbers."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass

@@ -1,4 +1,4 @@
-"""Sums and answers of a language model to the numbers of `metrics.json`."""
+"""Metrics of a language model: perplexity, exact match and chrF."""
 
 import math
 from collections.abc import Sequence
