@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from peftcli.methods.listing import markdown
+from peftcli.methods.registry import markdown
 
 PAGE = Path(__file__).parent.parent / "docs" / "methods.md"
 BEGIN, END = "<!-- methods -->\n", "<!-- /methods -->"

@@ -19,7 +19,7 @@ from recipe_reference import attribute_docstrings, recipe_reference
 from typer.main import get_command
 
 from peftcli.cli.app import app
-from peftcli.methods.table import METHODS
+from peftcli.methods.registry import METHODS
 from peftcli.recipe.installed import installed_arguments
 from peftcli.recipe.installed_methods import recipe_arguments
 from peftcli.recipe.load import load_recipe

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 
 from peftcli.adapters.build import peft_config
 from peftcli.cli.steps import plan_recipe
-from peftcli.methods.table import METHODS
+from peftcli.methods.registry import METHODS
 from peftcli.model.inspect import inspect_model, trainable_counter
 from peftcli.model.kept import COUNTED, fit_kept
 from peftcli.plan.cards import find_card, machine_with

@@ -13,7 +13,7 @@ from peftcli.adapters.build import peft_config
 from peftcli.errors import MachineError, RecipeError
 from peftcli.merge.fold import bare_base, fold
 from peftcli.merge.refuse import refuse_unmergeable
-from peftcli.methods.table import METHODS
+from peftcli.methods.registry import METHODS
 from peftcli.model.heads import AUTO_CLASSES
 from peftcli.model.inspect import inspect_model, trainable_counter
 from peftcli.model.load import load_adapter, load_base

@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from peftcli.errors import RecipeError
-from peftcli.methods.left_out import LEFT_OUT
-from peftcli.methods.table import METHODS
+from peftcli.methods.base import LEFT_OUT
+from peftcli.methods.registry import METHODS
 from peftcli.recipe.dump import changed_keys, dump_recipe
 from peftcli.recipe.installed_methods import method_arguments
 from peftcli.recipe.load import load_recipe

@@ -6,7 +6,7 @@ import pytest
 
 import peftcli
 from peftcli.errors import RecipeError
-from peftcli.methods.table import METHODS
+from peftcli.methods.registry import METHODS
 from peftcli.nearest import nearest, nearest_names
 from peftcli.recipe.installed import installed_arguments
 from peftcli.recipe.load import load_recipe

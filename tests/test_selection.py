@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from peftcli.adapters.own.places import all_widths
 from peftcli.errors import Diverged, RecipeError
-from peftcli.methods.table import METHODS
+from peftcli.methods.registry import METHODS
 from peftcli.model.gradients import gradient_matrices, gradient_norms, squared_norm
 from peftcli.model.trainable import count_on_layer, count_trainable
 from peftcli.plan.selection import Selection, choose_layers, choose_modules

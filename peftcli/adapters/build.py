@@ -7,8 +7,8 @@ import peft
 from peft import PeftConfig, TaskType
 
 from peftcli.adapters.own.register import own_config
-from peftcli.methods.method import Method
-from peftcli.methods.table import METHODS
+from peftcli.methods.base import Method
+from peftcli.methods.registry import METHODS
 from peftcli.plan.ranks import first_rank
 from peftcli.recipe.adapter_section import AdapterSection
 

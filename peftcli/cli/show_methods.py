@@ -8,11 +8,9 @@ import typer
 from pydantic_core import PydanticCustomError
 
 from peftcli.errors import RecipeError
-from peftcli.methods import listing
-from peftcli.methods.left_out import LEFT_OUT
-from peftcli.methods.listing import conflicts, tasks_text
-from peftcli.methods.options import OPTIONS
-from peftcli.methods.table import METHODS
+from peftcli.methods import registry
+from peftcli.methods.base import LEFT_OUT, OPTIONS
+from peftcli.methods.registry import METHODS, conflicts, tasks_text
 from peftcli.recipe.fields import read_method
 from peftcli.recipe.installed_methods import recipe_arguments
 
@@ -27,7 +25,7 @@ def methods_command(name: str | None, *, as_json: bool) -> None:
         except PydanticCustomError as problem:
             raise RecipeError(f"{name} {problem.message()}") from None
     if as_json:
-        typer.echo(json.dumps(listing.as_json() if name is None else listing.row(METHODS[name]), ensure_ascii=False))
+        typer.echo(json.dumps(registry.as_json() if name is None else registry.row(METHODS[name]), ensure_ascii=False))
         return
     for line in method_lines(name):
         typer.echo(line)

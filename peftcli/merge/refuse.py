@@ -6,8 +6,8 @@ from pathlib import Path
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from peftcli.errors import MachineError
-from peftcli.methods.method import Method
-from peftcli.methods.table import METHODS
+from peftcli.methods.base import Method
+from peftcli.methods.registry import METHODS
 
 
 def method_of(adapter: Path) -> Method | None:

@@ -1,6 +1,6 @@
 """Methods that add a product of small matrices to a weight."""
 
-from peftcli.methods.method import CODES, NUMBERS, SHAPE, Method
+from peftcli.methods.base import CODES, NUMBERS, SHAPE, Method
 
 CLOSED = {
     name: "a recipe has no way to say it"

@@ -1,6 +1,6 @@
 """Methods that learn few numbers: shared random bases, spectra, single entries, scales."""
 
-from peftcli.methods.method import CAUSAL, CODES, NUMBERS, SHAPE, Method
+from peftcli.methods.base import CAUSAL, CODES, NUMBERS, SHAPE, Method
 
 SHARED = (
     Method(

@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
 from peftcli.adapters.build import peft_config
-from peftcli.methods.table import METHODS
+from peftcli.methods.registry import METHODS
 from peftcli.model.load import DTYPES
 from peftcli.plan.fitted import Fitted, terms
 from peftcli.plan.plan import Plan

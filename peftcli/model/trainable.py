@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peftcli.adapters.build import peft_config
 from peftcli.errors import RecipeError
-from peftcli.methods.table import METHODS
+from peftcli.methods.registry import METHODS
 from peftcli.plan.optimizer import SMALL, Trained
 from peftcli.recipe.adapter_section import AdapterSection
 

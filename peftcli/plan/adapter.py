@@ -4,8 +4,8 @@ import math
 from collections.abc import Iterable
 
 from peftcli.errors import RecipeError
-from peftcli.methods.method import Method
-from peftcli.methods.table import METHODS
+from peftcli.methods.base import Method
+from peftcli.methods.registry import METHODS
 from peftcli.plan.facts import ModelFacts
 from peftcli.plan.layers import named_targets, stand_in_layers, structural_targets
 from peftcli.plan.plan import Decision

@@ -1,7 +1,7 @@
 """Whether the rows of a step run as flat lines without padding: the same rows, the same loss, less work."""
 
 from peftcli.errors import RecipeError
-from peftcli.methods.table import METHODS
+from peftcli.methods.registry import METHODS
 from peftcli.plan.choices import Choices
 from peftcli.plan.plan import Batch, Batching, Decision, LabelRule
 from peftcli.recipe.schema import Recipe

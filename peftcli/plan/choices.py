@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from peftcli.errors import MachineError, RecipeError
-from peftcli.methods.table import METHODS
+from peftcli.methods.registry import METHODS
 from peftcli.plan.facts import Machine, ModelFacts
 from peftcli.plan.plan import Batch, Decision
 from peftcli.recipe.schema import QuantizationSection, Recipe

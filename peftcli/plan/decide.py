@@ -4,8 +4,8 @@ from collections.abc import Callable
 from typing import Any
 
 from peftcli.errors import MachineError, RecipeError
-from peftcli.methods.prompts import VIRTUAL_TOKENS
-from peftcli.methods.table import METHODS
+from peftcli.methods.prompt import VIRTUAL_TOKENS
+from peftcli.methods.registry import METHODS
 from peftcli.plan.adapter import settle_adapter
 from peftcli.plan.batching import choose_batching
 from peftcli.plan.choices import Choices, choose, choose_trained_dtype, count_batch

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from peftcli.methods.table import METHODS
+from peftcli.methods.registry import METHODS
 from peftcli.plan.cards import card_of
 from peftcli.plan.facts import Machine
 from peftcli.plan.mends import propose

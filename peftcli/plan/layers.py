@@ -5,8 +5,8 @@ from dataclasses import replace
 from typing import Any
 
 from peftcli.errors import RecipeError
-from peftcli.methods.method import Method
-from peftcli.methods.table import METHODS
+from peftcli.methods.base import Method
+from peftcli.methods.registry import METHODS
 from peftcli.plan.facts import ModelFacts
 from peftcli.plan.optimizer import Trained
 from peftcli.plan.places import (

@@ -2,7 +2,7 @@
 
 from typing import get_args
 
-from peftcli.methods.table import METHODS
+from peftcli.methods.registry import METHODS
 from peftcli.plan.choices import Choices
 from peftcli.plan.facts import ModelFacts
 from peftcli.plan.plan import Decision

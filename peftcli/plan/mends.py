@@ -3,8 +3,8 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from peftcli.methods.method import Method
-from peftcli.methods.table import METHODS
+from peftcli.methods.base import Method
+from peftcli.methods.registry import METHODS
 from peftcli.plan.optimizer import optimizer_bytes
 from peftcli.plan.peak import INT8_BITS, NF4_BITS, Load
 from peftcli.plan.plan import Plan

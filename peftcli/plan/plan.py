@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from peftcli.methods.table import METHODS
+from peftcli.methods.registry import METHODS
 from peftcli.plan.fitted import Fitted
 from peftcli.plan.optimizer import Trained
 from peftcli.plan.selection import Choice

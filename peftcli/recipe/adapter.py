@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from peftcli.methods.method import CORE, Method
-from peftcli.methods.table import METHODS
+from peftcli.methods.base import CORE, Method
+from peftcli.methods.registry import METHODS
 from peftcli.recipe.adapter_section import AdapterSection
 from peftcli.recipe.argument_values import kind_fault, nested_fault
 from peftcli.recipe.foreign import FOREIGN_NAMES

@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, PlainSerializer, PlainValidator, model_validator
 
-from peftcli.methods.method import CORE
-from peftcli.methods.table import METHODS
+from peftcli.methods.base import CORE
+from peftcli.methods.registry import METHODS
 from peftcli.recipe.fields import freeze_mapping, freeze_names, read_method, read_trained_dtype
 from peftcli.recipe.section import Section
 from peftcli.recipe.select_section import SelectSection, read_layers, read_target_modules

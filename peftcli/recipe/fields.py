@@ -11,8 +11,8 @@ from typing import Any
 
 from pydantic_core import PydanticCustomError
 
-from peftcli.methods.left_out import LEFT_OUT
-from peftcli.methods.table import METHODS
+from peftcli.methods.base import LEFT_OUT
+from peftcli.methods.registry import METHODS
 from peftcli.nearest import nearest
 from peftcli.recipe.foreign import METHOD_WORDS
 from peftcli.recipe.template import template_columns

@@ -6,8 +6,8 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
-from peftcli.methods.method import Method
-from peftcli.methods.table import METHODS
+from peftcli.methods.base import Method
+from peftcli.methods.registry import METHODS
 from peftcli.recipe.installed import Argument, class_body, class_fields, package_folder, union_parts
 
 _HOMES = {

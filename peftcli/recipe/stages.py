@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from peftcli.methods.table import METHODS
+from peftcli.methods.registry import METHODS
 from peftcli.recipe.adapter import read_adapter
 from peftcli.recipe.problems import KeyPath, Problems
 from peftcli.recipe.schema import Recipe

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from peftcli.data.prepare import PreparedData
 from peftcli.errors import RecipeError
-from peftcli.methods.method import GRADIENT_BATCHES
+from peftcli.methods.base import GRADIENT_BATCHES
 from peftcli.model.gradients import gradient_matrices
 from peftcli.plan.plan import Plan
 from peftcli.recipe.adapter_section import AdapterSection

@@ -1,11 +1,18 @@
-"""The table of methods as rows: for the terminal, for JSON and for the README."""
+"""All methods by name, and the same table as rows for the terminal, for JSON and for the README."""
 
+from collections.abc import Mapping
 from typing import Any
 
-from peftcli.methods.left_out import LEFT_OUT
-from peftcli.methods.method import Method
-from peftcli.methods.options import OPTIONS
-from peftcli.methods.table import METHODS
+from peftcli.methods.base import LEFT_OUT, OPTIONS, Method
+from peftcli.methods.custom import OWN
+from peftcli.methods.low_rank import LOW_RANK
+from peftcli.methods.orthogonal import ROTATIONS
+from peftcli.methods.prompt import PROMPTS
+from peftcli.methods.sparse import SHARED, SPARSE, SPECTRAL
+
+METHODS: Mapping[str, Method] = {
+    method.name: method for method in (*LOW_RANK, *SHARED, *SPECTRAL, *SPARSE, *ROTATIONS, *PROMPTS, *OWN)
+}
 
 SHORT_TASKS = {
     "causal-lm": "text",

@@ -1,9 +1,9 @@
-"""Methods that PEFT does not have: tuners of ours, behind PEFT's own interface."""
+"""Methods that PEFT does not have: our own tuners behind PEFT's interface."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from peftcli.methods.method import Method
+from peftcli.methods.base import Method
 
 _SWITCH = frozenset({"bool"})
 

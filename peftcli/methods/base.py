@@ -1,4 +1,7 @@
-"""What a row of the table of methods says."""
+"""What the table says about a PEFT method: its class, its arguments, and what it supports.
+
+Also the options of LoRA that papers count as methods of their own, and the PEFT methods that are not offered.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,6 +20,20 @@ NUMBERS = "it computes with the weights when it is built, and 4-bit weights are 
 CODES = "it computes with the numbers of each weight, and 8-bit weights are codes"
 """Why some methods do not work on 8-bit weights, which keep the shape."""
 Targets = Literal["linear", "norms", "embeddings", "scaled", "writers", "whole", "none"]
+
+LEFT_OUT: Mapping[str, str] = {
+    "POLY": "each row must say which task it belongs to, and a recipe has one task",
+    "MULTITASK_PROMPT_TUNING": "each row must say which task it belongs to, and a recipe has one task",
+    "CPT": "it needs a type for every token of the context, which a recipe does not give",
+    "CARTRIDGE": "its start is the cache of a document, made outside of training",
+    "ADAPTION_PROMPT": "it replaces the attention of the model, with which TRL's loss fails",
+    "XLORA": "it mixes adapters that were trained before, and a recipe trains one",
+    "SHADOW": "it trains a second, smaller network beside the model, with a loss of its own",
+    "BEFT": "it trains the biases of layers, which most decoders do not have, and cannot be merged without them",
+    "ADAMSS": "it decomposes and clusters every weight to be built, a quarter of a minute for each block of a 7B model",
+    "FROD": "it decomposes all weights together to be built, more than four minutes for one block of a 7B model",
+    "OSF": "it trains half of the directions of every weight, so its adapter is half as large as the model",
+}
 
 
 def _nothing() -> Mapping[str, Any]:
@@ -85,3 +102,75 @@ class Method:
     def prompts(self) -> bool:
         """Whether it puts virtual tokens before every row and leaves the layers alone."""
         return self.targets == "none"
+
+
+@dataclass(frozen=True)
+class Option:
+    """A way to begin, to scale or to train LoRA.
+
+    Attributes:
+        name: as people call it.
+        keys: what a recipe writes.
+        what: one line, what it changes.
+        paper: authors, year and where it is found.
+        needs: what the recipe must have beside it, empty for nothing.
+    """
+
+    name: str
+    keys: str
+    what: str
+    paper: str
+    needs: str = ""
+
+
+OPTIONS = (
+    Option(
+        "rsLoRA",
+        "use_rslora: true",
+        "the update is scaled by alpha / sqrt(r)",
+        "Kalajdzievski 2023, arXiv:2312.03732",
+    ),
+    Option(
+        "DoRA",
+        "use_dora: true",
+        "the magnitude of each column is learned apart from its direction",
+        "Liu et al. 2024, arXiv:2402.09353",
+    ),
+    Option(
+        "LoRA+",
+        "loraplus_lr_ratio: 16",
+        "the second matrix learns faster than the first by this factor",
+        "Hayou et al. 2024, arXiv:2402.12354",
+    ),
+    Option(
+        "PiSSA",
+        "init_lora_weights: pissa",
+        "begins as the principal part of each weight",
+        "Meng et al. 2024, arXiv:2404.02948",
+    ),
+    Option(
+        "OLoRA",
+        "init_lora_weights: olora",
+        "begins as the QR decomposition of each weight",
+        "Büyükakyüz 2024, arXiv:2406.01775",
+    ),
+    Option(
+        "LoftQ",
+        "init_lora_weights: loftq",
+        "begins as what quantization loses of each weight",
+        "Li et al. 2023, arXiv:2310.08659",
+        "quantization",
+    ),
+    Option(
+        "LoRA-GA",
+        "init_lora_weights: lora_ga",
+        "begins along the gradient of training rows, so that its first step is like that of full tuning",
+        "Wang et al. 2024, arXiv:2407.05000",
+    ),
+    Option(
+        "EVA",
+        "init_lora_weights: eva",
+        "begins as the principal directions of each layer's inputs, with more rank where they explain more",
+        "Paischer et al. 2024, arXiv:2410.07170",
+    ),
+)

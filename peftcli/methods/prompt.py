@@ -1,6 +1,6 @@
-"""Methods that put learned vectors before every row and leave the weights alone."""
+"""Prompt-learning methods: they train virtual tokens in front of every row and leave the weights alone."""
 
-from peftcli.methods.method import CAUSAL, Method
+from peftcli.methods.base import CAUSAL, Method
 
 NO_MERGE = "its virtual tokens stand before the row, and no weight holds them"
 PADDED = "each row needs its own virtual tokens before it"

@@ -1,6 +1,6 @@
-"""Methods that turn a weight instead of adding to it."""
+"""Methods that multiply a weight by an orthogonal matrix instead of adding to it."""
 
-from peftcli.methods.method import CODES, SHAPE, Method
+from peftcli.methods.base import CODES, SHAPE, Method
 
 ROTATIONS = (
     Method(
