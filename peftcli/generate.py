@@ -14,7 +14,7 @@ from peftcli.model.label_images import label_images
 from peftcli.model.label_texts import Labelled, Tagged, label_texts
 from peftcli.model.target import Target
 from peftcli.progress import Progress
-from peftcli.recipe.tasks import IMAGES
+from peftcli.recipe.rules import IMAGES
 from peftcli.recipe.template import render, split_path, template_columns
 
 

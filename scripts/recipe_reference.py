@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, BeforeValidator
 from pydantic.fields import FieldInfo
 
+from peftcli.recipe.fields import GATE_NAMES
 from peftcli.recipe.schema import Recipe
-from peftcli.recipe.values import GATE_NAMES
 
 PAGE = Path(__file__).parent.parent / "docs" / "recipe.md"
 INTRODUCTION = """\

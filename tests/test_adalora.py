@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from peftcli.adapters.build import peft_config
 from peftcli.plan.ranks import RankSchedule, rank_schedule
-from peftcli.recipe.adapter_section import AdapterSection
+from peftcli.recipe.schema import AdapterSection
 from peftcli.rundir import read_json
 from peftcli.train.ranks import Ranks
 

@@ -17,7 +17,7 @@ from peftcli.data.twins import Matrix, near_partners, plain, signatures
 from peftcli.errors import DataError
 from peftcli.plan.plan import LabelRule
 from peftcli.progress import Silent
-from peftcli.recipe.dataset_section import DatasetSection
+from peftcli.recipe.schema import DatasetSection
 
 RULE = LabelRule(completion_only=True, assistant_only=True, asked=(), max_length=64)
 Prepare = Callable[..., PreparedData]

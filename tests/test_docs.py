@@ -20,8 +20,7 @@ from typer.main import get_command
 
 from peftcli.cli.app import app
 from peftcli.methods.registry import METHODS
-from peftcli.recipe.installed import installed_arguments
-from peftcli.recipe.installed_methods import recipe_arguments
+from peftcli.recipe.library_args import installed_arguments, recipe_arguments
 from peftcli.recipe.load import load_recipe
 from peftcli.recipe.schema import Recipe
 

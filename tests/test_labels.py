@@ -22,7 +22,7 @@ from peftcli.data.words import align, takes_words
 from peftcli.errors import DataError
 from peftcli.plan.plan import LabelRule
 from peftcli.progress import Silent
-from peftcli.recipe.dataset_section import DatasetSection
+from peftcli.recipe.schema import DatasetSection
 
 SHARED = Path(__file__).parents[2] / "shared"
 needs_data = pytest.mark.skipif(not (SHARED / "data").is_dir(), reason="the shared data are not on this machine")

@@ -21,8 +21,8 @@ from peftcli.model.weights import loaded_weights
 from peftcli.plan.adapter import settle_adapter
 from peftcli.plan.heads import with_head
 from peftcli.plan.plan import Base
-from peftcli.recipe.adapter_section import AdapterSection
 from peftcli.recipe.load import load_recipe
+from peftcli.recipe.schema import AdapterSection
 
 NF4 = {"bits": 4, "type": "nf4", "double_quant": True, "compute_dtype": "float32"}
 SETTINGS: dict[str, dict[str, Any]] = {

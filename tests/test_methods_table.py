@@ -14,7 +14,7 @@ from peftcli.errors import RecipeError
 from peftcli.methods.base import LEFT_OUT
 from peftcli.methods.registry import METHODS
 from peftcli.recipe.dump import changed_keys, dump_recipe
-from peftcli.recipe.installed_methods import method_arguments
+from peftcli.recipe.library_args import method_arguments
 from peftcli.recipe.load import load_recipe
 from peftcli.recipe.schema import Recipe
 

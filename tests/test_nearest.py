@@ -8,7 +8,7 @@ import peftcli
 from peftcli.errors import RecipeError
 from peftcli.methods.registry import METHODS
 from peftcli.nearest import nearest, nearest_names
-from peftcli.recipe.installed import installed_arguments
+from peftcli.recipe.library_args import installed_arguments
 from peftcli.recipe.load import load_recipe
 
 

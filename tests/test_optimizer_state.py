@@ -15,7 +15,7 @@ from peftcli.adapters.build import peft_config
 from peftcli.model.heads import build_empty
 from peftcli.model.trainable import count_trainable, sort_trained
 from peftcli.plan.optimizer import Trained, is_bitsandbytes, optimizer_bytes
-from peftcli.recipe.adapter_section import AdapterSection
+from peftcli.recipe.schema import AdapterSection
 from peftcli.train.widths import widen_trained
 
 WIDTHS = {"float32": 4, "bfloat16": 2}

@@ -11,7 +11,7 @@ import pytest
 from peftcli.data.readings import KINDS, Examples, Reading, choose_reading
 from peftcli.data.rows import Rows
 from peftcli.errors import DataError
-from peftcli.recipe.dataset_section import DatasetSection
+from peftcli.recipe.schema import DatasetSection
 from peftcli.recipe.template import render, template_columns, value_at
 
 DATA = Path(__file__).parents[2] / "shared" / "data"

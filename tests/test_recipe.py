@@ -19,14 +19,14 @@ from pydantic import ValidationError
 
 from peftcli.errors import RecipeError
 from peftcli.recipe.dump import changed_keys, dump_recipe, fingerprint
-from peftcli.recipe.installed import installed_arguments
+from peftcli.recipe.fields import Gate, duration_text, parse_duration, parse_gate
+from peftcli.recipe.library_args import installed_arguments
 from peftcli.recipe.load import Loaded, load_recipe
 from peftcli.recipe.messages import unknown_key
 from peftcli.recipe.problems import Problems
 from peftcli.recipe.template import render, template_columns
-from peftcli.recipe.trainer_names import BOUNDS, OWNED, REMOVED, RENAMED, WHOLE_FROM_ONE
-from peftcli.recipe.values import Gate, duration_text, parse_duration, parse_gate
-from peftcli.recipe.yaml_text import parse_yaml
+from peftcli.recipe.trainer_args import BOUNDS, OWNED, REMOVED, RENAMED, WHOLE_FROM_ONE
+from peftcli.recipe.yaml import parse_yaml
 
 SMALL = "model: {name: 'tiny:llama'}\ndataset: {path: rows.csv}\n"
 FULL = """\
@@ -476,7 +476,7 @@ def test_the_tables_of_trainer_names_agree_with_the_installed_version() -> None:
 
 
 def test_without_trl_the_trainer_section_is_taken_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("peftcli.recipe.trainer.installed_arguments", lambda: None)
+    monkeypatch.setattr("peftcli.recipe.trainer_args.installed_arguments", lambda: None)
     loaded = load(tmp_path, SMALL + "trainer: {anything: 1}\n")
     assert dict(loaded.recipe.trainer) == {"anything": 1}
     assert "trainer is not checked" in loaded.notices[0]

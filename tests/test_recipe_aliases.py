@@ -9,7 +9,7 @@ from peftcli.errors import RecipeError
 from peftcli.recipe.dump import dump_recipe, fingerprint
 from peftcli.recipe.load import Loaded, load_recipe
 from peftcli.recipe.problems import Problems
-from peftcli.recipe.yaml_text import MAX_ADDED, MAX_DEPTH, VALUE_SIZE, parse_yaml
+from peftcli.recipe.yaml import MAX_ADDED, MAX_DEPTH, VALUE_SIZE, parse_yaml
 
 START = "model: {name: 'tiny:llama'}\ndataset: {path: a.csv}\n"
 STAGES = """\

@@ -9,7 +9,7 @@ import pytest
 from peftcli.errors import RecipeError
 from peftcli.recipe.dump import dump_recipe
 from peftcli.recipe.load import Loaded, load_recipe
-from peftcli.recipe.trainer_names import IDLE, MOVED, OWNED, PRECISION
+from peftcli.recipe.trainer_args import IDLE, MOVED, OWNED, PRECISION
 
 START = "model: {name: 'tiny:llama'}\ndataset: {path: a.csv}\n"
 

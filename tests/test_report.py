@@ -29,8 +29,8 @@ from peftcli.plan.facts import Machine, ModelFacts
 from peftcli.plan.plan import Plan
 from peftcli.plan.selection import choose_modules
 from peftcli.progress import Silent
+from peftcli.recipe.fields import parse_gate
 from peftcli.recipe.load import load_recipe
-from peftcli.recipe.values import parse_gate
 from peftcli.report.content import make_report
 from peftcli.report.stages import Stages, load_stages
 from peftcli.report.write import write_report

@@ -14,7 +14,7 @@ from seqeval.metrics import f1_score as seqeval_f1
 from peftcli.metrics.classification import classification_scores, multi_label_scores
 from peftcli.metrics.regression import regression_scores
 from peftcli.metrics.tagging import tagging_scores
-from peftcli.recipe.values import GATE_NAMES
+from peftcli.recipe.fields import GATE_NAMES
 
 NAMES = ["cat", "dog", "eel"]
 TAGS = ["O", "B-LOC", "I-LOC", "B-PER", "I-PER"]

@@ -17,7 +17,7 @@ from peftcli.methods.registry import METHODS
 from peftcli.model.gradients import gradient_matrices, gradient_norms, squared_norm
 from peftcli.model.trainable import count_on_layer, count_trainable
 from peftcli.plan.selection import Selection, choose_layers, choose_modules
-from peftcli.recipe.adapter_section import AdapterSection
+from peftcli.recipe.schema import AdapterSection
 from peftcli.rundir import read_json
 
 Cli = Callable[..., int]
@@ -424,7 +424,7 @@ def test_a_beginning_that_cannot_be_is_refused_before_anything_is_loaded(
 def test_a_rehearsal_chooses_among_the_layers_of_the_stand_in(write_recipe: Write) -> None:
     from peftcli.plan.smoke import stand_in_adapter
     from peftcli.recipe.load import load_recipe
-    from peftcli.recipe.select_section import SelectSection
+    from peftcli.recipe.schema import SelectSection
 
     def rehearsed(**adapter: Any) -> Any:
         return stand_in_adapter(load_recipe(write_recipe(adapter=adapter, quantization=None)).recipe.adapter)

@@ -20,7 +20,7 @@ from peftcli.data.rows import BATCH_CHARACTERS, BATCH_ROWS, Rows
 from peftcli.data.sources import delimited, texts
 from peftcli.data.sources.open import OpenSource, open_source
 from peftcli.errors import DataError, MachineError
-from peftcli.recipe.dataset_section import JoinSection, SourceSection, TestSection
+from peftcli.recipe.schema import JoinSection, SourceSection, TestSection
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 

@@ -20,12 +20,12 @@ from peftcli.plan import requirements
 from peftcli.plan.cards import find_card, machine_with
 from peftcli.plan.requirements import OPTIMIZER_PACKAGES, check_hardware, check_packages
 from peftcli.plan.smoke import REAL_MACHINE, smoke_notices, smoke_recipe
-from peftcli.recipe.installed import Argument, installed_arguments
+from peftcli.recipe.library_args import Argument, installed_arguments
 from peftcli.recipe.load import load_recipe
 from peftcli.recipe.optimizers import IMPOSSIBLE, OPTIMIZER_ARGUMENTS, TARGETED
 from peftcli.recipe.schedulers import MEASURED, scheduler_parameters
 from peftcli.recipe.schema import Recipe
-from peftcli.recipe.trainer_names import OWNED
+from peftcli.recipe.trainer_args import OWNED
 from peftcli.recipe.trainer_values import COMPILE_MODES, COMPILERS
 from peftcli.rundir import read_json
 from peftcli.train.arguments import naming_arguments

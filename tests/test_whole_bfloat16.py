@@ -20,8 +20,8 @@ from peftcli.plan.cards import find_card, machine_with
 from peftcli.plan.decide import make_plan
 from peftcli.plan.forecast import plan_load, rows_of
 from peftcli.plan.plan import Plan
-from peftcli.recipe.adapter_section import AdapterSection
 from peftcli.recipe.load import load_recipe
+from peftcli.recipe.schema import AdapterSection
 from peftcli.train.widths import free_trained_base, widen_trained
 
 GIB = 2**30

@@ -10,7 +10,7 @@ from peftcli.adapters.own.register import own_config
 from peftcli.methods.base import Method
 from peftcli.methods.registry import METHODS
 from peftcli.plan.ranks import first_rank
-from peftcli.recipe.adapter_section import AdapterSection
+from peftcli.recipe.schema import AdapterSection
 
 TASK_TYPES = {
     "causal-lm": TaskType.CAUSAL_LM,

@@ -17,8 +17,8 @@ from peftcli.errors import DataError, GateNotMet, MemoryExhausted, RecipeError
 from peftcli.plan.plan import DTYPE_BYTES
 from peftcli.plan.smoke import check_schedules, smoke_notices, smoke_recipe
 from peftcli.recipe.load import Loaded, load_recipe
+from peftcli.recipe.rules import CAUSAL
 from peftcli.recipe.schema import Recipe
-from peftcli.recipe.tasks import CAUSAL
 from peftcli.report.write import write_report
 from peftcli.rundir import RunDir, is_foreign, read_json, write_json
 from peftcli.summary import unmet, write_metrics

@@ -21,8 +21,8 @@ from peftcli.model.target import Target, open_target
 from peftcli.plan.plan import DTYPE_BYTES
 from peftcli.progress import Progress
 from peftcli.recipe.load import Loaded, load_recipe
+from peftcli.recipe.rules import CAUSAL, IMAGES, SEQUENCE
 from peftcli.recipe.schema import Recipe
-from peftcli.recipe.tasks import CAUSAL, IMAGES, SEQUENCE
 from peftcli.rundir import write_json
 from peftcli.tiny.tokenizer import load_documents
 from peftcli.train.disk import RESERVE_BYTES, Forecast, check_room

@@ -12,7 +12,7 @@ from peftcli.methods import registry
 from peftcli.methods.base import LEFT_OUT, OPTIONS
 from peftcli.methods.registry import METHODS, conflicts, tasks_text
 from peftcli.recipe.fields import read_method
-from peftcli.recipe.installed_methods import recipe_arguments
+from peftcli.recipe.library_args import recipe_arguments
 
 WIDTH = 110
 

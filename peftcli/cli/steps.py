@@ -34,10 +34,9 @@ from peftcli.plan.plan import DTYPE_BYTES, LabelRule, Plan, TokenizerChoice
 from peftcli.plan.shape import Shape
 from peftcli.plan.smoke import stand_in_adapter
 from peftcli.progress import Progress
-from peftcli.recipe.adapter_section import AdapterSection
 from peftcli.recipe.load import Loaded
-from peftcli.recipe.schema import Recipe
-from peftcli.recipe.tasks import CAUSAL, IMAGES
+from peftcli.recipe.rules import CAUSAL, IMAGES
+from peftcli.recipe.schema import AdapterSection, Recipe
 from peftcli.train.disk import forecast as disk_forecast
 
 SHOWN_ROWS = 3

@@ -10,7 +10,7 @@ from typing import Any
 from peftcli.errors import RecipeError
 from peftcli.recipe.load import load_recipe
 from peftcli.recipe.problems import Problems
-from peftcli.recipe.yaml_text import parse_yaml
+from peftcli.recipe.yaml import parse_yaml
 
 LONGEST_NAME = 80
 MOST_VARIANTS = 200

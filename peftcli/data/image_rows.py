@@ -15,7 +15,7 @@ from peftcli.data.readings import Reading
 from peftcli.data.rows import Rows
 from peftcli.data.tokens import FLAGS, TokenBatch
 from peftcli.data.values import Unused, is_null
-from peftcli.recipe.dataset_section import SourceSection
+from peftcli.recipe.schema import SourceSection
 
 IMAGES = ("image", "file", "file_name", "filename", "path", "image_path", "img")
 NO_CLASS = "beside the folders of the classes"

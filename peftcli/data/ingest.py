@@ -25,8 +25,8 @@ from peftcli.data.tokens import TokenBatch, Tokens
 from peftcli.errors import DataError
 from peftcli.plan.plan import LabelRule
 from peftcli.progress import Progress
-from peftcli.recipe.dataset_section import DatasetSection, SourceSection
-from peftcli.recipe.tasks import IMAGES
+from peftcli.recipe.rules import IMAGES
+from peftcli.recipe.schema import DatasetSection, SourceSection
 
 MANY_LABELS = 5000
 """With more different answers than this, answers are no labels and their balance is not counted."""

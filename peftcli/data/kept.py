@@ -18,7 +18,7 @@ from peftcli.data.rows import Source
 from peftcli.data.sources.open import open_source
 from peftcli.data.store import Store
 from peftcli.progress import Progress
-from peftcli.recipe.dataset_section import SourceSection
+from peftcli.recipe.schema import SourceSection
 
 CACHE_BYTES = 20 * 2**30
 """Prepared data beyond this are removed from the cache, the oldest first."""

@@ -12,7 +12,7 @@ from peftcli.data.rows import Rows
 from peftcli.data.tokens import TokenBatch
 from peftcli.data.twins import digest, plain, signatures
 from peftcli.errors import DataError
-from peftcli.recipe.dataset_section import DatasetSection
+from peftcli.recipe.schema import DatasetSection
 
 Hashes = NDArray[np.uint64]
 

@@ -15,7 +15,7 @@ from peftcli.data.rows import Rows
 from peftcli.data.values import Unused, is_null, parsed_list, template_text, whole_text
 from peftcli.errors import DataError
 from peftcli.plan.plan import LabelRule
-from peftcli.recipe.dataset_section import SourceSection
+from peftcli.recipe.schema import SourceSection
 from peftcli.recipe.template import split_path, template_columns
 
 TEXTS = ("text", "sentence", "content", "review", "question", "comment", "message", "tweet", "document", "article")

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from peftcli.recipe.dataset_section import LimitsSection
+from peftcli.recipe.schema import LimitsSection
 
 EQUAL = "equal to an earlier row"
 """The reason of rows that the recipe itself asks to leave out; no limit counts them."""

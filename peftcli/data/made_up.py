@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from peftcli.data.rows import Rows
-from peftcli.recipe.dataset_section import SourceSection
+from peftcli.recipe.schema import SourceSection
 from peftcli.recipe.template import template_columns
 
 

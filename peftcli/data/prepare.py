@@ -29,8 +29,8 @@ from peftcli.data.turns import Chat, read_chats
 from peftcli.errors import DataError
 from peftcli.plan.plan import LabelRule
 from peftcli.progress import Progress
-from peftcli.recipe.dataset_section import DatasetSection, SourceSection, TestSection
-from peftcli.recipe.tasks import IMAGES
+from peftcli.recipe.rules import IMAGES
+from peftcli.recipe.schema import DatasetSection, SourceSection, TestSection
 
 SMOKE_ROWS = 48
 """Rows that a smoke run takes from the head of each source."""

@@ -17,7 +17,7 @@ from peftcli.data.recognise import Dialect, first_value, joined, missing_columns
 from peftcli.data.rows import Rows
 from peftcli.data.values import Unused, Wrong
 from peftcli.errors import DataError
-from peftcli.recipe.dataset_section import ColumnsSection, SourceSection
+from peftcli.recipe.schema import ColumnsSection, SourceSection
 from peftcli.recipe.template import split_path, template_columns
 
 KINDS = {

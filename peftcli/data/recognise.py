@@ -10,8 +10,8 @@ from peftcli.data.names import LONG_NAME, listed, shown
 from peftcli.data.rows import Rows
 from peftcli.errors import DataError
 from peftcli.nearest import nearest
-from peftcli.recipe.dataset_section import SourceSection
 from peftcli.recipe.problems import choice_text
+from peftcli.recipe.schema import SourceSection
 
 
 @dataclass(frozen=True)

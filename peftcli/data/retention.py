@@ -15,7 +15,7 @@ from peftcli.data.rows import Rows
 from peftcli.data.sources.files import ENDINGS, PACKED, list_files
 from peftcli.data.sources.open import open_source
 from peftcli.errors import DataError
-from peftcli.recipe.dataset_section import FilesSection
+from peftcli.recipe.schema import FilesSection
 
 KEY = "evaluation.retention"
 ENCODED_AT_ONCE = 64

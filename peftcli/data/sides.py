@@ -10,7 +10,7 @@ from peftcli.data.split import split_by_class, split_by_group, split_indices
 from peftcli.data.store import Store
 from peftcli.data.twins import firsts
 from peftcli.errors import DataError
-from peftcli.recipe.dataset_section import DatasetSection
+from peftcli.recipe.schema import DatasetSection
 
 
 def without_equal(dataset: DatasetSection, store: Store) -> tuple[Indices, int, list[str]]:

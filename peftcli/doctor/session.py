@@ -1,7 +1,7 @@
 """How long this machine is ours, against the time that a run may take."""
 
 from peftcli.doctor.verdict import OK, WARN, Verdict
-from peftcli.recipe.values import duration_text
+from peftcli.recipe.fields import duration_text
 from peftcli.train.session import Deadline, Limit
 
 

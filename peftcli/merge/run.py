@@ -25,9 +25,9 @@ from peftcli.model.target import Target
 from peftcli.model.weights import Source, loaded_weights, original_weights
 from peftcli.plan.plan import Base
 from peftcli.progress import Progress
+from peftcli.recipe.fields import Gate
+from peftcli.recipe.rules import IMAGES
 from peftcli.recipe.schema import EvaluationSection
-from peftcli.recipe.tasks import IMAGES
-from peftcli.recipe.values import Gate
 from peftcli.rundir import write_json
 
 DEFAULT_LIMITS = (Gate("merge_top1_agreement", ">=", 0.98),)

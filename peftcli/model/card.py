@@ -6,7 +6,7 @@ from typing import Any
 import yaml
 
 from peftcli.plan.choices import EIGHT_BIT
-from peftcli.recipe.tasks import IMAGES, SEQUENCE, TOKENS
+from peftcli.recipe.rules import IMAGES, SEQUENCE, TOKENS
 from peftcli.rundir import RunDir, read_json, write_text
 
 LABELS = {

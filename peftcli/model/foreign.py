@@ -15,7 +15,7 @@ from peftcli.model.files import stored_names
 from peftcli.model.heads import PROBLEM_TYPES, build_empty, head_modules, is_within
 from peftcli.model.inspect import load_config
 from peftcli.model.tensors import CONFIG, WEIGHTS, check_adapter_files, read_tensors
-from peftcli.recipe.tasks import CAUSAL, SEQUENCE, TOKENS
+from peftcli.recipe.rules import CAUSAL, SEQUENCE, TOKENS
 from peftcli.rundir import read_json
 
 TASKS = {"CAUSAL_LM": CAUSAL, "SEQ_CLS": SEQUENCE, "TOKEN_CLS": TOKENS}

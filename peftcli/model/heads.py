@@ -18,7 +18,7 @@ from transformers.quantizers.base import get_keys_to_not_convert
 from peftcli.errors import MachineError
 from peftcli.model.files import stored_names
 from peftcli.plan.plan import Base
-from peftcli.recipe.tasks import CAUSAL, IMAGES, SEQUENCE, TOKENS
+from peftcli.recipe.rules import CAUSAL, IMAGES, SEQUENCE, TOKENS
 
 AUTO_CLASSES: Mapping[str, Any] = {
     CAUSAL: AutoModelForCausalLM,

@@ -17,8 +17,8 @@ from peftcli.model.statistics import keeps_statistics
 from peftcli.model.trainable import count_trainable
 from peftcli.plan.facts import ModelFacts
 from peftcli.plan.optimizer import Trained
-from peftcli.recipe.adapter_section import AdapterSection
-from peftcli.recipe.tasks import CAUSAL, SEQUENCE
+from peftcli.recipe.rules import CAUSAL, SEQUENCE
+from peftcli.recipe.schema import AdapterSection
 
 
 def load_config(path: str, revision: str | None, *, trust_remote_code: bool = False) -> PreTrainedConfig:

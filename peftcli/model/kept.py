@@ -16,7 +16,7 @@ from peftcli.methods.registry import METHODS
 from peftcli.model.load import DTYPES
 from peftcli.plan.fitted import Fitted, terms
 from peftcli.plan.plan import Plan
-from peftcli.recipe.adapter_section import AdapterSection
+from peftcli.recipe.schema import AdapterSection
 
 COUNTED = ("lora", "full", "freeze", "bottleneck")
 """Methods whose tensors the forecast knows one by one."""

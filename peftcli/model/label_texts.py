@@ -17,7 +17,7 @@ from peftcli.model.label import Head, head_of
 from peftcli.model.label_rows import row_logits
 from peftcli.model.target import Target
 from peftcli.progress import Progress
-from peftcli.recipe.tasks import TOKENS
+from peftcli.recipe.rules import TOKENS
 
 WORD = re.compile(r"[@#$]?\w+(?:[-'\u2019.,:/@]\w+)*|[^\w\s]")
 """A word of running text, or a single sign beside words."""

@@ -23,7 +23,7 @@ from peftcli.model.shards import leave_dividing_to_the_plan
 from peftcli.model.tensors import explain_unfit, refuse_unfit
 from peftcli.nearest import nearest
 from peftcli.plan.plan import Base, TokenizerChoice
-from peftcli.recipe.tasks import CAUSAL, SEQUENCE
+from peftcli.recipe.rules import CAUSAL, SEQUENCE
 
 FAST_CPU_PATH = "support_avx512bf16_for_cpu"
 """Attribute of bitsandbytes' Linear4bit."""

@@ -8,8 +8,8 @@ from transformers import AutoConfig, PreTrainedConfig
 from peftcli.errors import MachineError
 from peftcli.model.files import local_folder
 from peftcli.model.hub import explain_missing
+from peftcli.recipe.rules import IMAGES
 from peftcli.recipe.schema import ModelSection
-from peftcli.recipe.tasks import IMAGES
 from peftcli.tiny.build import stand_in
 from peftcli.tiny.family import family_config
 from peftcli.tiny.images import image_stand_in

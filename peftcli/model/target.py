@@ -23,7 +23,7 @@ from peftcli.model.load import load_adapter, load_base, load_tokenizer
 from peftcli.model.tensors import CONFIG, check_adapter_files, refuse_changed
 from peftcli.plan.plan import Base
 from peftcli.recipe.load import load_recipe
-from peftcli.recipe.tasks import IMAGES
+from peftcli.recipe.rules import IMAGES
 from peftcli.rundir import RunDir
 from peftcli.tiny.own_files import holds_tokenizer
 

@@ -15,7 +15,7 @@ from peftcli.adapters.build import peft_config
 from peftcli.errors import RecipeError
 from peftcli.methods.registry import METHODS
 from peftcli.plan.optimizer import SMALL, Trained
-from peftcli.recipe.adapter_section import AdapterSection
+from peftcli.recipe.schema import AdapterSection
 
 
 def count_trainable(model: PreTrainedModel, adapter: AdapterSection, task: str) -> Trained:

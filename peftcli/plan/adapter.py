@@ -10,7 +10,7 @@ from peftcli.plan.facts import ModelFacts
 from peftcli.plan.layers import named_targets, stand_in_layers, structural_targets
 from peftcli.plan.plan import Decision
 from peftcli.plan.targets import ALL_LINEAR
-from peftcli.recipe.adapter_section import AdapterSection
+from peftcli.recipe.schema import AdapterSection
 
 SCALED = ("k_proj", "v_proj", "key", "value", "c_attn", "query_key_value", "qkv_proj", "k_lin", "v_lin")
 """Layers that make keys and values, by the names that families give them."""

@@ -4,8 +4,8 @@ from peftcli.errors import RecipeError
 from peftcli.methods.registry import METHODS
 from peftcli.plan.choices import Choices
 from peftcli.plan.plan import Batch, Batching, Decision, LabelRule
+from peftcli.recipe.rules import CAUSAL
 from peftcli.recipe.schema import Recipe
-from peftcli.recipe.tasks import CAUSAL
 
 CPU_TOKENS = 768
 """Of a line on a CPU, for the memory: 4096 take a fourteenth less time and twice the memory of the loop."""

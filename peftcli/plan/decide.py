@@ -20,10 +20,9 @@ from peftcli.plan.ranks import check_ranks
 from peftcli.plan.sharding import Sharding, choose_sharding
 from peftcli.plan.smoke import ROW_TOKENS
 from peftcli.plan.targets import match_saved, match_targets
-from peftcli.recipe.adapter_section import AdapterSection
+from peftcli.recipe.rules import CAUSAL
 from peftcli.recipe.schedulers import LEARNING_RATE
-from peftcli.recipe.schema import QuantizationSection, Recipe
-from peftcli.recipe.tasks import CAUSAL
+from peftcli.recipe.schema import AdapterSection, QuantizationSection, Recipe
 from peftcli.recipe.trainer_together import default_logging_steps, save_strategy
 
 ROUNDED = (

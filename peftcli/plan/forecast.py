@@ -15,8 +15,8 @@ from peftcli.plan.plan import DTYPE_BYTES, Plan
 from peftcli.plan.setting import FULL_HEAD, Head, Setting, tile_rows
 from peftcli.plan.shape import Linear, Shape
 from peftcli.plan.work import step_seconds, token_flops
-from peftcli.recipe.select_section import SelectSection
-from peftcli.recipe.tasks import CAUSAL
+from peftcli.recipe.rules import CAUSAL
+from peftcli.recipe.schema import SelectSection
 
 FLASH_CAPABILITY = (8, 0)
 """From which on torch has an attention that lets query heads share a key head and keeps no probabilities.

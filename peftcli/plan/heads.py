@@ -9,9 +9,8 @@ from peftcli.plan.facts import ModelFacts
 from peftcli.plan.optimizer import Trained
 from peftcli.plan.plan import Base, Decision, Plan
 from peftcli.plan.targets import ALL_LINEAR, matches, of_head
-from peftcli.recipe.adapter_section import AdapterSection
-from peftcli.recipe.schema import Recipe
-from peftcli.recipe.tasks import CAUSAL, IMAGES, SEQUENCE, TOKENS
+from peftcli.recipe.rules import CAUSAL, IMAGES, SEQUENCE, TOKENS
+from peftcli.recipe.schema import AdapterSection, Recipe
 
 NUMBER = "value"
 """Name of the one output of a regression."""

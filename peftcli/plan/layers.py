@@ -20,8 +20,7 @@ from peftcli.plan.places import (
 from peftcli.plan.plan import Decision, Plan
 from peftcli.plan.selection import Choice, Selection
 from peftcli.plan.targets import ALL_LINEAR, matches, without_numbers
-from peftcli.recipe.adapter_section import AdapterSection
-from peftcli.recipe.select_section import SelectSection
+from peftcli.recipe.schema import AdapterSection, SelectSection
 
 
 def choice_of(adapter: AdapterSection, facts: ModelFacts) -> tuple[AdapterSection, Choice | None]:

@@ -6,8 +6,8 @@ from peftcli.methods.registry import METHODS
 from peftcli.plan.choices import Choices
 from peftcli.plan.facts import ModelFacts
 from peftcli.plan.plan import Decision
+from peftcli.recipe.rules import CAUSAL
 from peftcli.recipe.schema import Lever, Recipe
-from peftcli.recipe.tasks import CAUSAL
 
 SWITCH = "performance.without"
 """The key that switches one off."""

@@ -8,11 +8,9 @@ from peftcli.methods.registry import METHODS
 from peftcli.plan.fitted import Fitted
 from peftcli.plan.optimizer import Trained
 from peftcli.plan.selection import Choice
-from peftcli.recipe.adapter_section import AdapterSection
-from peftcli.recipe.dataset_section import DatasetSection
-from peftcli.recipe.schema import BudgetSection, EvaluationSection
-from peftcli.recipe.tasks import IMAGES
-from peftcli.recipe.values import Gate
+from peftcli.recipe.fields import Gate
+from peftcli.recipe.rules import IMAGES
+from peftcli.recipe.schema import AdapterSection, BudgetSection, DatasetSection, EvaluationSection
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 

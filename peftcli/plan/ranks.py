@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from peftcli.errors import RecipeError
-from peftcli.recipe.adapter_section import AdapterSection
+from peftcli.recipe.schema import AdapterSection
 
 WARM_UP = 0.1
 """Share of the steps in which all ranks are the first ones, where the recipe does not say."""

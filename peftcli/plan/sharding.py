@@ -7,8 +7,8 @@ from peftcli.plan.choices import Choices
 from peftcli.plan.facts import Machine, ModelFacts
 from peftcli.plan.plan import Decision
 from peftcli.recipe.problems import dotted
+from peftcli.recipe.rules import ASKED, sections_of, undivided
 from peftcli.recipe.schema import Recipe
-from peftcli.recipe.sharding import ASKED, sections_of, undivided
 
 KEY = "sharding"
 """Of the decision."""

@@ -5,12 +5,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from peftcli.plan.ranks import check_ranks
-from peftcli.recipe.adapter_section import AdapterSection
 from peftcli.recipe.problems import dotted
-from peftcli.recipe.schema import QuantizationSection, Recipe
-from peftcli.recipe.select_section import SelectSection
+from peftcli.recipe.rules import CAUSAL
+from peftcli.recipe.schema import AdapterSection, QuantizationSection, Recipe, SelectSection
 from peftcli.recipe.stages import stage_recipes
-from peftcli.recipe.tasks import CAUSAL
 from peftcli.recipe.trainer_together import save_strategy
 
 STEPS = 6

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from peftcli.recipe.installed import Argument
+from peftcli.recipe.library_args import Argument
 from peftcli.recipe.messages import choices_text, type_hint
 from peftcli.recipe.problems import choice_text
 

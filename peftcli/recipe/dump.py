@@ -11,11 +11,10 @@ import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from peftcli.recipe.adapter_section import AdapterSection
+from peftcli.recipe.fields import Gate, duration_text
 from peftcli.recipe.problems import KeyPath, dotted, show
-from peftcli.recipe.schema import Recipe
-from peftcli.recipe.values import Gate, duration_text
-from peftcli.recipe.yaml_text import read_scalar
+from peftcli.recipe.schema import AdapterSection, Recipe
+from peftcli.recipe.yaml import read_scalar
 
 _DURATIONS = (("budget", "wall_clock"), ("budget", "save_every"))
 

@@ -1,9 +1,9 @@
 """The `gates` section: names of figures, each with a limit."""
 
 from peftcli.nearest import nearest
+from peftcli.recipe.fields import AVERAGED_FIGURES, GATE_NAMES, Gate, parse_gate
 from peftcli.recipe.problems import Problems, printable, show
-from peftcli.recipe.values import AVERAGED_FIGURES, GATE_NAMES, Gate, parse_gate
-from peftcli.recipe.yaml_text import Tree
+from peftcli.recipe.yaml import Tree
 
 _SHORT = [name for name in GATE_NAMES if name not in AVERAGED_FIGURES]
 

@@ -7,17 +7,15 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from peftcli.recipe.adapter import read_adapter
-from peftcli.recipe.contradictions import find_contradictions
+from peftcli.recipe.adapter_args import read_adapter
 from peftcli.recipe.gates import read_gates
 from peftcli.recipe.messages import add_schema_problems
-from peftcli.recipe.paths import resolve_paths
 from peftcli.recipe.problems import Problems
+from peftcli.recipe.rules import find_contradictions
 from peftcli.recipe.schema import Recipe
-from peftcli.recipe.secrets import find_secrets
-from peftcli.recipe.source import lay_over, read_tree
+from peftcli.recipe.source import find_secrets, lay_over, read_tree, resolve_paths
 from peftcli.recipe.stages import read_stages
-from peftcli.recipe.trainer import read_trainer
+from peftcli.recipe.trainer_args import read_trainer
 
 
 @dataclass(frozen=True)

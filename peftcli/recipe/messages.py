@@ -8,8 +8,8 @@ from typing import Any, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from peftcli.nearest import nearest
-from peftcli.recipe.foreign import FOREIGN_NAMES, FOREIGN_VALUES
-from peftcli.recipe.installed import installed_arguments
+from peftcli.recipe.aliases import FOREIGN_NAMES, FOREIGN_VALUES
+from peftcli.recipe.library_args import installed_arguments
 from peftcli.recipe.problems import (
     KeyPath,
     Problems,
@@ -20,7 +20,7 @@ from peftcli.recipe.problems import (
     show,
 )
 from peftcli.recipe.schema import Recipe
-from peftcli.recipe.yaml_text import Tree
+from peftcli.recipe.yaml import Tree
 
 MANY_CHOICES = 8
 """From more choices than this only the nearest is named, where one is near."""

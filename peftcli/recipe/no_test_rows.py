@@ -3,7 +3,7 @@
 from typing import Any
 
 from peftcli.recipe.problems import KeyPath, Problems, dotted
-from peftcli.recipe.yaml_text import Tree
+from peftcli.recipe.yaml import Tree
 
 NOT_HELD_OUT = ("merge_", "retention_")
 """Beginnings of the names of gates on figures that need no test rows."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from peftcli.nearest import nearest
 from peftcli.recipe.argument_values import kind_fault, limit_fault
-from peftcli.recipe.installed import Argument, class_body, package_folder, source_text
+from peftcli.recipe.library_args import Argument, class_body, package_folder, source_text
 from peftcli.recipe.messages import choices_text
 from peftcli.recipe.problems import KeyPath, choice_text, show
 from peftcli.recipe.signatures import parameters

@@ -6,7 +6,7 @@ import textwrap
 from functools import cache
 from pathlib import Path
 
-from peftcli.recipe.installed import Argument, package_folder, source_text, union_parts
+from peftcli.recipe.library_args import Argument, package_folder, source_text, union_parts
 
 _PLAIN = ("int", "float", "bool", "str", "dict", "list")
 

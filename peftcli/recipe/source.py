@@ -1,15 +1,38 @@
-"""The recipe's file: found, read as UTF-8 and parsed, with the `--set` values laid over it."""
+"""The recipe file: found, read as UTF-8, parsed, and overlaid with the `--set` values.
 
-from collections.abc import Sequence
+Local paths become absolute here, and access tokens are refused: the recipe is copied into every run folder.
+"""
+
+import os
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from peftcli.errors import RecipeError
 from peftcli.nearest import nearest
-from peftcli.recipe.problems import Problems, Where, hide_secrets, printable
-from peftcli.recipe.yaml_text import Tree, parse_yaml
+from peftcli.recipe.problems import KeyPath, Problems, Where, dotted, hide_secrets, is_secret, printable
+from peftcli.recipe.yaml import Tree, parse_yaml
 
 MAX_BYTES = 1_000_000
+
+_PATH_KEYS: tuple[tuple[str, ...], ...] = (
+    ("dataset", "path"),
+    ("dataset", "test", "path"),
+    ("model", "chat_template"),
+    ("evaluation", "retention"),
+    ("adapter", "init_from"),
+    ("trainer", "deepspeed"),
+)
+
+_HEX_KEY = re.compile(r"[0-9a-fA-F]{40}")
+_SECRET_KEY = re.compile(r"(^|_)(key|token|secret|password)$", re.IGNORECASE)
+_VARIABLES = (
+    ("hf_", "HF_TOKEN"),
+    ("sk-", "OPENAI_API_KEY"),
+    ("AKIA", "AWS_ACCESS_KEY_ID"),
+    ("gh", "GITHUB_TOKEN"),
+)
 
 
 def read_tree(path: Path, problems: Problems) -> Tree:
@@ -111,3 +134,93 @@ def _stop(problems: Problems, where: Where, text: str) -> NoReturn:
     problems.add(where, text)
     problems.raise_if_any()
     raise AssertionError("a problem was just added")
+
+
+def resolve_paths(tree: Tree, recipe: Path, problems: Problems) -> frozenset[str]:
+    """Make the paths in the tree absolute, in place.
+
+    Returns:
+        The dotted keys whose path was relative.
+    """
+    folder = os.path.abspath(recipe.parent)
+    relative: set[str] = set()
+    keys: list[KeyPath] = [*_PATH_KEYS]
+    for name in ("sources", "join"):
+        rows = tree.get("dataset", name)
+        keys += [("dataset", name, index, "path") for index in range(len(rows) if isinstance(rows, list) else 0)]
+    stages = tree.get("stages")
+    for index in range(len(stages) if isinstance(stages, list) else 0):
+        keys += [("stages", index, "adapter", "init_from"), ("stages", index, "trainer", "deepspeed")]
+    name = tree.get("model", "name")
+    if isinstance(name, str) and _is_local(name, folder):
+        keys.append(("model", "name"))
+    for path in keys:
+        holder = _holder(tree.values, path)
+        value = holder.get(path[-1]) if holder is not None else None
+        if holder is None or not isinstance(value, str) or not value:
+            continue
+        if path[-1] == "deepspeed" and value.startswith("{"):
+            continue  # the configuration itself
+        if path == ("model", "chat_template") and ("{%" in value or "{{" in value):
+            text = "model.chat_template is a template; it takes the path of a file that holds one"
+            problems.add(tree.place(path), text)
+            continue
+        if "://" in value:
+            text = (
+                f"{dotted(path)} is an address; it takes a local path (dataset.name takes a Hub id, dataset.url the "
+                "address of a database)"
+            )
+            problems.add(tree.place(path), text)
+            continue
+        holder[path[-1]], was_relative = _absolute(value, folder)
+        if was_relative:
+            relative.add(dotted(path))
+    return frozenset(relative)
+
+
+def _is_local(name: str, folder: str) -> bool:
+    if name.startswith(("./", "../", "/", "~")) or name in (".", "..") or os.path.isabs(name):
+        return True
+    return bool(name) and os.path.isdir(os.path.join(folder, name))
+
+
+def _absolute(value: str, folder: str) -> tuple[str, bool]:
+    expanded = os.path.expanduser(value)
+    return os.path.normpath(os.path.join(folder, expanded)), not os.path.isabs(expanded)
+
+
+def _holder(values: Any, path: KeyPath) -> dict[str | int, Any] | None:
+    for part in path[:-1]:
+        if isinstance(part, int):
+            values = values[part]
+        else:
+            values = values.get(part) if isinstance(values, dict) else None
+    return values if isinstance(values, dict) else None
+
+
+def find_secrets(tree: Tree, problems: Problems) -> None:
+    """Add a problem for each value that looks like a secret; the value itself is shown nowhere."""
+    for path, value in _texts(tree.values, ()):
+        key = next((part for part in reversed(path) if isinstance(part, str)), "")
+        hex_key = _SECRET_KEY.search(key) is not None and _HEX_KEY.fullmatch(value) is not None
+        if not (is_secret(value) or hex_key):
+            continue
+        names = [name for start, name in _VARIABLES if start in value and not hex_key]
+        variable = names[0] if names else "WANDB_API_KEY"
+        problems.add(
+            tree.place(path),
+            f"{dotted(path)} looks like a secret, and a recipe is copied into every run folder; remove it, "
+            f"revoke it if the file was shared, and set the environment variable {variable}",
+        )
+        tree.spoiled.add(path)
+
+
+def _texts(value: Any, path: KeyPath) -> Iterator[tuple[KeyPath, str]]:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _texts(item, (*path, key))
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _texts(item, (*path, index))
+    elif isinstance(value, str):
+        yield path, value

@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from peftcli.methods.registry import METHODS
-from peftcli.recipe.adapter import read_adapter
+from peftcli.recipe.adapter_args import read_adapter
 from peftcli.recipe.problems import KeyPath, Problems
 from peftcli.recipe.schema import Recipe
-from peftcli.recipe.trainer import read_trainer
-from peftcli.recipe.yaml_text import Tree
+from peftcli.recipe.trainer_args import read_trainer
+from peftcli.recipe.yaml import Tree
 
 OWN = ("adapter", "trainer")
 """Sections that a stage may have of its own."""

@@ -5,8 +5,8 @@ from typing import Any
 
 from peftcli.recipe.optimizers import optimizer_faults
 from peftcli.recipe.problems import KeyPath
+from peftcli.recipe.rules import CAUSAL
 from peftcli.recipe.schedulers import scheduler_faults
-from peftcli.recipe.tasks import CAUSAL
 from peftcli.recipe.trainer_values import inner_faults
 
 _WORKERS = ("dataloader_prefetch_factor", "dataloader_persistent_workers", "dataloader_multiprocessing_context")

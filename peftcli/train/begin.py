@@ -11,10 +11,9 @@ from typing import Any
 from peftcli.errors import RecipeError
 from peftcli.plan.choices import count_batch
 from peftcli.plan.plan import Batch
-from peftcli.recipe.adapter_section import AdapterSection
 from peftcli.recipe.dump import changed_keys, dump_recipe
 from peftcli.recipe.load import load_recipe
-from peftcli.recipe.schema import Recipe
+from peftcli.recipe.schema import AdapterSection, Recipe
 from peftcli.rundir import RunDir, read_json, read_log, write_text
 from peftcli.train.checkpoints import MANIFEST, clear_staging, newest_valid
 from peftcli.train.lock import NAME as LOCK

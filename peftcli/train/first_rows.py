@@ -12,7 +12,7 @@ from peftcli.data.prepare import PreparedData
 from peftcli.data.tokens import IGNORED
 from peftcli.model.label import forward, head_of, make_batch
 from peftcli.plan.plan import Plan
-from peftcli.recipe.tasks import CAUSAL
+from peftcli.recipe.rules import CAUSAL
 
 Inputs = Mapping[str, Tensor]
 

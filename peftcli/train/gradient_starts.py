@@ -16,7 +16,7 @@ from peftcli.errors import RecipeError
 from peftcli.methods.base import GRADIENT_BATCHES
 from peftcli.model.gradients import gradient_matrices
 from peftcli.plan.plan import Plan
-from peftcli.recipe.adapter_section import AdapterSection
+from peftcli.recipe.schema import AdapterSection
 from peftcli.train.first_rows import drawn_rows, reader
 from peftcli.train.starts import NAME, Start, kind_of, lora_layers
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from peftcli.plan.ranks import rank_schedule
-from peftcli.recipe.adapter_section import AdapterSection
+from peftcli.recipe.schema import AdapterSection
 from peftcli.rundir import read_json, write_json
 
 AVERAGES = "ranks.safetensors"

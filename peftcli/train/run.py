@@ -25,7 +25,7 @@ from peftcli.model.start import start_from
 from peftcli.model.varlen import rejected
 from peftcli.plan.plan import DTYPE_BYTES, Plan
 from peftcli.progress import Progress
-from peftcli.recipe.tasks import CAUSAL
+from peftcli.recipe.rules import CAUSAL
 from peftcli.rundir import RunDir, read_json, write_json
 from peftcli.train import checkpoints
 from peftcli.train.arguments import naming_arguments

@@ -12,7 +12,7 @@ from datetime import datetime
 import psutil
 
 from peftcli.errors import RecipeError
-from peftcli.recipe.values import duration_text
+from peftcli.recipe.fields import duration_text
 
 DEADLINE = "PEFTCLI_DEADLINE"
 """Environment variable with the time at which everything must be on the disk."""

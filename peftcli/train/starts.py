@@ -21,7 +21,7 @@ from peftcli.data.prepare import PreparedData
 from peftcli.errors import RecipeError
 from peftcli.model.weights import Source, original_weights, turned_layers
 from peftcli.plan.plan import Plan
-from peftcli.recipe.tasks import SEQUENCE
+from peftcli.recipe.rules import SEQUENCE
 from peftcli.train.data_starts import MOST_ROWS, begin_from_data
 
 NAME = "default"

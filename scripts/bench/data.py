@@ -41,7 +41,7 @@ def ours(path: Path, tokenizer_folder: Path) -> int:
     from peftcli.data.prepare import prepare
     from peftcli.plan.plan import LabelRule
     from peftcli.progress import Silent
-    from peftcli.recipe.dataset_section import DatasetSection
+    from peftcli.recipe.schema import DatasetSection
 
     section = DatasetSection.model_validate(
         {"path": str(path), "prompt": "{question} ->", "completion": " {answer}", "max_length": MAX_LENGTH}

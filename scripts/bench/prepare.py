@@ -52,7 +52,7 @@ def ours(place: Path, model: Path) -> Callable[[], Iterable[tuple[Any, Any]]]:
     from peftcli.data.prepare import prepare
     from peftcli.plan.plan import LabelRule
     from peftcli.progress import Silent
-    from peftcli.recipe.dataset_section import DatasetSection
+    from peftcli.recipe.schema import DatasetSection
 
     section = DatasetSection.model_validate(
         {

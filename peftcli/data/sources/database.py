@@ -18,7 +18,7 @@ from peftcli.data.sources.batches import Item, columns_of_tuples, double_names, 
 from peftcli.data.sources.files import DataFile
 from peftcli.errors import DataError, MachineError
 from peftcli.nearest import nearest
-from peftcli.recipe.dataset_section import FilesSection, SourceSection
+from peftcli.recipe.schema import FilesSection, SourceSection
 
 _BROKEN = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 _READS = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from peftcli.errors import DataError
 from peftcli.nearest import nearest
-from peftcli.recipe.dataset_section import FilesSection
+from peftcli.recipe.schema import FilesSection
 
 ENDINGS = {
     ".csv": "csv",

@@ -18,7 +18,7 @@ from peftcli.data.sources.objects import read_json, read_lines
 from peftcli.data.sources.opened import check_head, reading
 from peftcli.data.sources.texts import read_conll, read_text
 from peftcli.errors import DataError
-from peftcli.recipe.dataset_section import FilesSection, SourceSection, TestSection
+from peftcli.recipe.schema import FilesSection, SourceSection, TestSection
 
 _READERS: dict[str, Callable[[DataFile], Iterator[Rows]]] = {
     "csv": read_delimited,

@@ -11,7 +11,7 @@ from peftcli.data.rows import BATCH_ROWS, Rows
 from peftcli.data.sources.files import ENDINGS
 from peftcli.data.sources.open import FileSource, open_source
 from peftcli.errors import DataError
-from peftcli.recipe.dataset_section import FilesSection
+from peftcli.recipe.schema import FilesSection
 
 BATCH_IMAGES = BATCH_ROWS // 20
 """Images are read whole for each row, so a batch has fewer of them."""

@@ -1,4 +1,4 @@
-"""Names and values that other tools use, with ours: the memory behind "did you mean"."""
+"""Names and values of other tools with ours, for "did you mean"."""
 
 _BY_KEY: dict[str, str] = {
     "model.name": (

@@ -1,18 +1,17 @@
-"""The `adapter` section: keys that many methods share, and the arguments of the one at hand, checked by name."""
+"""Checks of the `adapter` section: shared keys, and the arguments of the chosen method by name."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from peftcli.methods.base import CORE, Method
 from peftcli.methods.registry import METHODS
-from peftcli.recipe.adapter_section import AdapterSection
+from peftcli.recipe.aliases import FOREIGN_NAMES
 from peftcli.recipe.argument_values import kind_fault, nested_fault
-from peftcli.recipe.foreign import FOREIGN_NAMES
-from peftcli.recipe.installed_methods import CLOSED, homes_of, method_arguments, recipe_arguments
+from peftcli.recipe.library_args import CLOSED, homes_of, method_arguments, recipe_arguments
 from peftcli.recipe.messages import unknown_key
 from peftcli.recipe.problems import Problems, choice_text, dotted, show
-from peftcli.recipe.schema import QuantizationSection
-from peftcli.recipe.yaml_text import Tree
+from peftcli.recipe.schema import AdapterSection, QuantizationSection
+from peftcli.recipe.yaml import Tree
 
 FIELDS = tuple(key for key in AdapterSection.model_fields if key != "arguments")
 _LACKS = {"r": "has no rank", "alpha": "has no scale of that kind", "dropout": "has no dropout"}

@@ -1,15 +1,16 @@
-"""Rules between keys: what cannot stand together, and what cannot stand alone."""
+"""Rules between keys of a recipe: what excludes what, what needs what, and what a task has no use for."""
 
 import itertools
 import re
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+from peftcli.recipe.fields import AVERAGED_FIGURES, CLASS_FIGURES, ENTITY_FIGURES, NUMBER_FIGURES
 from peftcli.recipe.no_test_rows import find_untested
 from peftcli.recipe.problems import KeyPath, Problems, dotted
-from peftcli.recipe.sharding import find_undivided
-from peftcli.recipe.tasks import CAUSAL, IMAGES, LABEL_TASKS, SEQUENCE, TOKENS, find_idle_keys
+from peftcli.recipe.schema import Recipe
 from peftcli.recipe.template import template_columns
-from peftcli.recipe.yaml_text import Tree
+from peftcli.recipe.yaml import Tree
 
 _ONE_PLACE = "rows come from files, from the Hub or from a database: keep one"
 _ONE_KIND = "a row is one text, or a prompt and a completion: keep one kind"
@@ -30,6 +31,10 @@ _APART: tuple[tuple[str, str, str], ...] = (
 _OWN_SOURCE = ("path", "name", "url", "url_env", "config", "revision", "hub_split", "table", "query", "file_format")
 _OF_THE_SOURCES = (*_OWN_SOURCE, "encoding", "csv", "format", "text", "prompt", "completion", "columns")
 _PLACES = ("path", "name", "url", "url_env")
+
+CAUSAL, SEQUENCE, TOKENS = "causal-lm", "sequence-classification", "token-classification"
+IMAGES = "image-classification"
+LABEL_TASKS = (SEQUENCE, TOKENS, IMAGES)
 _TASKS = (CAUSAL, *LABEL_TASKS)
 _TASK_OF_COLUMN: dict[str, tuple[str, ...]] = {
     "text": (CAUSAL, SEQUENCE),
@@ -40,6 +45,72 @@ _TASK_OF_COLUMN: dict[str, tuple[str, ...]] = {
     "image": (IMAGES,),
 }
 """Tasks that read a column."""
+
+_ALONE = "rows are labelled one by one, each padded to the longest of its micro-batch"
+_LABELS = "the loss is on the labels of the rows, and on no token of their text"
+_WRITES = "no text is written, so nothing is drawn"
+_NO_USE: dict[tuple[str, ...], str] = {
+    **{("trainer", name): _ALONE for name in ("packing", "packing_strategy", "eval_packing", "padding_free")},
+    **{("trainer", name): _LABELS for name in ("completion_only_loss", "assistant_only_loss", "loss_type")},
+    ("trainer", "router_aux_loss_coef"): _LABELS,
+    ("trainer", "activation_offloading"): "it belongs to the trainer of language models; use activation_checkpointing",
+    **{
+        ("trainer", name): "it belongs to the trainer of language models"
+        for name in (
+            "pad_to_multiple_of",
+            "shuffle_dataset",
+            "use_liger_kernel",
+        )
+    },
+    ("model", "chat_template"): "a text is labelled as it stands; name its column or write dataset.text",
+    ("model", "eos_token"): "nothing is written that could end on it",
+    **{("dataset", name): "a row is a text with its label" for name in ("prompt", "completion")},
+    **{("dataset", "columns", name): "a row is a text with its label" for name in ("prompt", "completion", "messages")},
+    **{("evaluation", name): _WRITES for name in ("max_new_tokens", "temperature", "top_p", "rows")},
+    **{
+        ("gates", name): "it is no figure of labels; accuracy and f1 are"
+        for name in ("perplexity", "token_accuracy", "exact_match", "chrf", "unfinished_answers")
+    },
+}
+_FILES = "a row is an image file with its label"
+_NO_USE_OF_IMAGES: dict[tuple[str, ...], str] = {
+    **{path: why for path, why in _NO_USE.items() if path[0] in ("trainer", "evaluation", "gates")},
+    **{("model", name): "an image has no tokens" for name in ("chat_template", "eos_token")},
+    **{("dataset", name): "an image has no tokens" for name in ("max_length", "too_long")},
+    **{("dataset", name): _FILES for name in ("text", "prompt", "completion", "name", "url", "url_env")},
+    **{("dataset", "columns", name): _FILES for name in ("prompt", "completion", "messages")},
+    ("performance", "tokens_per_micro_batch"): "an image has no tokens",
+}
+_OF_LABELS: dict[tuple[str, ...], str] = {
+    ("dataset", "labels"): "only classes and tags have names",
+    ("evaluation", "positive_label"): "only classes have one",
+    **{
+        ("gates", name): "it is a figure of labels"
+        for name in (*CLASS_FIGURES, *AVERAGED_FIGURES, *ENTITY_FIGURES, *NUMBER_FIGURES)
+    },
+}
+
+ASKED = "performance.sharding: full"
+DIVIDED = ("lora",)
+"""Methods whose own weights stand beside those of the base and need none of them whole."""
+BESIDE = frozenset(
+    [
+        *("method", "r", "alpha", "dropout", "bias", "use_rslora", "target_modules", "layers", "init_from", "dtype"),
+        *("alpha_pattern", "exclude_modules", "init_lora_weights", "loraplus_lr_ratio", "rank_pattern"),
+    ]
+)
+"""Keys of the adapter section that ask nothing of whole weights."""
+PLAIN_STARTS = (True, False, "gaussian")
+"""Ways for LoRA to begin that look at no weight of the base."""
+_WHOLE = "it needs whole weights of the base"
+_TRAINER = {
+    "activation_offloading": "it would move gathered weights too",
+    "deepspeed": "DeepSpeed divides the model in its own way",
+    "load_best_model_at_end": "it was not tried with it",
+    "torch_compile": "it was not tried with it",
+    "use_liger_kernel": "it was not tried with it",
+}
+"""Arguments of the trainer, and why they cannot be had."""
 
 
 def find_contradictions(tree: Tree, problems: Problems) -> None:
@@ -251,3 +322,84 @@ def _is_constant(template: str) -> bool:
         return bool(template) and not template_columns(template)
     except ValueError:
         return False
+
+
+def find_idle_keys(tree: Tree, problems: Problems) -> None:
+    """Add a problem for each key that does nothing for the task of the recipe."""
+    task = tree.get("model", "task") or CAUSAL
+    if task not in (CAUSAL, *LABEL_TASKS):
+        return  # the schema says which there are
+    idle = _OF_LABELS if task == CAUSAL else _NO_USE_OF_IMAGES if task == IMAGES else _NO_USE
+    for path, why in idle.items():
+        _refuse(path, task, why, tree, problems)
+    if task not in (SEQUENCE, IMAGES) and tree.get("model", "problem") not in (None, "auto"):
+        _refuse(("model", "problem"), task, f"it belongs to {SEQUENCE}", tree, problems)
+    if task in (SEQUENCE, IMAGES):
+        for name in ENTITY_FIGURES:
+            _refuse(("gates", name), task, "entities are found in tags", tree, problems)
+
+
+def _refuse(path: KeyPath, task: str, why: str, tree: Tree, problems: Problems) -> None:
+    if tree.get(*[str(part) for part in path]) not in (None, False, "auto"):
+        text = f"{dotted(path)} does nothing with model.task: {task}: {why}; leave it out"
+        problems.add(tree.place(path), text)
+
+
+def find_undivided(tree: Tree, problems: Problems) -> None:
+    """Add a problem for each key that cannot stand beside `performance.sharding: full`."""
+    if tree.get("performance", "sharding") != "full":
+        return
+    for path, why in undivided(tree.values):
+        if path not in tree.spoiled:
+            problems.add(tree.place(path), f"{dotted(path)} excludes {ASKED}: {why}; keep one of the two")
+
+
+def undivided(sections: Mapping[str, Any]) -> Iterator[tuple[KeyPath, str]]:
+    """Keys that ask for what a base in parts cannot do, each with the reason.
+
+    Args:
+        sections: of a recipe, as a YAML file has them.
+    """
+    if _section(sections, "model").get("task", CAUSAL) != CAUSAL:
+        yield ("model", "task"), "a head is trained whole, and only language models were tried"
+    if sections.get("stages"):
+        yield ("stages",), "the result of a stage is folded into whole weights"
+    if _section(sections, "quantization").get("bits") == 8:
+        yield ("quantization", "bits"), "8-bit weights were not tried in parts, 4-bit weights can be divided"
+    yield from _of_adapter(_section(sections, "adapter"))
+    for name, why in _TRAINER.items():
+        if _section(sections, "trainer").get(name):
+            yield ("trainer", name), why
+
+
+def _of_adapter(adapter: Mapping[str, Any]) -> Iterator[tuple[KeyPath, str]]:
+    method = adapter.get("method", "lora")
+    if method not in DIVIDED:
+        yield ("adapter", "method"), f"{method} was not tried with weights in parts, {', '.join(DIVIDED)} can be had"
+        return
+    for key, value in adapter.items():
+        if value is None or value is False:
+            continue
+        if key not in BESIDE:
+            yield ("adapter", key), _WHOLE
+        elif isinstance(value, Mapping) and key in ("target_modules", "layers"):
+            yield ("adapter", key), "choosing by the gradient needs the gradients of whole weights"
+        elif key == "init_lora_weights" and value not in PLAIN_STARTS:
+            yield ("adapter", key), _WHOLE
+
+
+def sections_of(recipe: Recipe) -> dict[str, Any]:
+    """The sections of a checked recipe that `undivided` reads, as a YAML file has them."""
+    given = recipe.adapter.model_dump(exclude_none=True, exclude={"arguments"})
+    return {
+        "model": {"task": recipe.model.task},
+        "stages": recipe.stages,
+        "quantization": {} if recipe.quantization is None else {"bits": recipe.quantization.bits},
+        "adapter": {**given, **recipe.adapter.arguments},
+        "trainer": recipe.trainer,
+    }
+
+
+def _section(sections: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    found = sections.get(name)
+    return found if isinstance(found, Mapping) else {}

@@ -1,10 +1,7 @@
-"""YAML 1.2 text -> plain values with the line of each; refuses what a recipe never needs.
+"""YAML 1.2 text to plain values, each with its line; refuses what a recipe never needs.
 
-PyYAML only splits the text into events: its own reading of scalars (YAML 1.1: `2e-4` is text, `no` is false),
-of duplicate keys (the last wins), of tags, of aliases and of merge keys never runs.
-
-Aliases (`*name`) and merge keys (`<<: *name`) are read within limits: the text becomes nodes, where an alias is the
-node that its anchor names, and only a document whose size and depth are known to be small is written out as values.
+PyYAML only splits the text into events. Its own reading of scalars (YAML 1.1: `2e-4` is text, `no` is false), of
+duplicate keys (the last wins), of tags and of aliases is not used.
 """
 
 import re
