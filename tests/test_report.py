@@ -31,9 +31,8 @@ from peftcli.plan.selection import choose_modules
 from peftcli.progress import Silent
 from peftcli.recipe.fields import parse_gate
 from peftcli.recipe.load import load_recipe
-from peftcli.report.content import make_report
-from peftcli.report.stages import Stages, load_stages
-from peftcli.report.write import write_report
+from peftcli.report.build import make_report, write_report
+from peftcli.report.load import Stages, load_stages
 from peftcli.rundir import RunDir, write_json, write_text
 from peftcli.summary import write_metrics
 
@@ -718,7 +717,7 @@ def test_broken_file_is_named(tmp_path: Path, content: str, message: str) -> Non
 def test_report_imports_nothing_heavy_and_says_nothing(tmp_path: Path) -> None:
     sample_run(tmp_path / "run")
     code = (
-        "import sys; from pathlib import Path; from peftcli.report.write import write_report; "
+        "import sys; from pathlib import Path; from peftcli.report.build import write_report; "
         "from peftcli.rundir import RunDir; assert 'matplotlib' not in sys.modules; "
         f"write_report(RunDir(Path({str(tmp_path / 'run')!r}))); "
         "heavy = {'torch', 'transformers', 'datasets', 'peft', 'matplotlib.pyplot'} & set(sys.modules); "
@@ -734,7 +733,7 @@ def test_report_imports_nothing_heavy_and_says_nothing(tmp_path: Path) -> None:
 
 
 def test_colours_can_be_read_in_both_schemes() -> None:
-    style = (Path(importlib.import_module("peftcli.report.page").__file__ or "").parent / "page.css").read_text()
+    style = (Path(importlib.import_module("peftcli.report.html").__file__ or "").parent / "page.css").read_text()
     light, dark = [dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", block)) for block in style.split("@media")[:2]]
 
     def luminance(colour: str) -> float:
@@ -750,7 +749,7 @@ def test_colours_can_be_read_in_both_schemes() -> None:
             assert (high + 0.05) / (low + 0.05) >= 4.5, (text, ground)
 
 
-@pytest.mark.parametrize("name", ["format", "text", "plots", "markdown"])
+@pytest.mark.parametrize("name", ["format", "plots", "markdown"])
 def test_examples_of_the_docstrings_hold(name: str) -> None:
     assert doctest.testmod(importlib.import_module(f"peftcli.report.{name}")).failed == 0
 

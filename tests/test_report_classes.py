@@ -10,12 +10,11 @@ from peftcli.metrics.classification import classification_scores, multi_label_sc
 from peftcli.metrics.regression import regression_scores
 from peftcli.metrics.tagging import tagging_scores
 from peftcli.report.blocks import Folded, Notices, Section, Table
-from peftcli.report.classes import classes_section
-from peftcli.report.content import make_report
+from peftcli.report.build import make_report
+from peftcli.report.html import render_page
+from peftcli.report.load import Stages
 from peftcli.report.markdown import render_markdown
-from peftcli.report.page import render_page
-from peftcli.report.scores import metric_table, primary_metric
-from peftcli.report.stages import Stages
+from peftcli.report.metrics import classes_section, metric_table, primary_metric
 
 NAMES = ["ham", "spam"]
 

@@ -210,7 +210,7 @@ def generate(
 @app.command()
 def report(run: RunArgument, as_json: JsonOption = False) -> None:
     """Write report.md and report.html of a run again, from its JSON files."""
-    from peftcli.report.write import write_report
+    from peftcli.report.build import write_report
     from peftcli.rundir import RunDir, read_json
 
     folder = RunDir(run)

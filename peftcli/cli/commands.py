@@ -19,7 +19,7 @@ from peftcli.plan.smoke import check_schedules, smoke_notices, smoke_recipe
 from peftcli.recipe.load import Loaded, load_recipe
 from peftcli.recipe.rules import CAUSAL
 from peftcli.recipe.schema import Recipe
-from peftcli.report.write import write_report
+from peftcli.report.build import write_report
 from peftcli.rundir import RunDir, is_foreign, read_json, write_json
 from peftcli.summary import unmet, write_metrics
 from peftcli.train.disk import RESERVE_BYTES, Forecast, check_room

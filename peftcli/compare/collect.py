@@ -11,8 +11,8 @@ from peftcli.compare.fronts import COSTS, best_of, front
 from peftcli.errors import PeftcliError, RecipeError
 from peftcli.recipe.load import load_recipe
 from peftcli.recipe.schema import Recipe
-from peftcli.report.scores import BY_KEY, PRIMARY, Metric, interval, rows_scored
-from peftcli.report.stages import Stages, figure, find, load_stages, text
+from peftcli.report.load import Stages, figure, find, load_stages, text
+from peftcli.report.metrics import BY_KEY, PRIMARY, Metric, interval, rows_scored
 from peftcli.rundir import RunDir
 
 

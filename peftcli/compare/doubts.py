@@ -4,8 +4,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from peftcli.report.format import compact
-from peftcli.report.scores import COUNTED_ON_ANSWERS, Metric
-from peftcli.report.stages import Stages, figure, find, text
+from peftcli.report.load import Stages, figure, find, text
+from peftcli.report.metrics import COUNTED_ON_ANSWERS, Metric
 
 
 def find_doubts(runs: Mapping[str, Stages], metric: Metric | None, methods: Mapping[str, str]) -> list[str]:

@@ -1,7 +1,8 @@
-"""The data of a run: what came in, what was left out and why, what was trained, and what a row looks like."""
+"""The data section of the report: rows in and out, labels, token lengths, checks and a preview."""
 
 from collections.abc import Iterable
-from typing import Any
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
 
 from peftcli.report.blocks import (
     Beside,
@@ -9,6 +10,8 @@ from peftcli.report.blocks import (
     Cell,
     Folded,
     Notices,
+    Plot,
+    Plots,
     Preview,
     PreviewRow,
     Section,
@@ -18,11 +21,13 @@ from peftcli.report.blocks import (
     facts,
     table,
 )
-from peftcli.report.format import DASH, compact, count, several, share
-from peftcli.report.histogram import length_plots
-from peftcli.report.labels import label_table, number_table, word_table
-from peftcli.report.stages import Stages, figure, find, objects, text
-from peftcli.report.text import without_home
+from peftcli.report.format import DASH, compact, count, several, share, without_home
+from peftcli.report.load import Stages, figure, find, objects, text
+from peftcli.report.plots import INK, LINE, NARROW, RAW, WIDE, drawing
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 
 ROWS = (
     ("Read", "rows", "rows"),
@@ -68,6 +73,19 @@ RESULTS: dict[str, tuple[str, Tone]] = {
     "skip": (f"{DASH} does not apply", "quiet"),
 }
 LEGEND = (Span("prompt", "read"), Span("trained", "trained"), Span("dropped", "cut off"))
+
+MOST_LABELS = 12
+SPREAD = (("min", "Least"), ("median", "Median"), ("max", "Most"), ("mean", "Mean"), ("deviation", "Deviation"))
+WORDS = (
+    ("Words", "words"),
+    ("Within an entity", "tagged"),
+    ("Without a token of their own", "silent"),
+    ("Cut off at the maximum length", "cut"),
+    ("Cut off, within an entity", "cut_tagged"),
+    ("Going on with no entity", "odd_tags"),
+)
+
+MOST_BARS = 400
 
 
 def data_section(stages: Stages) -> Section | None:
@@ -257,3 +275,137 @@ def _identity(data: dict[str, Any]) -> Block:
             ("Fingerprint, held out", text(data, "fingerprint", "test")[:16]),
         )
     )
+
+
+def label_table(data: dict[str, Any]) -> Table | None:
+    """How often each answer or class stands on either side, the most frequent first."""
+    sides = {side: _counts(find(data, "labels", side)) for side in ("train", "test")}
+    values = sorted({**sides["train"], **sides["test"]}, key=lambda value: -sides["train"].get(value, 0))
+    if not values:
+        return None
+    # Of many values only the most frequent are stored, so the shares are those of all rows, or of all tagged words.
+    totals = {side: _total(data, side) if found else None for side, found in sides.items()}
+    highest = max(sides["train"].values(), default=0)
+    rows = []
+    for value in values[:MOST_LABELS]:
+        number = sides["train"].get(value, 0)
+        bar = Cell(share(number, totals["train"]), bar=number / highest if highest else 0)
+        rows.append((value, count(number), bar, share(sides["test"].get(value, 0), totals["test"])))
+    distinct = figure(data, "labels", "distinct") or len(values)
+    more = several(distinct - len(rows), "more value", "more values")
+    note = f"{more} not shown." if distinct > len(rows) else ""
+    of = text(data, "labels", "of").capitalize() if find(data, "labels", "of") else "Value"
+    return table((of, "Training", "Share", "Held out"), rows, numeric=(1, 3), note=note)
+
+
+def number_table(data: dict[str, Any]) -> Table | None:
+    """The spread of the numbers of a regression on both sides."""
+    if not isinstance(find(data, "numbers"), dict):
+        return None
+    rows = [
+        (title, *(compact(figure(data, "numbers", side, key)) for key, _ in SPREAD))
+        for title, side in (("Training", "train"), ("Held out", "test"))
+        if find(data, "numbers", side)
+    ]
+    return table((text(data, "numbers", "of"), *(title for _, title in SPREAD)), rows, numeric=range(1, 6))
+
+
+def word_table(data: dict[str, Any]) -> Table | None:
+    """Words of tagged rows and entities by type, both sides together."""
+    words = find(data, "words")
+    if not isinstance(words, dict):
+        return None
+    whole = figure(words, "words")
+    rows = [
+        (title, count(figure(words, key)), share(figure(words, key), whole))
+        for title, key in WORDS
+        if figure(words, key) or key == "words"
+    ]
+    entities = _counts(find(words, "entities"))
+    rows += [(f"Entities: {kind}", count(entities[kind]), "") for kind in list(entities)[:MOST_LABELS]]
+    more = len(entities) - MOST_LABELS
+    note = f"{several(more, 'more type', 'more types')} of entities not shown." if more > 0 else ""
+    return table(("Words of all rows", "Number", "Share"), rows, numeric=(1, 2), note=note)
+
+
+def _total(data: dict[str, Any], side: str) -> float | None:
+    total = figure(data, "labels", "total", side)
+    return total if total is not None else figure(data, f"{side}_rows")
+
+
+def _counts(value: Any) -> dict[str, float]:
+    found = value if isinstance(value, dict) else {}
+    return {str(key): number for key in found if (number := figure(found, key)) is not None}
+
+
+def length_plots(data: dict[str, Any]) -> Plots | None:
+    """The lengths of the rows in tokens; None where they were not counted."""
+    edges, counts = bins(data)
+    if not counts:
+        return None
+    limit, longest = figure(data, "max_length"), edges[-1]
+    edges = _even(edges)
+    inside = limit if limit is not None and limit < longest else None
+
+    def drawn(inches: tuple[float, float]) -> str:
+        return drawing("Rows by their length", inches, lambda axes: _draw(axes, edges, counts, inside), _frame(inches))
+
+    note = _note(limit, inside, longest if longest > edges[-1] else None)
+    return Plots((Plot("Length of the rows", drawn(WIDE), note, drawn(NARROW)),), ())
+
+
+def bins(data: dict[str, Any]) -> tuple[list[float], list[float]]:
+    """Edges and counts of the histogram; both empty where it is missing or not one."""
+    edges, counts = (_numbers(find(data, "length_histogram", key)) for key in ("edges", "counts"))
+    whole = len(edges) == len(counts) + 1 and all(low < high for low, high in pairwise(edges))
+    return (edges, counts) if whole and 0 < len(counts) <= MOST_BARS else ([], [])
+
+
+def _numbers(value: Any) -> list[float]:
+    """A list of figures; empty where it is none, or where one of them is missing."""
+    found = [figure({"value": part}, "value") for part in value] if isinstance(value, list) else []
+    known = [part for part in found if part is not None]
+    return known if len(known) == len(found) else []
+
+
+def _even(edges: list[float]) -> list[float]:
+    """The edges with the last bar as wide as the one before: it may hold all rows that are much longer."""
+    if len(edges) < 3:
+        return edges
+    return [*edges[:-1], min(edges[-1], 2 * edges[-2] - edges[-3])]
+
+
+def _note(limit: float | None, inside: float | None, longest: float | None) -> str:
+    what = "Rows by their tokens, before any cut."
+    if longest is not None:
+        what = f"{what} The last bar holds all longer rows, the longest of {count(longest - 1)} tokens."
+    if limit is None:
+        return what
+    if inside is None:
+        return f"{what} The maximum length, {count(limit)}, lies beyond the longest row."
+    return f"{what} Dashed: the maximum length; light: bars that reach beyond it."
+
+
+def _frame(inches: tuple[float, float]) -> tuple[float, float, float, float]:
+    width, height = inches
+    return 0.6 / width, 0.42 / height, (width - 0.8) / width, (height - 0.72) / height
+
+
+def _draw(axes: "Axes", edges: list[float], counts: list[float], limit: float | None) -> None:
+    # Imported here: the report of a run without data needs no matplotlib.
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    widths = [high - low for low, high in pairwise(edges)]
+    colours = [RAW if limit is not None and high > limit else LINE for high in edges[1:]]
+    axes.bar(edges[:-1], counts, width=[width * 0.94 for width in widths], align="edge", color=colours)
+    axes.set_xlim(edges[0], edges[-1])
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(3, integer=True))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: compact(value)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: compact(value)))
+    axes.set_xlabel("tokens", labelpad=2)
+    if limit is not None:
+        axes.axvline(limit, color=INK, linewidth=1.0, linestyle=(0, (4, 3)))
+        side = "right" if limit > (edges[0] + edges[-1]) / 2 else "left"
+        above = axes.get_xaxis_transform()
+        axes.text(limit, 1.04, f"max_length {count(limit)}", transform=above, ha=side, va="bottom", color=INK)

@@ -18,8 +18,7 @@ from peftcli.report.blocks import (
     Span,
     Table,
 )
-from peftcli.report.format import DASH
-from peftcli.report.text import clip, pieces, visible
+from peftcli.report.format import DASH, clip, pieces, visible
 
 LONGEST = 2000
 ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;", "|": "&#124;", "`": "&#96;", "@": "&#64;"}

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from peftcli.report.blocks import Plot, Plots, Table, table
 from peftcli.report.format import compact, count, several, significant
-from peftcli.report.scores import LOSS_OF
-from peftcli.report.stages import Stages, figure
+from peftcli.report.load import Stages, figure
+from peftcli.report.metrics import LOSS_OF
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -1,4 +1,4 @@
-"""The JSON files of a run as the report reads them: each may be absent, each figure may be null."""
+"""Loads the JSON files of a run for the report: each may be absent, each value may be null."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""The head of the report: how the run ended, in one sentence, in a few figures and against its gates."""
+"""The top of the report: how the run ended, in one sentence, a few numbers and the gates."""
 
 import shlex
 from typing import Any
@@ -14,10 +14,10 @@ from peftcli.report.format import (
     share,
     significant,
     size,
+    without_home,
 )
-from peftcli.report.scores import BY_KEY, LOSS_OF, interval, primary_metric, rows_scored
-from peftcli.report.stages import Stages, figure, find, objects, text
-from peftcli.report.text import without_home
+from peftcli.report.load import Stages, figure, find, objects, text
+from peftcli.report.metrics import BY_KEY, LOSS_OF, interval, primary_metric, rows_scored
 
 STATUS: dict[str, tuple[str, Tone]] = {
     "finished": ("✓ finished", "good"),

@@ -1,4 +1,4 @@
-"""The report as one HTML page that needs no network and runs no script."""
+"""Renders the report as one HTML page that needs no network and runs no script."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from peftcli.report.blocks import Report
-from peftcli.report.text import clip, pieces, visible
+from peftcli.report.format import clip, pieces, visible
 
 LONGEST = 20_000  # characters of one prompt or answer
 

@@ -1,17 +1,39 @@
-"""What a run's files amount to: the report, section by section, before it is written in any format."""
+"""Builds the report of a run, a pure function of the JSON files in its folder, and writes it."""
 
 from peftcli.report.blocks import Block, Folded, Report, Section
-from peftcli.report.classes import classes_section
 from peftcli.report.data import data_section
-from peftcli.report.earlier import earlier_section
-from peftcli.report.head import gates, status, subtitle, tiles, verdict, warnings
-from peftcli.report.outcome import environment_section, merge_section, sizes_section, training_facts
+from peftcli.report.html import render_page
+from peftcli.report.load import Stages, load_stages, text
+from peftcli.report.markdown import render_markdown
+from peftcli.report.metrics import classes_section, metric_table
+from peftcli.report.overview import gates, status, subtitle, tiles, verdict, warnings
 from peftcli.report.plots import log_plots, log_table
-from peftcli.report.ranks import ranks_section
-from peftcli.report.scores import metric_table
-from peftcli.report.sections import plan_section, samples_section
-from peftcli.report.selection import selection_section
-from peftcli.report.stages import Stages, text
+from peftcli.report.sections import (
+    earlier_section,
+    environment_section,
+    merge_section,
+    plan_section,
+    ranks_section,
+    samples_section,
+    selection_section,
+    sizes_section,
+    training_facts,
+)
+from peftcli.rundir import RunDir, write_text
+
+
+def write_report(run: RunDir) -> None:
+    """Write `report.md` and `report.html` of a run; the same JSON gives the same bytes.
+
+    A stage whose file is absent has no section, and a figure that is null is shown as a dash.
+
+    Raises:
+        RecipeError: the folder has no `metrics.json` or no `plan.json`: no stage has ended.
+        DataError: a file of the run is not JSON, or another version of peftcli wrote it.
+    """
+    report = make_report(load_stages(run))
+    write_text(run.report_md, render_markdown(report))
+    write_text(run.report_html, render_page(report))
 
 
 def make_report(stages: Stages) -> Report:
