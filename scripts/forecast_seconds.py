@@ -6,8 +6,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from peftcli.model.shape import read_shape
-from peftcli.plan.peak import NF4_BITS, Load
-from peftcli.plan.setting import Setting
+from peftcli.plan.memory.estimate import NF4_BITS, Load
+from peftcli.plan.memory.training_setup import Setting
 
 SIZES = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "vocab_size": 128256}
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from peftcli.adapters.build import peft_config
-from peftcli.plan.ranks import RankSchedule, rank_schedule
+from peftcli.plan.adalora import RankSchedule, rank_schedule
 from peftcli.recipe.schema import AdapterSection
 from peftcli.rundir import read_json
 from peftcli.train.ranks import Ranks

@@ -26,8 +26,8 @@ from peftcli.bench.shapes import SHAPES, choose_shape
 from peftcli.bench.tools import TOOLS, Tool, tuned_for
 from peftcli.cli.benching import bench_table, nameless
 from peftcli.errors import MachineError
-from peftcli.plan.facts import Machine
-from peftcli.plan.shape import Linear, Norm, Shape
+from peftcli.plan.machine import Machine
+from peftcli.plan.memory.model_shape import Linear, Norm, Shape
 from peftcli.progress import Silent
 
 Cli = Callable[..., int]

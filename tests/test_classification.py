@@ -31,8 +31,8 @@ from peftcli.model.label import Head, head_of, make_batch, segments
 from peftcli.model.label_rows import label_loss, row_logits
 from peftcli.model.label_texts import split_words
 from peftcli.model.load import load_base
-from peftcli.plan.facts import ModelFacts
 from peftcli.plan.heads import targets_beside_head
+from peftcli.plan.machine import ModelFacts
 from peftcli.plan.plan import Plan
 from peftcli.plan.targets import match_targets
 from peftcli.progress import Silent

@@ -20,9 +20,9 @@ from peftcli.compare.child import Children
 from peftcli.compare.fronts import best_of, front
 from peftcli.compare.variants import Axis, Variant, check_variants, make_variants, read_axes, split_values
 from peftcli.errors import RecipeError
-from peftcli.plan.decide import make_plan
-from peftcli.plan.facts import Machine, ModelFacts
+from peftcli.plan.machine import Machine, ModelFacts
 from peftcli.plan.plan import Decision
+from peftcli.plan.planner import make_plan
 from peftcli.progress import Silent
 from peftcli.recipe.load import load_recipe
 from peftcli.report.compare import make_comparison

@@ -32,7 +32,7 @@ from peftcli.doctor.versions import Need
 from peftcli.errors import DataError, MachineError, RecipeError
 from peftcli.model.container import core_quota, memory_limit, usable_memory
 from peftcli.model.load import FAST_CPU_PATH
-from peftcli.plan.facts import Machine
+from peftcli.plan.machine import Machine
 from peftcli.recipe.load import load_recipe
 from peftcli.train.session import Deadline, Limit
 

@@ -38,7 +38,7 @@ from peftcli.model.inspect import inspect_model
 from peftcli.model.load import load_adapter, load_base
 from peftcli.model.target import open_target
 from peftcli.model.weights import loaded_weights
-from peftcli.plan.peak import INT8_BITS, weight_bytes
+from peftcli.plan.memory.estimate import INT8_BITS, weight_bytes
 from peftcli.plan.smoke import smoke_recipe
 from peftcli.recipe.dump import changed_keys, dump_recipe
 from peftcli.recipe.load import load_recipe

@@ -29,19 +29,19 @@ from transformers import (
 from peftcli.cli.show_forecast import forecast_line, mend_lines, verdict
 from peftcli.errors import RecipeError
 from peftcli.model.shape import read_shape
-from peftcli.plan.cards import CARDS, card_of, find_card, machine_with
-from peftcli.plan.checkpointing import USED, spare_blocks
-from peftcli.plan.decide import make_plan
-from peftcli.plan.facts import Machine, ModelFacts
-from peftcli.plan.forecast import MARGIN, make_forecast, match_linears, plan_load, rows_of
-from peftcli.plan.kept import block_bytes, norm_bytes, stream_bytes
-from peftcli.plan.mends import propose
+from peftcli.plan.gpus import CARDS, card_of, find_card, machine_with
+from peftcli.plan.machine import Machine, ModelFacts
+from peftcli.plan.memory.activations import block_bytes, norm_bytes, stream_bytes
+from peftcli.plan.memory.estimate import CONTEXT_BYTES, INT8_BITS, NF4_BITS, Load, weight_bytes
+from peftcli.plan.memory.forecast import MARGIN, make_forecast, match_linears, plan_load, rows_of
+from peftcli.plan.memory.model_shape import Linear, Shape
+from peftcli.plan.memory.step_time import step_seconds, token_flops
+from peftcli.plan.memory.suggestions import propose
+from peftcli.plan.memory.training_setup import FULL_HEAD, Head, Setting
 from peftcli.plan.optimizer import Trained
-from peftcli.plan.peak import CONTEXT_BYTES, INT8_BITS, NF4_BITS, Load, weight_bytes
+from peftcli.plan.partial_checkpointing import USED, spare_blocks
 from peftcli.plan.plan import Plan
-from peftcli.plan.setting import FULL_HEAD, Head, Setting
-from peftcli.plan.shape import Linear, Shape
-from peftcli.plan.work import step_seconds, token_flops
+from peftcli.plan.planner import make_plan
 from peftcli.recipe.load import load_recipe
 
 GIB = 2**30

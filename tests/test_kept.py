@@ -14,10 +14,10 @@ from peftcli.cli.steps import plan_recipe
 from peftcli.methods.registry import METHODS
 from peftcli.model.inspect import inspect_model, trainable_counter
 from peftcli.model.kept import COUNTED, fit_kept
-from peftcli.plan.cards import find_card, machine_with
-from peftcli.plan.decide import make_plan
-from peftcli.plan.forecast import plan_setting
-from peftcli.plan.kept import block_bytes, norm_bytes
+from peftcli.plan.gpus import find_card, machine_with
+from peftcli.plan.memory.activations import block_bytes, norm_bytes
+from peftcli.plan.memory.forecast import plan_setting
+from peftcli.plan.planner import make_plan
 from peftcli.recipe.load import load_recipe
 from peftcli.train.forward import cast_inputs
 from peftcli.train.widths import widen_trained

@@ -19,7 +19,7 @@ from peftcli.adapters.own.register import register
 from peftcli.adapters.own.whole import WholeConfig, WholeLayer
 from peftcli.merge.fold import fold
 from peftcli.model.weights import loaded_weights
-from peftcli.plan.places import bottleneck_places
+from peftcli.plan.module_layout import bottleneck_places
 from peftcli.rundir import read_json
 
 IDS = torch.arange(24).reshape(2, 12) % 60 + 3

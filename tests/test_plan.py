@@ -10,10 +10,10 @@ import pytest
 
 from peftcli.errors import MachineError, RecipeError
 from peftcli.plan.choices import check_wheel, processes_that_share
-from peftcli.plan.decide import make_plan
-from peftcli.plan.facts import Machine, ModelFacts
+from peftcli.plan.machine import Machine, ModelFacts
 from peftcli.plan.optimizer import Trained
 from peftcli.plan.plan import Plan
+from peftcli.plan.planner import make_plan
 from peftcli.plan.smoke import check_schedules, smoke_notices, smoke_recipe
 from peftcli.plan.targets import match_targets
 from peftcli.recipe.load import load_recipe

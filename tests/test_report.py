@@ -24,10 +24,10 @@ from peftcli.errors import DataError, RecipeError
 from peftcli.metrics.classification import classification_scores, multi_label_scores
 from peftcli.metrics.regression import regression_scores
 from peftcli.metrics.tagging import tagging_scores
-from peftcli.plan.decide import make_plan
-from peftcli.plan.facts import Machine, ModelFacts
+from peftcli.plan.machine import Machine, ModelFacts
+from peftcli.plan.module_selection import choose_modules
 from peftcli.plan.plan import Plan
-from peftcli.plan.selection import choose_modules
+from peftcli.plan.planner import make_plan
 from peftcli.progress import Silent
 from peftcli.recipe.fields import parse_gate
 from peftcli.recipe.load import load_recipe

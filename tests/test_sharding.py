@@ -17,15 +17,15 @@ from transformers import AutoModelForCausalLM
 
 from peftcli.errors import MachineError, RecipeError
 from peftcli.model.shards import interleave, my_share
-from peftcli.plan.cards import find_card, machine_with
-from peftcli.plan.decide import make_plan
-from peftcli.plan.facts import Machine, ModelFacts
-from peftcli.plan.mends import propose
+from peftcli.plan.gpus import find_card, machine_with
+from peftcli.plan.machine import Machine, ModelFacts
+from peftcli.plan.memory.estimate import Load, gathered_bytes, own_bytes, weight_bytes
+from peftcli.plan.memory.model_shape import Linear, Norm, Shape
+from peftcli.plan.memory.suggestions import propose
+from peftcli.plan.memory.training_setup import Setting
 from peftcli.plan.optimizer import Trained
-from peftcli.plan.peak import Load, gathered_bytes, own_bytes, weight_bytes
 from peftcli.plan.plan import Plan
-from peftcli.plan.setting import Setting
-from peftcli.plan.shape import Linear, Norm, Shape
+from peftcli.plan.planner import make_plan
 from peftcli.recipe.load import load_recipe
 from peftcli.recipe.schema import Recipe
 from peftcli.rundir import read_json, read_log

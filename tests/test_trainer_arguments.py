@@ -17,7 +17,7 @@ from trl import SFTConfig
 
 from peftcli.errors import MachineError, RecipeError
 from peftcli.plan import requirements
-from peftcli.plan.cards import find_card, machine_with
+from peftcli.plan.gpus import find_card, machine_with
 from peftcli.plan.requirements import OPTIMIZER_PACKAGES, check_hardware, check_packages
 from peftcli.plan.smoke import REAL_MACHINE, smoke_notices, smoke_recipe
 from peftcli.recipe.library_args import Argument, installed_arguments

@@ -16,10 +16,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from peftcli.adapters.build import peft_config
 from peftcli.errors import MachineError
 from peftcli.model.inspect import inspect_model, trainable_counter
-from peftcli.plan.cards import find_card, machine_with
-from peftcli.plan.decide import make_plan
-from peftcli.plan.forecast import plan_load, rows_of
+from peftcli.plan.gpus import find_card, machine_with
+from peftcli.plan.memory.forecast import plan_load, rows_of
 from peftcli.plan.plan import Plan
+from peftcli.plan.planner import make_plan
 from peftcli.recipe.load import load_recipe
 from peftcli.recipe.schema import AdapterSection
 from peftcli.train.widths import free_trained_base, widen_trained

@@ -9,7 +9,7 @@ from peft import PeftConfig, TaskType
 from peftcli.adapters.own.register import own_config
 from peftcli.methods.base import Method
 from peftcli.methods.registry import METHODS
-from peftcli.plan.ranks import first_rank
+from peftcli.plan.adalora import first_rank
 from peftcli.recipe.schema import AdapterSection
 
 TASK_TYPES = {

@@ -18,12 +18,12 @@ from peftcli.cache import built_once, cache_root
 from peftcli.errors import MachineError
 from peftcli.model.probe import describe_environment, probe_machine
 from peftcli.model.shape import read_shape
-from peftcli.plan.cards import card_of
-from peftcli.plan.forecast import match_linears
-from peftcli.plan.peak import NF4_BITS
-from peftcli.plan.setting import FULL_HEAD, Setting
-from peftcli.plan.shape import Shape
-from peftcli.plan.work import token_flops
+from peftcli.plan.gpus import card_of
+from peftcli.plan.memory.estimate import NF4_BITS
+from peftcli.plan.memory.forecast import match_linears
+from peftcli.plan.memory.model_shape import Shape
+from peftcli.plan.memory.step_time import token_flops
+from peftcli.plan.memory.training_setup import FULL_HEAD, Setting
 
 VERSION = 1
 """Raised with every change that changes the files."""
@@ -66,7 +66,7 @@ def make(given: dict[str, Any]) -> dict[str, Any]:
 def flops(shape: Shape, bits: int) -> dict[str, float]:
     """The work of a token: `token`, and `attended` for each token it sees; `again...` is what checkpointing adds.
 
-    Source: `peftcli.plan.work`; the logits and the forward pass count once, however often they are made.
+    Source: `peftcli.plan.memory.step_time`; the logits and the forward pass count once, however often they are made.
     """
     targets = match_linears({linear.leaf: linear.count for linear in shape.linears}, shape)
     trainable = sum(RANK * (linear.inputs + linear.outputs) * linear.count for linear in targets)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from peftcli.plan.facts import Machine
+from peftcli.plan.machine import Machine
 
 GIB = 2**30
 

@@ -18,7 +18,7 @@ from peftcli.cli.commands import load
 from peftcli.cli.stages import loaded_stages
 from peftcli.errors import MachineError, MemoryExhausted, PeerLost, PeftcliError
 from peftcli.plan.choices import processes_that_share
-from peftcli.plan.facts import SHARES_BATCH
+from peftcli.plan.machine import SHARES_BATCH
 from peftcli.train.stops import STARTED
 
 T = TypeVar("T")

@@ -10,8 +10,8 @@ from peftcli.cli.commands import load, print_json, shown_run
 from peftcli.cli.show import console
 from peftcli.cli.show_forecast import show_forecast
 from peftcli.cli.stages import loaded_stages
-from peftcli.plan.cards import Card, find_card, machine_with
 from peftcli.plan.choices import processes_that_share
+from peftcli.plan.gpus import Card, find_card, machine_with
 from peftcli.plan.requirements import check_hardware, check_packages
 
 if TYPE_CHECKING:

@@ -6,8 +6,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from peftcli.plan.facts import Machine
-from peftcli.plan.forecast import MARGIN
+from peftcli.plan.machine import Machine
+from peftcli.plan.memory.forecast import MARGIN
 from peftcli.report.format import count, duration, size
 
 PARTS = (

@@ -24,14 +24,14 @@ from peftcli.model.probe import probe_machine
 from peftcli.model.rehearsal import Rehearsal
 from peftcli.model.start import adapter_folder
 from peftcli.model.target import Target
-from peftcli.plan.checkpointing import spare_blocks
-from peftcli.plan.decide import check_recipe, label_rule, make_plan
-from peftcli.plan.facts import Machine, ModelFacts
-from peftcli.plan.forecast import OPTIMIZER, make_forecast, rows_of
 from peftcli.plan.heads import first_labels, keep_labels, settle_labels
+from peftcli.plan.machine import Machine, ModelFacts
+from peftcli.plan.memory.forecast import OPTIMIZER, make_forecast, rows_of
+from peftcli.plan.memory.model_shape import Shape
 from peftcli.plan.optimizer import Trained
+from peftcli.plan.partial_checkpointing import spare_blocks
 from peftcli.plan.plan import DTYPE_BYTES, LabelRule, Plan, TokenizerChoice
-from peftcli.plan.shape import Shape
+from peftcli.plan.planner import check_recipe, label_rule, make_plan
 from peftcli.plan.smoke import stand_in_adapter
 from peftcli.progress import Progress
 from peftcli.recipe.load import Loaded

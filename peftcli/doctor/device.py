@@ -13,7 +13,7 @@ from peftcli.doctor.verdict import FAIL, OK, WARN, Verdict, refused
 from peftcli.doctor.versions import import_problem
 from peftcli.errors import MachineError
 from peftcli.plan.choices import check_wheel, choose_dtype
-from peftcli.plan.facts import Machine
+from peftcli.plan.machine import Machine
 from peftcli.plan.plan import Decision
 from peftcli.recipe.schema import Recipe
 from peftcli.report.format import size

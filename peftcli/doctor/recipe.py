@@ -15,10 +15,10 @@ from peftcli.model.files import base_facts, local_folder
 from peftcli.model.hub import explain_missing
 from peftcli.model.inspect import inspect_model, load_config, trainable_counter
 from peftcli.model.locate import TINY, locate
-from peftcli.plan.decide import make_plan
-from peftcli.plan.facts import Machine
 from peftcli.plan.heads import first_labels
+from peftcli.plan.machine import Machine
 from peftcli.plan.plan import Plan
+from peftcli.plan.planner import make_plan
 from peftcli.plan.requirements import check_hardware, check_packages
 from peftcli.recipe.schema import Recipe
 from peftcli.report.format import size

@@ -15,7 +15,7 @@ from peftcli.model.hub import explain_missing, look_for_network
 from peftcli.model.shape import read_shape
 from peftcli.model.statistics import keeps_statistics
 from peftcli.model.trainable import count_trainable
-from peftcli.plan.facts import ModelFacts
+from peftcli.plan.machine import ModelFacts
 from peftcli.plan.optimizer import Trained
 from peftcli.recipe.rules import CAUSAL, SEQUENCE
 from peftcli.recipe.schema import AdapterSection

@@ -14,7 +14,7 @@ from torch import Tensor
 from peftcli.adapters.build import peft_config
 from peftcli.methods.registry import METHODS
 from peftcli.model.load import DTYPES
-from peftcli.plan.fitted import Fitted, terms
+from peftcli.plan.memory.training_setup import Fitted, terms
 from peftcli.plan.plan import Plan
 from peftcli.recipe.schema import AdapterSection
 

@@ -17,7 +17,7 @@ from trl.trainer.utils import FusedCausalLMOutput
 
 from peftcli.data.tokens import IGNORED
 from peftcli.model.shards import without_gradients
-from peftcli.plan.setting import tile_rows
+from peftcli.plan.memory.training_setup import tile_rows
 
 
 class _Scores(torch.autograd.Function):

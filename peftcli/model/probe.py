@@ -12,7 +12,7 @@ import psutil
 import torch
 
 from peftcli.model.container import usable_memory
-from peftcli.plan.facts import SHARES_BATCH, Machine
+from peftcli.plan.machine import SHARES_BATCH, Machine
 
 PACKAGES = ("peftcli", "torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "tokenizers")
 FLASH_PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}

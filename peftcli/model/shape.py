@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from peftcli.plan.shape import Experts, Linear, Norm, Shape
+from peftcli.plan.memory.model_shape import Experts, Linear, Norm, Shape
 
 ACTIVATIONS_KEPT = {"gelu_new": 4, "gelu_fast": 5, "quick_gelu": 3, "gelu_python": 3}
 """Tensors that an activation written out in Python keeps for its backward pass; torch's own keep one, their input."""

@@ -6,10 +6,9 @@ from collections.abc import Iterable
 from peftcli.errors import RecipeError
 from peftcli.methods.base import Method
 from peftcli.methods.registry import METHODS
-from peftcli.plan.facts import ModelFacts
-from peftcli.plan.layers import named_targets, stand_in_layers, structural_targets
+from peftcli.plan.machine import ModelFacts
 from peftcli.plan.plan import Decision
-from peftcli.plan.targets import ALL_LINEAR
+from peftcli.plan.targets import ALL_LINEAR, named_targets, stand_in_layers, structural_targets
 from peftcli.recipe.schema import AdapterSection
 
 SCALED = ("k_proj", "v_proj", "key", "value", "c_attn", "query_key_value", "qkv_proj", "k_lin", "v_lin")

@@ -6,7 +6,7 @@ from typing import Any
 
 from peftcli.errors import MachineError, RecipeError
 from peftcli.methods.registry import METHODS
-from peftcli.plan.facts import Machine, ModelFacts
+from peftcli.plan.machine import Machine, ModelFacts
 from peftcli.plan.plan import Batch, Decision
 from peftcli.recipe.schema import QuantizationSection, Recipe
 

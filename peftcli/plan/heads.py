@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from peftcli.errors import RecipeError
-from peftcli.plan.facts import ModelFacts
+from peftcli.plan.machine import ModelFacts
 from peftcli.plan.optimizer import Trained
 from peftcli.plan.plan import Base, Decision, Plan
 from peftcli.plan.targets import ALL_LINEAR, matches, of_head

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from peftcli.methods.registry import METHODS
-from peftcli.plan.fitted import Fitted
+from peftcli.plan.memory.training_setup import Fitted
+from peftcli.plan.module_selection import Choice
 from peftcli.plan.optimizer import Trained
-from peftcli.plan.selection import Choice
 from peftcli.recipe.fields import Gate
 from peftcli.recipe.rules import IMAGES
 from peftcli.recipe.schema import AdapterSection, BudgetSection, DatasetSection, EvaluationSection

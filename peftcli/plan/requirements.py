@@ -6,7 +6,7 @@ from typing import Any
 
 from peftcli.errors import MachineError
 from peftcli.plan.choices import choose_device
-from peftcli.plan.facts import Machine
+from peftcli.plan.machine import Machine
 from peftcli.recipe.schema import Recipe
 from peftcli.recipe.stages import stage_recipes
 

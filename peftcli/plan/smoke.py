@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from peftcli.plan.ranks import check_ranks
+from peftcli.plan.adalora import check_ranks
 from peftcli.recipe.problems import dotted
 from peftcli.recipe.rules import CAUSAL
 from peftcli.recipe.schema import AdapterSection, QuantizationSection, Recipe, SelectSection

@@ -1,11 +1,27 @@
-"""Adapter targets held against the names of the model's modules."""
+"""Adapter targets: matched against the module names of the model, or derived from its structure."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 from peftcli.errors import RecipeError
+from peftcli.methods.base import Method
+from peftcli.methods.registry import METHODS
 from peftcli.nearest import nearest_names
-from peftcli.plan.facts import ModelFacts
-from peftcli.plan.places import BLOCK
+from peftcli.plan.machine import ModelFacts
+from peftcli.plan.module_layout import (
+    BLOCK,
+    block_number,
+    bottleneck_places,
+    refuse_unknown_layers,
+    sort_parts,
+    whole_places,
+    within,
+)
+from peftcli.plan.module_selection import Choice, Selection
+from peftcli.plan.optimizer import Trained
+from peftcli.plan.plan import Decision, Plan
+from peftcli.recipe.schema import AdapterSection, SelectSection
 
 ALL_LINEAR = "all-linear"
 
@@ -96,3 +112,146 @@ def of_head(module: str, facts: ModelFacts) -> bool:
 def _nearest(wanted: list[str], known: list[str]) -> list[str]:
     near = [name for word in wanted for name in nearest_names(word, known, most=3, least=0.4)]
     return list(dict.fromkeys(near)) or known[:12]
+
+
+def choice_of(adapter: AdapterSection, facts: ModelFacts) -> tuple[AdapterSection, Choice | None]:
+    """The adapter with everything in it that may be chosen, and what the choice is; None where nothing is."""
+    targets, layers = adapter.target_modules, adapter.layers
+    asked = next((one for one in (targets, layers) if isinstance(one, SelectSection)), None)
+    if asked is None:
+        return adapter, None
+    kind = "modules" if isinstance(targets, SelectSection) else "layers"
+    candidates = {"target_modules": ALL_LINEAR} if kind == "modules" else {"layers": None}
+    choice = Choice(kind, asked.batches, asked.budget, int(asked.budget * facts.parameters))
+    return adapter.model_copy(update=candidates), choice
+
+
+def within_choice(trained: Trained, choice: Choice | None) -> Trained:
+    """Trainable parameters at most, where everything that may be chosen would have so many."""
+    return trained if choice is None else trained.resized(min(trained.parameters, choice.parameters))
+
+
+def choice_decisions(choice: Choice | None) -> tuple[Decision, ...]:
+    """What a plan says of a choice that the gradient will make."""
+    if choice is None:
+        return ()
+    what = f"{choice.kind} by gradient, at most {choice.parameters:,} trainable parameters"
+    reason = f"{choice.budget:.2%} of the base's parameters; the gradient of {choice.batches} training batches"
+    return (Decision(f"chosen {choice.kind}", what, reason),)
+
+
+def chosen_plan(plan: Plan, selection: Selection, saved: int) -> Plan:
+    """The plan of a run whose modules are chosen.
+
+    Args:
+        saved: parameters of modules that are trained whole beside the adapter.
+    """
+    trainable = selection.used_parameters + saved
+    base = plan.total_parameters - plan.trainable_parameters
+    modules = without_numbers(dict.fromkeys(selection.modules, 1))
+    listed = ", ".join(f"{name} x {count}" for name, count in modules.items())
+    said = {
+        "adapter": f"{plan.adapter.method} on {len(selection.modules)} modules that the gradient has chosen",
+        "trainable": f"{trainable:,} parameters",
+    }
+    reasons = {"adapter": listed, "trainable": f"{trainable / (base + trainable):.2%} of {base + trainable:,}"}
+    return replace(
+        plan,
+        adapter=plan.adapter.model_copy(update={"target_modules": selection.modules, "layers": None}),
+        targets=modules,
+        trained=plan.trained.resized(trainable),
+        total_parameters=base + trainable,
+        decisions=tuple(
+            replace(one, value=said[one.key], reason=reasons[one.key]) if one.key in said else one
+            for one in plan.decisions
+        ),
+    )
+
+
+def named_targets(adapter: AdapterSection) -> tuple[str, ...] | str | None:
+    """The targets of an adapter in which nothing is left to choose."""
+    assert not isinstance(adapter.target_modules, SelectSection)  # `choice_of` took its place
+    return adapter.target_modules
+
+
+def candidates(adapter: AdapterSection, facts: ModelFacts) -> tuple[str, ...]:
+    """Full names of the linear layers that an adapter section stands for, in the order of the model."""
+    targets = named_targets(adapter)
+    if targets == ALL_LINEAR:
+        return facts.linear
+    return tuple(name for name in facts.linear if any(matches(name, one) for one in targets or ()))
+
+
+def stand_in_layers(adapter: AdapterSection, facts: ModelFacts) -> AdapterSection:
+    """The adapter with its targets named in full where it stands in some layers only.
+
+    Raises:
+        RecipeError: there are not so many layers, or those have no such module.
+    """
+    layers = adapter.layers
+    if layers is None or isinstance(layers, SelectSection) or METHODS[adapter.method].targets in ("writers", "whole"):
+        return adapter
+    _check_layers(layers, facts)
+    targets = named_targets(adapter)
+    modules = facts.linear if targets == ALL_LINEAR else facts.modules
+    wanted = modules if targets == ALL_LINEAR else targets or ()
+    names = [name for name in modules if block_number(name) in layers and any(matches(name, one) for one in wanted)]
+    if not names:
+        raise RecipeError(f"adapter.layers {list(layers)}: these layers have none of the modules {list(targets or ())}")
+    return adapter.model_copy(update={"target_modules": tuple(names), "layers": None})
+
+
+def structural_targets(adapter: AdapterSection, facts: ModelFacts) -> AdapterSection:
+    """The adapter of a tuner of ours with the modules that it stands on named in full.
+
+    Raises:
+        RecipeError: the model has no such modules.
+    """
+    method = METHODS[adapter.method]
+    layers = adapter.layers if not isinstance(adapter.layers, SelectSection) else None
+    if layers is not None:
+        _check_layers(layers, facts)
+    try:
+        if method.targets == "writers":
+            linears = {name: facts.widths[name] for name in facts.linear if name in facts.widths}
+            placement = str(_said(adapter, method, "placement"))
+            names = bottleneck_places(linears, facts.hidden, placement, layers)
+            return adapter.model_copy(update={"target_modules": tuple(names), "layers": None})
+        return _whole(adapter, method, layers, facts)
+    except ValueError as problem:
+        raise RecipeError(f"adapter.method {adapter.method}: {problem}") from problem
+
+
+def _whole(adapter: AdapterSection, method: Method, layers: Sequence[int] | None, facts: ModelFacts) -> AdapterSection:
+    inner = [name for name in facts.owners if not any(within(name, head) for head in facts.head)]
+    embedding = facts.embeddings[0] if facts.embeddings else None
+    parts = sort_parts(inner, embedding, facts.output_layer)
+    names = whole_places(
+        parts,
+        last_layers=int(_said(adapter, method, "last_layers") or 0),
+        layers=layers,
+        head=bool(_said(adapter, method, "head")),
+        embeddings=bool(_said(adapter, method, "embeddings")),
+        everything=bool(_said(adapter, method, "everything")),
+    )
+    if not names and not facts.head and not _said(adapter, method, "trainable_token_indices"):
+        raise ValueError("nothing is trained; set adapter.last_layers, layers, head or embeddings")
+    ends = tuple(name for name in names if name in parts.ends)
+    update = {
+        "target_modules": tuple(name for name in names if name not in ends),
+        "modules_to_save": (*(adapter.modules_to_save or ()), *ends) or None,
+        "layers": None,
+    }
+    return adapter.model_copy(update=update)
+
+
+def _said(adapter: AdapterSection, method: Method, key: str) -> Any:
+    return adapter.arguments.get(key, method.defaults.get(key))
+
+
+def _check_layers(layers: Sequence[int], facts: ModelFacts) -> None:
+    numbers = {block_number(name) for name in facts.linear} - {None}
+    try:
+        refuse_unknown_layers(layers, len(numbers))
+    except ValueError as problem:
+        raise RecipeError(f"adapter.{problem}") from problem

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from peftcli.errors import PeftcliError, RecipeError
-from peftcli.plan.decide import LABEL_RULES
 from peftcli.plan.plan import Plan
+from peftcli.plan.planner import LABEL_RULES
 from peftcli.recipe.dump import changed_keys
 from peftcli.recipe.load import load_recipe
 from peftcli.recipe.schema import Recipe

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from peftcli.plan.ranks import rank_schedule
+from peftcli.plan.adalora import rank_schedule
 from peftcli.recipe.schema import AdapterSection
 from peftcli.rundir import read_json, write_json
 

@@ -10,11 +10,10 @@ from peftcli.errors import MachineError
 from peftcli.model.gradients import gradient_norms
 from peftcli.model.shards import from_first, my_share, processes
 from peftcli.model.trainable import count_on_layer
-from peftcli.plan.layers import chosen_plan
-from peftcli.plan.places import within
+from peftcli.plan.module_layout import within
+from peftcli.plan.module_selection import Selection, choose_layers, choose_modules
 from peftcli.plan.plan import Plan
-from peftcli.plan.selection import Selection, choose_layers, choose_modules
-from peftcli.plan.targets import ALL_LINEAR, matches
+from peftcli.plan.targets import ALL_LINEAR, chosen_plan, matches
 from peftcli.rundir import RunDir, read_json, write_json
 from peftcli.train.first_rows import drawn_rows, reader
 

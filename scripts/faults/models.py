@@ -152,7 +152,7 @@ def out_of_memory(ground: Ground) -> Iterator[Row]:
 def made_up_card(name: str, capability: tuple[int, int], architectures: tuple[str, ...]) -> None:
     """Let the session see another machine."""
     from peftcli.cli import steps
-    from peftcli.plan.facts import Machine
+    from peftcli.plan.machine import Machine
 
     machine = Machine(
         "cuda", name, capability, native_bf16=capability >= (8, 0), arch_list=architectures, memory_bytes=16 * 10**9

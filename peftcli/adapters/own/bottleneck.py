@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from peftcli.adapters.own.places import all_widths, hidden_width, linear_widths
-from peftcli.plan.places import bottleneck_places
+from peftcli.plan.module_layout import bottleneck_places
 
 NOT_MERGEABLE = "a bottleneck adapter is not linear, so no weight of the base can hold it; use the adapter as it is"
 FIRST_STD = 0.01

@@ -5,7 +5,7 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from peftcli.plan.places import Parts, sort_parts
+from peftcli.plan.module_layout import Parts, sort_parts
 
 
 def read_parts(model: nn.Module) -> Parts:

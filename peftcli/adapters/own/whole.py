@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peftcli.adapters.own.packed import is_packed, is_quantized, unpacked_weight
 from peftcli.adapters.own.places import read_parts
-from peftcli.plan.places import Parts, whole_places
+from peftcli.plan.module_layout import Parts, whole_places
 
 
 @dataclass

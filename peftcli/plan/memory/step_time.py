@@ -4,10 +4,10 @@ Source: the counts are those of the backward pass by hand, held against torch's 
 the bound is the roofline of Williams et al. 2009, doi:10.1145/1498765.1498785.
 """
 
-from peftcli.plan.cards import Card
-from peftcli.plan.peak import weight_bytes
-from peftcli.plan.setting import Setting
-from peftcli.plan.shape import Shape
+from peftcli.plan.gpus import Card
+from peftcli.plan.memory.estimate import weight_bytes
+from peftcli.plan.memory.model_shape import Shape
+from peftcli.plan.memory.training_setup import Setting
 
 WRITTEN_BYTES = 2
 """Of a weight that was unpacked; its 4 or 8 bits are read for that."""

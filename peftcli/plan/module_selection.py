@@ -1,11 +1,11 @@
-"""Which modules or layers are trained, when the gradient chooses them within a budget of parameters."""
+"""Selects modules or layers by gradient norm within a budget of trainable parameters."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from peftcli.errors import RecipeError
-from peftcli.plan.places import block_number
+from peftcli.plan.module_layout import block_number
 
 MOST_NAMED = 4
 """Chosen modules that a line names."""

@@ -7,9 +7,8 @@ Each term is a tensor that one operation of the forward pass saves. They were co
 
 from dataclasses import replace
 
-from peftcli.plan.fitted import Fitted
-from peftcli.plan.setting import Setting
-from peftcli.plan.shape import Linear, Norm, Shape
+from peftcli.plan.memory.model_shape import Linear, Norm, Shape
+from peftcli.plan.memory.training_setup import Fitted, Setting
 
 SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 """Layers that read one tensor, so that it is kept once where none of them makes a copy of its own."""

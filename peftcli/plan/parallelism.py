@@ -1,10 +1,10 @@
-"""Whether the processes hold the whole base each, or a part of it (FSDP)."""
+"""Whether every process holds the whole base or a shard of it (FSDP)."""
 
 from dataclasses import dataclass
 
 from peftcli.errors import RecipeError
 from peftcli.plan.choices import Choices
-from peftcli.plan.facts import Machine, ModelFacts
+from peftcli.plan.machine import Machine, ModelFacts
 from peftcli.plan.plan import Decision
 from peftcli.recipe.problems import dotted
 from peftcli.recipe.rules import ASKED, sections_of, undivided

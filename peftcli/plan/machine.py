@@ -1,10 +1,10 @@
-"""What a plan is made from besides the recipe: the machine and the model's structure."""
+"""The inputs of a plan besides the recipe: the machine and the structure of the model."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-from peftcli.plan.shape import Shape
+from peftcli.plan.memory.model_shape import Shape
 
 SHARES_BATCH = "PEFTCLI_SHARES_BATCH"
 """Variable that is set where nobody asked for the processes of this launch by number: they keep the steps of one."""

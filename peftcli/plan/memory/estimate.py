@@ -1,10 +1,10 @@
-"""Peak memory of a training step, part by part, from the widths of a model. Pure arithmetic."""
+"""Peak memory of a training step, part by part, from the dimensions of a model. Pure arithmetic."""
 
 from dataclasses import dataclass, replace
 
-from peftcli.plan import kept
-from peftcli.plan.setting import Setting
-from peftcli.plan.shape import Shape
+from peftcli.plan.memory.activations import block_bytes, end_bytes, passing_bytes, stream_bytes
+from peftcli.plan.memory.model_shape import Shape
+from peftcli.plan.memory.training_setup import Setting
 
 NF4_BITS = {True: 4.127, False: 4.5}
 """Bits of a weight with and without double quantization: 4 + 8/64 + 32/(64 * 256), or 4 + 32/64.
@@ -80,18 +80,18 @@ class Load:
     def activations(self) -> float:
         """Bytes that wait for the backward pass when it begins."""
         shape, setting = self.shape, self.setting
-        waiting = setting.checkpointing * kept.stream_bytes(shape, setting, self.tokens)
+        waiting = setting.checkpointing * stream_bytes(shape, setting, self.tokens)
         if setting.checkpointing < 1:
-            waiting += (1 - setting.checkpointing) * kept.block_bytes(shape, setting, self.tokens, self.longest)
+            waiting += (1 - setting.checkpointing) * block_bytes(shape, setting, self.tokens, self.longest)
         return waiting * min(1.0, OFFLOADED_BLOCKS / shape.layers) if setting.offloading else waiting
 
     def working(self) -> float:
         """Bytes that come and go on top of that: at the output layer, or while one block goes backward."""
         shape, setting = self.shape, self.setting
-        block = kept.passing_bytes(shape, setting, self.tokens) + unpacked_bytes(shape, setting)
+        block = passing_bytes(shape, setting, self.tokens) + unpacked_bytes(shape, setting)
         if setting.checkpointing:
-            block += kept.block_bytes(shape, setting, self.tokens, self.longest) / shape.layers
-        return max(block, kept.end_bytes(shape, setting, self.tokens) + head_bytes(shape, setting, self.tokens))
+            block += block_bytes(shape, setting, self.tokens, self.longest) / shape.layers
+        return max(block, end_bytes(shape, setting, self.tokens) + head_bytes(shape, setting, self.tokens))
 
     def with_tokens(self, tokens: int) -> "Load":
         """The same with another number of tokens at once."""

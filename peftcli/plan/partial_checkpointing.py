@@ -1,12 +1,12 @@
-"""Activation checkpointing for the blocks that do not fit, and for no other."""
+"""Activation checkpointing for as few blocks as the memory requires."""
 
 from dataclasses import replace
 
 from peftcli.plan.choices import CHECKPOINTING
-from peftcli.plan.facts import Machine
-from peftcli.plan.forecast import plan_load, rows_of
+from peftcli.plan.machine import Machine
+from peftcli.plan.memory.forecast import plan_load, rows_of
+from peftcli.plan.memory.model_shape import Shape
 from peftcli.plan.plan import Decision, Plan
-from peftcli.plan.shape import Shape
 
 FORESEEN = "lora"
 """The method whose activations the forecast counts tensor by tensor; with others all blocks stay checkpointed."""

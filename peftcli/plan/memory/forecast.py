@@ -1,4 +1,4 @@
-"""The forecast: what a run will need in memory, time and disk, before anything is downloaded or loaded."""
+"""The forecast: memory, time and disk of a run, before anything is downloaded or loaded."""
 
 import re
 from collections.abc import Mapping
@@ -6,15 +6,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from peftcli.methods.registry import METHODS
-from peftcli.plan.cards import card_of
-from peftcli.plan.facts import Machine
-from peftcli.plan.mends import propose
+from peftcli.plan.gpus import card_of
+from peftcli.plan.machine import Machine
+from peftcli.plan.memory.estimate import INT8_BITS, NF4_BITS, Load
+from peftcli.plan.memory.model_shape import Linear, Shape
+from peftcli.plan.memory.step_time import step_seconds, token_flops
+from peftcli.plan.memory.suggestions import propose
+from peftcli.plan.memory.training_setup import FULL_HEAD, Head, Setting, tile_rows
 from peftcli.plan.optimizer import optimizer_bytes
-from peftcli.plan.peak import INT8_BITS, NF4_BITS, Load
 from peftcli.plan.plan import DTYPE_BYTES, Plan
-from peftcli.plan.setting import FULL_HEAD, Head, Setting, tile_rows
-from peftcli.plan.shape import Linear, Shape
-from peftcli.plan.work import step_seconds, token_flops
 from peftcli.recipe.rules import CAUSAL
 from peftcli.recipe.schema import SelectSection
 

@@ -1,10 +1,19 @@
-"""The setting of a forecast: what of a plan decides how much memory and time a step takes."""
+"""What of a plan determines the memory and time of a step.
 
-from collections.abc import Mapping
+An adapter's own share is a polynomial of the widths of its layer, fitted by `model/activation_fit.py`.
+"""
+
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from peftcli.plan.fitted import Fitted
-from peftcli.plan.shape import Linear
+from peftcli.plan.memory.model_shape import Linear
+
+TILE_BYTES, LEAST_ROWS = 4 * 2**20, 256
+"""Of the float32 logits that our head on a CPU computes at once, and tokens that they are of at least: a product of
+fewer is slower."""
+
+OF_TOKENS = 4
+"""Terms that grow with the tokens; they stand first."""
 
 
 @dataclass(frozen=True)
@@ -32,11 +41,6 @@ class Head:
         return self.bytes is None
 
 
-TILE_BYTES, LEAST_ROWS = 4 * 2**20, 256
-"""Of the float32 logits that our head on a CPU computes at once, and tokens that they are of at least: a product of
-fewer is slower."""
-
-
 def tile_rows(vocabulary: int) -> int:
     """Tokens whose logits our head computes at once.
 
@@ -48,6 +52,34 @@ def tile_rows(vocabulary: int) -> int:
 
 FULL_HEAD = Head(None, None, 10)
 """All logits: 2 bytes, their float32 copy and gradient in turns 4, the log-probabilities 4."""
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Bytes that the adapter of one linear layer keeps beside its input and its own weights.
+
+    Most methods other than LoRA build a matrix of the size of the weight in each forward pass, or turn the input block
+    by block, so that LoRA's tensors say little of them.
+
+    Attributes:
+        reads_input: the layer's own input is kept as well, which other layers may share.
+        coefficients: of the terms of `terms`.
+    """
+
+    reads_input: bool
+    coefficients: tuple[float, ...]
+
+    def token_bytes(self, inputs: int, outputs: int) -> float:
+        """Bytes for each token."""
+        return self._sum(terms(1, inputs, outputs)[:OF_TOKENS], self.coefficients[:OF_TOKENS])
+
+    def layer_bytes(self, inputs: int, outputs: int) -> float:
+        """Bytes for the layer, however many tokens there are."""
+        return self._sum(terms(1, inputs, outputs)[OF_TOKENS:], self.coefficients[OF_TOKENS:])
+
+    @staticmethod
+    def _sum(values: Sequence[float], factors: Sequence[float]) -> float:
+        return max(0.0, sum(value * factor for value, factor in zip(values, factors, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -128,3 +160,14 @@ class Setting:
         if self.autocast and (not self.casts or (self.weight_bits is not None and self.on_gpu)):
             return False
         return self.adapter_bytes != self.base_bytes
+
+
+def terms(tokens: int, inputs: int, outputs: int) -> tuple[float, ...]:
+    """What the bytes of an adapter are made of.
+
+    >>> terms(2, 3, 5)
+    (6, 10, 6, 2, 15, 9, 25, 9, 3, 5, 3, 1)
+    """
+    less = min(inputs, outputs)
+    of_tokens = (tokens * inputs, tokens * outputs, tokens * less, tokens)
+    return (*of_tokens, inputs * outputs, inputs**2, outputs**2, less**2, inputs, outputs, less, 1)

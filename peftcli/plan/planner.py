@@ -1,28 +1,28 @@
-"""`make_plan`: every `auto` of the recipe decided from the machine and the model, with its reason."""
+"""`make_plan`: every `auto` of the recipe decided from the machine and the model, with its reason.
+
+Also which optimizations a plan uses (none of them changes the loss), and whether batches are padding-free.
+"""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 from peftcli.errors import MachineError, RecipeError
 from peftcli.methods.prompt import VIRTUAL_TOKENS
 from peftcli.methods.registry import METHODS
+from peftcli.plan.adalora import check_ranks
 from peftcli.plan.adapter import settle_adapter
-from peftcli.plan.batching import choose_batching
 from peftcli.plan.choices import Choices, choose, choose_trained_dtype, count_batch
-from peftcli.plan.facts import Machine, ModelFacts
 from peftcli.plan.heads import base_with_head, head_decisions, head_notices, with_head
-from peftcli.plan.layers import choice_decisions, choice_of, named_targets, within_choice
-from peftcli.plan.levers import choose_levers
+from peftcli.plan.machine import Machine, ModelFacts
+from peftcli.plan.memory.estimate import INT8_BITS, NF4_BITS
 from peftcli.plan.optimizer import Trained
-from peftcli.plan.peak import INT8_BITS, NF4_BITS
-from peftcli.plan.plan import DTYPE_BYTES, Base, Batch, Decision, LabelRule, Plan
-from peftcli.plan.ranks import check_ranks
-from peftcli.plan.sharding import Sharding, choose_sharding
+from peftcli.plan.parallelism import Sharding, choose_sharding
+from peftcli.plan.plan import DTYPE_BYTES, Base, Batch, Batching, Decision, LabelRule, Plan
 from peftcli.plan.smoke import ROW_TOKENS
-from peftcli.plan.targets import match_saved, match_targets
+from peftcli.plan.targets import choice_decisions, choice_of, match_saved, match_targets, named_targets, within_choice
 from peftcli.recipe.rules import CAUSAL
 from peftcli.recipe.schedulers import LEARNING_RATE
-from peftcli.recipe.schema import AdapterSection, QuantizationSection, Recipe
+from peftcli.recipe.schema import AdapterSection, Lever, QuantizationSection, Recipe
 from peftcli.recipe.trainer_together import default_logging_steps, save_strategy
 
 ROUNDED = (
@@ -35,6 +35,23 @@ ROUNDED = (
 Source: Gupta et al. 2015, arXiv:1502.02551, on what stochastic rounding keeps.
 """
 LABEL_RULES = ("completion_only_loss", "assistant_only_loss")
+
+SWITCH = "performance.without"
+"""The key that switches one off."""
+LEVERS = frozenset(get_args(Lever))
+COMPILED = "compiled code fuses what it can"
+
+CPU_TOKENS = 768
+"""Of a line on a CPU, for the memory: 4096 take a fourteenth less time and twice the memory of the loop."""
+APART = {
+    "packing": "packing makes lines of its own",
+    "padding_free": "padding_free makes lines of its own",
+    "neftune_noise_alpha": "the noise of neftune depends on the length of a padded row",
+    "label_smoothing_factor": "label smoothing is computed on padded rows",
+    "use_liger_kernel": "liger's kernels bring an attention and a loss of their own",
+    "torch_compile": "compiled code would be compiled anew for every length",
+}
+"""Trainer arguments with which rows stay padded, and why."""
 
 
 def make_plan(
@@ -328,3 +345,88 @@ def _notices(recipe: Recipe, machine: Machine, on_gpu: bool) -> tuple[str, ...]:
     if recipe.adapter.dropout and recipe.quantization is None and not on_gpu:
         notices.append(f"adapter.dropout {recipe.adapter.dropout} costs time and memory on a CPU")
     return tuple(notices)
+
+
+def choose_levers(recipe: Recipe, choices: Choices, facts: ModelFacts) -> tuple[frozenset[str], tuple[Decision, ...]]:
+    """The levers that a plan uses, and what is said of those that have a meaning in it."""
+    reasons = {
+        "head": _head_stays(recipe, choices, facts),
+        "products": _sum_stays(recipe),
+        "figures": "" if recipe.model.task == CAUSAL else "of a head none is fetched",
+    }
+    left = {lever: why for lever, why in reasons.items() if why} | dict.fromkeys(recipe.performance.without, SWITCH)
+    decisions = []
+    if recipe.model.task == CAUSAL and not choices.on_gpu:
+        does = "a CPU has no kernels for TRL's, which scores prompts too and makes each product twice; same loss"
+        decisions.append(_said("output layer", "trained tokens alone, each product once", does, left.get("head")))
+    if recipe.adapter.method == "lora":
+        does = "PEFT passes through memory three times for it; same sum"
+        decisions.append(_said("LoRA", "added in one pass", does, left.get("products")))
+    return LEVERS - left.keys(), tuple(decisions)
+
+
+def _head_stays(recipe: Recipe, choices: Choices, facts: ModelFacts) -> str:
+    """Why the output layer is left to TRL, empty where it is not; what only the weights tell is seen later."""
+    name = (facts.output_layer or "").rpartition(".")[2]
+    saved = {module.rpartition(".")[2] for module in recipe.adapter.modules_to_save or ()}
+    if recipe.model.task != CAUSAL or choices.on_gpu:
+        return "TRL's kernels on a card score trained tokens alone, and make the second product worth while"
+    if METHODS[recipe.adapter.method].targets == "whole" or name in saved:
+        return "it is trained"
+    if recipe.trainer.get("label_smoothing_factor"):
+        return "label smoothing wants all logits"
+    return COMPILED if recipe.trainer.get("torch_compile") else ""
+
+
+def _sum_stays(recipe: Recipe) -> str:
+    """Why LoRA's sum is left to PEFT, empty where it is not."""
+    if recipe.adapter.method != "lora":
+        return "there is no LoRA"
+    if recipe.adapter.use_dora:
+        return "DoRA scales the sum"
+    if recipe.adapter.arguments.get("lora_bias"):
+        return "lora_bias adds to it"
+    if recipe.quantization is not None and recipe.quantization.bits == 8:
+        return "PEFT has a layer of its own for 8 bits"
+    return COMPILED if recipe.trainer.get("torch_compile") else ""
+
+
+def _said(key: str, value: str, does: str, why_not: str | None) -> Decision:
+    return Decision(key, "as the libraries make it", why_not) if why_not else Decision(key, value, does)
+
+
+def choose_batching(
+    recipe: Recipe, choices: Choices, batch: Batch, labels: LabelRule, not_flat: str = ""
+) -> tuple[Batching, Decision]:
+    """Choose how the rows of a step are run.
+
+    Args:
+        not_flat: why the model would not keep the rows of a line apart, empty where it does.
+
+    Raises:
+        RecipeError: flat lines are asked for together with something that they cannot go with.
+    """
+    asked = recipe.performance.batching
+    given = recipe.performance.tokens_per_micro_batch
+    tokens = batch.per_device * labels.max_length
+    firm = isinstance(given, int)
+    if isinstance(given, int):
+        tokens = given
+    elif not choices.on_gpu:
+        tokens = min(tokens, max(CPU_TOKENS, labels.max_length))
+    why = METHODS[recipe.adapter.method].padded or None
+    if why is None:
+        why = next((why for name, why in APART.items() if recipe.trainer.get(name)), None)
+    if recipe.model.task != CAUSAL:
+        why = "a head reads whole rows, which a line would not keep apart"
+    if why is None and choices.attention.value != "sdpa":
+        why = f"lines need model.attention sdpa, not {choices.attention.value}"
+    why = why or not_flat or None
+    if asked == "flat" and why is not None:
+        fix = "set padded or auto" if why == not_flat else "remove one of the two"
+        raise RecipeError(f"performance.batching: flat cannot be had: {why}; {fix}")
+    if asked == "padded" or why is not None:
+        value = f"padded, up to {tokens:,} tokens at once" if firm else "padded"
+        return Batching("padded", tokens, firm), Decision("batching", value, why or "performance.batching")
+    reason = "the rows of a step stand in lines without padding, each seeing itself alone; same rows, same loss"
+    return Batching("flat", tokens, firm), Decision("batching", f"flat, up to {tokens:,} tokens at once", reason)

@@ -1,4 +1,4 @@
-"""AdaLoRA's schedule: when its ranks begin to move, and when they stay."""
+"""AdaLoRA's schedule: when rank allocation begins and when the ranks are final."""
 
 from typing import NamedTuple
 

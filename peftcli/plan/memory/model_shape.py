@@ -1,4 +1,4 @@
-"""The shape of a base model: the widths that memory and time are computed from."""
+"""The dimensions of a base model that memory and time are computed from."""
 
 from dataclasses import dataclass
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from peftcli.errors import RecipeError
 from peftcli.nearest import nearest
-from peftcli.plan.facts import Machine
+from peftcli.plan.machine import Machine
 
 GIB = 2**30
 SUSTAINED = 0.45

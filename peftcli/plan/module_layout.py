@@ -1,4 +1,4 @@
-"""Where adapters stand, found by the structure of a model and not by the names of its family."""
+"""Finds blocks, attention and MLP modules by the structure of a model, not by the names of its family."""
 
 import re
 from collections.abc import Mapping, Sequence

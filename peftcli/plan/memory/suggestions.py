@@ -1,15 +1,15 @@
-"""What to change in a recipe so that it fits, the cheapest first, each with what it comes to."""
+"""Suggests changes to a recipe so that it fits, the cheapest first, each with its effect."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from peftcli.methods.base import Method
 from peftcli.methods.registry import METHODS
+from peftcli.plan.memory.estimate import INT8_BITS, NF4_BITS, Load
+from peftcli.plan.memory.training_setup import Setting
 from peftcli.plan.optimizer import optimizer_bytes
-from peftcli.plan.peak import INT8_BITS, NF4_BITS, Load
+from peftcli.plan.parallelism import asking
 from peftcli.plan.plan import Plan
-from peftcli.plan.setting import Setting
-from peftcli.plan.sharding import asking
 
 LEAST_SHARE = 0.01
 """Of the total that a change must save to be worth a line."""
