@@ -22,8 +22,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from peftcli.tiny.build import POSITIONS, VOCABULARY_TOKENS
-from peftcli.tiny.cache import isolated
 from peftcli.tiny.llama import FOLDER, TOKENIZER, WEIGHTS, llama_config
+from peftcli.tiny.save import isolated
 from peftcli.tiny.tokenizer import load_chats, load_documents, make_causal_tokenizer
 
 SHIPPED_DTYPE = torch.float16

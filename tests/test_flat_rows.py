@@ -13,7 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from peftcli.model.documents import row_problem, use_documents
 from peftcli.model.flat_rows import why_not_flat
 from peftcli.tiny.build import stand_in
-from peftcli.tiny.family import FAMILIES
+from peftcli.tiny.shrink import FAMILIES
 
 FOUND = dict.fromkeys(name for _, name in FAMILIES)
 CAUSAL = [family for family in FOUND if family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES]

@@ -31,11 +31,10 @@ from transformers import (
 from peftcli.cache import built_once, cache_root
 from peftcli.errors import MachineError, RecipeError
 from peftcli.tiny.build import IMAGE_NAMES, NAMES, VOCABULARY_TOKENS, stand_in, tiny_model
-from peftcli.tiny.cache import isolated
-from peftcli.tiny.family import FAMILIES, family_config
 from peftcli.tiny.llama import TOKENIZER as TOKENIZER_FILE
 from peftcli.tiny.llama import WEIGHTS, llama_config, llama_tokenizer, shipped
-from peftcli.tiny.shrink import shrink
+from peftcli.tiny.save import isolated
+from peftcli.tiny.shrink import FAMILIES, family_config, shrink
 from peftcli.tiny.tokenizer import load_chats, load_documents, make_encoder_tokenizer
 
 TOKENIZER = llama_tokenizer()

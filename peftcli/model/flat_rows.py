@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from peftcli.model.documents import row_problem, use_documents
-from peftcli.tiny.cache import isolated
+from peftcli.tiny.save import isolated
 from peftcli.tiny.shrink import shrink
 
 ATTENTION = "sdpa"

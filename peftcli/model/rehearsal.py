@@ -11,9 +11,9 @@ from peftcli.model.hub import explain_missing
 from peftcli.recipe.rules import IMAGES
 from peftcli.recipe.schema import ModelSection
 from peftcli.tiny.build import stand_in
-from peftcli.tiny.family import family_config
 from peftcli.tiny.images import image_stand_in
 from peftcli.tiny.own_files import holds_tokenizer
+from peftcli.tiny.shrink import family_config
 
 SMALL_FILES = "--include '*.json' --include '*.jinja' --include '*.model' --include '*.txt'"
 """For `hf download`: all of a model but its weights."""

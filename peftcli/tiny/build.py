@@ -18,12 +18,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 from peftcli.cache import built_once, cache_root
 from peftcli.errors import MachineError, RecipeError
 from peftcli.nearest import nearest
-from peftcli.tiny.cache import content_hash, isolated, shape_of, write_model, write_weights
-from peftcli.tiny.cards import random_card, stand_in_card
 from peftcli.tiny.images import NAMES as IMAGE_NAMES
 from peftcli.tiny.images import tiny_image_model
 from peftcli.tiny.llama import POSITIONS, tiny_llama
 from peftcli.tiny.own_files import files_digest, taken_over
+from peftcli.tiny.save import content_hash, isolated, random_card, shape_of, stand_in_card, write_model, write_weights
 from peftcli.tiny.shrink import shrink
 from peftcli.tiny.tokenizer import make_causal_tokenizer, make_encoder_tokenizer
 

@@ -11,8 +11,7 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 
 from peftcli.cache import built_once, cache_root
 from peftcli.errors import MachineError
-from peftcli.tiny.cache import content_hash, isolated, shape_of, write_model
-from peftcli.tiny.cards import image_card, stand_in_card
+from peftcli.tiny.save import content_hash, image_card, isolated, shape_of, stand_in_card, write_model
 from peftcli.tiny.shrink import SIZES
 
 # Raised with every change of this file that changes what is written.

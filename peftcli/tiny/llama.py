@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from peftcli.cache import built_once
-from peftcli.tiny.cache import content_hash, isolated, shape_of, write_model
+from peftcli.tiny.save import content_hash, isolated, shape_of, write_model
 from peftcli.tiny.tokenizer import wrap_causal_tokenizer
 
 # Raised with every change of this file that changes what is written.
