@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from peftcli.data import kept as keeping
-from peftcli.data.ingest import ingest
+from peftcli.data import cache as keeping
+from peftcli.data.dedup import Matrix, near_partners, plain, signatures
+from peftcli.data.pipeline import ingest
 from peftcli.data.prepare import PreparedData, prepare
 from peftcli.data.split import split_by_class, split_by_group, split_indices, weighted
-from peftcli.data.twins import Matrix, near_partners, plain, signatures
 from peftcli.errors import DataError
 from peftcli.plan.plan import LabelRule
 from peftcli.progress import Silent

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from peftcli.data.tokens import IGNORED
+from peftcli.data.tokenize import IGNORED
 from peftcli.metrics.language import chrf, exact_match
 from peftcli.model.answer import Decoding, answer
 from peftcli.model.score import completion_nll, score

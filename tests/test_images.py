@@ -20,7 +20,7 @@ from torch.nn import BatchNorm2d
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 
 from peftcli.cli.steps import plan_recipe, prepare_data, settle
-from peftcli.data.images import DAMAGED, EMPTY, HUGE, MISSING, NO_IMAGE, ImageReader, pixel_hash, read_image
+from peftcli.data.image_processor import DAMAGED, EMPTY, HUGE, MISSING, NO_IMAGE, ImageReader, pixel_hash, read_image
 from peftcli.data.prepare import PreparedData
 from peftcli.data.values import Unused
 from peftcli.model.label import head_of

@@ -14,11 +14,11 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from peftcli.cli.show_data import show_data
-from peftcli.data.label_facts import say_label_warnings
+from peftcli.data.label_stats import say_label_warnings
+from peftcli.data.label_tokenize import align, takes_words
 from peftcli.data.prepare import PreparedData, prepare
-from peftcli.data.shown import shown_rows
-from peftcli.data.tokens import IGNORED
-from peftcli.data.words import align, takes_words
+from peftcli.data.preview import shown_rows
+from peftcli.data.tokenize import IGNORED
 from peftcli.errors import DataError
 from peftcli.plan.plan import LabelRule
 from peftcli.progress import Silent

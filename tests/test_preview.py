@@ -12,8 +12,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
-from peftcli.data.parts import Part, shorten
 from peftcli.data.preview import preview_rows, token_kinds
+from peftcli.data.spans import Part, shorten
 from peftcli.tiny.tokenizer import make_causal_tokenizer
 
 IGNORED = -100

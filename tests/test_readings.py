@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from peftcli.data.readings import KINDS, Examples, Reading, choose_reading
+from peftcli.data.formats import KINDS, Examples, Reading, choose_reading
 from peftcli.data.rows import Rows
 from peftcli.errors import DataError
 from peftcli.recipe.schema import DatasetSection

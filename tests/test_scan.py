@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 
+from peftcli.data.quality import SEARCHES, Scan
 from peftcli.data.rows import Rows
-from peftcli.data.scan import Scan
-from peftcli.data.traces import SEARCHES
 from peftcli.recipe.problems import is_secret
 
 DATA = Path(__file__).parents[2] / "shared" / "data"

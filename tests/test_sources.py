@@ -16,9 +16,10 @@ import pyarrow.feather
 import pyarrow.parquet
 import pytest
 
+from peftcli.data.readers import csv
+from peftcli.data.readers import text as texts
+from peftcli.data.readers.open import OpenSource, open_source
 from peftcli.data.rows import BATCH_CHARACTERS, BATCH_ROWS, Rows
-from peftcli.data.sources import delimited, texts
-from peftcli.data.sources.open import OpenSource, open_source
 from peftcli.errors import DataError, MachineError
 from peftcli.recipe.schema import JoinSection, SourceSection, TestSection
 
@@ -132,7 +133,7 @@ def test_a_quoted_cell_may_be_as_long_as_ten_megabytes(tmp_path: Path) -> None:
 def test_a_quote_that_swallows_the_file_is_named_where_it_began(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(delimited, "CELL_CHARACTERS", 1000)
+    monkeypatch.setattr(csv, "CELL_CHARACTERS", 1000)
     path = write(tmp_path / "a.csv", 'a,b\n1,2\n3,"x\n' + "4,5\n" * 1000)
     assert "a.csv:3: a cell that begins here is longer than 1000 characters" in error_of(path)
 
@@ -272,7 +273,7 @@ def test_a_long_element_of_a_list_is_read_in_proportion_to_its_length(tmp_path: 
 def test_a_list_is_read_alike_wherever_its_stretches_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
 ) -> None:
-    monkeypatch.setattr("peftcli.data.sources.window.CHUNK_CHARACTERS", chunk)
+    monkeypatch.setattr("peftcli.data.readers.json.CHUNK_CHARACTERS", chunk)
     rows = [{"a": -12.5e-3, "b": '\\ \U0001f600 " \n'}, {}, {"c": [True, None, {"d": [[]]}], "e": "é" * 50}]
     path = write(tmp_path / "a.json", " " + json.dumps(rows, indent=2) + "\n")
     names = {"a": None, "b": None, "c": None, "e": None}

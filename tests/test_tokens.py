@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from peftcli.data.chat_template import last_answer, render
 from peftcli.data.encode import encode, stop_ids
-from peftcli.data.tokens import IGNORED, TokenBatch, Tokens
-from peftcli.data.turns import last_answer, render
+from peftcli.data.tokenize import IGNORED, TokenBatch, Tokens
 from peftcli.errors import DataError
 from peftcli.plan.plan import LabelRule
 

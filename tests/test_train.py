@@ -17,7 +17,7 @@ import torch
 from helpers import assert_close_logits
 
 from peftcli.cli.steps import plan_recipe, prepare_data
-from peftcli.data.tokens import IGNORED
+from peftcli.data.tokenize import IGNORED
 from peftcli.model.load import load_base
 from peftcli.progress import Silent
 from peftcli.recipe.load import load_recipe

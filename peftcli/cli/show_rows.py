@@ -6,7 +6,7 @@ from typing import Any
 from rich.text import Text
 
 from peftcli.cli.printable import printable
-from peftcli.data.parts import DROPPED, TRAINED, Part, shorten
+from peftcli.data.spans import DROPPED, TRAINED, Part, shorten
 
 STYLES = {TRAINED: "bold green", DROPPED: "strike red"}
 BRACKETS = {TRAINED: ("{+", "+}"), DROPPED: ("[-", "-]")}

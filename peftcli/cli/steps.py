@@ -9,9 +9,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from peftcli.data.checks import Check, check_embeddings, check_tokenizer
+from peftcli.data.formats import LABELLED
 from peftcli.data.prepare import PreparedData, prepare
-from peftcli.data.readings import LABELLED
-from peftcli.data.shown import shown_rows
+from peftcli.data.preview import shown_rows
 from peftcli.errors import RecipeError
 from peftcli.model.embeddings import embedding_rows
 from peftcli.model.heads import positions_of

@@ -9,9 +9,9 @@ from jinja2 import TemplateError
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from peftcli.data.chat_template import Chat, mark_turns, render, training_template
 from peftcli.data.encode import stop_ids
-from peftcli.data.readings import LABELLED
-from peftcli.data.turns import Chat, mark_turns, render, training_template
+from peftcli.data.formats import LABELLED
 from peftcli.errors import DataError
 
 Floats = NDArray[np.floating[Any]]

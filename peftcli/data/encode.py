@@ -1,8 +1,15 @@
-"""Text to token ids: whole batches at once, on all cores, and the ids on which an answer ends."""
+"""Text to token ids: whole batches at once, on all cores; and the ids that end an answer.
 
-from collections.abc import Callable, Sequence
+A chat template is a program that came with somebody's model, so rendering has a time limit.
+"""
+
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import chain
+from types import FrameType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -11,9 +18,14 @@ from jinja2 import TemplateError
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from peftcli.data.time_limit import PROBE_SECONDS, template_time
+from peftcli.errors import DataError
 
 T = TypeVar("T")
+
+PROBE_SECONDS = 10.0
+"""For a chat of two turns; a template writes it in a thousandth of that."""
+BATCH_SECONDS = 120.0
+"""For a batch of rows."""
 
 
 class Aside:
@@ -120,3 +132,37 @@ def as_lists(flat: NDArray[np.int32] | NDArray[np.float32], lengths: NDArray[np.
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     kind = pa.float32() if flat.dtype.kind == "f" else pa.int32()
     return pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), pa.array(flat, kind))
+
+
+@contextmanager
+def template_time(seconds: float) -> Iterator[None]:
+    """End the block with an error when it takes longer; only the main thread can hear the clock.
+
+    Raises:
+        DataError: the time is over.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    said = DataError(
+        f"the chat template was still at work after {seconds:g} s; set model.chat_template to one without endless loops"
+    )
+    rung = False
+
+    def ring(number: int, frame: FrameType | None) -> None:
+        nonlocal rung
+        rung = True
+        raise said
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    except Exception:
+        if rung:  # Jinja rewrites what is raised in a template, and stumbles over an error between two lines
+            raise said from None
+        raise
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, before)

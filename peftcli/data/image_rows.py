@@ -6,14 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from peftcli.data.fill import Maker
-from peftcli.data.images import pixel_hash, read_image
-from peftcli.data.label_tokens import TextClasses
-from peftcli.data.labelled import LABEL_WORDS, Given, check_named, choose_label, only_column
-from peftcli.data.labels import LabelColumn
-from peftcli.data.readings import Reading
+from peftcli.data.class_labels import LabelColumn
+from peftcli.data.examples import Maker
+from peftcli.data.formats import Reading
+from peftcli.data.image_processor import pixel_hash, read_image
+from peftcli.data.label_formats import LABEL_WORDS, Given, check_named, choose_label, only_column
+from peftcli.data.label_tokenize import TextClasses
 from peftcli.data.rows import Rows
-from peftcli.data.tokens import FLAGS, TokenBatch
+from peftcli.data.tokenize import FLAGS, TokenBatch
 from peftcli.data.values import Unused, is_null
 from peftcli.recipe.schema import SourceSection
 

@@ -4,8 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from peftcli.data.names import listed
-from peftcli.data.rows import Rows, Source
+from peftcli.data.rows import Rows, Source, listed
 from peftcli.errors import DataError
 from peftcli.recipe.problems import printable
 

@@ -8,12 +8,10 @@ from pathlib import Path
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
-from peftcli.data.dropped import Dropped
 from peftcli.data.encode import encode
-from peftcli.data.names import listed
-from peftcli.data.rows import Rows
-from peftcli.data.sources.files import ENDINGS, PACKED, list_files
-from peftcli.data.sources.open import open_source
+from peftcli.data.readers.files import ENDINGS, PACKED, list_files
+from peftcli.data.readers.open import open_source
+from peftcli.data.rows import Dropped, Rows, listed
 from peftcli.errors import DataError
 from peftcli.recipe.schema import FilesSection
 

@@ -1,8 +1,11 @@
-"""Rows as the readers hand them on: plain Python values with the place where each stands."""
+"""Rows as the readers yield them: plain Python values with their location; and counts of dropped rows."""
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
+
+from peftcli.recipe.problems import printable
 
 BATCH_ROWS = 2000
 """Rows that are handled at once, so that a million of them take no more memory than a few thousand."""
@@ -10,6 +13,11 @@ BATCH_CHARACTERS = 4_000_000
 """A reader ends a batch before its rows together are much longer than this."""
 FIRST_PLACES = 5
 """Rows that are named for each thing that is wrong."""
+
+MOST_NAMES = 20
+"""Columns that a message names."""
+LONG_NAME = 40
+"""A column name longer than this looks like a cell; letters."""
 
 
 @dataclass(frozen=True)
@@ -70,3 +78,48 @@ class Source(Protocol):
             DataError: the source cannot be read; the text names the place.
         """
         ...
+
+
+def shown(name: str) -> str:
+    """A name without what a terminal would act on; in quotes where white space at its edge would not be seen.
+
+    >>> shown("price"), shown(" price"), shown("")
+    ('price', '" price"', '""')
+    """
+    text = printable(name, LONG_NAME)
+    return text if name and name == name.strip() else f'"{text}"'
+
+
+def listed(names: Iterable[str]) -> str:
+    """The first names, and how many more there are.
+
+    >>> listed(["a", "b "]), listed(map(str, range(22)))[-14:]
+    ('a, "b "', '19, and 2 more')
+    """
+    given = [shown(name) for name in names]
+    more = [f"and {len(given) - MOST_NAMES} more"] if len(given) > MOST_NAMES else []
+    return ", ".join([*given[:MOST_NAMES], *more])
+
+
+@dataclass
+class Dropped:
+    """Rows that are left out: how many by reason, and where the first stand."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    places: dict[str, list[str]] = field(default_factory=dict)
+
+    def add(self, rows: Rows, left_out: Sequence[tuple[int, str]]) -> None:
+        """Count rows of a batch by their number in it."""
+        for row, reason in left_out:
+            self._add(reason, rows.place(row))
+
+    def add_unread(self, rows: Rows) -> None:
+        """Count rows that could not be read, by their line."""
+        for line, reason in rows.unread:
+            self._add(reason, f"{rows.file}:{line}")
+
+    def _add(self, reason: str, place: str) -> None:
+        self.counts[reason] += 1
+        places = self.places.setdefault(reason, [])
+        if len(places) < FIRST_PLACES:
+            places.append(place)

@@ -11,9 +11,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from peftcli.data.dedup import HASHES, band_of
 from peftcli.data.encode import as_lists
-from peftcli.data.tokens import FLAGS, TokenBatch
-from peftcli.data.twins import HASHES, band_of
+from peftcli.data.tokenize import FLAGS, TokenBatch
 from peftcli.rundir import read_json, write_json
 
 LISTS = pa.large_list(pa.int32())

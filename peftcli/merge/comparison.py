@@ -7,8 +7,8 @@ import pyarrow as pa
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from peftcli.data.formats import LABELLED
 from peftcli.data.prepare import PreparedData
-from peftcli.data.readings import LABELLED
 from peftcli.merge.drift import MOST_ROWS, Drift, compare, rows_to_compare, trained_logits
 from peftcli.merge.label_drift import compare_labels
 from peftcli.model.label import Head, head_of, output_names

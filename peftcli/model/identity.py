@@ -11,7 +11,7 @@ from typing import Any
 from huggingface_hub.constants import is_offline_mode
 from transformers import PreTrainedTokenizerBase
 
-from peftcli.data.kept import tokenizer_fingerprint
+from peftcli.data.cache import tokenizer_fingerprint
 from peftcli.data.prepare import PreparedData
 from peftcli.errors import MachineError
 from peftcli.model.files import BaseFacts, base_facts, local_folder

@@ -2,7 +2,7 @@
 
 from transformers import AutoImageProcessor
 
-from peftcli.data.images import ImageReader, need_pillow
+from peftcli.data.image_processor import ImageReader, need_pillow
 from peftcli.errors import MachineError
 from peftcli.model.hub import explain_missing
 from peftcli.plan.plan import TokenizerChoice

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedTokenizerBase
 
-from peftcli.data.images import ImageReader
+from peftcli.data.image_processor import ImageReader
 from peftcli.data.prepare import PreparedData
-from peftcli.data.tokens import IGNORED
+from peftcli.data.tokenize import IGNORED
 from peftcli.data.values import Unused
 from peftcli.errors import DataError
 from peftcli.plan.heads import NUMBER

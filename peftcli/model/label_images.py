@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from peftcli.data.images import read_image
+from peftcli.data.image_processor import read_image
 from peftcli.data.values import Unused
 from peftcli.errors import DataError
 from peftcli.model.label import head_of

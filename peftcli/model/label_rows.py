@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from peftcli.data.prepare import PreparedData
-from peftcli.data.tokens import IGNORED
+from peftcli.data.tokenize import IGNORED
 from peftcli.metrics.classification import classification_scores, multi_label_scores
 from peftcli.metrics.regression import regression_scores
 from peftcli.metrics.tagging import tagging_scores

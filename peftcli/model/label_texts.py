@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from peftcli.data.tokens import IGNORED
-from peftcli.data.words import Aligned, align
+from peftcli.data.label_tokenize import Aligned, align
+from peftcli.data.tokenize import IGNORED
 from peftcli.errors import DataError
 from peftcli.metrics.tagging import OUTSIDE, entities_of, span_tags
 from peftcli.model.label import Head, head_of

@@ -15,7 +15,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput
 
-from peftcli.data.tokens import IGNORED
+from peftcli.data.tokenize import IGNORED
 from peftcli.model.shards import without_gradients
 from peftcli.plan.memory.training_setup import tile_rows
 

@@ -7,9 +7,9 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from peftcli.data.formats import LABELLED
 from peftcli.data.prepare import PreparedData
-from peftcli.data.readings import LABELLED
-from peftcli.data.traces import hide_keys
+from peftcli.data.quality import hide_keys
 from peftcli.metrics.language import Metrics, chrf, exact_match
 from peftcli.model.answer import Answer, Decoding, answer
 from peftcli.model.label_rows import LabelMetrics, measure_labels

@@ -9,7 +9,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from peftcli.data.tokens import IGNORED
+from peftcli.data.tokenize import IGNORED
 from peftcli.metrics.language import Metrics, perplexity
 from peftcli.model.memory import Shrinking
 from peftcli.model.shards import gather, is_divided, my_share, without_gradients

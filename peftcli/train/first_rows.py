@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from peftcli.data.prepare import PreparedData
-from peftcli.data.tokens import IGNORED
+from peftcli.data.tokenize import IGNORED
 from peftcli.model.label import forward, head_of, make_batch
 from peftcli.plan.plan import Plan
 from peftcli.recipe.rules import CAUSAL

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from peftcli.data.tokens import IGNORED
+from peftcli.data.tokenize import IGNORED
 from peftcli.errors import MemoryExhausted
 from peftcli.model.documents import Layout, documents
 from peftcli.model.memory import MOST_HALVINGS, free_memory, is_out_of_memory, memory_said

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from trl import SFTTrainer
 
-from peftcli.data.tokens import IGNORED
+from peftcli.data.tokenize import IGNORED
 from peftcli.train.steps import StepTrainer
 
 

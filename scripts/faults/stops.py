@@ -20,7 +20,7 @@ ACCUMULATED = {
 }
 """Steps of four micro-batches, of two at the end of the epoch; evaluations after steps 2, 4 and 6, saves at 3 and 6."""
 SIGTERM_MOMENTS = {
-    "while the data are read": Moment("peftcli.data.ingest:_Pass._add"),
+    "while the data are read": Moment("peftcli.data.pipeline:_Pass._add"),
     "while the base is loaded": Moment("peftcli.train.run:load_base"),
     "in the baseline": Moment("peftcli.model.score:_score_batch"),
     "between two steps": Moment(f"{TRAINER}.get_batch_samples", 3),

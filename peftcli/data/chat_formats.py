@@ -1,0 +1,224 @@
+"""Normalizes the messages of a chat; its format is detected message by message from the keys."""
+
+import itertools
+import json
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+from peftcli.data.values import Unused, parsed_list
+from peftcli.recipe.problems import printable
+
+Turn: TypeAlias = dict[str, Any]
+"""`role` (system, user, assistant or tool) and `content` (text); where the row has them also `tool_calls`, `name`,
+`tool_call_id`, and `train`, which is False on an assistant's turn that is not to be learned."""
+
+_NO_LIST = "with messages that are no list"
+_BAD_CALL = "with a tool call that is not JSON with a name and arguments"
+_ROLES = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+    "chatgpt": "assistant",
+    "function_call": "assistant",
+    "tool": "tool",
+    "function": "tool",
+    "observation": "tool",
+    "function_response": "tool",
+}
+
+
+def chat_example(turns: list[Turn], tools: list[Any]) -> tuple[str, str, str]:
+    """The columns `messages` and `tools` of an example, and the user's own words.
+
+    Raises:
+        Unused: the turns do not follow each other as those of a chat do, or none can be learned.
+    """
+    _check_order(turns)
+    content = "\n".join(turn["content"] for turn in turns if turn["role"] != "system")
+    written = [json.dumps(value, ensure_ascii=False, default=str) for value in (turns, tools)]
+    return written[0], written[1] if tools else "", content
+
+
+def regular_turns(value: Any, *, train: bool = True) -> list[Turn]:
+    """The turns of a list, or of a JSON text that holds one.
+
+    Args:
+        value: what stands in the column.
+        train: False marks the assistant's turns as not to be learned.
+
+    Raises:
+        Unused: a turn has no role that is known, or no text.
+    """
+    given = parsed_list(value, _NO_LIST)
+    if not given:
+        raise Unused("with no messages")
+    turns = [_regular(turn) for turn in given]
+    if not train:
+        for turn in turns:
+            if turn["role"] == "assistant":
+                turn["train"] = False
+    return turns
+
+
+def regular_tools(tools: Any, functions: Any) -> list[Any]:
+    """The tools of a row in the form that chat templates read, from `tools` or from OpenAI's older `functions`.
+
+    Raises:
+        Unused: they are no list, or one of them has no name.
+    """
+    reason = "with tools that are no list"
+    return [_regular_tool(tool) for tool in parsed_list(tools, reason) or parsed_list(functions, reason)]
+
+
+def is_turns(value: Any) -> bool:
+    """Whether a value is a list of turns in a dialect that is known.
+
+    >>> is_turns([{"from": "human", "value": "Hi"}]), is_turns([{"id": 1}]), is_turns("Hi")
+    (True, False, False)
+    """
+    return isinstance(value, list) and bool(value) and all(map(_has_speaker, value))
+
+
+def is_sharegpt(value: Any) -> bool:
+    """Whether the first turn of a list, or of a JSON text that holds one, is written with from and value.
+
+    >>> is_sharegpt('[{"from": "human", "value": "Hi"}]'), is_sharegpt([{"role": "user", "content": "Hi"}])
+    (True, False)
+    """
+    try:
+        turns = parsed_list(value, _NO_LIST)
+    except Unused:
+        return False
+    return is_turns(list(turns[:1])) and turns[0].get("role") is None
+
+
+def _has_speaker(turn: Any) -> bool:
+    return isinstance(turn, dict) and any(isinstance(turn.get(key), str) for key in ("role", "from"))
+
+
+def _regular(turn: Any) -> Turn:
+    # Arrow gives every turn of a file the same keys, so a key may be there and null.
+    speaker = _first(turn, "role", "from") if isinstance(turn, dict) else None
+    if not isinstance(speaker, str):
+        raise Unused("with a message without a role")
+    role = _ROLES.get(speaker) or _ROLES.get(speaker.strip().lower())
+    if role is None:
+        raise Unused(f"with the unknown role {printable(speaker, 20)}")
+    content = _first(turn, "content", "value")
+    if speaker == "function_call":
+        calls = _spoken_calls(content)
+        content = ""
+    else:
+        calls = _calls(turn) if role == "assistant" else []
+    made: Turn = {"role": role, "content": _text(content, bool(calls))}
+    if calls:
+        made["tool_calls"] = calls
+    made.update({key: turn[key] for key in _PASSED_ON if isinstance(turn.get(key), str) and turn[key]})
+    if role == "assistant" and _is_untrained(turn):
+        made["train"] = False
+    return made
+
+
+_PASSED_ON = ("name", "tool_call_id", "reasoning_content", "thinking")
+"""Further texts of a turn that chat templates know; one that a template does not write is not trained."""
+
+
+def _first(turn: Turn, key: str, other: str) -> Any:
+    value = turn.get(key)
+    return turn.get(other) if value is None else value
+
+
+def _text(content: Any, has_calls: bool) -> str:
+    if isinstance(content, str):
+        return content
+    if content is None and has_calls:
+        return ""
+    if not isinstance(content, list) or not content:
+        raise Unused("with a message whose content is not text")
+    return "".join(map(_part_text, content))
+
+
+def _part_text(part: Any) -> str:
+    if isinstance(part, str):
+        return part
+    if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
+        return str(part["text"])
+    kind = part.get("type") if isinstance(part, dict) else None
+    raise Unused(f"with a part that is not text ({printable(str(kind), 20)})")
+
+
+def _is_untrained(turn: Turn) -> bool:
+    weight = turn.get("weight")
+    if weight is not None and weight not in (0, 1):
+        raise Unused("with a weight of a turn that is neither 0 nor 1")
+    return weight == 0 or turn.get("train") is False
+
+
+def _calls(turn: Turn) -> list[Turn]:
+    """The tool calls of an assistant's turn, OpenAI's older `function_call` among them."""
+    given = list(parsed_list(turn.get("tool_calls"), _BAD_CALL))
+    if not given and turn.get("function_call") is not None:
+        given = [turn["function_call"]]
+    return [_call(call) for call in given]
+
+
+def _spoken_calls(value: Any) -> list[Turn]:
+    """The tool calls that ShareGPT rows write as the words of the speaker function_call."""
+    try:
+        calls = json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError):
+        raise Unused(_BAD_CALL) from None
+    found = [_call(call) for call in (calls if isinstance(calls, list) else [calls])]
+    if not found:
+        raise Unused(_BAD_CALL)
+    return found
+
+
+def _call(call: Any) -> Turn:
+    """One call, its arguments as an object: templates write them as JSON themselves."""
+    function = call.get("function") if isinstance(call, dict) and call.get("function") is not None else call
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise Unused(_BAD_CALL)
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments) if arguments.strip() else {}
+        except (ValueError, RecursionError):
+            raise Unused(_BAD_CALL) from None
+    if not isinstance(arguments, dict | None):
+        raise Unused(_BAD_CALL)
+    named = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
+    return {"type": "function", **named, "function": {"name": function["name"], "arguments": dict(arguments or {})}}
+
+
+def _regular_tool(tool: Any) -> Any:
+    if isinstance(tool, dict) and isinstance(tool.get("function"), dict):
+        return tool
+    if isinstance(tool, dict) and isinstance(tool.get("name"), str):
+        return {"type": "function", "function": tool}
+    raise Unused("with a tool without a name")
+
+
+def _check_order(turns: Sequence[Turn]) -> None:
+    roles = [turn["role"] for turn in turns]
+    if "system" in roles[1:]:
+        raise Unused("with a system turn after the beginning")
+    for role in ("user", "assistant"):
+        if any(one == two == role for one, two in itertools.pairwise(roles)):
+            raise Unused(f"with two {role} turns in a row")
+    answers = [
+        number
+        for number, turn in enumerate(turns)
+        if turn["role"] == "assistant" and (turn["content"].strip() or "tool_calls" in turn)
+    ]
+    if not answers:
+        raise Unused("without an assistant turn")
+    if not any("train" not in turns[number] for number in answers):
+        raise Unused("with no assistant turn to train")
+    if set(roles[: answers[-1]]) <= {"system"}:
+        raise Unused("with an answer and nothing before it")

@@ -1,0 +1,129 @@
+"""Decodes untrusted image files to RGB pixels, or refuses them with a reason; the image counterpart of a tokenizer."""
+
+import hashlib
+import json
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peftcli.data.values import Unused
+from peftcli.errors import MachineError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
+"""What Pillow is let read; other decoders, such as those that start a program, never see a file."""
+MOST_PIXELS = 2**26
+"""An image that says it has more is not unpacked: a few bytes can stand for gigabytes."""
+NO_IMAGE = "with a file that is no image (JPEG, PNG, WebP, BMP and GIF are read)"
+MISSING = "with an image that is not there"
+EMPTY = "with an empty file"
+HUGE = f"with an image of more than {MOST_PIXELS:,} pixels"
+DAMAGED = "with a damaged or truncated image"
+
+
+def read_image(path: Path) -> "Image":
+    """The pixels of an image file: its first frame, turned as its camera was held, in RGB.
+
+    Raises:
+        Unused: there is no such image, or it cannot be read whole.
+        MachineError: Pillow is not installed.
+    """
+    need_pillow()
+    from PIL import UnidentifiedImageError
+    from PIL.Image import open as open_image
+
+    if not path.is_file():
+        raise Unused(MISSING)
+    try:
+        if not path.stat().st_size:
+            raise Unused(EMPTY)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of Pillow: of odd metadata, and of sizes, which are looked at here
+            with open_image(path, formats=FORMATS) as image:
+                if image.width * image.height > MOST_PIXELS:
+                    raise Unused(HUGE)
+                image.load()
+                return _upright_rgb(image)
+    except Unused:
+        raise
+    except UnidentifiedImageError as problem:
+        raise Unused(NO_IMAGE) from problem
+    except Exception as problem:  # decoders raise errors of every kind on bytes that somebody made up
+        raise Unused(HUGE if "bomb" in type(problem).__name__.lower() else DAMAGED) from problem
+
+
+def _upright_rgb(image: "Image") -> "Image":
+    from PIL import Image as images
+    from PIL import ImageOps
+
+    if image.mode.startswith("I;16"):  # RGB would hold the lowest of its bits alone
+        import numpy as np
+
+        image = images.fromarray((np.asarray(image).astype(np.uint32) // 257).astype(np.uint8))
+    upright = ImageOps.exif_transpose(image) or image
+    return upright.convert("RGBA").convert("RGB") if upright.mode == "P" else upright.convert("RGB")
+
+
+def pixel_hash(image: "Image") -> str:
+    """Hexadecimal digest of the size and the pixels of an image, whatever file they stand in."""
+    digest = hashlib.sha256(f"{image.width} {image.height} ".encode() + image.tobytes())
+    return digest.hexdigest()[:32]
+
+
+def need_pillow() -> None:
+    """Say how to get Pillow where it is not installed.
+
+    Raises:
+        MachineError: it is not.
+    """
+    try:
+        import PIL.Image  # noqa: F401
+    except ImportError as problem:
+        raise MachineError("model.task: image-classification needs Pillow; pip install 'peftcli[image]'") from problem
+
+
+class ImageReader:
+    """The image processor of a base model, where a tokenizer stands for text.
+
+    It has those attributes of a tokenizer that a task with labels asks for; each image counts as one token, with id 0.
+
+    Attributes:
+        processor: of transformers: sizes, cuts and scales an image as the base was trained.
+    """
+
+    chat_template = bos_token = eos_token = unk_token = unk_token_id = sep_token_id = None
+    all_special_tokens: Sequence[str] = ()
+    pad_token_id = 0
+    model_max_length = 1
+    model_input_names: Sequence[str] = ("pixel_values",)
+
+    def __init__(self, processor: Any) -> None:
+        self.processor = processor
+
+    def pixels(self, paths: Sequence[str]) -> "Tensor":
+        """(B, 3, H, W) float32, the images of some files, in their order.
+
+        Raises:
+            Unused: an image cannot be read any more.
+        """
+        made: Tensor = self.processor(images=[read_image(Path(path)) for path in paths], return_tensors="pt")[
+            "pixel_values"
+        ]
+        return made
+
+    def fingerprint(self) -> str:
+        """SHA-256 over all that decides which numbers an image becomes."""
+        settings = {name: value for name, value in self.processor.to_dict().items() if not name.startswith("_")}
+        return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
+
+    def get_vocab(self) -> dict[str, int]:
+        """Nothing: no token has a row in an embedding."""
+        return {}
+
+    def save_pretrained(self, folder: str) -> None:
+        """Write `preprocessor_config.json`."""
+        self.processor.save_pretrained(folder)

@@ -1,0 +1,248 @@
+"""Statistics of labels after the split: classes, numbers, entities, contradictions; a part of `data.json`."""
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from peftcli.data.class_labels import Names, sorted_names
+from peftcli.data.dedup import firsts
+from peftcli.data.formats import Examples
+from peftcli.data.quality import hide_keys
+from peftcli.data.rows import FIRST_PLACES, Dropped, Rows, listed
+from peftcli.data.stats import SHOWN_LABELS, Side, counted
+from peftcli.data.store import Store
+from peftcli.errors import DataError
+from peftcli.metrics.tagging import entities_of, span_tags
+
+MANY_CLASSES = 20
+"""With more classes than this, and more than one for every two rows, a column holds no classes."""
+LOPSIDED = 0.95
+"""Share of one class above which accuracy says little."""
+
+_INSIDE = ("I", "E", "L")
+"""Prefixes of tags that go on with an entity."""
+
+
+def class_names(stores: Sequence[Store]) -> Names:
+    """The classes of all stores in their order: that which is given, or sorted.
+
+    Raises:
+        DataError: the column can hold no classes.
+    """
+    names = list(dict.fromkeys(name for store in stores for name in store.facts["classes"]))
+    if stores[0].facts["problem"] == "regression":
+        return ()
+    return tuple(names) if stores[0].facts["named"] else sorted_names(names)
+
+
+def check_classes(names: Names, store: Store) -> None:
+    """Refuse a column in which nothing can be learned.
+
+    Raises:
+        DataError: all rows have one class, or nearly each row has its own.
+    """
+    if store.facts["problem"] == "regression":
+        return
+    column, source = store.facts["label_column"], store.facts["sources"][0]["path"]
+    if len(names) < 2:
+        raise DataError(
+            f"{source}: all rows have the same {column} ({listed(names)}), so nothing can be told apart; "
+            "name another column, or take all of the rows"
+        )
+    if store.facts["problem"] == "single-label" and not store.facts["named"]:
+        many = len(store.facts["classes"])
+        if many > MANY_CLASSES and many > store.rows / 2:
+            raise DataError(
+                f"{source}: {column} has {many:,} different values in {store.rows:,} rows, too many for classes; name "
+                "another column in dataset.columns.label, or set model.task: causal-lm to learn it as text"
+            )
+
+
+def label_facts(train: Side, test: Side) -> dict[str, Any]:
+    """How labels are spread over both sides, and which rows contradict others.
+
+    Args:
+        train, test: of stores with the same classes; the test side may be empty, and is left out then.
+    """
+    stored, names = train.store.facts, train.store.classes
+    sides = {"train": train} | ({"test": test} if len(test.rows) else {})
+    facts: dict[str, Any] = {"problem": stored["problem"], "classes": [_shown(name) for name in names]}
+    facts |= _conflicts(train)
+    if stored["problem"] == "regression":
+        spread = {key: _spread(side) for key, side in sides.items()}
+        return facts | {"labels": None, "numbers": {"of": stored["label_column"], **spread}}
+    counts = {key: class_counts(side, len(names)) for key, side in sides.items()}
+    order = np.argsort(-counts["train"], kind="stable")[:SHOWN_LABELS]
+    facts["labels"] = {"of": stored["label_column"], "distinct": len(names)} | {
+        key: {_shown(names[label]): int(found[label]) for label in order} for key, found in counts.items()
+    }
+    if stored["problem"] is None:  # words, and not rows, have tags
+        facts["labels"]["total"] = {key: int(found.sum()) for key, found in counts.items()}
+    facts["absent_classes"] = {
+        key: [_shown(names[label]) for label in np.flatnonzero(found == 0)] for key, found in counts.items()
+    }
+    if stored["problem"] == "multi-label":
+        facts["rows_without_class"] = {key: _without(side) for key, side in sides.items()}
+    if stored["problem"] == "single-label":
+        facts["majority_share"] = {key: float(found.max() / found.sum()) for key, found in counts.items()}
+    return facts | (_words([train, test]) if "words" in stored else {})
+
+
+def class_counts(side: Side, classes: int) -> NDArray[np.int64]:
+    """(classes,), how often each class or tag stands on a side."""
+    values = _values(side)
+    found: NDArray[np.int64] = np.bincount(values[values >= 0], minlength=classes)
+    return found
+
+
+def say_label_warnings(facts: Mapping[str, Any]) -> list[str]:
+    """What a person should know of the labels before the first step, as sentences."""
+    said = [
+        _absent(facts, "train", "training", "it cannot be learned"),
+        _absent(facts, "test", "test", "it is not scored"),
+    ]
+    if facts["conflicting_rows"]:
+        pair = facts["conflicting_examples"][0]
+        rows = counted(facts["conflicting_rows"], "training row has", "training rows have")
+        what = "pixels" if facts.get("format") == "images" else "text"
+        said.append(f"{rows} the {what} of an earlier one and another label ({pair['row']} and {pair['first']})")
+    alike = _alike(facts["classes"])
+    if alike:
+        said.append(f"classes differ in case or white space only ({'; '.join(alike[:3])}); write each in one way")
+    without = sum((facts.get("rows_without_class") or {}).values())
+    if without:
+        said.append(f"{counted(without, 'row has', 'rows have')} no class at all, which is learned as such")
+    share = (facts.get("majority_share") or {}).get("test", 0)
+    if share >= LOPSIDED:
+        said.append(f"{share:.1%} of the test rows have one class, which accuracy alone would reward; look at F1")
+    return [one for one in [*said, *_say_words(facts.get("words"))] if one]
+
+
+def _say_words(words: Mapping[str, Any] | None) -> list[str]:
+    if words is None:
+        return []
+    said = []
+    if words["cut"]:
+        cut = counted(words["cut"], "word is", "words are")
+        said.append(f"{cut} cut off at max_length, {words['cut_tagged']:,} with a tag; set dataset.too_long: split")
+    if words["silent"]:
+        said.append(f"{counted(words['silent'], 'word gets', 'words get')} no token, so no tag is learned for it")
+    if words["odd_tags"]:
+        odd = counted(words["odd_tags"], "tag goes", "tags go")
+        said.append(
+            f"{odd} on with an entity that has not begun, as I-X behind O (first {words['odd_tag_examples'][0]})"
+        )
+    return said
+
+
+def _words(sides: Sequence[Side]) -> dict[str, Any]:
+    """Words, tags and entities of the rows that were read, of both sides together."""
+    stores = list({id(side.store): side.store.facts for side in sides}.values())
+    words: Counter[str] = Counter()
+    entities: Counter[str] = Counter()
+    for facts in stores:
+        words.update(facts["words"])
+        entities.update(facts["entities"])
+    found: dict[str, Any] = {name: words[name] for name in ("words", "tagged", "silent", "cut", "cut_tagged")}
+    found["entities"] = dict(entities.most_common())
+    found["odd_tags"] = sum(facts["odd_tags"] for facts in stores)
+    places = [place for facts in stores for place in facts["odd_tag_examples"]]
+    return {"words": found | {"odd_tag_examples": places[:FIRST_PLACES]}}
+
+
+def _conflicts(train: Side) -> dict[str, Any]:
+    """Rows with the text of an earlier one, and another label."""
+    first = firsts(train.column("prompt"))
+    whole = train.column("plain")
+    rows = np.flatnonzero((first != np.arange(len(first))) & (whole != whole[first]))
+    pairs = zip(train.places(rows[:FIRST_PLACES]), train.places(first[rows[:FIRST_PLACES]]), strict=True)
+    return {
+        "conflicting_rows": len(rows),
+        "conflicting_examples": [{"row": row, "first": earlier} for row, earlier in pairs],
+    }
+
+
+def _spread(side: Side) -> dict[str, float]:
+    values = _values(side).astype(np.float64)
+    figures = {"min": values.min(), "median": np.median(values), "max": values.max(), "mean": values.mean()}
+    return {name: float(value) for name, value in (figures | {"deviation": values.std()}).items()}
+
+
+def _without(side: Side) -> int:
+    lists = side.store.examples.column("labels").take(pa.array(side.rows, pa.int64()))
+    return int(pc.sum(pc.equal(pc.list_value_length(lists), 0)).as_py() or 0)
+
+
+def _values(side: Side) -> NDArray[Any]:
+    lists = side.store.examples.column("labels").take(pa.array(side.rows, pa.int64()))
+    values: NDArray[Any] = pc.list_flatten(lists).to_numpy()
+    return values
+
+
+def _absent(facts: Mapping[str, Any], side: str, word: str, so: str) -> str | None:
+    names = (facts.get("absent_classes") or {}).get(side) or []
+    if not names:
+        return None
+    has = "no row of the class" if len(names) == 1 else f"no row of {len(names)} classes, such as"
+    return f"the {word} side has {has} {listed(names[:3])}, so {so}"
+
+
+def _alike(names: Sequence[str]) -> list[str]:
+    """Classes that only case or white space tells apart."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(" ".join(name.casefold().split()), []).append(name)
+    return [", ".join(group) for group in groups.values() if len(group) > 1]
+
+
+def _shown(name: str) -> str:
+    return hide_keys([name])[0][:80]
+
+
+class TagCounts:
+    """Counts entities by type, and tags that go on with an entity which has not begun."""
+
+    def __init__(self) -> None:
+        self._entities: Counter[str] = Counter()
+        self._odd = Dropped()
+        self._seen: set[str] = set()
+
+    def add(self, rows: Rows, examples: Examples) -> None:
+        """Count the tags of the examples of a batch."""
+        for row, text in zip(examples.kept, examples.columns["tags"], strict=True):
+            tags: list[str] = json.loads(text)
+            self._seen.update(tags)
+            self._entities.update(kind for kind, _, _ in entities_of(span_tags([tags], tags)[0]))
+            self._odd.add(rows, [(row, "odd")] * _odd_tags(tags))
+
+    def facts(self) -> dict[str, Any]:
+        """Entities by type, and the odd tags; none of these where no tag says that an entity begins."""
+        begins = any(tag.startswith("B-") for tag in self._seen)
+        spans = begins or any(tag.startswith("I-") for tag in self._seen) or "O" in self._seen
+        return {
+            "entities": dict(self._entities.most_common()) if spans else {},
+            "odd_tags": self._odd.counts["odd"] if begins else 0,
+            "odd_tag_examples": self._odd.places.get("odd", []) if begins else [],
+        }
+
+
+def _odd_tags(tags: list[str]) -> int:
+    """Tags that go on with an entity that the tag before is no part of.
+
+    >>> _odd_tags(["O", "I-PER", "I-PER", "B-LOC", "I-PER"])
+    2
+    """
+    odd = 0
+    before = "O"
+    for tag in tags:
+        prefix, dash, kind = tag.partition("-")
+        if dash and prefix in _INSIDE and before not in (f"B-{kind}", f"I-{kind}"):
+            odd += 1
+        before = tag
+    return odd

@@ -1,0 +1,115 @@
+"""From a section of the recipe to something that rows can be read from."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from peftcli.data.readers.csv import read_delimited
+from peftcli.data.readers.files import DataFile, data_files
+from peftcli.data.readers.hub import HubSource
+from peftcli.data.readers.json import read_json, read_lines
+from peftcli.data.readers.parquet import class_names, read_arrow, read_parquet
+from peftcli.data.readers.sql import open_database, read_sqlite
+from peftcli.data.readers.text import read_conll, read_text
+from peftcli.data.readers.text_stream import check_head, reading
+from peftcli.data.rows import Rows, Source, listed
+from peftcli.errors import DataError
+from peftcli.recipe.schema import FilesSection, SourceSection, TestSection
+
+_READERS: dict[str, Callable[[DataFile], Iterator[Rows]]] = {
+    "csv": read_delimited,
+    "tsv": read_delimited,
+    "json": read_json,
+    "jsonl": read_lines,
+    "parquet": read_parquet,
+    "arrow": read_arrow,
+    "text": read_text,
+    "conll": read_conll,
+    "sqlite": read_sqlite,
+}
+_LOOSE = ("json", "jsonl")
+"""Kinds whose files may differ in their columns, as their rows may."""
+
+
+class OpenSource(Source, Protocol):
+    """A source with the files that it reads; none for the Hub and for databases with an address."""
+
+    files: tuple[Path, ...]
+
+
+@dataclass
+class FileSource:
+    """The rows of some files of one kind, one file after another."""
+
+    name: str
+    files: tuple[Path, ...]
+    place: Path
+    parts: list[DataFile]
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the files and the keys that say how they are read."""
+        section = self.parts[0].section
+        keys = section.model_dump(include={"file_format", "encoding", "csv", "table", "query"}, mode="json")
+        digest = hashlib.sha256(json.dumps(keys, sort_keys=True).encode("utf-8"))
+        for part in self.parts:
+            # Changes of an SQLite file may still stand beside it.
+            for path in (part.path, part.path.with_name(part.path.name + "-wal")):
+                if path is part.path or (part.kind == "sqlite" and path.is_file()):
+                    with reading(part), path.open("rb") as file:
+                        digest.update(part.kind.encode() + hashlib.file_digest(file, "sha256").digest())
+        return digest.hexdigest()
+
+    @property
+    def class_names(self) -> dict[str, tuple[str, ...]]:
+        """Names of the classes by column, where the files keep them."""
+        if self.parts[0].kind not in ("parquet", "arrow"):
+            return {}
+        found = [class_names(part) for part in self.parts]
+        return {name: names for name, names in found[0].items() if all(one.get(name) == names for one in found)}
+
+    def batches(self) -> Iterator[Rows]:
+        """The rows of all files in order.
+
+        Raises:
+            DataError: a file cannot be read, its columns are not those of the first file, or there are no rows.
+        """
+        first: Rows | None = None
+        for part in self.parts:
+            for rows in _READERS[part.kind](part):
+                first = first or rows
+                if part.kind not in _LOOSE and rows.columns.keys() != first.columns.keys():
+                    raise DataError(
+                        f"{part.path}: its columns are {listed(rows.columns)}, those of {first.file} are "
+                        f"{listed(first.columns)}; files of one source need the same columns"
+                    )
+                yield rows
+        if first is None:
+            raise DataError(f"{self.place}: no rows; the header or the brackets alone make no data")
+
+
+def open_source(section: FilesSection, *, without: frozenset[Path] = frozenset(), key: str = "dataset") -> OpenSource:
+    """What a section of the recipe names, found and looked at, but not yet read.
+
+    Args:
+        section: any part of the recipe that names rows; its path is absolute.
+        without: files that are left out of a folder or glob, since they are the test rows' own.
+        key: dotted name of that part, for messages.
+
+    Raises:
+        DataError: a file is missing, empty or not what its name says; an address holds a password.
+        MachineError: the environment variable with the address of a database is not set.
+    """
+    if isinstance(section, SourceSection) and (section.url is not None or section.url_env is not None):
+        return open_database(section, key)
+    if isinstance(section, SourceSection | TestSection) and section.path is None:
+        split = section.hub_split or ("test" if isinstance(section, TestSection) else "train")
+        assert section.name is not None  # the recipe has seen to it
+        return HubSource(section.name, section.config, section.revision, split, key)
+    parts = data_files(section, without, key)
+    for part in parts:
+        check_head(part)
+    path = Path(section.path or "")
+    return FileSource(path.name, tuple(part.path for part in parts), path, parts)

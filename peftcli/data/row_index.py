@@ -1,0 +1,90 @@
+"""What is stored of each row beside its tokens: short hashes of its text, its prompt and its class."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from peftcli.data.dedup import digest, plain, signatures
+from peftcli.data.formats import Examples
+from peftcli.data.rows import Rows, listed
+from peftcli.data.tokenize import TokenBatch
+from peftcli.errors import DataError
+from peftcli.recipe.schema import DatasetSection
+
+Hashes = NDArray[np.uint64]
+
+
+def known_of(rows: Rows, examples: Examples, batch: TokenBatch, dataset: DatasetSection) -> dict[str, Any]:
+    """The columns of a store that come from the text and the columns of the rows.
+
+    Args:
+        rows: a batch of a source.
+        examples: made of it.
+        batch: the token rows that were made of the examples and kept.
+        dataset: of the recipe; its split may name columns.
+
+    Returns:
+        An array for each name, with one entry for each row of `batch`.
+
+    Raises:
+        DataError: a column of the split is missing.
+    """
+    kept = np.array(examples.kept, np.int64)[batch.of]
+    # An image is what it shows, whatever file it stands in.
+    of_images = [examples.columns[name] for name in ("pixels", "label") if "pixels" in examples.columns]
+    wholes = ["\x1f".join(parts) for parts in zip(*(of_images or examples.columns.values()), strict=True)]
+    return {
+        "number": np.array(rows.numbers, np.int64)[kept],
+        "exact": _digests(wholes)[batch.of],
+        "plain": _pieces(_digests(list(map(plain, wholes))), batch),
+        "prompt": _prompts(examples, batch),
+        "class": _column(rows, dataset.split.stratify, "stratify")[kept],
+        "group": _groups(rows, dataset)[kept],
+    }
+
+
+def signatures_of(examples: Examples, batch: TokenBatch) -> NDArray[np.uint32]:
+    """(rows, 24), what near duplicates are found by; the pieces of one text get different ones."""
+    found = signatures(list(map(plain, examples.content)))[batch.of]
+    changed: NDArray[np.uint32] = found + _piece_numbers(batch).astype(np.uint32)[:, None]
+    return changed
+
+
+def _groups(rows: Rows, dataset: DatasetSection) -> Hashes:
+    """What keeps rows on one side of the split: the group's column, or the text that they are pieces of."""
+    if dataset.split.group is None and dataset.too_long == "split" and rows.ends is None:
+        return _digests([rows.place(row) for row in range(len(rows))])
+    return _column(rows, dataset.split.group, "group")
+
+
+def _prompts(examples: Examples, batch: TokenBatch) -> Hashes:
+    """64 bits of what each answer or label is of; zeros where there is none."""
+    if "label" in examples.columns or "tags" in examples.columns:
+        return _pieces(_digests(list(map(plain, examples.content))), batch)
+    prompts = examples.columns.get("prompt")
+    return np.zeros(len(batch.of), np.uint64) if prompts is None else _digests(list(map(plain, prompts)))[batch.of]
+
+
+def _column(rows: Rows, name: str | None, key: str) -> Hashes:
+    """64 bits of each value of a column; zeros where the recipe names none."""
+    if name is None:
+        return np.zeros(len(rows), np.uint64)
+    if name not in rows.columns:
+        raise DataError(f"dataset.split.{key}: {rows.file} has no column {name}; it has {listed(rows.columns)}")
+    return _digests([repr(value) for value in rows.columns[name]])
+
+
+def _digests(texts: Sequence[str]) -> Hashes:
+    return np.fromiter(map(digest, texts), np.uint64, len(texts))
+
+
+def _pieces(hashes: Hashes, batch: TokenBatch) -> Hashes:
+    """The hash of each row, made another one for each further piece of one text, so that pieces are no duplicates."""
+    return hashes[batch.of] + _piece_numbers(batch).astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+
+
+def _piece_numbers(batch: TokenBatch) -> NDArray[np.int64]:
+    """0 for the first row that was made from an example, 1 for the next, and so on."""
+    return np.arange(len(batch.of)) - np.searchsorted(batch.of, batch.of, side="left")

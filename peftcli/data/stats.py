@@ -1,0 +1,324 @@
+"""Statistics of the data after the split (`data.json`), and the limits beyond which nothing is trained."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from peftcli.data.dedup import firsts, near_partners, partners
+from peftcli.data.encode import stop_ids
+from peftcli.data.formats import LABELLED
+from peftcli.data.quality import hide_keys
+from peftcli.data.rows import FIRST_PLACES
+from peftcli.data.store import Store, StoredSignatures
+from peftcli.data.tokenize import IGNORED
+from peftcli.plan.plan import LabelRule
+from peftcli.recipe.schema import LimitsSection
+
+Indices = NDArray[np.int64]
+HISTOGRAM_BINS = 24
+SHOWN_LABELS = 50
+
+EQUAL = "equal to an earlier row"
+"""The reason of rows that the recipe itself asks to leave out; no limit counts them."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """Some rows of a store: the training side or the test side."""
+
+    store: Store
+    rows: Indices
+
+    def column(self, name: str) -> NDArray[Any]:
+        """(rows,), what is known of each row."""
+        found: NDArray[Any] = self.store.column(name)[self.rows]
+        return found
+
+    def signatures(self) -> StoredSignatures:
+        """What near duplicates are found by."""
+        return StoredSignatures(self.store.signatures, self.rows)
+
+    def flag(self, name: str) -> NDArray[np.bool_]:
+        found: NDArray[np.bool_] = self.store.flag(name)[self.rows]
+        return found
+
+    def places(self, rows: Sequence[int] | Indices) -> list[str]:
+        """File and line of rows of this side, by their number in it."""
+        return self.store.places(self.rows[np.asarray(rows, np.int64)])
+
+
+def count_rows(train: Side, test: Side, rule: LabelRule) -> dict[str, Any]:
+    """Rows, tokens and lengths of both sides.
+
+    Args:
+        train: not empty.
+        test: empty where no rows are held out.
+    """
+    lengths = train.column("uncut")
+    trained, tested = train.column("trained"), test.column("trained")
+    truncated = [side.flag("truncated") for side in (train, test)]
+    cut = [*train.places(np.flatnonzero(truncated[0])[:FIRST_PLACES])]
+    cut += test.places(np.flatnonzero(truncated[1])[:FIRST_PLACES])
+    return {
+        "train_rows": len(train.rows),
+        "test_rows": len(test.rows),
+        "truncated_rows": int(truncated[0].sum() + truncated[1].sum()),
+        "truncated_examples": cut[:FIRST_PLACES],
+        "merged_boundary_rows": int(train.flag("merged").sum()),
+        "doubled_bos_rows": int(train.flag("doubled_bos").sum()),
+        "unknown_token_rows": int(train.flag("unknown").sum()),
+        "tokens": {
+            "train": int(train.column("length").sum()),
+            "trained": int(trained.sum()),
+            "test": int(test.column("length").sum()),
+            "test_trained": int(tested.sum()),
+        },
+        "trained_per_row": {"min": int(trained.min()), "median": float(np.median(trained))},
+        "length": {
+            "min": int(lengths.min()),
+            "median": float(np.median(lengths)),
+            "p95": float(np.percentile(lengths, 95)),
+            "max": int(lengths.max()),
+        },
+        "length_histogram": _histogram(lengths, rule.max_length),
+        "max_length": rule.max_length,
+        "fingerprint": {"train": _fingerprint(train), "test": _fingerprint(test) if len(test.rows) else None},
+    }
+
+
+def count_ends(train: Side, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """In how many training rows the end token is trained; those that are cut, or go on in the next row, are apart."""
+    expected, trained = train.flag("ends"), train.flag("end_trained")
+    lacking = np.flatnonzero(expected & ~trained)
+    return {
+        "eos_expected_rows": int(expected.sum()),
+        "eos_trained_rows": int(trained.sum()),
+        "eos_lacking_examples": train.places(lacking[:FIRST_PLACES]),
+        "ends_with": _ends_with(train, int(lacking[0]), tokenizer) if len(lacking) else None,
+    }
+
+
+def _ends_with(train: Side, row: int, tokenizer: PreTrainedTokenizerBase) -> str:
+    labels = train.store.examples.column("labels")[int(train.rows[row])].as_py()
+    last = next(label for label in reversed(labels) if label != IGNORED)
+    stops = ", ".join(repr(tokenizer.convert_ids_to_tokens(stop)) for stop in sorted(stop_ids(tokenizer)))
+    if not stops:
+        return "the tokenizer has no end token; set model.eos_token to one that the model knows"
+    mend = "write it behind the answer"
+    if train.store.facts["kind"] == "messages":
+        mend = "let the chat template (model.chat_template) end the assistant's turn with {{ eos_token }}"
+    return f"an answer ends with {tokenizer.convert_ids_to_tokens(last)!r}, and generation stops on {stops}: {mend}"
+
+
+def compare_rows(train: Side, test: Side) -> dict[str, Any]:
+    """Equal and nearly equal rows within the training side, and between the two sides.
+
+    Args:
+        test: empty where no rows are held out; what is asked of it is null then.
+    """
+    hashes, test_hashes = train.column("plain"), test.column("plain")
+    first = firsts(hashes)
+    double = np.flatnonzero(first != np.arange(len(first)))
+    leak = partners(test_hashes, hashes)
+    leaked = np.flatnonzero(leak >= 0)
+    signatures, test_signatures = train.signatures(), test.signatures()
+    near = near_partners(signatures, None)
+    near[double] = -1
+    alike = np.flatnonzero(near >= 0)
+    near_leak = near_partners(test_signatures, signatures)
+    near_leak[leaked] = -1
+    close = np.flatnonzero(near_leak >= 0)
+    prompts = train.store.facts["kind"] in ("prompt_completion", *LABELLED)
+    held_out = len(test.rows) > 0
+    return {
+        "leaked_rows": len(leaked) if held_out else None,
+        "leaked_examples": _pairs(test, train, leaked, leak, ("test", "train")),
+        "leaked_prompts": int((partners(test.column("prompt"), train.column("prompt")) >= 0).sum())
+        if prompts and held_out
+        else None,
+        "duplicate_rows": len(double),
+        "duplicate_examples": _pairs(train, train, double, first, ("row", "first")),
+        "near_duplicate_rows": len(alike),
+        "near_duplicate_examples": _pairs(train, train, alike, near, ("row", "first")),
+        "near_leaked_rows": len(close) if held_out else None,
+        "near_leaked_examples": _pairs(test, train, close, near_leak, ("test", "train")),
+    }
+
+
+def balance(train: Side, test: Side) -> dict[str, Any] | None:
+    """How often each answer stands on either side, where the answers are few enough to be labels."""
+    names = train.store.facts["labels"]
+    if names is None:
+        return None
+    counts = np.bincount(train.column("label"), minlength=len(names))
+    found: dict[str, Any] = {"of": "completion", "distinct": len(names)}
+    shown = [hide_keys([name])[0][:80] for name in names]
+    order = np.argsort(-counts, kind="stable")[:SHOWN_LABELS]
+    found["train"] = {shown[label]: int(counts[label]) for label in order}
+    if test.store is train.store and len(test.rows):
+        other = np.bincount(test.column("label"), minlength=len(names))
+        found["test"] = {shown[label]: int(other[label]) for label in order}
+    return found
+
+
+def odd_labels(train: Side) -> list[int]:
+    """Training rows whose answer stands nowhere else, where nearly all others share a few: shifted columns, perhaps."""
+    names = train.store.facts["labels"]
+    if names is None or len(train.rows) < 40:
+        return []
+    labels = train.column("label")
+    counts = np.bincount(labels, minlength=len(names))
+    common = int(counts[counts >= 5].sum())
+    single = np.flatnonzero(counts[labels] == 1)
+    if common < 0.9 * len(labels) or not len(single):
+        return []
+    return [int(row) for row in single]
+
+
+def say_warnings(facts: Mapping[str, Any], train: Side, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """What a person should know of the rows before the first step, as sentences."""
+    begin, unknown = tokenizer.bos_token, tokenizer.unk_token
+    before = ", before the end token" if "eos_expected_rows" in facts else ""
+    said = []
+    for key, one, many, rest in (
+        ("truncated_rows", "row is", "rows are", f"cut at {facts['max_length']} tokens{before}"),
+        ("leaked_rows", "test row stands", "test rows stand", "in the training rows too"),
+        ("near_leaked_rows", "test row is", "test rows are", "nearly equal to a training row"),
+        ("duplicate_rows", "training row is", "training rows are", "equal to an earlier one"),
+        ("near_duplicate_rows", "training row is", "training rows are", "nearly equal to an earlier one"),
+        (
+            "doubled_bos_rows",
+            "training row begins",
+            "training rows begin",
+            f"with {begin} twice: the text writes it too",
+        ),
+        ("merged_boundary_rows", "row has", "rows have", "a token that reaches from the prompt into the completion"),
+        ("unknown_token_rows", "row holds", "rows hold", f"text that the tokenizer knows only as {unknown}"),
+    ):
+        if facts[key]:
+            said.append(f"{counted(facts[key], one, many)} {rest}{_where(facts, key)}")
+    for reason, count in facts["dropped"].items():
+        where = _place(facts["dropped_examples"].get(reason))
+        said.append(f"{counted(count, 'row is', 'rows are')} left out {reason}{where}")
+    odd = odd_labels(train)
+    if odd:
+        said.append(
+            f"{counted(len(odd), 'training row has', 'training rows have')} an answer that no other row has, while the "
+            f"others share a few: are columns shifted there?{_place(train.places(odd[:1]))}"
+        )
+    return said
+
+
+def counted(count: int, one: str, many: str) -> str:
+    """A number with the words that fit it.
+
+    >>> counted(1, "row is", "rows are"), counted(1200, "row is", "rows are")
+    ('1 row is', '1,200 rows are')
+    """
+    return f"{count:,} {one if count == 1 else many}"
+
+
+def _where(facts: Mapping[str, Any], key: str) -> str:
+    examples = facts.get(key.replace("_rows", "_examples")) or []
+    first = examples[0] if examples else None
+    if isinstance(first, dict):
+        return " ({} and {})".format(*first.values())
+    return _place(examples)
+
+
+def _place(places: Sequence[str] | None) -> str:
+    return f" (first {places[0]})" if places else ""
+
+
+def _pairs(left: Side, right: Side, rows: Indices, partner: Indices, names: tuple[str, str]) -> list[dict[str, str]]:
+    chosen = rows[:FIRST_PLACES]
+    ours, theirs = left.places(chosen), right.places(partner[chosen])
+    return [dict(zip(names, pair, strict=True)) for pair in zip(ours, theirs, strict=True)]
+
+
+def _histogram(lengths: NDArray[Any], max_length: int) -> dict[str, list[int]]:
+    """Rows by tokens in steps of equal size; the last step holds all that is longer than twice the limit."""
+    longest = int(lengths.max())
+    step = max(1, -(-min(longest, 2 * max_length) // HISTOGRAM_BINS))
+    edges = list(range(0, min(longest, 2 * max_length) + step, step))
+    edges[-1] = max(edges[-1], longest + 1)
+    return {"edges": edges, "counts": np.histogram(lengths, edges)[0].tolist()}
+
+
+def _fingerprint(side: Side) -> str:
+    """SHA-256 over 64 bits of each row, in their order, independent of how they are stored."""
+    return hashlib.sha256(np.ascontiguousarray(side.column("exact"), "<u8").tobytes()).hexdigest()
+
+
+def crossed_limits(facts: Mapping[str, Any], limits: LimitsSection) -> list[str]:
+    """One sentence for each limit that the facts of the data cross.
+
+    Args:
+        facts: the content of `data.json`.
+        limits: shares in 0..1.
+
+    Returns:
+        What is there against what may be, where the first rows stand, and the mend with the key that lifts the limit.
+    """
+    found = []
+    rows, kept = facts["rows"], facts["train_rows"] + facts["test_rows"]
+    dropped = facts["dropped_rows"] - facts["dropped"].get(EQUAL, 0)
+    if _above(dropped, rows, limits.dropped):
+        reasons = sorted(_counted(facts), key=lambda item: -item[1])[:3]
+        named = "; ".join(f"{count:,} {reason}{_first(facts, reason)}" for reason, count in reasons)
+        found.append(_sentence("dropped", dropped, rows, "rows are left out", limits.dropped) + f": {named}")
+    if _above(facts["truncated_rows"], kept, limits.truncated):
+        longest = facts["length"]["max"]
+        found.append(
+            _sentence("truncated", facts["truncated_rows"], kept, "rows are cut", limits.truncated)
+            + f" at dataset.max_length {facts['max_length']}, so their end is not {_use(facts)}; the longest has "
+            f"{longest} tokens: raise it, or set dataset.too_long: drop"
+        )
+    if _above(facts["leaked_rows"], facts["test_rows"], limits.leaked):
+        pair = next(iter(facts["leaked_examples"]), None)
+        where = f" ({pair['test']} is {pair['train']})" if pair else ""
+        found.append(
+            _sentence("leaked", facts["leaked_rows"], facts["test_rows"], "test rows stand in training", limits.leaked)
+            + f"{where}; {_against_leaks(facts)}"
+        )
+    expected, trained = facts.get("eos_expected_rows", 0), facts.get("eos_trained_rows", 0)
+    if expected and trained < limits.eos_trained * expected:
+        lacking = expected - trained
+        found.append(
+            f"the end token is trained in {trained:,} of {expected:,} training rows, so a model would not learn to "
+            f"stop (dataset.limits.eos_trained: {limits.eos_trained:g}); {facts['ends_with']}"
+            + (f", first {facts['eos_lacking_examples'][0]}" if lacking and facts["eos_lacking_examples"] else "")
+        )
+    return found
+
+
+def _use(facts: Mapping[str, Any]) -> str:
+    return "trained" if "eos_expected_rows" in facts else "read"
+
+
+def _against_leaks(facts: Mapping[str, Any]) -> str:
+    if not facts["split"]:  # the test rows have their own file
+        return "take them out of one of the two files"
+    return "set dataset.deduplicate: true, or split by a column with dataset.split.group"
+
+
+def _counted(facts: Mapping[str, Any]) -> list[tuple[str, int]]:
+    return [(reason, count) for reason, count in facts["dropped"].items() if reason != EQUAL]
+
+
+def _above(part: int, whole: int, limit: float) -> bool:
+    return bool(whole) and part > limit * whole
+
+
+def _sentence(key: str, part: int, whole: int, what: str, limit: float) -> str:
+    return f"{part:,} of {whole:,} {what} ({part / whole:.1%}, dataset.limits.{key}: {limit:g})"
+
+
+def _first(facts: Mapping[str, Any], reason: str) -> str:
+    places = facts["dropped_examples"].get(reason, ())
+    return f" (first {places[0]})" if places else ""

@@ -1,0 +1,303 @@
+"""Examples to token ids and labels, in one pass over batches, truncated to the maximum length.
+
+Ids and labels are those that TRL's SFTTrainer would make (tests compare them). Made here, they are counted and shown
+before a model is loaded.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+from trl.data_utils import common_prefix_length
+
+from peftcli.data.chat_template import Marker, read_chats
+from peftcli.data.encode import Aside, encode, encode_prompts, flatten, stop_ids, with_end
+from peftcli.plan.plan import LabelRule
+
+IGNORED = -100
+"""Label of a token that is not trained (`ignore_index` of torch's cross entropy)."""
+
+Columns: TypeAlias = Mapping[str, Sequence[str]]
+
+FLAGS = ("truncated", "ends", "end_trained", "merged", "doubled_bos", "unknown")
+
+Ids: TypeAlias = NDArray[np.int32]
+Flags: TypeAlias = NDArray[np.bool_]
+Counts: TypeAlias = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The rows of a batch in one line, before any cut.
+
+    Attributes:
+        flat: (tokens,), ids of all rows.
+        trained: (tokens,), whether a token is trained.
+        lengths: (rows,), tokens of each row.
+        merged: (rows,), whether a token reaches over the edge between prompt and completion.
+        whole: (rows,), whether the row ends where its text ends.
+    """
+
+    flat: Ids
+    trained: Flags
+    lengths: Counts
+    merged: Flags
+    whole: Flags
+
+
+Made: TypeAlias = tuple[Encoded, list[int], list[tuple[int, str]]]
+"""Encoded rows, the example that each was made from, and the examples that were dropped, with the reason."""
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """What is kept of a batch of examples, and what is known of each row of it.
+
+    Attributes:
+        of: (rows,), the example that a row was made from.
+        flat, trained_flat: (tokens,), ids and whether each is trained.
+        lengths: (rows,), tokens that are kept.
+        uncut: (rows,), tokens before the cut.
+        trained: (rows,), tokens whose prediction is trained; the first of a row never is.
+        flags: by name, (rows,): truncated, ends (the end token should be trained), end_trained, merged, doubled_bos,
+            unknown (a token that the tokenizer does not know).
+        dropped: example and reason.
+        classes: of rows with labels, what each row is given in place of its own tokens: the values of all rows in one
+            line, int32 or float32, and how many each row has.
+    """
+
+    of: Counts
+    flat: Ids
+    trained_flat: Flags
+    lengths: Counts
+    uncut: Counts
+    trained: Counts
+    flags: Mapping[str, Flags]
+    dropped: list[tuple[int, str]]
+    classes: tuple[NDArray[Any], Counts] | None = None
+
+    def labels(self) -> Ids:
+        """(tokens,), the ids of the trained tokens and IGNORED for the others."""
+        return np.where(self.trained_flat, self.flat, np.int32(IGNORED)).astype(np.int32)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Rows after the cut; `of` is the row of the batch that each was made from, `uncut` its tokens before."""
+
+    flat: Ids
+    trained: Flags
+    lengths: Counts
+    of: Counts
+    uncut: Counts
+    truncated: Flags
+    ends: Flags
+
+
+class Tokens:
+    """Tokenizes examples of one kind, labels them, and cuts or drops those that are too long."""
+
+    def __init__(self, kind: str, tokenizer: PreTrainedTokenizerBase, rule: LabelRule) -> None:
+        """
+        Raises:
+            DataError: the examples are chats and the tokenizer has no chat template.
+        """
+        self._tokenizer = tokenizer
+        self._rule = rule
+        self._ends = np.array(sorted(stop_ids(tokenizer)), np.int32)
+        self._marker = Marker(tokenizer, assistant_only=rule.assistant_only) if kind == "messages" else None
+        self._aside = Aside(tokenizer)
+        ways: dict[str, Callable[[Columns, Sequence[bool] | None], Callable[[], Made]]] = {
+            "prompt_completion": self._pairs,
+            "messages": self._chats,
+            "text": self._texts,
+        }
+        self._encode = ways[kind]
+
+    def start(self, columns: Columns, ends: Sequence[bool] | None, too_long: str | None) -> Callable[[], TokenBatch]:
+        """Begin to encode a batch, on a thread beside this one.
+
+        Args:
+            columns: of the examples.
+            ends: False for an example whose text goes on in the next; None where all are whole.
+            too_long: `truncate`, `drop` or `split`; None for split where `ends` is given and truncate elsewhere.
+
+        Returns:
+            What waits for the token ids of the batch.
+
+        Raises:
+            DataError: the turns of a chat cannot be told apart; also from what is returned.
+        """
+        way = too_long or ("truncate" if ends is None else "split")
+        encoded = self._encode(columns, ends)
+        return lambda: self._finish(*encoded(), way)
+
+    def batch(self, columns: Columns, ends: Sequence[bool] | None, too_long: str | None) -> TokenBatch:
+        """Token ids of a batch, with the arguments and the errors of `start`."""
+        return self.start(columns, ends, too_long)()
+
+    def _pairs(self, columns: Columns, ends: Sequence[bool] | None) -> Callable[[], Made]:
+        completions = with_end(columns["completion"], self._tokenizer)
+        texts = [a + b for a, b in zip(columns["prompt"], completions, strict=True)]
+        first = self._aside.start(encode_prompts, columns["prompt"], self._tokenizer)
+        second = self._aside.start(encode, texts, self._tokenizer)
+
+        def made() -> Made:
+            prompts, wholes = first(), second()
+            starts = np.fromiter(map(_shared, prompts, wholes), np.int64, len(wholes))
+            merged = starts < np.fromiter(map(len, prompts), np.int64, len(prompts))
+            flat, lengths = flatten(wholes)
+            trained = positions(lengths) >= np.repeat(starts if self._rule.completion_only else 0 * starts, lengths)
+            return Encoded(flat, trained, lengths, merged, np.ones(len(wholes), bool)), list(range(len(wholes))), []
+
+        return made
+
+    def _texts(self, columns: Columns, ends: Sequence[bool] | None) -> Callable[[], Made]:
+        texts = columns["text"]
+        whole = np.ones(len(texts), bool) if ends is None else np.array(ends, bool)
+        finished = with_end(texts, self._tokenizer)
+        given = [b if end else a for a, b, end in zip(texts, finished, whole, strict=True)]
+        rows = self._aside.start(encode, given, self._tokenizer)
+
+        def made() -> Made:
+            flat, lengths = flatten(rows())
+            nothing = np.zeros(len(texts), bool)
+            return Encoded(flat, np.ones(len(flat), bool), lengths, nothing, whole), list(range(len(texts))), []
+
+        return made
+
+    def _chats(self, columns: Columns, ends: Sequence[bool] | None) -> Callable[[], Made]:
+        assert self._marker is not None  # made for this kind
+        marking = self._marker.start(*read_chats(columns))
+
+        def made() -> Made:
+            marked = marking()
+            dropped = [(row, reason) for row, reason in enumerate(marked) if isinstance(reason, str)]
+            kept = [row for row, one in enumerate(marked) if not isinstance(one, str)]
+            pairs = [one for one in marked if not isinstance(one, str)]
+            flat, lengths = flatten([ids for ids, _ in pairs])
+            trained = np.fromiter(chain.from_iterable(marks for _, marks in pairs), np.bool_, len(flat))
+            nothing = np.zeros(len(pairs), bool)
+            return Encoded(flat, trained, lengths, nothing, ~nothing), kept, dropped
+
+        return made
+
+    def _finish(self, encoded: Encoded, rows: Sequence[int], dropped: list[tuple[int, str]], way: str) -> TokenBatch:
+        kept = np.array(rows, np.int64)
+        limit = self._rule.max_length
+        cut = cut_rows(encoded, limit, split=way == "split")
+        trained = row_sums(cut.trained & (positions(cut.lengths) > 0), cut.lengths)
+        truncated = cut.truncated
+        keep = trained > 0
+        if way == "drop":
+            keep &= ~truncated
+        for row in np.flatnonzero(~keep):
+            reason = "with no token that is trained"
+            if truncated[row]:
+                reason = f"longer than max_length {limit}" if way == "drop" else _cut_off(limit)
+            dropped.append((int(kept[cut.of[row]]), reason))
+        inside = np.repeat(keep, cut.lengths)
+        flags = {
+            "truncated": truncated,
+            "ends": cut.ends & ~truncated,
+            "end_trained": self._ends_trained(cut) & cut.ends & ~truncated,
+            "merged": encoded.merged[cut.of],
+            "doubled_bos": self._doubled(cut),
+            "unknown": self._unknown(cut),
+        }
+        return TokenBatch(
+            of=kept[cut.of[keep]],
+            flat=cut.flat[inside],
+            trained_flat=cut.trained[inside],
+            lengths=cut.lengths[keep],
+            uncut=cut.uncut[keep],
+            trained=trained[keep],
+            flags={name: flag[keep] for name, flag in flags.items()},
+            dropped=dropped,
+        )
+
+    def _ends_trained(self, cut: Cut) -> Flags:
+        """Whether every stretch of trained tokens of a row holds an end token, as each turn must end in one."""
+        begins = cut.trained.copy()
+        begins[1:] &= ~cut.trained[:-1] | (positions(cut.lengths)[1:] == 0)
+        stretch = np.cumsum(begins)
+        ended = np.zeros(int(stretch[-1]) + 1 if len(stretch) else 1, bool)
+        ended[stretch[cut.trained & np.isin(cut.flat, self._ends)]] = True
+        lacking = begins & ~ended[stretch]
+        found: Flags = row_sums(lacking, cut.lengths) == 0
+        return found
+
+    def _doubled(self, cut: Cut) -> Flags:
+        begin = self._tokenizer.bos_token_id
+        found = np.zeros(len(cut.lengths), bool)
+        if begin is not None:
+            starts = (np.cumsum(cut.lengths) - cut.lengths)[cut.lengths > 1]
+            found[cut.lengths > 1] = (cut.flat[starts] == begin) & (cut.flat[starts + 1] == begin)
+        return found
+
+    def _unknown(self, cut: Cut) -> Flags:
+        unknown = self._tokenizer.unk_token_id
+        if unknown is None:
+            return np.zeros(len(cut.lengths), bool)
+        found: Flags = row_sums(cut.flat == unknown, cut.lengths) > 0
+        return found
+
+
+def _shared(prompt: list[int], whole: list[int]) -> int:
+    """Tokens that a prompt and the whole row begin with alike."""
+    return len(prompt) if whole[: len(prompt)] == prompt else int(common_prefix_length(prompt, whole))
+
+
+def _cut_off(limit: int) -> str:
+    return f"with a prompt that fills max_length {limit}"
+
+
+def cut_rows(encoded: Encoded, limit: int, *, split: bool) -> Cut:
+    """Cut what is longer than the limit, or split it into rows of about equal length.
+
+    Args:
+        limit: largest number of tokens of a row.
+        split: make several rows of a long one; nothing is lost then.
+    """
+    lengths = encoded.lengths
+    if not split:
+        long = lengths > limit
+        inside = positions(lengths) < limit
+        of = np.arange(len(lengths))
+        short = np.minimum(lengths, limit)
+        return Cut(encoded.flat[inside], encoded.trained[inside], short, of, lengths, long, encoded.whole)
+    pieces = np.maximum(-(-lengths // limit), 1)
+    of = np.repeat(np.arange(len(lengths)), pieces)
+    number = positions(pieces)
+    # Piece k of n holds the tokens from k * length // n to (k + 1) * length // n.
+    sizes = (number + 1) * lengths[of] // pieces[of] - number * lengths[of] // pieces[of]
+    last = number == pieces[of] - 1
+    none = np.zeros(len(of), bool)
+    return Cut(encoded.flat, encoded.trained, sizes, of, sizes, none, encoded.whole[of] & last)
+
+
+def positions(lengths: Counts) -> Counts:
+    """Position of each token in its row.
+
+    >>> positions(np.array([2, 0, 3]))
+    array([0, 1, 0, 1, 2])
+    """
+    starts = np.cumsum(lengths) - lengths
+    found: Counts = np.arange(int(lengths.sum())) - np.repeat(starts, lengths)
+    return found
+
+
+def row_sums(flags: Flags, lengths: Counts) -> Counts:
+    """Number of flags that are set in each row.
+
+    >>> row_sums(np.array([True, False, True]), np.array([2, 0, 1]))
+    array([1, 0, 1])
+    """
+    total = np.concatenate([[0], np.cumsum(flags, dtype=np.int64)])
+    ends = np.cumsum(lengths)
+    found: Counts = total[ends] - total[ends - lengths]
+    return found
