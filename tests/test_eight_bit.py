@@ -25,8 +25,8 @@ from test_train import trainer_of
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, LlamaConfig, PreTrainedModel
 
-from peftcli.adapters.own.packed import is_packed, unpacked_weight
-from peftcli.adapters.own.whole import float_copy
+from peftcli.adapters.full import float_copy
+from peftcli.adapters.quantized import is_packed, unpacked_weight
 from peftcli.cli.app import main
 from peftcli.doctor.eightbit import judge_8bit, try_8bit
 from peftcli.errors import RecipeError

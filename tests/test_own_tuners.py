@@ -13,10 +13,10 @@ from peft import PeftModel, TaskType, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
-from peftcli.adapters.own.bottleneck import BottleneckConfig, BottleneckLayer
-from peftcli.adapters.own.places import all_widths, hidden_width, read_parts
-from peftcli.adapters.own.register import register
-from peftcli.adapters.own.whole import WholeConfig, WholeLayer
+from peftcli.adapters.bottleneck import BottleneckConfig, BottleneckLayer
+from peftcli.adapters.full import WholeConfig, WholeLayer
+from peftcli.adapters.module_layout import all_widths, hidden_width, read_parts
+from peftcli.adapters.register import register
 from peftcli.merge.fold import fold
 from peftcli.model.weights import loaded_weights
 from peftcli.plan.module_layout import bottleneck_places
@@ -143,7 +143,7 @@ RELOAD = """
 import sys, torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
-from peftcli.adapters.own.register import register
+from peftcli.adapters.register import register
 register()
 for adapter in sys.argv[2:]:
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(sys.argv[1]), adapter).eval()

@@ -11,7 +11,7 @@ import torch
 from helpers import without_repacking
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from peftcli.adapters.own.places import all_widths
+from peftcli.adapters.module_layout import all_widths
 from peftcli.errors import Diverged, RecipeError
 from peftcli.methods.registry import METHODS
 from peftcli.model.gradients import gradient_matrices, gradient_norms, squared_norm

@@ -6,7 +6,7 @@ from typing import Any
 import peft
 from peft import PeftConfig, TaskType
 
-from peftcli.adapters.own.register import own_config
+from peftcli.adapters.register import own_config
 from peftcli.methods.base import Method
 from peftcli.methods.registry import METHODS
 from peftcli.plan.adalora import first_rank

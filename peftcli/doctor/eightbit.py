@@ -3,7 +3,7 @@
 import torch
 from bitsandbytes.nn import Linear8bitLt
 
-from peftcli.adapters.own.packed import unpacked_weight
+from peftcli.adapters.quantized import unpacked_weight
 from peftcli.doctor.fourbit import INPUTS, OUTPUTS, Trial, judge_trial, run_layer
 from peftcli.doctor.verdict import Verdict
 from peftcli.model.eight_bit import compute_in_floats

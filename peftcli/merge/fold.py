@@ -13,7 +13,7 @@ from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from peftcli.adapters.own.packed import taken_for_floats
+from peftcli.adapters.quantized import taken_for_floats
 from peftcli.errors import MachineError
 from peftcli.merge.refuse import method_of
 from peftcli.model.trainable import hollow_out

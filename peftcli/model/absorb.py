@@ -11,7 +11,7 @@ from peft import PeftModel
 from safetensors import safe_open
 from transformers import PreTrainedModel
 
-from peftcli.adapters.own.packed import is_packed, taken_for_floats, unpacked_weight
+from peftcli.adapters.quantized import is_packed, taken_for_floats, unpacked_weight
 from peftcli.errors import MachineError
 from peftcli.model.tensors import WEIGHTS, explain_unfit, hash_files
 from peftcli.plan.plan import Plan

@@ -13,7 +13,7 @@ import torch
 from bitsandbytes.nn import Linear8bitLt
 from torch import Tensor
 
-from peftcli.adapters.own.packed import row_scale, unpack_rows
+from peftcli.adapters.quantized import row_scale, unpack_rows
 
 
 class FloatProducts(Linear8bitLt):  # type: ignore[misc]  # bitsandbytes is untyped

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftcli.adapters.own.places import linear_widths
+from peftcli.adapters.module_layout import linear_widths
 from peftcli.errors import Diverged
 from peftcli.model.shards import gather
 

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from peftcli.adapters.own.places import all_widths, end_name, hidden_width, parameter_owners
+from peftcli.adapters.module_layout import all_widths, end_name, hidden_width, parameter_owners
 from peftcli.errors import MachineError, RecipeError
 from peftcli.model.flat_rows import why_not_flat
 from peftcli.model.heads import build_empty, head_modules, is_within, positions_of

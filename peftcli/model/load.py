@@ -13,7 +13,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from peftcli.adapters.own.register import register
+from peftcli.adapters.register import register
 from peftcli.errors import MachineError, RecipeError
 from peftcli.model.absorb import absorb
 from peftcli.model.heads import AUTO_CLASSES, load_with_head, unquantized_modules

@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from peftcli.adapters.own.packed import is_packed, unpacked_weight
-from peftcli.adapters.own.places import end_name
+from peftcli.adapters.module_layout import end_name
+from peftcli.adapters.quantized import is_packed, unpacked_weight
 from peftcli.errors import MachineError
 from peftcli.plan.plan import Base
 

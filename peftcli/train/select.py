@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from peftcli.adapters.own.places import all_widths, end_name
+from peftcli.adapters.module_layout import all_widths, end_name
 from peftcli.data.prepare import PreparedData
 from peftcli.errors import MachineError
 from peftcli.model.gradients import gradient_norms

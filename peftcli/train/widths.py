@@ -3,8 +3,8 @@
 import torch
 from peft.utils import ModulesToSaveWrapper
 
-from peftcli.adapters.own.packed import is_quantized
-from peftcli.adapters.own.whole import WholeLayer, free_weights
+from peftcli.adapters.full import WholeLayer, free_weights
+from peftcli.adapters.quantized import is_quantized
 
 
 def widen_trained(model: torch.nn.Module, dtype: str) -> None:

@@ -1,4 +1,4 @@
-"""What of a model decides where the tuners of ours stand."""
+"""The layout of a loaded model that decides where our tuners are placed."""
 
 from typing import Any
 

@@ -1,12 +1,12 @@
-"""Makes PEFT know the tuners of ours, so that it wraps, saves and loads them like its own."""
+"""Registers our tuners with PEFT, so that it wraps, saves and loads them like its own."""
 
 from functools import cache
 
 from peft import PeftConfig, PeftType
 from peft.utils import register_peft_method
 
-from peftcli.adapters.own.bottleneck import BottleneckConfig, BottleneckModel
-from peftcli.adapters.own.whole import WholeConfig, WholeModel
+from peftcli.adapters.bottleneck import BottleneckConfig, BottleneckModel
+from peftcli.adapters.full import WholeConfig, WholeModel
 
 
 @cache

@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from peftcli.adapters.own.places import all_widths, hidden_width, linear_widths
+from peftcli.adapters.module_layout import all_widths, hidden_width, linear_widths
 from peftcli.plan.module_layout import bottleneck_places
 
 NOT_MERGEABLE = "a bottleneck adapter is not linear, so no weight of the base can hold it; use the adapter as it is"

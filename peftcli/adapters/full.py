@@ -1,7 +1,7 @@
-"""Whole modules trained: the last blocks of a model, its ends, or all of it, with the base kept beside them.
+"""Trains whole modules: the last blocks of a model, its embeddings, or all of it, with the base kept beside them.
 
-A float copy of each module is trained and takes the base's place while the adapter is on. The layers at both ends are
-left to PEFT's `modules_to_save`, which ties them where the base does and which TRL's loss can read.
+A float copy of each module is trained and replaces the base module while the adapter is enabled. Embeddings and output
+layer are left to PEFT's `modules_to_save`, which ties them where the base does and which TRL's loss can read.
 """
 
 from collections.abc import Iterator
@@ -17,8 +17,8 @@ from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from peftcli.adapters.own.packed import is_packed, is_quantized, unpacked_weight
-from peftcli.adapters.own.places import read_parts
+from peftcli.adapters.module_layout import read_parts
+from peftcli.adapters.quantized import is_packed, is_quantized, unpacked_weight
 from peftcli.plan.module_layout import Parts, whole_places
 
 

@@ -1,4 +1,4 @@
-"""Layers whose weights are quantized: which they are, and the numbers that they compute with."""
+"""Quantized layers: how they are recognized, and the float weights that they compute with."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
