@@ -7,8 +7,8 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from peftcli.data.prepare import PreparedData
+from peftcli.model.evaluate import Measured, decoding_for, evaluation_json, measure
 from peftcli.model.load import load_base
-from peftcli.model.measure import Measured, decoding_for, evaluation_json, measure
 from peftcli.model.target import Target
 from peftcli.progress import Progress
 from peftcli.recipe.schema import EvaluationSection

@@ -9,9 +9,8 @@ from transformers import PreTrainedTokenizerBase
 
 from peftcli.data.encode import encode_prompts, stop_ids
 from peftcli.errors import DataError, RecipeError
-from peftcli.model.answer import Decoding, answer
-from peftcli.model.label_images import label_images
-from peftcli.model.label_texts import Labelled, Tagged, label_texts
+from peftcli.model.generation import Decoding, answer
+from peftcli.model.predict_labels import Labelled, Tagged, label_images, label_texts
 from peftcli.model.target import Target
 from peftcli.progress import Progress
 from peftcli.recipe.rules import IMAGES

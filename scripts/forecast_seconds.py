@@ -5,7 +5,7 @@ import time
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from peftcli.model.shape import read_shape
+from peftcli.model.inspect import read_shape
 from peftcli.plan.memory.estimate import NF4_BITS, Load
 from peftcli.plan.memory.training_setup import Setting
 

@@ -21,7 +21,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from peftcli.model.documents import Layout, documents, row_problem, use_documents
+from peftcli.model.padding_free import Layout, documents, row_problem, use_documents
 from peftcli.rundir import read_json, read_log
 from peftcli.train.pieces import Pieces, line_up, parts_that_fit, split_evenly
 
@@ -57,7 +57,7 @@ def model_of(family: str) -> Any:
 def test_a_row_in_a_line_gives_what_it_gives_alone_and_the_same_gradient(
     family: str, repeated: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("peftcli.model.documents.repeats_heads", lambda device: repeated)  # as on a T4
+    monkeypatch.setattr("peftcli.model.padding_free.repeats_heads", lambda device: repeated)  # as on a T4
     model = model_of(family)
     texts = rows(5, 30, 17, 17, 2, 400, 290, 41)
     lengths = [len(row["input_ids"]) for row in texts]

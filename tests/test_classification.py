@@ -26,11 +26,10 @@ from peftcli.cli.steps import plan_recipe, prepare_data, settle
 from peftcli.data.prepare import PreparedData
 from peftcli.errors import MachineError
 from peftcli.merge.label_drift import compare_labels
+from peftcli.model.classification import Head, head_of, label_loss, make_batch, row_logits, segments
 from peftcli.model.heads import positions_of
-from peftcli.model.label import Head, head_of, make_batch, segments
-from peftcli.model.label_rows import label_loss, row_logits
-from peftcli.model.label_texts import split_words
 from peftcli.model.load import load_base
+from peftcli.model.predict_labels import split_words
 from peftcli.plan.heads import targets_beside_head
 from peftcli.plan.machine import ModelFacts
 from peftcli.plan.plan import Plan

@@ -30,7 +30,7 @@ from peftcli.doctor.session import judge_session
 from peftcli.doctor.verdict import Verdict, anonymous, private_words, refused, without_private
 from peftcli.doctor.versions import Need
 from peftcli.errors import DataError, MachineError, RecipeError
-from peftcli.model.container import core_quota, memory_limit, usable_memory
+from peftcli.model.hardware import core_quota, memory_limit, usable_memory
 from peftcli.model.load import FAST_CPU_PATH
 from peftcli.plan.machine import Machine
 from peftcli.recipe.load import load_recipe

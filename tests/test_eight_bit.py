@@ -31,13 +31,12 @@ from peftcli.cli.app import main
 from peftcli.doctor.eightbit import judge_8bit, try_8bit
 from peftcli.errors import RecipeError
 from peftcli.merge.fold import fold
-from peftcli.model.absorb import absorb, unpack_layers
-from peftcli.model.eight_bit import FloatProducts, compute_in_floats
+from peftcli.model.files import loaded_weights
 from peftcli.model.gradients import gradient_norms
 from peftcli.model.inspect import inspect_model
-from peftcli.model.load import load_adapter, load_base
+from peftcli.model.int8_linear import FloatProducts, compute_in_floats
+from peftcli.model.load import absorb, load_adapter, load_base, unpack_layers
 from peftcli.model.target import open_target
-from peftcli.model.weights import loaded_weights
 from peftcli.plan.memory.estimate import INT8_BITS, weight_bytes
 from peftcli.plan.smoke import smoke_recipe
 from peftcli.recipe.dump import changed_keys, dump_recipe

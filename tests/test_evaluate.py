@@ -10,8 +10,8 @@ import torch
 
 from peftcli.data.tokenize import IGNORED
 from peftcli.metrics.language import chrf, exact_match
-from peftcli.model.answer import Decoding, answer
-from peftcli.model.score import completion_nll, score
+from peftcli.model.generation import Decoding, answer
+from peftcli.model.scoring import completion_nll, score
 from peftcli.model.target import open_target
 from peftcli.progress import Silent
 from peftcli.rundir import read_json

@@ -19,8 +19,8 @@ from helpers import assert_same_adapter, assert_same_losses
 from safetensors.torch import load_file
 
 from peftcli.errors import MemoryExhausted, RecipeError
-from peftcli.model import score as scoring
-from peftcli.model.memory import Shrinking
+from peftcli.model import scoring
+from peftcli.model.oom import Shrinking
 from peftcli.progress import Silent
 from peftcli.rundir import read_json, read_log, write_json
 from peftcli.train import checkpoints

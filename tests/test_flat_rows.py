@@ -10,8 +10,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, FalconConfig, LlamaConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from peftcli.model.documents import row_problem, use_documents
 from peftcli.model.flat_rows import why_not_flat
+from peftcli.model.padding_free import row_problem, use_documents
 from peftcli.tiny.build import stand_in
 from peftcli.tiny.shrink import FAMILIES
 

@@ -28,7 +28,7 @@ from transformers import (
 
 from peftcli.cli.show_forecast import forecast_line, mend_lines, verdict
 from peftcli.errors import RecipeError
-from peftcli.model.shape import read_shape
+from peftcli.model.inspect import read_shape
 from peftcli.plan.gpus import CARDS, card_of, find_card, machine_with
 from peftcli.plan.machine import Machine, ModelFacts
 from peftcli.plan.memory.activations import block_bytes, norm_bytes, stream_bytes

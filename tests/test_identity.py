@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from peftcli.cli.app import main
 from peftcli.errors import MachineError
 from peftcli.model.files import base_facts
-from peftcli.model.identity import Place, base_of
+from peftcli.model.manifest import Place, base_of
 from peftcli.model.target import open_target
 from peftcli.rundir import read_json, write_json
 

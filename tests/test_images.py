@@ -23,8 +23,7 @@ from peftcli.cli.steps import plan_recipe, prepare_data, settle
 from peftcli.data.image_processor import DAMAGED, EMPTY, HUGE, MISSING, NO_IMAGE, ImageReader, pixel_hash, read_image
 from peftcli.data.prepare import PreparedData
 from peftcli.data.values import Unused
-from peftcli.model.label import head_of
-from peftcli.model.label_rows import label_loss, row_logits
+from peftcli.model.classification import head_of, label_loss, row_logits
 from peftcli.model.load import load_base
 from peftcli.plan.plan import Plan
 from peftcli.progress import Silent

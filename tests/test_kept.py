@@ -12,8 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 from peftcli.adapters.build import peft_config
 from peftcli.cli.steps import plan_recipe
 from peftcli.methods.registry import METHODS
+from peftcli.model.activation_fit import COUNTED, fit_kept
 from peftcli.model.inspect import inspect_model, trainable_counter
-from peftcli.model.kept import COUNTED, fit_kept
 from peftcli.plan.gpus import find_card, machine_with
 from peftcli.plan.memory.activations import block_bytes, norm_bytes
 from peftcli.plan.memory.forecast import plan_setting
@@ -112,6 +112,6 @@ def test_a_method_that_does_not_run_on_small_layers_is_told(
         encoding="utf-8",
     )
     assert not plan_recipe(load_recipe(path)).plan.notices
-    monkeypatch.setattr("peftcli.model.kept._kept", fails)
+    monkeypatch.setattr("peftcli.model.activation_fit._kept", fails)
     plan = plan_recipe(load_recipe(path)).plan
     assert plan.fitted == {} and any("what oft keeps" in notice for notice in plan.notices)

@@ -12,7 +12,7 @@ from accelerate.commands.config import config_args
 
 from peftcli.cli import launch
 from peftcli.errors import PeerLost
-from peftcli.model.probe import probe_machine
+from peftcli.model.hardware import probe_machine
 
 
 class Started(Exception):

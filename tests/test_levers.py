@@ -24,8 +24,8 @@ from transformers import (
 )
 from trl.trainer.utils import add_fused_lm_head
 
-from peftcli.model.likelihood import score_targets
-from peftcli.model.lora import join_products, part_products
+from peftcli.model.fused_lora import join_products, part_products
+from peftcli.model.fused_loss import score_targets
 from peftcli.rundir import read_json, read_log
 
 Write = Callable[..., Path]
@@ -101,7 +101,7 @@ def test_the_head_gives_the_values_and_gradients_of_trl(
     family: str, tile: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if tile is not None:
-        monkeypatch.setattr("peftcli.model.likelihood.tile_rows", lambda vocabulary: tile)
+        monkeypatch.setattr("peftcli.model.fused_loss.tile_rows", lambda vocabulary: tile)
     model = fused(PLAIN[family])
     expected, gradients = learned(model)
     assert score_targets(model.get_base_model())

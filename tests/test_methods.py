@@ -14,10 +14,10 @@ from peftcli.errors import MachineError, RecipeError
 from peftcli.merge.fold import bare_base, fold
 from peftcli.merge.refuse import refuse_unmergeable
 from peftcli.methods.registry import METHODS
+from peftcli.model.files import loaded_weights
 from peftcli.model.heads import AUTO_CLASSES
 from peftcli.model.inspect import inspect_model, trainable_counter
 from peftcli.model.load import load_adapter, load_base
-from peftcli.model.weights import loaded_weights
 from peftcli.plan.adapter import settle_adapter
 from peftcli.plan.heads import with_head
 from peftcli.plan.plan import Base

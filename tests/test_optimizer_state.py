@@ -13,7 +13,7 @@ from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS, _get_bitsandbyte
 
 from peftcli.adapters.build import peft_config
 from peftcli.model.heads import build_empty
-from peftcli.model.trainable import count_trainable, sort_trained
+from peftcli.model.inspect import count_trainable, sort_trained
 from peftcli.plan.optimizer import Trained, is_bitsandbytes, optimizer_bytes
 from peftcli.recipe.schema import AdapterSection
 from peftcli.train.widths import widen_trained

@@ -18,7 +18,7 @@ from peftcli.adapters.full import WholeConfig, WholeLayer
 from peftcli.adapters.module_layout import all_widths, hidden_width, read_parts
 from peftcli.adapters.register import register
 from peftcli.merge.fold import fold
-from peftcli.model.weights import loaded_weights
+from peftcli.model.files import loaded_weights
 from peftcli.plan.module_layout import bottleneck_places
 from peftcli.rundir import read_json
 

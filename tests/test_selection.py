@@ -15,7 +15,7 @@ from peftcli.adapters.module_layout import all_widths
 from peftcli.errors import Diverged, RecipeError
 from peftcli.methods.registry import METHODS
 from peftcli.model.gradients import gradient_matrices, gradient_norms, squared_norm
-from peftcli.model.trainable import count_on_layer, count_trainable
+from peftcli.model.inspect import count_on_layer, count_trainable
 from peftcli.plan.module_selection import Selection, choose_layers, choose_modules
 from peftcli.recipe.schema import AdapterSection
 from peftcli.rundir import read_json

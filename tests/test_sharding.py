@@ -16,7 +16,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from peftcli.errors import MachineError, RecipeError
-from peftcli.model.shards import interleave, my_share
+from peftcli.model.distributed import interleave, my_share
 from peftcli.plan.gpus import find_card, machine_with
 from peftcli.plan.machine import Machine, ModelFacts
 from peftcli.plan.memory.estimate import Load, gathered_bytes, own_bytes, weight_bytes
@@ -282,7 +282,7 @@ def test_shares_in_step_are_equally_long_and_give_back_every_row_once(
 ) -> None:
     shares = []
     for rank in range(3):
-        monkeypatch.setattr("peftcli.model.shards.processes", lambda rank=rank: (rank, 3))
+        monkeypatch.setattr("peftcli.model.distributed.processes", lambda rank=rank: (rank, 3))
         shares.append(my_share(rows, in_step=True))
     assert len({len(share) for share in shares}) == 1
     assert interleave(shares)[:rows] == list(range(rows))

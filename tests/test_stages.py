@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 
 from peftcli.errors import RecipeError
-from peftcli.model.absorb import absorb
+from peftcli.model.load import absorb
 from peftcli.recipe.dump import dump_recipe, fingerprint
 from peftcli.recipe.load import load_recipe
 from peftcli.recipe.stages import stage_recipes

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from peftcli.adapters.build import peft_config
 from peftcli.errors import DataError, RecipeError
+from peftcli.model.files import original_weights
 from peftcli.model.load import load_adapter, load_base
-from peftcli.model.weights import original_weights
 from peftcli.recipe.schema import AdapterSection
 from peftcli.rundir import read_json
 from peftcli.train.data_starts import _shared_out, begin_from_data

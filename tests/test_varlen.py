@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
 
-from peftcli.model import documents, varlen
-from peftcli.model.documents import Layout, documents_attention, row_problem, use_documents
-from peftcli.model.varlen import Shape, attend, choose_kernel, kernel_for, kernel_problem
+from peftcli.model import padding_free, varlen_attention
+from peftcli.model.padding_free import Layout, documents_attention, row_problem, use_documents
+from peftcli.model.varlen_attention import Shape, attend, choose_kernel, kernel_for, kernel_problem
 from peftcli.train.pieces import line_up
 
 LENGTHS = (5, 1, 64, 17)
@@ -74,8 +74,8 @@ def efficient(*given: Any, scale: float | None) -> tuple[Tensor, ...]:
 def forget_checks() -> Iterator[None]:
     """Let each test check its kernels itself."""
     yield
-    varlen._chosen.cache_clear()
-    varlen.rejected.clear()
+    varlen_attention._chosen.cache_clear()
+    varlen_attention.rejected.clear()
 
 
 @pytest.fixture
@@ -89,10 +89,12 @@ def ampere(monkeypatch: pytest.MonkeyPatch) -> None:
     """Take the CPU for a GPU of sm_80 when kernels are chosen."""
 
     def choose(query: Tensor, key: Tensor, value: Tensor, *, dropout: float, window: int | None) -> Any:
-        shape = Shape(varlen.computed(query).dtype, query.shape[1], key.shape[1], query.shape[-1])
-        return varlen._chosen(query.device, shape, window is not None, torch.are_deterministic_algorithms_enabled())
+        shape = Shape(varlen_attention.computed(query).dtype, query.shape[1], key.shape[1], query.shape[-1])
+        return varlen_attention._chosen(
+            query.device, shape, window is not None, torch.are_deterministic_algorithms_enabled()
+        )
 
-    monkeypatch.setattr(documents, "kernel_for", choose)
+    monkeypatch.setattr(padding_free, "kernel_for", choose)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
     monkeypatch.setattr(torch.version, "hip", None)
 
@@ -155,9 +157,9 @@ def test_a_kernel_gives_the_outputs_and_gradients_of_rows_side_by_side(
     weights = torch.randn((1, sum(LENGTHS), 4, 16), generator=torch.Generator().manual_seed(1))
     found = []
     for name in (None, kernel):
-        monkeypatch.setattr(documents, "kernel_for", lambda *given, name=name, **more: name)
+        monkeypatch.setattr(padding_free, "kernel_for", lambda *given, name=name, **more: name)
         parts = line(requires_grad=True)
-        with documents.documents(Layout(LENGTHS, torch.device("cpu"))):
+        with padding_free.documents(Layout(LENGTHS, torch.device("cpu"))):
             made, _ = documents_attention(module, *parts, None, scaling=0.3, sliding_window=window)
         (made * weights).sum().backward()
         found.append([made.detach(), *(part.grad for part in parts)])
@@ -237,13 +239,13 @@ def test_without_a_sound_kernel_rows_are_laid_side_by_side(
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", kernel)
     model = small_llama()
     assert use_documents(model) and row_problem(model) is None
-    assert documents.served == {"side by side"} and list(varlen.rejected) == ["flash"]
+    assert padding_free.served == {"side by side"} and list(varlen_attention.rejected) == ["flash"]
 
 
 def test_with_a_sound_kernel_rows_in_a_line_use_it(ampere: None, kernels: None) -> None:
     model = small_llama()
     assert use_documents(model) and row_problem(model) is None
-    assert documents.served == {"flash"} and not varlen.rejected
+    assert padding_free.served == {"flash"} and not varlen_attention.rejected
 
 
 def test_a_first_check_inside_a_checkpointed_block_leaves_its_tensors_alone(ampere: None, kernels: None) -> None:
@@ -255,15 +257,15 @@ def test_a_first_check_inside_a_checkpointed_block_leaves_its_tensors_alone(ampe
     model.train()
     rows = [{"input_ids": torch.arange(length) % 100, "labels": torch.arange(length) % 100} for length in (40, 9, 30)]
     inputs, layout = line_up(rows)
-    checked = varlen._chosen.cache_info().currsize
-    with documents.documents(layout):
+    checked = varlen_attention._chosen.cache_info().currsize
+    with padding_free.documents(layout):
         model(**{**inputs, "use_cache": False}).logits.float().mean().backward()
-    assert varlen._chosen.cache_info().currsize == checked + 1
-    assert documents.served == {"flash"}
+    assert varlen_attention._chosen.cache_info().currsize == checked + 1
+    assert padding_free.served == {"flash"}
 
 
 def test_under_autocast_the_kernel_gets_its_number_format() -> None:
     parts = line()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert varlen.computed(parts[0]).dtype == torch.bfloat16
-    assert varlen.computed(parts[0]).dtype == torch.float32
+        assert varlen_attention.computed(parts[0]).dtype == torch.bfloat16
+    assert varlen_attention.computed(parts[0]).dtype == torch.float32

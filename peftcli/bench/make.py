@@ -16,8 +16,8 @@ from peftcli.bench.regimes import END, SPECIAL
 from peftcli.bench.shapes import BenchShape, choose_shape
 from peftcli.cache import built_once, cache_root
 from peftcli.errors import MachineError
-from peftcli.model.probe import describe_environment, probe_machine
-from peftcli.model.shape import read_shape
+from peftcli.model.hardware import describe_environment, probe_machine
+from peftcli.model.inspect import read_shape
 from peftcli.plan.gpus import card_of
 from peftcli.plan.memory.estimate import NF4_BITS
 from peftcli.plan.memory.forecast import match_linears

@@ -11,7 +11,7 @@ from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantiz
 
 from peftcli.bench.job import ALPHA, RANK
 from peftcli.bench.weights import give_weights
-from peftcli.model.probe import peak_memory_bytes, resident_bytes
+from peftcli.model.hardware import peak_memory_bytes, resident_bytes
 
 
 class Clock(TrainerCallback):  # type: ignore[misc]  # transformers' callbacks are untyped

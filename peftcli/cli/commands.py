@@ -219,7 +219,7 @@ def generate_command(
     with shown_run(None) as (shown, streams):
         # Only in here: what the libraries print while they are imported belongs to no terminal.
         from peftcli.generate import generate, label, read_prompts
-        from peftcli.model.answer import Decoding
+        from peftcli.model.generation import Decoding
 
         try:
             lines = file.read_text(encoding="utf-8").split("\n") if file is not None else sys.stdin
@@ -357,7 +357,7 @@ def shown_run(log: Path | None) -> Iterator[tuple[Shown, Streams]]:
 def _is_out_of_memory(problem: Exception) -> bool:
     if "torch" not in sys.modules:  # which the light commands do not import
         return isinstance(problem, MemoryError)
-    from peftcli.model.memory import is_out_of_memory
+    from peftcli.model.oom import is_out_of_memory
 
     return is_out_of_memory(problem)
 

@@ -15,8 +15,8 @@ from peftcli.errors import MachineError, RecipeError
 from peftcli.merge.refuse import refuse_unmergeable
 from peftcli.merge.run import MergeSettings, merge
 from peftcli.model.foreign import Foreign, Outputs, base_config, outputs_of, read_foreign, task_of
-from peftcli.model.identity import identity
-from peftcli.model.locate import locate
+from peftcli.model.inspect import locate
+from peftcli.model.manifest import identity
 from peftcli.model.target import Target, open_target
 from peftcli.plan.plan import DTYPE_BYTES
 from peftcli.progress import Progress

@@ -150,7 +150,7 @@ def several_processes(timeout_seconds: float) -> Iterator[None]:
     import torch
     from accelerate import PartialState
 
-    from peftcli.model.shards import contact_was_lost, tell_others, told_by_other
+    from peftcli.model.distributed import contact_was_lost, tell_others, told_by_other
 
     try:
         PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(seconds=timeout_seconds))
@@ -178,7 +178,7 @@ def _leave() -> None:
 
     A launcher takes any code but 0 for a crash, and ends the processes beside the first that it sees end.
     """
-    from peftcli.model.shards import leave_group
+    from peftcli.model.distributed import leave_group
 
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     leave_group()
@@ -192,7 +192,7 @@ def first_decides(work: Callable[[], T]) -> T:
     """
     if not _has_others():
         return work()
-    from peftcli.model.shards import from_first
+    from peftcli.model.distributed import from_first
 
     return from_first(work)
 
@@ -205,7 +205,7 @@ def all_do(work: Callable[[], T]) -> T:
     """
     if not _has_others():
         return work()
-    from peftcli.model.shards import in_all
+    from peftcli.model.distributed import in_all
 
     return in_all(work)
 

@@ -27,7 +27,7 @@ def plan_command(name: str, overrides: Sequence[str], *, gpu: str | None, smoke:
     stages = loaded_stages(loaded, smoke=smoke)
     with shown_run(None) as (_, streams):
         from peftcli.cli.steps import forecast_run, plan_recipe
-        from peftcli.model.probe import probe_machine
+        from peftcli.model.hardware import probe_machine
 
         machine = probe_machine() if card is None else machine_with(card)
         if machine.processes == 1 and not smoke:  # as `train` would use its cards

@@ -13,16 +13,15 @@ from peftcli.data.formats import LABELLED
 from peftcli.data.prepare import PreparedData, prepare
 from peftcli.data.preview import shown_rows
 from peftcli.errors import RecipeError
-from peftcli.model.embeddings import embedding_rows
+from peftcli.model.activation_fit import fit_kept
+from peftcli.model.classification import output_names
+from peftcli.model.files import embedding_rows
+from peftcli.model.hardware import probe_machine
 from peftcli.model.heads import positions_of
-from peftcli.model.inspect import inspect_model, trainable_counter
-from peftcli.model.kept import fit_kept
-from peftcli.model.label import output_names
+from peftcli.model.init_from import adapter_folder
+from peftcli.model.inspect import TINY, inspect_model, locate, trainable_counter
 from peftcli.model.load import load_tokenizer
-from peftcli.model.locate import TINY, locate
-from peftcli.model.probe import probe_machine
 from peftcli.model.rehearsal import Rehearsal
-from peftcli.model.start import adapter_folder
 from peftcli.model.target import Target
 from peftcli.plan.heads import first_labels, keep_labels, settle_labels
 from peftcli.plan.machine import Machine, ModelFacts

@@ -123,7 +123,7 @@ def _train_stages(
     """
     check_packages(loaded.recipe)
     import_peft(loaded.recipe)
-    from peftcli.model.probe import probe_machine
+    from peftcli.model.hardware import probe_machine
 
     stages = loaded_stages(loaded, smoke=flags.smoke)
     machine = probe_machine()
@@ -189,9 +189,9 @@ def _train(
         before: the runs of earlier stages, whose results this one starts from.
     """
     from peftcli.cli.steps import forecast_run
-    from peftcli.model.absorb import base_hash
     from peftcli.model.files import base_facts
-    from peftcli.model.probe import describe_environment
+    from peftcli.model.hardware import describe_environment
+    from peftcli.model.load import base_hash
     from peftcli.train.machines import check_alike, on_this_machine, what_must_be_alike
     from peftcli.train.run import Session, evaluate_trained, run_forecast, train
 
@@ -251,8 +251,8 @@ def _planned_rows(
         real_tokenizer,
         settle,
     )
-    from peftcli.model.absorb import with_earlier
-    from peftcli.model.shards import first_of_machine_first
+    from peftcli.model.distributed import first_of_machine_first
+    from peftcli.model.load import with_earlier
     from peftcli.train.run import run_forecast
 
     def prepare() -> tuple["Planned", "PreTrainedTokenizerBase", "PreparedData"]:

@@ -6,7 +6,7 @@ from bitsandbytes.nn import Linear8bitLt
 from peftcli.adapters.quantized import unpacked_weight
 from peftcli.doctor.fourbit import INPUTS, OUTPUTS, Trial, judge_trial, run_layer
 from peftcli.doctor.verdict import Verdict
-from peftcli.model.eight_bit import compute_in_floats
+from peftcli.model.int8_linear import compute_in_floats
 
 INT8_TOLERANCE = 0.02
 """Largest relative distance between a matrix of normal numbers and the same in 8 bits; about 0.007 is usual."""

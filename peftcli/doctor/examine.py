@@ -10,7 +10,7 @@ from peftcli.doctor.recipe import recipe_verdicts
 from peftcli.doctor.session import judge_session
 from peftcli.doctor.verdict import FAIL, Verdict, refused
 from peftcli.errors import PeftcliError
-from peftcli.model.probe import probe_machine
+from peftcli.model.hardware import probe_machine
 from peftcli.plan.machine import Machine
 from peftcli.recipe.schema import Recipe
 from peftcli.train.session import deadline, known_limit

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 
 from peftcli.doctor.verdict import OK, WARN, Verdict
-from peftcli.model.container import core_quota, memory_limit
+from peftcli.model.hardware import core_quota, memory_limit
 from peftcli.report.format import several, size
 
 SMALL_BYTES = 2 * 2**30

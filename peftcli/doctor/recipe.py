@@ -13,8 +13,7 @@ from peftcli.doctor.verdict import FAIL, OK, Verdict, refused
 from peftcli.errors import MachineError, PeftcliError
 from peftcli.model.files import base_facts, local_folder
 from peftcli.model.hub import explain_missing
-from peftcli.model.inspect import inspect_model, load_config, trainable_counter
-from peftcli.model.locate import TINY, locate
+from peftcli.model.inspect import TINY, inspect_model, load_config, locate, trainable_counter
 from peftcli.plan.heads import first_labels
 from peftcli.plan.machine import Machine
 from peftcli.plan.plan import Plan

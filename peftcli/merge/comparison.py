@@ -11,8 +11,7 @@ from peftcli.data.formats import LABELLED
 from peftcli.data.prepare import PreparedData
 from peftcli.merge.drift import MOST_ROWS, Drift, compare, rows_to_compare, trained_logits
 from peftcli.merge.label_drift import compare_labels
-from peftcli.model.label import Head, head_of, output_names
-from peftcli.model.label_rows import row_logits
+from peftcli.model.classification import Head, head_of, output_names, row_logits
 from peftcli.progress import Progress
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from peftcli.data.tokenize import IGNORED
-from peftcli.model.score import pad_right, rows_at_once, vocabulary_of
+from peftcli.model.scoring import pad_right, rows_at_once, vocabulary_of
 from peftcli.progress import Progress
 
 KEPT_BYTES = 512 * 2**20

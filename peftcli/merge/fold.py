@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 from peftcli.adapters.quantized import taken_for_floats
 from peftcli.errors import MachineError
 from peftcli.merge.refuse import method_of
-from peftcli.model.trainable import hollow_out
-from peftcli.model.weights import Source, end_names, skeleton_of
+from peftcli.model.files import Source, end_names, skeleton_of
+from peftcli.model.inspect import hollow_out
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from peftcli.merge.drift import Drift
-from peftcli.model.label import Head
+from peftcli.model.classification import Head
 
 SAME_NUMBER = 0.01
 """Of the spread of a regression's numbers: nearer ones count as the same."""

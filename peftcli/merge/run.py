@@ -17,12 +17,12 @@ from peftcli.merge.comparison import Comparison
 from peftcli.merge.drift import Drift
 from peftcli.merge.fold import bare_base, fold
 from peftcli.merge.write import write_config, write_weights
-from peftcli.model.adapter import replace_folder, write_companions
-from peftcli.model.identity import IDENTITY, merged_identity
+from peftcli.model.adapter_files import replace_folder, write_companions
+from peftcli.model.evaluate import Measured, decoding_for, measure
+from peftcli.model.files import Source, loaded_weights, original_weights
 from peftcli.model.load import DTYPES, load_base
-from peftcli.model.measure import Measured, decoding_for, measure
+from peftcli.model.manifest import IDENTITY, merged_identity
 from peftcli.model.target import Target
-from peftcli.model.weights import Source, loaded_weights, original_weights
 from peftcli.plan.plan import Base
 from peftcli.progress import Progress
 from peftcli.recipe.fields import Gate

@@ -1,16 +1,29 @@
-"""What tells one base model from another, read from its files in milliseconds, without a network."""
+"""Reads the weights of a base model: what identifies it, tensors by name, and single embedding rows.
+
+The identifying data are read from the files in milliseconds, without a network.
+"""
 
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from peftcli.adapters.module_layout import end_name
+from peftcli.adapters.quantized import is_packed, unpacked_weight
+from peftcli.data.checks import EmbeddingRows
+from peftcli.errors import MachineError
+from peftcli.plan.plan import Base
 
 INPUTS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight", "tok_embeddings.weight")
 """Ends of the names that architectures give to the embedding."""
@@ -20,6 +33,43 @@ PER_BLOCK = 32
 """Matrices sampled of one block at most; a mixture of experts has hundreds."""
 COLUMNS = 4096
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+
+Source = Callable[[str], Tensor]
+"""Gives the base's tensor of a name."""
+
+OUTPUTS = ("lm_head.weight", "embed_out.weight", "output.weight")
+"""Ends of the names that architectures give to the output layer; a tied one has no tensor of its own."""
+SAMPLE_ROWS = 1000
+
+
+def embedding_rows(path: str, revision: str | None, ids: Sequence[int]) -> EmbeddingRows | None:
+    """Rows of the matrix that writes tokens, and an even sample of others.
+
+    Args:
+        path: local folder or Hub id; of the Hub only files that were downloaded already are read.
+        ids: token ids; those beyond the matrix are left out.
+
+    Returns:
+        None where the files are not here, or hold no such matrix under a known name.
+    """
+    folder = local_folder(path, revision)
+    found = _find(folder) if folder is not None else None
+    if found is None:
+        return None
+    file, name = found
+    with safe_open(str(file), framework="pt") as stream:
+        matrix = stream.get_slice(name)
+        count = matrix.get_shape()[0]
+        wanted = [token for token in ids if token < count]
+        step = max(1, count // SAMPLE_ROWS)
+        others = [token for token in range(0, count, step) if token not in set(wanted)]
+        rows, sample = (
+            np.concatenate([matrix[token : token + 1].float().numpy() for token in tokens])
+            if tokens
+            else np.zeros((0, matrix.get_shape()[1]), np.float32)
+            for tokens in (wanted, others)
+        )
+    return EmbeddingRows(wanted, rows, sample)
 
 
 @dataclass(frozen=True)
@@ -158,3 +208,86 @@ def _add_rows(digest: Any, name: str, matrix: Any) -> None:
     for row in sorted({0, shape[0] // 2, shape[0] - 1}):
         part = matrix[(slice(row, row + 1), *inner, slice(0, COLUMNS))]
         digest.update(part.contiguous().view(torch.uint8).numpy().tobytes())
+
+
+def loaded_weights(model: PreTrainedModel) -> Source:
+    """The weights that a loaded base computes with: its quantized layers unpacked, the others as they are."""
+    modules = dict(model.named_modules())
+    state = model.state_dict(keep_vars=True)
+    turned = turned_layers(model)
+
+    def read(name: str) -> Tensor:
+        owner, _, leaf = name.rpartition(".")
+        if leaf == "weight" and is_packed(modules.get(owner)):
+            unpacked = unpacked_weight(modules[owner])
+            # GPT-2's layers hold their weight turned round; quantized they are linear layers like all others.
+            return unpacked.t() if owner in turned else unpacked
+        return Tensor.detach(state[name])
+
+    return read
+
+
+def end_names(model: PreTrainedModel) -> tuple[str, ...]:
+    """Names of the embedding and of the output layer, empty where the model has no output layer."""
+    embedding, output = end_name(model, "input"), end_name(model, "output")
+    return (embedding, output) if embedding is not None and output is not None else ()
+
+
+def turned_layers(model: PreTrainedModel) -> set[str]:
+    """Layers whose file holds their weight turned round, as GPT-2's does; quantized they are linear like all others."""
+    # Asked of the structure without the adapter and without quantization, both of which put other modules there.
+    return {name for name, module in skeleton_of(model).named_modules() if isinstance(module, Conv1D)}
+
+
+def original_weights(base: Base, model: PreTrainedModel) -> Source:
+    """The weights as they lie in the base's safetensors files, read one by one.
+
+    Args:
+        base: whose files are read.
+        model: the loaded base; where its output layer has no tensor of its own, the embedding's is meant.
+
+    Raises:
+        MachineError: a weight is not there under its name.
+    """
+    folder = Path(base.path)
+    if not folder.is_dir():
+        folder = Path(snapshot_download(base.path, revision=base.revision, allow_patterns=["*.safetensors*"]))
+    files: dict[str, Path] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(str(file), framework="pt") as stream:
+            files.update(dict.fromkeys(stream.keys(), file))
+
+    ends = end_names(model)
+    tied = {f"{ends[1]}.weight": f"{ends[0]}.weight"} if ends else {}
+
+    def read(name: str) -> Tensor:
+        name = name if name in files else tied.get(name, name)
+        if name not in files:
+            raise MachineError(f"{base.path}: its files hold no weight named {name}; merge with --into dequantized")
+        with safe_open(str(files[name]), framework="pt") as stream:
+            tensor: Tensor = stream.get_tensor(name)
+        return tensor
+
+    return read
+
+
+def skeleton_of(base: PreTrainedModel) -> PreTrainedModel:
+    """The model without quantization, on the meta device."""
+    config = type(base.config).from_dict(base.config.to_dict())
+    config.quantization_config = None
+    del config.quantization_config
+    with torch.device("meta"):
+        skeleton: PreTrainedModel = type(base)._from_config(config)
+    return skeleton
+
+
+def _find(folder: Path) -> tuple[Path, str] | None:
+    names: dict[str, Path] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(str(file), framework="pt") as stream:
+            names.update(dict.fromkeys(stream.keys(), file))
+    for ending in (*OUTPUTS, *INPUTS):
+        for name, file in names.items():
+            if name == ending or name.endswith(f".{ending}"):
+                return file, name
+    return None

@@ -6,7 +6,7 @@ from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from peftcli.model.documents import row_problem, use_documents
+from peftcli.model.padding_free import row_problem, use_documents
 from peftcli.tiny.save import isolated
 from peftcli.tiny.shrink import shrink
 

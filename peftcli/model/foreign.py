@@ -10,11 +10,11 @@ from transformers import PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from peftcli.errors import MachineError
-from peftcli.model.absorb import PREFIX
+from peftcli.model.adapter_weights import CONFIG, WEIGHTS, check_adapter_files, read_tensors
 from peftcli.model.files import stored_names
 from peftcli.model.heads import PROBLEM_TYPES, build_empty, head_modules, is_within
 from peftcli.model.inspect import load_config
-from peftcli.model.tensors import CONFIG, WEIGHTS, check_adapter_files, read_tensors
+from peftcli.model.load import PREFIX
 from peftcli.recipe.rules import CAUSAL, SEQUENCE, TOKENS
 from peftcli.rundir import read_json
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from peftcli.adapters.module_layout import linear_widths
 from peftcli.errors import Diverged
-from peftcli.model.shards import gather
+from peftcli.model.distributed import gather
 
 Inputs = Mapping[str, Tensor]
 FLOAT16_SCALE = 1024.0

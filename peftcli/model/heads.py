@@ -1,9 +1,14 @@
-"""The head of a task: which class of transformers has it, which modules it is made of, and how a new one begins."""
+"""The head of a task: its transformers class, its modules, and its initialization.
+
+The running statistics of batch norms stay those of the base, so that a disabled adapter leaves the base unchanged.
+"""
 
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -173,3 +178,23 @@ def is_within(name: str, modules: tuple[str, ...]) -> bool:
     (True, False)
     """
     return any(name == module or name.startswith(f"{module}.") for module in modules)
+
+
+def keeps_statistics(module: nn.Module) -> bool:
+    """Whether a forward pass in training changes a module, as the running means of a batch norm."""
+    return isinstance(module, _BatchNorm)
+
+
+def freeze_statistics(model: nn.Module) -> None:
+    """Let each batch norm compute with the statistics of the base, in training too.
+
+    A forward pass then depends on no other row of its batch, and changes nothing.
+    """
+    for module in model.modules():
+        if keeps_statistics(module):
+            # A trainer puts the whole model into training mode before each step.
+            module.register_forward_pre_hook(_as_in_evaluation)
+
+
+def _as_in_evaluation(module: nn.Module, inputs: Any) -> None:
+    module.eval()

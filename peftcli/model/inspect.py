@@ -1,24 +1,46 @@
-"""The structure of a base model from its configuration alone: no weight is loaded."""
+"""The structure of a base model from its config alone: dimensions, modules, trainable parameters.
 
-from collections.abc import Callable, Mapping
+No weight is loaded: the model is built on the meta device. Also where a model is: a tiny one built here, a local
+folder, a Hub id, or the stand-in of a smoke run.
+"""
+
+import copy
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedConfig
+from peft import PeftConfig, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from peftcli.adapters.build import peft_config
 from peftcli.adapters.module_layout import all_widths, end_name, hidden_width, parameter_owners
 from peftcli.errors import MachineError, RecipeError
+from peftcli.methods.registry import METHODS
 from peftcli.model.flat_rows import why_not_flat
-from peftcli.model.heads import build_empty, head_modules, is_within, positions_of
+from peftcli.model.heads import build_empty, head_modules, is_within, keeps_statistics, positions_of
 from peftcli.model.hub import explain_missing, look_for_network
-from peftcli.model.shape import read_shape
-from peftcli.model.statistics import keeps_statistics
-from peftcli.model.trainable import count_trainable
+from peftcli.model.rehearsal import Rehearsal, rehearse
 from peftcli.plan.machine import ModelFacts
-from peftcli.plan.optimizer import Trained
+from peftcli.plan.memory.model_shape import Experts, Linear, Norm, Shape
+from peftcli.plan.optimizer import SMALL, Trained
 from peftcli.recipe.rules import CAUSAL, SEQUENCE
-from peftcli.recipe.schema import AdapterSection
+from peftcli.recipe.schema import AdapterSection, ModelSection
+from peftcli.tiny.build import tiny_model
+
+TINY = "tiny:"
+
+ACTIVATIONS_KEPT = {"gelu_new": 4, "gelu_fast": 5, "quick_gelu": 3, "gelu_python": 3}
+"""Tensors that an activation written out in Python keeps for its backward pass; torch's own keep one, their input."""
+ATTENTION = re.compile(r"(^|\.)(self_)?att(n|ention)\b|_attn\b|_attention\b")
+BLOCK = re.compile(r"^(?P<before>.*?\.)(?P<number>\d+)\.(?P<name>.+)$")
 
 
 def load_config(path: str, revision: str | None, *, trust_remote_code: bool = False) -> PreTrainedConfig:
@@ -136,3 +158,293 @@ def _refuse_pickles(path: str, *, needs_weights: bool) -> None:
         )
     if needs_weights:
         raise MachineError(f"{path}: no *.safetensors in this folder, so no weights to load")
+
+
+@dataclass(frozen=True)
+class Located:
+    """What is loaded for the model of a recipe.
+
+    Attributes:
+        path: local folder or Hub id.
+        config: its configuration.
+        rehearsal: what stands in for the real model in a smoke run; None where nothing does.
+    """
+
+    path: str
+    config: PreTrainedConfig
+    rehearsal: Rehearsal | None = None
+
+
+def locate(model: ModelSection, *, smoke: bool, longest: int = 0) -> Located:
+    """Find or make the model of a recipe.
+
+    Args:
+        smoke: replace a real model by a tiny random one of the same architecture, without asking the network.
+        longest: tokens of the longest row that the recipe allows; a smoke run needs it.
+
+    Raises:
+        MachineError: the model cannot be had.
+        RecipeError: no tiny model has that name.
+    """
+    if model.name.startswith(TINY):
+        path = str(tiny_model(model.name))
+        return Located(path, load_config(path, None))
+    if not smoke:
+        trust = model.trust_remote_code
+        return Located(model.name, load_config(model.name, model.revision, trust_remote_code=trust))
+    made = rehearse(model, longest)
+    return Located(made.path, load_config(made.path, None), made)
+
+
+def read_shape(model: PreTrainedModel, config: PreTrainedConfig) -> Shape | None:
+    """Read the widths of a model.
+
+    Args:
+        model: on any device, also the meta device.
+        config: of its text part.
+
+    Returns:
+        None where the model is not built of blocks with linear layers.
+    """
+    inside = _blocks(model)
+    linears = _linears(inside)
+    hidden, heads = _number(config, "hidden_size", "n_embd"), _number(config, "num_attention_heads", "n_head")
+    if not linears or not hidden or not heads or not _number(config, "vocab_size"):
+        return None
+    size = _head_size(linears, hidden, heads, config)
+    queries, keys = heads * size, _key_heads(linears, size, heads, config) * size
+    feed = [linear for linear in linears if not ATTENTION.search(linear.name) and ".experts." not in linear.name]
+    mlp = max((linear.inputs for linear in feed if linear.outputs == hidden), default=0)
+    layers = max(linear.count for linear in linears)
+    norms = _norms(inside, size, heads, keys // size)
+    return Shape(
+        hidden=hidden,
+        layers=layers,
+        queries=queries,
+        keys=keys,
+        heads=heads,
+        mlp=mlp,
+        mlp_kept=_kept(feed, hidden, mlp, config),
+        mlp_layers=max(
+            (linear.count for linear in feed if linear.inputs == mlp and linear.outputs == hidden), default=0
+        ),
+        vocabulary=int(config.vocab_size),
+        parameters=int(model.num_parameters()),
+        linears=linears,
+        norms=norms,
+        final_norm=Norm(hidden, 1, all(norm.in_float32 for norm in norms)),
+        rotary=any("Rotary" in type(module).__name__ for module in model.modules()),
+        fused_qkv=any(linear.outputs == queries + 2 * keys and ATTENTION.search(linear.name) for linear in linears),
+        parallel=sum(norm.count for norm in norms if norm.width == hidden) == layers,
+        experts=_experts(model, config),
+    )
+
+
+def _blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The modules of the blocks under their names without the block's number."""
+    found = [(BLOCK.match(name), module) for name, module in model.named_modules()]
+    return [(match["name"], module) for match, module in found if match is not None]
+
+
+def _linears(inside: Iterable[tuple[str, nn.Module]]) -> tuple[Linear, ...]:
+    counts: dict[tuple[str, int, int], int] = {}
+    for name, module in inside:
+        if isinstance(module, nn.Linear):
+            key = (name, module.in_features, module.out_features)
+        elif isinstance(module, Conv1D):
+            key = (name, int(module.weight.shape[0]), int(module.weight.shape[1]))
+        else:
+            continue
+        counts[key] = counts.get(key, 0) + 1
+    return tuple(Linear(*key, count) for key, count in counts.items())
+
+
+def _norms(inside: Iterable[tuple[str, nn.Module]], size: int, heads: int, key_heads: int) -> tuple[Norm, ...]:
+    counts: dict[tuple[str, int, bool], int] = {}
+    for name, module in inside:
+        weight = getattr(module, "weight", None)
+        if "Norm" not in type(module).__name__ or not isinstance(weight, torch.Tensor):
+            continue
+        width, leaf = int(weight.shape[-1]), name.rsplit(".", 1)[-1]
+        if width == size and leaf.startswith(("q_", "k_", "query_", "key_")):
+            width *= heads if leaf.startswith("q") else key_heads
+        key = (leaf, width, not isinstance(module, nn.LayerNorm))
+        counts[key] = counts.get(key, 0) + 1
+    return tuple(Norm(width, count, wide) for (_, width, wide), count in counts.items())
+
+
+def _head_size(linears: Iterable[Linear], hidden: int, heads: int, config: Any) -> int:
+    asked = getattr(config, "head_dim", None)
+    if isinstance(asked, int):
+        return asked
+    wide = next((linear.outputs for linear in linears if linear.leaf == "q_proj"), hidden)
+    return max(1, wide // heads)
+
+
+def _key_heads(linears: Iterable[Linear], size: int, heads: int, config: Any) -> int:
+    wide = next((linear.outputs for linear in linears if linear.leaf == "k_proj"), None)
+    if wide is not None:
+        return max(1, wide // size)
+    return _number(config, "num_key_value_heads") or heads
+
+
+def _kept(feed: Iterable[Linear], hidden: int, mlp: int, config: Any) -> int:
+    """Tensors that stay between the first and the last linear layer of the feed-forward part."""
+    names = ("hidden_activation", "hidden_act", "activation_function", "ffn_act_fn")
+    name = next((value for value in (getattr(config, key, None) for key in names) if isinstance(value, str)), "")
+    inner = {
+        linear.name: linear.outputs for linear in feed if linear.inputs == hidden and linear.outputs in (mlp, 2 * mlp)
+    }
+    gated = sum(inner.values()) >= 2 * mlp
+    # A gate keeps both of its factors; the activation keeps its input besides.
+    return ACTIVATIONS_KEPT.get(name, 1) + (2 if gated else 0)
+
+
+def _experts(model: nn.Module, config: Any) -> Experts | None:
+    total = _number(config, "num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+    stacked = [weight for weight in model.parameters() if weight.ndim == 3 and weight.shape[0] == total > 1]
+    if not stacked:
+        return None
+    kinds = len({tuple(weight.shape) for weight in stacked})
+    return Experts(
+        parameters=sum(weight.numel() for weight in stacked),
+        per_token=_number(config, "num_experts_per_tok", "moe_top_k") or 1,
+        total=total,
+        mlp=_number(config, "moe_intermediate_size", "intermediate_size"),
+        layers=len(stacked) // kinds,
+    )
+
+
+def _number(config: Any, *names: str) -> int:
+    """The first of some settings that is a number, 0 where none is."""
+    return next((value for value in (getattr(config, name, None) for name in names) if isinstance(value, int)), 0)
+
+
+def count_trainable(model: PreTrainedModel, adapter: AdapterSection, task: str) -> Trained:
+    """The trainable parameters, each stored one once.
+
+    Args:
+        model: on the meta device; it is changed.
+
+    Raises:
+        RecipeError: the method does not fit the model, in PEFT's words.
+    """
+    try:
+        config, spare = peft_config(adapter, task), copy.deepcopy(model)
+        try:
+            with torch.device("meta"):
+                wrapped = get_peft_model(model, config, low_cpu_mem_usage=not _needs_own_weights(adapter))
+        except (NotImplementedError, RuntimeError):  # of a method that computes with the weights when it is built
+            return _count_on_samples(spare, config)  # the other is half wrapped
+    except (ValueError, TypeError, AssertionError, KeyError) as problem:
+        said = " ".join(str(problem).split())[:400] or type(problem).__name__
+        raise RecipeError(f"adapter.method {adapter.method} does not fit this model: {said}") from problem
+    if not METHODS[adapter.method].prompts and not any(
+        isinstance(one, (BaseTunerLayer, AuxiliaryTrainingWrapper)) for one in wrapped.modules()
+    ):
+        raise RecipeError(f"adapter.method {adapter.method} found no module to stand on in {model.config.name_or_path}")
+    return sort_trained(wrapped)
+
+
+def sort_trained(model: torch.nn.Module) -> Trained:
+    """The trainable parameters of a model, as an optimizer tells them apart."""
+    embedded = {id(one.weight) for one in model.modules() if isinstance(one, torch.nn.Embedding)}
+    parts = Counter[str]()
+    for parameter in model.parameters():  # a shared one comes once
+        size, shape = parameter.numel(), parameter.shape
+        if not parameter.requires_grad or not size:
+            continue
+        parts["parameters"] += size
+        if id(parameter) in embedded:
+            parts["embeddings"] += size
+        elif size < SMALL:
+            parts["small"] += size
+        parts["factors"] += size if len(shape) < 2 else size // shape[-1] + size // shape[-2]
+    named = sum(one.numel() for _, one in model.named_parameters(remove_duplicate=False) if one.requires_grad)
+    return Trained(**parts, repeated=named - parts["parameters"])
+
+
+def _needs_own_weights(adapter: AdapterSection) -> bool:
+    """Whether PEFT may not put weights of its own making in the place of those that a method hands it.
+
+    It would do so while it builds without memory, and two layers that share a weight would then be counted as two.
+    """
+    method = METHODS[adapter.method]
+    return method.prompts or method.targets == "whole" or bool(adapter.arguments.get("ensure_weight_tying"))
+
+
+def count_on_layer(adapter: AdapterSection, task: str, inputs: int, outputs: int, *, bias: bool) -> int:
+    """Number of trainable parameters of an adapter on one linear layer of these widths.
+
+    Raises:
+        RecipeError: the method does not fit such a layer, in PEFT's words.
+    """
+    alone = adapter.model_copy(update={"target_modules": ("layer",), "modules_to_save": None})
+    config = peft_config(alone, task)
+    config.task_type = config.modules_to_save = None  # it is no model of a task
+    with torch.device("meta"):
+        model = torch.nn.Sequential()
+        model.add_module("layer", torch.nn.Linear(inputs, outputs, bias=bias))
+    try:
+        try:
+            with torch.device("meta"):
+                wrapped = get_peft_model(model, config, low_cpu_mem_usage=True)
+        except (NotImplementedError, RuntimeError):
+            hollow_out(model)
+            wrapped = get_peft_model(model, config)
+    except (ValueError, TypeError, AssertionError, KeyError) as problem:
+        said = " ".join(str(problem).split())[:400] or type(problem).__name__
+        raise RecipeError(
+            f"adapter.method {adapter.method} does not fit a layer of {inputs} to {outputs}: {said}"
+        ) from problem
+    return sum(parameter.numel() for parameter in wrapped.parameters() if parameter.requires_grad)
+
+
+def _count_on_samples(model: PreTrainedModel, config: PeftConfig) -> Trained:
+    """Count on two layers of each shape, with zeros for weights: on all of them it would take minutes."""
+    hollow_out(model)
+    output = model.get_output_embeddings()
+    groups: dict[tuple[Any, ...], list[str]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, (torch.nn.Linear, Conv1D)) and module is not output and _is_target(name, config):
+            shape = (type(module), tuple(module.weight.shape), module.bias is None)
+            groups.setdefault(shape, []).append(name)
+    samples = {name: len(names) / len(names[:2]) for names in groups.values() for name in names[:2]}
+    config.target_modules = list(samples)
+    if hasattr(config, "mask_fn"):
+        config.mask_fn = _first_entries
+    wrapped = get_peft_model(model, config)
+    owners: dict[int, set[str]] = {}
+    for name, parameter in wrapped.get_base_model().named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), set()).add(next((one for one in samples if name.startswith(f"{one}.")), ""))
+    counted = [
+        (parameter.numel(), owners.get(id(parameter), {""}))
+        for parameter in wrapped.parameters()
+        if parameter.requires_grad
+    ]
+    # What several layers share is there once, however many they are.
+    found = sum(round(size * (samples.get(next(iter(own)), 1.0) if len(own) == 1 else 1.0)) for size, own in counted)
+    return sort_trained(wrapped).resized(found)
+
+
+def _is_target(name: str, config: PeftConfig) -> bool:
+    targets = config.target_modules
+    return targets == "all-linear" or any(name == one or name.endswith(f".{one}") for one in targets or ())
+
+
+def _first_entries(layer: Any, r: int, **_: Any) -> torch.Tensor:
+    """A mask of as many entries as SHiRA's random one, without drawing among all of them."""
+    mask = torch.zeros(layer.weight.shape)
+    mask.view(-1)[: r * sum(layer.weight.shape)] = 1
+    return mask
+
+
+def hollow_out(model: torch.nn.Module) -> None:
+    """Replace each weight by zeros of its shape that take no memory, on the CPU.
+
+    Not left on the meta device, where PEFT would put the adapter's weights too, and where nothing can be computed.
+    """
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            nothing = torch.zeros((), dtype=torch.float32).expand(parameter.shape)
+            setattr(module, name, torch.nn.Parameter(nothing, requires_grad=False))

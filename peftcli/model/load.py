@@ -1,33 +1,44 @@
-"""Tokenizers, base models and adapters, loaded in one way for every verb."""
+"""Loads tokenizers, image processors, base models and adapters in one way for every command.
 
+The adapters of earlier stages are merged into a base as it is loaded.
+"""
+
+import hashlib
 import re
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel, PeftType
+from safetensors import safe_open
 from transformers import (
+    AutoImageProcessor,
     AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
+from peftcli.adapters.quantized import is_packed, taken_for_floats, unpacked_weight
 from peftcli.adapters.register import register
+from peftcli.data.image_processor import ImageReader, need_pillow
 from peftcli.errors import MachineError, RecipeError
-from peftcli.model.absorb import absorb
+from peftcli.model.adapter_weights import WEIGHTS, explain_unfit, hash_files, refuse_unfit
+from peftcli.model.distributed import leave_dividing_to_the_plan
 from peftcli.model.heads import AUTO_CLASSES, load_with_head, unquantized_modules
 from peftcli.model.hub import explain_missing, look_for_network
-from peftcli.model.images import load_image_reader
-from peftcli.model.shards import leave_dividing_to_the_plan
-from peftcli.model.tensors import explain_unfit, refuse_unfit
 from peftcli.nearest import nearest
-from peftcli.plan.plan import Base, TokenizerChoice
+from peftcli.plan.plan import Base, Plan, TokenizerChoice
 from peftcli.recipe.rules import CAUSAL, SEQUENCE
 
 FAST_CPU_PATH = "support_avx512bf16_for_cpu"
 """Attribute of bitsandbytes' Linear4bit."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+PREFIX = "base_model.model."
+"""What PEFT writes before the names of the base."""
 
 
 def load_tokenizer(choice: TokenizerChoice, path: str | None = None) -> PreTrainedTokenizerBase:
@@ -121,7 +132,7 @@ def load_base(base: Base, *, quantized: bool = True, shards: int = 1) -> PreTrai
     keep_gradients_of_4bit(model)
     if eight_bit(base):
         # It brings bitsandbytes, whose import takes seconds on a CUDA machine.
-        from peftcli.model.eight_bit import compute_in_floats
+        from peftcli.model.int8_linear import compute_in_floats
 
         compute_in_floats(model)
     if base.task == SEQUENCE:
@@ -133,7 +144,7 @@ def load_base(base: Base, *, quantized: bool = True, shards: int = 1) -> PreTrai
 def _load(base: Base, arguments: dict[str, Any], shards: int) -> PreTrainedModel:
     if shards > 1:
         # It brings bitsandbytes, whose import takes seconds on a CUDA machine.
-        from peftcli.model.divided import load_divided
+        from peftcli.model.fsdp import load_divided
 
         return load_divided(base.path, arguments, shards)
     if base.task != CAUSAL:
@@ -223,3 +234,97 @@ def local_device(device: str) -> torch.device:
     import os
 
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def absorb(model: PreTrainedModel, folders: Sequence[str]) -> PreTrainedModel:
+    """Fold adapters into a base, one after the other.
+
+    A quantized layer that one of them changes becomes a layer of floats: packed again it would not be what was trained.
+
+    Args:
+        model: the loaded base; its weights are changed.
+        folders: of the adapters, in the order in which they were trained.
+
+    Raises:
+        MachineError: one cannot be folded.
+    """
+    for folder in folders:
+        try:
+            unpack_layers(model, changed_layers(model, Path(folder)))
+            with taken_for_floats(model):
+                wrapped = PeftModel.from_pretrained(model, folder, torch_device=str(model.device))
+                model = wrapped.merge_and_unload(safe_merge=True)
+        except (OSError, RuntimeError, ValueError, KeyError) as problem:
+            raise MachineError(explain_unfit(Path(folder), problem)) from problem
+    if folders:
+        model.requires_grad_(False)
+    return model
+
+
+def with_earlier(plan: Plan, folders: Sequence[str]) -> Plan:
+    """The plan of a stage whose base is folded with the adapters of the stages before."""
+    return replace(plan, base=replace(plan.base, absorbed=tuple(folders))) if folders else plan
+
+
+def base_hash(base: str | None, folders: Sequence[str]) -> str | None:
+    """What tells a base, with the adapters that are folded into it, from any other.
+
+    Args:
+        base: hash of its own weights.
+    """
+    if not folders:
+        return base
+    parts = [str(base), *(hash_files(Path(folder))[WEIGHTS] for folder in folders)]
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest()
+
+
+def changed_layers(model: torch.nn.Module, folder: Path) -> list[str]:
+    """Names of the quantized layers that an adapter has weights for."""
+    with safe_open(str(folder / WEIGHTS), framework="pt") as stream:
+        keys = [key.removeprefix(PREFIX) for key in stream.keys()]  # noqa: SIM118  # no mapping, only named like one
+    return [
+        name
+        for name, module in model.named_modules()
+        if is_packed(module) and any(key.startswith(f"{name}.") for key in keys)
+    ]
+
+
+def unpack_layers(model: torch.nn.Module, names: Sequence[str]) -> None:
+    """Replace quantized layers by linear layers of the weights that they compute with."""
+    for name in names:
+        packed: Any = model.get_submodule(name)
+        weight = unpacked_weight(packed)
+        plain = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=packed.bias is not None, device="meta")
+        plain.weight = torch.nn.Parameter(weight.to(_dtype_of(packed, model)), requires_grad=False)
+        if packed.bias is not None:
+            plain.bias = torch.nn.Parameter(packed.bias.data, requires_grad=False)
+        model.set_submodule(name, plain)
+
+
+def _dtype_of(packed: Any, model: torch.nn.Module) -> torch.dtype:
+    """The dtype of a packed layer's products: what 4 bits are unpacked to, or that of the model."""
+    if getattr(packed, "compute_dtype", None) is not None:
+        asked: torch.dtype = packed.compute_dtype
+        return asked
+    return next(weight.dtype for weight in model.parameters() if weight.is_floating_point())
+
+
+def load_image_reader(path: str, choice: TokenizerChoice, *, revision: str | None) -> ImageReader:
+    """Load the image processor of a folder or a Hub id, as Pillow carries it out on every machine alike.
+
+    Raises:
+        MachineError: there is none, or Pillow is not installed.
+    """
+    need_pillow()
+    try:
+        processor = AutoImageProcessor.from_pretrained(
+            path, revision=revision, trust_remote_code=choice.trust_remote_code, backend="pil"
+        )
+    except (OSError, ValueError, ImportError) as problem:
+        if "preprocessor_config" not in str(problem) and not isinstance(problem, ImportError):
+            raise MachineError(explain_missing(path, problem)) from problem
+        raise MachineError(
+            f"{path}: holds no image processor that can be used here (preprocessor_config.json): "
+            f"{' '.join(str(problem).split())[:200]}; name a model with one"
+        ) from problem
+    return ImageReader(processor)

@@ -9,7 +9,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peftcli.errors import MachineError, RecipeError
-from peftcli.model.identity import (
+from peftcli.model.adapter_weights import CONFIG, check_adapter_files, refuse_changed
+from peftcli.model.load import load_adapter, load_base, load_tokenizer
+from peftcli.model.manifest import (
     Place,
     base_of,
     check_tokenizer,
@@ -19,8 +21,6 @@ from peftcli.model.identity import (
     stated_base,
     token_ids,
 )
-from peftcli.model.load import load_adapter, load_base, load_tokenizer
-from peftcli.model.tensors import CONFIG, check_adapter_files, refuse_changed
 from peftcli.plan.plan import Base
 from peftcli.recipe.load import load_recipe
 from peftcli.recipe.rules import IMAGES

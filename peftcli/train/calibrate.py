@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from peftcli.model.shards import is_divided
+from peftcli.model.distributed import is_divided
 from peftcli.plan.plan import Plan
 from peftcli.progress import Progress
 from peftcli.report.format import count, duration, size

@@ -8,7 +8,7 @@ from peft.tuners.lora import LoraLayer, initialize_lora_eva_weights
 from torch import Tensor
 
 from peftcli.errors import DataError, RecipeError
-from peftcli.model.score import pad_right
+from peftcli.model.scoring import pad_right
 
 MOST_ROWS = 2048
 LEAST_ROWS = 8

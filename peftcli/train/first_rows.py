@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from peftcli.data.prepare import PreparedData
 from peftcli.data.tokenize import IGNORED
-from peftcli.model.label import forward, head_of, make_batch
+from peftcli.model.classification import forward, head_of, make_batch
 from peftcli.plan.plan import Plan
 from peftcli.recipe.rules import CAUSAL
 

@@ -7,7 +7,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from peftcli.model.lora import join_products, part_products
+from peftcli.model.fused_lora import join_products, part_products
 
 
 class Forward(TrainerCallback):  # type: ignore[misc]  # transformers' callbacks are untyped

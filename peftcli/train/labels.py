@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
 from peftcli.adapters.build import peft_config
 from peftcli.data.prepare import PreparedData
 from peftcli.errors import RecipeError
-from peftcli.model.label import Head, forward, head_of, make_batch
-from peftcli.model.statistics import freeze_statistics
+from peftcli.model.classification import Head, forward, head_of, make_batch
+from peftcli.model.heads import freeze_statistics
 from peftcli.plan.plan import Plan
 from peftcli.rundir import RunDir
 from peftcli.train.steps import StepTrainer

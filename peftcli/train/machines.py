@@ -9,7 +9,7 @@ from typing import Any
 import torch.distributed as dist
 
 from peftcli.errors import MachineError
-from peftcli.model.shards import from_first, gather, processes
+from peftcli.model.distributed import from_first, gather, processes
 from peftcli.plan.plan import Plan
 from peftcli.train.borrow import DECIDED
 from peftcli.train.stamp import is_allowed, shown_value

@@ -4,9 +4,9 @@ from pathlib import Path
 
 from trl import SFTConfig
 
-from peftcli.model.documents import served
-from peftcli.model.probe import peak_memory_bytes
-from peftcli.model.varlen import rejected
+from peftcli.model.hardware import peak_memory_bytes
+from peftcli.model.padding_free import served
+from peftcli.model.varlen_attention import rejected
 from peftcli.plan.plan import Plan
 from peftcli.rundir import RunDir, write_json
 from peftcli.train import checkpoints

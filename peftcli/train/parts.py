@@ -7,7 +7,7 @@ import torch
 from transformers import TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
-from peftcli.model.shards import is_divided
+from peftcli.model.distributed import is_divided
 
 
 @contextmanager

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from peftcli.data.tokenize import IGNORED
 from peftcli.errors import MemoryExhausted
-from peftcli.model.documents import Layout, documents
-from peftcli.model.memory import MOST_HALVINGS, free_memory, is_out_of_memory, memory_said
+from peftcli.model.oom import MOST_HALVINGS, free_memory, is_out_of_memory, memory_said
+from peftcli.model.padding_free import Layout, documents
 
 Inputs: TypeAlias = dict[str, Any]
 WORTH = 0.95

@@ -13,16 +13,22 @@ from trl import SFTConfig
 
 from peftcli.adapters.build import peft_config
 from peftcli.data.prepare import PreparedData
-from peftcli.model.adapter import save_adapter
-from peftcli.model.card import write_card
-from peftcli.model.documents import row_problem, use_documents
-from peftcli.model.likelihood import score_targets
+from peftcli.model.adapter_files import save_adapter, write_card
+from peftcli.model.distributed import from_first
+from peftcli.model.evaluate import (
+    Measured,
+    adapter_retention,
+    base_retention,
+    decoding_for,
+    evaluation_json,
+    load_retention,
+    measure,
+)
+from peftcli.model.fused_loss import score_targets
+from peftcli.model.init_from import start_from
 from peftcli.model.load import load_adapter, load_base
-from peftcli.model.measure import Measured, decoding_for, evaluation_json, measure
-from peftcli.model.retention import adapter_retention, base_retention, load_retention
-from peftcli.model.shards import from_first
-from peftcli.model.start import start_from
-from peftcli.model.varlen import rejected
+from peftcli.model.padding_free import row_problem, use_documents
+from peftcli.model.varlen_attention import rejected
 from peftcli.plan.plan import DTYPE_BYTES, Plan
 from peftcli.progress import Progress
 from peftcli.recipe.rules import CAUSAL

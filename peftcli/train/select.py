@@ -7,9 +7,9 @@ from transformers import PreTrainedTokenizerBase
 from peftcli.adapters.module_layout import all_widths, end_name
 from peftcli.data.prepare import PreparedData
 from peftcli.errors import MachineError
+from peftcli.model.distributed import from_first, my_share, processes
 from peftcli.model.gradients import gradient_norms
-from peftcli.model.shards import from_first, my_share, processes
-from peftcli.model.trainable import count_on_layer
+from peftcli.model.inspect import count_on_layer
 from peftcli.plan.module_layout import within
 from peftcli.plan.module_selection import Selection, choose_layers, choose_modules
 from peftcli.plan.plan import Plan

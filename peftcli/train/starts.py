@@ -19,7 +19,7 @@ from torch import Tensor
 
 from peftcli.data.prepare import PreparedData
 from peftcli.errors import RecipeError
-from peftcli.model.weights import Source, original_weights, turned_layers
+from peftcli.model.files import Source, original_weights, turned_layers
 from peftcli.plan.plan import Plan
 from peftcli.recipe.rules import SEQUENCE
 from peftcli.train.data_starts import MOST_ROWS, begin_from_data

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput
 
 from peftcli.errors import MachineError
-from peftcli.model.shards import gather
+from peftcli.model.distributed import gather
 from peftcli.rundir import RunDir
 from peftcli.train import checkpoints
 from peftcli.train.disk import room_for_checkpoint

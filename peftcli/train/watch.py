@@ -8,8 +8,8 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from peftcli.model.probe import peak_memory_bytes, resident_bytes
-from peftcli.model.shards import gather
+from peftcli.model.distributed import gather
+from peftcli.model.hardware import peak_memory_bytes, resident_bytes
 from peftcli.progress import Progress
 from peftcli.train.steps import StepTrainer
 from peftcli.train.stops import StopRequests

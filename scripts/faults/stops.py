@@ -22,7 +22,7 @@ ACCUMULATED = {
 SIGTERM_MOMENTS = {
     "while the data are read": Moment("peftcli.data.pipeline:_Pass._add"),
     "while the base is loaded": Moment("peftcli.train.run:load_base"),
-    "in the baseline": Moment("peftcli.model.score:_score_batch"),
+    "in the baseline": Moment("peftcli.model.scoring:_score_batch"),
     "between two steps": Moment(f"{TRAINER}.get_batch_samples", 3),
     "before the first micro-batch of step 3": Moment(f"{TRAINER}.training_step", 9),
     "between forward and backward of micro-batch 2 of step 2": Moment(f"{TRAINER}.compute_loss", 6, after=True),
@@ -38,7 +38,7 @@ SIGTERM_MOMENTS = {
     "in the last evaluation": Moment("peftcli.train.run:_measure", 2),
 }
 CTRL_C_MOMENTS = {
-    "in the baseline": Moment("peftcli.model.score:_score_batch"),
+    "in the baseline": Moment("peftcli.model.scoring:_score_batch"),
     "in a micro-batch": Moment(f"{TRAINER}.compute_loss", 15),
     "in an evaluation during training": Moment(f"{TRAINER}.prediction_step", 4),
     "in a save, before the optimizer's state": Moment(f"{TRAINER}._save_optimizer_and_scheduler"),

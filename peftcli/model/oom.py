@@ -1,4 +1,4 @@
-"""Out of memory: how it is recognised, and batches that become smaller instead of ending a run."""
+"""Recognizes out-of-memory errors and retries with smaller batches."""
 
 import gc
 from collections.abc import Callable

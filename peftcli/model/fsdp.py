@@ -1,4 +1,4 @@
-"""A base model whose weights lie in parts on several cards, as FSDP divides them."""
+"""Loads a base model whose weights are sharded across GPUs (FSDP)."""
 
 from typing import Any
 

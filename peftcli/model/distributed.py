@@ -1,4 +1,4 @@
-"""The share of the work of one process among several, and the putting together of what they found."""
+"""Splits work among processes and gathers their results."""
 
 import functools
 import itertools

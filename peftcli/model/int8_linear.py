@@ -1,8 +1,8 @@
-"""8-bit weights computed with as floats: bitsandbytes stores them, and the products are those of the unpacked ones.
+"""8-bit linear layers that compute with the unpacked weights in floating point.
 
-LLM.int8's own product rounds the inputs to 8 bits as well, a column in which any row of the batch has an outlier
-excepted, so that an answer depends on the rows beside it; on a CPU it does so in evaluation alone, which then measures
-another model than the one that is trained. What is merged could be neither.
+LLM.int8's own product also rounds the inputs to 8 bits, except columns in which any row of the batch has an outlier, so
+that an answer depends on the other rows of its batch; on a CPU it does so in evaluation only, which then measures
+another model than the one that is trained.
 
 Source: Dettmers et al. 2022, arXiv:2208.07339, and `matmul` in bitsandbytes/autograd/_functions.py, 0.50.
 """

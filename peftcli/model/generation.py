@@ -1,4 +1,4 @@
-"""Answers of a model to prompts: batched, sorted by length, greedy by default, stopped by the end token."""
+"""Generates answers to prompts: batched, sorted by length, greedy by default, until the end token."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from peftcli.model.memory import Shrinking
-from peftcli.model.shards import is_divided, without_gradients
+from peftcli.model.distributed import is_divided, without_gradients
+from peftcli.model.oom import Shrinking
 from peftcli.progress import Progress
 
 

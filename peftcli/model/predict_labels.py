@@ -1,20 +1,22 @@
-"""Labels for new texts: a class with its probability, a number, or a tag for each word."""
+"""Predicts labels for new texts and images: a class with its probability, a number, or a tag per word."""
 
 import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from peftcli.data.image_processor import read_image
 from peftcli.data.label_tokenize import Aligned, align
 from peftcli.data.tokenize import IGNORED
+from peftcli.data.values import Unused
 from peftcli.errors import DataError
 from peftcli.metrics.tagging import OUTSIDE, entities_of, span_tags
-from peftcli.model.label import Head, head_of
-from peftcli.model.label_rows import row_logits
+from peftcli.model.classification import Head, head_of, row_logits
 from peftcli.model.target import Target
 from peftcli.progress import Progress
 from peftcli.recipe.rules import TOKENS
@@ -181,3 +183,24 @@ def _tagged(head: Head, asked: str, words: list[str], aligned: Aligned, logits: 
         {"type": kind, "words": words[first : last + 1], "first": first, "last": last} for kind, first, last in found
     ]
     return Tagged(asked, words, tags, shares, entities)
+
+
+def label_images(target: Target, paths: Sequence[str], *, batch_rows: int, progress: Progress) -> list[Labelled]:
+    """Label image files.
+
+    Args:
+        target: a model with a head for images.
+        paths: as they were given, relative to the working directory.
+
+    Raises:
+        DataError: one of them cannot be read; nothing is labelled then.
+    """
+    for path in paths:
+        try:
+            read_image(Path(path))
+        except Unused as reason:
+            raise DataError(f"{path}: {str(reason).removeprefix('with ')}; name image files") from reason
+    model, reader = target.load()
+    head = head_of(target.base.labels, target.base.problem, model, reader)
+    logits = row_logits(model, list(paths), None, head, batch_rows=batch_rows, progress=progress, what="labels")
+    return [labelled(head, *row) for row in zip(paths, logits, strict=True)]

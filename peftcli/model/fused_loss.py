@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput
 
 from peftcli.data.tokenize import IGNORED
-from peftcli.model.shards import without_gradients
+from peftcli.model.distributed import without_gradients
 from peftcli.plan.memory.training_setup import tile_rows
 
 

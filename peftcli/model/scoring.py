@@ -11,8 +11,8 @@ from torch import Tensor
 
 from peftcli.data.tokenize import IGNORED
 from peftcli.metrics.language import Metrics, perplexity
-from peftcli.model.memory import Shrinking
-from peftcli.model.shards import gather, is_divided, my_share, without_gradients
+from peftcli.model.distributed import gather, is_divided, my_share, without_gradients
+from peftcli.model.oom import Shrinking
 from peftcli.progress import Progress
 
 LOGIT_BYTES = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}

@@ -1,17 +1,17 @@
-"""What this machine is: for the plan, and for `environment.json`."""
+"""This machine and the limits of its container: for the plan, and for `environment.json`."""
 
 import importlib.metadata
 import importlib.util
 import os
 import platform
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 
-from peftcli.model.container import usable_memory
 from peftcli.plan.machine import SHARES_BATCH, Machine
 
 PACKAGES = ("peftcli", "torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "tokenizers")
@@ -19,6 +19,9 @@ FLASH_PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash
 
 FSDP_MORE = ("FSDP_OFFLOAD_PARAMS", "FSDP_ACTIVATION_CHECKPOINTING")
 """What accelerate's configuration may ask of FSDP, by its variables, and is not done here."""
+
+NO_LIMIT_BYTES = 2**60
+"""Version 1 of control groups writes a number near 2**63 for no limit."""
 
 
 def probe_machine() -> Machine:
@@ -116,3 +119,77 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
+
+
+def usable_memory(root: Path = Path("/")) -> int:
+    """Bytes of the machine's memory or, where that is less, of what the container allows.
+
+    Args:
+        root: where `proc` and `sys` lie.
+    """
+    limit, _ = memory_limit(root)
+    total = int(psutil.virtual_memory().total)
+    return total if limit is None else min(total, limit)
+
+
+def memory_limit(root: Path) -> tuple[int | None, int]:
+    """Bytes that the tightest control group around this process allows, and how many of those are used."""
+    found = []
+    for folder in _groups(root, "memory"):
+        for limit, used, cache in (
+            ("memory.max", "memory.current", "inactive_file"),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        ):
+            allowed = _number(folder / limit)
+            if allowed is not None and allowed < NO_LIMIT_BYTES:
+                # Files that were read and not touched again are given up first, so they count as free.
+                found.append((int(allowed), max(0, int(_number(folder / used) or 0) - _stat(folder, cache))))
+    return min(found, default=(None, 0), key=lambda pair: pair[0] - pair[1])
+
+
+def core_quota(root: Path) -> float | None:
+    """Cores' worth of time that the tightest control group around this process allows."""
+    found = []
+    for folder in _groups(root, "cpu"):
+        words = _text(folder / "cpu.max").split() or [
+            _text(folder / "cpu.cfs_quota_us"),
+            _text(folder / "cpu.cfs_period_us"),
+        ]
+        if len(words) == 2 and all(word.isdecimal() for word in words) and int(words[1]):
+            found.append(int(words[0]) / int(words[1]))
+    return min(found, default=None)
+
+
+def _groups(root: Path, controller: str) -> Iterator[Path]:
+    """The folders of the control groups around this process, of both versions."""
+    for line in _text(root / "proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        names = controllers.split(",")
+        if controllers and controller not in names:
+            continue
+        top = root / "sys/fs/cgroup"
+        tops = (top / controllers, top / controller) if controllers else (top, top / "unified")
+        for base in {place for place in tops if place.is_dir()}:
+            inner = base / path.lstrip("/")
+            # In a container the path is often that of the machine outside, and only the top can be seen.
+            yield from (place for place in (inner, *inner.parents) if place.is_dir() and place.is_relative_to(base))
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="ascii", errors="replace").strip()
+    except OSError:  # another version of control groups, or hidden from us
+        return ""
+
+
+def _number(file: Path) -> int | None:
+    text = _text(file)
+    return int(text) if text.isdecimal() else None
+
+
+def _stat(folder: Path, name: str) -> int:
+    for line in _text(folder / "memory.stat").splitlines():
+        key, _, value = line.partition(" ")
+        if key == name and value.isdecimal():
+            return int(value)
+    return 0

@@ -17,8 +17,8 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from peftcli.model.shards import without_gradients
-from peftcli.model.varlen import attend, computed, kernel_for
+from peftcli.model.distributed import without_gradients
+from peftcli.model.varlen_attention import attend, computed, kernel_for
 
 NAME = "documents"
 """Under which transformers knows this attention."""

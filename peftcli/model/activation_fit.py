@@ -1,4 +1,4 @@
-"""What adapters keep for the backward pass, counted by running PEFT's own on a few small layers."""
+"""Fits the activation memory of an adapter by running PEFT's own code on a few small layers."""
 
 import math
 import warnings

@@ -1,4 +1,4 @@
-"""`peftcli.json`: what an adapter or a merged model was made of, and whether that is what lies there now."""
+"""`peftcli.json`: what an adapter or a merged model was made of, and whether its files still agree with it."""
 
 import hashlib
 import json
@@ -14,10 +14,10 @@ from transformers import PreTrainedTokenizerBase
 from peftcli.data.cache import tokenizer_fingerprint
 from peftcli.data.prepare import PreparedData
 from peftcli.errors import MachineError
+from peftcli.model.adapter_weights import WEIGHTS, hash_files, read_tensors
 from peftcli.model.files import BaseFacts, base_facts, local_folder
 from peftcli.model.hub import why_offline
 from peftcli.model.load import load_tokenizer
-from peftcli.model.tensors import WEIGHTS, hash_files, read_tensors
 from peftcli.plan.plan import Base, Plan, TokenizerChoice
 from peftcli.rundir import read_json
 from peftcli.tiny.build import NAMES as TINY_NAMES

@@ -1,4 +1,4 @@
-"""`adapter.init_from`: a training that starts from an adapter that was trained before."""
+"""`adapter.init_from`: starts a training from an adapter that was trained before."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,10 +9,10 @@ from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 
 from peftcli.errors import RecipeError
-from peftcli.model.absorb import PREFIX
+from peftcli.model.adapter_weights import CONFIG, WEIGHTS
 from peftcli.model.heads import is_within
-from peftcli.model.identity import EARLIER, read_identity, refuse_other_base
-from peftcli.model.tensors import CONFIG, WEIGHTS
+from peftcli.model.load import PREFIX
+from peftcli.model.manifest import EARLIER, read_identity, refuse_other_base
 from peftcli.plan.plan import Base
 from peftcli.rundir import RunDir, read_json
 

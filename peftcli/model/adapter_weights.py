@@ -1,4 +1,4 @@
-"""The tensors of an adapter's file: all there, nothing more, of their shapes, and finite."""
+"""Checks the tensors of an adapter file: complete, nothing extra, of the right shape, finite."""
 
 import hashlib
 import json
