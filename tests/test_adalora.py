@@ -14,7 +14,7 @@ from peftcli.adapters.build import peft_config
 from peftcli.plan.adalora import RankSchedule, rank_schedule
 from peftcli.recipe.schema import AdapterSection
 from peftcli.rundir import read_json
-from peftcli.train.ranks import Ranks
+from peftcli.train.adalora import Ranks
 
 Cli = Callable[..., int]
 Write = Callable[..., Path]

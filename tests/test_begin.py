@@ -10,8 +10,8 @@ from peftcli.errors import RecipeError
 from peftcli.recipe.load import load_recipe
 from peftcli.recipe.schema import Recipe
 from peftcli.rundir import RunDir, write_json, write_text
-from peftcli.train import checkpoints
-from peftcli.train.begin import begin, write_recipe
+from peftcli.train import checkpoint
+from peftcli.train.resume import begin, write_recipe
 
 
 @pytest.fixture
@@ -33,12 +33,12 @@ def run(tmp_path: Path, recipe: Recipe) -> RunDir:
 
 def sealed(folder: Path, step: int) -> Path:
     """A checkpoint of made-up files."""
-    staged = folder / checkpoints.STAGING / f"checkpoint-{step}"
+    staged = folder / checkpoint.STAGING / f"checkpoint-{step}"
     staged.mkdir(parents=True)
-    for name in checkpoints.NEEDED:
+    for name in checkpoint.NEEDED:
         (staged / name).write_bytes(b"x" * step)
-    checkpoints.seal(staged, step, {}, {})
-    checkpoints.promote(staged, folder / staged.name)
+    checkpoint.seal(staged, step, {}, {})
+    checkpoint.promote(staged, folder / staged.name)
     return folder / staged.name
 
 
@@ -83,14 +83,14 @@ def test_of_a_checkpoint_that_was_moved_elsewhere_the_link_alone_is_removed(tmp_
         sealed(folder, step)
     shutil.move(folder / "checkpoint-2", elsewhere)
     (folder / "checkpoint-2").symlink_to(elsewhere)
-    checkpoints.rotate(folder, 2, best=None)
-    assert [step for step, _ in checkpoints.list_checkpoints(folder)] == [4, 6]
-    assert (elsewhere / checkpoints.MANIFEST).is_file()
+    checkpoint.rotate(folder, 2, best=None)
+    assert [step for step, _ in checkpoint.list_checkpoints(folder)] == [4, 6]
+    assert (elsewhere / checkpoint.MANIFEST).is_file()
     (folder / "checkpoint-8.bad").symlink_to(elsewhere)
     (sealed(folder, 8) / "optimizer.pt").unlink()
-    assert checkpoints.newest_valid(folder).step == 6
+    assert checkpoint.newest_valid(folder).step == 6
     assert (folder / "checkpoint-8.bad" / "optimizer.pt").exists() is False
-    assert (elsewhere / checkpoints.MANIFEST).is_file()
+    assert (elsewhere / checkpoint.MANIFEST).is_file()
 
 
 def test_a_start_that_failed_before_its_first_checkpoint_takes_any_recipe(run: RunDir, recipe: Recipe) -> None:

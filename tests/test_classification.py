@@ -38,8 +38,8 @@ from peftcli.progress import Silent
 from peftcli.recipe.load import load_recipe
 from peftcli.rundir import RunDir, read_json, read_log
 from peftcli.tiny.build import tiny_model
-from peftcli.train.labels import LabelTrainer, make_label_trainer
-from peftcli.train.pieces import cut
+from peftcli.train.micro_batch import cut
+from peftcli.train.trainers import LabelTrainer, make_label_trainer
 
 Cli = Callable[..., int]
 Write = Callable[..., Path]

@@ -64,7 +64,7 @@ def test_out_of_memory_exits_5_with_what_to_change(
 ) -> None:
     import torch
 
-    from peftcli.train.trainer import Trainer
+    from peftcli.train.trainers import Trainer
 
     def full(*args: object, **kwargs: object) -> None:
         raise getattr(torch, kind)(text)

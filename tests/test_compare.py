@@ -29,7 +29,7 @@ from peftcli.report.compare import make_comparison
 from peftcli.report.markdown import render_markdown
 from peftcli.rundir import RunDir, write_json, write_text
 from peftcli.summary import write_metrics
-from peftcli.train.borrow import why_not
+from peftcli.train.baseline import why_not
 
 CPU = Machine("cpu", "a processor", None, native_bf16=False, arch_list=(), memory_bytes=16 * 2**30)
 LINEAR = tuple(f"model.layers.0.{leaf}" for leaf in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"))

@@ -34,7 +34,7 @@ from peftcli.model.hardware import core_quota, memory_limit, usable_memory
 from peftcli.model.load import FAST_CPU_PATH
 from peftcli.plan.machine import Machine
 from peftcli.recipe.load import load_recipe
-from peftcli.train.session import Deadline, Limit
+from peftcli.train.deadline import Deadline, Limit
 
 ROOT = Path(__file__).parent.parent
 GIB = 2**30

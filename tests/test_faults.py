@@ -23,11 +23,11 @@ from peftcli.model import scoring
 from peftcli.model.oom import Shrinking
 from peftcli.progress import Silent
 from peftcli.rundir import read_json, read_log, write_json
-from peftcli.train import checkpoints
-from peftcli.train.divergence import MOST_FLAT_STEPS
-from peftcli.train.pieces import Pieces, cut
-from peftcli.train.stamp import refuse_changes
-from peftcli.train.trainer import Trainer
+from peftcli.train import checkpoint
+from peftcli.train.micro_batch import Pieces, cut
+from peftcli.train.resume import refuse_changes
+from peftcli.train.step import MOST_FLAT_STEPS
+from peftcli.train.trainers import Trainer
 
 Write = Callable[..., Path]
 Cli = Callable[..., int]
@@ -394,16 +394,16 @@ NAMES = ("trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth", 
 
 def sealed(folder: Path, step: int) -> Path:
     """A checkpoint of made-up files, sealed as a real one is."""
-    staged = folder / checkpoints.STAGING / f"checkpoint-{step}"
+    staged = folder / checkpoint.STAGING / f"checkpoint-{step}"
     staged.mkdir(parents=True)
     for number, name in enumerate(NAMES):
         (staged / name).write_bytes(np.random.default_rng(number).bytes(500 + step))
-    checkpoints.seal(staged, step, {"tokens": 1.0}, {"base": "b"})
-    checkpoints.promote(staged, folder / staged.name)
+    checkpoint.seal(staged, step, {"tokens": 1.0}, {"base": "b"})
+    checkpoint.promote(staged, folder / staged.name)
     return folder / staged.name
 
 
-@pytest.mark.parametrize("name", [*NAMES, checkpoints.MANIFEST])
+@pytest.mark.parametrize("name", [*NAMES, checkpoint.MANIFEST])
 @pytest.mark.parametrize("harm", ["cut", "flip", "remove", "empty"])
 def test_any_harm_to_any_file_is_noticed_and_the_checkpoint_before_taken(tmp_path: Path, name: str, harm: str) -> None:
     sealed(tmp_path, 8)
@@ -414,7 +414,7 @@ def test_any_harm_to_any_file_is_noticed_and_the_checkpoint_before_taken(tmp_pat
     file.write_bytes(b"" if harm == "empty" else data[: len(data) // 2] if harm == "cut" else data)
     if harm == "remove":
         file.unlink()
-    found = checkpoints.newest_valid(tmp_path)
+    found = checkpoint.newest_valid(tmp_path)
     assert found.step == 8 and [damaged for damaged, _ in found.damaged] == ["checkpoint-16"]
     assert (tmp_path / "checkpoint-16.bad").is_dir() and not (tmp_path / "checkpoint-16").exists()
 
@@ -422,18 +422,18 @@ def test_any_harm_to_any_file_is_noticed_and_the_checkpoint_before_taken(tmp_pat
 def test_a_file_that_was_never_saved_is_no_silent_reset(tmp_path: Path) -> None:
     whole = sealed(tmp_path, 8)
     for name in NAMES:
-        manifest = read_json(whole / checkpoints.MANIFEST)
+        manifest = read_json(whole / checkpoint.MANIFEST)
         lacking = manifest | {"files": {key: value for key, value in manifest["files"].items() if key != name}}
         del lacking["sha256"]
-        write_json(whole / checkpoints.MANIFEST, lacking | {"sha256": checkpoints._own_hash(lacking)})
-        reason = checkpoints.damage(whole)
+        write_json(whole / checkpoint.MANIFEST, lacking | {"sha256": checkpoint._own_hash(lacking)})
+        reason = checkpoint.damage(whole)
         assert reason is not None and "is not listed" in reason
-        write_json(whole / checkpoints.MANIFEST, manifest)
-    assert checkpoints.damage(whole) is None
+        write_json(whole / checkpoint.MANIFEST, manifest)
+    assert checkpoint.damage(whole) is None
 
 
 def test_rotation_keeps_two_and_the_best(tmp_path: Path) -> None:
     for step in (2, 4, 6, 8):
         sealed(tmp_path, step)
-    checkpoints.rotate(tmp_path, 1, best=str(tmp_path / "checkpoint-2"))
-    assert [step for step, _ in checkpoints.list_checkpoints(tmp_path)] == [2, 6, 8]
+    checkpoint.rotate(tmp_path, 1, best=str(tmp_path / "checkpoint-2"))
+    assert [step for step, _ in checkpoint.list_checkpoints(tmp_path)] == [2, 6, 8]

@@ -9,7 +9,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from peftcli.train.forward import cast_inputs, keep_checkpointed
+from peftcli.train.callbacks import cast_inputs, keep_checkpointed
 
 LLAMA = LlamaConfig(
     vocab_size=256,

@@ -29,7 +29,7 @@ from peftcli.plan.plan import Plan
 from peftcli.progress import Silent
 from peftcli.recipe.load import load_recipe
 from peftcli.rundir import RunDir, read_json, read_log
-from peftcli.train.labels import make_label_trainer
+from peftcli.train.trainers import make_label_trainer
 
 Cli = Callable[..., int]
 Write = Callable[..., Path]

@@ -19,8 +19,8 @@ from peftcli.plan.memory.activations import block_bytes, norm_bytes
 from peftcli.plan.memory.forecast import plan_setting
 from peftcli.plan.planner import make_plan
 from peftcli.recipe.load import load_recipe
-from peftcli.train.forward import cast_inputs
-from peftcli.train.widths import widen_trained
+from peftcli.train.callbacks import cast_inputs
+from peftcli.train.precision import widen_trained
 
 TOKENS = (2, 64)  # as many as are counted
 MORE = {"freeze": "last_layers: 1", "trainable_tokens": "token_indices: [3, 4]"}

@@ -9,7 +9,7 @@ from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
 from peftcli.tiny.build import tiny_model
-from peftcli.train.trainer import DeferredTrainer, Trainer
+from peftcli.train.trainers import DeferredTrainer, Trainer
 
 ROWS = [
     {"input_ids": [5, 6, 7, 8, 9], "labels": [-100, -100, 7, 8, 9]},

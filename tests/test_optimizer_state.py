@@ -16,7 +16,7 @@ from peftcli.model.heads import build_empty
 from peftcli.model.inspect import count_trainable, sort_trained
 from peftcli.plan.optimizer import Trained, is_bitsandbytes, optimizer_bytes
 from peftcli.recipe.schema import AdapterSection
-from peftcli.train.widths import widen_trained
+from peftcli.train.precision import widen_trained
 
 WIDTHS = {"float32": 4, "bfloat16": 2}
 CASES = {

@@ -22,10 +22,11 @@ import pytest
 from peftcli.errors import MachineError, RecipeError
 from peftcli.plan.optimizer import Trained, optimizer_bytes
 from peftcli.rundir import read_json
-from peftcli.train import disk, lock, session
+from peftcli.train import deadline as session
+from peftcli.train import disk, lock
+from peftcli.train.deadline import Deadline, Limit, deadline, known_limit, session_note, wall_clock_limit
 from peftcli.train.disk import Forecast, check_room, check_writable, forecast, free_bytes, room_for_checkpoint
 from peftcli.train.lock import RunLock
-from peftcli.train.session import Deadline, Limit, deadline, known_limit, session_note, wall_clock_limit
 
 NEEDS = Forecast(checkpoint_bytes=1000, checkpoints=3, adapter_bytes=500, merge_bytes=0, reserve_bytes=100)
 HOLDS = """

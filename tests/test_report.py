@@ -834,7 +834,7 @@ def label_data(recipe_in: Any, tmp_path_factory: pytest.TempPathFactory) -> list
 def test_the_report_reads_only_keys_that_something_writes(
     real_run: RunDir, label_data: list[dict[str, Any]], tmp_path: Path
 ) -> None:
-    from peftcli.train.ranks import Ranks
+    from peftcli.train.adalora import Ranks
 
     asked: dict[str, bool] = {}
     run = load_stages(real_run)

@@ -374,7 +374,7 @@ def test_a_run_that_began_by_the_gradient_goes_on_to_the_same_bits(
 
 @pytest.mark.numeric
 def test_lora_begins_along_the_leading_directions_of_the_gradient() -> None:
-    from peftcli.train.gradient_starts import along
+    from peftcli.train.adapter_init import along
 
     torch.manual_seed(0)
     u, v = (torch.linalg.qr(torch.randn(48, 48))[0] for _ in range(2))
@@ -392,7 +392,7 @@ def test_lora_begins_along_the_leading_directions_of_the_gradient() -> None:
 def test_shira_takes_the_entries_with_the_largest_gradient() -> None:
     from peft import ShiraConfig, get_peft_model
 
-    from peftcli.train.gradient_starts import shira_layers, take_largest
+    from peftcli.train.adapter_init import shira_layers, take_largest
 
     model = get_peft_model(small(layers=1), ShiraConfig(r=1, target_modules=["up_proj"]))
     name, layer = next(shira_layers(model))

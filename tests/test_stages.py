@@ -17,8 +17,8 @@ from peftcli.recipe.dump import dump_recipe, fingerprint
 from peftcli.recipe.load import load_recipe
 from peftcli.recipe.stages import stage_recipes
 from peftcli.rundir import read_json, read_log
-from peftcli.train import calibrate
-from peftcli.train.stops import StopRequests
+from peftcli.train import callbacks
+from peftcli.train.stop import StopRequests
 
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
 
@@ -243,13 +243,13 @@ def test_a_calibration_changes_nothing_and_is_reported(
     write_recipe: Any, run_cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with_it, without = tmp_path / "with", tmp_path / "without"
-    monkeypatch.setattr(calibrate, "FEWEST_STEPS", 2)
+    monkeypatch.setattr(callbacks, "FEWEST_STEPS", 2)
     recipe = write_recipe(adapter={"dropout": 0.2})
     assert run_cli("train", recipe, "--output-dir", with_it) == 0
     found = read_json(with_it / "train.json")["calibration"]
     assert found["tokens"] > 0 and found["step_seconds"] > 0 and found["peak_memory_bytes"] is None
     assert "After one micro-batch" in (with_it / "report.md").read_text()
-    monkeypatch.setattr(calibrate, "FEWEST_STEPS", 100)
+    monkeypatch.setattr(callbacks, "FEWEST_STEPS", 100)
     assert run_cli("train", recipe, "--output-dir", without) == 0
     assert read_json(without / "train.json")["calibration"] is None
     files = [place / "adapter" / "adapter_model.safetensors" for place in (with_it, without)]

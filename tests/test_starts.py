@@ -17,9 +17,10 @@ from peftcli.model.files import original_weights
 from peftcli.model.load import load_adapter, load_base
 from peftcli.recipe.schema import AdapterSection
 from peftcli.rundir import read_json
-from peftcli.train.data_starts import _shared_out, begin_from_data
-from peftcli.train.starts import (
+from peftcli.train.adapter_init import (
     Start,
+    _shared_out,
+    begin_from_data,
     begin_from_quantization,
     leading_part,
     lora_layers,
@@ -134,7 +135,7 @@ def test_eva_says_what_it_lacks_in_place_of_waiting_for_ever(tiny_llama: Path) -
 
 
 def test_eva_that_never_settles_ends(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("peftcli.train.data_starts.MOST_BATCHES", 2)
+    monkeypatch.setattr("peftcli.train.adapter_init.MOST_BATCHES", 2)
     drawn = torch.Generator().manual_seed(0)
     rows = [torch.randint(3, 200, (20,), generator=drawn).tolist() for _ in range(40)]
     with pytest.raises(RecipeError, match="still turn after 2 batches"):

@@ -22,9 +22,9 @@ from peftcli.model.load import load_base
 from peftcli.progress import Silent
 from peftcli.recipe.load import load_recipe
 from peftcli.rundir import RunDir, read_json, read_log
-from peftcli.train.begin import changes
+from peftcli.train.resume import changes
 from peftcli.train.run import adapter_off, make_trainer
-from peftcli.train.trainer import Trainer
+from peftcli.train.trainers import Trainer
 
 Cli = Callable[..., int]
 Write = Callable[..., Path]
@@ -239,7 +239,7 @@ def test_a_base_that_is_quantized_already_is_refused(
 def test_rows_are_counted_to_the_row() -> None:
     from types import SimpleNamespace
 
-    from peftcli.train.outcome import rows_seen
+    from peftcli.train.run import rows_seen
 
     arguments = SimpleNamespace(train_batch_size=32, gradient_accumulation_steps=1, world_size=1)
     assert rows_seen(600 / 1243, 39_750, arguments) == 600 * 32  # type: ignore[arg-type]

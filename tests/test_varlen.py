@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 from peftcli.model import padding_free, varlen_attention
 from peftcli.model.padding_free import Layout, documents_attention, row_problem, use_documents
 from peftcli.model.varlen_attention import Shape, attend, choose_kernel, kernel_for, kernel_problem
-from peftcli.train.pieces import line_up
+from peftcli.train.micro_batch import line_up
 
 LENGTHS = (5, 1, 64, 17)
 WIDE = Shape(torch.bfloat16, 4, 2, 16)

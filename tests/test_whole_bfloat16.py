@@ -22,7 +22,7 @@ from peftcli.plan.plan import Plan
 from peftcli.plan.planner import make_plan
 from peftcli.recipe.load import load_recipe
 from peftcli.recipe.schema import AdapterSection
-from peftcli.train.widths import free_trained_base, widen_trained
+from peftcli.train.precision import free_trained_base, widen_trained
 
 GIB = 2**30
 PURE = {"method": "full", "dtype": "bfloat16"}

@@ -16,7 +16,7 @@ from peftcli.cli.bench import bench
 from peftcli.cli.printable import printable
 from peftcli.cli.process import settle_process
 from peftcli.errors import MachineError, MemoryExhausted, PeerLost, PeftcliError, RecipeError
-from peftcli.train.stops import is_first_of_machine
+from peftcli.train.stop import is_first_of_machine
 
 BUG = "error: this is a bug of peftcli; report it with the lines above and the output of `pip list`"
 MACHINE_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)

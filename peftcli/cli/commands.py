@@ -23,7 +23,7 @@ from peftcli.report.build import write_report
 from peftcli.rundir import RunDir, is_foreign, read_json, write_json
 from peftcli.summary import unmet, write_metrics
 from peftcli.train.disk import RESERVE_BYTES, Forecast, check_room
-from peftcli.train.stops import is_first_process
+from peftcli.train.stop import is_first_process
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from peftcli.cli.stages import loaded_stages
 from peftcli.errors import MachineError, MemoryExhausted, PeerLost, PeftcliError
 from peftcli.plan.choices import processes_that_share
 from peftcli.plan.machine import SHARES_BATCH
-from peftcli.train.stops import STARTED
+from peftcli.train.stop import STARTED
 
 T = TypeVar("T")
 EXIT_FILE = "PEFTCLI_EXIT_FILE"

@@ -22,13 +22,12 @@ from peftcli.plan.requirements import check_hardware, check_packages
 from peftcli.recipe.load import Loaded
 from peftcli.recipe.schema import Recipe
 from peftcli.rundir import RunDir, write_json
-from peftcli.train.begin import Beginning, begin, write_recipe
-from peftcli.train.borrow import why_not
+from peftcli.train.baseline import why_not
+from peftcli.train.deadline import deadline, session_note, wall_clock_limit
 from peftcli.train.disk import cannot_write, check_room, check_writable
 from peftcli.train.lock import RunLock
-from peftcli.train.session import deadline, session_note, wall_clock_limit
-from peftcli.train.stamp import make_stamp, refuse_changes
-from peftcli.train.stops import (
+from peftcli.train.resume import Beginning, begin, make_stamp, refuse_changes, write_recipe
+from peftcli.train.stop import (
     Heeding,
     StopRequests,
     forget_stop_file,

@@ -13,7 +13,7 @@ from peftcli.errors import PeftcliError
 from peftcli.model.hardware import probe_machine
 from peftcli.plan.machine import Machine
 from peftcli.recipe.schema import Recipe
-from peftcli.train.session import deadline, known_limit
+from peftcli.train.deadline import deadline, known_limit
 
 
 def examine(recipe: Recipe | None, encodings: dict[str, str]) -> Iterator[Verdict]:

@@ -2,7 +2,7 @@
 
 from peftcli.doctor.verdict import OK, WARN, Verdict
 from peftcli.recipe.fields import duration_text
-from peftcli.train.session import Deadline, Limit
+from peftcli.train.deadline import Deadline, Limit
 
 
 def judge_session(

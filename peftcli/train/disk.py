@@ -13,7 +13,7 @@ from peftcli.errors import MachineError, RecipeError
 from peftcli.plan.optimizer import FLOAT32_BYTES, Trained, optimizer_bytes
 from peftcli.report.format import several, size
 from peftcli.rundir import RunDir
-from peftcli.train.checkpoints import list_checkpoints
+from peftcli.train.checkpoint import list_checkpoints
 
 QUOTA = "PEFTCLI_QUOTA"
 """Environment variable with a folder and what it may hold, such as /data=20GiB."""

@@ -15,7 +15,7 @@ from types import TracebackType
 
 from peftcli.errors import MachineError
 from peftcli.train.disk import cannot_write
-from peftcli.train.stops import is_first_process
+from peftcli.train.stop import is_first_process
 
 NAME = ".lock"
 TOUCH_SECONDS = 30.0

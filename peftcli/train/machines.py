@@ -11,9 +11,9 @@ import torch.distributed as dist
 from peftcli.errors import MachineError
 from peftcli.model.distributed import from_first, gather, processes
 from peftcli.plan.plan import Plan
-from peftcli.train.borrow import DECIDED
-from peftcli.train.stamp import is_allowed, shown_value
-from peftcli.train.stops import is_first_of_machine
+from peftcli.train.baseline import DECIDED
+from peftcli.train.resume import is_allowed, shown_value
+from peftcli.train.stop import is_first_of_machine
 
 CHUNK_BYTES = 64 * 2**20
 

@@ -1,4 +1,4 @@
-"""`train`: baseline, training, adapter, evaluation, in one process that may be stopped at any step."""
+"""`train`: baseline, training, adapter and evaluation in one process that may be stopped at any step."""
 
 import time
 from collections.abc import Iterator, Mapping
@@ -25,31 +25,27 @@ from peftcli.model.evaluate import (
     measure,
 )
 from peftcli.model.fused_loss import score_targets
+from peftcli.model.hardware import peak_memory_bytes
 from peftcli.model.init_from import start_from
 from peftcli.model.load import load_adapter, load_base
-from peftcli.model.padding_free import row_problem, use_documents
+from peftcli.model.padding_free import row_problem, served, use_documents
 from peftcli.model.varlen_attention import rejected
 from peftcli.plan.plan import DTYPE_BYTES, Plan
 from peftcli.progress import Progress
 from peftcli.recipe.rules import CAUSAL
 from peftcli.rundir import RunDir, read_json, write_json
-from peftcli.train import checkpoints
+from peftcli.train import checkpoint
+from peftcli.train.adalora import Ranks
+from peftcli.train.adapter_init import begin, begin_from_gradient, takes_gradient
 from peftcli.train.arguments import naming_arguments
-from peftcli.train.calibrate import Calibrate
+from peftcli.train.callbacks import Calibrate, Forward, Watch
 from peftcli.train.disk import Forecast, forecast
-from peftcli.train.forward import Forward
-from peftcli.train.gradient_starts import begin_from_gradient, takes_gradient
-from peftcli.train.labels import make_label_trainer
 from peftcli.train.machines import on_this_machine
-from peftcli.train.outcome import write_train
-from peftcli.train.ranks import Ranks
-from peftcli.train.select import make_choice
-from peftcli.train.starts import begin
-from peftcli.train.steps import StepTrainer
-from peftcli.train.stops import Heeding, StopRequests, is_first_process
-from peftcli.train.trainer import Trainer
-from peftcli.train.watch import Watch
-from peftcli.train.widths import free_trained_base, narrow_saved_modules, widen_trained
+from peftcli.train.module_selection import make_choice
+from peftcli.train.precision import free_trained_base, narrow_saved_modules, widen_trained
+from peftcli.train.step import StepTrainer
+from peftcli.train.stop import Heeding, StopRequests, is_first_process
+from peftcli.train.trainers import Trainer, make_label_trainer
 
 UNMEASURED_RESERVE_SECONDS = 60.0
 """Set aside for the last evaluation where no baseline told how long one takes."""
@@ -159,7 +155,7 @@ def train(
         trainer.ranks = Ranks(trainer.model, plan.adapter, resume_from)
         trainer.add_callback(trainer.ranks)
     if resume_from is not None:
-        trainer.go_on_from(read_json(resume_from / checkpoints.MANIFEST)["counters"])
+        trainer.go_on_from(read_json(resume_from / checkpoint.MANIFEST)["counters"])
     with naming_arguments(session.trainer):
         trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
     reason = watch.stop_reason
@@ -337,3 +333,59 @@ def _measure_adapter(
             sample["base"] = old["base"]
     write_json(run.eval, value)
     write_card(run)
+
+
+def rows_seen(epochs: float, rows: int, arguments: SFTConfig) -> int:
+    """Rows that were trained on, each pass over the data counted; the last step of an epoch may be short.
+
+    Args:
+        epochs: as the trainer counts them, in steps of the epoch.
+        rows: of the training side.
+    """
+    step = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    whole = int(epochs)
+    steps = round((epochs - whole) * -(-rows // step))
+    return whole * rows + int(min(steps * step, rows))
+
+
+def write_train(run: RunDir, trainer: StepTrainer, watch: Watch, plan: Plan, resume_from: Path | None) -> None:
+    """Write `train.json`; every process counts, the first one writes."""
+    state = trainer.state
+    rows = len(trainer.train_dataset)
+    counted = trainer.counters()
+    if not is_first_process():
+        return
+    seconds, of_tokens = counted["seconds"], trainer.fed == "tokens"
+    write_json(
+        run.train,
+        {
+            "schema": 1,
+            "status": "finished" if watch.stop_reason is None else "stopped",
+            "stop_reason": watch.stop_reason,
+            "steps": state.global_step,
+            "planned_steps": state.max_steps,
+            "rows": rows_seen(state.epoch or 0.0, rows, trainer.args),
+            "epochs": state.epoch,
+            "tokens": int(counted["tokens"]) if of_tokens else None,
+            "trained_tokens": int(counted["trained_tokens"]) if of_tokens else None,
+            "tokens_per_second": round(counted["tokens"] / seconds, 1) if seconds and of_tokens else None,
+            "seconds": round(seconds, 3),
+            "peak_memory_bytes": peak_memory_bytes(trainer.args.device.type),
+            "resident_before_bytes": watch.resident_before,
+            "resumed_from_step": None if resume_from is None else int(resume_from.name.rsplit("-", 1)[1]),
+            "first_loss": watch.losses[0][1] if watch.losses else None,
+            "last_loss": watch.losses[-1][1] if watch.losses else None,
+            "out_of_memory": [{"step": step, "pieces": pieces} for step, pieces in trainer.pieces.events],
+            "batching": {
+                "kind": plan.batching.kind if trainer.pieces.lines else "padded",
+                "attention": sorted(served) if trainer.pieces.lines else None,
+                "rejected_kernels": dict(rejected),
+                "real_tokens": trainer.pieces.real,
+                "padded_tokens": trainer.pieces.padded,
+            },
+            "levers": sorted(trainer.levers),
+            "calibration": trainer.calibration,
+            "stamp": trainer.stamp,
+        },
+    )
+    checkpoint.clear_staging(run.checkpoints)

@@ -29,7 +29,7 @@ RESULT = Path(__file__).parent / "results" / "prepare-cpu.json"
 SHIPPED = Path(__file__).parents[2] / "peftcli" / "assets" / "chats.jsonl"
 MAX_LENGTH = 512
 TEST_ROWS = 50
-IMPORTS = "import peftcli.cli.training, peftcli.train.run, peftcli.train.session"
+IMPORTS = "import peftcli.cli.training, peftcli.train.run, peftcli.train.deadline"
 
 
 def write_chats(path: Path, count: int, turns: Path, seed: int) -> None:

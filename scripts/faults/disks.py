@@ -69,7 +69,7 @@ def fill(folder: Path) -> None:
 FULL = {
     "before a checkpoint": Moment(f"{TRAINER}._save_checkpoint", 2),
     "in the middle of a checkpoint": Moment(f"{TRAINER}._save_optimizer_and_scheduler", 2),
-    "before the manifest of a checkpoint": Moment("peftcli.train.checkpoints:seal", 2),
+    "before the manifest of a checkpoint": Moment("peftcli.train.checkpoint:seal", 2),
     "before the adapter": Moment("peftcli.train.run:save_adapter"),
 }
 

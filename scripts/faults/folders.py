@@ -109,7 +109,7 @@ def links(ground: Ground) -> Iterator[Row]:
     """What a link in the run folder leads to is not removed."""
     judge = Judge("24", "links in a run folder are not followed when files are removed", "-9 0")
     ground.recipe(FEW_STEPS)
-    killed = Moment("peftcli.train.checkpoints:promote", 2, after=True)
+    killed = Moment("peftcli.train.checkpoint:promote", 2, after=True)
     ZYGOTE.run(ground, *train(ground), hook=partial(killed.arm, send(signal.SIGKILL)))
     checkpoints, outside = ground.folder / "run" / "checkpoints", ground.folder / "outside"
     shutil.move(checkpoints / "checkpoint-2", outside)
@@ -159,7 +159,7 @@ def changed(ground: Ground) -> Iterator[Row]:
     """What changed between two sessions is listed and refused, or harmless."""
     ground.recipe(FEW_STEPS)
     expected = unbroken(ground, FEW_STEPS)
-    killed = Moment("peftcli.train.checkpoints:promote", 2, after=True)
+    killed = Moment("peftcli.train.checkpoint:promote", 2, after=True)
     ZYGOTE.run(ground, *train(ground, "half"), hook=partial(killed.arm, send(signal.SIGKILL)))
     for name, (keys, code, says) in CHANGES.items():
         judge = Judge("34", f"changed between sessions: {name}", str(code))

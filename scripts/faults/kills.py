@@ -25,10 +25,10 @@ PLACED = {
     "before the optimizer's state": Moment(f"{TRAINER}._save_optimizer_and_scheduler", 2),
     "half-way through the optimizer's state": Moment(f"{TRAINER}._save_optimizer_and_scheduler", 2, after=True),
     "before the random states": Moment(f"{TRAINER}._save_rng_state", 2),
-    "half-way through the trainer's state": Moment("peftcli.train.checkpoints:seal", 2),
-    "before the manifest": Moment("peftcli.train.checkpoints:seal", 2),
-    "before the checkpoint gets its name": Moment("peftcli.train.checkpoints:promote", 2),
-    "after the checkpoint got its name": Moment("peftcli.train.checkpoints:promote", 2, after=True),
+    "half-way through the trainer's state": Moment("peftcli.train.checkpoint:seal", 2),
+    "before the manifest": Moment("peftcli.train.checkpoint:seal", 2),
+    "before the checkpoint gets its name": Moment("peftcli.train.checkpoint:promote", 2),
+    "after the checkpoint got its name": Moment("peftcli.train.checkpoint:promote", 2, after=True),
 }
 PARENT_SECONDS = 10.0
 """After which no child of a killed parent may be there."""
@@ -50,7 +50,7 @@ def random_kills(count: int, ground: Ground) -> Iterator[Row]:
 
     A session that ended before its moment came counts nothing.
     """
-    from peftcli.train.checkpoints import damage, list_checkpoints  # needs torch's room, which light cases do not
+    from peftcli.train.checkpoint import damage, list_checkpoints  # needs torch's room, which light cases do not
 
     judge = Judge("26", f"kill -9 at {count} random moments", f"{count} same")
     whole_run = Ground(ground.folder / "unbroken", ground.model)
@@ -107,7 +107,7 @@ def placed_kills(ground: Ground) -> Iterator[Row]:
         yield killed_at(place, f"kill -9 {name}", partial(moment.arm, act), expected)
     place = Ground(ground.folder / "rotating", ground.model)
     # The third checkpoint pushes the first one out; two of its files are gone already.
-    first_gone = Moment("peftcli.train.checkpoints:rotate", 3)
+    first_gone = Moment("peftcli.train.checkpoint:rotate", 3)
     half_removed = partial(first_gone.arm, partial(Moment("os:unlink", 3).arm, send(signal.SIGKILL)))
     yield killed_at(place, "kill -9 while an old checkpoint is removed", half_removed, expected)
 
@@ -151,7 +151,7 @@ def damage_drill(everything: bool, ground: Ground) -> Iterator[Row]:
     """Harm each file of the newest checkpoint: the one before is taken, a note says so, and the bits are the same."""
     expected = unbroken(ground, FEW_STEPS)
     ground.recipe(FEW_STEPS)
-    killed = Moment("peftcli.train.checkpoints:promote", 2, after=True)
+    killed = Moment("peftcli.train.checkpoint:promote", 2, after=True)
     ZYGOTE.run(ground, *train(ground, "half"), hook=partial(killed.arm, send(signal.SIGKILL)))
     half = ground.folder / "half"
     names = sorted(path.name for path in (half / "checkpoints" / "checkpoint-4").iterdir())

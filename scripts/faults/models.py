@@ -71,7 +71,7 @@ def pickles(ground: Ground) -> Iterator[Row]:
     judge = Judge("20", "a pickle in place of the optimizer's state", "0")
     shutil.rmtree(ground.folder / "run", ignore_errors=True)
     ground.recipe({"trainer.save_steps": 1})
-    killed = Moment("peftcli.train.checkpoints:promote", 2, after=True)
+    killed = Moment("peftcli.train.checkpoint:promote", 2, after=True)
     ZYGOTE.run(ground, *train(ground), hook=partial(killed.arm, send(signal.SIGKILL)))
     (ground.folder / "run" / "checkpoints" / "checkpoint-2" / "optimizer.pt").write_bytes(evil)
     judge.ended(ZYGOTE.run(ground, *train(ground)), 0, "checkpoint-2 is damaged")
@@ -81,7 +81,7 @@ def pickles(ground: Ground) -> Iterator[Row]:
 
 def spoil_numbers(what: str) -> None:
     """Let the third step have a loss or a gradient that is no number; called in a session."""
-    from peftcli.train.trainer import Trainer
+    from peftcli.train.trainers import Trainer
 
     name = "compute_loss" if what == "loss" else "training_step"
     whole = getattr(Trainer, name)
@@ -119,7 +119,7 @@ def small_memory(rows: int) -> None:
     """Let a forward of more rows run out of memory; called in a session."""
     import torch
 
-    from peftcli.train.trainer import Trainer
+    from peftcli.train.trainers import Trainer
 
     whole = Trainer.compute_loss
 

@@ -9,7 +9,7 @@ from ground import Ended, Ground
 from table import Drill, Judge, Row
 from zygote import ZYGOTE, Moment, send
 
-TRAINER = "peftcli.train.trainer:Trainer"
+TRAINER = "peftcli.train.trainers:Trainer"
 ACCUMULATED = {
     "trainer.per_device_train_batch_size": 2,
     "trainer.gradient_accumulation_steps": 4,
@@ -28,11 +28,11 @@ SIGTERM_MOMENTS = {
     "between forward and backward of micro-batch 2 of step 2": Moment(f"{TRAINER}.compute_loss", 6, after=True),
     "after the last micro-batch of step 3": Moment(f"{TRAINER}.training_step", 12, after=True),
     "before the optimizer takes step 3": Moment(f"{TRAINER}.check_step", 3),
-    "after the optimizer took step 3": Moment("peftcli.train.watch:Watch.on_step_end", 3),
+    "after the optimizer took step 3": Moment("peftcli.train.callbacks:Watch.on_step_end", 3),
     "in an evaluation during training": Moment(f"{TRAINER}.prediction_step"),
     "before a checkpoint is written": Moment(f"{TRAINER}._save_checkpoint"),
-    "before a checkpoint is sealed": Moment("peftcli.train.checkpoints:seal"),
-    "after a checkpoint got its name": Moment("peftcli.train.checkpoints:promote", after=True),
+    "before a checkpoint is sealed": Moment("peftcli.train.checkpoint:seal"),
+    "after a checkpoint got its name": Moment("peftcli.train.checkpoint:promote", after=True),
     "in the last step": Moment(f"{TRAINER}.training_step", 22),
     "while the adapter is written": Moment("peftcli.train.run:save_adapter"),
     "in the last evaluation": Moment("peftcli.train.run:_measure", 2),
@@ -42,9 +42,9 @@ CTRL_C_MOMENTS = {
     "in a micro-batch": Moment(f"{TRAINER}.compute_loss", 15),
     "in an evaluation during training": Moment(f"{TRAINER}.prediction_step", 4),
     "in a save, before the optimizer's state": Moment(f"{TRAINER}._save_optimizer_and_scheduler"),
-    "before a checkpoint is sealed": Moment("peftcli.train.checkpoints:seal"),
-    "before a checkpoint gets its name": Moment("peftcli.train.checkpoints:promote"),
-    "before old checkpoints are removed": Moment("peftcli.train.checkpoints:rotate"),
+    "before a checkpoint is sealed": Moment("peftcli.train.checkpoint:seal"),
+    "before a checkpoint gets its name": Moment("peftcli.train.checkpoint:promote"),
+    "before old checkpoints are removed": Moment("peftcli.train.checkpoint:rotate"),
     "while the adapter is written": Moment("peftcli.train.run:save_adapter", after=True),
     "in the last evaluation": Moment("peftcli.train.run:_measure", 2),
 }
@@ -107,7 +107,7 @@ def ctrl_c(ground: Ground) -> Iterator[Row]:
 
 def slow_steps() -> None:
     """Let each step of a session take its time."""
-    from peftcli.train.trainer import Trainer  # imported already; the light cases never come here
+    from peftcli.train.trainers import Trainer  # imported already; the light cases never come here
 
     whole = Trainer.training_step
 

@@ -33,9 +33,9 @@ PHASES = {
     "reading data": "peftcli.cli.steps:prepare_data",
     "loading the base": "peftcli.train.run:load_base",
     "baseline": "peftcli.train.run:_baseline",
-    "micro-batch": "peftcli.train.trainer:Trainer.training_step",
-    "evaluation in training": "peftcli.train.trainer:Trainer.evaluation_loop",
-    "saving": "peftcli.train.trainer:Trainer._save_checkpoint",
+    "micro-batch": "peftcli.train.trainers:Trainer.training_step",
+    "evaluation in training": "peftcli.train.trainers:Trainer.evaluation_loop",
+    "saving": "peftcli.train.trainers:Trainer._save_checkpoint",
     "writing the adapter": "peftcli.train.run:save_adapter",
     "last evaluation": "peftcli.train.run:_measure",
     "report": "peftcli.cli.training:finish",
@@ -50,7 +50,7 @@ class Moment:
     """The n-th call of a function in a session.
 
     Attributes:
-        where: module and attribute, such as `peftcli.train.trainer:Trainer.training_step`.
+        where: module and attribute, such as `peftcli.train.trainers:Trainer.training_step`.
         after: when the call has ended, in place of when it begins.
     """
 

@@ -1,4 +1,4 @@
-"""How wide the trained weights are: float32 while they are trained, and the base's dtype when they are used."""
+"""The precision of trainable weights: float32 in training, the base's dtype when they are saved."""
 
 import torch
 from peft.utils import ModulesToSaveWrapper

@@ -1,4 +1,7 @@
-"""Whether a run folder is new, may be gone on from, is finished, or belongs to something else."""
+"""Decides whether a run folder is new, can be resumed, is finished, or belongs to something else.
+
+A checkpoint records its data, base model and library versions, and a resume with others is refused.
+"""
 
 import json
 import os
@@ -15,9 +18,8 @@ from peftcli.recipe.dump import changed_keys, dump_recipe
 from peftcli.recipe.load import load_recipe
 from peftcli.recipe.schema import AdapterSection, Recipe
 from peftcli.rundir import RunDir, read_json, read_log, write_text
-from peftcli.train.checkpoints import MANIFEST, clear_staging, newest_valid
+from peftcli.train.checkpoint import MANIFEST, clear_staging, newest_valid
 from peftcli.train.lock import NAME as LOCK
-from peftcli.train.stamp import is_allowed
 
 HARMLESS = (
     "budget.",
@@ -53,6 +55,9 @@ HELD = frozenset(
     ]
 )
 """Keys whose value is loaded with the adapter, the optimizer or the schedule: a new one would be ignored in silence."""
+
+VERSIONED = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate")
+"""Libraries that a training step goes through."""
 
 
 @dataclass(frozen=True)
@@ -216,3 +221,62 @@ def _is_held(key: str) -> bool:
     section, _, name = key.partition(".")
     # What a method takes beside the shared keys decides the shapes of its weights, or what they began as.
     return key in HELD or (section == "adapter" and name.partition(".")[0] not in AdapterSection.model_fields)
+
+
+def make_stamp(data: Mapping[str, Any], base: str | None, versions: Mapping[str, Any]) -> dict[str, Any]:
+    """What must be the same for a run to go on to the same bits.
+
+    Args:
+        data: the content of `data.json`.
+        base: identity of the base model's files, None where it is not known.
+        versions: of the installed packages, by name.
+    """
+    return {
+        "data.train": data["fingerprint"]["train"],
+        "data.test": data["fingerprint"]["test"],
+        "base": base,
+        **{f"versions.{name}": versions.get(name) for name in VERSIONED},
+    }
+
+
+def refuse_changes(before: Mapping[str, Any], now: Mapping[str, Any], allowed: Collection[str]) -> list[str]:
+    """Compare the stamp of a checkpoint with that of this session.
+
+    Args:
+        allowed: keys, or their first parts such as `data`, that `--force` names.
+
+    Returns:
+        What differs and is allowed to, as sentences.
+
+    Raises:
+        RecipeError: something else differs; every key of it is listed.
+    """
+    changed = {
+        key: f"{key}: {shown_value(before[key])} -> {shown_value(now.get(key))}"
+        for key in before
+        if before[key] is not None and now.get(key) is not None and before[key] != now[key]
+    }
+    refused = [line for key, line in changed.items() if not is_allowed(key, allowed)]
+    if refused:
+        keys = sorted({key.split(".")[0] for key in changed if not is_allowed(key, allowed)})
+        raise RecipeError(
+            "the run cannot go on to the same result, since this changed after its checkpoint:\n"
+            + "\n".join(f"  {line}" for line in refused)
+            + f"\nput it back, pass --overwrite to begin anew, or accept it with --force {' --force '.join(keys)}"
+        )
+    return [f"changed and accepted: {line}" for line in changed.values()]
+
+
+def is_allowed(key: str, allowed: Collection[str]) -> bool:
+    """Whether a key, or a section that it stands in, was named.
+
+    >>> is_allowed("versions.torch", ["versions"]), is_allowed("data.train", ["data.test"])
+    (True, False)
+    """
+    return any(key == name or key.startswith(f"{name}.") for name in allowed)
+
+
+def shown_value(value: Any) -> str:
+    """A value for a message: a hash by its beginning."""
+    text = str(value)
+    return text[:12] if len(text) == 64 else text

@@ -1,8 +1,7 @@
-"""What is run forward and backward at once: the rows of an optimizer step in pieces that fit, with the same loss.
+"""Splits the rows of an optimizer step into micro-batches that fit, with the same loss.
 
-The loss of a piece is a part of the sum over all trained tokens of the step, so the pieces of a step add up to the same
-loss and gradient however they are cut: as the loader's padded micro-batches, as parts of them, or as flat lines of
-rows without any padding.
+The loss of a micro-batch is its part of the sum over all trained tokens of the step, so they add up to the same loss
+and gradient however the step is split: the loader's padded batches, parts of them, or padding-free batches.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

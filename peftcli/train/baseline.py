@@ -1,4 +1,4 @@
-"""The base's figures taken from another run, where nothing that they depend on differs."""
+"""Reuses the baseline evaluation of another run where nothing that it depends on differs."""
 
 import json
 from collections.abc import Mapping

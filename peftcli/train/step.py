@@ -1,5 +1,6 @@
-"""The optimizer steps of a trainer: run in pieces, checked, counted, and kept in checkpoints whole or absent."""
+"""The optimizer step: run in micro-batches, checked for divergence, counted, and checkpointed."""
 
+import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -12,19 +13,23 @@ from accelerate.utils import DistributedType
 from peft.optimizers import create_loraplus_optimizer
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers.trainer_utils import EvalLoopOutput
+from transformers import TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput, SaveStrategy
 
-from peftcli.errors import MachineError
-from peftcli.model.distributed import gather
+from peftcli.errors import Diverged, MachineError
+from peftcli.model.distributed import gather, is_divided
 from peftcli.rundir import RunDir
-from peftcli.train import checkpoints
+from peftcli.train import checkpoint
+from peftcli.train.adalora import Ranks
+from peftcli.train.adapter_init import Start
 from peftcli.train.disk import room_for_checkpoint
-from peftcli.train.divergence import Divergence
 from peftcli.train.machines import on_this_machine
-from peftcli.train.parts import made_for_parts
-from peftcli.train.pieces import Pieces, fed, first_rows
-from peftcli.train.ranks import Ranks
-from peftcli.train.starts import Start
+from peftcli.train.micro_batch import Pieces, fed, first_rows
+
+MOST_FLAT_STEPS = 5
+"""Steps in a row without any gradient; one alone may be chance, such as a row whose answer is certain."""
+MOST_SKIPPED_STEPS = 30
+"""Steps in a row that float16's scaler skips; it begins at 65536 and halves its scale each time."""
 
 
 class StepTrainer(transformers.Trainer):  # type: ignore[misc]  # transformers' trainer is untyped
@@ -287,11 +292,11 @@ class StepTrainer(transformers.Trainer):  # type: ignore[misc]  # transformers' 
         folder = Path(self.args.output_dir)
         name = f"checkpoint-{self.state.global_step}"
         self._refuse_without_room(folder)
-        self._staging = str(folder / checkpoints.STAGING)
+        self._staging = str(folder / checkpoint.STAGING)
         try:
             super()._save_checkpoint(model, trial)
         except Exception:
-            checkpoints.clear_staging(folder)
+            checkpoint.clear_staging(folder)
             self._refuse_without_room(folder)  # what the libraries say of a full disk has many forms
             raise
         finally:
@@ -303,8 +308,67 @@ class StepTrainer(transformers.Trainer):  # type: ignore[misc]  # transformers' 
             self.state.best_model_checkpoint = str(folder / name)
         if self.args.should_save:
             if is_best:
-                self.state.save_to_json(str(folder / checkpoints.STAGING / name / "trainer_state.json"))
-            checkpoints.seal(folder / checkpoints.STAGING / name, self.state.global_step, counters, self.stamp)
-            checkpoints.promote(folder / checkpoints.STAGING / name, folder / name)
-            checkpoints.rotate(folder, self.args.save_total_limit or 2, self.state.best_model_checkpoint)
+                self.state.save_to_json(str(folder / checkpoint.STAGING / name / "trainer_state.json"))
+            checkpoint.seal(folder / checkpoint.STAGING / name, self.state.global_step, counters, self.stamp)
+            checkpoint.promote(folder / checkpoint.STAGING / name, folder / name)
+            checkpoint.rotate(folder, self.args.save_total_limit or 2, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
+
+
+class Divergence:
+    """Looks at each step before the optimizer applies it."""
+
+    def __init__(self) -> None:
+        self._flat = 0
+        self._skipped = 0
+
+    def check(self, step: int, loss: float, norm: float, *, scaled: bool, chance: str) -> None:
+        """Stop before a step that would spoil the weights, or once nothing is learned any more.
+
+        Args:
+            norm: of the gradient.
+            scaled: the gradient scaler of float16 skips steps that overflow.
+            chance: what a guess would lose, in brackets with a space before, or nothing.
+
+        Raises:
+            Diverged: the loss or the gradient of the step is not finite, or the gradient has been 0 for some steps.
+        """
+        if not math.isfinite(loss):
+            raise Diverged(
+                f"step {step}: the loss is {loss}, so training stopped before the weights took it; lower "
+                "trainer.learning_rate, or look at the rows of this step"
+            )
+        if not math.isfinite(norm):
+            # The gradient scaler of float16 finds its scale by steps that overflow, and skips them itself.
+            self._skipped += 1
+            if not scaled or self._skipped >= MOST_SKIPPED_STEPS:
+                raise Diverged(
+                    f"step {step}: the gradient is {norm} at a loss of {loss:.4f}, so training stopped before "
+                    "the weights took it; lower trainer.learning_rate or trainer.max_grad_norm"
+                )
+            return
+        self._skipped = 0
+        self._flat = self._flat + 1 if norm == 0.0 else 0
+        if self._flat >= MOST_FLAT_STEPS:
+            raise Diverged(
+                f"step {step}: the gradient has been 0 for {self._flat} steps at a loss of {loss:.3f}{chance}, so "
+                "nothing is learned any more; lower trainer.learning_rate and begin anew, or from an earlier checkpoint"
+            )
+
+
+@contextmanager
+def made_for_parts(model: torch.nn.Module, arguments: TrainingArguments) -> Iterator[None]:
+    """Let transformers make a trainer for a base in parts that keeps its checkpoints.
+
+    Args:
+        model: as it was loaded.
+        arguments: of the trainer; when the context ends they are as they were.
+    """
+    strategy = arguments.save_strategy
+    if is_divided(model):
+        # transformers takes what is trained to lie in parts as well, and refuses to keep it; here it is whole.
+        arguments.save_strategy = SaveStrategy.NO
+    try:
+        yield
+    finally:
+        arguments.save_strategy = strategy

@@ -1,12 +1,18 @@
-"""The choice by gradient, made on training rows after the weights are loaded and before the adapter stands on them."""
+"""Selects modules by gradient on a few training rows, after the weights are loaded and before the adapter is added."""
 
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from peftcli.adapters.module_layout import all_widths, end_name
 from peftcli.data.prepare import PreparedData
+from peftcli.data.tokenize import IGNORED
 from peftcli.errors import MachineError
+from peftcli.model.classification import forward, head_of, make_batch
 from peftcli.model.distributed import from_first, my_share, processes
 from peftcli.model.gradients import gradient_norms
 from peftcli.model.inspect import count_on_layer
@@ -14,8 +20,10 @@ from peftcli.plan.module_layout import within
 from peftcli.plan.module_selection import Selection, choose_layers, choose_modules
 from peftcli.plan.plan import Plan
 from peftcli.plan.targets import ALL_LINEAR, chosen_plan, matches
+from peftcli.recipe.rules import CAUSAL
 from peftcli.rundir import RunDir, read_json, write_json
-from peftcli.train.first_rows import drawn_rows, reader
+
+Inputs = Mapping[str, Tensor]
 
 
 def make_choice(
@@ -92,3 +100,64 @@ def _saved_whole(plan: Plan, model: Any) -> int:
     saved = plan.adapter.modules_to_save or ()
     names = [name for name, _ in model.named_modules() if any(matches(name, one) for one in saved)]
     return sum(weight.numel() for name in names for weight in model.get_submodule(name).parameters())
+
+
+def drawn_rows(plan: Plan, count: int, batches: int) -> list[list[int]]:
+    """Numbers of training rows for each batch, drawn by the seed of the recipe.
+
+    Args:
+        count: of all training rows.
+        batches: at most.
+    """
+    order = np.random.default_rng(plan.seed).permutation(count)
+    size = plan.batch.per_device
+    return [order[first : first + size].tolist() for first in range(0, count, size)][:batches]
+
+
+def reader(
+    plan: Plan, data: PreparedData, tokenizer: PreTrainedTokenizerBase, model: Any
+) -> tuple[Callable[[Sequence[int]], Inputs], Callable[[Any, Inputs], Tensor]]:
+    """How rows become a batch, and a batch a loss.
+
+    Args:
+        model: the base, alone or with an adapter that changes nothing yet.
+    """
+    head = head_of(plan.base.labels, plan.base.problem, model, tokenizer)
+    store = data.train.store.examples.select([head.column, "labels"])
+
+    def read(rows: Sequence[int]) -> dict[str, list[Any]]:
+        columns: dict[str, list[Any]] = store.take([int(data.train.rows[row]) for row in rows]).to_pydict()
+        return columns
+
+    if plan.task == CAUSAL:
+        pad = tokenizer.pad_token_id or 0
+        return (lambda rows: _on(model, filled(**read(rows), pad=pad))), (lambda one, batch: one(**batch).loss)
+
+    def labelled(rows: Sequence[int]) -> Inputs:
+        found = read(rows)
+        return _on(model, make_batch(found[head.column], found["labels"], head))
+
+    def loss(one: Any, batch: Inputs) -> Tensor:
+        losses = head.losses(forward(one, dict(batch)), batch["labels"])
+        return losses.sum() / head.targets(batch["labels"]).clamp(min=1)
+
+    return labelled, loss
+
+
+def filled(input_ids: Sequence[Sequence[int]], labels: Sequence[Sequence[int]], pad: int) -> dict[str, Tensor]:
+    """Rows filled up at their end.
+
+    >>> filled([[5, 6], [7]], [[-100, 6], [7]], 0)["labels"].tolist()
+    [[-100, 6], [7, -100]]
+    """
+    longest = max(len(row) for row in input_ids)
+
+    def fill(rows: Sequence[Sequence[int]], value: int) -> Tensor:
+        return torch.tensor([[*row, *[value] * (longest - len(row))] for row in rows])
+
+    mask = fill([[1] * len(row) for row in input_ids], 0)
+    return {"input_ids": fill(input_ids, pad), "attention_mask": mask, "labels": fill(labels, IGNORED)}
+
+
+def _on(model: Any, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.to(model.device) for name, value in batch.items()}

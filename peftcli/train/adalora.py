@@ -1,4 +1,4 @@
-"""AdaLoRA's ranks: moved after every step, kept apart by a regulariser, and carried through a stop."""
+"""AdaLoRA in training: ranks allocated after every step, orthogonal regularization, and state across a resume."""
 
 import json
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Why a run stops early: a signal, a STOP file or the clock; each is heard at the end of a step."""
+"""Stops a run early: a signal, a STOP file or the clock; each takes effect at the end of a step."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""How long the machine is ours: a deadline that the environment names, and the sessions of notebook services."""
+"""How long this machine is available: a deadline from the environment, and the limits of notebook services."""
 
 import math
 import os

@@ -1,0 +1,414 @@
+"""Trainer callbacks: log, progress, clock and stops; calibration before the first step; checkpointed blocks."""
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from peft.tuners.tuners_utils import BaseTunerLayer
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from peftcli.model.distributed import gather, is_divided
+from peftcli.model.fused_lora import join_products, part_products
+from peftcli.model.hardware import peak_memory_bytes, resident_bytes
+from peftcli.plan.plan import Plan
+from peftcli.progress import Progress
+from peftcli.report.format import count, duration, size
+from peftcli.train.step import StepTrainer
+from peftcli.train.stop import StopRequests
+
+FIRST_SAVE_SECONDS = 1.0
+"""Of a checkpoint, before one was written and measured."""
+
+FEWEST_STEPS = 30
+"""Of a run that is calibrated; a shorter one would spend more on it than it says."""
+PASSES = 2
+"""The first one pays for what is done once, such as the choice of kernels; the second is measured."""
+
+
+class Watch(TrainerCallback):  # type: ignore[misc]  # transformers' callbacks are untyped
+    """Writes `log.jsonl`, shows progress, saves by time and stops at the end of a step.
+
+    Attributes:
+        losses: (step, loss) as logged.
+        stop_reason: why the run stopped early, None where it did not.
+        stopped_by_clock: that was a limit of time, so there is time for the last evaluation.
+        resident_before: memory of the process in bytes when the loop began.
+    """
+
+    def __init__(
+        self,
+        trainer: StepTrainer,
+        log: Path,
+        progress: Progress,
+        stops: StopRequests,
+        *,
+        save_every: float,
+        reserve: float,
+        device: str,
+        writes: bool,
+    ) -> None:
+        """
+        Args:
+            trainer: whose loop this is.
+            log: the JSON-lines file, appended to.
+            save_every: seconds between checkpoints.
+            reserve: seconds that the final evaluation will take.
+            device: `cuda` or `cpu`.
+            writes: this process writes and shows for all.
+        """
+        self.losses: list[tuple[int, float]] = []
+        self.stop_reason: str | None = None
+        self.stopped_by_clock = False
+        self.resident_before = 0
+        self._trainer = trainer
+        self._log = log
+        self._progress = progress
+        self._stops = stops
+        self._save_every = save_every
+        self._reserve = reserve
+        self._save_seconds = 0.0
+        self._device = device
+        self._writes = writes
+        self._begun = 0.0
+        self._saved = 0.0
+        self._stepped = 0.0
+        self._longest_step = 0.0
+        self._shrunk = 0
+        self._last_logged = (0.0, 0.0)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.resident_before = resident_bytes()
+        self._begun = self._saved = self._stepped = time.monotonic()
+        self._last_logged = (self._begun, self._trainer.tokens_before)
+        # transformers forgets the best checkpoint where it is not on this machine's disk.
+        state.best_model_checkpoint = gather(state.best_model_checkpoint)[0]
+        left = self._stops.seconds_left
+        if left is not None:
+            self._progress.note(
+                f"  time: {left:.0f} s are left; training stops {self.margin():.0f} s and a step before that, for a "
+                "checkpoint, the last evaluation and the report"
+            )
+        self._progress.start("training", state.max_steps)
+        self._progress.advance(state.global_step)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._trainer.check_step(state.global_step + 1)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        now = time.monotonic()
+        self._trainer.seconds = now - self._begun
+        self._longest_step = max(self._longest_step, now - self._stepped)
+        self._stepped = now
+        self._progress.advance(state.global_step)
+        self._tell_shrunk()
+        if state.global_step >= state.max_steps:
+            return
+        # Clocks and signals differ between processes, but all must save and stop at the same step.
+        # Whether it is the clock goes with the reason: a deadline may be set on one machine alone.
+        own = self._stops.reason(self.margin())
+        found = gather((own, own is not None and self._stops.is_clock(own)))
+        self.stop_reason, self.stopped_by_clock = next((one for one in found if one[0] is not None), (None, False))
+        if self.stop_reason is not None:
+            control.should_save = control.should_training_stop = True
+        elif any(gather(now - self._saved >= self._save_every)):
+            control.should_save = True
+        if control.should_save:
+            self._saved = now
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._save_seconds = max(self._save_seconds, time.monotonic() - self._saved)
+        self._saved = self._stepped = time.monotonic()
+
+    def margin(self) -> float:
+        """Seconds before the limit at which training stops: for one more step, a save and the last evaluation."""
+        return self._reserve + 1.2 * self._longest_step + 1.5 * max(self._save_seconds, FIRST_SAVE_SECONDS)
+
+    def _tell_shrunk(self) -> None:
+        events = self._trainer.pieces.events
+        for step, pieces in events[self._shrunk :]:
+            self._progress.note(
+                f"step {step}: out of memory, so its rows are run in {pieces} pieces; the rows of a step and their "
+                "order stay the same"
+            )
+        self._shrunk = len(events)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        logs = logs or {}
+        if "loss" not in logs:
+            if "eval_loss" in logs and self._writes:
+                self._append({"step": state.global_step, "eval_loss": logs["eval_loss"]})
+            return
+        now = time.monotonic()
+        since, tokens_before = self._last_logged
+        tokens = float(logs.get("num_tokens", 0.0)) + self._trainer.tokens_before
+        rate = (tokens - tokens_before) / max(now - since, 1e-9)
+        self._last_logged = (now, tokens)
+        of_tokens = self._trainer.fed == "tokens"
+        self.losses.append((state.global_step, float(logs["loss"])))
+        row = {
+            "step": state.global_step,
+            "loss": logs["loss"],
+            "learning_rate": logs.get("learning_rate"),
+            "grad_norm": _finite(logs.get("grad_norm")),
+            "epoch": state.epoch,
+            "token_accuracy": logs.get("mean_token_accuracy"),
+            "tokens": tokens if of_tokens else None,
+            "tokens_per_second": round(rate, 1) if of_tokens else None,
+            "memory_bytes": peak_memory_bytes(self._device),
+            "elapsed_seconds": round(self._trainer.seconds_before + now - self._begun, 3),
+        }
+        if self._writes:
+            self._append(row)
+        self._progress.advance(
+            state.global_step,
+            {
+                "loss": f"{row['loss']:.4f}",
+                "lr": f"{logs.get('learning_rate', 0.0):.2e}",
+                f"{self._trainer.fed}/s": f"{rate:,.0f}",
+                "memory": f"{row['memory_bytes'] / 2**30:.1f} GiB",
+            },
+        )
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._trainer.seconds = time.monotonic() - self._begun
+        self._progress.end()
+
+    def _append(self, row: dict[str, Any]) -> None:
+        with self._log.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def _finite(value: float | None) -> float | None:
+    # The gradient scaler of float16 skips a step whose norm is infinite; JSON has no word for that.
+    return value if value is not None and math.isfinite(value) else None
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What one micro-batch took.
+
+    Attributes:
+        tokens: of its rows, padding aside.
+        seconds: forward and backward.
+        step_seconds: of an optimizer step of rows of mean length.
+        peak_memory_bytes: of torch's allocator, None on a CPU, where the memory of a process never falls.
+    """
+
+    tokens: int
+    seconds: float
+    step_seconds: float
+    peak_memory_bytes: int | None
+
+
+class Calibrate(TrainerCallback):  # type: ignore[misc]  # transformers' callbacks are untyped
+    """Runs the longest micro-batch when training begins; weights, counters and random numbers stay as they were."""
+
+    def __init__(self, trainer: StepTrainer, plan: Plan, lengths: NDArray[Any], progress: Progress) -> None:
+        """
+        Args:
+            trainer: whose training begins.
+            lengths: (rows,), tokens of each training row.
+        """
+        self._trainer = trainer
+        self._plan = plan
+        self._lengths = lengths
+        self._progress = progress
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        steps = state.max_steps - state.global_step
+        if steps < FEWEST_STEPS or self._trainer.is_deepspeed_enabled or is_divided(model) or counts_batches(model):
+            return
+        rows = longest_rows(self._lengths, self._plan)
+        found = calibrate(self._trainer, model, rows, self._plan, float(self._lengths.mean()))
+        self._trainer.calibration = asdict(found)
+        self._progress.note(said(found, steps, self._trainer.fed))
+
+
+def counts_batches(model: torch.nn.Module) -> bool:
+    """Whether a forward pass alone changes the model, as the running means of a convolutional network do."""
+    return any(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in model.modules())
+
+
+def longest_rows(lengths: NDArray[Any], plan: Plan) -> list[int]:
+    """The longest rows that are run at once: a padded micro-batch of them, or a line as full as lines become."""
+    order = np.argsort(-lengths, kind="stable")
+    if plan.batching.kind == "padded":
+        return [int(row) for row in order[: plan.batch.per_device]]
+    taken = order[: plan.batch.per_device * plan.batch.accumulation]
+    fitting = max(1, int(np.searchsorted(np.cumsum(lengths[taken]), plan.batching.tokens, side="right")))
+    return [int(row) for row in taken[:fitting]]
+
+
+def calibrate(trainer: StepTrainer, model: Any, rows: list[int], plan: Plan, mean: float) -> Calibration:
+    """Run some rows forward and backward and measure the second time.
+
+    Pieces that do not fit are made smaller now, as they would be in the middle of the training.
+
+    Args:
+        rows: numbers of training rows.
+        mean: tokens of a row.
+
+    Raises:
+        MemoryExhausted: not even small pieces fit.
+    """
+    batch = trainer.data_collator([trainer.train_dataset[row] for row in rows])
+    tokens = int(sum(len(trainer.train_dataset[row]["input_ids"]) for row in rows))
+    batch = trainer._prepare_inputs(batch)
+    cuda = trainer.args.device.type == "cuda"
+    seconds = 0.0
+    with _undone(trainer, model):
+        for _ in range(PASSES):
+            if cuda:
+                torch.cuda.reset_peak_memory_stats()
+                torch.cuda.synchronize()
+            begun = time.monotonic()
+            _forward_and_backward(trainer, model, batch)
+            if cuda:
+                torch.cuda.synchronize()
+            seconds = time.monotonic() - begun
+    in_step = plan.batch.per_device * plan.batch.accumulation * mean
+    passes = in_step / tokens if trainer.pieces.lines else float(plan.batch.accumulation)
+    peak = torch.cuda.max_memory_allocated() if cuda else None
+    return Calibration(tokens, round(seconds, 4), round(seconds * passes, 4), peak)
+
+
+def said(found: Calibration, steps: int, fed: str = "tokens") -> str:
+    """The line for the start of a training."""
+    line = (
+        f"  calibration: {count(found.tokens)} {fed} forward and backward in {duration(found.seconds)}, so about "
+        f"{duration(found.step_seconds)} a step and {duration(found.step_seconds * steps)} for {count(steps)} steps"
+    )
+    return line + (f"; {size(found.peak_memory_bytes)} at the peak" if found.peak_memory_bytes is not None else "")
+
+
+def _forward_and_backward(trainer: StepTrainer, model: Any, batch: dict[str, Any]) -> None:
+    def one(piece: dict[str, Any]) -> torch.Tensor:
+        with trainer.compute_loss_context_manager():
+            loss: torch.Tensor = trainer.compute_loss(model, dict(piece))
+        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        return loss.detach()
+
+    trainer.pieces.run([batch], one, lambda: model.zero_grad(), nullcontext, trainer.state.global_step)
+
+
+@contextmanager
+def _undone(trainer: StepTrainer, model: Any) -> Iterator[None]:
+    """Take back what a forward and a backward pass leave behind: gradients, counters and drawn numbers."""
+    counted = trainer.pieces.real, trainer.pieces.padded
+    training = model.training
+    model.train()
+    with torch.random.fork_rng():
+        yield
+    model.train(training)
+    model.zero_grad(set_to_none=True)
+    trainer.pieces.real, trainer.pieces.padded = counted
+    for logged in getattr(trainer, "_metrics", {}).values():
+        logged.clear()
+
+
+class Forward(TrainerCallback):  # type: ignore[misc]  # transformers' callbacks are untyped
+    """Sets the blocks up when training begins, and puts adapters back when it ends.
+
+    None of it changes a loss: a block that runs again gives the same values, what PEFT casts to the adapter's dtype
+    autocast would cast back before the product, and LoRA's sum is the same in one pass.
+    """
+
+    def __init__(self, checkpointed_blocks: int | None, levers: set[str]) -> None:
+        """
+        Args:
+            checkpointed_blocks: that run again in the backward pass; None leaves it to the trainer's argument.
+            levers: names of what is done otherwise than the libraries do it; what turns out to be without use is
+                taken out.
+        """
+        self._blocks = checkpointed_blocks
+        self._levers = levers
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        if self._blocks is not None:
+            keep_checkpointed(model, self._blocks)
+        if not (args.bf16 or args.fp16):
+            self._levers.discard("casts")
+        if "casts" in self._levers:
+            cast_inputs(model, False)
+        if "products" in self._levers and not join_products(model):
+            self._levers.discard("products")
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        # Evaluation runs without autocast, so adapters need their inputs cast again.
+        cast_inputs(model, True)
+        part_products(model)
+
+
+def keep_checkpointed(model: torch.nn.Module, blocks: int) -> int:
+    """Leave the first so many blocks checkpointed and let all others keep their activations.
+
+    Returns:
+        Number of blocks that are checkpointed now.
+    """
+    switched = [
+        module
+        for module in model.modules()
+        if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing
+    ]
+    for module in switched[blocks:]:
+        module.gradient_checkpointing = False
+    return min(blocks, len(switched))
+
+
+def cast_inputs(model: torch.nn.Module, wanted: bool) -> None:
+    """Let adapters cast their inputs to the dtype of their weights, or leave that to autocast where it is the same."""
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.cast_input_dtype_enabled = wanted or _rounds_otherwise(module)
+
+
+def _rounds_otherwise(layer: Any) -> bool:
+    """Whether the cast changes more than memory: DoRA computes on its input, and a CPU rounds dropout's factor."""
+    if len(getattr(layer, "lora_magnitude_vector", ())):
+        return True
+    drops = getattr(layer, "lora_dropout", {}).values()
+    on_cpu = next(layer.parameters()).device.type == "cpu"
+    return on_cpu and any(getattr(drop, "p", 0.0) > 0 for drop in drops)
