@@ -25,7 +25,7 @@ from transformers import (
 from peftcli.cli.steps import plan_recipe, prepare_data, settle
 from peftcli.data.prepare import PreparedData
 from peftcli.errors import MachineError
-from peftcli.merge.label_drift import compare_labels
+from peftcli.merge.drift import compare_labels
 from peftcli.model.classification import Head, head_of, label_loss, make_batch, row_logits, segments
 from peftcli.model.heads import positions_of
 from peftcli.model.load import load_base

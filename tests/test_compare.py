@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import yaml
 
-from peftcli.compare.child import Children
-from peftcli.compare.fronts import best_of, front
+from peftcli.compare.results import best_of, front
+from peftcli.compare.run import Children
 from peftcli.compare.variants import Axis, Variant, check_variants, make_variants, read_axes, split_values
 from peftcli.errors import RecipeError
 from peftcli.plan.machine import Machine, ModelFacts

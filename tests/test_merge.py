@@ -13,7 +13,7 @@ import yaml
 
 from peftcli.merge.drift import compare
 from peftcli.merge.fold import fold
-from peftcli.merge.write import write_weights
+from peftcli.merge.save import write_weights
 from peftcli.model.files import loaded_weights, original_weights
 from peftcli.model.target import open_target
 from peftcli.rundir import read_json

@@ -11,8 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BertConfig
 
 from peftcli.adapters.build import peft_config
 from peftcli.errors import MachineError, RecipeError
-from peftcli.merge.fold import bare_base, fold
-from peftcli.merge.refuse import refuse_unmergeable
+from peftcli.merge.fold import bare_base, fold, refuse_unmergeable
 from peftcli.methods.registry import METHODS
 from peftcli.model.files import loaded_weights
 from peftcli.model.heads import AUTO_CLASSES

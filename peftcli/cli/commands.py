@@ -134,8 +134,8 @@ def merge_command(
         raise RecipeError(f"--recipe {recipe}: {path} is a run and has its own recipe; leave it out")
     with shown_run(run.library_log) as (shown, streams):
         from peftcli.cli.steps import plan_recipe, prepare_for
-        from peftcli.merge.refuse import refuse_unmergeable
-        from peftcli.merge.run import DriftTooLarge, MergeSettings, merge
+        from peftcli.merge.fold import refuse_unmergeable
+        from peftcli.merge.merge import DriftTooLarge, MergeSettings, merge
         from peftcli.model.target import open_target
 
         target = open_target(str(path))

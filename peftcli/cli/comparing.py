@@ -10,9 +10,8 @@ from typing import Any
 from peftcli.cli.recipes import find_recipe
 from peftcli.cli.show import Shown, console
 from peftcli.cli.show_compare import show_comparison
-from peftcli.compare.child import Children
-from peftcli.compare.collect import Entry, collect
-from peftcli.compare.runs import RESULT, is_run, open_runs
+from peftcli.compare.results import RESULT, Entry, collect, is_run, open_runs
+from peftcli.compare.run import Children
 from peftcli.compare.variants import Variant, check_variants, make_variants, read_axes
 from peftcli.errors import Aborted, RecipeError, Stopped
 from peftcli.report.compare import write_comparison

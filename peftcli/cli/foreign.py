@@ -12,8 +12,8 @@ from peftcli.cli.recipes import find_recipe
 from peftcli.cli.steps import Planned, plan_recipe, prepare_for
 from peftcli.data.prepare import PreparedData
 from peftcli.errors import MachineError, RecipeError
-from peftcli.merge.refuse import refuse_unmergeable
-from peftcli.merge.run import MergeSettings, merge
+from peftcli.merge.fold import refuse_unmergeable
+from peftcli.merge.merge import MergeSettings, merge
 from peftcli.model.foreign import Foreign, Outputs, base_config, outputs_of, read_foreign, task_of
 from peftcli.model.inspect import locate
 from peftcli.model.manifest import identity

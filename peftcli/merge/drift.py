@@ -1,13 +1,19 @@
-"""How far a merged model is from the adapter that was trained, on real rows."""
+"""Compares the outputs of a merged model with those of its adapter on real test rows."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import pyarrow as pa
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from torch.nn import functional
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from peftcli.data.formats import LABELLED
+from peftcli.data.prepare import PreparedData
 from peftcli.data.tokenize import IGNORED
+from peftcli.model.classification import Head, head_of, output_names, row_logits
 from peftcli.model.scoring import pad_right, rows_at_once, vocabulary_of
 from peftcli.progress import Progress
 
@@ -15,6 +21,9 @@ KEPT_BYTES = 512 * 2**20
 """Of reference logits held for the comparison; rows beyond are not compared."""
 MOST_ROWS = 2048
 """Rows beyond are not compared: the metrics of the merged model are over all of them."""
+
+SAME_NUMBER = 0.01
+"""Of the spread of a regression's numbers: nearer ones count as the same."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +43,64 @@ class Drift:
     mean_abs_logit_difference: float
     kl_nats: float | None
     top1_agreement: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Rows that go through the adapter and through each merged model.
+
+    Attributes:
+        data: whose first test rows are taken, or training rows where it has none.
+        batch_rows: rows that go through together.
+    """
+
+    data: PreparedData
+    tokenizer: PreTrainedTokenizerBase
+    batch_rows: int
+    progress: Progress
+
+    @cached_property
+    def rows(self) -> pa.Table:
+        """The rows to compare, as many as may be."""
+        return self.data.comparable(MOST_ROWS)
+
+    @property
+    def rows_from(self) -> str:
+        """Where they are from: `test` or `training`."""
+        return "test" if self.data.holds_out else "training"
+
+    def logits(self, model: PreTrainedModel, what: str) -> list[Tensor]:
+        """The outputs of a model: for each row those that its loss is taken on, float32 on the CPU."""
+        if self.data.format not in LABELLED:
+            return self._of_text(model, what)
+        rows = self.rows
+        head = head_of(output_names(self.data), self.data.problem, model, self.tokenizer)
+        ids, labels = (rows.column(name).to_pylist() for name in (head.column, "labels"))
+        return row_logits(
+            model,
+            ids,
+            labels if head.problem == "tagging" else None,
+            head,
+            batch_rows=self.batch_rows,
+            progress=self.progress,
+            what=f"{what}: labels",
+        )
+
+    def drift(self, reference: list[Tensor], merged: list[Tensor]) -> Drift:
+        """How far the outputs of a merged model are from those of the adapter."""
+        if self.data.format not in LABELLED:
+            return compare(reference, merged)
+        return compare_labels(Head(output_names(self.data), self.data.problem or "tagging"), reference, merged)
+
+    def _of_text(self, model: PreTrainedModel, what: str) -> list[Tensor]:
+        return trained_logits(
+            model,
+            rows_to_compare(self.rows, model.config.get_text_config().vocab_size),
+            pad_id=self.tokenizer.pad_token_id or 0,
+            batch_rows=self.batch_rows,
+            progress=self.progress,
+            what=f"{what}: logits",
+        )
 
 
 def rows_to_compare(table: pa.Table, vocabulary: int) -> pa.Table:
@@ -98,3 +165,48 @@ def compare(reference: list[Tensor], merged: list[Tensor]) -> Drift:
         kl += (log_before.exp() * (log_before - log_after)).sum().item()
         agree += int((before.argmax(-1) == after.argmax(-1)).sum())
     return Drift(len(reference), positions, largest, total / positions, kl / positions, agree / positions)
+
+
+def compare_labels(head: Head, reference: Sequence[Tensor], merged: Sequence[Tensor]) -> Drift:
+    """Compare the outputs of two models row by row.
+
+    Args:
+        head: what the outputs mean.
+        reference, merged: (C,) of each row, of tagging (N, C) for its marked tokens.
+
+    Returns:
+        `top1_agreement` is the share of rows, or of marked tokens, that are given the same labels: of a regression a
+        number within 1 % of the spread of all; it has no `kl_nats`.
+
+    >>> compare_labels(Head(("a", "b"), "single-label"), [torch.tensor([0.0, 1.0])], [torch.tensor([0.0, 2.0])]).kl_nats
+    0.0...
+    """
+    before, after = (torch.cat([one if one.dim() == 2 else one[None] for one in side]) for side in (reference, merged))
+    difference = (before - after).abs()
+    return Drift(
+        rows=len(reference),
+        positions=before.shape[0],
+        max_abs_logit_difference=difference.max().item(),
+        mean_abs_logit_difference=difference.double().mean().item(),
+        kl_nats=_divergence(head, before.double(), after.double()),
+        top1_agreement=_same(head, before, after),
+    )
+
+
+def _divergence(head: Head, before: Tensor, after: Tensor) -> float | None:
+    if head.problem == "regression":
+        return None
+    if head.problem == "multi-label":
+        # Each label is a choice between two, whose logits are those of the label and 0.
+        before, after = (torch.stack([side, torch.zeros_like(side)], -1) for side in (before, after))
+    logs = before.log_softmax(-1), after.log_softmax(-1)
+    total = functional.kl_div(logs[1], logs[0], reduction="sum", log_target=True)
+    return total.item() / before.shape[0]
+
+
+def _same(head: Head, before: Tensor, after: Tensor) -> float:
+    if head.problem == "regression":
+        near = (before - after).abs() <= SAME_NUMBER * before.std(0, correction=0)
+        return float(near.all(-1).double().mean())
+    chosen = [head.chosen(one) for one in before], [head.chosen(one) for one in after]
+    return float(sum(one == other for one, other in zip(*chosen, strict=True)) / len(chosen[0]))

@@ -1,12 +1,16 @@
-"""Fold an adapter into float weights one tensor at a time, so that no second copy of the model is ever in memory."""
+"""Folds an adapter into float weights one tensor at a time, so that no second copy of the model is in memory.
+
+Adapters that cannot be merged are refused before the base is loaded.
+"""
 
 import copy
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import PeftModel
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from peft.utils.other import TrainableTokensWrapper
@@ -15,7 +19,8 @@ from transformers import PreTrainedModel
 
 from peftcli.adapters.quantized import taken_for_floats
 from peftcli.errors import MachineError
-from peftcli.merge.refuse import method_of
+from peftcli.methods.base import Method
+from peftcli.methods.registry import METHODS
 from peftcli.model.files import Source, end_names, skeleton_of
 from peftcli.model.inspect import hollow_out
 
@@ -147,3 +152,24 @@ def _merge_layer(layer: BaseTunerLayer, owner: str, source: Source) -> dict[str,
 def _elements(tensor: Tensor) -> int:
     shape = getattr(getattr(tensor, "quant_state", None), "shape", None)
     return int(torch.Size(shape).numel()) if shape is not None else int(tensor.numel())
+
+
+def method_of(adapter: Path) -> Method | None:
+    """The method of a saved adapter, None for one that the table does not have."""
+    kind = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")).get("peft_type")
+    config = PEFT_TYPE_TO_CONFIG_MAPPING.get(kind)
+    return next((one for one in METHODS.values() if config is not None and one.config == config.__name__), None)
+
+
+def refuse_unmergeable(adapter: Path) -> None:
+    """Refuse an adapter whose method cannot be merged.
+
+    Raises:
+        MachineError: with the reason, and what to do instead.
+    """
+    method = method_of(adapter)
+    if method is not None and method.merge:
+        raise MachineError(
+            f"{adapter}: {method.title} cannot be merged: {method.merge}; use the adapter as it is, "
+            "`peftcli generate` and PEFT load it beside its base"
+        )

@@ -122,9 +122,9 @@ def merged_loss(ground: Ground) -> Iterator[Row]:
 
 
 MERGE_MOMENTS = {
-    "before the weights": Moment("peftcli.merge.run:write_weights"),
-    "after the weights": Moment("peftcli.merge.run:write_weights", after=True),
-    "before it gets its name": Moment("peftcli.merge.run:replace_folder"),
+    "before the weights": Moment("peftcli.merge.merge:write_weights"),
+    "after the weights": Moment("peftcli.merge.merge:write_weights", after=True),
+    "before it gets its name": Moment("peftcli.merge.merge:replace_folder"),
 }
 
 

@@ -24,7 +24,7 @@ ROOMS = (
     "peftcli.cli.steps",
     "peftcli.train.run",
     "peftcli.evaluate",
-    "peftcli.merge.run",
+    "peftcli.merge.merge",
     "peftcli.generate",
     "peftcli.report.plots",
     "bitsandbytes",

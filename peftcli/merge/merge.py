@@ -1,4 +1,4 @@
-"""`merge`: fold, write, load what was written, compare, and keep it only if it holds."""
+"""`merge`: fold, save, reload what was saved, compare it with the adapter, and keep it only if it agrees."""
 
 import gc
 import shutil
@@ -13,10 +13,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peftcli.data.prepare import PreparedData
 from peftcli.errors import GateNotMet, RecipeError
-from peftcli.merge.comparison import Comparison
-from peftcli.merge.drift import Drift
+from peftcli.merge.drift import Comparison, Drift
 from peftcli.merge.fold import bare_base, fold
-from peftcli.merge.write import write_config, write_weights
+from peftcli.merge.save import write_config, write_weights
 from peftcli.model.adapter_files import replace_folder, write_companions
 from peftcli.model.evaluate import Measured, decoding_for, measure
 from peftcli.model.files import Source, loaded_weights, original_weights

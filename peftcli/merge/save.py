@@ -1,4 +1,4 @@
-"""Write a merged model shard by shard, with all that plain transformers needs to load and to use it."""
+"""Saves a merged model shard by shard, with all files that plain transformers needs."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""One variant trained in a process of its own, so that its memory is free afterwards and its peak is its own."""
+"""Trains one variant in a process of its own, so that its memory is freed and its peak is its own."""
 
 import ctypes
 import signal
