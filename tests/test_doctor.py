@@ -20,15 +20,24 @@ from packaging.requirements import Requirement
 from rich.console import Console
 
 from peftcli.cli.doctoring import print_verdicts
-from peftcli.doctor import device, eightbit, examine, fourbit, network, recipe, tested, versions
-from peftcli.doctor.device import Card, Cuda
-from peftcli.doctor.fourbit import Trial
-from peftcli.doctor.host import Host, judge_cores, judge_encoding, judge_memory
-from peftcli.doctor.network import Hub, HubModel
-from peftcli.doctor.places import Place, judge_cache, judge_disk, judge_models, probe_place
-from peftcli.doctor.session import judge_session
-from peftcli.doctor.verdict import Verdict, anonymous, private_words, refused, without_private
-from peftcli.doctor.versions import Need
+from peftcli.doctor import gpu, hub, packages, quantization, recipe, run, tested
+from peftcli.doctor.check import Verdict, anonymous, private_words, refused, without_private
+from peftcli.doctor.gpu import Card, Cuda
+from peftcli.doctor.hub import Hub, HubModel
+from peftcli.doctor.packages import Need
+from peftcli.doctor.quantization import Trial
+from peftcli.doctor.system import (
+    Host,
+    Place,
+    judge_cache,
+    judge_cores,
+    judge_disk,
+    judge_encoding,
+    judge_memory,
+    judge_models,
+    judge_session,
+    probe_place,
+)
 from peftcli.errors import DataError, MachineError, RecipeError
 from peftcli.model.hardware import core_quota, memory_limit, usable_memory
 from peftcli.model.load import FAST_CPU_PATH
@@ -52,7 +61,7 @@ Write = Callable[..., Path]
 @pytest.fixture(autouse=True)
 def without_driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Hide a driver that the torch under test was not built for."""
-    monkeypatch.setattr(device, "DRIVER", tmp_path / "no-driver")
+    monkeypatch.setattr(gpu, "DRIVER", tmp_path / "no-driver")
 
 
 def expect(verdict: Verdict, result: str, *said: str) -> None:
@@ -101,7 +110,7 @@ def test_the_tested_versions_are_those_of_the_constraints() -> None:
     pinned = dict(line.split("==") for line in lines if line and not line.startswith("#"))
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     tools = {name for name in pinned if f'"{name}' in project.split("dev = [")[1].split("[project.scripts]")[0]}
-    assert {name: version for name, version in pinned.items() if name not in tools} == versions.TESTED
+    assert {name: version for name, version in pinned.items() if name not in tools} == packages.TESTED
 
 
 def need(text: str, by: str = "peftcli") -> Need:
@@ -111,7 +120,7 @@ def need(text: str, by: str = "peftcli") -> Need:
 def test_a_package_below_its_bound_or_missing_fails_with_the_command_that_mends() -> None:
     needs = [need("trl>=1.16"), need("peft>=0.21"), need("torch>=2.6"), need("tokenizers>=0.23", by="transformers")]
     installed = {"trl": "1.9.0", "peft": None, "torch": "2.13.0+cu128", "tokenizers": "0.22.0"}
-    found = versions.judge_needs(needs, installed)
+    found = packages.judge_needs(needs, installed)
     expect(found, "fail", "peftcli needs trl>=1.16, here is 1.9.0", "peft>=0.21, which is missing")
     assert found.mend == "pip install 'trl>=1.16' 'peft>=0.21'" and "tokenizers" not in found.line
 
@@ -119,31 +128,31 @@ def test_a_package_below_its_bound_or_missing_fails_with_the_command_that_mends(
 def test_two_other_packages_that_do_not_fit_are_a_warning() -> None:
     needs = [need("torch>=2.6"), need("tokenizers>=0.23", by="transformers")]
     installed = {"torch": "2.13.0", "tokenizers": "0.22.0"}
-    expect(versions.judge_needs(needs, installed), "warn", "transformers needs tokenizers>=0.23, here is 0.22.0")
-    expect(versions.judge_needs(needs, installed | {"tokenizers": "0.23.1"}), "ok", "the 1 that peftcli needs")
+    expect(packages.judge_needs(needs, installed), "warn", "transformers needs tokenizers>=0.23, here is 0.22.0")
+    expect(packages.judge_needs(needs, installed | {"tokenizers": "0.23.1"}), "ok", "the 1 that peftcli needs")
 
 
 def test_a_build_before_the_release_counts_as_it_sorts() -> None:
-    expect(versions.judge_needs([need("torch>=2.6")], {"torch": "2.9.0a0+git1234"}), "ok")
+    expect(packages.judge_needs([need("torch>=2.6")], {"torch": "2.9.0a0+git1234"}), "ok")
 
 
 def test_needs_are_read_from_the_metadata_without_the_extras() -> None:
-    found = {(each.by, each.what.name) for each in versions.installed_needs()}
+    found = {(each.by, each.what.name) for each in packages.installed_needs()}
     assert ("peftcli", "trl") in found and ("transformers", "tokenizers") in found
     assert ("peftcli", "pytest") not in found
 
 
 def test_a_package_that_runs_from_a_folder_needs_what_the_tests_ran_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(versions, "OURS", "no-such-package-peftcli")
-    found = {each.what.name for each in versions.installed_needs() if each.by == "no-such-package-peftcli"}
-    assert found == set(versions.TESTED)
-    assert versions.stated_pythons() == (None, [])
+    monkeypatch.setattr(packages, "OURS", "no-such-package-peftcli")
+    found = {each.what.name for each in packages.installed_needs() if each.by == "no-such-package-peftcli"}
+    assert found == set(packages.TESTED)
+    assert packages.stated_pythons() == (None, [])
 
 
 @pytest.fixture
 def two_combinations(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests that ran with torch 2.6 and trl 1.16, and with torch 2.14 and trl 1.16; the rest as pinned."""
-    pinned = {name: versions.TESTED[name] for name in tested.TRAINING}
+    pinned = {name: packages.TESTED[name] for name in tested.TRAINING}
     made = [
         tested.Combination(torch, "2026-01-01", "3.11.9", pinned | {"torch": torch, "trl": trl}, tested.Tests(1, 0))
         for torch, trl in (("2.6.0", "1.16.0"), ("2.14.1", "1.16.2"))
@@ -153,12 +162,12 @@ def two_combinations(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_versions_within_those_that_tests_ran_on_are_fine(two_combinations: None) -> None:
     for torch_here in ("2.6.0+cu124", "2.9.1", "2.14.3"):
-        found = versions.judge_tested(versions.TESTED | {"torch": torch_here, "rich": "99.0"})
+        found = packages.judge_tested(packages.TESTED | {"torch": torch_here, "rich": "99.0"})
         expect(found, "ok", "tested with torch 2.6 to 2.14, transformers 5.23, trl 1.16, peft 0.21")
 
 
 def test_only_a_newer_second_number_of_a_training_library_is_worth_a_warning(two_combinations: None) -> None:
-    found = versions.judge_tested(versions.TESTED | {"torch": "2.15.0", "trl": "1.16.9", "datasets": "6.0.0"})
+    found = packages.judge_tested(packages.TESTED | {"torch": "2.15.0", "trl": "1.16.9", "datasets": "6.0.0"})
     expect(found, "warn", "torch 2.15.0 is newer than 2.14.1, the newest tested", "datasets 6.0.0", "torch==2.14.1")
     assert "trl" not in found.line
 
@@ -166,27 +175,27 @@ def test_only_a_newer_second_number_of_a_training_library_is_worth_a_warning(two
 def test_a_version_older_than_any_tested_fails_with_the_command_that_fixes_it(
     two_combinations: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(versions, "OURS", "no-such-package-peftcli")
-    needs = [each for each in versions.installed_needs() if each.by == "no-such-package-peftcli"]
-    monkeypatch.setattr(versions, "OURS", "peftcli")
+    monkeypatch.setattr(packages, "OURS", "no-such-package-peftcli")
+    needs = [each for each in packages.installed_needs() if each.by == "no-such-package-peftcli"]
+    monkeypatch.setattr(packages, "OURS", "peftcli")
     needs = [replace(each, by="peftcli") for each in needs]
-    old = versions.TESTED | {"torch": "2.5.1"}
-    expect(versions.judge_needs(needs, old), "fail", "torch>=2.6.0, here is 2.5.1", "pip install 'torch>=2.6.0'")
-    assert "torch" not in versions.judge_tested(old).line
+    old = packages.TESTED | {"torch": "2.5.1"}
+    expect(packages.judge_needs(needs, old), "fail", "torch>=2.6.0, here is 2.5.1", "pip install 'torch>=2.6.0'")
+    assert "torch" not in packages.judge_tested(old).line
 
 
 def test_python_is_held_against_what_the_package_states() -> None:
-    asked, tested = versions.stated_pythons()
+    asked, tested = packages.stated_pythons()
     assert asked == ">=3.11" and "3.11" in tested
-    expect(versions.judge_python("3.11.7", asked, tested), "ok")
-    expect(versions.judge_python("3.10.2", asked, tested), "fail", ">=3.11 is needed")
-    expect(versions.judge_python("3.14.0", asked, tested), "warn", "tested are 3.11, 3.12")
+    expect(packages.judge_python("3.11.7", asked, tested), "ok")
+    expect(packages.judge_python("3.10.2", asked, tested), "fail", ">=3.11 is needed")
+    expect(packages.judge_python("3.14.0", asked, tested), "warn", "tested are 3.11, 3.12")
 
 
 def test_sqlalchemy_is_missed_only_by_a_recipe_that_reads_a_database() -> None:
-    expect(versions.judge_databases(None, asked=False), "ok", "only dataset.url needs it")
-    expect(versions.judge_databases(None, asked=True), "fail", "peftcli[sql]")
-    expect(versions.judge_databases("2.1.9", asked=True), "ok")
+    expect(packages.judge_databases(None, asked=False), "ok", "only dataset.url needs it")
+    expect(packages.judge_databases(None, asked=True), "fail", "peftcli[sql]")
+    expect(packages.judge_databases("2.1.9", asked=True), "ok")
 
 
 def test_a_package_that_breaks_on_import_is_named_with_what_it_raised(
@@ -194,9 +203,9 @@ def test_a_package_that_breaks_on_import_is_named_with_what_it_raised(
 ) -> None:
     (tmp_path / "broken_wheel.py").write_text("raise OSError('libcudart.so.12: cannot open')", encoding="utf-8")
     monkeypatch.syspath_prepend(str(tmp_path))
-    found = versions.judge_imports(["json", "broken_wheel"])
+    found = packages.judge_imports(["json", "broken_wheel"])
     expect(found, "fail", "broken_wheel cannot be loaded (OSError: libcudart.so.12: cannot open)", "--force-reinstall")
-    expect(versions.judge_imports(["torch"]), "ok", "torch can be loaded")
+    expect(packages.judge_imports(["torch"]), "ok", "torch can be loaded")
 
 
 # The device
@@ -215,62 +224,60 @@ def test_a_package_that_breaks_on_import_is_named_with_what_it_raised(
     ],
 )
 def test_a_card_that_cannot_be_used_says_why(cuda: Cuda, result: str, said: str) -> None:
-    expect(device.judge_cards(cuda), result, said)
-    assert device.judge_cards(cuda, wanted=False).result == ("warn" if result == "fail" else result)
+    expect(gpu.judge_cards(cuda), result, said)
+    assert gpu.judge_cards(cuda, wanted=False).result == ("warn" if result == "fail" else result)
 
 
 def test_the_driver_version_is_found_in_both_kinds_of_its_file(tmp_path: Path) -> None:
     file = tmp_path / "version"
-    assert device._driver(file) is None
+    assert gpu._driver(file) is None
     for text in ("Kernel Module  570.86.15  Release", "Open Kernel Module for x86_64  570.86.15  Release"):
         file.write_text(
             f"NVRM version: NVIDIA UNIX {text} Build  Thu Jan 23 2025\nGCC version: gcc 12.3.0", encoding="utf-8"
         )
-        assert device._driver(file) == "570.86.15"
+        assert gpu._driver(file) == "570.86.15"
 
 
 def test_every_card_is_held_against_the_wheel() -> None:
-    expect(device.judge_wheel(GPU, (T4,)), "ok", "sm_75, sm_80")
-    expect(device.judge_wheel(GPU, (T4, P100)), "fail", "no kernels for Tesla P100 (sm_60)", "on Kaggle: GPU T4 x2")
+    expect(gpu.judge_wheel(GPU, (T4,)), "ok", "sm_75, sm_80")
+    expect(gpu.judge_wheel(GPU, (T4, P100)), "fail", "no kernels for Tesla P100 (sm_60)", "on Kaggle: GPU T4 x2")
 
 
 @pytest.mark.parametrize(
-    ("machine", "dtype"), [(CPU, "float32"), (GPU, "float16"), (device.machine_of(GPU, L4), "bfloat16")]
+    ("machine", "dtype"), [(CPU, "float32"), (GPU, "float16"), (gpu.machine_of(GPU, L4), "bfloat16")]
 )
 def test_the_precision_is_that_which_the_plan_would_choose(machine: Machine, dtype: str) -> None:
-    chosen = device.auto_dtype(machine, on_gpu=machine.device == "cuda")
+    chosen = gpu.auto_dtype(machine, on_gpu=machine.device == "cuda")
     assert chosen.value == dtype
-    expect(device.judge_precision(chosen), "ok", f"auto is {dtype}")
+    expect(gpu.judge_precision(chosen), "ok", f"auto is {dtype}")
 
 
 def test_several_cards_are_told_with_the_flag_that_uses_them() -> None:
-    assert device.judge_several([T4]) == []
-    expect(device.judge_several([T4, T4])[0], "ok", "--num-processes 1 uses one")
-    expect(device.judge_several([T4, L4])[0], "warn", "they differ")
+    assert gpu.judge_several([T4]) == []
+    expect(gpu.judge_several([T4, T4])[0], "ok", "--num-processes 1 uses one")
+    expect(gpu.judge_several([T4, L4])[0], "warn", "they differ")
 
 
 def test_products_are_right_here_in_every_dtype() -> None:
-    errors, problem = device.try_products("cpu", native_bf16=True)
+    errors, problem = gpu.try_products("cpu", native_bf16=True)
     assert set(errors) == {"float32", "float16", "bfloat16"} and problem == ""
-    expect(device.judge_products(0, errors, problem), "ok", "right in float32, float16, bfloat16")
+    expect(gpu.judge_products(0, errors, problem), "ok", "right in float32, float16, bfloat16")
 
 
 def test_a_wrong_product_or_one_that_is_no_number_fails() -> None:
-    expect(device.judge_products(1, {"float32": 0.02}, ""), "fail", "card 1 are wrong: float32 by 0.02")
-    expect(device.judge_products(0, {"float32": float("nan")}, ""), "fail", "wrong")
+    expect(gpu.judge_products(1, {"float32": 0.02}, ""), "fail", "card 1 are wrong: float32 by 0.02")
+    expect(gpu.judge_products(0, {"float32": float("nan")}, ""), "fail", "wrong")
 
 
 def test_a_device_that_cannot_multiply_says_what_it_raised() -> None:
-    errors, problem = device.try_products("meta", native_bf16=False)
+    errors, problem = gpu.try_products("meta", native_bf16=False)
     assert errors == {} and problem
-    expect(device.judge_products(0, errors, problem), "fail", "a product on card 0 failed: float32: ")
+    expect(gpu.judge_products(0, errors, problem), "fail", "a product on card 0 failed: float32: ")
 
 
 def test_optional_kernels_are_named_and_only_broken_ones_warn() -> None:
-    expect(device.judge_kernels({"triton": None}, ["flash_attn"]), "ok", "triton here", "not needed: flash_attn")
-    expect(
-        device.judge_kernels({"flash_attn": "ImportError: undefined symbol"}, []), "warn", "pip uninstall flash_attn"
-    )
+    expect(gpu.judge_kernels({"triton": None}, ["flash_attn"]), "ok", "triton here", "not needed: flash_attn")
+    expect(gpu.judge_kernels({"flash_attn": "ImportError: undefined symbol"}, []), "warn", "pip uninstall flash_attn")
 
 
 # 4 bit
@@ -278,51 +285,59 @@ def test_optional_kernels_are_named_and_only_broken_ones_warn() -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_4_bit_layer_trains_here_as_its_unpacked_weights_would(dtype: str) -> None:
-    trial = fourbit.try_4bit("cpu", dtype)
-    expect(fourbit.judge_4bit(trial), "ok", "on the CPU: products and gradients are those of the unpacked weights")
+    trial = quantization.try_4bit("cpu", dtype)
+    expect(quantization.judge_4bit(trial), "ok", "on the CPU: products and gradients are those of the unpacked weights")
     assert 0.05 < trial.loss < 0.15, "NF4 loses about a tenth"
 
 
 def test_a_4_bit_layer_whose_gradient_is_wrong_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = fourbit.Linear4bit.forward
+    real = quantization.Linear4bit.forward
 
     def without_half(self: Any, x: torch.Tensor) -> torch.Tensor:
         return real(self, x - 0.5 * (x - x.detach()))  # the value is that of x, the gradient half of it
 
-    monkeypatch.setattr(fourbit.Linear4bit, "forward", without_half)
-    trial = fourbit.try_4bit("cpu", "float32")
-    expect(fourbit.judge_4bit(trial), "fail", "wrong on the CPU: gradients by 0.5")
+    monkeypatch.setattr(quantization.Linear4bit, "forward", without_half)
+    trial = quantization.try_4bit("cpu", "float32")
+    expect(quantization.judge_4bit(trial), "fail", "wrong on the CPU: gradients by 0.5")
     assert trial.product < 1e-5
 
 
 def test_a_layer_that_was_not_quantized_at_all_is_no_success(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fourbit.Linear4bit, "forward", lambda self, x: x[..., :1] * torch.ones(fourbit.OUTPUTS))
-    expect(fourbit.judge_4bit(fourbit.try_4bit("cpu", "float32")), "fail", "answers by", "products by", "gradients by")
-    expect(fourbit.judge_4bit(Trial("cpu", "float32", 0.0, 0.0, 0.0, loss=0.7)), "fail", "unpacked weights by 0.7")
-    expect(fourbit.judge_4bit(Trial("cuda", "float16")), "fail", "on the GPU")
+    monkeypatch.setattr(
+        quantization.Linear4bit, "forward", lambda self, x: x[..., :1] * torch.ones(quantization.OUTPUTS)
+    )
+    expect(
+        quantization.judge_4bit(quantization.try_4bit("cpu", "float32")),
+        "fail",
+        "answers by",
+        "products by",
+        "gradients by",
+    )
+    expect(quantization.judge_4bit(Trial("cpu", "float32", 0.0, 0.0, 0.0, loss=0.7)), "fail", "unpacked weights by 0.7")
+    expect(quantization.judge_4bit(Trial("cuda", "float16")), "fail", "on the GPU")
 
 
 def test_a_bitsandbytes_without_its_library_is_told_and_matters_only_to_4_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(*args: object, **kwargs: object) -> None:
         raise AttributeError("'NoneType' object has no attribute 'cdequantize_blockwise'")
 
-    monkeypatch.setattr(fourbit, "dequantize_4bit", missing)
-    trial = fourbit.try_4bit("cpu", "float32")
-    expect(fourbit.judge_4bit(trial), "fail", "bitsandbytes fails on the CPU: AttributeError: 'NoneType'")
-    expect(fourbit.judge_4bit(trial, asked=False), "warn")
+    monkeypatch.setattr(quantization, "dequantize_4bit", missing)
+    trial = quantization.try_4bit("cpu", "float32")
+    expect(quantization.judge_4bit(trial), "fail", "bitsandbytes fails on the CPU: AttributeError: 'NoneType'")
+    expect(quantization.judge_4bit(trial, asked=False), "warn")
 
 
 def test_a_cpu_that_would_repack_is_told_and_kept_from_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = fourbit.Linear4bit.__init__
+    real = quantization.Linear4bit.__init__
 
     def with_avx512(self: Any, *args: Any, **kwargs: Any) -> None:
         real(self, *args, **kwargs)
         setattr(self, FAST_CPU_PATH, True)
 
-    monkeypatch.setattr(fourbit.Linear4bit, "__init__", with_avx512)
-    trial = fourbit.try_4bit("cpu", "float32")
+    monkeypatch.setattr(quantization.Linear4bit, "__init__", with_avx512)
+    trial = quantization.try_4bit("cpu", "float32")
     assert trial.repacks
-    expect(fourbit.judge_4bit(trial), "ok", "this CPU has AVX512_BF16", "peftcli switches that kernel off")
+    expect(quantization.judge_4bit(trial), "ok", "this CPU has AVX512_BF16", "peftcli switches that kernel off")
 
 
 # The host
@@ -438,8 +453,8 @@ def test_the_hub_is_asked_once_and_every_answer_counts() -> None:
         thread.start()
         try:
             address = f"http://127.0.0.1:{server.server_port}"
-            assert network.answer_code(address, 5.0) == 200
-            assert network.answer_code(f"{address}/closed", 5.0) == 403
+            assert hub.answer_code(address, 5.0) == 200
+            assert hub.answer_code(f"{address}/closed", 5.0) == 403
         finally:
             server.shutdown()
             thread.join()
@@ -448,30 +463,30 @@ def test_the_hub_is_asked_once_and_every_answer_counts() -> None:
 def test_a_hub_that_never_answers_is_not_waited_for() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         begun = time.monotonic()
-        assert network.answer_code(f"http://127.0.0.1:{silent.getsockname()[1]}", 0.3) is None
+        assert hub.answer_code(f"http://127.0.0.1:{silent.getsockname()[1]}", 0.3) is None
         assert time.monotonic() - begun < 2.0
-    assert network.answer_code("no address", 0.3) is None
+    assert hub.answer_code("no address", 0.3) is None
 
 
 def test_a_look_up_that_hangs_is_left_behind() -> None:
     stop = threading.Event()
     begun = time.monotonic()
-    assert network.in_time(lambda: stop.wait(30.0), 0.2) is None
+    assert hub.in_time(lambda: stop.wait(30.0), 0.2) is None
     assert time.monotonic() - begun < 5.0
     stop.set()
-    assert network.in_time(lambda: 7, 5.0) == 7
+    assert hub.in_time(lambda: 7, 5.0) == 7
 
 
 def test_nobody_is_asked_when_offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(network, "answer_code", lambda *_: pytest.fail("the Hub was asked"))
-    assert network.probe_hub().offline
-    expect(network.judge_hub(network.probe_hub()), "ok", "offline by HF_HUB_OFFLINE")
+    monkeypatch.setattr(hub, "answer_code", lambda *_: pytest.fail("the Hub was asked"))
+    assert hub.probe_hub().offline
+    expect(hub.judge_hub(hub.probe_hub()), "ok", "offline by HF_HUB_OFFLINE")
 
 
 def test_a_hub_that_is_out_of_reach_warns() -> None:
-    expect(network.judge_hub(Hub(offline=False, code=200)), "ok", "huggingface.co answers")
-    expect(network.judge_hub(Hub(offline=False)), "warn", "did not answer in 2 s", "HF_HUB_OFFLINE=1")
-    expect(network.judge_hub(Hub(offline=False, code=407, mirror=True)), "warn", "HF_ENDPOINT", "answered 407")
+    expect(hub.judge_hub(Hub(offline=False, code=200)), "ok", "huggingface.co answers")
+    expect(hub.judge_hub(Hub(offline=False)), "warn", "did not answer in 2 s", "HF_HUB_OFFLINE=1")
+    expect(hub.judge_hub(Hub(offline=False, code=407, mirror=True)), "warn", "HF_ENDPOINT", "answered 407")
 
 
 def test_a_session_is_held_against_the_budget_of_a_recipe() -> None:
@@ -553,25 +568,25 @@ def test_trackers_are_missed_by_name() -> None:
 def made_up(monkeypatch: pytest.MonkeyPatch, card: Card) -> list[str]:
     """Put a card into this machine; returns the list of devices on which products were asked for."""
     asked: list[str] = []
-    monkeypatch.setattr(device, "probe_cuda", lambda: replace(WITH_T4, cards=(card,)))
-    monkeypatch.setattr(examine, "probe_machine", lambda: device.machine_of(GPU, card))
-    monkeypatch.setattr(device, "try_products", lambda where, bf16: (asked.append(where), ({"float32": 0.0}, ""))[1])
+    monkeypatch.setattr(gpu, "probe_cuda", lambda: replace(WITH_T4, cards=(card,)))
+    monkeypatch.setattr(run, "probe_machine", lambda: gpu.machine_of(GPU, card))
+    monkeypatch.setattr(gpu, "try_products", lambda where, bf16: (asked.append(where), ({"float32": 0.0}, ""))[1])
     monkeypatch.setattr(
-        fourbit, "try_4bit", lambda where, dtype: asked.append(where) or Trial(where, dtype, 0, 0, 0, 0)
+        quantization, "try_4bit", lambda where, dtype: asked.append(where) or Trial(where, dtype, 0, 0, 0, 0)
     )
     return asked
 
 
 def test_a_card_without_kernels_is_not_asked_to_compute(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = made_up(monkeypatch, P100)
-    found = {verdict.name: verdict for verdict in examine.examine(None, {"files": "utf-8"})}
+    found = {verdict.name: verdict for verdict in run.examine(None, {"files": "utf-8"})}
     assert found["kernels"].result == "fail" and asked == []
     assert "4-bit" not in found and found["disk"].result
 
 
 def test_a_card_with_kernels_is_asked_and_gets_its_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = made_up(monkeypatch, T4)
-    found = {verdict.name: verdict for verdict in examine.examine(None, {"files": "utf-8"})}
+    found = {verdict.name: verdict for verdict in run.examine(None, {"files": "utf-8"})}
     assert asked == ["cuda:0", "cuda"]
     expect(found["arithmetic 0"], "ok")
     expect(found["precision"], "ok", "float16")
@@ -583,11 +598,11 @@ def test_an_8_bit_layer_is_tried_for_a_recipe_that_asks_for_one(
 ) -> None:
     asked = made_up(monkeypatch, T4)
     monkeypatch.setattr(
-        eightbit, "try_8bit", lambda where, dtype: asked.append("8-bit") or Trial(where, dtype, 0, 0, 0, loss=0.5)
+        quantization, "try_8bit", lambda where, dtype: asked.append("8-bit") or Trial(where, dtype, 0, 0, 0, loss=0.5)
     )
     asking = load_recipe(write_recipe(quantization={"bits": 8})).recipe
     found = {}
-    for verdict in examine.examine(asking, {"files": "utf-8"}):
+    for verdict in run.examine(asking, {"files": "utf-8"}):
         found[verdict.name] = verdict
         if verdict.name == "8-bit":
             break
@@ -612,7 +627,7 @@ def test_a_recipe_that_this_machine_can_run_is_all_well(write_recipe: Write, run
     out = capfd.readouterr().out
     value = json.loads(out)
     found = {check["name"]: check for check in value["checks"]}
-    assert value["schema"] == 1 and value["versions"]["trl"] == versions.installed_versions(["trl"])["trl"]
+    assert value["schema"] == 1 and value["versions"]["trl"] == packages.installed_versions(["trl"])["trl"]
     assert set(found["plan"]) == {"name", "result", "there", "mend"} and found["plan"]["mend"] is None
     assert [found[name]["result"] for name in ("model", "plan", "room", "4-bit")] == ["ok"] * 4
     assert str(Path.home()) not in out and str(ROOT) not in out and platform.node() not in out

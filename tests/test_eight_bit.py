@@ -28,7 +28,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, G
 from peftcli.adapters.full import float_copy
 from peftcli.adapters.quantized import is_packed, unpacked_weight
 from peftcli.cli.app import main
-from peftcli.doctor.eightbit import judge_8bit, try_8bit
+from peftcli.doctor.quantization import judge_8bit, try_8bit
 from peftcli.errors import RecipeError
 from peftcli.merge.fold import fold
 from peftcli.model.files import loaded_weights

@@ -8,7 +8,7 @@ from typer.main import get_command
 
 from peftcli.cli.app import app, main
 from peftcli.cli.doctoring import ask_all
-from peftcli.doctor.versions import version_lines
+from peftcli.doctor.packages import version_lines
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets")
 COMMANDS = sorted(get_command(app).commands)  # type: ignore[attr-defined]

@@ -9,8 +9,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+from peftcli.doctor.packages import TESTED
 from peftcli.doctor.tested import COMBINATIONS, TRAINING, versions_page
-from peftcli.doctor.versions import TESTED
 
 ROOT = Path(__file__).parent.parent
 BROUGHT_ALONG = "# What these bring along"

@@ -55,7 +55,7 @@ def options(
 ) -> None:
     """The options before a command."""
     if version:
-        from peftcli.doctor.versions import version_lines
+        from peftcli.doctor.packages import version_lines
 
         for line in version_lines() if verbose else version_lines()[:1]:
             typer.echo(line)

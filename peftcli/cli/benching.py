@@ -12,7 +12,7 @@ from rich.table import Table
 from peftcli.bench.quick import Asked, compare_quickly
 from peftcli.cli.printable import printable
 from peftcli.cli.show import Shown, console
-from peftcli.doctor.verdict import private_words, without_private
+from peftcli.doctor.check import private_words, without_private
 from peftcli.report.format import size
 from peftcli.rundir import write_json
 

@@ -13,8 +13,8 @@ from peftcli.cli.printable import printable
 from peftcli.cli.quiet import quiet
 from peftcli.cli.recipes import find_recipe
 from peftcli.cli.show import Shown, console
-from peftcli.doctor.verdict import FAIL, Verdict, anonymous, private_words
-from peftcli.doctor.versions import (
+from peftcli.doctor.check import FAIL, Verdict, anonymous, private_words
+from peftcli.doctor.packages import (
     OURS,
     TESTED,
     installed_needs,
@@ -76,8 +76,8 @@ def ask_all(recipe: Recipe | None) -> Iterable[Verdict]:
     yield imports
     if imports.result == FAIL:
         return
-    from peftcli.doctor.examine import examine
-    from peftcli.doctor.host import encodings
+    from peftcli.doctor.run import examine
+    from peftcli.doctor.system import encodings
 
     yield from examine(recipe, encodings())
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from huggingface_hub import constants, get_token
 from transformers.integrations import get_available_reporting_integrations
 
-from peftcli.doctor.network import Hub, HubModel, model_on_hub
-from peftcli.doctor.verdict import FAIL, OK, Verdict, refused
+from peftcli.doctor.check import FAIL, OK, Verdict, refused
+from peftcli.doctor.hub import Hub, HubModel, model_on_hub
 from peftcli.errors import MachineError, PeftcliError
 from peftcli.model.files import base_facts, local_folder
 from peftcli.model.hub import explain_missing

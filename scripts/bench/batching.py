@@ -26,7 +26,7 @@ from peftcli.bench.shapes import SHAPES
 from peftcli.bench.tools import TOOLS, tuned_for
 from peftcli.cli.benching import bench_table, nameless
 from peftcli.cli.show import Shown, console
-from peftcli.doctor.verdict import private_words
+from peftcli.doctor.check import private_words
 
 RESULTS = Path(__file__).parent / "results"
 

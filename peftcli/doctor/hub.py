@@ -1,4 +1,4 @@
-"""Whether the Hub answers; nothing here waits longer than it says."""
+"""Checks whether the Hub answers, within a time limit."""
 
 import http.client
 import urllib.error
@@ -11,7 +11,7 @@ from typing import TypeVar
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
-from peftcli.doctor.verdict import OK, WARN, Verdict
+from peftcli.doctor.check import OK, WARN, Verdict
 
 HUB_SECONDS = 2.0
 MODEL_SECONDS = 5.0

@@ -1,12 +1,14 @@
-"""One 4-bit layer, tried where a run would train: its product and its gradient against the unpacked weights."""
+"""Checks one 4-bit and one 8-bit layer where a run would train: output and gradient against the unpacked weights."""
 
 from dataclasses import dataclass, replace
 
 import torch
 from bitsandbytes.functional import dequantize_4bit
-from bitsandbytes.nn import Linear4bit
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
-from peftcli.doctor.verdict import FAIL, OK, WARN, Verdict
+from peftcli.adapters.quantized import unpacked_weight
+from peftcli.doctor.check import FAIL, OK, WARN, Verdict
+from peftcli.model.int8_linear import compute_in_floats
 from peftcli.model.load import DTYPES, FAST_CPU_PATH, keep_gradients_of_4bit
 
 INPUTS, OUTPUTS, ROWS = 256, 192, 8
@@ -14,6 +16,9 @@ MOST_ERROR = {"float32": 1e-5, "float16": 1e-2, "bfloat16": 5e-2}
 """Largest relative distance between the product of a 4-bit layer and that of its unpacked weights."""
 NF4_TOLERANCE = 0.2
 """Largest relative distance between a matrix of normal numbers and the same in NF4; about 0.09 is usual."""
+
+INT8_TOLERANCE = 0.02
+"""Largest relative distance between a matrix of normal numbers and the same in 8 bits; about 0.007 is usual."""
 
 
 @dataclass(frozen=True)
@@ -138,3 +143,25 @@ def judge_trial(trial: Trial, name: str, what: str, most_loss: float, *, asked: 
             "gradients afterwards; peftcli switches that kernel off (docs/4bit-on-cpu.md)"
         )
     return Verdict(name, OK, there)
+
+
+def try_8bit(device: str, dtype: str) -> Trial:
+    """Quantize one layer on a device, evaluate it, train it, and measure.
+
+    Args:
+        dtype: that of the products, which a recipe would get here.
+    """
+    try:
+        weight = torch.randn(OUTPUTS, INPUTS, generator=torch.Generator().manual_seed(0))
+        layer = Linear8bitLt(INPUTS, OUTPUTS, bias=False, has_fp16_weights=False)
+        layer.load_state_dict({"weight": weight})
+        layer = layer.to(device)
+        compute_in_floats(layer)
+        return run_layer(layer, unpacked_weight(layer), weight, dtype)
+    except Exception as problem:  # a wheel without its library raises anything, AttributeError of None included
+        return Trial(device, dtype, problem=f"{type(problem).__name__}: {' '.join(str(problem).split())[:160]}")
+
+
+def judge_8bit(trial: Trial) -> Verdict:
+    """Whether the 8-bit training that a recipe asks for can be trusted here."""
+    return judge_trial(trial, "8-bit", "int8", INT8_TOLERANCE, asked=True)

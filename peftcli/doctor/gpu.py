@@ -1,4 +1,4 @@
-"""The cards, what the installed torch can do with them, and whether they compute what they should."""
+"""Checks of the GPUs: what the installed torch can do with them, and whether they compute correctly."""
 
 import importlib.util
 import os
@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from peftcli.doctor.verdict import FAIL, OK, WARN, Verdict, refused
-from peftcli.doctor.versions import import_problem
+from peftcli.doctor.check import FAIL, OK, WARN, Verdict, refused
+from peftcli.doctor.packages import import_problem
 from peftcli.errors import MachineError
 from peftcli.plan.choices import check_wheel, choose_dtype
 from peftcli.plan.machine import Machine

@@ -1,4 +1,4 @@
-"""The answer to one question to a machine, in words that may be pasted anywhere."""
+"""The result of one check, in words that are safe to paste in public."""
 
 import getpass
 import platform

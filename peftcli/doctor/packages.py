@@ -1,4 +1,4 @@
-"""Which packages are installed, against what they ask of each other and against what the tests ran on."""
+"""Checks the installed packages against their requirements and against the tested versions."""
 
 import importlib
 import importlib.metadata
@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+from peftcli.doctor.check import FAIL, OK, WARN, Verdict
 from peftcli.doctor.tested import TRAINING, tested_range
-from peftcli.doctor.verdict import FAIL, OK, WARN, Verdict
 
 TESTED = {
     "torch": "2.13.0",

@@ -1,14 +1,14 @@
-"""The walk over all questions that need the libraries, in the order in which a run meets them."""
+"""Runs all checks that need the libraries, in the order in which a run meets them."""
 
 import platform
 import time
 from collections.abc import Iterator
 
-from peftcli.doctor import device, eightbit, fourbit, host, places
-from peftcli.doctor.network import judge_hub, probe_hub
+from peftcli.doctor import gpu, quantization, system
+from peftcli.doctor.check import FAIL, Verdict, refused
+from peftcli.doctor.hub import judge_hub, probe_hub
 from peftcli.doctor.recipe import recipe_verdicts
-from peftcli.doctor.session import judge_session
-from peftcli.doctor.verdict import FAIL, Verdict, refused
+from peftcli.doctor.system import judge_session
 from peftcli.errors import PeftcliError
 from peftcli.model.hardware import probe_machine
 from peftcli.plan.machine import Machine
@@ -23,42 +23,42 @@ def examine(recipe: Recipe | None, encodings: dict[str, str]) -> Iterator[Verdic
         recipe: what it is held against, None for the machine in general.
         encodings: of this process, asked before its streams were changed.
     """
-    cuda, found = device.probe_cuda(), host.probe_host()
-    yield device.judge_cards(cuda, wanted=not _asks_cpu(recipe))
+    cuda, found = gpu.probe_cuda(), system.probe_host()
+    yield gpu.judge_cards(cuda, wanted=not _asks_cpu(recipe))
     machine = None if cuda.problem else probe_machine()
     if machine is not None:
         yield from _device_verdicts(cuda, machine, recipe)
-    yield device.judge_kernels(*device.probe_kernels())
+    yield gpu.judge_kernels(*gpu.probe_kernels())
     on_cpu = machine is not None and machine.device == "cpu"
-    yield host.judge_cores(found, machine.name if machine is not None and on_cpu else platform.machine())
-    yield host.judge_memory(found)
-    yield from places.disk_verdicts()
+    yield system.judge_cores(found, machine.name if machine is not None and on_cpu else platform.machine())
+    yield system.judge_memory(found)
+    yield from system.disk_verdicts()
     hub = probe_hub()
     yield judge_hub(hub)
     yield _session_verdict(recipe)
-    yield host.judge_encoding(encodings)
+    yield system.judge_encoding(encodings)
     if recipe is not None and machine is not None:
         yield from recipe_verdicts(recipe, machine, hub)
 
 
-def _device_verdicts(cuda: device.Cuda, machine: Machine, recipe: Recipe | None) -> Iterator[Verdict]:
+def _device_verdicts(cuda: gpu.Cuda, machine: Machine, recipe: Recipe | None) -> Iterator[Verdict]:
     on_cpu = machine.device == "cpu" or _asks_cpu(recipe)
     if cuda.cards:
-        wheel = device.judge_wheel(machine, cuda.cards)
+        wheel = gpu.judge_wheel(machine, cuda.cards)
         yield wheel
         if wheel.result != FAIL:
             for number, card in enumerate(cuda.cards):
-                yield device.judge_products(number, *device.try_products(f"cuda:{number}", card.native_bf16))
-            yield from device.judge_several(cuda.cards)
+                yield gpu.judge_products(number, *gpu.try_products(f"cuda:{number}", card.native_bf16))
+            yield from gpu.judge_several(cuda.cards)
         elif not on_cpu:
             return  # a card without kernels fails every question that is put to it
-    chosen = device.auto_dtype(machine, on_gpu=not on_cpu)
-    yield device.judge_precision(chosen)
+    chosen = gpu.auto_dtype(machine, on_gpu=not on_cpu)
+    yield gpu.judge_precision(chosen)
     bits = None if recipe is None or recipe.quantization is None else recipe.quantization.bits
     where = "cpu" if on_cpu else "cuda"
-    yield fourbit.judge_4bit(fourbit.try_4bit(where, chosen.value), asked=recipe is None or bits == 4)
+    yield quantization.judge_4bit(quantization.try_4bit(where, chosen.value), asked=recipe is None or bits == 4)
     if bits == 8:
-        yield eightbit.judge_8bit(eightbit.try_8bit(where, chosen.value))
+        yield quantization.judge_8bit(quantization.try_8bit(where, chosen.value))
 
 
 def _asks_cpu(recipe: Recipe | None) -> bool:
