@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from peftcli.recipe.fields import Gate
-from peftcli.rundir import RunDir, read_json, write_json
+from peftcli.run_dir import RunDir, read_json, write_json
 
 MERGE_FIGURES = ("into", "max_abs_logit_difference", "mean_abs_logit_difference", "kl_nats", "top1_agreement")
 TRAIN_FIGURES = (

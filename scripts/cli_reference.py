@@ -6,7 +6,7 @@ from typing import Any
 
 from typer.main import get_command
 
-from peftcli.cli.app import app
+from peftcli.cli.main import app
 
 PAGE = Path(__file__).parent.parent / "docs" / "cli.md"
 KINDS = {"<int range>": "N", "<float range>": "X", "<int>": "N", "<path>": "PATH", "<str>": "TEXT"}

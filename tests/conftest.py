@@ -25,7 +25,7 @@ os.environ.setdefault("PEFTCLI_CACHE", str(CACHE))
 import pytest  # noqa: E402
 import yaml  # noqa: E402
 
-from peftcli.cli.app import main  # noqa: E402
+from peftcli.cli.main import main  # noqa: E402
 
 # Imports make half a million objects that live on: looking through them again and again takes a quarter of the
 # time of collecting the tests.

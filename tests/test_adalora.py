@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from peftcli.adapters.build import peft_config
 from peftcli.plan.adalora import RankSchedule, rank_schedule
 from peftcli.recipe.schema import AdapterSection
-from peftcli.rundir import read_json
+from peftcli.run_dir import read_json
 from peftcli.train.adalora import Ranks
 
 Cli = Callable[..., int]

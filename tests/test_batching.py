@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from peftcli.model.padding_free import Layout, documents, row_problem, use_documents
-from peftcli.rundir import read_json, read_log
+from peftcli.run_dir import read_json, read_log
 from peftcli.train.micro_batch import Pieces, line_up, parts_that_fit, split_evenly
 
 Write = Callable[..., Path]

@@ -9,7 +9,7 @@ import pytest
 from peftcli.errors import RecipeError
 from peftcli.recipe.load import load_recipe
 from peftcli.recipe.schema import Recipe
-from peftcli.rundir import RunDir, write_json, write_text
+from peftcli.run_dir import RunDir, write_json, write_text
 from peftcli.train import checkpoint
 from peftcli.train.resume import begin, write_recipe
 

@@ -24,7 +24,7 @@ from peftcli.bench.result import regime_result, verdict
 from peftcli.bench.rounds import Measured, make_model, take_turns
 from peftcli.bench.shapes import SHAPES, choose_shape
 from peftcli.bench.tools import TOOLS, Tool, tuned_for
-from peftcli.cli.benching import bench_table, nameless
+from peftcli.cli.bench import bench_table, nameless
 from peftcli.errors import MachineError
 from peftcli.plan.machine import Machine
 from peftcli.plan.memory.model_shape import Linear, Norm, Shape
@@ -388,8 +388,6 @@ def test_flat_padded_and_plain_training_of_the_same_rows_have_the_same_losses(
 
 def test_the_process_that_starts_the_others_loads_no_torch() -> None:
     # Linux counts the memory of the starting process into the peak of a child.
-    heavy = (
-        "import sys, peftcli.cli.benching; print([name for name in ('torch', 'peft', 'trl') if name in sys.modules])"
-    )
+    heavy = "import sys, peftcli.cli.bench; print([name for name in ('torch', 'peft', 'trl') if name in sys.modules])"
     ended = subprocess.run([sys.executable, "-c", heavy], capture_output=True, text=True, check=True)
     assert ended.stdout == "[]\n"

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from peftcli.cli.app import main
+from peftcli.cli.main import main
 
 FOLDER = Path(__file__).parent / "broken_data"
 CASES: list[dict[str, Any]] = yaml.safe_load((FOLDER / "cases.yaml").read_text(encoding="utf-8"))

@@ -22,7 +22,7 @@ from transformers import (
     RobertaConfig,
 )
 
-from peftcli.cli.steps import plan_recipe, prepare_data, settle
+from peftcli.cli.pipeline import plan_recipe, prepare_data, settle
 from peftcli.data.prepare import PreparedData
 from peftcli.errors import MachineError
 from peftcli.merge.drift import compare_labels
@@ -36,7 +36,7 @@ from peftcli.plan.plan import Plan
 from peftcli.plan.targets import match_targets
 from peftcli.progress import Silent
 from peftcli.recipe.load import load_recipe
-from peftcli.rundir import RunDir, read_json, read_log
+from peftcli.run_dir import RunDir, read_json, read_log
 from peftcli.tiny.build import tiny_model
 from peftcli.train.micro_batch import cut
 from peftcli.train.trainers import LabelTrainer, make_label_trainer

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from peftcli.cli.show import Shown, duration, metric_table, printable, sample_table
-from peftcli.rundir import RunDir, read_log, write_json
+from peftcli.cli.console import Shown, duration, metric_table, printable, sample_table
+from peftcli.run_dir import RunDir, read_log, write_json
 
 Cli = Callable[..., int]
 Write = Callable[..., Path]
@@ -117,12 +117,12 @@ def test_plan_says_each_choice_with_its_reason(write_recipe: Write, run_cli: Cli
 def test_a_bug_of_ours_keeps_its_traceback_and_exits_1(
     write_recipe: Write, run_cli: Cli, capfd: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import peftcli.cli.steps as steps
+    import peftcli.cli.pipeline as pipeline
 
     def broken(*args: object, **kwargs: object) -> None:
         raise ZeroDivisionError("planted")
 
-    monkeypatch.setattr(steps, "plan_recipe", broken)
+    monkeypatch.setattr(pipeline, "plan_recipe", broken)
     assert run_cli("plan", write_recipe()) == 1
     err = capfd.readouterr().err
     assert "ZeroDivisionError: planted" in err and "a bug of peftcli" in err
@@ -140,7 +140,7 @@ def test_report_writes_again_without_torch(tmp_path: Path, write_recipe: Write, 
     before = page.read_bytes()
     page.unlink()
     script = (
-        "import sys\nfrom peftcli.cli.app import main\ncode = main(sys.argv[1:])\n"
+        "import sys\nfrom peftcli.cli.main import main\ncode = main(sys.argv[1:])\n"
         "assert 'torch' not in sys.modules\nsys.exit(code)"
     )
     subprocess.run([sys.executable, "-c", script, "report", "run"], cwd=tmp_path, check=True, capture_output=True)
@@ -166,10 +166,10 @@ def test_a_figure_that_was_not_measured_is_a_dash() -> None:
 
 
 def test_plain_progress_is_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
-    import peftcli.cli.show as show
+    import peftcli.cli.console as console
 
     clock = [0.0]
-    monkeypatch.setattr(show.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(console.time, "monotonic", lambda: clock[0])
     out = io.StringIO()
     shown = Shown(Console(file=out, width=120))
     shown.start("training", 100)

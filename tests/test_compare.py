@@ -27,7 +27,7 @@ from peftcli.progress import Silent
 from peftcli.recipe.load import load_recipe
 from peftcli.report.compare import make_comparison
 from peftcli.report.markdown import render_markdown
-from peftcli.rundir import RunDir, write_json, write_text
+from peftcli.run_dir import RunDir, write_json, write_text
 from peftcli.summary import write_metrics
 from peftcli.train.baseline import why_not
 

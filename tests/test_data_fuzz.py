@@ -22,7 +22,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from peftcli.cli.app import main
+from peftcli.cli.main import main
 
 EXAMPLES = int(os.environ.get("PEFTCLI_FUZZ_EXAMPLES", "0"))
 CASUAL = "PEFTCLI_FUZZ_SEED" in os.environ

@@ -18,7 +18,7 @@ from methods_table import page as methods_page
 from recipe_reference import attribute_docstrings, recipe_reference
 from typer.main import get_command
 
-from peftcli.cli.app import app
+from peftcli.cli.main import app
 from peftcli.methods.registry import METHODS
 from peftcli.recipe.library_args import installed_arguments, recipe_arguments
 from peftcli.recipe.load import load_recipe

@@ -19,7 +19,7 @@ import torch
 from packaging.requirements import Requirement
 from rich.console import Console
 
-from peftcli.cli.doctoring import print_verdicts
+from peftcli.cli.doctor import print_verdicts
 from peftcli.doctor import gpu, hub, packages, quantization, recipe, run, tested
 from peftcli.doctor.check import Verdict, anonymous, private_words, refused, without_private
 from peftcli.doctor.gpu import Card, Cuda
@@ -662,7 +662,7 @@ def test_a_recipe_that_is_wrong_exits_2_before_anything_is_asked(write_recipe: W
 def test_a_library_that_cannot_be_loaded_ends_the_questions_that_need_it(
     run_cli: Cli, capfd: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("peftcli.cli.doctoring.NEEDED", ("torch", "no_such_library"))
+    monkeypatch.setattr("peftcli.cli.doctor.NEEDED", ("torch", "no_such_library"))
     assert run_cli("doctor") == 4
     said = capfd.readouterr()
     assert "no_such_library cannot be loaded (ModuleNotFoundError" in said.out and "memory" not in said.out

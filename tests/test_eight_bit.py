@@ -27,7 +27,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, G
 
 from peftcli.adapters.full import float_copy
 from peftcli.adapters.quantized import is_packed, unpacked_weight
-from peftcli.cli.app import main
+from peftcli.cli.main import main
 from peftcli.doctor.quantization import judge_8bit, try_8bit
 from peftcli.errors import RecipeError
 from peftcli.merge.fold import fold
@@ -41,7 +41,7 @@ from peftcli.plan.memory.estimate import INT8_BITS, weight_bytes
 from peftcli.plan.smoke import smoke_recipe
 from peftcli.recipe.dump import changed_keys, dump_recipe
 from peftcli.recipe.load import load_recipe
-from peftcli.rundir import read_json, read_log
+from peftcli.run_dir import read_json, read_log
 from peftcli.train.run import adapter_off
 
 Cli = Callable[..., int]

@@ -14,7 +14,7 @@ from peftcli.model.generation import Decoding, answer
 from peftcli.model.scoring import completion_nll, score
 from peftcli.model.target import open_target
 from peftcli.progress import Silent
-from peftcli.rundir import read_json
+from peftcli.run_dir import read_json
 
 Cli = Callable[..., int]
 Write = Callable[..., Path]
@@ -25,7 +25,7 @@ def run(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One trained run for the module."""
     import yaml
 
-    from peftcli.cli.app import main
+    from peftcli.cli.main import main
 
     folder = tmp_path_factory.mktemp("evaluated")
     lines = ["thing,kind"] + [
@@ -86,7 +86,7 @@ def test_an_adapter_a_merged_model_and_a_base_can_be_measured(
 
 @pytest.mark.numeric
 def test_the_loss_is_the_mean_over_trained_tokens(run: Path) -> None:
-    from peftcli.cli.steps import plan_recipe, prepare_data
+    from peftcli.cli.pipeline import plan_recipe, prepare_data
     from peftcli.recipe.load import load_recipe
 
     plan = plan_recipe(load_recipe(run / "recipe.yaml")).plan

@@ -22,7 +22,7 @@ from peftcli.errors import MemoryExhausted, RecipeError
 from peftcli.model import scoring
 from peftcli.model.oom import Shrinking
 from peftcli.progress import Silent
-from peftcli.rundir import read_json, read_log, write_json
+from peftcli.run_dir import read_json, read_log, write_json
 from peftcli.train import checkpoint
 from peftcli.train.micro_batch import Pieces, cut
 from peftcli.train.resume import refuse_changes

@@ -26,7 +26,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from peftcli.cli.show_forecast import forecast_line, mend_lines, verdict
+from peftcli.cli.terminal import forecast_line, mend_lines, verdict
 from peftcli.errors import RecipeError
 from peftcli.model.inspect import read_shape
 from peftcli.plan.gpus import CARDS, card_of, find_card, machine_with

@@ -12,12 +12,12 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from peftcli.cli.app import main
+from peftcli.cli.main import main
 from peftcli.errors import MachineError
 from peftcli.model.files import base_facts
 from peftcli.model.manifest import Place, base_of
 from peftcli.model.target import open_target
-from peftcli.rundir import read_json, write_json
+from peftcli.run_dir import read_json, write_json
 
 Cli = Callable[..., int]
 WEIGHTS = Path("run") / "adapter" / "adapter_model.safetensors"

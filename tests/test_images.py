@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw
 from torch.nn import BatchNorm2d
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 
-from peftcli.cli.steps import plan_recipe, prepare_data, settle
+from peftcli.cli.pipeline import plan_recipe, prepare_data, settle
 from peftcli.data.image_processor import DAMAGED, EMPTY, HUGE, MISSING, NO_IMAGE, ImageReader, pixel_hash, read_image
 from peftcli.data.prepare import PreparedData
 from peftcli.data.values import Unused
@@ -28,7 +28,7 @@ from peftcli.model.load import load_base
 from peftcli.plan.plan import Plan
 from peftcli.progress import Silent
 from peftcli.recipe.load import load_recipe
-from peftcli.rundir import RunDir, read_json, read_log
+from peftcli.run_dir import RunDir, read_json, read_log
 from peftcli.train.trainers import make_label_trainer
 
 Cli = Callable[..., int]

@@ -10,7 +10,7 @@ from test_forecast import kept_bytes
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from peftcli.adapters.build import peft_config
-from peftcli.cli.steps import plan_recipe
+from peftcli.cli.pipeline import plan_recipe
 from peftcli.methods.registry import METHODS
 from peftcli.model.activation_fit import COUNTED, fit_kept
 from peftcli.model.inspect import inspect_model, trainable_counter

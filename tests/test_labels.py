@@ -13,7 +13,7 @@ from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from peftcli.cli.show_data import show_data
+from peftcli.cli.terminal import show_data
 from peftcli.data.label_stats import say_label_warnings
 from peftcli.data.label_tokenize import align, takes_words
 from peftcli.data.prepare import PreparedData, prepare

@@ -10,7 +10,7 @@ import pytest
 import torch
 from accelerate.commands.config import config_args
 
-from peftcli.cli import launch
+from peftcli.cli import launcher
 from peftcli.errors import PeerLost
 from peftcli.model.hardware import probe_machine
 
@@ -22,11 +22,11 @@ class Started(Exception):
 @pytest.fixture
 def cards(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """A function that makes this a machine with some cards."""
-    for name in ("LOCAL_RANK", "WORLD_SIZE", launch.EXIT_FILE):
+    for name in ("LOCAL_RANK", "WORLD_SIZE", launcher.EXIT_FILE):
         monkeypatch.delenv(name, raising=False)
 
     def have(count: int) -> None:
-        monkeypatch.setattr(launch, "CARDS", (str(tmp_path),) if count else ())
+        monkeypatch.setattr(launcher, "CARDS", (str(tmp_path),) if count else ())
         monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(count))
 
@@ -63,24 +63,24 @@ def test_each_card_gets_a_process_where_the_rows_of_a_step_can_be_shared(
     cards: Any, recipe: Any, count: int, trainer: str, processes: int
 ) -> None:
     cards(count)
-    assert launch.processes_for(recipe(trainer), []) == processes
+    assert launcher.processes_for(recipe(trainer), []) == processes
 
 
 def test_every_stage_must_be_able_to_share(cards: Any, recipe: Any) -> None:
     cards(2)
     stages = "stages:\n  - {name: one}\n  - {name: two, trainer: {per_device_train_batch_size: 1}}\n"
-    assert launch.processes_for(recipe("{}", stages), []) == 1
-    assert launch.processes_for(recipe("{}", stages.replace("1}", "2}")), []) == 2
+    assert launcher.processes_for(recipe("{}", stages), []) == 1
+    assert launcher.processes_for(recipe("{}", stages.replace("1}", "2}")), []) == 2
 
 
-@pytest.mark.parametrize("name", ["LOCAL_RANK", launch.EXIT_FILE])
+@pytest.mark.parametrize("name", ["LOCAL_RANK", launcher.EXIT_FILE])
 def test_a_process_of_a_launcher_starts_no_others(
     cards: Any, recipe: Any, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     cards(2)
     monkeypatch.setenv(name, "0")
-    assert launch.processes_for(recipe("{}"), []) == 1
-    assert launch.launch_if_asked(2) is None
+    assert launcher.processes_for(recipe("{}"), []) == 1
+    assert launcher.launch_if_asked(2) is None
 
 
 @pytest.mark.parametrize("shares", [True, False])
@@ -94,10 +94,10 @@ def test_the_launcher_gets_the_command_line_and_its_processes_know_whether_they_
         started.update(command=command, env=env)
         raise Started
 
-    monkeypatch.setattr(launch.subprocess, "Popen", start)
-    monkeypatch.setattr(launch.sys, "argv", ["peftcli", "train", "r.yaml"])
+    monkeypatch.setattr(launcher.subprocess, "Popen", start)
+    monkeypatch.setattr(launcher.sys, "argv", ["peftcli", "train", "r.yaml"])
     with pytest.raises(Started):
-        launch.launch_if_asked(2, shares_batch=shares)
+        launcher.launch_if_asked(2, shares_batch=shares)
     words = started["command"][1:]
     assert words[:5] == ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     assert words[-4:] == ["--module", "peftcli", "train", "r.yaml"]
@@ -112,21 +112,21 @@ def test_a_process_that_alone_runs_out_of_memory_ends_the_others(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     answer = tmp_path / "exit"
-    monkeypatch.setenv(launch.EXIT_FILE, str(answer))
+    monkeypatch.setenv(launcher.EXIT_FILE, str(answer))
     monkeypatch.setenv("RANK", "1")
-    assert launch.hand_over(75) == 0 and not answer.exists()  # all of them stop, and the first one says so
-    assert launch.hand_over(5) == 5 and answer.read_text() == "5"
+    assert launcher.hand_over(75) == 0 and not answer.exists()  # all of them stop, and the first one says so
+    assert launcher.hand_over(5) == 5 and answer.read_text() == "5"
     monkeypatch.setenv("RANK", "0")
-    assert launch.hand_over(75) == 0 and answer.read_text() == "75"
+    assert launcher.hand_over(75) == 0 and answer.read_text() == "75"
 
 
 def test_the_exit_code_is_that_of_a_process_that_outlives_the_first(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     answer = tmp_path / "exit"
-    monkeypatch.setenv(launch.EXIT_FILE, str(answer))
+    monkeypatch.setenv(launcher.EXIT_FILE, str(answer))
     monkeypatch.setenv("RANK", "1")
-    assert launch.hand_over(PeerLost.exit_code) == 0 and answer.read_text() == "4"
+    assert launcher.hand_over(PeerLost.exit_code) == 0 and answer.read_text() == "4"
 
 
 @pytest.mark.parametrize(
@@ -146,14 +146,14 @@ def test_accelerate_takes_a_free_port_unless_its_configuration_settles_one(
         head = "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\nnum_processes: 2\n"
         path.write_text(head + configuration + "\n", encoding="utf-8")
     monkeypatch.setattr(config_args, "default_config_file", str(path))
-    assert launch._port() == words
+    assert launcher._port() == words
 
 
 def test_accelerate_makes_a_free_port_of_those_words(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(config_args, "default_config_file", str(tmp_path / "none.yaml"))
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     said = subprocess.run(
-        [*command, *launch._port(), "--no_python", "env"],
+        [*command, *launcher._port(), "--no_python", "env"],
         env={**os.environ, "HF_HOME": str(tmp_path)},
         capture_output=True,
         text=True,

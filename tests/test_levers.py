@@ -26,7 +26,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from peftcli.model.fused_lora import join_products, part_products
 from peftcli.model.fused_loss import score_targets
-from peftcli.rundir import read_json, read_log
+from peftcli.run_dir import read_json, read_log
 
 Write = Callable[..., Path]
 Cli = Callable[..., int]

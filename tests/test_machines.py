@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from peftcli.rundir import read_json, read_log
+from peftcli.run_dir import read_json, read_log
 
 Cli = Callable[..., int]
 Write = Callable[..., Path]

@@ -16,7 +16,7 @@ from peftcli.merge.fold import fold
 from peftcli.merge.save import write_weights
 from peftcli.model.files import loaded_weights, original_weights
 from peftcli.model.target import open_target
-from peftcli.rundir import read_json
+from peftcli.run_dir import read_json
 
 Cli = Callable[..., int]
 Write = Callable[..., Path]

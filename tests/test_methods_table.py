@@ -144,7 +144,7 @@ def test_methods_prints_the_table_one_row_or_json_and_knows_a_misspelt_name(run_
 
 
 def test_the_table_is_light() -> None:
-    code = "import sys; import peftcli.cli.show_methods; sys.exit(any(m in sys.modules for m in ('torch', 'peft')))"
+    code = "import sys; import peftcli.cli.methods; sys.exit(any(m in sys.modules for m in ('torch', 'peft')))"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from peftcli.rundir import read_json
+from peftcli.run_dir import read_json
 
 Cli = Callable[..., int]
 Write = Callable[..., Path]

@@ -12,7 +12,7 @@ import yaml
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from peftcli.rundir import read_json
+from peftcli.run_dir import read_json
 from peftcli.tiny.build import tiny_model
 
 Cli = Callable[..., int]

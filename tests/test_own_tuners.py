@@ -20,7 +20,7 @@ from peftcli.adapters.register import register
 from peftcli.merge.fold import fold
 from peftcli.model.files import loaded_weights
 from peftcli.plan.module_layout import bottleneck_places
-from peftcli.rundir import read_json
+from peftcli.run_dir import read_json
 
 IDS = torch.arange(24).reshape(2, 12) % 60 + 3
 FAMILIES = {

@@ -21,7 +21,7 @@ import pytest
 
 from peftcli.errors import MachineError, RecipeError
 from peftcli.plan.optimizer import Trained, optimizer_bytes
-from peftcli.rundir import read_json
+from peftcli.run_dir import read_json
 from peftcli.train import deadline as session
 from peftcli.train import disk, lock
 from peftcli.train.deadline import Deadline, Limit, deadline, known_limit, session_note, wall_clock_limit

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from peftcli.rundir import read_json, read_log
+from peftcli.run_dir import read_json, read_log
 
 Cli = Callable[..., int]
 Write = Callable[..., Path]

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from peftcli.rundir import read_json
+from peftcli.run_dir import read_json
 
 Cli = Callable[..., int]
 Write = Callable[..., Path]

@@ -10,7 +10,7 @@ from peftcli.cli.recipes import find_recipe
 from peftcli.errors import RecipeError
 from peftcli.recipe.load import load_recipe
 from peftcli.recipe.schema import Recipe
-from peftcli.rundir import read_json
+from peftcli.run_dir import read_json
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))

@@ -33,7 +33,7 @@ from peftcli.recipe.fields import parse_gate
 from peftcli.recipe.load import load_recipe
 from peftcli.report.build import make_report, write_report
 from peftcli.report.load import Stages, load_stages
-from peftcli.rundir import RunDir, write_json, write_text
+from peftcli.run_dir import RunDir, write_json, write_text
 from peftcli.summary import write_metrics
 
 HOSTILE = (
@@ -718,7 +718,7 @@ def test_report_imports_nothing_heavy_and_says_nothing(tmp_path: Path) -> None:
     sample_run(tmp_path / "run")
     code = (
         "import sys; from pathlib import Path; from peftcli.report.build import write_report; "
-        "from peftcli.rundir import RunDir; assert 'matplotlib' not in sys.modules; "
+        "from peftcli.run_dir import RunDir; assert 'matplotlib' not in sys.modules; "
         f"write_report(RunDir(Path({str(tmp_path / 'run')!r}))); "
         "heavy = {'torch', 'transformers', 'datasets', 'peft', 'matplotlib.pyplot'} & set(sys.modules); "
         "assert not heavy, heavy"
@@ -812,7 +812,7 @@ def real_run(recipe_in: Any, cli_in: Any, tmp_path_factory: pytest.TempPathFacto
 @pytest.fixture(scope="module")
 def label_data(recipe_in: Any, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What `data.json` holds for classes, numbers and tags."""
-    from peftcli.cli.steps import look_at_data
+    from peftcli.cli.pipeline import look_at_data
 
     folder = tmp_path_factory.mktemp("labels")
     rows = [json.dumps({"tokens": ["a", "plum"], "tags": ["O", "B-FOOD"], "n": at / 8}) for at in range(32)]

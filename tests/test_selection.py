@@ -18,7 +18,7 @@ from peftcli.model.gradients import gradient_matrices, gradient_norms, squared_n
 from peftcli.model.inspect import count_on_layer, count_trainable
 from peftcli.plan.module_selection import Selection, choose_layers, choose_modules
 from peftcli.recipe.schema import AdapterSection
-from peftcli.rundir import read_json
+from peftcli.run_dir import read_json
 
 Cli = Callable[..., int]
 Write = Callable[..., Path]

@@ -28,7 +28,7 @@ from peftcli.plan.plan import Plan
 from peftcli.plan.planner import make_plan
 from peftcli.recipe.load import load_recipe
 from peftcli.recipe.schema import Recipe
-from peftcli.rundir import read_json, read_log
+from peftcli.run_dir import read_json, read_log
 
 Cli = Callable[..., int]
 Write = Callable[..., Path]

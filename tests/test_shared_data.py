@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from peftcli.cli.steps import look_at_data
+from peftcli.cli.pipeline import look_at_data
 from peftcli.data.prepare import PreparedData
 from peftcli.progress import Silent
 from peftcli.recipe.load import load_recipe

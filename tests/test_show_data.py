@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from peftcli.cli.show_data import show_data
+from peftcli.cli.terminal import show_data
 
 DATA: dict[str, Any] = {
     "schema": 1,
@@ -165,7 +165,7 @@ KEYS |= {"types", "email", "first", "name", "result", "said", "place", "parts", 
 
 def test_the_view_imports_nothing_heavy() -> None:
     code = (
-        "import sys; import peftcli.cli.show_data; "
+        "import sys; import peftcli.cli.terminal; "
         "print({'torch', 'transformers', 'numpy', 'pyarrow'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

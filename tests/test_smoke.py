@@ -12,7 +12,7 @@ import yaml
 from huggingface_hub import constants
 from safetensors import safe_open
 
-from peftcli.rundir import read_json
+from peftcli.run_dir import read_json
 
 Cli = Callable[..., int]
 

@@ -16,7 +16,7 @@ from peftcli.model.load import absorb
 from peftcli.recipe.dump import dump_recipe, fingerprint
 from peftcli.recipe.load import load_recipe
 from peftcli.recipe.stages import stage_recipes
-from peftcli.rundir import read_json, read_log
+from peftcli.run_dir import read_json, read_log
 from peftcli.train import callbacks
 from peftcli.train.stop import StopRequests
 

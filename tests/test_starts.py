@@ -16,7 +16,7 @@ from peftcli.errors import DataError, RecipeError
 from peftcli.model.files import original_weights
 from peftcli.model.load import load_adapter, load_base
 from peftcli.recipe.schema import AdapterSection
-from peftcli.rundir import read_json
+from peftcli.run_dir import read_json
 from peftcli.train.adapter_init import (
     Start,
     _shared_out,

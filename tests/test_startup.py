@@ -22,7 +22,7 @@ HEAVY = (
 RECIPE = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
 PROBE = """
 import sys
-from peftcli.cli.app import main
+from peftcli.cli.main import main
 code = main(sys.argv[1:])
 print([name for name in {heavy!r} if name in sys.modules], file=sys.stderr)
 raise SystemExit(code)

@@ -16,12 +16,12 @@ import pytest
 import torch
 from helpers import assert_close_logits
 
-from peftcli.cli.steps import plan_recipe, prepare_data
+from peftcli.cli.pipeline import plan_recipe, prepare_data
 from peftcli.data.tokenize import IGNORED
 from peftcli.model.load import load_base
 from peftcli.progress import Silent
 from peftcli.recipe.load import load_recipe
-from peftcli.rundir import RunDir, read_json, read_log
+from peftcli.run_dir import RunDir, read_json, read_log
 from peftcli.train.resume import changes
 from peftcli.train.run import adapter_off, make_trainer
 from peftcli.train.trainers import Trainer

@@ -27,7 +27,7 @@ from peftcli.recipe.schedulers import MEASURED, scheduler_parameters
 from peftcli.recipe.schema import Recipe
 from peftcli.recipe.trainer_args import OWNED
 from peftcli.recipe.trainer_values import COMPILE_MODES, COMPILERS
-from peftcli.rundir import read_json
+from peftcli.run_dir import read_json
 from peftcli.train.arguments import naming_arguments
 
 Cli = Callable[..., int]

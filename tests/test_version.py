@@ -6,8 +6,8 @@ import platform
 import pytest
 from typer.main import get_command
 
-from peftcli.cli.app import app, main
-from peftcli.cli.doctoring import ask_all
+from peftcli.cli.doctor import ask_all
+from peftcli.cli.main import app, main
 from peftcli.doctor.packages import version_lines
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets")

@@ -13,7 +13,7 @@ from typing import Any
 from peftcli.bench.job import Job, write_spec
 from peftcli.bench.process import Ended, run_process
 from peftcli.bench.tools import Tool
-from peftcli.rundir import RunDir, read_json, read_log
+from peftcli.run_dir import RunDir, read_json, read_log
 
 
 @dataclass(frozen=True)

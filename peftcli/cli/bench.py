@@ -1,24 +1,95 @@
-"""The options of `bench`; what it does is loaded when it is called."""
+"""The body of `bench`: a comparison of a few minutes, a table, and a file to send in."""
 
-import sys
+import json
+import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Any, TextIO
 
-import typer
+from rich.console import Console
+from rich.table import Table
+
+from peftcli.bench.quick import Asked, compare_quickly
+from peftcli.cli.console import Shown, console, printable
+from peftcli.doctor.check import private_words, without_private
+from peftcli.report.format import size
+from peftcli.run_dir import write_json
 
 
-def bench(
-    shape: Annotated[
-        str, typer.Option(metavar="auto|tiny|0.6b|3b|8b", help="Model with random weights; auto goes by the machine.")
-    ] = "auto",
-    bits: Annotated[int, typer.Option(metavar="4|16", help="Bits of each weight of the base.")] = 16,
-    rounds: Annotated[int, typer.Option(min=1, help="Runs of each tool, taking turns.")] = 3,
-    minutes: Annotated[float, typer.Option(min=0.1, help="About how long; ten steps at least are run.")] = 2.0,
-    output: Annotated[Path | None, typer.Option(help="A file for the object of --json, to send in.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout; all else on stderr.")] = False,
-) -> None:
-    """Measure how fast this machine trains: peftcli beside plain SFTTrainer on the same rows, at equal loss."""
-    from peftcli.bench.quick import Asked
-    from peftcli.cli.benching import bench_command
+def bench_command(asked: Asked, output: Path | None, out: TextIO, err: TextIO, *, as_json: bool) -> None:
+    """Compare peftcli with SFTTrainer on this machine and print what was found.
 
-    bench_command(Asked(shape, bits, rounds, minutes), output, sys.stdout, sys.stderr, as_json=as_json)
+    Args:
+        output: file for the object of `--json`.
+    """
+    shown = Shown(console(err))
+    with tempfile.TemporaryDirectory(prefix="peftcli-bench-") as place:
+        found = nameless(compare_quickly(asked, Path(place), shown), private_words())
+    if output is not None:
+        write_json(output, found)
+    if as_json:
+        out.write(json.dumps(found, ensure_ascii=False) + "\n")
+        out.flush()
+        return
+    for result in found["regimes"]:
+        console(out).print(bench_table(result))
+        for tool in result["tools"].values():
+            if "error" in tool:
+                console(out).print(printable(f"{tool['title']} did not run: {tool['error']}"))
+    _print_verdict(found["verdict"], output, console(out))
+
+
+def _print_verdict(verdict: str, output: Path | None, out: Console) -> None:
+    out.print(printable(f"\n{verdict}"))
+    if output is not None:
+        out.print(printable(f"figures  {output}: without names or folders, to send in"))
+
+
+def nameless(value: Any, private: Mapping[str, str]) -> Any:
+    """The same object without folders, and without names of users and hosts, in any text."""
+    if isinstance(value, str):
+        return without_private(value, private)
+    if isinstance(value, Mapping):
+        return {key: nameless(one, private) for key, one in value.items()}
+    if isinstance(value, list):
+        return [nameless(one, private) for one in value]
+    return value
+
+
+COLUMNS: dict[str, Callable[[Mapping[str, Any]], str | None]] = {
+    "trained tokens/s": lambda tool: f"{tool['label_tokens_per_second']:,.0f}" if tool["equal_loss"] else "other loss",
+    "seconds": lambda tool: "{median:.2f} ({min:.2f}-{max:.2f})".format(**tool["seconds"]),
+    "first step": lambda tool: f"{tool['first_step_seconds']['median']:.1f} s",
+    "process": lambda tool: f"{tool['process_seconds']['median']:.1f} s",
+    "peak": lambda tool: _size(tool["peak_memory_bytes"]),
+    "of it in the loop": lambda tool: _size(tool["above_start_bytes"]),
+    "card": lambda tool: _size(tool["card_bytes"]),
+    "MFU": lambda tool: None if tool.get("mfu") is None else f"{tool['mfu']:.1%}",
+    "held-out loss": lambda tool: None if tool["held_out_loss"] is None else f"{tool['held_out_loss']:.4f}",
+}
+"""What the table shows of a tool; a column that no tool has a figure for is left out."""
+
+
+def bench_table(result: Mapping[str, Any]) -> Table:
+    """The figures of one regime, a line for each tool; one outside the gate of equal loss has no speed."""
+    tools = result["tools"]
+    cells = {name: {title: cell(tool) for title, cell in COLUMNS.items()} for name, tool in _ran(tools).items()}
+    titles = [title for title in COLUMNS if any(row[title] is not None for row in cells.values())]
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    table.add_column(f"{result['regime']}, {result['steps']} steps", no_wrap=True)
+    for title in (*titles, "flat is"):
+        table.add_column(title, justify="right", no_wrap=title == "seconds")
+    for name, tool in tools.items():
+        ratio = result["ratios"].get(name)
+        times = "" if ratio is None else f"{ratio['times_as_fast']:.2f}x"
+        row = [cells[name][title] or "-" for title in titles] if name in cells else ["-"]
+        table.add_row(tool["title"], *row, *([times] if name in cells else []))
+    return table
+
+
+def _ran(tools: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: tool for name, tool in tools.items() if "error" not in tool}
+
+
+def _size(value: int | None) -> str | None:
+    return None if value is None else size(value)

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peftcli.cli.quiet import Streams, quiet
+from peftcli.cli.console import Shown, Streams, console, metric_table, quiet, retention_line, sample_table
 from peftcli.cli.recipes import find_recipe
-from peftcli.cli.show import Shown, console, metric_table, retention_line, sample_table
-from peftcli.cli.show_data import show_data
+from peftcli.cli.terminal import show_data
 from peftcli.errors import DataError, GateNotMet, MemoryExhausted, RecipeError
 from peftcli.plan.plan import DTYPE_BYTES
 from peftcli.plan.smoke import check_schedules, smoke_notices, smoke_recipe
@@ -20,7 +19,7 @@ from peftcli.recipe.load import Loaded, load_recipe
 from peftcli.recipe.rules import CAUSAL
 from peftcli.recipe.schema import Recipe
 from peftcli.report.build import write_report
-from peftcli.rundir import RunDir, is_foreign, read_json, write_json
+from peftcli.run_dir import RunDir, is_foreign, read_json, write_json
 from peftcli.summary import unmet, write_metrics
 from peftcli.train.disk import RESERVE_BYTES, Forecast, check_room
 from peftcli.train.stop import is_first_process
@@ -42,7 +41,7 @@ def data_command(name: str, overrides: Sequence[str], *, preview: int, smoke: bo
     """Print what the data of a recipe hold, and how some rows will be trained."""
     loaded = load(name, overrides, smoke=smoke)
     with shown_run(None) as (shown, streams):
-        from peftcli.cli.steps import look_at_data
+        from peftcli.cli.pipeline import look_at_data
 
         begun = time.monotonic()
         data = look_at_data(loaded.recipe, shown, smoke=smoke, preview=preview)
@@ -87,7 +86,7 @@ def eval_command(name: str, recipe: str | None, overrides: Sequence[str], *, wit
 def _to_evaluate(name: str, recipe: str | None, overrides: Sequence[str], shown: Shown) -> tuple[Loaded, Any, Any, Any]:
     """What is evaluated: the recipe, its plan, the target and the rows."""
     from peftcli.cli.foreign import opened, prepared
-    from peftcli.cli.steps import plan_recipe, prepare_for
+    from peftcli.cli.pipeline import plan_recipe, prepare_for
     from peftcli.model.target import open_target
 
     if is_foreign(Path(name)):
@@ -133,7 +132,7 @@ def merge_command(
     if recipe is not None:
         raise RecipeError(f"--recipe {recipe}: {path} is a run and has its own recipe; leave it out")
     with shown_run(run.library_log) as (shown, streams):
-        from peftcli.cli.steps import plan_recipe, prepare_for
+        from peftcli.cli.pipeline import plan_recipe, prepare_for
         from peftcli.merge.fold import refuse_unmergeable
         from peftcli.merge.merge import DriftTooLarge, MergeSettings, merge
         from peftcli.model.target import open_target

@@ -8,8 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from peftcli.cli.pipeline import Planned, plan_recipe, prepare_for
 from peftcli.cli.recipes import find_recipe
-from peftcli.cli.steps import Planned, plan_recipe, prepare_for
 from peftcli.data.prepare import PreparedData
 from peftcli.errors import MachineError, RecipeError
 from peftcli.merge.fold import refuse_unmergeable
@@ -23,7 +23,7 @@ from peftcli.progress import Progress
 from peftcli.recipe.load import Loaded, load_recipe
 from peftcli.recipe.rules import CAUSAL, IMAGES, SEQUENCE
 from peftcli.recipe.schema import Recipe
-from peftcli.rundir import write_json
+from peftcli.run_dir import write_json
 from peftcli.tiny.tokenizer import load_documents
 from peftcli.train.disk import RESERVE_BYTES, Forecast, check_room
 

@@ -16,7 +16,7 @@ from peftcli.recipe.schema import Recipe
 from peftcli.report.format import compact
 from peftcli.report.load import Stages, figure, find, load_stages, text
 from peftcli.report.metrics import BY_KEY, COUNTED_ON_ANSWERS, PRIMARY, Metric, interval, rows_scored
-from peftcli.rundir import RunDir, read_json
+from peftcli.run_dir import RunDir, read_json
 
 RESULT = "compare.json"
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from peftcli.data.dedup import HASHES, band_of
 from peftcli.data.encode import as_lists
 from peftcli.data.tokenize import FLAGS, TokenBatch
-from peftcli.rundir import read_json, write_json
+from peftcli.run_dir import read_json, write_json
 
 LISTS = pa.large_list(pa.int32())
 ROW_COLUMNS = {

@@ -27,7 +27,7 @@ from peftcli.progress import Progress
 from peftcli.recipe.fields import Gate
 from peftcli.recipe.rules import IMAGES
 from peftcli.recipe.schema import EvaluationSection
-from peftcli.rundir import write_json
+from peftcli.run_dir import write_json
 
 DEFAULT_LIMITS = (Gate("merge_top1_agreement", ">=", 0.98),)
 """Held against the drift where the recipe's gates say nothing about the merge."""

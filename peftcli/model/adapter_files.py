@@ -17,7 +17,7 @@ from peftcli.model.manifest import EARLIER, IDENTITY, identity
 from peftcli.plan.choices import EIGHT_BIT
 from peftcli.plan.plan import Plan
 from peftcli.recipe.rules import IMAGES, SEQUENCE, TOKENS
-from peftcli.rundir import RunDir, read_json, write_json, write_text
+from peftcli.run_dir import RunDir, read_json, write_json, write_text
 
 LABELS = {
     "loss": "loss (nats per trained token)",

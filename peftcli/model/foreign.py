@@ -16,7 +16,7 @@ from peftcli.model.heads import PROBLEM_TYPES, build_empty, head_modules, is_wit
 from peftcli.model.inspect import load_config
 from peftcli.model.load import PREFIX
 from peftcli.recipe.rules import CAUSAL, SEQUENCE, TOKENS
-from peftcli.rundir import read_json
+from peftcli.run_dir import read_json
 
 TASKS = {"CAUSAL_LM": CAUSAL, "SEQ_CLS": SEQUENCE, "TOKEN_CLS": TOKENS}
 """Ours by PEFT's `task_type`."""

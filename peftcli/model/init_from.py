@@ -14,7 +14,7 @@ from peftcli.model.heads import is_within
 from peftcli.model.load import PREFIX
 from peftcli.model.manifest import EARLIER, read_identity, refuse_other_base
 from peftcli.plan.plan import Base
-from peftcli.rundir import RunDir, read_json
+from peftcli.run_dir import RunDir, read_json
 
 SHOWN = 3
 """Tensors named in a message."""

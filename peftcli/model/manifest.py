@@ -19,7 +19,7 @@ from peftcli.model.files import BaseFacts, base_facts, local_folder
 from peftcli.model.hub import why_offline
 from peftcli.model.load import load_tokenizer
 from peftcli.plan.plan import Base, Plan, TokenizerChoice
-from peftcli.rundir import read_json
+from peftcli.run_dir import read_json
 from peftcli.tiny.build import NAMES as TINY_NAMES
 from peftcli.tiny.build import tiny_model
 from peftcli.tiny.own_files import tokenizer_files

@@ -24,7 +24,7 @@ from peftcli.model.manifest import (
 from peftcli.plan.plan import Base
 from peftcli.recipe.load import load_recipe
 from peftcli.recipe.rules import IMAGES
-from peftcli.rundir import RunDir
+from peftcli.run_dir import RunDir
 from peftcli.tiny.own_files import holds_tokenizer
 
 

@@ -19,7 +19,7 @@ from peftcli.report.sections import (
     sizes_section,
     training_facts,
 )
-from peftcli.rundir import RunDir, write_text
+from peftcli.run_dir import RunDir, write_text
 
 
 def write_report(run: RunDir) -> None:

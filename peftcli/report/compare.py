@@ -11,7 +11,7 @@ from peftcli.report.html import render_page
 from peftcli.report.markdown import render_markdown
 from peftcli.report.metrics import BY_KEY, Metric
 from peftcli.report.plots import FAINT, INK, LINE, NARROW, RAW, WIDE, drawing
-from peftcli.rundir import write_text
+from peftcli.run_dir import write_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,7 +8,7 @@ from typing import Any
 
 from peftcli.errors import DataError, RecipeError
 from peftcli.report.format import DASH
-from peftcli.rundir import RunDir, read_json, read_log
+from peftcli.run_dir import RunDir, read_json, read_log
 
 SCHEMA = 1
 

@@ -14,7 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from peftcli.plan.adalora import rank_schedule
 from peftcli.recipe.schema import AdapterSection
-from peftcli.rundir import read_json, write_json
+from peftcli.run_dir import read_json, write_json
 
 AVERAGES = "ranks.safetensors"
 HISTORY = "ranks.json"

@@ -10,7 +10,7 @@ from peftcli.plan.planner import LABEL_RULES
 from peftcli.recipe.dump import changed_keys
 from peftcli.recipe.load import load_recipe
 from peftcli.recipe.schema import Recipe
-from peftcli.rundir import RunDir, read_json
+from peftcli.run_dir import RunDir, read_json
 
 FREE = (
     "name",

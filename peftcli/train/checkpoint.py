@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peftcli.rundir import read_json, write_json
+from peftcli.run_dir import read_json, write_json
 
 MANIFEST = "manifest.json"
 STAGING = ".staging"

@@ -12,7 +12,7 @@ from pathlib import Path
 from peftcli.errors import MachineError, RecipeError
 from peftcli.plan.optimizer import FLOAT32_BYTES, Trained, optimizer_bytes
 from peftcli.report.format import several, size
-from peftcli.rundir import RunDir
+from peftcli.run_dir import RunDir
 from peftcli.train.checkpoint import list_checkpoints
 
 QUOTA = "PEFTCLI_QUOTA"

@@ -21,7 +21,7 @@ from peftcli.plan.module_selection import Selection, choose_layers, choose_modul
 from peftcli.plan.plan import Plan
 from peftcli.plan.targets import ALL_LINEAR, chosen_plan, matches
 from peftcli.recipe.rules import CAUSAL
-from peftcli.rundir import RunDir, read_json, write_json
+from peftcli.run_dir import RunDir, read_json, write_json
 
 Inputs = Mapping[str, Tensor]
 

@@ -17,7 +17,7 @@ from peftcli.plan.plan import Batch
 from peftcli.recipe.dump import changed_keys, dump_recipe
 from peftcli.recipe.load import load_recipe
 from peftcli.recipe.schema import AdapterSection, Recipe
-from peftcli.rundir import RunDir, read_json, read_log, write_text
+from peftcli.run_dir import RunDir, read_json, read_log, write_text
 from peftcli.train.checkpoint import MANIFEST, clear_staging, newest_valid
 from peftcli.train.lock import NAME as LOCK
 

@@ -33,7 +33,7 @@ from peftcli.model.varlen_attention import rejected
 from peftcli.plan.plan import DTYPE_BYTES, Plan
 from peftcli.progress import Progress
 from peftcli.recipe.rules import CAUSAL
-from peftcli.rundir import RunDir, read_json, write_json
+from peftcli.run_dir import RunDir, read_json, write_json
 from peftcli.train import checkpoint
 from peftcli.train.adalora import Ranks
 from peftcli.train.adapter_init import begin, begin_from_gradient, takes_gradient

@@ -18,7 +18,7 @@ from transformers.trainer_utils import EvalLoopOutput, SaveStrategy
 
 from peftcli.errors import Diverged, MachineError
 from peftcli.model.distributed import gather, is_divided
-from peftcli.rundir import RunDir
+from peftcli.run_dir import RunDir
 from peftcli.train import checkpoint
 from peftcli.train.adalora import Ranks
 from peftcli.train.adapter_init import Start

@@ -22,7 +22,7 @@ from peftcli.errors import RecipeError
 from peftcli.model.classification import Head, forward, head_of, make_batch
 from peftcli.model.heads import freeze_statistics
 from peftcli.plan.plan import Plan
-from peftcli.rundir import RunDir
+from peftcli.run_dir import RunDir
 from peftcli.train.precision import widen_trained
 from peftcli.train.step import StepTrainer
 

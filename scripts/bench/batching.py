@@ -24,8 +24,8 @@ from peftcli.bench.result import regime_result
 from peftcli.bench.rounds import make_model, take_turns
 from peftcli.bench.shapes import SHAPES
 from peftcli.bench.tools import TOOLS, tuned_for
-from peftcli.cli.benching import bench_table, nameless
-from peftcli.cli.show import Shown, console
+from peftcli.cli.bench import bench_table, nameless
+from peftcli.cli.console import Shown, console
 from peftcli.doctor.check import private_words
 
 RESULTS = Path(__file__).parent / "results"

@@ -23,13 +23,13 @@ from typing import Any
 
 from peftcli.bench.job import write_spec
 from peftcli.bench.process import run_process
-from peftcli.rundir import RunDir
+from peftcli.run_dir import RunDir
 
 RESULT = Path(__file__).parent / "results" / "prepare-cpu.json"
 SHIPPED = Path(__file__).parents[2] / "peftcli" / "assets" / "chats.jsonl"
 MAX_LENGTH = 512
 TEST_ROWS = 50
-IMPORTS = "import peftcli.cli.training, peftcli.train.run, peftcli.train.deadline"
+IMPORTS = "import peftcli.cli.train, peftcli.train.run, peftcli.train.deadline"
 
 
 def write_chats(path: Path, count: int, turns: Path, seed: int) -> None:

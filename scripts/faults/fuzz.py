@@ -52,7 +52,7 @@ def spoil(text: str, chance: random.Random) -> str:
 
 def recipes(examples: int, ground: Ground) -> Iterator[Row]:
     """Validate spoilt recipes in this process; a bug would end with 1."""
-    from peftcli.cli.app import main  # light: torch is not imported by it
+    from peftcli.cli.main import main  # light: torch is not imported by it
 
     judge = Judge("2", f"{examples} spoilt recipes", "0 2")
     chance = random.Random(SEED)

@@ -151,13 +151,13 @@ def out_of_memory(ground: Ground) -> Iterator[Row]:
 
 def made_up_card(name: str, capability: tuple[int, int], architectures: tuple[str, ...]) -> None:
     """Let the session see another machine."""
-    from peftcli.cli import steps
+    from peftcli.cli import pipeline
     from peftcli.plan.machine import Machine
 
     machine = Machine(
         "cuda", name, capability, native_bf16=capability >= (8, 0), arch_list=architectures, memory_bytes=16 * 10**9
     )
-    steps.probe_machine = lambda: machine
+    pipeline.probe_machine = lambda: machine
 
 
 def cards(ground: Ground) -> Iterator[Row]:

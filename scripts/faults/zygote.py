@@ -1,8 +1,9 @@
 """Sessions in two to five seconds each: a process that has imported everything once is forked for every command.
 
-The child runs `peftcli.cli.app.main` as the real command does, in a folder and an environment of its own, and ends with
-its exit code. That this makes no difference is itself a case of the table: three sessions of the real command give the
-same bits. What a fork adds is exact timing: a child may be told to signal itself at a named call of a function.
+The child runs `peftcli.cli.main.main` as the real command does, in a folder and an environment of its own, and ends
+with its exit code. That this makes no difference is itself a case of the table: three sessions of the real command
+give the same bits. What a fork adds is exact timing: a child may be told to signal itself at a named call of a
+function.
 """
 
 import importlib
@@ -19,9 +20,9 @@ from typing import Any
 from ground import TIMEOUT, Ended, Ground, wait_for
 
 ROOMS = (
-    "peftcli.cli.app",
-    "peftcli.cli.training",
-    "peftcli.cli.steps",
+    "peftcli.cli.main",
+    "peftcli.cli.train",
+    "peftcli.cli.pipeline",
     "peftcli.train.run",
     "peftcli.evaluate",
     "peftcli.merge.merge",
@@ -30,7 +31,7 @@ ROOMS = (
     "bitsandbytes",
 )
 PHASES = {
-    "reading data": "peftcli.cli.steps:prepare_data",
+    "reading data": "peftcli.cli.pipeline:prepare_data",
     "loading the base": "peftcli.train.run:load_base",
     "baseline": "peftcli.train.run:_baseline",
     "micro-batch": "peftcli.train.trainers:Trainer.training_step",
@@ -38,7 +39,7 @@ PHASES = {
     "saving": "peftcli.train.trainers:Trainer._save_checkpoint",
     "writing the adapter": "peftcli.train.run:save_adapter",
     "last evaluation": "peftcli.train.run:_measure",
-    "report": "peftcli.cli.training:finish",
+    "report": "peftcli.cli.train:finish",
 }
 """What a session does, each with the function that does it."""
 PHASE_BYTES = 64
@@ -171,7 +172,7 @@ class Zygote:
             self._mark(phase, where)
         if hook is not None:
             hook()
-        from peftcli.cli.app import main  # imported already; the light cases never come here
+        from peftcli.cli.main import main  # imported already; the light cases never come here
 
         code = (command or main)(list(words))
         sys.stdout.flush()

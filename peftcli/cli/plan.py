@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from peftcli.cli.commands import load, print_json, shown_run
-from peftcli.cli.show import console
-from peftcli.cli.show_forecast import show_forecast
-from peftcli.cli.stages import loaded_stages
+from peftcli.cli.console import console
+from peftcli.cli.recipes import loaded_stages
+from peftcli.cli.terminal import show_forecast
 from peftcli.plan.choices import processes_that_share
 from peftcli.plan.gpus import Card, find_card, machine_with
 from peftcli.plan.requirements import check_hardware, check_packages
 
 if TYPE_CHECKING:
-    from peftcli.cli.steps import Planned
+    from peftcli.cli.pipeline import Planned
 
 
 def plan_command(name: str, overrides: Sequence[str], *, gpu: str | None, smoke: bool, as_json: bool) -> None:
@@ -26,7 +26,7 @@ def plan_command(name: str, overrides: Sequence[str], *, gpu: str | None, smoke:
         check_packages(loaded.recipe)
     stages = loaded_stages(loaded, smoke=smoke)
     with shown_run(None) as (_, streams):
-        from peftcli.cli.steps import forecast_run, plan_recipe
+        from peftcli.cli.pipeline import forecast_run, plan_recipe
         from peftcli.model.hardware import probe_machine
 
         machine = probe_machine() if card is None else machine_with(card)

@@ -1,8 +1,13 @@
-"""What a person sees on the terminal: progress, the lines before the first step, and the tables after the last."""
+"""The terminal: progress, notes and tables; library output goes to a log file, control characters are escaped."""
 
 import os
+import sys
+import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TextIO
 
 from rich.console import Console
@@ -10,7 +15,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from rich.text import Text
 
-from peftcli.cli.printable import printable
 from peftcli.plan.choices import EIGHT_BIT
 
 PLAIN_SECONDS = (10.0, 30.0)
@@ -214,3 +218,57 @@ def data_line(data: Mapping[str, Any]) -> str:
         parts.append(f"{share:.0%} of {tokens['train']:,} tokens trained")
         parts.append(f"end token trained in {data['eos_trained_rows']:,}")
     return "  data: " + ", ".join(parts)
+
+
+@dataclass(frozen=True)
+class Streams:
+    """Where we write while the libraries are kept quiet: for results, and for people."""
+
+    out: TextIO
+    err: TextIO
+
+
+@contextmanager
+def quiet(log: Path | None) -> Iterator[Streams]:
+    """Send file descriptors 1 and 2 to a log file, and give streams that still reach the terminal.
+
+    Descriptors, not `sys.stderr`: compiled libraries and child processes write there too. An error that passes
+    through restores them first, so that its message reaches the terminal.
+
+    Args:
+        log: file that is appended to; None keeps nothing once the context is left.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved = os.dup(1), os.dup(2)
+    with (
+        os.fdopen(os.dup(1), "w", encoding="utf-8", errors="replace") as out,
+        os.fdopen(os.dup(2), "w", encoding="utf-8", errors="replace") as err,
+        log.open("ab") if log is not None else tempfile.TemporaryFile() as sink,
+    ):
+        os.dup2(sink.fileno(), 1)
+        os.dup2(sink.fileno(), 2)
+        try:
+            yield Streams(out, err)
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for number, descriptor in enumerate(saved, start=1):
+                os.dup2(descriptor, number)
+                os.close(descriptor)
+
+
+def printable(text: str) -> str:
+    """Text with control characters made visible, so that data can neither colour nor rewrite the terminal.
+
+    >>> printable("a\\x1b[31mb")
+    'a\\u241b[31mb'
+    """
+    return "".join(_visible(letter) for letter in text)
+
+
+def _visible(letter: str) -> str:
+    code = ord(letter)
+    if letter == "\n" or code >= 0xA0 or 0x20 <= code < 0x7F:
+        return "\ufffd" if 0x202A <= code <= 0x202E or 0x2066 <= code <= 0x2069 or 0xD800 <= code < 0xE000 else letter
+    return chr(0x2400 + code) if code < 0x20 else "\ufffd"

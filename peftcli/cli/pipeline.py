@@ -1,4 +1,4 @@
-"""The walk that the heavy commands share: recipe, machine, model structure, plan, tokenizer, data."""
+"""The steps that the heavy commands share: recipe, machine, model structure, plan, tokenizer, data."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace

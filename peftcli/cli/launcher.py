@@ -1,4 +1,4 @@
-"""Several processes: the unchanged command line handed to `accelerate launch`, and what only the first one decides."""
+"""Several processes: the same command line under `accelerate launch`, and what only rank 0 decides."""
 
 import ctypes
 import os
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from peftcli.cli.commands import load
-from peftcli.cli.stages import loaded_stages
+from peftcli.cli.recipes import loaded_stages
 from peftcli.errors import MachineError, MemoryExhausted, PeerLost, PeftcliError
 from peftcli.plan.choices import processes_that_share
 from peftcli.plan.machine import SHARES_BATCH

@@ -1,4 +1,4 @@
-"""The table of methods for the terminal."""
+"""The body of `methods`: the table of methods for the terminal."""
 
 import json
 import textwrap

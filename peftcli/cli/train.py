@@ -1,4 +1,4 @@
-"""The body of `train`: the folder, the lock, the clock, the data, and the verb itself."""
+"""The body of `train`: run folder, lock, deadline, data, training."""
 
 import shlex
 import shutil
@@ -11,17 +11,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftcli.cli.commands import finish, load, raise_unmet, show_result, shown_run
-from peftcli.cli.launch import all_do, first_decides, several_processes
-from peftcli.cli.show import Shown, plan_lines
-from peftcli.cli.show_forecast import forecast_line
-from peftcli.cli.spare import import_peft
-from peftcli.cli.stages import loaded_stages
+from peftcli.cli.console import Shown, plan_lines
+from peftcli.cli.launcher import all_do, first_decides, several_processes
+from peftcli.cli.recipes import loaded_stages
+from peftcli.cli.terminal import forecast_line
 from peftcli.errors import Stopped
 from peftcli.plan.plan import Plan
 from peftcli.plan.requirements import check_hardware, check_packages
 from peftcli.recipe.load import Loaded
 from peftcli.recipe.schema import Recipe
-from peftcli.rundir import RunDir, write_json
+from peftcli.recipe.stages import stage_recipes
+from peftcli.run_dir import RunDir, write_json
 from peftcli.train.baseline import why_not
 from peftcli.train.deadline import deadline, session_note, wall_clock_limit
 from peftcli.train.disk import cannot_write, check_room, check_writable
@@ -39,11 +39,15 @@ from peftcli.train.stop import (
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from peftcli.cli.steps import Planned
+    from peftcli.cli.pipeline import Planned
     from peftcli.data.prepare import PreparedData
+
 
 TIMEOUT_SECONDS = 1800.0
 """That one of several processes waits for the others where `trainer.ddp_timeout` says nothing, as in transformers."""
+
+OWN_OPTIMIZERS = (None, "adamw_torch", "adamw_torch_fused", "adafactor", "adagrad", "sgd")
+"""Of torch and transformers; of the others many are those of bitsandbytes. None is the trainer's default."""
 
 
 @dataclass(frozen=True)
@@ -187,7 +191,7 @@ def _train(
     Args:
         before: the runs of earlier stages, whose results this one starts from.
     """
-    from peftcli.cli.steps import forecast_run
+    from peftcli.cli.pipeline import forecast_run
     from peftcli.model.files import base_facts
     from peftcli.model.hardware import describe_environment
     from peftcli.model.load import base_hash
@@ -241,7 +245,7 @@ def _planned_rows(
     Args:
         earlier: the adapters of earlier stages, on this machine.
     """
-    from peftcli.cli.steps import (
+    from peftcli.cli.pipeline import (
         SHOWN_ROWS,
         add_view,
         check_ends,
@@ -299,3 +303,27 @@ def _raise_unless_good(run: RunDir, metrics: dict[str, Any], stop_reason: str | 
 
 def command_line() -> str:
     return "peftcli " + shlex.join(sys.argv[1:]) if sys.argv[1:] else "peftcli"
+
+
+def import_peft(recipe: Recipe) -> None:
+    """Import PEFT and transformers without packages that they import where they are installed, used or not.
+
+    bitsandbytes brings torch's compiler with it, and only a loss of object detection wants scipy: together a fifth of
+    the start of a training and 70 MB, and on a CUDA machine more. Older transformers import scikit-learn for assisted
+    generation, and it does not load without scipy, so both are hidden.
+    """
+    if "peft" in sys.modules:
+        return
+    unused = {"scipy", "sklearn"}
+    own = all(one.trainer.get("optim") in OWN_OPTIMIZERS for one in stage_recipes(recipe))
+    if own and recipe.quantization is None:
+        unused.add("bitsandbytes")
+    hidden = unused - sys.modules.keys()
+    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]  # None stands for what is not found
+    try:
+        from peft.import_utils import is_bnb_available
+
+        is_bnb_available()  # PEFT remembers the answer
+    finally:
+        for name in hidden:
+            del sys.modules[name]

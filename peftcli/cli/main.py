@@ -1,6 +1,7 @@
-"""The commands of peftcli; each imports its rooms in its body, so that the light ones stay quick."""
+"""The commands of peftcli and their options; each body is imported when its command is called."""
 
 import errno
+import gc
 import json
 import os
 import sys
@@ -12,9 +13,6 @@ from typing import Annotated, Any
 import typer
 from typer.main import get_command
 
-from peftcli.cli.bench import bench
-from peftcli.cli.printable import printable
-from peftcli.cli.process import settle_process
 from peftcli.errors import MachineError, MemoryExhausted, PeerLost, PeftcliError, RecipeError
 from peftcli.train.stop import is_first_of_machine
 
@@ -45,6 +43,15 @@ SmokeOption = Annotated[
     bool, typer.Option("--smoke", help="Rehearse on a CPU without network: a tiny stand-in, a few rows and steps.")
 ]
 RunArgument = Annotated[Path, typer.Argument(help="A run folder.")]
+
+SPIN = ("GOMP_SPINCOUNT", "2000")
+"""Idle OpenMP threads spin before they sleep. On cores shared with another process the default keeps both from working
+(measured: 40 times slower); a short spin costs nothing when alone. Read when torch is first imported."""
+COLLECTED_AFTER = (100_000, 20, 20)
+"""Objects, and collections of the younger kind, after which Python collects; its own numbers are 700, 10, 10.
+
+The imports of a heavy command leave half a million objects, over which it would go again and again: a seventh of their
+time."""
 
 
 @app.callback(invoke_without_command=True)
@@ -107,7 +114,7 @@ def plan(
     as_json: JsonOption = False,
 ) -> None:
     """Say what will happen and what it needs: each choice with its reason, memory, time, disk. No weight is loaded."""
-    from peftcli.cli.planning import plan_command
+    from peftcli.cli.plan import plan_command
 
     plan_command(recipe, set_ or (), gpu=gpu, smoke=smoke, as_json=as_json)
 
@@ -137,13 +144,13 @@ def train(
     as_json: JsonOption = False,
 ) -> None:
     """Train: plan, data, baseline, training, evaluation, report. The same command again goes on where it stopped."""
-    from peftcli.cli.launch import launch
+    from peftcli.cli.launcher import launch
 
     overrides = [*(set_ or ()), *([f"budget.wall_clock={max_time}"] if max_time else [])]
     code = launch(recipe, overrides, num_processes, smoke=smoke)
     if code is not None:
         raise typer.Exit(code)
-    from peftcli.cli.training import TrainFlags, train_command
+    from peftcli.cli.train import TrainFlags, train_command
 
     flags = TrainFlags(output_dir, resume, overwrite, smoke, as_json, tuple(force or ()), baseline_from)
     train_command(recipe, overrides, flags)
@@ -211,7 +218,7 @@ def generate(
 def report(run: RunArgument, as_json: JsonOption = False) -> None:
     """Write report.md and report.html of a run again, from its JSON files."""
     from peftcli.report.build import write_report
-    from peftcli.rundir import RunDir, read_json
+    from peftcli.run_dir import RunDir, read_json
 
     folder = RunDir(run)
     write_report(folder)
@@ -236,7 +243,7 @@ def compare(
     as_json: JsonOption = False,
 ) -> None:
     """Train variants one after the other and hold quality, forgetting, size, memory and time against each other."""
-    from peftcli.cli.comparing import CompareFlags, compare_command
+    from peftcli.cli.compare import CompareFlags, compare_command
 
     flags = CompareFlags(tuple(vary or ()), tuple(set_ or ()), output_dir, smoke, as_json)
     raise typer.Exit(compare_command(targets, flags, sys.stdout, sys.stderr))
@@ -248,7 +255,7 @@ def methods(
     as_json: JsonOption = False,
 ) -> None:
     """Show the methods: what each trains, whether it works in 4 bit, whether it can be merged, for which tasks."""
-    from peftcli.cli.show_methods import methods_command
+    from peftcli.cli.methods import methods_command
 
     methods_command(name, as_json=as_json)
 
@@ -262,9 +269,26 @@ def doctor(
     as_json: JsonOption = False,
 ) -> None:
     """Say what this machine can do: versions, GPU, precision, 4 bit, memory, disk, Hub; a verdict and a mend each."""
-    from peftcli.cli.doctoring import doctor_command
+    from peftcli.cli.doctor import doctor_command
 
     doctor_command(recipe, set_ or (), as_json=as_json)
+
+
+def bench(
+    shape: Annotated[
+        str, typer.Option(metavar="auto|tiny|0.6b|3b|8b", help="Model with random weights; auto goes by the machine.")
+    ] = "auto",
+    bits: Annotated[int, typer.Option(metavar="4|16", help="Bits of each weight of the base.")] = 16,
+    rounds: Annotated[int, typer.Option(min=1, help="Runs of each tool, taking turns.")] = 3,
+    minutes: Annotated[float, typer.Option(min=0.1, help="About how long; ten steps at least are run.")] = 2.0,
+    output: Annotated[Path | None, typer.Option(help="A file for the object of --json, to send in.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout; all else on stderr.")] = False,
+) -> None:
+    """Measure how fast this machine trains: peftcli beside plain SFTTrainer on the same rows, at equal loss."""
+    from peftcli.bench.quick import Asked
+    from peftcli.cli.bench import bench_command
+
+    bench_command(Asked(shape, bits, rounds, minutes), output, sys.stdout, sys.stderr, as_json=as_json)
 
 
 app.command()(bench)
@@ -280,7 +304,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     code = _run(argv)
     if "LOCAL_RANK" not in os.environ:
         return code
-    from peftcli.cli.launch import hand_over
+    from peftcli.cli.launcher import hand_over
 
     return hand_over(code)
 
@@ -294,6 +318,8 @@ def _run(argv: Sequence[str] | None) -> int:
     except SystemExit as ended:
         return ended.code if isinstance(ended.code, int) else 0
     except PeftcliError as error:
+        from peftcli.cli.console import printable
+
         if show_trace:
             traceback.print_exc()
         # One process speaks for each machine, and one that alone runs out of memory or is left by the others.
@@ -323,3 +349,9 @@ def entry() -> None:
 
 def _print_json(value: dict[str, Any]) -> None:
     typer.echo(json.dumps(value, ensure_ascii=False))
+
+
+def settle_process() -> None:
+    """Set what torch and Python read later; a spin count of the user's own stays."""
+    os.environ.setdefault(*SPIN)
+    gc.set_threshold(*COLLECTED_AFTER)

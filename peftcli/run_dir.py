@@ -1,4 +1,4 @@
-"""The names of a run's files, and how they are written: beside their name, then moved there."""
+"""The names of a run's files, and how they are written: to a temporary name, then renamed."""
 
 import json
 import os

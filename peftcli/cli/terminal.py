@@ -1,4 +1,4 @@
-"""What a person sees of the data on the terminal: counts, lengths, labels, checks, rows and warnings."""
+"""Data statistics, labels, rows and the memory forecast as tables for the terminal."""
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -9,9 +9,11 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from peftcli.cli.printable import printable
-from peftcli.cli.show_labels import numbers_table, words_table
-from peftcli.cli.show_rows import as_line, preview_lines, warning_lines
+from peftcli.cli.console import printable
+from peftcli.data.spans import DROPPED, TRAINED, Part, shorten
+from peftcli.plan.machine import Machine
+from peftcli.plan.memory.forecast import MARGIN
+from peftcli.report.format import count, duration, size
 
 ROWS = (
     ("read", "rows", "rows"),
@@ -44,6 +46,33 @@ SCANNED = ("control_characters", "replacement_characters", "email", "phone", "ke
 SIGNS = {"ok": ("ok", "green"), "warn": ("warn", "yellow"), "fail": ("fail", "bold red"), "skip": ("-", "dim")}
 MOST_LABELS, MOST_BARS, BAR = 12, 10, 28
 PLACES = 3
+
+WORDS = (
+    ("words", "words"),
+    ("within an entity", "tagged"),
+    ("without a token of their own", "silent"),
+    ("cut off at max_length", "cut"),
+    ("cut off, within an entity", "cut_tagged"),
+    ("going on with no entity", "odd_tags"),
+)
+SPREAD = ("min", "median", "max", "mean", "deviation")
+MOST_TYPES = 12
+
+STYLES = {TRAINED: "bold green", DROPPED: "strike red"}
+BRACKETS = {TRAINED: ("{+", "+}"), DROPPED: ("[-", "-]")}
+
+PARTS = (
+    ("weights", "base weights"),
+    ("gathered", "parts of other cards, while a block needs them"),
+    ("adapter", "adapter"),
+    ("gradients", "gradients"),
+    ("optimizer", "optimizer"),
+    ("activations", "kept for the backward pass"),
+    ("working", "output layer, or one block going backward"),
+    ("fragmentation", "lost between blocks of memory (assumed)"),
+    ("context", "CUDA context (assumed)"),
+    ("process", "the process with its libraries"),
+)
 
 
 def show_data(data: Mapping[str, Any], out: Console) -> None:
@@ -263,3 +292,177 @@ def _share(part: float | None, whole: float | None) -> str:
     if 0 < percent < 0.1:
         return "<0.1%"
     return ">99.9%" if 99.9 < percent < 100 else f"{percent:.1f}%"
+
+
+def numbers_table(data: Mapping[str, Any]) -> Table | None:
+    """The spread of the numbers of a regression on both sides."""
+    numbers = data.get("numbers")
+    if not numbers:
+        return None
+    table = _table(as_line(numbers.get("of")), *(f"{name}|r" for name in SPREAD))
+    for title, side in (("training", "train"), ("test", "test")):
+        found = numbers.get(side)
+        if not found:
+            continue
+        table.add_row(title, *("-" if found.get(name) is None else f"{found[name]:,.6g}" for name in SPREAD))
+    return table
+
+
+def words_table(data: Mapping[str, Any]) -> Table | None:
+    """Words of tagged rows and entities by type, both sides together."""
+    words = data.get("words")
+    if not words:
+        return None
+    table = _table("words of all rows", "number|r")
+    for title, key in WORDS:
+        if words.get(key) or key == "words":
+            table.add_row(title, f"{words.get(key, 0):,}")
+    entities = list((words.get("entities") or {}).items())
+    for kind, number in entities[:MOST_TYPES]:
+        table.add_row(Text(f"entities: {as_line(kind)}"), f"{number:,}")
+    if len(entities) > MOST_TYPES:
+        table.add_row(Text(f"and {len(entities) - MOST_TYPES:,} more types", style="dim"), "")
+    return table
+
+
+def preview_lines(data: Mapping[str, Any], *, colour: bool) -> list[Text]:
+    """Rows as the trainer sees them, after a line that explains the marks; long rows without their middle.
+
+    Args:
+        data: content of `data.json`.
+        colour: the marks are colours; else `{+trained+}` and `[-cut off-]`.
+    """
+    rows = data.get("preview") or []
+    if not rows:
+        return []
+    marks = [_marked(Part(kind, word), colour) for kind, word in ((TRAINED, "trained"), (DROPPED, "cut off"))]
+    lines = [Text("rows as the trainer sees them: ").append_text(_marked(Part("", "read"), colour))]
+    for mark in marks:
+        lines[0].append(", ").append_text(mark)
+    for row in rows:
+        tokens, trained = (f"{row[key]:,}" if row.get(key) is not None else "-" for key in ("tokens", "trained"))
+        size = f"{tokens} tokens" + (f", {trained} trained" if row.get("trained", "") is not None else "")
+        size = "an image" if row.get("tokens", "") is None else size
+        lines.append(Text(f"{as_line(row.get('place'))}: {size}", style="bold" if colour else ""))
+        parts = [Part(str(part.get("kind")), str(part.get("text"))) for part in row.get("parts") or []]
+        lines.append(Text().join(_marked(part, colour) for part in shorten(parts)))
+    return lines
+
+
+def warning_lines(data: Mapping[str, Any]) -> list[str]:
+    """What should be looked at before training, the worst first, one line each."""
+    checks = data.get("checks") or []
+    failed = [check.get("said") for check in checks if check.get("result") == "fail"]
+    said = [*failed, *(data.get("warnings") or [])]
+    return list(dict.fromkeys(as_line(text) for text in said if text))
+
+
+def as_line(value: Any) -> str:
+    """Any value as text on one line that can neither colour nor rewrite the terminal.
+
+    >>> as_line("a\\n  b"), as_line(None)
+    ('a b', '-')
+    """
+    return " ".join(printable(str("-" if value is None else value)).split())
+
+
+def _marked(part: Part, colour: bool) -> Text:
+    if colour:
+        return Text(printable(part.text), style=STYLES.get(part.kind, "dim"))
+    before, after = BRACKETS.get(part.kind, ("", ""))
+    return Text(f"{before}{printable(part.text)}{after}")
+
+
+def show_forecast(forecast: Mapping[str, Any] | None, machine: Machine, out: Console) -> None:
+    """Print a forecast; a line in its place where none could be made."""
+    out.print()
+    if forecast is None:
+        out.print("forecast: none, since the widths of this model could not be read from its structure")
+        return
+    out.print(memory_table(forecast))
+    for line in (verdict(forecast, machine), *mend_lines(forecast), *time_lines(forecast), disk_line(forecast)):
+        out.print(line)
+    if "process" in forecast["memory_bytes"]:
+        out.print("on a CPU freed memory may stay with the process, which then shows half as much again or more")
+
+
+def memory_table(forecast: Mapping[str, Any]) -> Table:
+    """Memory by part."""
+    memory, batch = forecast["memory_bytes"], forecast["micro_batch"]
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column(f"memory at the peak of a step, {count(batch['tokens'])} tokens at once")
+    table.add_column("bytes", justify="right")
+    for name, label in PARTS:
+        if memory.get(name) is not None:
+            table.add_row(label, size(memory[name]))
+    table.add_row("in all", size(memory["total"]), style="bold")
+    return table
+
+
+def verdict(forecast: Mapping[str, Any], machine: Machine) -> str:
+    """Whether it fits, on one line."""
+    memory, rows = forecast["memory_bytes"], forecast["rows"]
+    where = "this machine's memory" if machine.device == "cpu" else machine.label
+    given = "" if rows["known"] else f", if the longest row has all {count(rows['longest_tokens'])} tokens"
+    if memory["machine"] is None:
+        return "the memory of this machine is not known"
+    largest = count(forecast["micro_batch"]["largest_tokens"])
+    spare = memory["machine"] - memory["total"]
+    whole = f"the {size(memory['machine'])} of {where}"
+    if forecast["tight"]:
+        fix = "one of the changes below" if forecast["mends"] else "a GPU with more memory"
+        return (
+            f"barely fits into {whole}: {size(spare)} to spare{given}, {spare / memory['machine']:.1%} of it, and no "
+            f"forecast is that exact; leave {MARGIN:.0%} with {fix}; the largest micro-batch has {largest} tokens"
+        )
+    if forecast["fits"]:
+        return f"fits into {whole} with {size(spare)} to spare{given}; the largest micro-batch has {largest} tokens"
+    return f"does not fit into {whole}: {size(-spare)} too much{given}; the largest micro-batch has {largest} tokens"
+
+
+def mend_lines(forecast: Mapping[str, Any]) -> list[str]:
+    """What to change, the cheapest first, each alone; last, what does it together."""
+    lines = []
+    machine = forecast["memory_bytes"]["machine"]
+    for mend in forecast["mends"]:
+        spare = machine - mend["total_bytes"]
+        fits = "still too much" if spare < 0 else "fits" if spare >= MARGIN * machine else "barely fits"
+        lines.append(f"  {' and '.join(mend['keys'])}: {size(mend['total_bytes'])}, {fits}")
+    return ["change in the recipe, the cheapest first:", *lines] if lines else []
+
+
+def time_lines(forecast: Mapping[str, Any]) -> list[str]:
+    """Time by step and in all, or why there is none."""
+    time = forecast["time"]
+    steps = f"{count(time['steps'])} steps" if time["steps"] is not None else "the number of steps depends on the rows"
+    if time["step_seconds"] is None:
+        why = "since cards that exchange weights were not timed" if "gathered" in forecast["memory_bytes"] else ""
+        return [f"time: not known{', ' + why if why else ' for this device'}; {steps}"]
+    whole = f", {duration(time['seconds'])} in all" if time["seconds"] is not None else ""
+    about = "about" if forecast["rows"]["known"] else "at most about"
+    return [
+        f"time: {about} {duration(time['step_seconds'])} a step{whole} ({steps} of "
+        f"{count(time['tokens_per_step'])} tokens), evaluation aside"
+    ]
+
+
+def disk_line(forecast: Mapping[str, Any]) -> str:
+    """Bytes on the disk."""
+    disk = forecast["disk_bytes"]
+    return (
+        f"disk: adapter {size(disk['adapter'])}, each checkpoint {size(disk['checkpoint'])}, "
+        f"{size(disk['total'])} at most"
+    )
+
+
+def forecast_line(forecast: Mapping[str, Any] | None) -> str | None:
+    """The forecast on one line, for the start of a training."""
+    if forecast is None or forecast["memory_bytes"]["machine"] is None:
+        return None
+    memory, time = forecast["memory_bytes"], forecast["time"]
+    line = f"  forecast: {size(memory['total'])} of {size(memory['machine'])} at the peak"
+    if time["seconds"] is not None:
+        line += f", about {duration(time['seconds'])}"
+    if forecast["tight"]:
+        return line + "; this barely fits; `peftcli plan RECIPE` lists what to lower"
+    return line if forecast["fits"] else line + "; this may not fit; `peftcli plan RECIPE` lists what to change"

@@ -1,4 +1,4 @@
-"""The body of `doctor`: ask, print a line for each answer, and fail where one does."""
+"""The body of `doctor`: one line per check; fails if a check fails."""
 
 import json
 import platform
@@ -9,10 +9,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from peftcli.cli.printable import printable
-from peftcli.cli.quiet import quiet
+from peftcli.cli.console import Shown, console, printable, quiet
 from peftcli.cli.recipes import find_recipe
-from peftcli.cli.show import Shown, console
 from peftcli.doctor.check import FAIL, Verdict, anonymous, private_words
 from peftcli.doctor.packages import (
     OURS,
