@@ -62,7 +62,7 @@ recipes: $(READY)  ## every shipped recipe is valid
 	@for recipe in recipes/*.yaml; do $(BIN)/peftcli validate $$recipe || exit 1; done
 
 faults: $(READY)  ## the fault matrix as real commands, and how each ended
-	$(BIN)/python scripts/faults
+	$(BIN)/python tests/faults
 
 docs: $(DOCS)  ## the documentation site, in build/site; a broken link fails
 	NO_MKDOCS_2_WARNING=1 build/docs-venv/bin/mkdocs build --strict --quiet

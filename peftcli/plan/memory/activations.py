@@ -2,7 +2,8 @@
 
 Each term is a tensor that one operation of the forward pass saves. They were counted with
 `torch.autograd.graph.saved_tensors_hooks` on models of eleven families (transformers 5.23, peft 0.21, torch 2.13);
-`tests/test_forecast.py` holds them against that count. Terms that differ on a card are from the source named there.
+`tests/unit/plan/memory/test_forecast.py` holds them against that count. Terms that differ on a card are from the
+source named there.
 """
 
 from dataclasses import replace
