@@ -7,7 +7,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from peftcli.data.prepare import PreparedData
-from peftcli.model.evaluate import Measured, decoding_for, evaluation_json, measure
+from peftcli.model.evaluate import Evaluation, decoding_for, evaluate_model, evaluation_json
 from peftcli.model.load import load_base
 from peftcli.model.target import Target
 from peftcli.progress import Progress
@@ -39,10 +39,10 @@ def evaluate(
     begun = time.monotonic()
     model, tokenizer = target.load()
     decoding = decoding_for(evaluation, data, tokenizer, seed)
-    measured: dict[str, Measured | None] = {}
+    measured: dict[str, Evaluation | None] = {}
 
-    def run(what: str, model: PreTrainedModel) -> Measured:
-        return measure(
+    def run(what: str, model: PreTrainedModel) -> Evaluation:
+        return evaluate_model(
             model, tokenizer, data, evaluation, decoding, batch_rows=batch_rows, progress=progress, what=what
         )
 

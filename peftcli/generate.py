@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from peftcli.data.encode import encode_prompts, stop_ids
 from peftcli.errors import DataError, RecipeError
-from peftcli.model.generation import Decoding, answer
+from peftcli.model.generation import Decoding, generate_answers
 from peftcli.model.predict_labels import Labelled, Tagged, label_images, label_texts
 from peftcli.model.target import Target
 from peftcli.progress import Progress
@@ -48,7 +48,7 @@ def generate(
         tokenizer(prompts, add_special_tokens=False)["input_ids"] if is_chat else encode_prompts(prompts, tokenizer)
     )
     ends = frozenset(target.identity.get("stop_ids") or ()) or stop_ids(tokenizer)
-    answers = answer(
+    answers = generate_answers(
         model,
         tokenizer,
         encoded,

@@ -6,8 +6,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from peftcli.model.inspect import read_shape
-from peftcli.plan.memory.estimate import NF4_BITS, Load
-from peftcli.plan.memory.training_setup import Setting
+from peftcli.plan.memory.estimate import NF4_BITS, MicroBatchMemory
+from peftcli.plan.memory.training_setup import TrainingSetup
 
 SIZES = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "vocab_size": 128256}
 
@@ -21,7 +21,7 @@ def main() -> None:
     shape = read_shape(model, config)
     assert shape is not None
     built = time.perf_counter()
-    setting = Setting(
+    setting = TrainingSetup(
         on_gpu=True,
         base_bytes=2,
         weight_bits=NF4_BITS[True],
@@ -32,7 +32,7 @@ def main() -> None:
         trainable=207_093_760,
         checkpointing=True,
     )
-    load = Load(shape, setting, 4096, 2048)
+    load = MicroBatchMemory(shape, setting, 4096, 2048)
     largest = load.largest(79 * 2**30)
     ended = time.perf_counter()
     print(f"structure {built - begun:.2f} s, forecast {ended - built:.3f} s")

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from peftcli.cli.pipeline import plan_recipe, prepare_data
 from peftcli.model.load import load_base
-from peftcli.plan.memory.model_shape import Linear, Shape
-from peftcli.plan.memory.training_setup import Setting
+from peftcli.plan.memory.model_shape import Linear, ModelDimensions
+from peftcli.plan.memory.training_setup import TrainingSetup
 from peftcli.plan.plan import Base
 from peftcli.progress import Silent
 from peftcli.recipe.load import load_recipe
@@ -148,16 +148,16 @@ def rows_of_reviews(count: int = 64) -> list[dict[str, Any]]:
     return rows
 
 
-def named(shape: Shape, *leaves: str) -> tuple[Linear, ...]:
+def named(shape: ModelDimensions, *leaves: str) -> tuple[Linear, ...]:
     return tuple(linear for linear in shape.linears if not leaves or linear.leaf in leaves)
 
 
-def lora(shape: Shape, r: int, *leaves: str, **settings: Any) -> Setting:
+def lora(shape: ModelDimensions, r: int, *leaves: str, **settings: Any) -> TrainingSetup:
     """A setting on a card, bfloat16, AdamW, LoRA on the layers named or on all."""
     targets = named(shape, *leaves)
     trainable = sum(r * (linear.inputs + linear.outputs) * linear.count for linear in targets)
     given = {"on_gpu": True, "base_bytes": 2, "weight_bits": None, "autocast": True, "state_bytes": 8.0} | settings
-    return Setting(targets=targets, r=r, trainable=trainable, **given)
+    return TrainingSetup(targets=targets, r=r, trainable=trainable, **given)
 
 
 def kept_bytes(model: Any, *, autocast: bool, padded: bool) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from peftcli.adapters.module_layout import all_widths, hidden_width, linear_widths
-from peftcli.plan.module_layout import bottleneck_places
+from peftcli.plan.module_layout import bottleneck_targets
 
 NOT_MERGEABLE = "a bottleneck adapter is not linear, so no weight of the base can hold it; use the adapter as it is"
 FIRST_STD = 0.01
@@ -135,7 +135,7 @@ class BottleneckModel(BaseTuner):  # type: ignore[misc]
     def _pre_injection_hook(self, model: nn.Module, config: BottleneckConfig, adapter_name: str) -> None:
         if config.target_modules is None:
             linears, hidden = all_widths(model), hidden_width(model)
-            config.target_modules = bottleneck_places(linears, hidden, config.placement, config.layers)
+            config.target_modules = bottleneck_targets(linears, hidden, config.placement, config.layers)
 
     def _create_and_replace(
         self,

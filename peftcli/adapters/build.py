@@ -38,8 +38,8 @@ def peft_config(adapter: AdapterSection, task: str, *, tokenizer: str | None = N
     made = _config_class(method)
     values: dict[str, Any] = {"task_type": TASK_TYPES[task]}
     values |= {name: value for name, value in method.defaults.items() if name not in ("r", "alpha", "dropout")}
-    values |= {argument: getattr(adapter, key) for key, argument in method.core.items()}
-    ours = () if method.room is None else method.arguments
+    values |= {argument: getattr(adapter, key) for key, argument in method.argument_names.items()}
+    ours = () if method.peft_module is None else method.arguments
     values |= {name: _plain(name, value) for name, value in adapter.arguments.items() if name not in ours}
     values |= _shared(adapter, inspect.signature(made).parameters)
     if values.get("init_lora_weights") not in (None, True, False, "eva", "gaussian", "orthogonal", "mica"):
@@ -53,7 +53,9 @@ def peft_config(adapter: AdapterSection, task: str, *, tokenizer: str | None = N
 
 
 def _config_class(method: Method) -> type[PeftConfig]:
-    found: type[PeftConfig] = getattr(peft, method.config) if method.room is not None else own_config(method.config)
+    found: type[PeftConfig] = (
+        getattr(peft, method.config) if method.peft_module is not None else own_config(method.config)
+    )
     return found
 
 

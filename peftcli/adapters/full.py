@@ -17,9 +17,9 @@ from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from peftcli.adapters.module_layout import read_parts
-from peftcli.adapters.quantized import is_packed, is_quantized, unpacked_weight
-from peftcli.plan.module_layout import Parts, whole_places
+from peftcli.adapters.module_layout import read_layout
+from peftcli.adapters.quantized import dequantized_weight, is_quantized, is_quantized_layer
+from peftcli.plan.module_layout import ModelLayout, full_targets
 
 
 @dataclass
@@ -142,7 +142,7 @@ class WholeLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         if len(names) > 1:
             raise ValueError(f"adapters {', '.join(names)}: only one of them can take the place of the base")
         base = self.get_base_layer()
-        if is_packed(base):
+        if is_quantized_layer(base):
             raise ValueError("trained weights do not go into quantized ones; merge into the dequantized base")
         own = dict(_tensors(self.whole_copy[names[0]]))
         for name, value in _tensors(base):
@@ -168,7 +168,7 @@ class WholeModel(BaseTuner):  # type: ignore[misc]
             raise ValueError(
                 "full tuning would train quantized weights, which have no gradient; train without quantization"
             )
-        parts = read_parts(model)
+        parts = read_layout(model)
         if config.target_modules is None:
             saved = list(config.modules_to_save or [])
             wanted = _wanted(config, parts)
@@ -226,9 +226,9 @@ def free_weights(module: nn.Module) -> None:
 
 def float_copy(module: nn.Module) -> nn.Module:
     """A copy of a module whose weights are numbers: those of a quantized layer unpacked, in float32."""
-    if not is_packed(module):
+    if not is_quantized_layer(module):
         return deepcopy(module)
-    weight = unpacked_weight(module).float()
+    weight = dequantized_weight(module).float()
     outputs, inputs = weight.shape
     bias = getattr(module, "bias", None)
     if issubclass(getattr(module, "source_cls", nn.Linear), Conv1D):
@@ -244,8 +244,8 @@ def float_copy(module: nn.Module) -> nn.Module:
     return linear
 
 
-def _wanted(config: WholeConfig, parts: Parts) -> list[str]:
-    wanted = whole_places(
+def _wanted(config: WholeConfig, parts: ModelLayout) -> list[str]:
+    wanted = full_targets(
         parts,
         last_layers=config.last_layers,
         layers=config.layers,
@@ -258,7 +258,7 @@ def _wanted(config: WholeConfig, parts: Parts) -> list[str]:
     return wanted
 
 
-def _tied_output(model: nn.Module, parts: Parts) -> str | None:
+def _tied_output(model: nn.Module, parts: ModelLayout) -> str | None:
     """Name of the output layer where it shares its weight with the embedding."""
     if parts.embedding is None or parts.output is None:
         return None

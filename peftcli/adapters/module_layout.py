@@ -5,16 +5,16 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from peftcli.plan.module_layout import Parts, sort_parts
+from peftcli.plan.module_layout import ModelLayout, layout_of
 
 
-def read_parts(model: nn.Module) -> Parts:
+def read_layout(model: nn.Module) -> ModelLayout:
     """The modules of a model that own parameters, by where they stand.
 
     Raises:
         ValueError: one stands inside another, so no copy of it alone can be made.
     """
-    return sort_parts(parameter_owners(model), end_name(model, "input"), end_name(model, "output"))
+    return layout_of(parameter_owners(model), end_name(model, "input"), end_name(model, "output"))
 
 
 def parameter_owners(model: nn.Module) -> tuple[str, ...]:

@@ -7,20 +7,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-MARKS = ("is_loaded_in_4bit", "is_loaded_in_8bit")
+QUANTIZATION_FLAGS = ("is_loaded_in_4bit", "is_loaded_in_8bit")
 """Attributes by which transformers marks a quantized model, and PEFT and TRL know one."""
 
 
 def is_quantized(model: nn.Module) -> bool:
     """Whether a model was loaded with quantized weights."""
-    return any(getattr(model, mark, False) for mark in MARKS)
+    return any(getattr(model, mark, False) for mark in QUANTIZATION_FLAGS)
 
 
 @contextmanager
-def taken_for_floats(model: nn.Module) -> Iterator[None]:
+def hide_quantization_flag(model: nn.Module) -> Iterator[None]:
     """Let PEFT work: some methods ask the model whether it is quantized, and not the layers that they stand on."""
     marked: Any = model
-    before = {mark: True for mark in MARKS if getattr(model, mark, False)}
+    before = {mark: True for mark in QUANTIZATION_FLAGS if getattr(model, mark, False)}
     for mark in before:
         setattr(marked, mark, False)
     try:
@@ -30,21 +30,21 @@ def taken_for_floats(model: nn.Module) -> Iterator[None]:
             setattr(marked, mark, True)
 
 
-def is_packed(module: nn.Module | None) -> bool:
+def is_quantized_layer(module: nn.Module | None) -> bool:
     """Whether a layer's weight is stored in 4 or 8 bits."""
     weight = getattr(module, "weight", None)
     return getattr(weight, "quant_state", None) is not None or _is_int8(weight)
 
 
-def unpacked_weight(module: Any) -> Tensor:
+def dequantized_weight(module: Any) -> Tensor:
     """The weight of a packed layer as it computes with it, (outputs, inputs).
 
     Args:
-        module: a layer of which `is_packed` is true.
+        module: a layer of which `is_quantized_layer` is true.
     """
     weight = module.weight
     if _is_int8(weight):
-        return unpack_rows(weight.data, row_scale(module), torch.float32)
+        return dequantize_rows(weight.data, row_scale(module), torch.float32)
     # Of a CUDA machine this import takes seconds, and a base that is not quantized has no use for it.
     from bitsandbytes.functional import dequantize_4bit
 
@@ -52,7 +52,7 @@ def unpacked_weight(module: Any) -> Tensor:
     return unpacked
 
 
-def unpack_rows(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+def dequantize_rows(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """The weights of an 8-bit layer, rounded once: the factor of a row is float32 whatever comes out.
 
     Args:

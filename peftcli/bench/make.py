@@ -18,12 +18,12 @@ from peftcli.cache import built_once, cache_root
 from peftcli.errors import MachineError
 from peftcli.model.hardware import describe_environment, probe_machine
 from peftcli.model.inspect import read_shape
-from peftcli.plan.gpus import card_of
+from peftcli.plan.gpus import gpu_of
 from peftcli.plan.memory.estimate import NF4_BITS
 from peftcli.plan.memory.forecast import match_linears
-from peftcli.plan.memory.model_shape import Shape
+from peftcli.plan.memory.model_shape import ModelDimensions
 from peftcli.plan.memory.step_time import token_flops
-from peftcli.plan.memory.training_setup import FULL_HEAD, Setting
+from peftcli.plan.memory.training_setup import FULL_LOGITS_HEAD, TrainingSetup
 
 VERSION = 1
 """Raised with every change that changes the files."""
@@ -48,7 +48,7 @@ def make(given: dict[str, Any]) -> dict[str, Any]:
         empty = AutoModelForCausalLM.from_config(config)
     folder = built_once(cache_root(None), f"bench-{shape.key}-{VERSION}", _builder(shape, config, empty))
     read = read_shape(empty, config)
-    card = card_of(machine)
+    card = gpu_of(machine)
     environment = describe_environment(machine, "bench")
     del environment["command"]
     return {
@@ -63,14 +63,14 @@ def make(given: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def flops(shape: Shape, bits: int) -> dict[str, float]:
+def flops(shape: ModelDimensions, bits: int) -> dict[str, float]:
     """The work of a token: `token`, and `attended` for each token it sees; `again...` is what checkpointing adds.
 
     Source: `peftcli.plan.memory.step_time`; the logits and the forward pass count once, however often they are made.
     """
     targets = match_linears({linear.leaf: linear.count for linear in shape.linears}, shape)
     trainable = sum(RANK * (linear.inputs + linear.outputs) * linear.count for linear in targets)
-    setting = Setting(
+    setting = TrainingSetup(
         on_gpu=False,
         base_bytes=2,
         weight_bits=NF4_BITS[True] if bits == 4 else None,
@@ -79,7 +79,7 @@ def flops(shape: Shape, bits: int) -> dict[str, float]:
         targets=targets,
         r=RANK,
         trainable=trainable,
-        head=FULL_HEAD,
+        head=FULL_LOGITS_HEAD,
     )
     twice = replace(setting, checkpointing=1.0)
     none, one = (token_flops(shape, setting, seen) for seen in (0.0, 1.0))

@@ -21,7 +21,7 @@ from peftcli.recipe.schema import Recipe
 from peftcli.report.build import write_report
 from peftcli.run_dir import RunDir, is_foreign, read_json, write_json
 from peftcli.summary import unmet, write_metrics
-from peftcli.train.disk import RESERVE_BYTES, Forecast, check_room
+from peftcli.train.disk import RESERVE_BYTES, Forecast, check_disk_space
 from peftcli.train.stop import is_first_process
 
 
@@ -41,10 +41,10 @@ def data_command(name: str, overrides: Sequence[str], *, preview: int, smoke: bo
     """Print what the data of a recipe hold, and how some rows will be trained."""
     loaded = load(name, overrides, smoke=smoke)
     with shown_run(None) as (shown, streams):
-        from peftcli.cli.pipeline import look_at_data
+        from peftcli.cli.pipeline import inspect_data
 
         begun = time.monotonic()
-        data = look_at_data(loaded.recipe, shown, smoke=smoke, preview=preview)
+        data = inspect_data(loaded.recipe, shown, smoke=smoke, preview=preview)
         data.facts["prepare_seconds"] = round(time.monotonic() - begun, 3)
         if as_json:
             print_json(streams, data.facts | {"crossed": data.crossed})
@@ -147,7 +147,7 @@ def merge_command(
         stored = DTYPE_BYTES[dtype or plan.base.dtype]
         # Whole modules take the place of the base's in a merged model; those of LoRA may stand beside a tied one.
         merged = plan.total_parameters - (plan.trainable_parameters if plan.frees_base else 0)
-        check_room(output_dir or run.merged, Forecast(0, 0, 0, merged * stored, RESERVE_BYTES))
+        check_disk_space(output_dir or run.merged, Forecast(0, 0, 0, merged * stored, RESERVE_BYTES))
         settings = MergeSettings(into, dtype, plan.gates, plan.evaluation, plan.evaluation_batch, plan.seed)
         try:
             found = merge(target, data, output_dir or run.merged, settings, shown)

@@ -14,7 +14,7 @@ from rich.text import Text
 from peftcli.cli.console import Shown, console, printable
 from peftcli.cli.recipes import find_recipe
 from peftcli.compare.results import RESULT, Entry, collect, is_run, open_runs
-from peftcli.compare.run import Children
+from peftcli.compare.run import VariantRunner
 from peftcli.compare.variants import Variant, check_variants, make_variants, read_axes
 from peftcli.errors import Aborted, RecipeError, Stopped
 from peftcli.report.compare import COST_NAMES, failures, quality_metric, signed, verdict, write_comparison
@@ -64,7 +64,7 @@ def compare_command(targets: Sequence[str], flags: CompareFlags, out: Any, err: 
     shown = Shown(console(err))
     shown.note(f"{len(variants)} variants, one after the other, in {home}; a finished one is not trained again")
     entries: list[Entry] = []
-    with Children() as children:
+    with VariantRunner() as children:
         for number, variant in enumerate(variants, start=1):
             if children.stopped_by is None:
                 shown.note(f"variant {number} of {len(variants)}: {variant.name}")
@@ -90,11 +90,11 @@ def _compare_runs(folders: Sequence[Path], flags: CompareFlags, out: Any) -> int
 
 
 def _train(
-    children: Children, variant: Variant, home: Path, before: Sequence[Entry], smoke: bool, shown: Shown
+    children: VariantRunner, variant: Variant, home: Path, before: Sequence[Entry], smoke: bool, shown: Shown
 ) -> Entry:
     folder = home / variant.name
-    lender = next((entry.folder for entry in before if entry.exit_code in (0, GATE_NOT_MET)), None)
-    flags = [*(["--smoke"] if smoke else []), *([] if lender is None else ["--baseline-from", str(lender)])]
+    source_run = next((entry.folder for entry in before if entry.exit_code in (0, GATE_NOT_MET)), None)
+    flags = [*(["--smoke"] if smoke else []), *([] if source_run is None else ["--baseline-from", str(source_run)])]
     code, error = children.train(variant, folder, flags, shown)
     if children.stopped_by is not None and code not in (0, GATE_NOT_MET):
         # The exit code is another one where the signal came before the child could listen to it.
@@ -125,7 +125,7 @@ def _say_cache(comparison: dict[str, Any], shown: Shown) -> None:
         shown.note(f"data prepared by {several(made, 'variant', 'variants')}, taken from the cache by {reused}")
 
 
-def _raise_if_stopped(children: Children, entries: Sequence[Entry]) -> None:
+def _raise_if_stopped(children: VariantRunner, entries: Sequence[Entry]) -> None:
     if children.stopped_by is None:
         return
     done = sum(entry.exit_code in (0, GATE_NOT_MET) for entry in entries)

@@ -11,17 +11,17 @@ from rich.text import Text
 
 from peftcli.cli.console import Shown, console, printable, quiet
 from peftcli.cli.recipes import find_recipe
-from peftcli.doctor.check import FAIL, Verdict, anonymous, private_words
+from peftcli.doctor.check import FAIL, Check, anonymous, private_words
 from peftcli.doctor.packages import (
     OURS,
     TESTED,
+    check_databases,
+    check_imports,
+    check_python,
+    check_requirements,
+    check_tested_versions,
     installed_needs,
     installed_versions,
-    judge_databases,
-    judge_imports,
-    judge_needs,
-    judge_python,
-    judge_tested,
     stated_pythons,
     version_lines,
 )
@@ -60,24 +60,24 @@ def doctor_command(name: str | None, overrides: Sequence[str], *, as_json: bool)
         raise MachineError(f"{len(failed)} of {len(verdicts)} checks failed: {', '.join(failed)}; each names its mend")
 
 
-def ask_all(recipe: Recipe | None) -> Iterable[Verdict]:
+def ask_all(recipe: Recipe | None) -> Iterable[Check]:
     """All verdicts; those that need the libraries are left out where one cannot be loaded."""
     needs = installed_needs()
     installed = installed_versions([OURS, *TESTED, "sqlalchemy", *{need.what.name for need in needs}])
     python = platform.python_version()
-    yield Verdict("versions", "ok", f"{', '.join(version_lines())}; {platform.system()} {platform.machine()}")
-    yield judge_python(python, *stated_pythons())
-    yield judge_needs(needs, installed)
-    yield judge_tested(installed)
-    yield judge_databases(installed["sqlalchemy"], asked=recipe is not None and _reads_database(recipe))
-    imports = judge_imports(NEEDED)
+    yield Check("versions", "ok", f"{', '.join(version_lines())}; {platform.system()} {platform.machine()}")
+    yield check_python(python, *stated_pythons())
+    yield check_requirements(needs, installed)
+    yield check_tested_versions(installed)
+    yield check_databases(installed["sqlalchemy"], asked=recipe is not None and _reads_database(recipe))
+    imports = check_imports(NEEDED)
     yield imports
     if imports.result == FAIL:
         return
-    from peftcli.doctor.run import examine
+    from peftcli.doctor.run import run_checks
     from peftcli.doctor.system import encodings
 
-    yield from examine(recipe, encodings())
+    yield from run_checks(recipe, encodings())
 
 
 def _reads_database(recipe: Recipe) -> bool:
@@ -85,7 +85,7 @@ def _reads_database(recipe: Recipe) -> bool:
     return any(source.url is not None or source.url_env is not None for source in sources)
 
 
-def print_verdicts(verdicts: Sequence[Verdict], out: Console) -> None:
+def print_verdicts(verdicts: Sequence[Check], out: Console) -> None:
     """A line for each verdict; on a terminal it is wrapped under its own column."""
     width = max(len(verdict.name) for verdict in verdicts)
     if not out.is_terminal:
@@ -102,10 +102,10 @@ def print_verdicts(verdicts: Sequence[Verdict], out: Console) -> None:
     out.print(table)
 
 
-def as_object(verdicts: Sequence[Verdict], versions: dict[str, str | None]) -> dict[str, Any]:
+def as_object(verdicts: Sequence[Check], versions: dict[str, str | None]) -> dict[str, Any]:
     """The object of `--json`; `mend` is null where nothing is to be mended."""
     checks = [
-        {"name": found.name, "result": found.result, "there": found.there, "mend": found.mend or None}
+        {"name": found.name, "result": found.result, "there": found.found, "mend": found.fix or None}
         for found in verdicts
     ]
     return {"schema": 1, "checks": checks, "versions": versions}

@@ -15,8 +15,8 @@ from peftcli.errors import MachineError, RecipeError
 from peftcli.merge.fold import refuse_unmergeable
 from peftcli.merge.merge import MergeSettings, merge
 from peftcli.model.foreign import Foreign, Outputs, base_config, outputs_of, read_foreign, task_of
-from peftcli.model.inspect import locate
-from peftcli.model.manifest import identity
+from peftcli.model.inspect import resolve_model
+from peftcli.model.manifest import build_manifest
 from peftcli.model.target import Target, open_target
 from peftcli.plan.plan import DTYPE_BYTES
 from peftcli.progress import Progress
@@ -25,7 +25,7 @@ from peftcli.recipe.rules import CAUSAL, IMAGES, SEQUENCE
 from peftcli.recipe.schema import Recipe
 from peftcli.run_dir import write_json
 from peftcli.tiny.tokenizer import load_documents
-from peftcli.train.disk import RESERVE_BYTES, Forecast, check_room
+from peftcli.train.disk import RESERVE_BYTES, Forecast, check_disk_space
 
 TEXTS = 64
 """Shipped texts on which a merge is compared where no recipe gives rows."""
@@ -96,9 +96,9 @@ def merge_foreign(
             raise RecipeError(f"{folder}: an adapter for images is compared on images; name a recipe with --recipe")
         said = {key: target.identity[key] for key in ("format", "prompt") if key in target.identity}
         target, data = prepared(planned, target, progress)
-        made = identity(replace(plan, base=target.base), data, folder) | said
+        made = build_manifest(replace(plan, base=target.base), data, folder) | said
         stored = DTYPE_BYTES[dtype or plan.base.dtype]
-        check_room(final, Forecast(0, 0, 0, plan.total_parameters * stored, RESERVE_BYTES))
+        check_disk_space(final, Forecast(0, 0, 0, plan.total_parameters * stored, RESERVE_BYTES))
         rows_from = FIXED if recipe is None else None
         asked = MergeSettings(into, dtype, plan.gates, plan.evaluation, plan.evaluation_batch, plan.seed, rows_from)
         found = merge(replace(target, identity=made), data, final, asked, progress)
@@ -149,7 +149,7 @@ def _with_names(loaded: Loaded, adapter: Foreign, progress: Progress) -> tuple[L
             f"{adapter.folder}: an adapter for {adapter.task}; the recipe's model.task is {model.task}; name a recipe "
             "for that task"
         )
-    located = locate(model, smoke=False)
+    located = resolve_model(model, smoke=False)
     if adapter.base is not None and Path(adapter.base).name != Path(located.path).name:
         progress.note(f"note: {adapter.folder} names {adapter.base} as its base; {model.name} of the recipe is used")
     outputs = outputs_of(adapter, model.task, located.path, located.config)

@@ -178,10 +178,10 @@ def _leave() -> None:
 
     A launcher takes any code but 0 for a crash, and ends the processes beside the first that it sees end.
     """
-    from peftcli.model.distributed import leave_group
+    from peftcli.model.distributed import destroy_process_group
 
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    leave_group()
+    destroy_process_group()
 
 
 def first_decides(work: Callable[[], T]) -> T:

@@ -64,7 +64,7 @@ def _one(name: str) -> Iterator[str]:
         yield f"not with    {', '.join(conflicts(one))}: {one.padded}" + (
             f"; {one.checkpointing}" if one.checkpointing else ""
         )
-    shared = [f"{key} ({one.defaults.get(key)})" for key in one.core]
+    shared = [f"{key} ({one.defaults.get(key)})" for key in one.argument_names]
     yield from _wrapped("keys", ", ".join(shared) or "none of r, alpha and dropout")
     yield from _wrapped("arguments", ", ".join(recipe_arguments(name)) or "none")
 

@@ -11,26 +11,26 @@ from transformers import PreTrainedTokenizerBase
 from peftcli.data.checks import Check, check_embeddings, check_tokenizer
 from peftcli.data.formats import LABELLED
 from peftcli.data.prepare import PreparedData, prepare
-from peftcli.data.preview import shown_rows
+from peftcli.data.preview import sample_rows
 from peftcli.errors import RecipeError
-from peftcli.model.activation_fit import fit_kept
+from peftcli.model.activation_fit import fit_activation_memory
 from peftcli.model.classification import output_names
 from peftcli.model.files import embedding_rows
 from peftcli.model.hardware import probe_machine
 from peftcli.model.heads import positions_of
 from peftcli.model.init_from import adapter_folder
-from peftcli.model.inspect import TINY, inspect_model, locate, trainable_counter
+from peftcli.model.inspect import TINY, inspect_model, resolve_model, trainable_counter
 from peftcli.model.load import load_tokenizer
 from peftcli.model.rehearsal import Rehearsal
 from peftcli.model.target import Target
-from peftcli.plan.heads import first_labels, keep_labels, settle_labels
+from peftcli.plan.heads import first_labels, keep_labels, resolve_labels
 from peftcli.plan.machine import Machine, ModelFacts
 from peftcli.plan.memory.forecast import OPTIMIZER, make_forecast, rows_of
-from peftcli.plan.memory.model_shape import Shape
+from peftcli.plan.memory.model_shape import ModelDimensions
 from peftcli.plan.optimizer import Trained
-from peftcli.plan.partial_checkpointing import spare_blocks
-from peftcli.plan.plan import DTYPE_BYTES, LabelRule, Plan, TokenizerChoice
-from peftcli.plan.planner import check_recipe, label_rule, make_plan
+from peftcli.plan.partial_checkpointing import choose_checkpointed_layers
+from peftcli.plan.plan import DTYPE_BYTES, LossMask, Plan, TokenizerChoice
+from peftcli.plan.planner import check_recipe, loss_mask, make_plan
 from peftcli.plan.smoke import stand_in_adapter
 from peftcli.progress import Progress
 from peftcli.recipe.load import Loaded
@@ -54,7 +54,7 @@ class Planned:
 
     plan: Plan
     machine: Machine
-    shape: Shape | None = None
+    shape: ModelDimensions | None = None
     counter: Callable[..., Callable[[AdapterSection], Trained]] | None = None
 
 
@@ -68,7 +68,7 @@ def plan_recipe(loaded: Loaded, *, smoke: bool = False, machine: Machine | None 
     if recipe.adapter.init_from is not None:
         adapter_folder(recipe.adapter.init_from)  # whether there is one is known before anything is loaded
     machine = probe_machine() if machine is None else machine
-    located = locate(recipe.model, smoke=smoke, longest=recipe.dataset.max_length)
+    located = resolve_model(recipe.model, smoke=smoke, longest=recipe.dataset.max_length)
     path, config = located.path, located.config
     trust = recipe.model.trust_remote_code
     task, labels = recipe.model.task, first_labels(recipe)
@@ -77,14 +77,14 @@ def plan_recipe(loaded: Loaded, *, smoke: bool = False, machine: Machine | None 
         recipe, facts = _on_stand_in(recipe, facts, located.rehearsal)
     counter = partial(trainable_counter, path, config, task, trust_remote_code=trust)
     plan = make_plan(recipe, machine, facts, counter(labels=labels), smoke=smoke, notices=loaded.notices)
-    fitted = fit_kept(plan)
+    fitted = fit_activation_memory(plan)
     if fitted is None:
         uncounted = (
             f"what {plan.adapter.method} keeps for the backward pass is not known; the forecast counts LoRA's part"
         )
         plan = replace(plan, notices=(*plan.notices, uncounted))
-    plan = replace(plan, fitted=fitted or {})
-    plan = spare_blocks(plan, facts.shape, machine, recipe.trainer.get("activation_checkpointing"))
+    plan = replace(plan, activation_fit=fitted or {})
+    plan = choose_checkpointed_layers(plan, facts.shape, machine, recipe.trainer.get("activation_checkpointing"))
     return Planned(plan, machine, facts.shape, counter)
 
 
@@ -117,16 +117,16 @@ def prepare_for(planned: Planned, target: Target, progress: Progress) -> tuple[T
     _, data = prepare_data(plan, progress, target.tokenizer_folder)
     if knows or plan.task == CAUSAL:
         return target, data
-    return replace(target, base=settle(planned, data).plan.base), data
+    return replace(target, base=plan_with_labels(planned, data).plan.base), data
 
 
-def settle(planned: Planned, data: PreparedData) -> Planned:
+def plan_with_labels(planned: Planned, data: PreparedData) -> Planned:
     """The plan with the labels that the rows turned out to have; of a language model as it was."""
     if planned.plan.task == CAUSAL or planned.counter is None:
         return planned
     labels = output_names(data)
     count = planned.counter(labels=labels)
-    return replace(planned, plan=settle_labels(planned.plan, labels, data.problem, count))
+    return replace(planned, plan=resolve_labels(planned.plan, labels, data.problem, count))
 
 
 def forecast_run(planned: Planned, data: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
@@ -163,12 +163,12 @@ def prepare_data(
     return tokenizer, data
 
 
-def look_at_data(recipe: Recipe, progress: Progress, *, smoke: bool, preview: int) -> PreparedData:
+def inspect_data(recipe: Recipe, progress: Progress, *, smoke: bool, preview: int) -> PreparedData:
     """The data of a recipe with their checks and preview; of the model only the tokenizer and the length are asked."""
-    located = locate(recipe.model, smoke=smoke, longest=recipe.dataset.max_length)
+    located = resolve_model(recipe.model, smoke=smoke, longest=recipe.dataset.max_length)
     path, config, made = located.path, located.config, located.rehearsal
     real = config if made is None or made.config is None else made.config
-    rule = label_rule(recipe, positions_of(real), smoke=smoke)
+    rule = loss_mask(recipe, positions_of(real), smoke=smoke)
     model = recipe.model
     images = model.task == IMAGES
     trust = model.trust_remote_code
@@ -184,7 +184,7 @@ def look_at_data(recipe: Recipe, progress: Progress, *, smoke: bool, preview: in
 
 
 def add_view(
-    data: PreparedData, tokenizer: PreTrainedTokenizerBase, rule: LabelRule, preview: int, more: Sequence[Check]
+    data: PreparedData, tokenizer: PreTrainedTokenizerBase, rule: LossMask, preview: int, more: Sequence[Check]
 ) -> None:
     """Put the checks of the tokenizer and the preview of some rows into the facts of the data.
 
@@ -203,7 +203,7 @@ def add_view(
         *(f"{check.name}: {check.said}" for check in checks if check.result == "warn"),
         *data.facts["warnings"],
     ]
-    data.facts["preview"] = shown_rows(data.train, tokenizer, rule, data.too_long, preview)
+    data.facts["preview"] = sample_rows(data.train, tokenizer, rule, data.too_long, preview)
 
 
 def real_tokenizer(plan: Plan) -> TokenizerChoice:

@@ -11,7 +11,7 @@ from peftcli.cli.console import console
 from peftcli.cli.recipes import loaded_stages
 from peftcli.cli.terminal import show_forecast
 from peftcli.plan.choices import processes_that_share
-from peftcli.plan.gpus import Card, find_card, machine_with
+from peftcli.plan.gpus import GPU, find_gpu, machine_with
 from peftcli.plan.requirements import check_hardware, check_packages
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def plan_command(name: str, overrides: Sequence[str], *, gpu: str | None, smoke: bool, as_json: bool) -> None:
     """Print the plan of a recipe and what it will need, on this machine or on a card by name."""
-    card = None if gpu is None else find_card(gpu)
+    card = None if gpu is None else find_gpu(gpu)
     loaded = load(name, overrides, smoke=smoke)
     if card is None:
         check_packages(loaded.recipe)
@@ -49,7 +49,7 @@ def plan_command(name: str, overrides: Sequence[str], *, gpu: str | None, smoke:
             _show(planned, forecast, card, out)
 
 
-def _show(planned: "Planned", forecast: dict[str, Any] | None, card: Card | None, out: Console) -> None:
+def _show(planned: "Planned", forecast: dict[str, Any] | None, card: GPU | None, out: Console) -> None:
     plan = planned.plan
     width = max(len(decision.key) for decision in plan.decisions)
     for decision in plan.decisions:

@@ -380,7 +380,7 @@ def show_forecast(forecast: Mapping[str, Any] | None, machine: Machine, out: Con
         out.print("forecast: none, since the widths of this model could not be read from its structure")
         return
     out.print(memory_table(forecast))
-    for line in (verdict(forecast, machine), *mend_lines(forecast), *time_lines(forecast), disk_line(forecast)):
+    for line in (verdict(forecast, machine), *suggestion_lines(forecast), *time_lines(forecast), disk_line(forecast)):
         out.print(line)
     if "process" in forecast["memory_bytes"]:
         out.print("on a CPU freed memory may stay with the process, which then shows half as much again or more")
@@ -420,7 +420,7 @@ def verdict(forecast: Mapping[str, Any], machine: Machine) -> str:
     return f"does not fit into {whole}: {size(-spare)} too much{given}; the largest micro-batch has {largest} tokens"
 
 
-def mend_lines(forecast: Mapping[str, Any]) -> list[str]:
+def suggestion_lines(forecast: Mapping[str, Any]) -> list[str]:
     """What to change, the cheapest first, each alone; last, what does it together."""
     lines = []
     machine = forecast["memory_bytes"]["machine"]

@@ -22,13 +22,13 @@ from peftcli.recipe.load import Loaded
 from peftcli.recipe.schema import Recipe
 from peftcli.recipe.stages import stage_recipes
 from peftcli.run_dir import RunDir, write_json
-from peftcli.train.baseline import why_not
+from peftcli.train.baseline import reuse_blocker
 from peftcli.train.deadline import deadline, session_note, wall_clock_limit
-from peftcli.train.disk import cannot_write, check_room, check_writable
+from peftcli.train.disk import cannot_write, check_disk_space, check_writable
 from peftcli.train.lock import RunLock
-from peftcli.train.resume import Beginning, begin, make_stamp, refuse_changes, write_recipe
+from peftcli.train.resume import OpenedRun, open_run, refuse_changes, run_fingerprint, write_recipe
 from peftcli.train.stop import (
-    Heeding,
+    StoppableProgress,
     StopRequests,
     forget_stop_file,
     is_first_of_machine,
@@ -74,11 +74,11 @@ def train_command(name: str, overrides: Sequence[str], flags: TrainFlags) -> Non
     stopping = StopRequests(run.path, limit, limit_name=name)
     with several_processes(patience), stopping as stops, closing(lock):
 
-        def prepare_folder() -> Beginning:
+        def prepare_folder() -> OpenedRun:
             if not run.path.is_file():
                 check_writable(run.path)
                 lock.acquire()
-            found = begin(run, loaded.recipe, overwrite=flags.overwrite, resume=flags.resume, allowed=flags.force)
+            found = open_run(run, loaded.recipe, overwrite=flags.overwrite, resume=flags.resume, allowed=flags.force)
             if not found.finished:
                 run.path.mkdir(parents=True, exist_ok=True)
                 write_recipe(run, loaded.recipe)
@@ -102,7 +102,7 @@ def train_command(name: str, overrides: Sequence[str], flags: TrainFlags) -> Non
             first_decides(conclude)  # and all end with its exit code
 
 
-def _prepare_here(run: RunDir, beginning: Beginning) -> None:
+def _prepare_here(run: RunDir, beginning: OpenedRun) -> None:
     """Make the run folder on this machine, which may have a disk of its own, and forget what it was told before."""
     if not is_first_of_machine():
         return
@@ -117,7 +117,7 @@ def _prepare_here(run: RunDir, beginning: Beginning) -> None:
 
 
 def _train_stages(
-    loaded: Loaded, run: RunDir, shown: Shown, stops: StopRequests, beginning: Beginning, flags: TrainFlags
+    loaded: Loaded, run: RunDir, shown: Shown, stops: StopRequests, beginning: OpenedRun, flags: TrainFlags
 ) -> str | None:
     """Train the stages of a recipe, the last one in the run's own folder; returns why that stopped early, if it did.
 
@@ -154,8 +154,8 @@ def _train_part(
     """Train a stage before the last in a folder of its own, unless that was done."""
     recipe = loaded.recipe.model_copy(update={"gates": ()})
 
-    def prepare_folder() -> Beginning:
-        found = begin(run, recipe, overwrite=False, resume=False, allowed=flags.force)
+    def prepare_folder() -> OpenedRun:
+        found = open_run(run, recipe, overwrite=False, resume=False, allowed=flags.force)
         if not found.finished:
             run.path.mkdir(parents=True, exist_ok=True)
             write_recipe(run, recipe)
@@ -182,7 +182,7 @@ def _train(
     run: RunDir,
     shown: Shown,
     stops: StopRequests,
-    beginning: Beginning,
+    beginning: OpenedRun,
     flags: TrainFlags,
     before: Sequence[RunDir],
 ) -> str | None:
@@ -204,7 +204,7 @@ def _train(
     environment = describe_environment(planned.machine, command_line())
     base = base_facts(plan.base.path, plan.base.revision)
     weights = base_hash(base.weights_sha256 or base.config_sha256, plan.base.absorbed)
-    stamp = make_stamp(data.facts, weights, environment["packages"])
+    stamp = run_fingerprint(data.facts, weights, environment["packages"])
     check_alike(what_must_be_alike(plan, stamp), flags.force)
     for note in all_do(lambda: refuse_changes(beginning.stamp, stamp, flags.force)):
         shown.note(f"  note: {note}")
@@ -224,7 +224,7 @@ def _train(
         shown.note(foretold)
     shown.note(f"  run folder {run.path}")
     baseline = first_decides(
-        lambda: before[0].eval if before else _borrowed(loaded.recipe, plan, stamp, shown, flags.baseline_from)
+        lambda: before[0].eval if before else _reused_baseline(loaded.recipe, plan, stamp, shown, flags.baseline_from)
     )
     resume_from = beginning.resume_from and on_this_machine(beginning.resume_from, run.received)
     asked = loaded.recipe.trainer
@@ -250,9 +250,9 @@ def _planned_rows(
         add_view,
         check_ends,
         plan_recipe,
+        plan_with_labels,
         prepare_data,
         real_tokenizer,
-        settle,
     )
     from peftcli.model.distributed import first_of_machine_first
     from peftcli.model.load import with_earlier
@@ -262,11 +262,11 @@ def _planned_rows(
         planned = plan_recipe(loaded, smoke=smoke)
         plan = with_earlier(planned.plan, earlier)
         if is_first_process():
-            check_room(run.path, run_forecast(plan, loaded.recipe.trainer))
+            check_disk_space(run.path, run_forecast(plan, loaded.recipe.trainer))
         begun = time.monotonic()
-        tokenizer, data = prepare_data(plan, Heeding(shown, stops, "before the first step"))
+        tokenizer, data = prepare_data(plan, StoppableProgress(shown, stops, "before the first step"))
         data.facts["prepare_seconds"] = round(time.monotonic() - begun, 3)
-        return settle(replace(planned, plan=plan), data), tokenizer, data
+        return plan_with_labels(replace(planned, plan=plan), data), tokenizer, data
 
     planned, tokenizer, data = first_of_machine_first(prepare, is_first=is_first_of_machine())
     plan = planned.plan
@@ -281,14 +281,16 @@ def _forget_received(run: RunDir) -> None:
         shutil.rmtree(run.received, ignore_errors=True)
 
 
-def _borrowed(recipe: Recipe, plan: Plan, stamp: Mapping[str, Any], shown: Shown, lender: Path | None) -> Path | None:
+def _reused_baseline(
+    recipe: Recipe, plan: Plan, stamp: Mapping[str, Any], shown: Shown, source_run: Path | None
+) -> Path | None:
     """The file of another run with the figures of this run's base, where they may be taken over."""
-    if lender is None or (not recipe.dataset.holds_out and recipe.evaluation.retention is None):
+    if source_run is None or (not recipe.dataset.holds_out and recipe.evaluation.retention is None):
         return None
-    reason = why_not(RunDir(lender), recipe, plan, stamp)
+    reason = reuse_blocker(RunDir(source_run), recipe, plan, stamp)
     taken = "the figures of the base are those of" if reason is None else "the base is measured anew, not as in"
-    shown.note(f"  {taken} {lender.name}" + (f" ({reason})" if reason else ""))
-    return RunDir(lender).eval if reason is None else None
+    shown.note(f"  {taken} {source_run.name}" + (f" ({reason})" if reason else ""))
+    return RunDir(source_run).eval if reason is None else None
 
 
 def _raise_unless_good(run: RunDir, metrics: dict[str, Any], stop_reason: str | None) -> None:

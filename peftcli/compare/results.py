@@ -66,7 +66,7 @@ def collect(name: str, entries: Sequence[Entry], home: Path) -> dict[str, Any]:
     for key, names in best_of(rows, better).items():
         for row in rows:
             row["best"] += [key] if row["name"] in names else []
-    fronts = {cost: found for cost in COSTS if (found := front(rows, cost, better))}
+    fronts = {cost: found for cost in COSTS if (found := pareto_front(rows, cost, better))}
     for row in rows:
         row["front"] = [cost for cost, names in fronts.items() if row["name"] in names]
     scored = [count for found in known.values() if metric and (count := rows_scored(found, metric.key))]
@@ -78,7 +78,9 @@ def collect(name: str, entries: Sequence[Entry], home: Path) -> dict[str, Any]:
         "task": next((found.metrics.get("task") for found in known.values()), None),
         "model": _shared(text(found.plan, "model", "name") for found in known.values()),
         "quality": None if metric is None else {"key": metric.key, "better": better, "rows": min(scored, default=None)},
-        "doubts": find_doubts(known, metric, {name: one.adapter.method for name, one in recipes.items() if one}),
+        "doubts": comparability_warnings(
+            known, metric, {name: one.adapter.method for name, one in recipes.items() if one}
+        ),
         "variants": rows,
         "fronts": fronts,
         "curves": learning_curves(rows, recipes),
@@ -210,7 +212,7 @@ def _variant(home: Path, row: dict[str, Any]) -> Entry:
     return Entry(row["name"], folder, row["varied"], code, error)
 
 
-def front(rows: Sequence[Row], cost: str, better: str) -> list[str]:
+def pareto_front(rows: Sequence[Row], cost: str, better: str) -> list[str]:
     """Names of the finished variants on the Pareto front, from the cheapest on.
 
     A variant is on it unless another one is at least as good and at most as costly, and one of the two truly.
@@ -287,7 +289,7 @@ def _point(row: Mapping[str, Any]) -> dict[str, Any]:
     return {"rows": row["train_rows"], "quality": row["quality"], "interval": row["interval"], "variant": row["name"]}
 
 
-def find_doubts(runs: Mapping[str, Stages], metric: Metric | None, methods: Mapping[str, str]) -> list[str]:
+def comparability_warnings(runs: Mapping[str, Stages], metric: Metric | None, methods: Mapping[str, str]) -> list[str]:
     """One sentence for each reason why the runs cannot be held against each other as they are.
 
     Args:

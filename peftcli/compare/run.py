@@ -16,7 +16,7 @@ PR_SET_PDEATHSIG = 1
 ERROR = "error: "
 
 
-class Children:
+class VariantRunner:
     """Trains one variant after another; as a context it hands SIGTERM and Ctrl-C to the one that runs.
 
     The child has a session of its own: a Ctrl-C in the terminal reaches it once, through here, and a second one again.
@@ -29,7 +29,7 @@ class Children:
         self._child: subprocess.Popen[str] | None = None
         self._before: dict[int, object] = {}
 
-    def __enter__(self) -> "Children":
+    def __enter__(self) -> "VariantRunner":
         for number in (signal.SIGTERM, signal.SIGINT):
             self._before[number] = signal.signal(number, self._hear)
         return self

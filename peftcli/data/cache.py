@@ -11,9 +11,9 @@ import transformers
 from transformers import PreTrainedTokenizerBase
 
 from peftcli.cache import built_once, cache_root, forget_unused, mark_used
-from peftcli.data.image_processor import ImageReader
+from peftcli.data.image_processor import ImageProcessor
 from peftcli.data.join import Join
-from peftcli.data.pipeline import Asked, ingest
+from peftcli.data.pipeline import DataRequest, run_pipeline
 from peftcli.data.readers.open import open_source
 from peftcli.data.rows import Source
 from peftcli.data.store import Store
@@ -28,10 +28,10 @@ VERSION = 1
 """Raised with every change that makes other rows of the same sources."""
 
 
-def kept_rows(
+def load_or_tokenize(
     sources: Sequence[tuple[Source, SourceSection]],
     tokenizer: PreTrainedTokenizerBase,
-    asked: Asked,
+    asked: DataRequest,
     progress: Progress,
 ) -> tuple[Store, bool]:
     """The rows of some sources, tokenized, from the cache or made now; and whether they were made."""
@@ -44,7 +44,7 @@ def kept_rows(
 
     def build(folder: Path) -> None:
         joins = [Join(source, section.on) for source, section in join_sources]
-        ingest(folder, sources, joins, tokenizer, asked, progress)
+        run_pipeline(folder, sources, joins, tokenizer, asked, progress)
 
     if made and root.is_dir():
         forget_unused(root, CACHE_BYTES)
@@ -57,7 +57,7 @@ def _key(
     sources: Sequence[tuple[Source, SourceSection]],
     joins: Sequence[tuple[Source, Any]],
     tokenizer: PreTrainedTokenizerBase,
-    asked: Asked,
+    asked: DataRequest,
 ) -> str:
     """Hexadecimal name of what one pass makes: all that it depends on, hashed."""
     reading = ("format", "text", "prompt", "completion", "columns", "weight")
@@ -79,7 +79,7 @@ def _key(
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """SHA-256 over all of a tokenizer that decides which ids a text gets."""
-    if isinstance(tokenizer, ImageReader):
+    if isinstance(tokenizer, ImageProcessor):
         return tokenizer.fingerprint()
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:  # a cut or a padding that an earlier call has set is no property of the tokenizer

@@ -5,7 +5,7 @@ import json
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
-from peftcli.data.values import Unused, parsed_list
+from peftcli.data.values import SkipRow, parsed_list
 from peftcli.recipe.problems import printable
 
 Turn: TypeAlias = dict[str, Any]
@@ -44,7 +44,7 @@ def chat_example(turns: list[Turn], tools: list[Any]) -> tuple[str, str, str]:
     return written[0], written[1] if tools else "", content
 
 
-def regular_turns(value: Any, *, train: bool = True) -> list[Turn]:
+def normalize_messages(value: Any, *, train: bool = True) -> list[Turn]:
     """The turns of a list, or of a JSON text that holds one.
 
     Args:
@@ -56,8 +56,8 @@ def regular_turns(value: Any, *, train: bool = True) -> list[Turn]:
     """
     given = parsed_list(value, _NO_LIST)
     if not given:
-        raise Unused("with no messages")
-    turns = [_regular(turn) for turn in given]
+        raise SkipRow("with no messages")
+    turns = [_normalize_message(turn) for turn in given]
     if not train:
         for turn in turns:
             if turn["role"] == "assistant":
@@ -65,17 +65,17 @@ def regular_turns(value: Any, *, train: bool = True) -> list[Turn]:
     return turns
 
 
-def regular_tools(tools: Any, functions: Any) -> list[Any]:
+def normalize_tools(tools: Any, functions: Any) -> list[Any]:
     """The tools of a row in the form that chat templates read, from `tools` or from OpenAI's older `functions`.
 
     Raises:
         Unused: they are no list, or one of them has no name.
     """
     reason = "with tools that are no list"
-    return [_regular_tool(tool) for tool in parsed_list(tools, reason) or parsed_list(functions, reason)]
+    return [_normalize_tool(tool) for tool in parsed_list(tools, reason) or parsed_list(functions, reason)]
 
 
-def is_turns(value: Any) -> bool:
+def is_chat(value: Any) -> bool:
     """Whether a value is a list of turns in a dialect that is known.
 
     >>> is_turns([{"from": "human", "value": "Hi"}]), is_turns([{"id": 1}]), is_turns("Hi")
@@ -92,23 +92,23 @@ def is_sharegpt(value: Any) -> bool:
     """
     try:
         turns = parsed_list(value, _NO_LIST)
-    except Unused:
+    except SkipRow:
         return False
-    return is_turns(list(turns[:1])) and turns[0].get("role") is None
+    return is_chat(list(turns[:1])) and turns[0].get("role") is None
 
 
 def _has_speaker(turn: Any) -> bool:
     return isinstance(turn, dict) and any(isinstance(turn.get(key), str) for key in ("role", "from"))
 
 
-def _regular(turn: Any) -> Turn:
+def _normalize_message(turn: Any) -> Turn:
     # Arrow gives every turn of a file the same keys, so a key may be there and null.
     speaker = _first(turn, "role", "from") if isinstance(turn, dict) else None
     if not isinstance(speaker, str):
-        raise Unused("with a message without a role")
+        raise SkipRow("with a message without a role")
     role = _ROLES.get(speaker) or _ROLES.get(speaker.strip().lower())
     if role is None:
-        raise Unused(f"with the unknown role {printable(speaker, 20)}")
+        raise SkipRow(f"with the unknown role {printable(speaker, 20)}")
     content = _first(turn, "content", "value")
     if speaker == "function_call":
         calls = _spoken_calls(content)
@@ -139,7 +139,7 @@ def _text(content: Any, has_calls: bool) -> str:
     if content is None and has_calls:
         return ""
     if not isinstance(content, list) or not content:
-        raise Unused("with a message whose content is not text")
+        raise SkipRow("with a message whose content is not text")
     return "".join(map(_part_text, content))
 
 
@@ -149,13 +149,13 @@ def _part_text(part: Any) -> str:
     if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
         return str(part["text"])
     kind = part.get("type") if isinstance(part, dict) else None
-    raise Unused(f"with a part that is not text ({printable(str(kind), 20)})")
+    raise SkipRow(f"with a part that is not text ({printable(str(kind), 20)})")
 
 
 def _is_untrained(turn: Turn) -> bool:
     weight = turn.get("weight")
     if weight is not None and weight not in (0, 1):
-        raise Unused("with a weight of a turn that is neither 0 nor 1")
+        raise SkipRow("with a weight of a turn that is neither 0 nor 1")
     return weight == 0 or turn.get("train") is False
 
 
@@ -172,10 +172,10 @@ def _spoken_calls(value: Any) -> list[Turn]:
     try:
         calls = json.loads(value) if isinstance(value, str) else value
     except (ValueError, RecursionError):
-        raise Unused(_BAD_CALL) from None
+        raise SkipRow(_BAD_CALL) from None
     found = [_call(call) for call in (calls if isinstance(calls, list) else [calls])]
     if not found:
-        raise Unused(_BAD_CALL)
+        raise SkipRow(_BAD_CALL)
     return found
 
 
@@ -183,42 +183,42 @@ def _call(call: Any) -> Turn:
     """One call, its arguments as an object: templates write them as JSON themselves."""
     function = call.get("function") if isinstance(call, dict) and call.get("function") is not None else call
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise Unused(_BAD_CALL)
+        raise SkipRow(_BAD_CALL)
     arguments = function.get("arguments")
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments) if arguments.strip() else {}
         except (ValueError, RecursionError):
-            raise Unused(_BAD_CALL) from None
+            raise SkipRow(_BAD_CALL) from None
     if not isinstance(arguments, dict | None):
-        raise Unused(_BAD_CALL)
+        raise SkipRow(_BAD_CALL)
     named = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
     return {"type": "function", **named, "function": {"name": function["name"], "arguments": dict(arguments or {})}}
 
 
-def _regular_tool(tool: Any) -> Any:
+def _normalize_tool(tool: Any) -> Any:
     if isinstance(tool, dict) and isinstance(tool.get("function"), dict):
         return tool
     if isinstance(tool, dict) and isinstance(tool.get("name"), str):
         return {"type": "function", "function": tool}
-    raise Unused("with a tool without a name")
+    raise SkipRow("with a tool without a name")
 
 
 def _check_order(turns: Sequence[Turn]) -> None:
     roles = [turn["role"] for turn in turns]
     if "system" in roles[1:]:
-        raise Unused("with a system turn after the beginning")
+        raise SkipRow("with a system turn after the beginning")
     for role in ("user", "assistant"):
         if any(one == two == role for one, two in itertools.pairwise(roles)):
-            raise Unused(f"with two {role} turns in a row")
+            raise SkipRow(f"with two {role} turns in a row")
     answers = [
         number
         for number, turn in enumerate(turns)
         if turn["role"] == "assistant" and (turn["content"].strip() or "tool_calls" in turn)
     ]
     if not answers:
-        raise Unused("without an assistant turn")
+        raise SkipRow("without an assistant turn")
     if not any("train" not in turns[number] for number in answers):
-        raise Unused("with no assistant turn to train")
+        raise SkipRow("with no assistant turn to train")
     if set(roles[: answers[-1]]) <= {"system"}:
-        raise Unused("with an answer and nothing before it")
+        raise SkipRow("with an answer and nothing before it")

@@ -10,11 +10,11 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
-from peftcli.data.encode import BATCH_SECONDS, Aside, encode, rust_core, template_time
+from peftcli.data.encode import BATCH_SECONDS, BackgroundEncoder, encode, rust_core, template_time_limit
 from peftcli.errors import DataError
 
 Chat: TypeAlias = list[dict[str, Any]]
-Marked: TypeAlias = tuple[list[int], list[int]]
+MaskedChat: TypeAlias = tuple[list[int], list[int]]
 """Ids of a chat, and a 1 for each that is trained."""
 
 _REFUSED = (TemplateError, ValueError, TypeError)
@@ -52,7 +52,7 @@ def last_answer(chat: Chat) -> int:
     return said[-1] if said else max(number for number, turn in enumerate(chat) if turn["role"] == "assistant")
 
 
-class Marker:
+class ChatEncoder:
     """Turns chats into ids and marks, with one template for all of them."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, assistant_only: bool) -> None:
@@ -68,9 +68,9 @@ class Marker:
         self._tokenizer = tokenizer
         self._assistant_only = assistant_only
         self._template = training_template(tokenizer) if assistant_only else None
-        self._aside = Aside(tokenizer)
+        self._aside = BackgroundEncoder(tokenizer)
 
-    def start(self, chats: Sequence[Chat], tools: Sequence[Any]) -> Callable[[], list[Marked | str]]:
+    def start(self, chats: Sequence[Chat], tools: Sequence[Any]) -> Callable[[], list[MaskedChat | str]]:
         """Render chats, and encode them aside.
 
         Returns:
@@ -85,29 +85,29 @@ class Marker:
         ]
         if self._assistant_only and self._template is None:
             plain = []
-        together: Callable[[], list[Marked]] = list
+        together: Callable[[], list[MaskedChat]] = list
         try:
             if plain:
-                with template_time(BATCH_SECONDS):
+                with template_time_limit(BATCH_SECONDS):
                     together = self._together([chats[row] for row in plain])
         except _REFUSED:  # one of them; which is found out one by one
             plain = []
 
-        def finish() -> list[Marked | str]:
-            found: list[Marked | str | None] = [None] * len(chats)
+        def finish() -> list[MaskedChat | str]:
+            found: list[MaskedChat | str | None] = [None] * len(chats)
             try:
                 for row, marked in zip(plain, together(), strict=True):
                     found[row] = marked
             except _REFUSED:  # a text that the tokenizer takes not
                 found = [None] * len(chats)
-            with template_time(BATCH_SECONDS):
+            with template_time_limit(BATCH_SECONDS):
                 return [
                     self._one(chats[row], tools[row]) if marked is None else marked for row, marked in enumerate(found)
                 ]
 
         return finish
 
-    def _together(self, chats: Sequence[Chat]) -> Callable[[], list[Marked]]:
+    def _together(self, chats: Sequence[Chat]) -> Callable[[], list[MaskedChat]]:
         """Render chats as `apply_chat_template` does; what is returned waits for their ids and marks."""
         if rust_core(self._tokenizer) is None:
             marked = self._by_template(chats, None)
@@ -118,18 +118,18 @@ class Marker:
             return_assistant_tokens_mask=self._assistant_only,
             **self._tokenizer.special_tokens_map,
         )
-        return self._aside.start(_marked_texts, texts, spans if self._assistant_only else None, self._tokenizer)
+        return self._aside.start(_masked_texts, texts, spans if self._assistant_only else None, self._tokenizer)
 
-    def _one(self, chat: Chat, tools: Any) -> Marked | str:
+    def _one(self, chat: Chat, tools: Any) -> MaskedChat | str:
         partly = any(not turn.get("train", True) for turn in chat)
         try:
             if self._assistant_only and (self._template is None or partly):
-                return mark_turns(chat, tools, self._tokenizer)
+                return assistant_mask_by_prefix(chat, tools, self._tokenizer)
             return self._by_template([chat], tools)[0]
         except _REFUSED as problem:
             return f"refused by the chat template ({' '.join(str(problem).split())[:100]})"
 
-    def _by_template(self, chats: Sequence[Chat], tools: Any) -> list[Marked]:
+    def _by_template(self, chats: Sequence[Chat], tools: Any) -> list[MaskedChat]:
         encoded = self._tokenizer.apply_chat_template(
             [_plain(chat) for chat in chats],
             tools=tools,
@@ -144,9 +144,9 @@ class Marker:
         return list(zip(ids, encoded["assistant_masks"], strict=True))
 
 
-def _marked_texts(
+def _masked_texts(
     texts: Sequence[str], spans: Sequence[Sequence[tuple[int, int]]] | None, tokenizer: PreTrainedTokenizerBase
-) -> list[Marked]:
+) -> list[MaskedChat]:
     """Ids of rendered chats, and marks on the characters of the spans; on all where there are none.
 
     Source: the mask of `PreTrainedTokenizerBase.apply_chat_template`, which takes the texts twice as long.
@@ -168,7 +168,7 @@ def _marks(encoded: Any, spans: Sequence[tuple[int, int]]) -> list[int]:
     return marks
 
 
-def mark_turns(chat: Chat, tools: Any, tokenizer: PreTrainedTokenizerBase) -> Marked:
+def assistant_mask_by_prefix(chat: Chat, tools: Any, tokenizer: PreTrainedTokenizerBase) -> MaskedChat:
     """Find the assistant's turns of a template without marks by rendering the chat up to each of them.
 
     Raises:
@@ -189,10 +189,10 @@ def mark_turns(chat: Chat, tools: Any, tokenizer: PreTrainedTokenizerBase) -> Ma
                 "trainer.assistant_only_loss: false"
             )
         spans.append((len(before), len(after)))
-    return _mark_spans(whole, spans, tokenizer)
+    return _mask_spans(whole, spans, tokenizer)
 
 
-def _mark_spans(text: str, spans: list[tuple[int, int]], tokenizer: PreTrainedTokenizerBase) -> Marked:
+def _mask_spans(text: str, spans: list[tuple[int, int]], tokenizer: PreTrainedTokenizerBase) -> MaskedChat:
     """Ids of a text, and marks on the characters of the spans and no other.
 
     A token that reaches over the edge of a span would train a part of the prompt, or leave out a part of the answer.

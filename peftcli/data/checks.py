@@ -9,7 +9,7 @@ from jinja2 import TemplateError
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from peftcli.data.chat_template import Chat, mark_turns, render, training_template
+from peftcli.data.chat_template import Chat, assistant_mask_by_prefix, render, training_template
 from peftcli.data.encode import stop_ids
 from peftcli.data.formats import LABELLED
 from peftcli.errors import DataError
@@ -71,8 +71,8 @@ def check_tokenizer(
     if kind != "messages":
         return [*checks, _single_start(tokenizer(PROBE)["input_ids"], tokenizer), _round_trip([PROBE], tokenizer)]
     if not tokenizer.chat_template:
-        mend = "set model.chat_template to a Jinja file, or take the tokenizer of the chat model"
-        return [*checks, Check("chat template", "fail", f"The tokenizer has none, and the data are messages; {mend}.")]
+        fix = "set model.chat_template to a Jinja file, or take the tokenizer of the chat model"
+        return [*checks, Check("chat template", "fail", f"The tokenizer has none, and the data are messages; {fix}.")]
     probe = [{"role": "user", "content": PROBE}, {"role": "assistant", "content": ANSWER}]
     taken, refusals = _rendered([probe, *sample_chats], tokenizer)
     if not taken or taken[0][0] is not probe or (sample_chats and len(taken) == 1):
@@ -160,10 +160,10 @@ def _learned(
         return Check(name, "ok", f"{seen}, but this run trains the embeddings.")
     train = "train the embeddings with adapter.modules_to_save: [embed_tokens, lm_head]"
     if name.startswith("end"):
-        mend = f"set model.eos_token to an end token that it knows, or {train}"
-        return Check(name, "warn", f"{seen} and the embeddings are frozen, so answers may never stop; {mend}.")
-    mend = f"{train}, or set model.chat_template to one without them"
-    return Check(name, "warn", f"{seen} and the embeddings are frozen, so turns are hard to tell apart; {mend}.")
+        fix = f"set model.eos_token to an end token that it knows, or {train}"
+        return Check(name, "warn", f"{seen} and the embeddings are frozen, so answers may never stop; {fix}.")
+    fix = f"{train}, or set model.chat_template to one without them"
+    return Check(name, "warn", f"{seen} and the embeddings are frozen, so turns are hard to tell apart; {fix}.")
 
 
 def _names(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, most: int = 6) -> str:
@@ -208,8 +208,8 @@ def _rendered(chats: Sequence[Chat], tokenizer: PreTrainedTokenizerBase) -> tupl
 
 def _template(chats: int, refusals: Sequence[str]) -> Check:
     if refusals:
-        mend = "set model.chat_template to one that takes them, or mend the rows"
-        said = f"It refuses {len(refusals)} of {chats} chats looked at ({refusals[0]}); {mend}."
+        fix = "set model.chat_template to one that takes them, or mend the rows"
+        said = f"It refuses {len(refusals)} of {chats} chats looked at ({refusals[0]}); {fix}."
         return Check("chat template", "warn", said)
     return Check("chat template", "ok", f"It renders a probe and all chats looked at ({chats}).")
 
@@ -220,8 +220,8 @@ def _single_start(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> Che
         return Check("start token", "skip", "The tokenizer has none.")
     if list(ids[:2]) == [start, start]:
         name = tokenizer.bos_token
-        mend = f"take one {name} out of the chat template or the templates of the recipe"
-        return Check("start token", "warn", f"Rows begin with {name} twice, which no model has seen; {mend}.")
+        fix = f"take one {name} out of the chat template or the templates of the recipe"
+        return Check("start token", "warn", f"Rows begin with {name} twice, which no model has seen; {fix}.")
     times = "once" if start in ids[:1] else "not"
     return Check("start token", "ok", f"{tokenizer.bos_token} is written {times}.")
 
@@ -255,7 +255,7 @@ def _turns(chats: Sequence[Chat], tokenizer: PreTrainedTokenizerBase, *, assista
         return Check(name, "ok", "The template marks them, or is that of a family whose marks are known.")
     try:
         for chat in chats:
-            mark_turns(chat, None, tokenizer)
+            assistant_mask_by_prefix(chat, None, tokenizer)
     except DataError as problem:
         said = str(problem)
         return Check(name, "fail", f"{said[0].upper()}{said[1:]}.")
@@ -272,8 +272,8 @@ def _turn_end(rendered: str, tokenizer: PreTrainedTokenizerBase) -> Check:
     if ids and ids[0] in ends:
         return Check("end of a turn", "ok", f"An answer ends on {_names(ids[:1], tokenizer)}, where generation stops.")
     wrote = f"{behind[:20]!r}" if behind else "nothing"
-    mend = "give model.chat_template one that ends the assistant's turn with the end token, or set model.eos_token"
-    return Check("end of a turn", "warn", f"The template writes {wrote} behind an answer, no end token; {mend}.")
+    fix = "give model.chat_template one that ends the assistant's turn with the end token, or set model.eos_token"
+    return Check("end of a turn", "warn", f"The template writes {wrote} behind an answer, no end token; {fix}.")
 
 
 def _system_role(probe: Chat, chats: Sequence[Chat], tokenizer: PreTrainedTokenizerBase) -> Check:
@@ -283,8 +283,8 @@ def _system_role(probe: Chat, chats: Sequence[Chat], tokenizer: PreTrainedTokeni
     if kept:
         return Check("system turns", "ok", "The template writes them.")
     if used:
-        mend = "set model.chat_template to one that writes them, or put their text into the first user turn"
-        return Check("system turns", "warn", f"The template leaves them out, and the data hold some; {mend}.")
+        fix = "set model.chat_template to one that writes them, or put their text into the first user turn"
+        return Check("system turns", "warn", f"The template leaves them out, and the data hold some; {fix}.")
     return Check("system turns", "ok", "The template has none, and the chats looked at hold none.")
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from peftcli.data.rows import listed
-from peftcli.data.values import Unused, Wrong, is_null, type_name
+from peftcli.data.values import InvalidValue, SkipRow, is_null, type_name
 from peftcli.errors import DataError
 from peftcli.metrics.tagging import OUTSIDE
 
@@ -59,17 +59,17 @@ class LabelColumn:
     def one(self, value: Any) -> str:
         """The name of one class."""
         if isinstance(value, list | tuple | dict):
-            raise Unused(f"with {self.name} not one class (a {type_name(type(value))})")
+            raise SkipRow(f"with {self.name} not one class (a {type_name(type(value))})")
         plain = class_text(value, self.name)
         if self.unlabelled and plain == "-1":
-            raise Unused(f"with no {self.name} (-1)")
+            raise SkipRow(f"with no {self.name} (-1)")
         return plain if self.names is None else _named(plain, self.names, self.name)
 
     def _several(self, value: Any) -> list[str]:
         if isinstance(value, str):
             value = _parsed(value, self.separator)
         if is_null(value):
-            raise Unused(f"with {self.name} null")
+            raise SkipRow(f"with {self.name} null")
         if not isinstance(value, list | tuple):
             value = [value]
         if self.switches:
@@ -81,7 +81,7 @@ class LabelColumn:
         if (wanted is not None and len(value) != wanted) or any(
             class_text(one, self.name) not in "01" for one in value
         ):
-            raise Unused(f"with {self.name} not a 0 or a 1 for each class")
+            raise SkipRow(f"with {self.name} not a 0 or a 1 for each class")
         names = self.names or tuple(str(number) for number in range(len(value)))
         return [name for name, one in zip(names, value, strict=True) if class_text(one, self.name) == "1"]
 
@@ -96,14 +96,14 @@ def class_text(value: Any, name: str) -> str:
         Unused: nothing stands there.
     """
     if is_null(value):
-        raise Unused(f"with {name} null")
+        raise SkipRow(f"with {name} null")
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
     text = str(value).strip()
     if not text:
-        raise Unused(f"with {name} empty")
+        raise SkipRow(f"with {name} empty")
     return text
 
 
@@ -228,10 +228,10 @@ def _as_number(value: Any) -> float | None:
 
 def _number_text(value: Any, name: str) -> str:
     if is_null(value) or value == "":
-        raise Unused(f"with {name} null")
+        raise SkipRow(f"with {name} null")
     number = _as_number(value)
     if number is None:
-        raise Unused(f"with {name} no number")
+        raise SkipRow(f"with {name} no number")
     return repr(number)
 
 
@@ -241,7 +241,7 @@ def _named(plain: str, names: Names, column: str) -> str:
     # Numbers stand for the names in their order, unless the names are numbers themselves.
     if plain.isascii() and plain.isdecimal() and int(plain) < len(names) and not any(map(_WHOLE.fullmatch, names)):
         return names[int(plain)]
-    raise Wrong(
+    raise InvalidValue(
         f"{column} is {plain[:80]}, none of the {len(names)} classes ({listed(names)}); add it to dataset.labels"
     )
 
@@ -253,7 +253,7 @@ def tag_names(names: Names | None, column: str) -> Callable[[Any], str]:
     def tag(value: Any) -> str:
         text = read.one(value)
         if _WHOLE.fullmatch(text) and int(text) < 0:
-            raise Unused(f"with {column} below 0")
+            raise SkipRow(f"with {column} below 0")
         return text
 
     return tag

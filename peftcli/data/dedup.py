@@ -23,7 +23,7 @@ HASHES = BANDS * BAND_ROWS
 _ODD = np.random.default_rng(20_240_229).integers(1, 2**63, size=HASHES, dtype=np.uint64) | np.uint64(1)
 
 
-def plain(text: str) -> str:
+def normalize(text: str) -> str:
     """Text without what two rows may differ in and still be equal: case and white space.
 
     >>> plain("  The  Cat\\n")
@@ -70,7 +70,7 @@ def signatures(texts: Sequence[str]) -> NDArray[np.uint32]:
     return found
 
 
-def firsts(hashes: NDArray[np.uint64]) -> NDArray[np.int64]:
+def first_occurrence(hashes: NDArray[np.uint64]) -> NDArray[np.int64]:
     """For each row the first row of equal hash, itself where it is the first.
 
     >>> firsts(np.array([7, 5, 7, 7], np.uint64))
@@ -81,7 +81,7 @@ def firsts(hashes: NDArray[np.uint64]) -> NDArray[np.int64]:
     return found
 
 
-def partners(left: NDArray[np.uint64], right: NDArray[np.uint64]) -> NDArray[np.int64]:
+def match_exact(left: NDArray[np.uint64], right: NDArray[np.uint64]) -> NDArray[np.int64]:
     """For each hash of the left the first place of it on the right, or -1.
 
     >>> partners(np.array([3, 9], np.uint64), np.array([9, 9, 4], np.uint64))
@@ -129,7 +129,7 @@ class Matrix:
         return self.entries[rows]
 
 
-def near_partners(left: Signatures, right: Signatures | None) -> NDArray[np.int64]:
+def match_near_duplicates(left: Signatures, right: Signatures | None) -> NDArray[np.int64]:
     """For each row of the left a row that is nearly equal, or -1.
 
     One band is looked at after the other, so that memory holds 8 bytes of a row at once and not its signature.
@@ -144,10 +144,10 @@ def near_partners(left: Signatures, right: Signatures | None) -> NDArray[np.int6
     for number in range(BANDS):
         mine = left.band(number)
         if right is None:
-            other = firsts(mine)
+            other = first_occurrence(mine)
             other[other == np.arange(len(mine))] = -1
         else:
-            other = partners(mine, right.band(number))
+            other = match_exact(mine, right.band(number))
         rows = np.flatnonzero((other >= 0) & (found < 0))
         for start in range(0, len(rows), 65536):
             part = rows[start : start + 65536]

@@ -28,7 +28,7 @@ BATCH_SECONDS = 120.0
 """For a batch of rows."""
 
 
-class Aside:
+class BackgroundEncoder:
     """Encodes on a thread of its own: a tokenizer written in Rust leaves Python free for the rows that come next."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -105,7 +105,7 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     if tokenizer.chat_template:
         turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         try:
-            with template_time(PROBE_SECONDS):
+            with template_time_limit(PROBE_SECONDS):
                 ids = tokenizer.apply_chat_template(turns, tokenize=True, return_dict=True)["input_ids"]
         except TemplateError:  # a template for another purpose; rows that need it are refused where they are read
             ids = []
@@ -135,7 +135,7 @@ def as_lists(flat: NDArray[np.int32] | NDArray[np.float32], lengths: NDArray[np.
 
 
 @contextmanager
-def template_time(seconds: float) -> Iterator[None]:
+def template_time_limit(seconds: float) -> Iterator[None]:
     """End the block with an error when it takes longer; only the main thread can hear the clock.
 
     Raises:

@@ -7,11 +7,11 @@ user's own words.
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
-from peftcli.data.chat_formats import Turn, chat_example, regular_tools, regular_turns
+from peftcli.data.chat_formats import Turn, chat_example, normalize_messages, normalize_tools
 from peftcli.data.values import (
     EMPTY,
     EMPTY_PROMPT,
-    Unused,
+    SkipRow,
     optional_text,
     parsed_list,
     template_text,
@@ -61,7 +61,7 @@ def from_columns(names: Sequence[str]) -> Maker:
 def from_chats(values: tuple[Any, ...]) -> tuple[str, ...]:
     """The example of a list of turns, read from: turns, system, tools, functions."""
     turns, system, tools, functions = values
-    return chat_example(_system(system) + regular_turns(turns), regular_tools(tools, functions))
+    return chat_example(_system(system) + normalize_messages(turns), normalize_tools(tools, functions))
 
 
 def from_chat_pairs(values: tuple[Any, ...]) -> tuple[str, ...]:
@@ -70,8 +70,8 @@ def from_chat_pairs(values: tuple[Any, ...]) -> tuple[str, ...]:
     The assistant's turns of the prompt are not learned.
     """
     prompt, completion, tools = values
-    turns = regular_turns(prompt, train=False) + regular_turns(completion)
-    return chat_example(turns, regular_tools(tools, None))
+    turns = normalize_messages(prompt, train=False) + normalize_messages(completion)
+    return chat_example(turns, normalize_tools(tools, None))
 
 
 def from_instructions(names: Sequence[str], *, chats: bool) -> Maker:
@@ -90,7 +90,7 @@ def from_instructions(names: Sequence[str], *, chats: bool) -> Maker:
         if chats:
             return _turns(_system(values[3]) + _talk(history), "\n\n".join(asked), answer)
         if history:
-            raise Unused("with history, which takes a chat template")
+            raise SkipRow("with history, which takes a chat template")
         _check(bool(asked), answer)
         content = "\n".join([*asked, answer])
         return _headed(instruction, more, optional_text(values[3], names[3])), answer, content
@@ -119,16 +119,16 @@ def _with_content(texts: list[str], content: str) -> tuple[str, ...]:
 
 def _check(asked: bool, learned: str) -> None:
     if not learned or learned.isspace():
-        raise Unused(EMPTY)
+        raise SkipRow(EMPTY)
     if not asked:
-        raise Unused(EMPTY_PROMPT)
+        raise SkipRow(EMPTY_PROMPT)
 
 
 def _reach(value: Any, steps: tuple[str, ...], path: str) -> Any:
     try:
         return reach(value, steps)
     except LookupError:
-        raise Unused(f"without {path}") from None
+        raise SkipRow(f"without {path}") from None
 
 
 def _turns(before: list[Turn], asked: str, answer: str) -> tuple[str, ...]:
@@ -148,7 +148,7 @@ def _talk(history: list[tuple[str, str]]) -> list[Turn]:
 
 def _pair(value: Any) -> tuple[str, str]:
     if not isinstance(value, list | tuple) or len(value) != 2 or not all(isinstance(text, str) for text in value):
-        raise Unused(_BAD_HISTORY)
+        raise SkipRow(_BAD_HISTORY)
     return value[0], value[1]
 
 

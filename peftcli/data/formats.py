@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from peftcli.data.chat_formats import is_sharegpt, is_turns
+from peftcli.data.chat_formats import is_chat, is_sharegpt
 from peftcli.data.examples import (
     Maker,
     from_chat_pairs,
@@ -19,7 +19,7 @@ from peftcli.data.examples import (
     from_templates,
 )
 from peftcli.data.rows import LONG_NAME, Rows, listed, shown
-from peftcli.data.values import Unused, Wrong
+from peftcli.data.values import InvalidValue, SkipRow
 from peftcli.errors import DataError
 from peftcli.nearest import nearest
 from peftcli.recipe.problems import choice_text
@@ -65,7 +65,7 @@ class Examples:
 
 
 @dataclass(frozen=True)
-class Reading:
+class RowFormat:
     """What the columns of a source mean.
 
     Attributes:
@@ -99,9 +99,9 @@ class Reading:
         for number, values in enumerate(zip(*(rows.columns.get(name, nothing) for name in self.reads), strict=True)):
             try:
                 made.append(self.make(values))
-            except Unused as reason:
+            except SkipRow as reason:
                 dropped.append((number, str(reason)))
-            except Wrong as problem:
+            except InvalidValue as problem:
                 raise DataError(f"{rows.place(number)}: {problem}") from problem
             else:
                 kept.append(number)
@@ -115,7 +115,7 @@ class Reading:
         return Examples(dict(zip(names, columns, strict=True)), kept, dropped, content)
 
 
-def choose_reading(first: Rows, section: SourceSection, *, chats: bool) -> Reading:
+def choose_format(first: Rows, section: SourceSection, *, chats: bool) -> RowFormat:
     """The reading that the recipe asks for, or the only one that the columns fit.
 
     Args:
@@ -133,7 +133,7 @@ def choose_reading(first: Rows, section: SourceSection, *, chats: bool) -> Readi
         return _by_templates(first, section, "prompt_completion", templates)
     if section.columns is not None:
         return _by_columns(first, section, section.columns)
-    dialect = recognise(first, section)
+    dialect = detect_format(first, section)
     if dialect.format in ("messages", "sharegpt"):
         return _chats(first, dialect.needs[0], None)
     if dialect.format == "alpaca":
@@ -143,7 +143,7 @@ def choose_reading(first: Rows, section: SourceSection, *, chats: bool) -> Readi
     return _plain(first, dialect.needs, dialect.name, "")
 
 
-def _by_templates(first: Rows, section: SourceSection, kind: str, templates: dict[str, str]) -> Reading:
+def _by_templates(first: Rows, section: SourceSection, kind: str, templates: dict[str, str]) -> RowFormat:
     paths = list(dict.fromkeys(path for template in templates.values() for path in template_columns(template)))
     ways = [split_path(path, first.columns) for path in paths]
     found = [way for way in ways if way is not None]
@@ -157,7 +157,7 @@ def _by_templates(first: Rows, section: SourceSection, kind: str, templates: dic
         raise missing_columns(first, missing, len(paths), joined(keys), section)
     reads = tuple(column for column, _ in found)
     columns = tuple(dict.fromkeys(reads))
-    return Reading(
+    return RowFormat(
         kind=kind,
         name="templates",
         said=f"templates of the recipe over {joined(paths)}",
@@ -168,7 +168,7 @@ def _by_templates(first: Rows, section: SourceSection, kind: str, templates: dic
     )
 
 
-def _by_columns(first: Rows, section: SourceSection, named: ColumnsSection) -> Reading:
+def _by_columns(first: Rows, section: SourceSection, named: ColumnsSection) -> RowFormat:
     chosen = named.model_dump(exclude_none=True)
     missing = [name for name in chosen.values() if name not in first.columns]
     if missing:
@@ -180,19 +180,19 @@ def _by_columns(first: Rows, section: SourceSection, named: ColumnsSection) -> R
     return _plain(first, [chosen[column] for column in KINDS[kind]], "columns", ", as dataset.columns says")
 
 
-def _plain(first: Rows, names: Sequence[str], name: str, why: str) -> Reading:
+def _plain(first: Rows, names: Sequence[str], name: str, why: str) -> RowFormat:
     """Columns as they are: a text, or a prompt and a completion, which may be lists of turns."""
-    if len(names) == 2 and all(is_turns(first_value(first, column)) for column in names):
+    if len(names) == 2 and all(is_chat(first_value(first, column)) for column in names):
         reads = (*names, "tools")
         said = f"chats: the turns of {names[0]}, then those of {names[1]}, which alone are learned{why}"
-        return Reading("messages", name, said, _present(first, reads), None, reads, from_chat_pairs)
+        return RowFormat("messages", name, said, _present(first, reads), None, reads, from_chat_pairs)
     kind = "text" if len(names) == 1 else "prompt_completion"
     prompt = "{prompt}" if kind == "prompt_completion" else None
     said = f"{joined(names)} as {'it is' if kind == 'text' else 'they are'}{why}"
-    return Reading(kind, name, said, tuple(names), prompt, tuple(names), from_columns(names))
+    return RowFormat(kind, name, said, tuple(names), prompt, tuple(names), from_columns(names))
 
 
-def _chats(first: Rows, column: str, name: str | None) -> Reading:
+def _chats(first: Rows, column: str, name: str | None) -> RowFormat:
     spoken = is_sharegpt(first_value(first, column))
     said = f"chats in {column} ({'from, value' if spoken else 'role, content'})"
     if "system" in first.columns:
@@ -201,11 +201,11 @@ def _chats(first: Rows, column: str, name: str | None) -> Reading:
     said += f", with the tools in {tools}" if tools is not None else ""
     name = name or ("sharegpt" if spoken else "messages")
     reads = (column, "system", "tools", "functions")
-    return Reading("messages", name, said, _present(first, reads), None, reads, from_chats)
+    return RowFormat("messages", name, said, _present(first, reads), None, reads, from_chats)
 
 
 @dataclass(frozen=True)
-class Dialect:
+class ColumnFormat:
     """Columns that together mean something.
 
     Attributes:
@@ -219,7 +219,7 @@ class Dialect:
     needs: tuple[str, ...]
 
 
-def _instructions(first: Rows, dialect: Dialect, chats: bool) -> Reading:
+def _instructions(first: Rows, dialect: ColumnFormat, chats: bool) -> RowFormat:
     asked, answer = dialect.needs
     more = "context" if dialect.name == "dolly" else "input"
     reads = (asked, more, answer, "system", "history")
@@ -229,21 +229,21 @@ def _instructions(first: Rows, dialect: Dialect, chats: bool) -> Reading:
     if chats:
         both = joined([name for name in (asked, more) if name in used])
         said += f"as chats: the user says {both}, the assistant {answer}"
-        return Reading("messages", dialect.name, said, used, None, reads, make)
+        return RowFormat("messages", dialect.name, said, used, None, reads, make)
     said += 'under the headings "### Instruction:", "### Input:" (where there is one) and "### Response:"'
     prompt = f"### Instruction:\n{{{asked}}}\n\n### Response:\n"
-    return Reading("prompt_completion", dialect.name, said, used, prompt, reads, make)
+    return RowFormat("prompt_completion", dialect.name, said, used, prompt, reads, make)
 
 
-def _questions(dialect: Dialect, chats: bool) -> Reading:
+def _questions(dialect: ColumnFormat, chats: bool) -> RowFormat:
     question, answer = dialect.needs
     make = from_questions(dialect.needs, chats=chats)
     if chats:
         said = f"{question} and {answer} as chats: the user says {question}, the assistant {answer}"
-        return Reading("messages", dialect.name, said, dialect.needs, None, dialect.needs, make)
+        return RowFormat("messages", dialect.name, said, dialect.needs, None, dialect.needs, make)
     prompt = f"Question: {{{question}}}\nAnswer:"
     said = f'{question} and {answer} as "Question: {{{question}}}", then on a new line "Answer: {{{answer}}}"'
-    return Reading("prompt_completion", dialect.name, said, dialect.needs, prompt, dialect.needs, make)
+    return RowFormat("prompt_completion", dialect.name, said, dialect.needs, prompt, dialect.needs, make)
 
 
 def _present(first: Rows, reads: Sequence[str]) -> tuple[str, ...]:
@@ -265,20 +265,20 @@ def _half_characters(made: list[tuple[str, ...]]) -> set[int]:
     return {number for number, texts in enumerate(made) if not is_whole(texts)}
 
 
-DIALECTS = (
-    Dialect("text", "text", ("text",)),
-    Dialect("prompt_completion", "prompt_completion", ("prompt", "completion")),
-    Dialect("messages", "messages", ("messages",)),
-    Dialect("sharegpt", "sharegpt", ("conversations",)),
-    Dialect("alpaca", "alpaca", ("instruction", "output")),
-    Dialect("dolly", "alpaca", ("instruction", "response")),
-    Dialect("question_answer", "question_answer", ("question", "answer")),
-    Dialect("question_answer", "question_answer", ("query", "response")),
-    Dialect("question_answer", "question_answer", ("question", "response")),
+COLUMN_FORMATS = (
+    ColumnFormat("text", "text", ("text",)),
+    ColumnFormat("prompt_completion", "prompt_completion", ("prompt", "completion")),
+    ColumnFormat("messages", "messages", ("messages",)),
+    ColumnFormat("sharegpt", "sharegpt", ("conversations",)),
+    ColumnFormat("alpaca", "alpaca", ("instruction", "output")),
+    ColumnFormat("dolly", "alpaca", ("instruction", "response")),
+    ColumnFormat("question_answer", "question_answer", ("question", "answer")),
+    ColumnFormat("question_answer", "question_answer", ("query", "response")),
+    ColumnFormat("question_answer", "question_answer", ("question", "response")),
 )
 
 
-def recognise(first: Rows, section: SourceSection) -> Dialect:
+def detect_format(first: Rows, section: SourceSection) -> ColumnFormat:
     """The dialect that the recipe names, or the only one that the columns fit.
 
     Raises:
@@ -286,8 +286,8 @@ def recognise(first: Rows, section: SourceSection) -> Dialect:
     """
     if section.format is not None:
         return _named(first, section.format)
-    fits = [dialect for dialect in DIALECTS if set(dialect.needs) <= set(first.columns)]
-    _refuse_other_trades(first)
+    fits = [dialect for dialect in COLUMN_FORMATS if set(dialect.needs) <= set(first.columns)]
+    _refuse_other_tasks(first)
     if len(fits) > 1:
         raise DataError(_several(first, fits))
     if not fits:
@@ -313,13 +313,13 @@ def missing_columns(first: Rows, missing: Sequence[str], wanted: int, key: str, 
         for name in missing
         if (found := nearest(name, first.columns) or nearest(name.partition(".")[0], first.columns)) is not None
     ]
-    mend = (
+    fix = (
         f"did you mean {choice_text([shown(name) for name in dict.fromkeys(near)])}?"
         if near
         else f"name one of these in {key}"
     )
     hint = (_header_hint(first, section) if len(missing) == wanted else "") or _edge_hint(first)
-    return DataError(f"{first.file}: no column {listed(missing)}; it has {listed(first.columns)}; {mend}{hint}")
+    return DataError(f"{first.file}: no column {listed(missing)}; it has {listed(first.columns)}; {fix}{hint}")
 
 
 def first_value(first: Rows, name: str) -> Any:
@@ -332,14 +332,14 @@ def joined(names: Sequence[str]) -> str:
     return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]])) if names else ""
 
 
-def _named(first: Rows, format_: str) -> Dialect:
+def _named(first: Rows, format_: str) -> ColumnFormat:
     # A list of turns is read the same way under either name, so each may stand for the other.
     ways = {"messages": ("messages", "sharegpt"), "sharegpt": ("sharegpt", "messages")}.get(format_)
     if ways is not None:
-        chats = [dialect for way in ways for dialect in DIALECTS if dialect.name == way]
+        chats = [dialect for way in ways for dialect in COLUMN_FORMATS if dialect.name == way]
         fits = [dialect for dialect in chats if dialect.needs[0] in first.columns][:1]
     else:
-        chats = [dialect for dialect in DIALECTS if dialect.format == format_]
+        chats = [dialect for dialect in COLUMN_FORMATS if dialect.format == format_]
         fits = [dialect for dialect in chats if set(dialect.needs) <= set(first.columns)]
     if not fits:
         needs = choice_text([" with ".join(dialect.needs) for dialect in chats])
@@ -352,17 +352,17 @@ def _named(first: Rows, format_: str) -> Dialect:
     return fits[0]
 
 
-def _several(first: Rows, fits: Sequence[Dialect]) -> str:
+def _several(first: Rows, fits: Sequence[ColumnFormat]) -> str:
     shown = joined([f"{dialect.format} ({', '.join(dialect.needs)})" for dialect in fits])
     formats = list(dict.fromkeys(dialect.format for dialect in fits))
     if len(formats) == len(fits):
-        mend = f"set dataset.format: {choice_text(formats)}"
+        fix = f"set dataset.format: {choice_text(formats)}"
     else:
-        mend = f"say which columns with templates, such as {_pair(*fits[0].needs)}"
-    return f"{first.file}: its columns ({listed(first.columns)}) can be read in {len(fits)} ways: {shown}; {mend}"
+        fix = f"say which columns with templates, such as {_pair(*fits[0].needs)}"
+    return f"{first.file}: its columns ({listed(first.columns)}) can be read in {len(fits)} ways: {shown}; {fix}"
 
 
-def _beside_a_question(first: Rows, dialect: Dialect, beside: str) -> str:
+def _beside_a_question(first: Rows, dialect: ColumnFormat, beside: str) -> str:
     question, answer = dialect.needs
     return (
         f"{first.file}: the column {beside} beside {question} and {answer} may belong into the prompt; say it with "
@@ -373,7 +373,7 @@ def _beside_a_question(first: Rows, dialect: Dialect, beside: str) -> str:
 
 def _unknown(first: Rows, section: SourceSection) -> str:
     names = [name for name in first.columns if not _NO_EXAMPLE.search(name)] or ["column"]
-    chat = next((name for name in first.columns if is_turns(first_value(first, name))), None)
+    chat = next((name for name in first.columns if is_chat(first_value(first, name))), None)
     texts = [name for name in names if isinstance(first_value(first, name), str | int | float)] or names
     learned = next((name for name in texts if _LEARNED.search(name)), texts[-1])
     asked = next((name for name in texts if name != learned), None)
@@ -399,38 +399,38 @@ def _is_like_a_cell(name: str) -> bool:
     return len(name) > LONG_NAME or name.replace(".", "", 1).isdecimal() or _SENTENCE.search(name) is not None
 
 
-def _refuse_other_trades(first: Rows) -> None:
+def _refuse_other_tasks(first: Rows) -> None:
     """Raise for data made for another kind of training, with what they can teach here."""
     names = set(first.columns)
     tags = next((name for name in _TAGS if name in names), None)
     labelled = next((name for name in _LABELLED if name in names), None)
     if {"chosen", "rejected"} <= names:
         what = "a chosen and a rejected answer in each row (preference data)"
-        mend = f"to learn the chosen ones, set {_chosen(first)}"
+        fix = f"to learn the chosen ones, set {_chosen(first)}"
     elif {"prompt", "completion", "label"} <= names and _is_true_or_false(first_value(first, "label")):
         what = "completions labelled as good or bad (KTO data)"
-        mend = (
+        fix = (
             "every completion would be learned as good; keep the rows whose label is true, and set "
             "dataset.format: prompt_completion"
         )
     elif "tokens" in names and tags is not None:
         what = f"a tag for each word ({tags}; token classification)"
-        mend = f"set model.task: token-classification, or, to learn the tags as text, {_pair('tokens', tags)}"
+        fix = f"set model.task: token-classification, or, to learn the tags as text, {_pair('tokens', tags)}"
         if isinstance(first_value(first, tags), list) and not all(isinstance(v, str) for v in first_value(first, tags)):
-            mend += f", with the tags' names in {tags} in place of numbers"
+            fix += f", with the tags' names in {tags} in place of numbers"
     elif labelled is not None and "label" in names and not {"prompt", "completion"} <= names:
         what = f"a label for each {labelled} (classification)"
-        mend = f"set model.task: sequence-classification, or, to learn the label as text, {_pair(labelled, 'label')}"
-        mend += "; to learn the text alone, dataset.format: text" if labelled == "text" else ""
+        fix = f"set model.task: sequence-classification, or, to learn the label as text, {_pair(labelled, 'label')}"
+        fix += "; to learn the text alone, dataset.format: text" if labelled == "text" else ""
     else:
         return
-    raise DataError(f"{first.file}: its columns ({listed(first.columns)}) hold {what}; {mend}")
+    raise DataError(f"{first.file}: its columns ({listed(first.columns)}) hold {what}; {fix}")
 
 
 def _chosen(first: Rows) -> str:
     prompted = "prompt" in first.columns
-    if is_turns(first_value(first, "chosen")):
-        both = prompted and is_turns(first_value(first, "prompt"))
+    if is_chat(first_value(first, "chosen")):
+        both = prompted and is_chat(first_value(first, "prompt"))
         return "dataset.columns: " + ("{prompt: prompt, completion: chosen}" if both else "{messages: chosen}")
     return 'dataset: {prompt: "{prompt}", completion: "{chosen}"}' if prompted else 'dataset.text: "{chosen}"'
 

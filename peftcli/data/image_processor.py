@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peftcli.data.values import Unused
+from peftcli.data.values import SkipRow
 from peftcli.errors import MachineError
 
 if TYPE_CHECKING:
@@ -37,23 +37,23 @@ def read_image(path: Path) -> "Image":
     from PIL.Image import open as open_image
 
     if not path.is_file():
-        raise Unused(MISSING)
+        raise SkipRow(MISSING)
     try:
         if not path.stat().st_size:
-            raise Unused(EMPTY)
+            raise SkipRow(EMPTY)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of Pillow: of odd metadata, and of sizes, which are looked at here
             with open_image(path, formats=FORMATS) as image:
                 if image.width * image.height > MOST_PIXELS:
-                    raise Unused(HUGE)
+                    raise SkipRow(HUGE)
                 image.load()
                 return _upright_rgb(image)
-    except Unused:
+    except SkipRow:
         raise
     except UnidentifiedImageError as problem:
-        raise Unused(NO_IMAGE) from problem
+        raise SkipRow(NO_IMAGE) from problem
     except Exception as problem:  # decoders raise errors of every kind on bytes that somebody made up
-        raise Unused(HUGE if "bomb" in type(problem).__name__.lower() else DAMAGED) from problem
+        raise SkipRow(HUGE if "bomb" in type(problem).__name__.lower() else DAMAGED) from problem
 
 
 def _upright_rgb(image: "Image") -> "Image":
@@ -86,7 +86,7 @@ def need_pillow() -> None:
         raise MachineError("model.task: image-classification needs Pillow; pip install 'peftcli[image]'") from problem
 
 
-class ImageReader:
+class ImageProcessor:
     """The image processor of a base model, where a tokenizer stands for text.
 
     It has those attributes of a tokenizer that a task with labels asks for; each image counts as one token, with id 0.

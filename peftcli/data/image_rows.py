@@ -8,13 +8,13 @@ import numpy as np
 
 from peftcli.data.class_labels import LabelColumn
 from peftcli.data.examples import Maker
-from peftcli.data.formats import Reading
+from peftcli.data.formats import RowFormat
 from peftcli.data.image_processor import pixel_hash, read_image
 from peftcli.data.label_formats import LABEL_WORDS, Given, check_named, choose_label, only_column
 from peftcli.data.label_tokenize import TextClasses
 from peftcli.data.rows import Rows
-from peftcli.data.tokenize import FLAGS, TokenBatch
-from peftcli.data.values import Unused, is_null
+from peftcli.data.tokenize import FLAGS, TokenizedBatch
+from peftcli.data.values import SkipRow, is_null
 from peftcli.recipe.schema import SourceSection
 
 IMAGES = ("image", "file", "file_name", "filename", "path", "image_path", "img")
@@ -23,7 +23,7 @@ BELOW = "in a folder below that of a class"
 NOTHING_IN = "with no image in the folder of a class"
 
 
-def choose_images(first: Rows, section: SourceSection, given: Given) -> Reading:
+def choose_images(first: Rows, section: SourceSection, given: Given) -> RowFormat:
     """The reading of rows that name an image and its class.
 
     Args:
@@ -40,7 +40,7 @@ def choose_images(first: Rows, section: SourceSection, given: Given) -> Reading:
     asked = "single-label" if first.is_folder and given.rule.problem == "auto" else None
     column, names = choose_label(first, section, given, (image,), asked)
     said = f"the images of {image} with the {LABEL_WORDS[column.problem]} in {column.name}"
-    return Reading(
+    return RowFormat(
         kind="images",
         name="images",
         said="images, each in the folder of its class" if first.is_folder else said,
@@ -69,22 +69,22 @@ def _from_files(folder: Path, column: LabelColumn, *, folders: bool) -> Maker:
 
 def _file_name(value: Any) -> str:
     if is_null(value) or value == "":
-        raise Unused("with no image named")
+        raise SkipRow("with no image named")
     if not isinstance(value, str):
-        raise Unused("with an image that is not the name of a file")
+        raise SkipRow("with an image that is not the name of a file")
     if "://" in value:
-        raise Unused("with an address in place of a file")
+        raise SkipRow("with an address in place of a file")
     if "\0" in value:
-        raise Unused("with a zero byte in the name of its image")
+        raise SkipRow("with a zero byte in the name of its image")
     return value
 
 
 def _check_place(name: str) -> None:
     depth = name.rstrip("/").count("/") + name.endswith("/")
     if name.endswith("/"):
-        raise Unused(NOTHING_IN)
+        raise SkipRow(NOTHING_IN)
     if depth != 1:
-        raise Unused(NO_CLASS if depth == 0 else BELOW)
+        raise SkipRow(NO_CLASS if depth == 0 else BELOW)
 
 
 class ImageClasses(TextClasses):
@@ -92,14 +92,14 @@ class ImageClasses(TextClasses):
 
     def batch(
         self, columns: Mapping[str, Sequence[str]], ends: Sequence[bool] | None, too_long: str | None
-    ) -> TokenBatch:
+    ) -> TokenizedBatch:
         """One token for each image, and its label."""
         count = len(columns["image"])
         ones, none = np.ones(count, np.int64), np.zeros(count, bool)
-        return TokenBatch(
+        return TokenizedBatch(
             of=np.arange(count),
             flat=np.zeros(count, np.int32),
-            trained_flat=none,
+            loss_mask=none,
             lengths=ones,
             uncut=ones,
             trained=ones,

@@ -8,11 +8,11 @@ from typing import Any
 
 from peftcli.data.class_labels import LabelColumn, Names, read_labels, tag_names
 from peftcli.data.examples import Maker, from_templates
-from peftcli.data.formats import Reading, joined, missing_columns
+from peftcli.data.formats import RowFormat, joined, missing_columns
 from peftcli.data.rows import Rows, listed
-from peftcli.data.values import Unused, is_null, parsed_list, template_text, whole_text
+from peftcli.data.values import SkipRow, is_null, parsed_list, template_text, whole_text
 from peftcli.errors import DataError
-from peftcli.plan.plan import LabelRule
+from peftcli.plan.plan import LossMask
 from peftcli.recipe.schema import SourceSection
 from peftcli.recipe.template import split_path, template_columns
 
@@ -43,13 +43,13 @@ class Given:
         folder: that the names of images are relative to.
     """
 
-    rule: LabelRule
+    rule: LossMask
     names: Names | None
     of_columns: Mapping[str, Names]
     folder: Path | None = None
 
 
-def choose_labelled(first: Rows, section: SourceSection, given: Given) -> Reading:
+def choose_label_format(first: Rows, section: SourceSection, given: Given) -> RowFormat:
     """The reading of rows with labels that the recipe asks for, or the only one that the columns fit.
 
     Args:
@@ -75,22 +75,22 @@ def check_named(first: Rows, section: SourceSection) -> None:
         raise missing_columns(first, missing, len(chosen), keys, section)
 
 
-def _tagging(first: Rows, section: SourceSection, given: Given) -> Reading:
+def _tagging(first: Rows, section: SourceSection, given: Given) -> RowFormat:
     named = section.columns
     words = (named.tokens if named else None) or only_column(first, WORDS, "tokens", "the words", ())
     tags = (named.tags if named else None) or only_column(first, TAGS, "tags", "their tags", ())
     names = given.names or given.of_columns.get(tags)
     said = f"the words of {words} with the tags of {tags}{_as_said(named)}"
     reads = (words, tags)
-    return Reading("tagging", "tags", said, reads, None, reads, _from_words(words, tags, names), names=names)
+    return RowFormat("tagging", "tags", said, reads, None, reads, _from_words(words, tags, names), names=names)
 
 
-def _classification(first: Rows, section: SourceSection, given: Given) -> Reading:
+def _classification(first: Rows, section: SourceSection, given: Given) -> RowFormat:
     named = section.columns
     texts = _texts(first, section)
     column, names = choose_label(first, section, given, texts.reads)
     label = column.name
-    return Reading(
+    return RowFormat(
         kind="classification",
         name="labels",
         said=f"{texts.said} with the {LABEL_WORDS[column.problem]} in {label}{_as_said(named)}",
@@ -150,7 +150,7 @@ class _Texts:
             more = zip(values[count:], self.reads[count:], strict=True)
             texts = [self.fill(values[:count])[0], *(whole_text(value, name) for value, name in more)]
         if not all(text.strip() for text in texts):
-            raise Unused(EMPTY_TEXT)
+            raise SkipRow(EMPTY_TEXT)
         return texts
 
 
@@ -223,9 +223,9 @@ def _from_words(words_name: str, tags_name: str, names: Names | None) -> Maker:
         words = [_word(word, words_name) for word in _items(values[0], words_name)]
         tags = [read_tag(tag) for tag in _items(values[1], tags_name)]
         if not words:
-            raise Unused(f"with no word in {words_name}")
+            raise SkipRow(f"with no word in {words_name}")
         if len(words) != len(tags):
-            raise Unused(f"with another number of {tags_name} than of {words_name}")
+            raise SkipRow(f"with another number of {tags_name} than of {words_name}")
         return json.dumps(words, ensure_ascii=False), json.dumps(tags, ensure_ascii=False), " ".join(words)
 
     return make
@@ -236,11 +236,11 @@ def _items(value: Any, name: str) -> Sequence[Any]:
     if isinstance(value, str) and not value.lstrip().startswith("["):
         return value.split()
     if is_null(value):
-        raise Unused(f"with {name} null")
+        raise SkipRow(f"with {name} null")
     return parsed_list(value, f"with {name} not a list")
 
 
 def _word(value: Any, name: str) -> str:
     if is_null(value):
-        raise Unused(f"with a word of {name} null")
+        raise SkipRow(f"with a word of {name} null")
     return template_text(value, name)

@@ -11,11 +11,11 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from peftcli.data.class_labels import Names, sorted_names
-from peftcli.data.dedup import firsts
+from peftcli.data.dedup import first_occurrence
 from peftcli.data.formats import Examples
 from peftcli.data.quality import hide_keys
 from peftcli.data.rows import FIRST_PLACES, Dropped, Rows, listed
-from peftcli.data.stats import SHOWN_LABELS, Side, counted
+from peftcli.data.stats import SHOWN_LABELS, Split, counted
 from peftcli.data.store import Store
 from peftcli.errors import DataError
 from peftcli.metrics.tagging import entities_of, span_tags
@@ -64,7 +64,7 @@ def check_classes(names: Names, store: Store) -> None:
             )
 
 
-def label_facts(train: Side, test: Side) -> dict[str, Any]:
+def label_stats(train: Split, test: Split) -> dict[str, Any]:
     """How labels are spread over both sides, and which rows contradict others.
 
     Args:
@@ -94,14 +94,14 @@ def label_facts(train: Side, test: Side) -> dict[str, Any]:
     return facts | (_words([train, test]) if "words" in stored else {})
 
 
-def class_counts(side: Side, classes: int) -> NDArray[np.int64]:
+def class_counts(side: Split, classes: int) -> NDArray[np.int64]:
     """(classes,), how often each class or tag stands on a side."""
     values = _values(side)
     found: NDArray[np.int64] = np.bincount(values[values >= 0], minlength=classes)
     return found
 
 
-def say_label_warnings(facts: Mapping[str, Any]) -> list[str]:
+def label_warnings(facts: Mapping[str, Any]) -> list[str]:
     """What a person should know of the labels before the first step, as sentences."""
     said = [
         _absent(facts, "train", "training", "it cannot be learned"),
@@ -141,7 +141,7 @@ def _say_words(words: Mapping[str, Any] | None) -> list[str]:
     return said
 
 
-def _words(sides: Sequence[Side]) -> dict[str, Any]:
+def _words(sides: Sequence[Split]) -> dict[str, Any]:
     """Words, tags and entities of the rows that were read, of both sides together."""
     stores = list({id(side.store): side.store.facts for side in sides}.values())
     words: Counter[str] = Counter()
@@ -156,9 +156,9 @@ def _words(sides: Sequence[Side]) -> dict[str, Any]:
     return {"words": found | {"odd_tag_examples": places[:FIRST_PLACES]}}
 
 
-def _conflicts(train: Side) -> dict[str, Any]:
+def _conflicts(train: Split) -> dict[str, Any]:
     """Rows with the text of an earlier one, and another label."""
-    first = firsts(train.column("prompt"))
+    first = first_occurrence(train.column("prompt"))
     whole = train.column("plain")
     rows = np.flatnonzero((first != np.arange(len(first))) & (whole != whole[first]))
     pairs = zip(train.places(rows[:FIRST_PLACES]), train.places(first[rows[:FIRST_PLACES]]), strict=True)
@@ -168,18 +168,18 @@ def _conflicts(train: Side) -> dict[str, Any]:
     }
 
 
-def _spread(side: Side) -> dict[str, float]:
+def _spread(side: Split) -> dict[str, float]:
     values = _values(side).astype(np.float64)
     figures = {"min": values.min(), "median": np.median(values), "max": values.max(), "mean": values.mean()}
     return {name: float(value) for name, value in (figures | {"deviation": values.std()}).items()}
 
 
-def _without(side: Side) -> int:
+def _without(side: Split) -> int:
     lists = side.store.examples.column("labels").take(pa.array(side.rows, pa.int64()))
     return int(pc.sum(pc.equal(pc.list_value_length(lists), 0)).as_py() or 0)
 
 
-def _values(side: Side) -> NDArray[Any]:
+def _values(side: Split) -> NDArray[Any]:
     lists = side.store.examples.column("labels").take(pa.array(side.rows, pa.int64()))
     values: NDArray[Any] = pc.list_flatten(lists).to_numpy()
     return values

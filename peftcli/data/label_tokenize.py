@@ -12,10 +12,10 @@ from transformers import PreTrainedTokenizerBase
 
 from peftcli.data.class_labels import sorted_names
 from peftcli.data.encode import encode, flatten
-from peftcli.data.tokenize import FLAGS, IGNORED, Counts, Flags, Ids, TokenBatch, row_sums
+from peftcli.data.tokenize import FLAGS, IGNORED, Counts, Flags, Ids, TokenizedBatch, row_sums
 from peftcli.errors import DataError
 from peftcli.metrics.tagging import OUTSIDE
-from peftcli.plan.plan import LabelRule
+from peftcli.plan.plan import LossMask
 
 NO_WORD = "with no word that gets a token"
 
@@ -39,7 +39,7 @@ class Classes:
 class TextClasses:
     """Tokenizes texts as the tokenizer does by default, and numbers their classes."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, rule: LabelRule, problem: str, classes: Classes) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, rule: LossMask, problem: str, classes: Classes) -> None:
         self._tokenizer = tokenizer
         self._limit = rule.max_length
         self._problem = problem
@@ -47,7 +47,7 @@ class TextClasses:
 
     def batch(
         self, columns: Mapping[str, Sequence[str]], ends: Sequence[bool] | None, too_long: str | None
-    ) -> TokenBatch:
+    ) -> TokenizedBatch:
         """Token ids and labels of a batch; `too_long` is `drop`, or anything else for a cut.
 
         Raises:
@@ -65,10 +65,10 @@ class TextClasses:
         flat, lengths = flatten([rows[row] for row in kept])
         dropped = [(int(row), f"longer than max_length {self._limit}") for row in np.flatnonzero(~keep)]
         values = [self._labels(columns["label"][row]) for row in kept.tolist()]
-        return TokenBatch(
+        return TokenizedBatch(
             of=kept,
             flat=flat,
-            trained_flat=np.zeros(len(flat), bool),
+            loss_mask=np.zeros(len(flat), bool),
             lengths=lengths,
             uncut=uncut[kept],
             trained=np.ones(len(kept), np.int64),
@@ -124,7 +124,7 @@ class TextClasses:
 
 
 @dataclass(frozen=True)
-class Aligned:
+class AlignedWords:
     """A row of words as tokens.
 
     Attributes:
@@ -138,7 +138,7 @@ class Aligned:
     lead: int
     tail: int
 
-    def cut(self, limit: int) -> "Aligned":
+    def cut(self, limit: int) -> "AlignedWords":
         """The row with at most `limit` tokens; the special tokens at its end stay.
 
         >>> Aligned([1, 7, 8, 9, 2], [None, 0, None, 1, None], 1, 1).cut(4)
@@ -148,7 +148,7 @@ class Aligned:
             return self
         kept, end = limit - self.tail, len(self.ids) - self.tail
         ids, words = self.ids[:kept] + self.ids[end:], self.words[:kept] + self.words[end:]
-        return Aligned(ids, words, self.lead, self.tail)
+        return AlignedWords(ids, words, self.lead, self.tail)
 
 
 class WordTags:
@@ -159,7 +159,7 @@ class WordTags:
             `cut_tagged`, those lost at max_length.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, rule: LabelRule, classes: Classes) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, rule: LossMask, classes: Classes) -> None:
         self._tokenizer = tokenizer
         self._limit = rule.max_length
         self._classes = classes
@@ -167,7 +167,7 @@ class WordTags:
 
     def batch(
         self, columns: Mapping[str, Sequence[str]], ends: Sequence[bool] | None, too_long: str | None
-    ) -> TokenBatch:
+    ) -> TokenizedBatch:
         """Token ids and tag numbers of a batch.
 
         Args:
@@ -181,7 +181,7 @@ class WordTags:
         tags = [json.loads(one) for one in columns["tags"]]
         dropped: list[tuple[int, str]] = []
         pieces: list[_Piece] = []
-        for row, aligned in enumerate(align(words, self._tokenizer)):
+        for row, aligned in enumerate(align_words(words, self._tokenizer)):
             if too_long == "drop" and len(aligned.ids) > self._limit:
                 dropped.append((row, f"longer than max_length {self._limit}"))
                 continue
@@ -197,7 +197,7 @@ class WordTags:
         """-1 for each example, since it has many tags."""
         return [-1] * len(columns["tags"])
 
-    def _pieces(self, row: int, aligned: Aligned, tags: Sequence[str], *, split: bool) -> "Iterable[_Piece]":
+    def _pieces(self, row: int, aligned: AlignedWords, tags: Sequence[str], *, split: bool) -> "Iterable[_Piece]":
         length = len(aligned.ids)
         parts = _split(aligned, self._limit) if split else [aligned.cut(self._limit)]
         for part in parts:
@@ -205,7 +205,7 @@ class WordTags:
             uncut = len(part.ids) if split else length
             yield _Piece(row, part.ids, labels, uncut, not split and length > self._limit)
 
-    def _count(self, aligned: Aligned, tags: Sequence[str], pieces: Sequence["_Piece"]) -> None:
+    def _count(self, aligned: AlignedWords, tags: Sequence[str], pieces: Sequence["_Piece"]) -> None:
         carried = [word for word in aligned.words if word is not None]
         kept = sum(piece.tagged for piece in pieces)
         tagged = [tags[word] != OUTSIDE for word in carried]
@@ -215,14 +215,14 @@ class WordTags:
         self.counts["cut"] += len(carried) - kept
         self.counts["cut_tagged"] += sum(tagged[kept:])
 
-    def _finish(self, pieces: Sequence["_Piece"], dropped: list[tuple[int, str]]) -> TokenBatch:
+    def _finish(self, pieces: Sequence["_Piece"], dropped: list[tuple[int, str]]) -> TokenizedBatch:
         flat, lengths = flatten([piece.ids for piece in pieces])
         labels, _ = flatten([piece.labels for piece in pieces])
         truncated = np.array([piece.truncated for piece in pieces], bool)
-        return TokenBatch(
+        return TokenizedBatch(
             of=np.array([piece.row for piece in pieces], np.int64),
             flat=flat,
-            trained_flat=labels != IGNORED,
+            loss_mask=labels != IGNORED,
             lengths=lengths,
             uncut=np.array([piece.uncut for piece in pieces], np.int64),
             trained=np.array([piece.tagged for piece in pieces], np.int64),
@@ -248,7 +248,7 @@ class _Piece:
         return sum(label != IGNORED for label in self.labels)
 
 
-def _split(aligned: Aligned, limit: int) -> Iterable[Aligned]:
+def _split(aligned: AlignedWords, limit: int) -> Iterable[AlignedWords]:
     """Pieces of at most `limit` tokens, each with the special tokens at both ends; words stay whole if possible."""
     lead, tail = aligned.lead, aligned.tail
     end = len(aligned.ids) - tail
@@ -258,7 +258,7 @@ def _split(aligned: Aligned, limit: int) -> Iterable[Aligned]:
         starts = [place for place in range(at + 1, stop + 1) if place == end or aligned.words[place] is not None]
         stop = stop if stop == end or not starts else starts[-1]
         ids = aligned.ids[:lead] + aligned.ids[at:stop] + aligned.ids[end:]
-        yield Aligned(ids, aligned.words[:lead] + aligned.words[at:stop] + aligned.words[end:], lead, tail)
+        yield AlignedWords(ids, aligned.words[:lead] + aligned.words[at:stop] + aligned.words[end:], lead, tail)
         at = stop
 
 
@@ -271,7 +271,7 @@ def label_flags(flat: Ids, lengths: Counts, truncated: Flags, tokenizer: PreTrai
     return dict.fromkeys(FLAGS, none) | {"truncated": truncated, "unknown": unknown}
 
 
-def align(rows: Sequence[Sequence[str]], tokenizer: PreTrainedTokenizerBase) -> list[Aligned]:
+def align_words(rows: Sequence[Sequence[str]], tokenizer: PreTrainedTokenizerBase) -> list[AlignedWords]:
     """The tokens of rows of words, as the tokenizer writes the words with a space between them.
 
     A tokenizer that writes the same ids for a list of words as for their text is given the list. One that would write
@@ -310,11 +310,11 @@ def takes_words(tokenizer: PreTrainedTokenizerBase) -> bool:
     return bool(words == encode([" ".join(_PROBE)], tokenizer)[0])
 
 
-def _of_encoding(encoding: Any, words: list[int | None]) -> Aligned:
+def _of_encoding(encoding: Any, words: list[int | None]) -> AlignedWords:
     special = encoding.special_tokens_mask
     lead = next((at for at, one in enumerate(special) if not one), len(special))
     tail = next((at for at, one in enumerate(reversed(special)) if not one), 0) if lead < len(special) else 0
-    return Aligned(list(encoding.ids), words, lead, tail)
+    return AlignedWords(list(encoding.ids), words, lead, tail)
 
 
 def _first_of(words: Sequence[int | None]) -> list[int | None]:

@@ -9,20 +9,20 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from peftcli.data.formats import KINDS, Examples, Reading, choose_reading
+from peftcli.data.formats import KINDS, Examples, RowFormat, choose_format
 from peftcli.data.image_rows import ImageClasses, choose_images
 from peftcli.data.join import Join
-from peftcli.data.label_formats import Given, choose_labelled
+from peftcli.data.label_formats import Given, choose_label_format
 from peftcli.data.label_stats import TagCounts
 from peftcli.data.label_tokenize import Classes, TextClasses, WordTags
-from peftcli.data.quality import Scan
-from peftcli.data.row_index import known_of, signatures_of
+from peftcli.data.quality import ColumnScan
+from peftcli.data.row_index import row_hashes, signatures_of
 from peftcli.data.rows import Dropped, Rows, Source
 from peftcli.data.special_tokens import SpecialTexts
 from peftcli.data.store import Writer
-from peftcli.data.tokenize import TokenBatch, Tokens
+from peftcli.data.tokenize import TokenizedBatch, TokenizeStep
 from peftcli.errors import DataError
-from peftcli.plan.plan import LabelRule
+from peftcli.plan.plan import LossMask
 from peftcli.progress import Progress
 from peftcli.recipe.rules import IMAGES
 from peftcli.recipe.schema import DatasetSection, SourceSection
@@ -32,7 +32,7 @@ MANY_LABELS = 5000
 
 
 @dataclass(frozen=True)
-class Asked:
+class DataRequest:
     """What one pass needs to know besides its sources.
 
     Attributes:
@@ -42,16 +42,16 @@ class Asked:
     """
 
     dataset: DatasetSection
-    rule: LabelRule
+    rule: LossMask
     limit: int | None = None
 
 
-def ingest(
+def run_pipeline(
     folder: Path,
     sources: Sequence[tuple[Source, SourceSection]],
     joins: Sequence[Join],
     tokenizer: PreTrainedTokenizerBase,
-    asked: Asked,
+    asked: DataRequest,
     progress: Progress,
 ) -> None:
     """Read all sources into a store.
@@ -64,23 +64,23 @@ def ingest(
     Raises:
         DataError: a source cannot be read, the sources hold different kinds, or no row is usable.
     """
-    _Pass(folder, sources, joins, tokenizer, asked, progress).run()
+    TokenizePipeline(folder, sources, joins, tokenizer, asked, progress).run()
 
 
 @dataclass
-class _Pass:
+class TokenizePipeline:
     """The state of one pass."""
 
     folder: Path
     sources: Sequence[tuple[Source, SourceSection]]
     joins: Sequence[Join]
     tokenizer: PreTrainedTokenizerBase
-    asked: Asked
+    asked: DataRequest
     progress: Progress
 
     def __post_init__(self) -> None:
-        self._reading: Reading | None = None
-        self._tokens: Tokens | TextClasses | WordTags | None = None
+        self._reading: RowFormat | None = None
+        self._tokens: TokenizeStep | TextClasses | WordTags | None = None
         self._classes = Classes()
         self._tags = TagCounts()
         self._dropped = Dropped()
@@ -106,7 +106,7 @@ class _Pass:
                         continue
                     if reading is None:
                         reading = self._choose(rows, source, section)
-                        scan = Scan(source.name, reading.columns)
+                        scan = ColumnScan(source.name, reading.columns)
                     writer = writer or Writer(self.folder, KINDS[reading.kind], numbers=reading.problem == "regression")
                     assert scan is not None  # made with the reading
                     scan.add(rows)
@@ -150,7 +150,7 @@ class _Pass:
             self._dropped.add(before, lost)
         return rows
 
-    def _choose(self, rows: Rows, source: Source, section: SourceSection) -> Reading:
+    def _choose(self, rows: Rows, source: Source, section: SourceSection) -> RowFormat:
         reading = self._read_as(rows, source, section)
         if self._reading is not None and self._reading.kind != reading.kind:
             raise DataError(
@@ -162,19 +162,19 @@ class _Pass:
             self._tokens = self._tokenizing(reading)
         return reading
 
-    def _read_as(self, rows: Rows, source: Source, section: SourceSection) -> Reading:
+    def _read_as(self, rows: Rows, source: Source, section: SourceSection) -> RowFormat:
         rule = self.asked.rule
         if rule.task == "causal-lm":
-            return choose_reading(rows, section, chats=bool(self.tokenizer.chat_template))
+            return choose_format(rows, section, chats=bool(self.tokenizer.chat_template))
         if self._reading is not None and self._reading.problem is not None:
             rule = replace(rule, problem=self._reading.problem)
         folder = getattr(source, "folder", None)
         given = Given(rule, self.asked.dataset.labels, getattr(source, "class_names", {}), folder)
         if rule.task == IMAGES:
             return choose_images(rows, section, given)
-        return choose_labelled(rows, section, given)
+        return choose_label_format(rows, section, given)
 
-    def _tokenizing(self, reading: Reading) -> Tokens | TextClasses | WordTags:
+    def _tokenizing(self, reading: RowFormat) -> TokenizeStep | TextClasses | WordTags:
         for name in reading.names or ():
             self._classes.number(name)
         if reading.kind == "tagging":
@@ -182,7 +182,7 @@ class _Pass:
         if reading.problem is not None:
             make = ImageClasses if reading.kind == "images" else TextClasses
             return make(self.tokenizer, self.asked.rule, reading.problem, self._classes)
-        return Tokens(reading.kind, self.tokenizer, self.asked.rule)
+        return TokenizeStep(reading.kind, self.tokenizer, self.asked.rule)
 
     def _start(self, writer: Writer, source: int, rows: Rows, examples: Examples) -> Callable[[], None]:
         """Begin to encode a batch; what is returned waits for it, counts it and writes it."""
@@ -193,7 +193,7 @@ class _Pass:
         given = examples.columns, ends, self.asked.dataset.too_long
         # Classes are numbered in the order of the rows, so their batches are made one after the other.
         tokens = self._tokens
-        batch = tokens.start(*given) if isinstance(tokens, Tokens) else partial(tokens.batch, *given)
+        batch = tokens.start(*given) if isinstance(tokens, TokenizeStep) else partial(tokens.batch, *given)
 
         def finish() -> None:
             self._dropped.add(rows, examples.dropped)
@@ -201,12 +201,12 @@ class _Pass:
 
         return finish
 
-    def _add(self, writer: Writer, source: int, rows: Rows, examples: Examples, batch: TokenBatch) -> None:
+    def _add(self, writer: Writer, source: int, rows: Rows, examples: Examples, batch: TokenizedBatch) -> None:
         self._dropped.add(rows, [(examples.kept[row], reason) for row, reason in batch.dropped])
         if isinstance(self._tokens, WordTags):
             self._tags.add(rows, examples)
         self._special.add(rows, examples)
-        known = known_of(rows, examples, batch, self.asked.dataset)
+        known = row_hashes(rows, examples, batch, self.asked.dataset)
         known["source"] = np.full(len(batch.of), source, np.int32)
         known["file"] = np.full(len(batch.of), self._files.setdefault(rows.file, len(self._files)), np.int32)
         known["label"] = np.array(self._label_numbers(examples), np.int32)[batch.of]
@@ -214,7 +214,7 @@ class _Pass:
 
     def _label_numbers(self, examples: Examples) -> list[int]:
         """A number for each different answer, as long as there are few enough to be labels."""
-        if not isinstance(self._tokens, Tokens):
+        if not isinstance(self._tokens, TokenizeStep):
             assert self._tokens is not None  # chosen before the first batch
             return self._tokens.numbers(examples.columns)
         answers = examples.columns.get("completion")
@@ -228,7 +228,7 @@ class _Pass:
         return numbers
 
     def _source_facts(
-        self, source: Source, section: SourceSection, reading: Reading | None, rows: int
+        self, source: Source, section: SourceSection, reading: RowFormat | None, rows: int
     ) -> dict[str, Any]:
         return {
             "path": source.name,
@@ -253,8 +253,8 @@ class _Pass:
             **self._label_facts(self._reading),
         }
 
-    def _label_facts(self, reading: Reading) -> dict[str, Any]:
-        if isinstance(self._tokens, Tokens):
+    def _label_facts(self, reading: RowFormat) -> dict[str, Any]:
+        if isinstance(self._tokens, TokenizeStep):
             return {}
         words = {"words": dict(self._tokens.counts), **self._tags.facts()} if isinstance(self._tokens, WordTags) else {}
         return {
@@ -272,8 +272,8 @@ class _Pass:
                 return join.no_partner()
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in self._dropped.counts.most_common(6))
         first = next(iter(self._dropped.places.values()), [""])[0]
-        mend = "; raise dataset.max_length" if any("max_length" in reason for reason in self._dropped.counts) else ""
-        return f"{names}: no usable row of {self._read:,}: {reasons}" + (f" (first {first})" if first else "") + mend
+        fix = "; raise dataset.max_length" if any("max_length" in reason for reason in self._dropped.counts) else ""
+        return f"{names}: no usable row of {self._read:,}: {reasons}" + (f" (first {first})" if first else "") + fix
 
 
 def _nothing() -> None:

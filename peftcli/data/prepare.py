@@ -11,22 +11,31 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from transformers import PreTrainedTokenizerBase
 
-from peftcli.data.cache import kept_rows
+from peftcli.data.cache import load_or_tokenize
 from peftcli.data.chat_template import Chat, last_answer, read_chats, render
 from peftcli.data.class_labels import label_said
 from peftcli.data.encode import as_lists, encode, encode_prompts, flatten, stop_ids
 from peftcli.data.formats import LABELLED
-from peftcli.data.label_stats import check_classes, class_names, label_facts, say_label_warnings
-from peftcli.data.pipeline import Asked
-from peftcli.data.readers.images import open_photos
+from peftcli.data.label_stats import check_classes, class_names, label_stats, label_warnings
+from peftcli.data.pipeline import DataRequest
+from peftcli.data.readers.images import open_images
 from peftcli.data.readers.open import open_source
 from peftcli.data.rows import BATCH_ROWS, Source
-from peftcli.data.split import rehearsed_split, split_sides, weighted, without_equal
-from peftcli.data.stats import EQUAL, Side, balance, compare_rows, count_ends, count_rows, crossed_limits, say_warnings
+from peftcli.data.split import drop_duplicates_of_test, rehearsed_split, split_rows, weighted
+from peftcli.data.stats import (
+    EQUAL,
+    Split,
+    balance,
+    compare_rows,
+    count_ends,
+    count_rows,
+    crossed_limits,
+    data_warnings,
+)
 from peftcli.data.store import Store
-from peftcli.data.synthetic import MadeUp
+from peftcli.data.synthetic import SyntheticSource
 from peftcli.errors import DataError
-from peftcli.plan.plan import LabelRule
+from peftcli.plan.plan import LossMask
 from peftcli.progress import Progress
 from peftcli.recipe.rules import IMAGES
 from peftcli.recipe.schema import DatasetSection, SourceSection, TestSection
@@ -44,7 +53,7 @@ class PreparedData:
 
     Attributes:
         train: the training rows; a row with a weight above 1 stands there several times.
-        test_side: the test rows; none where the recipe trains on all rows.
+        test_split: the test rows; none where the recipe trains on all rows.
         format: `prompt_completion`, `messages`, `text`, `classification`, `tagging` or `images`.
         stop_ids: token ids on which an answer ends; none where rows have labels.
         prompt: template that new prompts are written in; None for chats and for plain text.
@@ -55,8 +64,8 @@ class PreparedData:
         problem: of a classification: `single-label`, `multi-label` or `regression`.
     """
 
-    train: Side
-    test_side: Side
+    train: Split
+    test_split: Split
     format: str
     stop_ids: frozenset[int]
     prompt: str | None
@@ -70,7 +79,7 @@ class PreparedData:
     @property
     def holds_out(self) -> bool:
         """Whether there are test rows."""
-        return len(self.test_side.rows) > 0
+        return len(self.test_split.rows) > 0
 
     @cached_property
     def test(self) -> pa.Table:
@@ -78,7 +87,7 @@ class PreparedData:
 
         Only where `holds_out`.
         """
-        return held_out_table(self.test_side, self.format, self.tokenizer)
+        return held_out_table(self.test_split, self.format, self.tokenizer)
 
     def comparable(self, rows: int) -> pa.Table:
         """The first rows on which two models are compared, as in `test`: test rows, or training rows where none are.
@@ -119,7 +128,7 @@ class PreparedData:
 def prepare(
     dataset: DatasetSection,
     tokenizer: PreTrainedTokenizerBase,
-    rule: LabelRule,
+    rule: LossMask,
     seed: int,
     progress: Progress,
     *,
@@ -138,9 +147,9 @@ def prepare(
     Raises:
         DataError: a source cannot be read or holds nothing usable, or a side of the split is empty.
     """
-    asked = Asked(dataset, rule, SMOKE_ROWS if smoke else None)
+    asked = DataRequest(dataset, rule, SMOKE_ROWS if smoke else None)
     sections: Sequence[SourceSection] = dataset.sources or (dataset,)
-    made_up = partial(MadeUp, rows=SMOKE_ROWS, task=rule.task, problem=rule.problem, labels=dataset.labels)
+    made_up = partial(SyntheticSource, rows=SMOKE_ROWS, task=rule.task, problem=rule.problem, labels=dataset.labels)
     open_ = partial(_open, made_up=made_up if smoke else None, images=rule.task == IMAGES)
     test_section = _test_section(dataset)
     test_source = None
@@ -150,12 +159,12 @@ def prepare(
     apart = frozenset(getattr(test_source, "files", ()))
     keys = [f"dataset.sources[{number}]" for number in range(len(dataset.sources))] or ["dataset"]
     sources = [(open_(section, key, without=apart), section) for key, section in zip(keys, sections, strict=True)]
-    store, made = kept_rows(sources, tokenizer, asked, progress)
+    store, made = load_or_tokenize(sources, tokenizer, asked, progress)
     _check_rule(rule, store.facts["kind"])
     test_store = None
     if test_source is not None:
         asked = replace(asked, rule=replace(rule, problem=store.facts.get("problem") or rule.problem))
-        test_store, _ = kept_rows([(test_source, sections[0])], tokenizer, asked, progress)
+        test_store, _ = load_or_tokenize([(test_source, sections[0])], tokenizer, asked, progress)
         if test_store.facts["kind"] != store.facts["kind"]:
             raise DataError(
                 f"{test_source.name}: holds {test_store.facts['kind']}, the training rows are {store.facts['kind']}; "
@@ -164,11 +173,11 @@ def prepare(
     labels: tuple[str, ...] = ()
     if store.facts["kind"] in LABELLED:
         store, test_store, labels = _with_classes(store, test_store, smoke=smoke)
-    rows, equal, equal_places = without_equal(dataset, store)
+    rows, equal, equal_places = drop_duplicates_of_test(dataset, store)
     scaled = None
     if smoke and test_store is None:
         dataset, scaled = rehearsed_split(dataset, store, rows)
-    train, test, split = split_sides(dataset, store, test_store, rows, seed)
+    train, test, split = split_rows(dataset, store, test_store, rows, seed)
     facts = _facts(store, test_store, train, test, tokenizer, rule, equal, equal_places)
     facts |= {"split": split, "cache": "made" if made else "reused"}
     crossed = crossed_limits(facts, dataset.limits)
@@ -179,8 +188,8 @@ def prepare(
         train.rows, [section["weight"] for section in store.facts["sources"]], train.column("source"), seed
     )
     return PreparedData(
-        train=Side(store, order),
-        test_side=test,
+        train=Split(store, order),
+        test_split=test,
         format=store.facts["kind"],
         stop_ids=frozenset() if store.facts["kind"] in LABELLED else stop_ids(tokenizer),
         prompt=store.facts["prompt"],
@@ -206,7 +215,7 @@ def _rehearsed(
     A share of a few rows says little about all of them, so the limits are only told, but for the end token: where the
     recipe wants it trained in every row, one row without it is enough.
     """
-    made_up = [source.section.name or "a database" for source, _ in sources if isinstance(source, MadeUp)]
+    made_up = [source.section.name or "a database" for source, _ in sources if isinstance(source, SyntheticSource)]
     notes = [f"smoke: the rows of {name} are made up, since a smoke run asks no network" for name in made_up]
     if made_up or not own_tokenizer:
         return [], notes
@@ -243,7 +252,7 @@ def _open(
     far = section.name is not None or getattr(section, "url", None) or getattr(section, "url_env", None)
     if made_up is not None and far:
         return made_up(section)
-    open_ = open_photos if images else open_source
+    open_ = open_images if images else open_source
     return open_(section, without=without, key=key)
 
 
@@ -256,7 +265,7 @@ def _test_section(dataset: DatasetSection) -> TestSection | None:
     return test.model_copy(update={**taken, "hub_split": test.hub_split or "test"})
 
 
-def _check_rule(rule: LabelRule, kind: str) -> None:
+def _check_rule(rule: LossMask, kind: str) -> None:
     for name, needed in (("assistant_only_loss", "messages"), ("completion_only_loss", "prompt_completion")):
         if name in rule.asked and kind != needed:
             raise DataError(f"trainer.{name} is set, but the data are {kind}, not {needed}; leave it out")
@@ -265,10 +274,10 @@ def _check_rule(rule: LabelRule, kind: str) -> None:
 def _facts(
     store: Store,
     test_store: Store | None,
-    train: Side,
-    test: Side,
+    train: Split,
+    test: Split,
     tokenizer: PreTrainedTokenizerBase,
-    rule: LabelRule,
+    rule: LossMask,
     equal: int,
     equal_places: list[str],
 ) -> dict[str, Any]:
@@ -298,14 +307,14 @@ def _facts(
     facts |= count_rows(train, test, rule) | compare_rows(train, test)
     warnings = [warning for one in stores for warning in one.facts["warnings"]]
     if store.facts["kind"] in LABELLED:
-        facts |= label_facts(train, test)
-        warnings = [*say_label_warnings(facts), *warnings]
+        facts |= label_stats(train, test)
+        warnings = [*label_warnings(facts), *warnings]
     else:
         facts |= count_ends(train, tokenizer)
-    return facts | {"warnings": [*say_warnings(facts, train, tokenizer), *warnings]}
+    return facts | {"warnings": [*data_warnings(facts, train, tokenizer), *warnings]}
 
 
-def held_out_table(side: Side, kind: str, tokenizer: PreTrainedTokenizerBase) -> pa.Table:
+def held_out_table(side: Split, kind: str, tokenizer: PreTrainedTokenizerBase) -> pa.Table:
     """`input_ids`, `labels`, `prompt_ids` (what generation starts from), `prompt` and `reference` of the test rows.
 
     Of rows with labels, `prompt_ids` are the whole text and `reference` is the label as text; tagged rows also have

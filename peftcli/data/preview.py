@@ -13,10 +13,10 @@ from peftcli.data.class_labels import Names
 from peftcli.data.formats import LABELLED
 from peftcli.data.quality import hide_keys
 from peftcli.data.spans import DROPPED, PROMPT, TRAINED, Part, shorten
-from peftcli.data.stats import Indices, Side
-from peftcli.data.tokenize import IGNORED, Tokens
+from peftcli.data.stats import Indices, Split
+from peftcli.data.tokenize import IGNORED, TokenizeStep
 from peftcli.metrics.tagging import OUTSIDE
-from peftcli.plan.plan import LabelRule
+from peftcli.plan.plan import LossMask
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,8 +26,8 @@ UNCUT = 2**40
 """Longer than any row, tokens."""
 
 
-def shown_rows(
-    train: Side, tokenizer: PreTrainedTokenizerBase, rule: LabelRule, too_long: str | None, count: int
+def sample_rows(
+    train: Split, tokenizer: PreTrainedTokenizerBase, rule: LossMask, too_long: str | None, count: int
 ) -> list[dict[str, Any]]:
     """The preview of some training rows, from the batch that TRL's own collator makes of them, or with their labels.
 
@@ -63,7 +63,7 @@ def shown_rows(
 
 
 def _trained_parts(
-    train: Side, rows: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, rule: LabelRule, too_long: str | None
+    train: Split, rows: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, rule: LossMask, too_long: str | None
 ) -> list[list[Part]]:
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling  # seconds; the light commands stay without
 
@@ -80,7 +80,7 @@ def _fit(parts: Sequence[Part]) -> list[Part]:
     return shorten([replace(part, text=text) for part, text in zip(parts, texts, strict=True)])
 
 
-def _choose(train: Side, count: int) -> Indices:
+def _choose(train: Split, count: int) -> Indices:
     chosen = np.arange(min(count, len(train.rows)))
     cut = np.flatnonzero(train.flag("truncated"))
     if len(chosen) and len(cut) and cut[0] >= len(chosen):
@@ -89,13 +89,13 @@ def _choose(train: Side, count: int) -> Indices:
 
 
 def _whole(
-    train: Side, rows: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, rule: LabelRule, too_long: str | None
+    train: Split, rows: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, rule: LossMask, too_long: str | None
 ) -> list[list[int]]:
     """The ids of the rows before the cut."""
     kept: list[list[int]] = rows["input_ids"]
     if too_long == "split" or not any(train.flag("truncated")):
         return kept
-    tokens = Tokens(train.store.facts["kind"], tokenizer, replace(rule, max_length=UNCUT))
+    tokens = TokenizeStep(train.store.facts["kind"], tokenizer, replace(rule, max_length=UNCUT))
     columns = {name: rows[name] for name in rows if name not in ("input_ids", "labels")}
     batch = tokens.batch(columns, None, "truncate")
     ends = np.cumsum(batch.lengths)

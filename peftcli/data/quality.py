@@ -68,7 +68,7 @@ class _Column:
     of_type: dict[str, list[str]] = field(default_factory=dict)
 
 
-class Scan:
+class ColumnScan:
     """Counts what stands in the used columns of a source, batch by batch."""
 
     def __init__(self, source: str, columns: Sequence[str]) -> None:
@@ -116,13 +116,13 @@ class Scan:
             (most, many), *others = column.types.most_common()
             rest = ", ".join(f"{count} {kind} (first {column.of_type[kind][0]})" for kind, count in others)
             yield f"{where} mixes types: {many} rows hold {most}, {rest}; write all of them as one type"
-        for trace, (what, mend) in _WARNINGS.items():
+        for trace, (what, fix) in _WARNINGS.items():
             count = column.traces[trace]
             if trace in ("email", "phone") and (count < PERSONAL_ROWS or count <= PERSONAL_SHARE * column.rows):
                 continue
             if count:
                 rows = f"{count} row{'s hold' if count > 1 else ' holds'}"
-                yield f"{where}: {rows} {what} (first {column.first[trace][0]}); {mend}"
+                yield f"{where}: {rows} {what} (first {column.first[trace][0]}); {fix}"
 
 
 def _add(column: _Column, values: Sequence[Any], rows: Rows) -> None:

@@ -6,17 +6,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from peftcli.data.dedup import digest, plain, signatures
+from peftcli.data.dedup import digest, normalize, signatures
 from peftcli.data.formats import Examples
 from peftcli.data.rows import Rows, listed
-from peftcli.data.tokenize import TokenBatch
+from peftcli.data.tokenize import TokenizedBatch
 from peftcli.errors import DataError
 from peftcli.recipe.schema import DatasetSection
 
 Hashes = NDArray[np.uint64]
 
 
-def known_of(rows: Rows, examples: Examples, batch: TokenBatch, dataset: DatasetSection) -> dict[str, Any]:
+def row_hashes(rows: Rows, examples: Examples, batch: TokenizedBatch, dataset: DatasetSection) -> dict[str, Any]:
     """The columns of a store that come from the text and the columns of the rows.
 
     Args:
@@ -38,16 +38,16 @@ def known_of(rows: Rows, examples: Examples, batch: TokenBatch, dataset: Dataset
     return {
         "number": np.array(rows.numbers, np.int64)[kept],
         "exact": _digests(wholes)[batch.of],
-        "plain": _pieces(_digests(list(map(plain, wholes))), batch),
+        "plain": _pieces(_digests(list(map(normalize, wholes))), batch),
         "prompt": _prompts(examples, batch),
         "class": _column(rows, dataset.split.stratify, "stratify")[kept],
         "group": _groups(rows, dataset)[kept],
     }
 
 
-def signatures_of(examples: Examples, batch: TokenBatch) -> NDArray[np.uint32]:
+def signatures_of(examples: Examples, batch: TokenizedBatch) -> NDArray[np.uint32]:
     """(rows, 24), what near duplicates are found by; the pieces of one text get different ones."""
-    found = signatures(list(map(plain, examples.content)))[batch.of]
+    found = signatures(list(map(normalize, examples.content)))[batch.of]
     changed: NDArray[np.uint32] = found + _piece_numbers(batch).astype(np.uint32)[:, None]
     return changed
 
@@ -59,12 +59,12 @@ def _groups(rows: Rows, dataset: DatasetSection) -> Hashes:
     return _column(rows, dataset.split.group, "group")
 
 
-def _prompts(examples: Examples, batch: TokenBatch) -> Hashes:
+def _prompts(examples: Examples, batch: TokenizedBatch) -> Hashes:
     """64 bits of what each answer or label is of; zeros where there is none."""
     if "label" in examples.columns or "tags" in examples.columns:
-        return _pieces(_digests(list(map(plain, examples.content))), batch)
+        return _pieces(_digests(list(map(normalize, examples.content))), batch)
     prompts = examples.columns.get("prompt")
-    return np.zeros(len(batch.of), np.uint64) if prompts is None else _digests(list(map(plain, prompts)))[batch.of]
+    return np.zeros(len(batch.of), np.uint64) if prompts is None else _digests(list(map(normalize, prompts)))[batch.of]
 
 
 def _column(rows: Rows, name: str | None, key: str) -> Hashes:
@@ -80,11 +80,11 @@ def _digests(texts: Sequence[str]) -> Hashes:
     return np.fromiter(map(digest, texts), np.uint64, len(texts))
 
 
-def _pieces(hashes: Hashes, batch: TokenBatch) -> Hashes:
+def _pieces(hashes: Hashes, batch: TokenizedBatch) -> Hashes:
     """The hash of each row, made another one for each further piece of one text, so that pieces are no duplicates."""
     return hashes[batch.of] + _piece_numbers(batch).astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
 
 
-def _piece_numbers(batch: TokenBatch) -> NDArray[np.int64]:
+def _piece_numbers(batch: TokenizedBatch) -> NDArray[np.int64]:
     """0 for the first row that was made from an example, 1 for the next, and so on."""
     return np.arange(len(batch.of)) - np.searchsorted(batch.of, batch.of, side="left")

@@ -7,20 +7,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from peftcli.data.dedup import firsts
+from peftcli.data.dedup import first_occurrence
 from peftcli.data.rows import FIRST_PLACES
-from peftcli.data.stats import Indices, Side
+from peftcli.data.stats import Indices, Split
 from peftcli.data.store import Store
 from peftcli.errors import DataError
 from peftcli.recipe.schema import DatasetSection
 
 
-def without_equal(dataset: DatasetSection, store: Store) -> tuple[Indices, int, list[str]]:
+def drop_duplicates_of_test(dataset: DatasetSection, store: Store) -> tuple[Indices, int, list[str]]:
     """The rows that are used; how many are left out as equal to an earlier one, and where the first of those stand."""
     rows = np.arange(store.rows)
     if not dataset.deduplicate:
         return rows, 0, []
-    first = firsts(store.column("plain"))
+    first = first_occurrence(store.column("plain"))
     equal = np.flatnonzero(first != rows)
     return np.flatnonzero(first == rows), len(equal), store.places(equal[:FIRST_PLACES])
 
@@ -46,9 +46,9 @@ def rehearsed_split(dataset: DatasetSection, store: Store, rows: Indices) -> tup
     return dataset.model_copy(update={"split": split.model_copy(update=update)}), note
 
 
-def split_sides(
+def split_rows(
     dataset: DatasetSection, store: Store, test_store: Store | None, rows: Indices, seed: int
-) -> tuple[Side, Side, dict[str, Any]]:
+) -> tuple[Split, Split, dict[str, Any]]:
     """Both sides, and how they were drawn; the test side is empty where the recipe holds no rows out."""
     drawn = dataset.split.seed if dataset.split.seed is not None else seed
     split: dict[str, Any] = {}
@@ -66,7 +66,7 @@ def split_sides(
     for side, count in (("training", len(train)), ("test", len(test))):
         if count == 0 and (side == "training" or dataset.holds_out):
             raise DataError(f"the {side} side is empty ({len(rows)} usable rows); change dataset.split")
-    return Side(store, train), Side(test_store or store, test), split
+    return Split(store, train), Split(test_store or store, test), split
 
 
 def _draw(dataset: DatasetSection, store: Store, rows: Indices, seed: int) -> tuple[Indices, Indices]:

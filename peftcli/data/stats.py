@@ -9,14 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from peftcli.data.dedup import firsts, near_partners, partners
+from peftcli.data.dedup import first_occurrence, match_exact, match_near_duplicates
 from peftcli.data.encode import stop_ids
 from peftcli.data.formats import LABELLED
 from peftcli.data.quality import hide_keys
 from peftcli.data.rows import FIRST_PLACES
 from peftcli.data.store import Store, StoredSignatures
 from peftcli.data.tokenize import IGNORED
-from peftcli.plan.plan import LabelRule
+from peftcli.plan.plan import LossMask
 from peftcli.recipe.schema import LimitsSection
 
 Indices = NDArray[np.int64]
@@ -28,7 +28,7 @@ EQUAL = "equal to an earlier row"
 
 
 @dataclass(frozen=True)
-class Side:
+class Split:
     """Some rows of a store: the training side or the test side."""
 
     store: Store
@@ -52,7 +52,7 @@ class Side:
         return self.store.places(self.rows[np.asarray(rows, np.int64)])
 
 
-def count_rows(train: Side, test: Side, rule: LabelRule) -> dict[str, Any]:
+def count_rows(train: Split, test: Split, rule: LossMask) -> dict[str, Any]:
     """Rows, tokens and lengths of both sides.
 
     Args:
@@ -91,7 +91,7 @@ def count_rows(train: Side, test: Side, rule: LabelRule) -> dict[str, Any]:
     }
 
 
-def count_ends(train: Side, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def count_ends(train: Split, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """In how many training rows the end token is trained; those that are cut, or go on in the next row, are apart."""
     expected, trained = train.flag("ends"), train.flag("end_trained")
     lacking = np.flatnonzero(expected & ~trained)
@@ -103,34 +103,34 @@ def count_ends(train: Side, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any
     }
 
 
-def _ends_with(train: Side, row: int, tokenizer: PreTrainedTokenizerBase) -> str:
+def _ends_with(train: Split, row: int, tokenizer: PreTrainedTokenizerBase) -> str:
     labels = train.store.examples.column("labels")[int(train.rows[row])].as_py()
     last = next(label for label in reversed(labels) if label != IGNORED)
     stops = ", ".join(repr(tokenizer.convert_ids_to_tokens(stop)) for stop in sorted(stop_ids(tokenizer)))
     if not stops:
         return "the tokenizer has no end token; set model.eos_token to one that the model knows"
-    mend = "write it behind the answer"
+    fix = "write it behind the answer"
     if train.store.facts["kind"] == "messages":
-        mend = "let the chat template (model.chat_template) end the assistant's turn with {{ eos_token }}"
-    return f"an answer ends with {tokenizer.convert_ids_to_tokens(last)!r}, and generation stops on {stops}: {mend}"
+        fix = "let the chat template (model.chat_template) end the assistant's turn with {{ eos_token }}"
+    return f"an answer ends with {tokenizer.convert_ids_to_tokens(last)!r}, and generation stops on {stops}: {fix}"
 
 
-def compare_rows(train: Side, test: Side) -> dict[str, Any]:
+def compare_rows(train: Split, test: Split) -> dict[str, Any]:
     """Equal and nearly equal rows within the training side, and between the two sides.
 
     Args:
         test: empty where no rows are held out; what is asked of it is null then.
     """
     hashes, test_hashes = train.column("plain"), test.column("plain")
-    first = firsts(hashes)
+    first = first_occurrence(hashes)
     double = np.flatnonzero(first != np.arange(len(first)))
-    leak = partners(test_hashes, hashes)
+    leak = match_exact(test_hashes, hashes)
     leaked = np.flatnonzero(leak >= 0)
     signatures, test_signatures = train.signatures(), test.signatures()
-    near = near_partners(signatures, None)
+    near = match_near_duplicates(signatures, None)
     near[double] = -1
     alike = np.flatnonzero(near >= 0)
-    near_leak = near_partners(test_signatures, signatures)
+    near_leak = match_near_duplicates(test_signatures, signatures)
     near_leak[leaked] = -1
     close = np.flatnonzero(near_leak >= 0)
     prompts = train.store.facts["kind"] in ("prompt_completion", *LABELLED)
@@ -138,7 +138,7 @@ def compare_rows(train: Side, test: Side) -> dict[str, Any]:
     return {
         "leaked_rows": len(leaked) if held_out else None,
         "leaked_examples": _pairs(test, train, leaked, leak, ("test", "train")),
-        "leaked_prompts": int((partners(test.column("prompt"), train.column("prompt")) >= 0).sum())
+        "leaked_prompts": int((match_exact(test.column("prompt"), train.column("prompt")) >= 0).sum())
         if prompts and held_out
         else None,
         "duplicate_rows": len(double),
@@ -150,7 +150,7 @@ def compare_rows(train: Side, test: Side) -> dict[str, Any]:
     }
 
 
-def balance(train: Side, test: Side) -> dict[str, Any] | None:
+def balance(train: Split, test: Split) -> dict[str, Any] | None:
     """How often each answer stands on either side, where the answers are few enough to be labels."""
     names = train.store.facts["labels"]
     if names is None:
@@ -166,7 +166,7 @@ def balance(train: Side, test: Side) -> dict[str, Any] | None:
     return found
 
 
-def odd_labels(train: Side) -> list[int]:
+def odd_labels(train: Split) -> list[int]:
     """Training rows whose answer stands nowhere else, where nearly all others share a few: shifted columns, perhaps."""
     names = train.store.facts["labels"]
     if names is None or len(train.rows) < 40:
@@ -180,7 +180,7 @@ def odd_labels(train: Side) -> list[int]:
     return [int(row) for row in single]
 
 
-def say_warnings(facts: Mapping[str, Any], train: Side, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def data_warnings(facts: Mapping[str, Any], train: Split, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """What a person should know of the rows before the first step, as sentences."""
     begin, unknown = tokenizer.bos_token, tokenizer.unk_token
     before = ", before the end token" if "eos_expected_rows" in facts else ""
@@ -235,7 +235,7 @@ def _place(places: Sequence[str] | None) -> str:
     return f" (first {places[0]})" if places else ""
 
 
-def _pairs(left: Side, right: Side, rows: Indices, partner: Indices, names: tuple[str, str]) -> list[dict[str, str]]:
+def _pairs(left: Split, right: Split, rows: Indices, partner: Indices, names: tuple[str, str]) -> list[dict[str, str]]:
     chosen = rows[:FIRST_PLACES]
     ours, theirs = left.places(chosen), right.places(partner[chosen])
     return [dict(zip(names, pair, strict=True)) for pair in zip(ours, theirs, strict=True)]
@@ -250,7 +250,7 @@ def _histogram(lengths: NDArray[Any], max_length: int) -> dict[str, list[int]]:
     return {"edges": edges, "counts": np.histogram(lengths, edges)[0].tolist()}
 
 
-def _fingerprint(side: Side) -> str:
+def _fingerprint(side: Split) -> str:
     """SHA-256 over 64 bits of each row, in their order, independent of how they are stored."""
     return hashlib.sha256(np.ascontiguousarray(side.column("exact"), "<u8").tobytes()).hexdigest()
 

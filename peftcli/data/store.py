@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from peftcli.data.dedup import HASHES, band_of
 from peftcli.data.encode import as_lists
-from peftcli.data.tokenize import FLAGS, TokenBatch
+from peftcli.data.tokenize import FLAGS, TokenizedBatch
 from peftcli.run_dir import read_json, write_json
 
 LISTS = pa.large_list(pa.int32())
@@ -174,7 +174,7 @@ class Writer:
     def add(
         self,
         texts: dict[str, list[str]],
-        tokens: TokenBatch,
+        tokens: TokenizedBatch,
         known: dict[str, Any],
         signatures: NDArray[np.uint32],
     ) -> None:

@@ -10,7 +10,7 @@ from peftcli.recipe.template import template_columns
 
 
 @dataclass(frozen=True)
-class MadeUp:
+class SyntheticSource:
     """A source of made-up rows with the columns that a section asks for.
 
     Attributes:

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 from trl.data_utils import common_prefix_length
 
-from peftcli.data.chat_template import Marker, read_chats
-from peftcli.data.encode import Aside, encode, encode_prompts, flatten, stop_ids, with_end
-from peftcli.plan.plan import LabelRule
+from peftcli.data.chat_template import ChatEncoder, read_chats
+from peftcli.data.encode import BackgroundEncoder, encode, encode_prompts, flatten, stop_ids, with_end
+from peftcli.plan.plan import LossMask
 
 IGNORED = -100
 """Label of a token that is not trained (`ignore_index` of torch's cross entropy)."""
@@ -54,7 +54,7 @@ Made: TypeAlias = tuple[Encoded, list[int], list[tuple[int, str]]]
 
 
 @dataclass(frozen=True)
-class TokenBatch:
+class TokenizedBatch:
     """What is kept of a batch of examples, and what is known of each row of it.
 
     Attributes:
@@ -72,7 +72,7 @@ class TokenBatch:
 
     of: Counts
     flat: Ids
-    trained_flat: Flags
+    loss_mask: Flags
     lengths: Counts
     uncut: Counts
     trained: Counts
@@ -82,11 +82,11 @@ class TokenBatch:
 
     def labels(self) -> Ids:
         """(tokens,), the ids of the trained tokens and IGNORED for the others."""
-        return np.where(self.trained_flat, self.flat, np.int32(IGNORED)).astype(np.int32)
+        return np.where(self.loss_mask, self.flat, np.int32(IGNORED)).astype(np.int32)
 
 
 @dataclass(frozen=True)
-class Cut:
+class TruncatedRows:
     """Rows after the cut; `of` is the row of the batch that each was made from, `uncut` its tokens before."""
 
     flat: Ids
@@ -98,10 +98,10 @@ class Cut:
     ends: Flags
 
 
-class Tokens:
+class TokenizeStep:
     """Tokenizes examples of one kind, labels them, and cuts or drops those that are too long."""
 
-    def __init__(self, kind: str, tokenizer: PreTrainedTokenizerBase, rule: LabelRule) -> None:
+    def __init__(self, kind: str, tokenizer: PreTrainedTokenizerBase, rule: LossMask) -> None:
         """
         Raises:
             DataError: the examples are chats and the tokenizer has no chat template.
@@ -109,8 +109,8 @@ class Tokens:
         self._tokenizer = tokenizer
         self._rule = rule
         self._ends = np.array(sorted(stop_ids(tokenizer)), np.int32)
-        self._marker = Marker(tokenizer, assistant_only=rule.assistant_only) if kind == "messages" else None
-        self._aside = Aside(tokenizer)
+        self._marker = ChatEncoder(tokenizer, assistant_only=rule.assistant_only) if kind == "messages" else None
+        self._aside = BackgroundEncoder(tokenizer)
         ways: dict[str, Callable[[Columns, Sequence[bool] | None], Callable[[], Made]]] = {
             "prompt_completion": self._pairs,
             "messages": self._chats,
@@ -118,7 +118,9 @@ class Tokens:
         }
         self._encode = ways[kind]
 
-    def start(self, columns: Columns, ends: Sequence[bool] | None, too_long: str | None) -> Callable[[], TokenBatch]:
+    def start(
+        self, columns: Columns, ends: Sequence[bool] | None, too_long: str | None
+    ) -> Callable[[], TokenizedBatch]:
         """Begin to encode a batch, on a thread beside this one.
 
         Args:
@@ -136,7 +138,7 @@ class Tokens:
         encoded = self._encode(columns, ends)
         return lambda: self._finish(*encoded(), way)
 
-    def batch(self, columns: Columns, ends: Sequence[bool] | None, too_long: str | None) -> TokenBatch:
+    def batch(self, columns: Columns, ends: Sequence[bool] | None, too_long: str | None) -> TokenizedBatch:
         """Token ids of a batch, with the arguments and the errors of `start`."""
         return self.start(columns, ends, too_long)()
 
@@ -186,10 +188,12 @@ class Tokens:
 
         return made
 
-    def _finish(self, encoded: Encoded, rows: Sequence[int], dropped: list[tuple[int, str]], way: str) -> TokenBatch:
+    def _finish(
+        self, encoded: Encoded, rows: Sequence[int], dropped: list[tuple[int, str]], way: str
+    ) -> TokenizedBatch:
         kept = np.array(rows, np.int64)
         limit = self._rule.max_length
-        cut = cut_rows(encoded, limit, split=way == "split")
+        cut = truncate_rows(encoded, limit, split=way == "split")
         trained = row_sums(cut.trained & (positions(cut.lengths) > 0), cut.lengths)
         truncated = cut.truncated
         keep = trained > 0
@@ -209,10 +213,10 @@ class Tokens:
             "doubled_bos": self._doubled(cut),
             "unknown": self._unknown(cut),
         }
-        return TokenBatch(
+        return TokenizedBatch(
             of=kept[cut.of[keep]],
             flat=cut.flat[inside],
-            trained_flat=cut.trained[inside],
+            loss_mask=cut.trained[inside],
             lengths=cut.lengths[keep],
             uncut=cut.uncut[keep],
             trained=trained[keep],
@@ -220,7 +224,7 @@ class Tokens:
             dropped=dropped,
         )
 
-    def _ends_trained(self, cut: Cut) -> Flags:
+    def _ends_trained(self, cut: TruncatedRows) -> Flags:
         """Whether every stretch of trained tokens of a row holds an end token, as each turn must end in one."""
         begins = cut.trained.copy()
         begins[1:] &= ~cut.trained[:-1] | (positions(cut.lengths)[1:] == 0)
@@ -231,7 +235,7 @@ class Tokens:
         found: Flags = row_sums(lacking, cut.lengths) == 0
         return found
 
-    def _doubled(self, cut: Cut) -> Flags:
+    def _doubled(self, cut: TruncatedRows) -> Flags:
         begin = self._tokenizer.bos_token_id
         found = np.zeros(len(cut.lengths), bool)
         if begin is not None:
@@ -239,7 +243,7 @@ class Tokens:
             found[cut.lengths > 1] = (cut.flat[starts] == begin) & (cut.flat[starts + 1] == begin)
         return found
 
-    def _unknown(self, cut: Cut) -> Flags:
+    def _unknown(self, cut: TruncatedRows) -> Flags:
         unknown = self._tokenizer.unk_token_id
         if unknown is None:
             return np.zeros(len(cut.lengths), bool)
@@ -256,7 +260,7 @@ def _cut_off(limit: int) -> str:
     return f"with a prompt that fills max_length {limit}"
 
 
-def cut_rows(encoded: Encoded, limit: int, *, split: bool) -> Cut:
+def truncate_rows(encoded: Encoded, limit: int, *, split: bool) -> TruncatedRows:
     """Cut what is longer than the limit, or split it into rows of about equal length.
 
     Args:
@@ -269,7 +273,7 @@ def cut_rows(encoded: Encoded, limit: int, *, split: bool) -> Cut:
         inside = positions(lengths) < limit
         of = np.arange(len(lengths))
         short = np.minimum(lengths, limit)
-        return Cut(encoded.flat[inside], encoded.trained[inside], short, of, lengths, long, encoded.whole)
+        return TruncatedRows(encoded.flat[inside], encoded.trained[inside], short, of, lengths, long, encoded.whole)
     pieces = np.maximum(-(-lengths // limit), 1)
     of = np.repeat(np.arange(len(lengths)), pieces)
     number = positions(pieces)
@@ -277,7 +281,7 @@ def cut_rows(encoded: Encoded, limit: int, *, split: bool) -> Cut:
     sizes = (number + 1) * lengths[of] // pieces[of] - number * lengths[of] // pieces[of]
     last = number == pieces[of] - 1
     none = np.zeros(len(of), bool)
-    return Cut(encoded.flat, encoded.trained, sizes, of, sizes, none, encoded.whole[of] & last)
+    return TruncatedRows(encoded.flat, encoded.trained, sizes, of, sizes, none, encoded.whole[of] & last)
 
 
 def positions(lengths: Counts) -> Counts:

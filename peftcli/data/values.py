@@ -17,11 +17,11 @@ _DATES = (datetime.date, datetime.time, datetime.timedelta)
 _SCALARS = (bool, int, float, decimal.Decimal, uuid.UUID, *_DATES)
 
 
-class Unused(Exception):
+class SkipRow(Exception):
     """A row that makes no example; the text is the reason, as the counts show it."""
 
 
-class Wrong(Exception):
+class InvalidValue(Exception):
     """A value that stops the run; the text is what stands behind the place in the message."""
 
 
@@ -60,7 +60,7 @@ def whole_text(value: Any, name: str) -> str:
     """
     if isinstance(value, str):
         return value
-    raise Unused(f"with {name} null" if is_null(value) else _not_text(value, name))
+    raise SkipRow(f"with {name} null" if is_null(value) else _not_text(value, name))
 
 
 def optional_text(value: Any, name: str) -> str:
@@ -84,12 +84,12 @@ def template_text(value: Any, name: str) -> str:
     if isinstance(value, str):
         return value
     if is_null(value):
-        raise Unused(f"with {name} null")
+        raise SkipRow(f"with {name} null")
     if isinstance(value, float) and math.isinf(value):
-        raise Unused(f"with {name} infinite")
+        raise SkipRow(f"with {name} infinite")
     if isinstance(value, _SCALARS):
         return str(value)
-    raise Unused(_not_text(value, name))
+    raise SkipRow(_not_text(value, name))
 
 
 def parsed_list(value: Any, reason: str) -> Sequence[Any]:
@@ -102,11 +102,11 @@ def parsed_list(value: Any, reason: str) -> Sequence[Any]:
         try:
             value = json.loads(value)
         except (ValueError, RecursionError):  # RecursionError: brackets within brackets, thousands deep
-            raise Unused(reason) from None
+            raise SkipRow(reason) from None
     if value is None or value == "" or is_null(value) or (isinstance(value, str) and not value.strip()):
         return []
     if not isinstance(value, list | tuple):
-        raise Unused(reason)
+        raise SkipRow(reason)
     return value
 
 

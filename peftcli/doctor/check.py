@@ -16,33 +16,33 @@ _ABSOLUTE = re.compile(r"(?<![\w./~:-])(?:~|/[^\s/'\",;:()]+)(?:/[^\s/'\",;:()]+
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Check:
     """The answer to one question.
 
     Attributes:
         name: the question, in a word or two.
         result: `ok`, `warn` (go on, knowing this) or `fail` (a run would stop here, or miss the card).
-        there: what is there, against what may be.
-        mend: what to do about a warn or a fail, empty for ok.
+        found: what is there, against what may be.
+        fix: what to do about a warn or a fail, empty for ok.
     """
 
     name: str
     result: str
-    there: str
-    mend: str = ""
+    found: str
+    fix: str = ""
 
     @property
     def line(self) -> str:
         """What is there, and the mend behind it."""
-        return f"{self.there}; {self.mend}" if self.mend else self.there
+        return f"{self.found}; {self.fix}" if self.fix else self.found
 
 
-def refused(name: str, problem: PeftcliError) -> Verdict:
+def refused(name: str, problem: PeftcliError) -> Check:
     """A fail from an error of ours, whose message says on its last line or after its last semicolon how to mend it."""
     text = str(problem).strip()
     there, _, mend = text.rpartition("\n" if "\n" in text else "; ")
     there, mend = (" ".join(part.split()) for part in (there, mend))
-    return Verdict(name, FAIL, there or mend, mend if there else "")
+    return Check(name, FAIL, there or mend, mend if there else "")
 
 
 def private_words() -> dict[str, str]:
@@ -55,9 +55,9 @@ def private_words() -> dict[str, str]:
     return dict(sorted(kept.items(), key=lambda pair: -len(pair[0])))
 
 
-def anonymous(verdict: Verdict, private: Mapping[str, str]) -> Verdict:
+def anonymous(verdict: Check, private: Mapping[str, str]) -> Check:
     """The same verdict without paths, names of users and hosts, or tokens."""
-    return replace(verdict, there=without_private(verdict.there, private), mend=without_private(verdict.mend, private))
+    return replace(verdict, found=without_private(verdict.found, private), fix=without_private(verdict.fix, private))
 
 
 def without_private(text: str, private: Mapping[str, str]) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from peftcli.doctor.check import FAIL, OK, WARN, Verdict, refused
+from peftcli.doctor.check import FAIL, OK, WARN, Check, refused
 from peftcli.doctor.packages import import_problem
 from peftcli.errors import MachineError
 from peftcli.plan.choices import check_wheel, choose_dtype
@@ -29,7 +29,7 @@ KERNELS = ("flash_attn", "flash_attn_interface", "liger_kernel", "triton", "kern
 
 
 @dataclass(frozen=True)
-class Card:
+class GPU:
     """One graphics card."""
 
     name: str
@@ -54,13 +54,13 @@ class Cuda:
     wheel: str | None
     driver: str | None
     masked: bool
-    cards: tuple[Card, ...] = ()
+    cards: tuple[GPU, ...] = ()
     problem: str = ""
 
 
 def probe_cuda() -> Cuda:
     """Ask torch and the driver."""
-    cards: list[Card] = []
+    cards: list[GPU] = []
     problem = ""
     try:
         if torch.cuda.is_available():
@@ -72,12 +72,12 @@ def probe_cuda() -> Cuda:
     return Cuda(torch.version.cuda, _driver(DRIVER), masked, tuple(cards), problem)
 
 
-def _card(number: int) -> Card:
+def _card(number: int) -> GPU:
     properties = torch.cuda.get_device_properties(number)
     free, total = torch.cuda.mem_get_info(number)
     with torch.cuda.device(number):
         native = torch.cuda.is_bf16_supported(including_emulation=False)
-    return Card(properties.name, (properties.major, properties.minor), total, free, native)
+    return GPU(properties.name, (properties.major, properties.minor), total, free, native)
 
 
 def _driver(file: Path) -> str | None:
@@ -87,7 +87,7 @@ def _driver(file: Path) -> str | None:
     return found[0] if found else "of unknown version"
 
 
-def judge_cards(cuda: Cuda, *, wanted: bool = True) -> Verdict:
+def check_gpus(cuda: Cuda, *, wanted: bool = True) -> Check:
     """Say which cards there are, and why one that the driver knows cannot be used.
 
     Args:
@@ -96,22 +96,22 @@ def judge_cards(cuda: Cuda, *, wanted: bool = True) -> Verdict:
     bad = FAIL if wanted else WARN
     if cuda.problem:
         there = f"torch sees a card and cannot ask it: {cuda.problem}"
-        return Verdict("GPU", bad, there, "check with nvidia-smi; end what fills the card, or restart the machine")
+        return Check("GPU", bad, there, "check with nvidia-smi; end what fills the card, or restart the machine")
     if cuda.cards:
         return _judge_present(cuda)
     if cuda.driver is None:
-        return Verdict("GPU", OK, "none here: runs take the CPU, which is enough for small models and rehearsals")
+        return Check("GPU", OK, "none here: runs take the CPU, which is enough for small models and rehearsals")
     if cuda.masked:
-        return Verdict("GPU", WARN, "CUDA_VISIBLE_DEVICES hides it", "unset CUDA_VISIBLE_DEVICES")
+        return Check("GPU", WARN, "CUDA_VISIBLE_DEVICES hides it", "unset CUDA_VISIBLE_DEVICES")
     if cuda.wheel is None:
         there = f"NVIDIA driver {cuda.driver} is here, but the installed torch was built without CUDA"
-        return Verdict("GPU", bad, there, "install a torch wheel with CUDA (pytorch.org names the command)")
+        return Check("GPU", bad, there, "install a torch wheel with CUDA (pytorch.org names the command)")
     there = f"NVIDIA driver {cuda.driver} is here, but torch (CUDA {cuda.wheel}) reaches no card"
-    mend = f"check with nvidia-smi; update the driver, or install a torch wheel for an older CUDA than {cuda.wheel}"
-    return Verdict("GPU", bad, there, mend)
+    fix = f"check with nvidia-smi; update the driver, or install a torch wheel for an older CUDA than {cuda.wheel}"
+    return Check("GPU", bad, there, fix)
 
 
-def _judge_present(cuda: Cuda) -> Verdict:
+def _judge_present(cuda: Cuda) -> Check:
     shown = [
         f"{card.name} (sm_{card.capability[0]}{card.capability[1]}), {size(card.free_bytes)} free of "
         f"{size(card.memory_bytes)}"
@@ -121,11 +121,11 @@ def _judge_present(cuda: Cuda) -> Verdict:
     for card in cuda.cards:
         taken = card.memory_bytes - card.free_bytes
         if taken > TAKEN_BYTES and taken > TAKEN_SHARE * card.memory_bytes:
-            return Verdict("GPU", WARN, there, f"end what holds {size(taken)} of it (nvidia-smi lists the programs)")
-    return Verdict("GPU", OK, there)
+            return Check("GPU", WARN, there, f"end what holds {size(taken)} of it (nvidia-smi lists the programs)")
+    return Check("GPU", OK, there)
 
 
-def machine_of(machine: Machine, card: Card) -> Machine:
+def machine_of(machine: Machine, card: GPU) -> Machine:
     """The machine as if this card were its first."""
     return replace(
         machine,
@@ -136,14 +136,14 @@ def machine_of(machine: Machine, card: Card) -> Machine:
     )
 
 
-def judge_wheel(machine: Machine, cards: Sequence[Card]) -> Verdict:
+def check_torch_build(machine: Machine, cards: Sequence[GPU]) -> Check:
     """Hold the architectures of the torch wheel against every card."""
     try:
         for card in cards:
             check_wheel(machine_of(machine, card))
     except MachineError as problem:
         return refused("kernels", problem)
-    return Verdict("kernels", OK, f"torch has them for every card here ({', '.join(machine.arch_list)})")
+    return Check("kernels", OK, f"torch has them for every card here ({', '.join(machine.arch_list)})")
 
 
 def auto_dtype(machine: Machine, *, on_gpu: bool) -> Decision:
@@ -152,23 +152,23 @@ def auto_dtype(machine: Machine, *, on_gpu: bool) -> Decision:
     return choose_dtype(least, machine, on_gpu)
 
 
-def judge_precision(chosen: Decision) -> Verdict:
+def check_precision(chosen: Decision) -> Check:
     """Say which dtype that is, and why."""
-    return Verdict("precision", OK, f"model.dtype: auto is {chosen.value}: {chosen.reason}")
+    return Check("precision", OK, f"model.dtype: auto is {chosen.value}: {chosen.reason}")
 
 
-def judge_several(cards: Sequence[Card]) -> list[Verdict]:
+def check_several_gpus(cards: Sequence[GPU]) -> list[Check]:
     """How to use more than one card; nothing where there is one."""
     if len(cards) < 2:
         return []
     there = f"`peftcli train` shares the rows of a step among all {len(cards)}, --num-processes 1 uses one"
     if len({(card.name, card.memory_bytes) for card in cards}) > 1:
-        mend = "choose equal ones with CUDA_VISIBLE_DEVICES, or expect the pace and the room of the smallest"
-        return [Verdict("several GPUs", WARN, f"{there}; they differ", mend)]
-    return [Verdict("several GPUs", OK, there)]
+        fix = "choose equal ones with CUDA_VISIBLE_DEVICES, or expect the pace and the room of the smallest"
+        return [Check("several GPUs", WARN, f"{there}; they differ", fix)]
+    return [Check("several GPUs", OK, there)]
 
 
-def product_error(device: str, dtype: str) -> float:
+def matmul_error(device: str, dtype: str) -> float:
     """Relative distance of one product on a device from that in float64 on the CPU.
 
     Raises:
@@ -181,18 +181,18 @@ def product_error(device: str, dtype: str) -> float:
     return float((found - exact).norm() / exact.norm())
 
 
-def try_products(device: str, native_bf16: bool) -> tuple[dict[str, float], str]:
+def try_matmuls(device: str, native_bf16: bool) -> tuple[dict[str, float], str]:
     """The error of a product in each dtype that training may use, and what went wrong, empty for nothing."""
     errors: dict[str, float] = {}
     for dtype in ("float32", "float16", *(("bfloat16",) if native_bf16 else ())):
         try:
-            errors[dtype] = product_error(device, dtype)
+            errors[dtype] = matmul_error(device, dtype)
         except RuntimeError as problem:
             return errors, f"{dtype}: {' '.join(str(problem).split())[:160]}"
     return errors, ""
 
 
-def judge_products(number: int, errors: dict[str, float], problem: str) -> Verdict:
+def check_matmuls(number: int, errors: dict[str, float], problem: str) -> Check:
     """Whether a card computed what it should.
 
     Args:
@@ -202,15 +202,15 @@ def judge_products(number: int, errors: dict[str, float], problem: str) -> Verdi
     """
     name = f"arithmetic {number}"
     if problem:
-        return Verdict(name, FAIL, f"a product on card {number} failed: {problem}", "check the driver with nvidia-smi")
+        return Check(name, FAIL, f"a product on card {number} failed: {problem}", "check the driver with nvidia-smi")
     wrong = [f"{dtype} by {error:.2g}" for dtype, error in errors.items() if not error <= MOST_ERROR[dtype]]
     if wrong:
-        mend = "restart the machine; if it stays so, the card is faulty: take another"
-        return Verdict(name, FAIL, f"products on card {number} are wrong: {', '.join(wrong)}", mend)
-    return Verdict(name, OK, f"products on card {number} are right in {', '.join(errors)}")
+        fix = "restart the machine; if it stays so, the card is faulty: take another"
+        return Check(name, FAIL, f"products on card {number} are wrong: {', '.join(wrong)}", fix)
+    return Check(name, OK, f"products on card {number} are right in {', '.join(errors)}")
 
 
-def judge_kernels(problems: dict[str, str | None], missing: Sequence[str]) -> Verdict:
+def check_kernels(problems: dict[str, str | None], missing: Sequence[str]) -> Check:
     """Which optional packages with faster kernels can be loaded.
 
     Args:
@@ -220,9 +220,9 @@ def judge_kernels(problems: dict[str, str | None], missing: Sequence[str]) -> Ve
     broken = {name: problem for name, problem in problems.items() if problem is not None}
     if broken:
         there = ", ".join(f"{name} is installed and cannot be loaded ({problem})" for name, problem in broken.items())
-        return Verdict("fast kernels", WARN, there, f"pip uninstall {' '.join(broken)}, or build for this torch")
+        return Check("fast kernels", WARN, there, f"pip uninstall {' '.join(broken)}, or build for this torch")
     here = ", ".join(problems) or "none"
-    return Verdict("fast kernels", OK, f"{here} here; not here and not needed: {', '.join(missing) or 'none'}")
+    return Check("fast kernels", OK, f"{here} here; not here and not needed: {', '.join(missing) or 'none'}")
 
 
 def probe_kernels() -> tuple[dict[str, str | None], list[str]]:

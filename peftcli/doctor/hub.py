@@ -11,7 +11,7 @@ from typing import TypeVar
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
-from peftcli.doctor.check import OK, WARN, Verdict
+from peftcli.doctor.check import OK, WARN, Check
 
 HUB_SECONDS = 2.0
 MODEL_SECONDS = 5.0
@@ -105,13 +105,13 @@ def model_on_hub(name: str, revision: str | None, seconds: float = MODEL_SECONDS
     return in_time(ask, seconds)
 
 
-def judge_hub(hub: Hub) -> Verdict:
+def check_hub(hub: Hub) -> Check:
     """Say whether models can be downloaded."""
     if hub.offline:
-        return Verdict("Hub", OK, "offline by HF_HUB_OFFLINE: models come from folders and the model cache")
+        return Check("Hub", OK, "offline by HF_HUB_OFFLINE: models come from folders and the model cache")
     if hub.answers:
-        return Verdict("Hub", OK, f"{hub.name} answers")
+        return Check("Hub", OK, f"{hub.name} answers")
     there = f"{hub.name} did not answer in {HUB_SECONDS:g} s"
     if hub.code is not None:
         there = f"{hub.name}, or what stands before it, answered {hub.code}"
-    return Verdict("Hub", WARN, there, "export HF_HUB_OFFLINE=1, so that nothing waits for it, and use local models")
+    return Check("Hub", WARN, there, "export HF_HUB_OFFLINE=1, so that nothing waits for it, and use local models")

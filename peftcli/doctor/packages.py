@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from peftcli.doctor.check import FAIL, OK, WARN, Verdict
+from peftcli.doctor.check import FAIL, OK, WARN, Check
 from peftcli.doctor.tested import TRAINING, tested_range
 
 TESTED = {
@@ -86,7 +86,7 @@ def _needs_of(package: str) -> list[Need]:
     return [Need(package, one) for one in found if one.marker is None or one.marker.evaluate({"extra": ""})]
 
 
-def judge_needs(needs: Sequence[Need], installed: Mapping[str, str | None]) -> Verdict:
+def check_requirements(needs: Sequence[Need], installed: Mapping[str, str | None]) -> Check:
     """Hold the installed versions against what is asked of them.
 
     A package that peftcli asks for itself must fit; between two others a mismatch is told, since many are harmless.
@@ -97,11 +97,11 @@ def judge_needs(needs: Sequence[Need], installed: Mapping[str, str | None]) -> V
     unmet = [need for need in needs if not _is_met(need, installed.get(need.what.name))]
     if not unmet:
         direct = sum(need.by == OURS for need in needs)
-        return Verdict("packages", OK, f"the {direct} that peftcli needs are here and fit each other")
+        return Check("packages", OK, f"the {direct} that peftcli needs are here and fit each other")
     ours = [need for need in unmet if need.by == OURS]
     there = ", ".join(_unmet_text(need, installed.get(need.what.name)) for need in ours or unmet)
     wanted = " ".join(f"'{need.what.name}{need.what.specifier}'" for need in ours or unmet)
-    return Verdict("packages", FAIL if ours else WARN, there, f"pip install {wanted}")
+    return Check("packages", FAIL if ours else WARN, there, f"pip install {wanted}")
 
 
 def _is_met(need: Need, version: str | None) -> bool:
@@ -113,10 +113,10 @@ def _unmet_text(need: Need, version: str | None) -> str:
     return f"{asked}, which is missing" if version is None else f"{asked}, here is {version}"
 
 
-def judge_tested(installed: Mapping[str, str | None]) -> Verdict:
+def check_tested_versions(installed: Mapping[str, str | None]) -> Check:
     """Compare the installed versions with the range of those that the tests ran on; a third number never warns.
 
-    Versions older than that are left out: peftcli does not allow them, so `judge_needs` fails.
+    Versions older than that are left out: peftcli does not allow them, so `check_requirements` fails.
     """
     here = {name: version for name in TRAINING if (version := installed.get(name)) is not None}
     newer = {name: last for name in here if _is_newer(here[name], last := tested_range(name)[1])}
@@ -125,10 +125,10 @@ def judge_tested(installed: Mapping[str, str | None]) -> Verdict:
             f"{name} {here[name]} is newer than {last}, the newest tested" for name, last in newer.items()
         )
         wanted = " ".join(f"{name}=={last}" for name, last in newer.items())
-        return Verdict("tested", WARN, found, f"should something misbehave, pip install {wanted}")
+        return Check("tested", WARN, found, f"should something misbehave, pip install {wanted}")
     ranges = {name: tested_range(name) for name in here}
     inside = [name for name, (first, _) in ranges.items() if Version(here[name]) >= Version(first)]
-    return Verdict("tested", OK, "tested with " + ", ".join(f"{name} {_range_text(*ranges[name])}" for name in inside))
+    return Check("tested", OK, "tested with " + ", ".join(f"{name} {_range_text(*ranges[name])}" for name in inside))
 
 
 def _is_newer(version: str, last: str) -> bool:
@@ -149,7 +149,7 @@ def _first_two(version: str) -> tuple[int, ...]:
     return Version(version).release[:2]
 
 
-def judge_python(version: str, asked: str | None, tested: Sequence[str]) -> Verdict:
+def check_python(version: str, asked: str | None, tested: Sequence[str]) -> Check:
     """Hold the running Python against what the package asks for and names as tested.
 
     Args:
@@ -158,13 +158,11 @@ def judge_python(version: str, asked: str | None, tested: Sequence[str]) -> Verd
         tested: first two numbers of each tested version; empty where it is not known.
     """
     if asked and not Requirement(f"python{asked}").specifier.contains(version, prereleases=True):
-        return Verdict(
-            "python", FAIL, f"{version}, but {asked} is needed", "make a virtual environment with such a one"
-        )
+        return Check("python", FAIL, f"{version}, but {asked} is needed", "make a virtual environment with such a one")
     if tested and ".".join(version.split(".")[:2]) not in tested:
         there = f"{version}, tested are {', '.join(tested)}"
-        return Verdict("python", WARN, there, f"should something misbehave, use Python {tested[-1]}")
-    return Verdict("python", OK, version)
+        return Check("python", WARN, there, f"should something misbehave, use Python {tested[-1]}")
+    return Check("python", OK, version)
 
 
 def stated_pythons() -> tuple[str | None, list[str]]:
@@ -186,7 +184,7 @@ def version_lines() -> list[str]:
     return [f"{OURS} {own}", *(f"{name} {version or 'missing'}" for name, version in others.items())]
 
 
-def judge_databases(version: str | None, *, asked: bool) -> Verdict:
+def check_databases(version: str | None, *, asked: bool) -> Check:
     """Whether rows of a database with an address could be read.
 
     Args:
@@ -194,22 +192,22 @@ def judge_databases(version: str | None, *, asked: bool) -> Verdict:
         asked: the recipe needs it.
     """
     if version is not None:
-        return Verdict("databases", OK, f"sqlalchemy {version}")
+        return Check("databases", OK, f"sqlalchemy {version}")
     if asked:
-        return Verdict(
+        return Check(
             "databases", FAIL, "the recipe reads a database, and sqlalchemy is missing", "pip install 'peftcli[sql]'"
         )
-    return Verdict("databases", OK, "sqlalchemy is not installed; only dataset.url needs it")
+    return Check("databases", OK, "sqlalchemy is not installed; only dataset.url needs it")
 
 
-def judge_imports(names: Sequence[str]) -> Verdict:
+def check_imports(names: Sequence[str]) -> Check:
     """Import packages, and name those that are here and broken, or missing."""
     broken = {name: problem for name in names if (problem := import_problem(name)) is not None}
     if not broken:
-        return Verdict("imports", OK, f"{', '.join(name for name in names if name in TRAINING)} can be loaded")
+        return Check("imports", OK, f"{', '.join(name for name in names if name in TRAINING)} can be loaded")
     there = ", ".join(f"{name} cannot be loaded ({problem})" for name, problem in broken.items())
     wanted = " ".join(f"{name}=={TESTED[name]}" if name in TESTED else name for name in broken)
-    return Verdict("imports", FAIL, there, f"pip install --force-reinstall {wanted}; the other checks need them")
+    return Check("imports", FAIL, there, f"pip install --force-reinstall {wanted}; the other checks need them")
 
 
 def import_problem(name: str) -> str | None:

@@ -6,9 +6,9 @@ import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
-from peftcli.adapters.quantized import unpacked_weight
-from peftcli.doctor.check import FAIL, OK, WARN, Verdict
-from peftcli.model.int8_linear import compute_in_floats
+from peftcli.adapters.quantized import dequantized_weight
+from peftcli.doctor.check import FAIL, OK, WARN, Check
+from peftcli.model.int8_linear import compute_in_float
 from peftcli.model.load import DTYPES, FAST_CPU_PATH, keep_gradients_of_4bit
 
 INPUTS, OUTPUTS, ROWS = 256, 192, 8
@@ -105,16 +105,16 @@ def _distance(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
-def judge_4bit(trial: Trial, *, asked: bool = True) -> Verdict:
+def check_4bit(trial: Trial, *, asked: bool = True) -> Check:
     """Whether 4-bit training can be trusted here.
 
     Args:
         asked: False for a recipe without quantization, which goes on whatever comes out.
     """
-    return judge_trial(trial, "4-bit", "NF4", NF4_TOLERANCE, asked=asked)
+    return check_trial(trial, "4-bit", "NF4", NF4_TOLERANCE, asked=asked)
 
 
-def judge_trial(trial: Trial, name: str, what: str, most_loss: float, *, asked: bool) -> Verdict:
+def check_trial(trial: Trial, name: str, what: str, most_loss: float, *, asked: bool) -> Check:
     """Whether training on weights of a kind can be trusted here.
 
     Args:
@@ -124,17 +124,17 @@ def judge_trial(trial: Trial, name: str, what: str, most_loss: float, *, asked: 
         asked: False where the recipe goes on whatever comes out.
     """
     bad = FAIL if asked else WARN
-    mend = "pip install --upgrade bitsandbytes, or train without `quantization`"
+    fix = "pip install --upgrade bitsandbytes, or train without `quantization`"
     place = {"cpu": "CPU", "cuda": "GPU"}[trial.device]
     if trial.problem:
-        return Verdict(name, bad, f"bitsandbytes fails on the {place}: {trial.problem}", mend)
+        return Check(name, bad, f"bitsandbytes fails on the {place}: {trial.problem}", fix)
     parts = {"answers": trial.answer, "products": trial.product, "gradients": trial.gradient}
     most = MOST_ERROR[trial.dtype]
     wrong = [f"{part} by {error:.2g}" for part, error in parts.items() if not error <= most]
     if not trial.loss <= most_loss:
         wrong.append(f"the unpacked weights by {trial.loss:.2g}")
     if wrong:
-        return Verdict(name, bad, f"{what} in {trial.dtype} is wrong on the {place}: {', '.join(wrong)}", mend)
+        return Check(name, bad, f"{what} in {trial.dtype} is wrong on the {place}: {', '.join(wrong)}", fix)
     there = f"{what} in {trial.dtype} on the {place}: products and gradients are those of the unpacked weights"
     there += f" to {max(parts.values()):.0e}"
     if trial.repacks:
@@ -142,7 +142,7 @@ def judge_trial(trial: Trial, name: str, what: str, most_loss: float, *, asked: 
             "; this CPU has AVX512_BF16, where plain bitsandbytes rounds products to bfloat16 in evaluation and loses "
             "gradients afterwards; peftcli switches that kernel off (docs/4bit-on-cpu.md)"
         )
-    return Verdict(name, OK, there)
+    return Check(name, OK, there)
 
 
 def try_8bit(device: str, dtype: str) -> Trial:
@@ -156,12 +156,12 @@ def try_8bit(device: str, dtype: str) -> Trial:
         layer = Linear8bitLt(INPUTS, OUTPUTS, bias=False, has_fp16_weights=False)
         layer.load_state_dict({"weight": weight})
         layer = layer.to(device)
-        compute_in_floats(layer)
-        return run_layer(layer, unpacked_weight(layer), weight, dtype)
+        compute_in_float(layer)
+        return run_layer(layer, dequantized_weight(layer), weight, dtype)
     except Exception as problem:  # a wheel without its library raises anything, AttributeError of None included
         return Trial(device, dtype, problem=f"{type(problem).__name__}: {' '.join(str(problem).split())[:160]}")
 
 
-def judge_8bit(trial: Trial) -> Verdict:
+def check_8bit(trial: Trial) -> Check:
     """Whether the 8-bit training that a recipe asks for can be trusted here."""
-    return judge_trial(trial, "8-bit", "int8", INT8_TOLERANCE, asked=True)
+    return check_trial(trial, "8-bit", "int8", INT8_TOLERANCE, asked=True)

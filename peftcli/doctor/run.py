@@ -5,18 +5,18 @@ import time
 from collections.abc import Iterator
 
 from peftcli.doctor import gpu, quantization, system
-from peftcli.doctor.check import FAIL, Verdict, refused
-from peftcli.doctor.hub import judge_hub, probe_hub
-from peftcli.doctor.recipe import recipe_verdicts
-from peftcli.doctor.system import judge_session
+from peftcli.doctor.check import FAIL, Check, refused
+from peftcli.doctor.hub import check_hub, probe_hub
+from peftcli.doctor.recipe import check_recipe
+from peftcli.doctor.system import check_session
 from peftcli.errors import PeftcliError
 from peftcli.model.hardware import probe_machine
 from peftcli.plan.machine import Machine
 from peftcli.recipe.schema import Recipe
-from peftcli.train.deadline import deadline, known_limit
+from peftcli.train.deadline import deadline, notebook_limit
 
 
-def examine(recipe: Recipe | None, encodings: dict[str, str]) -> Iterator[Verdict]:
+def run_checks(recipe: Recipe | None, encodings: dict[str, str]) -> Iterator[Check]:
     """Ask this machine everything.
 
     Args:
@@ -24,52 +24,52 @@ def examine(recipe: Recipe | None, encodings: dict[str, str]) -> Iterator[Verdic
         encodings: of this process, asked before its streams were changed.
     """
     cuda, found = gpu.probe_cuda(), system.probe_host()
-    yield gpu.judge_cards(cuda, wanted=not _asks_cpu(recipe))
+    yield gpu.check_gpus(cuda, wanted=not _asks_cpu(recipe))
     machine = None if cuda.problem else probe_machine()
     if machine is not None:
-        yield from _device_verdicts(cuda, machine, recipe)
-    yield gpu.judge_kernels(*gpu.probe_kernels())
+        yield from _device_checks(cuda, machine, recipe)
+    yield gpu.check_kernels(*gpu.probe_kernels())
     on_cpu = machine is not None and machine.device == "cpu"
-    yield system.judge_cores(found, machine.name if machine is not None and on_cpu else platform.machine())
-    yield system.judge_memory(found)
-    yield from system.disk_verdicts()
+    yield system.check_cores(found, machine.name if machine is not None and on_cpu else platform.machine())
+    yield system.check_memory(found)
+    yield from system.check_disks()
     hub = probe_hub()
-    yield judge_hub(hub)
-    yield _session_verdict(recipe)
-    yield system.judge_encoding(encodings)
+    yield check_hub(hub)
+    yield _session_check(recipe)
+    yield system.check_encoding(encodings)
     if recipe is not None and machine is not None:
-        yield from recipe_verdicts(recipe, machine, hub)
+        yield from check_recipe(recipe, machine, hub)
 
 
-def _device_verdicts(cuda: gpu.Cuda, machine: Machine, recipe: Recipe | None) -> Iterator[Verdict]:
+def _device_checks(cuda: gpu.Cuda, machine: Machine, recipe: Recipe | None) -> Iterator[Check]:
     on_cpu = machine.device == "cpu" or _asks_cpu(recipe)
     if cuda.cards:
-        wheel = gpu.judge_wheel(machine, cuda.cards)
+        wheel = gpu.check_torch_build(machine, cuda.cards)
         yield wheel
         if wheel.result != FAIL:
             for number, card in enumerate(cuda.cards):
-                yield gpu.judge_products(number, *gpu.try_products(f"cuda:{number}", card.native_bf16))
-            yield from gpu.judge_several(cuda.cards)
+                yield gpu.check_matmuls(number, *gpu.try_matmuls(f"cuda:{number}", card.native_bf16))
+            yield from gpu.check_several_gpus(cuda.cards)
         elif not on_cpu:
             return  # a card without kernels fails every question that is put to it
     chosen = gpu.auto_dtype(machine, on_gpu=not on_cpu)
-    yield gpu.judge_precision(chosen)
+    yield gpu.check_precision(chosen)
     bits = None if recipe is None or recipe.quantization is None else recipe.quantization.bits
     where = "cpu" if on_cpu else "cuda"
-    yield quantization.judge_4bit(quantization.try_4bit(where, chosen.value), asked=recipe is None or bits == 4)
+    yield quantization.check_4bit(quantization.try_4bit(where, chosen.value), asked=recipe is None or bits == 4)
     if bits == 8:
-        yield quantization.judge_8bit(quantization.try_8bit(where, chosen.value))
+        yield quantization.check_8bit(quantization.try_8bit(where, chosen.value))
 
 
 def _asks_cpu(recipe: Recipe | None) -> bool:
     return recipe is not None and bool(recipe.trainer.get("use_cpu"))
 
 
-def _session_verdict(recipe: Recipe | None) -> Verdict:
+def _session_check(recipe: Recipe | None) -> Check:
     now = time.time()
     try:
         until = deadline(now)
     except PeftcliError as problem:
         return refused("session", problem)
     budget = None if recipe is None else recipe.budget.wall_clock
-    return judge_session(known_limit(now=now), until, now, budget=budget, runs=recipe is not None)
+    return check_session(notebook_limit(now=now), until, now, budget=budget, runs=recipe is not None)

@@ -11,13 +11,13 @@ import psutil
 from huggingface_hub import constants
 
 from peftcli.cache import cache_root
-from peftcli.doctor.check import FAIL, OK, WARN, Verdict, refused
+from peftcli.doctor.check import FAIL, OK, WARN, Check, refused
 from peftcli.errors import PeftcliError
 from peftcli.model.hardware import core_quota, memory_limit
 from peftcli.recipe.fields import duration_text
 from peftcli.report.format import several, size
-from peftcli.train.deadline import Deadline, Limit
-from peftcli.train.disk import check_writable, probe_room
+from peftcli.train.deadline import Deadline, NotebookLimit
+from peftcli.train.disk import check_writable, probe_disk_space
 
 SMALL_BYTES = 2 * 2**30
 """The libraries take about 1 GiB before the first weight."""
@@ -83,26 +83,26 @@ def probe_host(root: Path = Path("/")) -> Host:
     )
 
 
-def judge_cores(host: Host, processor: str) -> Verdict:
+def check_cores(host: Host, processor: str) -> Check:
     """Hold the threads that the libraries would start against the time that the container gives."""
     there = f"{several(host.cores, 'core', 'cores')}, {processor}"
     quota = host.quota_cores
     if quota is None or quota >= host.cores:
-        return Verdict("processor", OK, there)
+        return Check("processor", OK, there)
     there += f"; the container allows the time of {quota:g}"
     if host.threads is not None and host.threads <= math.ceil(quota):
-        return Verdict("processor", OK, f"{there}, and OMP_NUM_THREADS is {host.threads}")
-    return Verdict("processor", WARN, there, f"export OMP_NUM_THREADS={max(1, math.floor(quota))}")
+        return Check("processor", OK, f"{there}, and OMP_NUM_THREADS is {host.threads}")
+    return Check("processor", WARN, there, f"export OMP_NUM_THREADS={max(1, math.floor(quota))}")
 
 
-def judge_memory(host: Host) -> Verdict:
+def check_memory(host: Host) -> Check:
     """Say how much memory there is, and warn where the libraries alone would fill it."""
     there = f"{size(host.left_bytes)} free of {size(host.usable_bytes)}"
     if host.limit_bytes is not None:
         there += f", which the container allows of {size(host.memory_bytes)}"
     if host.left_bytes < SMALL_BYTES:
-        return Verdict("memory", WARN, there, "end other programs: the libraries alone take about 1 GiB")
-    return Verdict("memory", OK, there)
+        return Check("memory", WARN, there, "end other programs: the libraries alone take about 1 GiB")
+    return Check("memory", OK, there)
 
 
 def encodings() -> dict[str, str]:
@@ -111,17 +111,17 @@ def encodings() -> dict[str, str]:
     return {"files": locale.getencoding(), "names of files": sys.getfilesystemencoding(), "the terminal": terminal}
 
 
-def judge_encoding(found: dict[str, str]) -> Verdict:
+def check_encoding(found: dict[str, str]) -> Check:
     """Warn where the libraries would read or write text in something else than UTF-8."""
     other = {what: name for what, name in found.items() if name.lower().replace("-", "").replace("_", "") != "utf8"}
     if not other:
-        return Verdict("encoding", OK, "UTF-8")
+        return Check("encoding", OK, "UTF-8")
     there = ", ".join(f"{name} for {what}" for what, name in other.items())
-    return Verdict("encoding", WARN, there, "export PYTHONUTF8=1")
+    return Check("encoding", WARN, there, "export PYTHONUTF8=1")
 
 
 @dataclass(frozen=True)
-class Place:
+class DiskPath:
     """A folder that is written to.
 
     Attributes:
@@ -140,71 +140,71 @@ class Place:
         return f"{free} under a quota of {self.quota}" if self.quota else free
 
 
-def probe_place(folder: Path) -> Place:
+def probe_disk(folder: Path) -> DiskPath:
     """Ask what is free in a folder, and write a small file there.
 
     Raises:
         RecipeError: PEFTCLI_QUOTA is set to something else than a folder and a size.
     """
-    room = probe_room(folder)
+    room = probe_disk_space(folder)
     quota = room.place.partition(" with its quota of ")[2]
     try:
         check_writable(folder)
     except PeftcliError as problem:
-        return Place(room.free, quota, problem)
-    return Place(room.free, quota)
+        return DiskPath(room.free, quota, problem)
+    return DiskPath(room.free, quota)
 
 
-def disk_verdicts() -> list[Verdict]:
+def check_disks() -> list[Check]:
     """The disks under the working folder and under both caches."""
     asked = (
-        ("disk", Path.cwd(), judge_disk),
-        ("data cache", cache_root(None), judge_cache),
-        ("model cache", Path(constants.HF_HUB_CACHE), judge_models),
+        ("disk", Path.cwd(), check_disk),
+        ("data cache", cache_root(None), check_cache),
+        ("model cache", Path(constants.HF_HUB_CACHE), check_model_cache),
     )
     found = []
     for name, folder, judge in asked:
         try:
-            found.append(judge(probe_place(folder)))
+            found.append(judge(probe_disk(folder)))
         except PeftcliError as problem:
             found.append(refused(name, problem))
     return found
 
 
-def judge_disk(place: Place) -> Verdict:
+def check_disk(place: DiskPath) -> Check:
     """Whether runs can be written here."""
     if place.problem is not None:
         found = refused("disk", place.problem)
-        return Verdict("disk", FAIL, found.there, "go to another folder, or name another output_dir")
+        return Check("disk", FAIL, found.found, "go to another folder, or name another output_dir")
     if place.free_bytes < SMALL_RUN_BYTES:
-        mend = "free some space; `peftcli doctor RECIPE` says what a run needs"
-        return Verdict("disk", WARN, f"{place.text} in the working folder", mend)
-    return Verdict("disk", OK, f"{place.text} in the working folder, where runs are written")
+        fix = "free some space; `peftcli doctor RECIPE` says what a run needs"
+        return Check("disk", WARN, f"{place.text} in the working folder", fix)
+    return Check("disk", OK, f"{place.text} in the working folder, where runs are written")
 
 
-def judge_cache(place: Place) -> Verdict:
+def check_cache(place: DiskPath) -> Check:
     """Whether tokenized rows can be kept."""
-    mend = "name another folder in the environment variable PEFTCLI_CACHE"
+    fix = "name another folder in the environment variable PEFTCLI_CACHE"
     if place.problem is not None:
-        return Verdict("data cache", FAIL, refused("", place.problem).there, mend)
+        return Check("data cache", FAIL, refused("", place.problem).found, fix)
     if place.free_bytes < SMALL_CACHE_BYTES:
-        return Verdict("data cache", WARN, f"{place.text} for tokenized rows", f"free some space, or {mend}")
-    return Verdict("data cache", OK, f"{place.text} for tokenized rows")
+        return Check("data cache", WARN, f"{place.text} for tokenized rows", f"free some space, or {fix}")
+    return Check("data cache", OK, f"{place.text} for tokenized rows")
 
 
-def judge_models(place: Place) -> Verdict:
+def check_model_cache(place: DiskPath) -> Check:
     """Whether models can be downloaded; those that are there can be read in any case."""
     if place.problem is not None:
         there = "it may only be read, so no other model can be downloaded"
-        return Verdict("model cache", WARN, there, "name another folder in the environment variable HF_HOME")
+        return Check("model cache", WARN, there, "name another folder in the environment variable HF_HOME")
     if place.free_bytes < SMALL_CACHE_BYTES:
-        return Verdict("model cache", WARN, f"{place.text} for downloads", "free some space, or set HF_HOME")
-    return Verdict("model cache", OK, f"{place.text} for downloads")
+        return Check("model cache", WARN, f"{place.text} for downloads", "free some space, or set HF_HOME")
+    return Check("model cache", OK, f"{place.text} for downloads")
 
 
-def judge_session(
-    limit: Limit | None, until: Deadline | None, now: float, *, budget: float | None = None, runs: bool = False
-) -> Verdict:
+def check_session(
+    limit: NotebookLimit | None, until: Deadline | None, now: float, *, budget: float | None = None, runs: bool = False
+) -> Check:
     """Say when the machine is taken away, and warn where a recipe's run would not end before that.
 
     Args:
@@ -216,14 +216,14 @@ def judge_session(
     """
     if until is not None:
         left = max(60.0, (until.at - now) // 60 * 60)
-        return Verdict("session", OK, f"PEFTCLI_DEADLINE ends every run in {duration_text(left)}")
+        return Check("session", OK, f"PEFTCLI_DEADLINE ends every run in {duration_text(left)}")
     if limit is None:
-        return Verdict("session", OK, "no notebook service with a time limit was recognised")
-    there, _, mend = limit.sentence(now).partition("; ")
+        return Check("session", OK, "no notebook service with a time limit was recognised")
+    there, _, fix = limit.sentence(now).partition("; ")
     if budget is None:
-        return Verdict("session", WARN, there, mend) if runs else Verdict("session", OK, f"{there}; {mend}")
+        return Check("session", WARN, there, fix) if runs else Check("session", OK, f"{there}; {fix}")
     gone = now - limit.started if limit.started is not None else 0.0
     if budget > limit.seconds - gone:
         there = f"the recipe's budget of {duration_text(budget)} is longer than the session: {there}"
-        return Verdict("session", WARN, there, mend)
-    return Verdict("session", OK, f"{there}; the recipe's budget of {duration_text(budget)} is shorter")
+        return Check("session", WARN, there, fix)
+    return Check("session", OK, f"{there}; the recipe's budget of {duration_text(budget)} is shorter")

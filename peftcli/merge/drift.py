@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from peftcli.data.formats import LABELLED
 from peftcli.data.prepare import PreparedData
 from peftcli.data.tokenize import IGNORED
-from peftcli.model.classification import Head, head_of, output_names, row_logits
+from peftcli.model.classification import TaskHead, output_names, row_logits, task_head
 from peftcli.model.scoring import pad_right, rows_at_once, vocabulary_of
 from peftcli.progress import Progress
 
@@ -74,7 +74,7 @@ class Comparison:
         if self.data.format not in LABELLED:
             return self._of_text(model, what)
         rows = self.rows
-        head = head_of(output_names(self.data), self.data.problem, model, self.tokenizer)
+        head = task_head(output_names(self.data), self.data.problem, model, self.tokenizer)
         ids, labels = (rows.column(name).to_pylist() for name in (head.column, "labels"))
         return row_logits(
             model,
@@ -90,7 +90,7 @@ class Comparison:
         """How far the outputs of a merged model are from those of the adapter."""
         if self.data.format not in LABELLED:
             return compare(reference, merged)
-        return compare_labels(Head(output_names(self.data), self.data.problem or "tagging"), reference, merged)
+        return compare_labels(TaskHead(output_names(self.data), self.data.problem or "tagging"), reference, merged)
 
     def _of_text(self, model: PreTrainedModel, what: str) -> list[Tensor]:
         return trained_logits(
@@ -167,7 +167,7 @@ def compare(reference: list[Tensor], merged: list[Tensor]) -> Drift:
     return Drift(len(reference), positions, largest, total / positions, kl / positions, agree / positions)
 
 
-def compare_labels(head: Head, reference: Sequence[Tensor], merged: Sequence[Tensor]) -> Drift:
+def compare_labels(head: TaskHead, reference: Sequence[Tensor], merged: Sequence[Tensor]) -> Drift:
     """Compare the outputs of two models row by row.
 
     Args:
@@ -193,7 +193,7 @@ def compare_labels(head: Head, reference: Sequence[Tensor], merged: Sequence[Ten
     )
 
 
-def _divergence(head: Head, before: Tensor, after: Tensor) -> float | None:
+def _divergence(head: TaskHead, before: Tensor, after: Tensor) -> float | None:
     if head.problem == "regression":
         return None
     if head.problem == "multi-label":
@@ -204,7 +204,7 @@ def _divergence(head: Head, before: Tensor, after: Tensor) -> float | None:
     return total.item() / before.shape[0]
 
 
-def _same(head: Head, before: Tensor, after: Tensor) -> float:
+def _same(head: TaskHead, before: Tensor, after: Tensor) -> float:
     if head.problem == "regression":
         near = (before - after).abs() <= SAME_NUMBER * before.std(0, correction=0)
         return float(near.all(-1).double().mean())

@@ -17,16 +17,16 @@ from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from peftcli.adapters.quantized import taken_for_floats
+from peftcli.adapters.quantized import hide_quantization_flag
 from peftcli.errors import MachineError
 from peftcli.methods.base import Method
 from peftcli.methods.registry import METHODS
 from peftcli.model.files import Source, end_names, skeleton_of
-from peftcli.model.inspect import hollow_out
+from peftcli.model.inspect import drop_parameters
 
 
 @dataclass(frozen=True)
-class Folded:
+class FoldedWeights:
     """The tensors of a merged model, made as they are asked for.
 
     Attributes:
@@ -40,7 +40,7 @@ class Folded:
     unties: bool
 
 
-def fold(base: PreTrainedModel, adapter: Path, source: Source) -> Folded:
+def fold(base: PreTrainedModel, adapter: Path, source: Source) -> FoldedWeights:
     """Prepare the merge of an adapter, using PEFT's own arithmetic layer by layer.
 
     The structure is built a second time with weights that take no memory; only the layer at hand gets real ones, in
@@ -55,7 +55,7 @@ def fold(base: PreTrainedModel, adapter: Path, source: Source) -> Folded:
         MachineError: this adapter cannot be merged.
     """
     skeleton = skeleton_of(base)
-    hollow_out(skeleton)
+    drop_parameters(skeleton)
     method = method_of(adapter)
     if method is not None and method.from_weights:
         _fill(skeleton, source)
@@ -84,7 +84,7 @@ def fold(base: PreTrainedModel, adapter: Path, source: Source) -> Folded:
 
     state = dict(base.state_dict(keep_vars=True))
     sizes = {name: _elements(state[name]) for name in names}
-    return Folded(sizes, tensors, unties)
+    return FoldedWeights(sizes, tensors, unties)
 
 
 def _untied(ends: list[object]) -> bool:
@@ -106,7 +106,7 @@ def bare_base(model: PeftModel) -> PreTrainedModel:
     if not hasattr(model.base_model, "unload"):
         return base
     # Some methods refuse to touch a quantized model, even to take themselves off.
-    with taken_for_floats(base):
+    with hide_quantization_flag(base):
         bare: PreTrainedModel = model.unload()
     return bare
 

@@ -17,10 +17,10 @@ from peftcli.merge.drift import Comparison, Drift
 from peftcli.merge.fold import bare_base, fold
 from peftcli.merge.save import write_config, write_weights
 from peftcli.model.adapter_files import replace_folder, write_companions
-from peftcli.model.evaluate import Measured, decoding_for, measure
+from peftcli.model.evaluate import Evaluation, decoding_for, evaluate_model
 from peftcli.model.files import Source, loaded_weights, original_weights
 from peftcli.model.load import DTYPES, load_base
-from peftcli.model.manifest import IDENTITY, merged_identity
+from peftcli.model.manifest import MANIFEST, build_merged_manifest
 from peftcli.model.target import Target
 from peftcli.plan.plan import Base
 from peftcli.progress import Progress
@@ -43,7 +43,7 @@ class Candidate:
     into: str
     folder: Path
     drift: Drift
-    measured: Measured | None
+    measured: Evaluation | None
     bytes: int
 
     @property
@@ -141,10 +141,10 @@ def _fail(kept: Candidate, value: dict[str, Any], *, quantized: bool) -> None:
         if value["limits_met"][name] is False
     ]
     others = [one for one in ("dequantized", "original") if one != kept.into] if quantized else []
-    mends = [*(f"--into {one}" for one in others), "a wider --dtype", "another limit in gates"]
+    fixes = [*(f"--into {one}" for one in others), "a wider --dtype", "another limit in gates"]
     raise DriftTooLarge(
         f"the model merged into the {kept.into} base is too far from the adapter: {'; '.join(crossed)}; nothing was "
-        f"kept; try {', '.join(mends[:-1])} or {mends[-1]}",
+        f"kept; try {', '.join(fixes[:-1])} or {fixes[-1]}",
         value,
     )
 
@@ -178,7 +178,7 @@ def _write_all(
         write_config(bare, dtype, folded.unties, folder)
         write_companions(bare, tokenizer, data.stop_ids, folder)
         stored = settings.dtype or target.base.dtype
-        write_json(folder / IDENTITY, merged_identity(target.identity, stored, folder, target.base.tokenizer))
+        write_json(folder / MANIFEST, build_merged_manifest(target.identity, stored, folder, target.base.tokenizer))
         written.append((into, folder, size))
     return written
 
@@ -229,10 +229,12 @@ def _scored(
     settings: MergeSettings,
     progress: Progress,
     what: str,
-) -> Measured:
+) -> Evaluation:
     decoding = decoding_for(settings.evaluation, data, tokenizer, settings.seed)
     rows = settings.batch_rows
-    return measure(model, tokenizer, data, settings.evaluation, decoding, batch_rows=rows, progress=progress, what=what)
+    return evaluate_model(
+        model, tokenizer, data, settings.evaluation, decoding, batch_rows=rows, progress=progress, what=what
+    )
 
 
 def _met(gate: Gate, value: float | None) -> bool | None:

@@ -7,13 +7,13 @@ import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from peftcli.merge.fold import Folded
+from peftcli.merge.fold import FoldedWeights
 
 SHARD_BYTES = 2**30
 """Of one file; writing one takes twice as much memory, since safetensors makes a copy to write."""
 
 
-def write_weights(folded: Folded, dtype: torch.dtype, folder: Path, shard_bytes: int = SHARD_BYTES) -> int:
+def write_weights(folded: FoldedWeights, dtype: torch.dtype, folder: Path, shard_bytes: int = SHARD_BYTES) -> int:
     """Write the tensors in files of at most `shard_bytes`, holding one file's tensors in memory at a time.
 
     Args:

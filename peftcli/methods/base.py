@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
 
-CORE = ("r", "alpha", "dropout")
+ARGUMENT_NAMES = ("r", "alpha", "dropout")
 """Keys of the adapter section that many methods share, each under a name of its own in PEFT."""
 GRADIENT_BATCHES = 8
 """Training batches whose gradient an adapter begins by, where the recipe gives no number."""
@@ -50,13 +50,13 @@ class Method:
         what: one line, what is trained.
         paper: authors, year and where it is found.
         config: name of its configuration class in PEFT, or of ours.
-        room: folder of that class in `peft/tuners`; None for a class of ours, whose arguments stand in `arguments`.
-        core: the argument that each of `r`, `alpha` and `dropout` sets; one that is missing does nothing here.
-        defaults: of the core keys and of arguments, where the recipe gives none.
+        peft_module: folder of that class in `peft/tuners`; None for a class of ours, whose arguments stand in
+        `arguments`. argument_names: the argument that each of `r`, `alpha` and `dropout` sets; one that is missing
+        does nothing here. defaults: of the core keys and of arguments, where the recipe gives none.
         arguments: of a class of ours, by name: what may stand there, as `installed.Argument.kinds` says it.
         choices: words that an argument of ours may be, and those that PEFT takes but does not write down.
-        divides: arguments that must divide the widths of all targets, with the largest value that is taken unasked.
-        closed: arguments of PEFT that a recipe does not set, each with the reason.
+        must_divide: arguments that must divide the widths of all targets, with the largest value that is taken unasked.
+        unsupported_arguments: arguments of PEFT that a recipe does not set, each with the reason.
         targets: what it stands on where the recipe does not say: all linear layers, the norms, the embeddings, the
             layers that IA3 scales, those that write into the residual stream, whole modules, or nothing.
         tasks: of `model.task`.
@@ -73,13 +73,13 @@ class Method:
     what: str
     paper: str
     config: str
-    room: str | None
-    core: Mapping[str, str] = field(default_factory=_nothing)
+    peft_module: str | None
+    argument_names: Mapping[str, str] = field(default_factory=_nothing)
     defaults: Mapping[str, Any] = field(default_factory=_nothing)
     arguments: Mapping[str, frozenset[str]] = field(default_factory=_nothing)
     choices: Mapping[str, tuple[str, ...]] = field(default_factory=_nothing)
-    divides: Mapping[str, int] = field(default_factory=_nothing)
-    closed: Mapping[str, str] = field(default_factory=_nothing)
+    must_divide: Mapping[str, int] = field(default_factory=_nothing)
+    unsupported_arguments: Mapping[str, str] = field(default_factory=_nothing)
     targets: Targets = "linear"
     tasks: tuple[str, ...] = ALL_TASKS
     four_bit: str = ""

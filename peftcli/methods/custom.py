@@ -11,15 +11,15 @@ BOTTLENECK_WIDTH = 16.0
 LAST_LAYERS = 2
 _NEW_TOKENS: Mapping[str, frozenset[str]] = MappingProxyType({"trainable_token_indices": frozenset({"list", "none"})})
 
-OWN = (
+CUSTOM = (
     Method(
         name="bottleneck",
         title="Bottleneck adapters",
         what="a small net of two layers behind the attention and the feed-forward part of each block",
         paper="Houlsby et al. 2019, arXiv:1902.00751; Pfeiffer et al. 2021, arXiv:2005.00247",
         config="BottleneckConfig",
-        room=None,
-        core={"dropout": "dropout"},
+        peft_module=None,
+        argument_names={"dropout": "dropout"},
         defaults={
             "dropout": 0.0,
             "placement": "houlsby",
@@ -45,7 +45,7 @@ OWN = (
         what="the last blocks of the model are trained whole, the rest of it is frozen",
         paper="Lee et al. 2019, arXiv:1911.03090",
         config="WholeConfig",
-        room=None,
+        peft_module=None,
         defaults={"last_layers": LAST_LAYERS, "head": False, "embeddings": False},
         arguments={
             "last_layers": frozenset({"int"}),
@@ -61,7 +61,7 @@ OWN = (
         what="all weights of the model are trained, beside the frozen ones of the base",
         paper="the baseline of all others",
         config="WholeConfig",
-        room=None,
+        peft_module=None,
         defaults={"everything": True},
         targets="whole",
         four_bit="all weights would be trained, and those of 4 bits have no gradient",

@@ -2,17 +2,17 @@
 
 from peftcli.methods.base import CODES, SHAPE, Method
 
-ROTATIONS = (
+ORTHOGONAL = (
     Method(
         name="oft",
         title="OFT",
         what="each weight is turned by block-diagonal orthogonal matrices",
         paper="Qiu et al. 2023, arXiv:2306.07280",
         config="OFTConfig",
-        room="oft",
-        core={"dropout": "module_dropout"},
+        peft_module="oft",
+        argument_names={"dropout": "module_dropout"},
         defaults={"dropout": 0.0},
-        divides={"oft_block_size": 32},
+        must_divide={"oft_block_size": 32},
     ),
     Method(
         name="boft",
@@ -20,8 +20,8 @@ ROTATIONS = (
         what="orthogonal turns as products of sparse butterfly matrices",
         paper="Liu et al. 2023, arXiv:2311.06243",
         config="BOFTConfig",
-        room="boft",
-        core={"dropout": "boft_dropout"},
+        peft_module="boft",
+        argument_names={"dropout": "boft_dropout"},
         defaults={"dropout": 0.0},
     ),
     Method(
@@ -30,8 +30,8 @@ ROTATIONS = (
         what="each weight is mirrored by a few learned Householder reflections",
         paper="Yuan et al. 2024, arXiv:2405.17484",
         config="HRAConfig",
-        room="hra",
-        core={"r": "r"},
+        peft_module="hra",
+        argument_names={"r": "r"},
         defaults={"r": 8},
         four_bit=SHAPE,
         eight_bit=CODES,
@@ -42,7 +42,7 @@ ROTATIONS = (
         what="pairs of output features are turned and scaled",
         paper="Liao and Monz 2024, arXiv:2409.00119",
         config="RoadConfig",
-        room="road",
-        divides={"group_size": 64},
+        peft_module="road",
+        must_divide={"group_size": 64},
     ),
 )

@@ -11,16 +11,16 @@ CLOSED = {
     for name in ("token_dim", "num_transformer_submodules", "num_attention_heads", "num_layers")
 } | {"tokenizer_name_or_path": "it is the base model's"}
 
-PROMPTS = (
+PROMPT = (
     Method(
         name="prompt",
         title="Prompt tuning",
         what="virtual tokens before the row, drawn at random or begun from a text",
         paper="Lester et al. 2021, arXiv:2104.08691",
         config="PromptTuningConfig",
-        room="prompt_tuning",
+        peft_module="prompt_tuning",
         defaults={"num_virtual_tokens": VIRTUAL_TOKENS},
-        closed=CLOSED,
+        unsupported_arguments=CLOSED,
         targets="none",
         tasks=CAUSAL,
         merge=NO_MERGE,
@@ -32,9 +32,9 @@ PROMPTS = (
         what="virtual tokens before the row, written by a small network",
         paper="Liu et al. 2021, arXiv:2103.10385",
         config="PromptEncoderConfig",
-        room="p_tuning",
+        peft_module="p_tuning",
         defaults={"num_virtual_tokens": VIRTUAL_TOKENS},
-        closed=CLOSED,
+        unsupported_arguments=CLOSED,
         targets="none",
         tasks=CAUSAL,
         merge=NO_MERGE,
@@ -46,9 +46,9 @@ PROMPTS = (
         what="learned keys and values before the row, in every layer",
         paper="Li and Liang 2021, arXiv:2101.00190",
         config="PrefixTuningConfig",
-        room="prefix_tuning",
+        peft_module="prefix_tuning",
         defaults={"num_virtual_tokens": VIRTUAL_TOKENS},
-        closed=CLOSED,
+        unsupported_arguments=CLOSED,
         targets="none",
         tasks=CAUSAL,
         merge="its keys and values stand before the row, and no weight holds them",

@@ -4,14 +4,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from peftcli.methods.base import LEFT_OUT, OPTIONS, Method
-from peftcli.methods.custom import OWN
+from peftcli.methods.custom import CUSTOM
 from peftcli.methods.low_rank import LOW_RANK
-from peftcli.methods.orthogonal import ROTATIONS
-from peftcli.methods.prompt import PROMPTS
+from peftcli.methods.orthogonal import ORTHOGONAL
+from peftcli.methods.prompt import PROMPT
 from peftcli.methods.sparse import SHARED, SPARSE, SPECTRAL
 
 METHODS: Mapping[str, Method] = {
-    method.name: method for method in (*LOW_RANK, *SHARED, *SPECTRAL, *SPARSE, *ROTATIONS, *PROMPTS, *OWN)
+    method.name: method for method in (*LOW_RANK, *SHARED, *SPECTRAL, *SPARSE, *ORTHOGONAL, *PROMPT, *CUSTOM)
 }
 
 SHORT_TASKS = {
@@ -45,7 +45,7 @@ def row(one: Method) -> dict[str, Any]:
         "what": one.what,
         "paper": one.paper,
         "config": one.config,
-        "keys": dict(one.core),
+        "keys": dict(one.argument_names),
         "defaults": dict(one.defaults),
         "four_bit": not one.four_bit,
         "four_bit_reason": one.four_bit or None,

@@ -14,7 +14,7 @@ from torch import Tensor
 from peftcli.adapters.build import peft_config
 from peftcli.methods.registry import METHODS
 from peftcli.model.load import DTYPES
-from peftcli.plan.memory.training_setup import Fitted, terms
+from peftcli.plan.memory.training_setup import ActivationFit, terms
 from peftcli.plan.plan import Plan
 from peftcli.recipe.schema import AdapterSection
 
@@ -29,7 +29,7 @@ UNIT = 128
 """Least width; that of published models is a multiple of it."""
 
 
-def fit_kept(plan: Plan) -> dict[str, Fitted] | None:
+def fit_activation_memory(plan: Plan) -> dict[str, ActivationFit] | None:
     """What the plan's adapter keeps, by the layer's last name; under "" for all that are not named.
 
     Empty where the forecast knows the method's tensors, or where the method stands on no linear layers; None where it
@@ -51,7 +51,7 @@ def fit_kept(plan: Plan) -> dict[str, Fitted] | None:
 
 def _fit(
     adapter: AdapterSection, task: str, dtype: torch.dtype, *, autocast: bool, scales_inputs: bool
-) -> Fitted | None:
+) -> ActivationFit | None:
     """Run a few layers and solve for the coefficients; None where the method does not run on small layers."""
     arguments = {name: value for name, value in adapter.arguments.items() if name != SCALED}
     alone = adapter.model_copy(update={"target_modules": ("layer",), "modules_to_save": None, "arguments": arguments})
@@ -64,7 +64,7 @@ def _fit(
             setattr(config, SCALED, {"layer"} if scales_inputs else set())
         try:
             layer = _adapted(config, inputs, outputs, dtype, casts=not autocast)
-            found = [_kept(layer, tokens, inputs, dtype, autocast=autocast) for tokens in TOKENS]
+            found = [_saved_bytes(layer, tokens, inputs, dtype, autocast=autocast) for tokens in TOKENS]
         except (ValueError, TypeError, AssertionError, RuntimeError):
             return None
         own = sum(part.numel() for part in layer.parameters() if part.requires_grad)
@@ -74,12 +74,12 @@ def _fit(
             counted.append(kept - (2 * own if autocast else 0))  # which the forecast counts among the weights
     scale = np.array(rows).max(0)
     solved = np.linalg.lstsq(np.array(rows) / scale, np.array(counted, float), rcond=None)[0] / scale
-    return Fitted(reads, tuple(float(one) for one in solved))
+    return ActivationFit(reads, tuple(float(one) for one in solved))
 
 
 def _unit(adapter: AdapterSection) -> int:
     """A width that the method's own numbers divide, and that its rank does not exceed."""
-    names = METHODS[adapter.method].divides
+    names = METHODS[adapter.method].must_divide
     numbers = [adapter.arguments.get(name, METHODS[adapter.method].defaults.get(name)) for name in names]
     unit = math.lcm(UNIT, *(number for number in numbers if isinstance(number, int) and number > 0))
     return unit * max(1, -(-2 * (adapter.r or 0) // unit))
@@ -100,7 +100,9 @@ def _adapted(config: PeftConfig, inputs: int, outputs: int, dtype: torch.dtype, 
     return layer
 
 
-def _kept(layer: torch.nn.Module, tokens: int, inputs: int, dtype: torch.dtype, *, autocast: bool) -> tuple[int, bool]:
+def _saved_bytes(
+    layer: torch.nn.Module, tokens: int, inputs: int, dtype: torch.dtype, *, autocast: bool
+) -> tuple[int, bool]:
     """Bytes that a forward pass keeps, parameters and the input aside, and whether it keeps the input."""
     owned = {_place(part) for part in (*layer.parameters(), *layer.buffers())}
     given = torch.zeros(1, tokens, inputs, dtype=dtype, requires_grad=True) * 1

@@ -13,7 +13,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from peftcli.data.prepare import PreparedData
 from peftcli.errors import Diverged
 from peftcli.model.adapter_weights import CONFIG, WEIGHTS
-from peftcli.model.manifest import EARLIER, IDENTITY, identity
+from peftcli.model.manifest import EARLIER, MANIFEST, build_manifest
 from peftcli.plan.choices import EIGHT_BIT
 from peftcli.plan.plan import Plan
 from peftcli.recipe.rules import IMAGES, SEQUENCE, TOKENS
@@ -62,7 +62,7 @@ def save_adapter(
     write_companions(model, tokenizer, data.stop_ids, staging)
     for number, earlier in enumerate(plan.base.absorbed, start=1):
         copy_adapter(Path(earlier), staging / EARLIER / str(number))
-    write_json(staging / IDENTITY, identity(plan, data, staging))
+    write_json(staging / MANIFEST, build_manifest(plan, data, staging))
     replace_folder(staging, folder)
 
 

@@ -11,17 +11,17 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedTokenizerBase
 
-from peftcli.data.image_processor import ImageReader
+from peftcli.data.image_processor import ImageProcessor
 from peftcli.data.prepare import PreparedData
 from peftcli.data.tokenize import IGNORED
-from peftcli.data.values import Unused
+from peftcli.data.values import SkipRow
 from peftcli.errors import DataError
 from peftcli.metrics.classification import classification_scores, multi_label_scores
 from peftcli.metrics.regression import regression_scores
 from peftcli.metrics.tagging import tagging_scores
-from peftcli.model.distributed import gather, interleave, my_share
+from peftcli.model.distributed import gather, interleave, local_rows
 from peftcli.model.generation import Answer
-from peftcli.model.oom import Shrinking
+from peftcli.model.oom import ShrinkingBatches
 from peftcli.model.scoring import rows_alike
 from peftcli.plan.heads import NUMBER
 from peftcli.progress import Progress
@@ -35,7 +35,7 @@ APPLIES = 0.5
 
 
 @dataclass(frozen=True)
-class Head:
+class TaskHead:
     """What the outputs of a head mean.
 
     Attributes:
@@ -50,7 +50,7 @@ class Head:
     problem: str
     pad: int = 0
     separator: int | None = None
-    images: ImageReader | None = None
+    images: ImageProcessor | None = None
 
     @property
     def column(self) -> str:
@@ -131,13 +131,13 @@ def output_names(data: PreparedData) -> tuple[str, ...]:
     return tuple(data.labels) or (NUMBER,)
 
 
-def head_of(names: tuple[str, ...], problem: str | None, model: Any, tokenizer: PreTrainedTokenizerBase) -> Head:
+def task_head(names: tuple[str, ...], problem: str | None, model: Any, tokenizer: PreTrainedTokenizerBase) -> TaskHead:
     """The head of a loaded model; without a problem it tags tokens."""
-    if isinstance(tokenizer, ImageReader):
-        return Head(names, problem or "single-label", images=tokenizer)
+    if isinstance(tokenizer, ImageProcessor):
+        return TaskHead(names, problem or "single-label", images=tokenizer)
     kinds = getattr(model.config.get_text_config(), "type_vocab_size", 0) or 0
     told = kinds > 1 and "token_type_ids" in tokenizer.model_input_names
-    return Head(
+    return TaskHead(
         names=names,
         problem=problem or "tagging",
         pad=tokenizer.pad_token_id or 0,
@@ -145,7 +145,7 @@ def head_of(names: tuple[str, ...], problem: str | None, model: Any, tokenizer: 
     )
 
 
-def make_batch(ids: Sequence[Row], labels: Sequence[Sequence[float]] | None, head: Head) -> dict[str, Tensor]:
+def make_batch(ids: Sequence[Row], labels: Sequence[Sequence[float]] | None, head: TaskHead) -> dict[str, Tensor]:
     """Rows filled up at their end, as a model takes them.
 
     Args:
@@ -172,11 +172,11 @@ def make_batch(ids: Sequence[Row], labels: Sequence[Sequence[float]] | None, hea
     return batch
 
 
-def _image_batch(paths: Sequence[str], labels: Sequence[Sequence[float]] | None, head: Head) -> dict[str, Tensor]:
+def _image_batch(paths: Sequence[str], labels: Sequence[Sequence[float]] | None, head: TaskHead) -> dict[str, Tensor]:
     assert head.images is not None  # the rows are images
     try:
         pixels = head.images.pixels(paths)
-    except Unused as reason:
+    except SkipRow as reason:
         raise DataError(f"an image was changed while it was in use: a row {reason}; run again") from reason
     ones = torch.ones((len(paths), 1), dtype=torch.int64)
     batch = {PIXELS: pixels, "input_ids": torch.zeros_like(ones), "attention_mask": ones}
@@ -198,7 +198,7 @@ def segments(inputs: Tensor, mask: Tensor, separator: int) -> Tensor:
     return behind.clamp(max=1) * mask
 
 
-def targets_of(labels: Sequence[Sequence[float]], head: Head, longest: int) -> Tensor:
+def targets_of(labels: Sequence[Sequence[float]], head: TaskHead, longest: int) -> Tensor:
     """The labels of rows as a loss takes them.
 
     Args:
@@ -253,7 +253,7 @@ def row_logits(
     model: Any,
     ids: Sequence[Row],
     marks: Sequence[Sequence[float]] | None,
-    head: Head,
+    head: TaskHead,
     *,
     batch_rows: int,
     progress: Progress,
@@ -277,7 +277,7 @@ def row_logits(
     was_training = model.training
     model.eval()
     progress.start(what, len(ids))
-    fitting, done = Shrinking(batch_rows, what, progress), 0
+    fitting, done = ShrinkingBatches(batch_rows, what, progress), 0
     while done < len(order):
         longest = 1 if head.images is not None else len(ids[order[done]])
         rows = order[done : done + rows_alike(fitting.rows, longest, device.type)]
@@ -295,7 +295,7 @@ def row_logits(
     return [one for one in found if one is not None]
 
 
-def measure_labels(
+def evaluate_labels(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     data: PreparedData,
@@ -306,9 +306,9 @@ def measure_labels(
     what: str,
 ) -> tuple[LabelMetrics, list[Answer]]:
     """Measure a model with a head on all test rows; several processes share the rows and all get the whole result."""
-    head = head_of(output_names(data), data.problem, model, tokenizer)
+    head = task_head(output_names(data), data.problem, model, tokenizer)
     ids, labels = (data.test.column(name).to_pylist() for name in (head.column, "labels"))
-    mine = my_share(len(ids))
+    mine = local_rows(len(ids))
     outputs = row_logits(
         model,
         [ids[row] for row in mine],
@@ -325,7 +325,7 @@ def measure_labels(
     return LabelMetrics(label_loss(head, logits, labels), figures), answers
 
 
-def label_loss(head: Head, logits: Sequence[Tensor], labels: Sequence[Sequence[float]]) -> float:
+def label_loss(head: TaskHead, logits: Sequence[Tensor], labels: Sequence[Sequence[float]]) -> float:
     """Mean loss over all rows, or all marked tokens, each weighing the same.
 
     Args:
@@ -341,7 +341,7 @@ def label_loss(head: Head, logits: Sequence[Tensor], labels: Sequence[Sequence[f
 
 
 def label_figures(
-    head: Head, chosen: Sequence[Any], labels: Sequence[Sequence[float]], *, positive: str | None = None
+    head: TaskHead, chosen: Sequence[Any], labels: Sequence[Sequence[float]], *, positive: str | None = None
 ) -> dict[str, Any]:
     """The figures of chosen labels against those of the rows.
 

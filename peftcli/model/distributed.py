@@ -22,19 +22,19 @@ POLL_SECONDS = 0.2
 _turns = itertools.count()
 
 
-def processes() -> tuple[int, int]:
+def rank_and_world_size() -> tuple[int, int]:
     """Rank of this process and number of processes."""
     if not (dist.is_available() and dist.is_initialized()):
         return 0, 1
     return dist.get_rank(), dist.get_world_size()
 
 
-def is_divided(model: torch.nn.Module) -> bool:
+def is_fsdp(model: torch.nn.Module) -> bool:
     """Whether each process holds a part of the model, so that all must run it equally often and at the same time."""
     return bool(getattr(model, "is_distributed_loading_by_transformers", False))
 
 
-def leave_dividing_to_the_plan() -> None:
+def disable_accelerate_fsdp() -> None:
     """Forget that accelerate's configuration asks for FSDP, which the plan has heeded.
 
     transformers would leave the weights of all processes but the first unread, and accelerate divide them again.
@@ -50,19 +50,19 @@ def without_gradients(work: Callable[Concatenate[M, P], T]) -> Callable[Concaten
 
     @functools.wraps(work)
     def quietly(model: M, /, *args: P.args, **kwargs: P.kwargs) -> T:
-        with torch.no_grad() if is_divided(model) else torch.inference_mode():
+        with torch.no_grad() if is_fsdp(model) else torch.inference_mode():
             return work(model, *args, **kwargs)
 
     return quietly
 
 
-def my_share(rows: int, *, in_step: bool = False) -> list[int]:
+def local_rows(rows: int, *, in_step: bool = False) -> list[int]:
     """Indices of the rows that this process takes: every n-th, so that the shares are alike.
 
     Args:
         in_step: all shares have equally many rows, the last one of some being a row of another process.
     """
-    rank, count = processes()
+    rank, count = rank_and_world_size()
     mine = list(range(rank, rows, count))
     if in_step and rows and len(mine) < -(-rows // count):
         mine.append(rank % rows)
@@ -71,7 +71,7 @@ def my_share(rows: int, *, in_step: bool = False) -> list[int]:
 
 def gather(value: Any) -> list[Any]:
     """The value of every process, in the order of ranks, on every process."""
-    _, count = processes()
+    _, count = rank_and_world_size()
     if count == 1:
         return [value]
     values: list[Any] = [None] * count
@@ -85,7 +85,7 @@ def from_first(work: Callable[[], T]) -> T:
     Raises:
         PeftcliError: what the work raised, in every process.
     """
-    rank, count = processes()
+    rank, count = rank_and_world_size()
     if count == 1:
         return work()
     outcome: list[T | PeftcliError | None] = [None]
@@ -130,7 +130,7 @@ def contact_was_lost(problem: BaseException) -> bool:
 def tell_others(problem: PeftcliError) -> None:
     """Leave what ends this process alone where the others look once they have lost it."""
     with suppress(dist.DistError):  # whoever keeps the store has ended as well
-        _store().set(ENDED_BY, f"process {processes()[0]}: {problem}")
+        _store().set(ENDED_BY, f"process {rank_and_world_size()[0]}: {problem}")
 
 
 def told_by_other() -> str | None:
@@ -149,7 +149,7 @@ def first_of_machine_first(work: Callable[[], T], *, is_first: bool) -> T:
     Args:
         is_first: this is the one of its machine.
     """
-    if processes()[1] == 1:
+    if rank_and_world_size()[1] == 1:
         return work()
     key = f"peftcli/turn/{next(_turns)}/{os.environ.get('GROUP_RANK', '0')}"
     if not is_first:
@@ -166,16 +166,16 @@ def _store() -> Any:
     return dist.distributed_c10d._get_default_store()
 
 
-def leave_group() -> None:
+def destroy_process_group() -> None:
     """Wait for all processes and take the group apart; a process that ends inside it can abort."""
-    _, count = processes()
+    _, count = rank_and_world_size()
     if count > 1:
         dist.barrier()
         dist.destroy_process_group()
 
 
 def interleave(shares: list[list[Any]]) -> list[Any]:
-    """Undo `my_share`.
+    """Undo `local_rows`.
 
     >>> interleave([[0, 2, 4], [1, 3]])
     [0, 1, 2, 3, 4]

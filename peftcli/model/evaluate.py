@@ -13,9 +13,9 @@ from peftcli.data.prepare import PreparedData
 from peftcli.data.quality import hide_keys
 from peftcli.data.retention import RetentionText, read_retention
 from peftcli.metrics.language import Metrics, chrf, exact_match
-from peftcli.model.classification import LabelMetrics, measure_labels
-from peftcli.model.distributed import gather, interleave, is_divided, my_share
-from peftcli.model.generation import Answer, Decoding, answer
+from peftcli.model.classification import LabelMetrics, evaluate_labels
+from peftcli.model.distributed import gather, interleave, is_fsdp, local_rows
+from peftcli.model.generation import Answer, Decoding, generate_answers
 from peftcli.model.scoring import Sums, score_shared
 from peftcli.plan.plan import Plan
 from peftcli.progress import Progress
@@ -26,7 +26,7 @@ LONGEST_AUTO_ANSWER = 256
 
 
 @dataclass(frozen=True)
-class Measured:
+class Evaluation:
     """The metrics of a model and its answers to the first rows of the test split."""
 
     metrics: Metrics | LabelMetrics
@@ -59,7 +59,7 @@ def answered_rows(evaluation: EvaluationSection, data: PreparedData) -> int:
     return rows if evaluation.rows is None else min(evaluation.rows, rows)
 
 
-def measure(
+def evaluate_model(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     data: PreparedData,
@@ -69,7 +69,7 @@ def measure(
     batch_rows: int,
     progress: Progress,
     what: str,
-) -> Measured:
+) -> Evaluation:
     """Measure a model; several processes share the rows and all get the whole result.
 
     Args:
@@ -80,10 +80,10 @@ def measure(
         what: name of the model, for progress.
     """
     if data.format in LABELLED:
-        labelled = measure_labels(
+        labelled = evaluate_labels(
             model, tokenizer, data, evaluation, batch_rows=batch_rows, progress=progress, what=what
         )
-        return Measured(*labelled)
+        return Evaluation(*labelled)
     with router_silent(model):
         pad = tokenizer.pad_token_id or 0
         table = data.test.select(["input_ids", "labels"])
@@ -94,10 +94,10 @@ def measure(
         prompts = data.test.column("prompt_ids").slice(0, rows).to_pylist()
         answers = interleave(
             gather(
-                answer(
+                generate_answers(
                     model,
                     tokenizer,
-                    [prompts[row] for row in my_share(rows, in_step=is_divided(model))],
+                    [prompts[row] for row in local_rows(rows, in_step=is_fsdp(model))],
                     stop_ids=data.stop_ids,
                     decoding=decoding,
                     batch_rows=batch_rows,
@@ -116,7 +116,7 @@ def measure(
             chrf=chrf(texts, references),
             unfinished_answers=sum(not one.finished for one in answers) / len(answers),
         )
-    return Measured(found, answers)
+    return Evaluation(found, answers)
 
 
 @contextmanager
@@ -134,7 +134,7 @@ def router_silent(model: PreTrainedModel) -> Iterator[None]:
 
 
 def evaluation_json(
-    data: PreparedData, shown: int, decoding: Decoding, measured: Mapping[str, Measured | None]
+    data: PreparedData, shown: int, decoding: Decoding, measured: Mapping[str, Evaluation | None]
 ) -> dict[str, Any]:
     """The content of `eval.json`; without test rows it holds no figures of theirs.
 

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from peftcli.adapters.module_layout import end_name
-from peftcli.adapters.quantized import is_packed, unpacked_weight
+from peftcli.adapters.quantized import dequantized_weight, is_quantized_layer
 from peftcli.data.checks import EmbeddingRows
 from peftcli.errors import MachineError
 from peftcli.plan.plan import Base
@@ -218,8 +218,8 @@ def loaded_weights(model: PreTrainedModel) -> Source:
 
     def read(name: str) -> Tensor:
         owner, _, leaf = name.rpartition(".")
-        if leaf == "weight" and is_packed(modules.get(owner)):
-            unpacked = unpacked_weight(modules[owner])
+        if leaf == "weight" and is_quantized_layer(modules.get(owner)):
+            unpacked = dequantized_weight(modules[owner])
             # GPT-2's layers hold their weight turned round; quantized they are linear layers like all others.
             return unpacked.t() if owner in turned else unpacked
         return Tensor.detach(state[name])

@@ -85,17 +85,17 @@ def base_config(adapter: Foreign) -> PreTrainedConfig:
     Raises:
         MachineError: it names none, or that cannot be had.
     """
-    mend = "name a recipe with --recipe, whose model.name says where the base is"
+    fix = "name a recipe with --recipe, whose model.name says where the base is"
     if adapter.base is None:
         raise MachineError(
-            f"{adapter.folder / CONFIG}: base_model_name_or_path is empty, so the base is unknown; {mend}"
+            f"{adapter.folder / CONFIG}: base_model_name_or_path is empty, so the base is unknown; {fix}"
         )
     try:
         return load_config(adapter.base, adapter.revision)
     except MachineError as problem:
         raise MachineError(
             f"{adapter.folder / CONFIG}: the base {adapter.base} (base_model_name_or_path) cannot be loaded: it is no "
-            f"folder here, and neither the cache of the Hub nor the Hub gives it; put it there, or {mend}"
+            f"folder here, and neither the cache of the Hub nor the Hub gives it; put it there, or {fix}"
         ) from problem
 
 

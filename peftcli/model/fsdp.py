@@ -10,7 +10,7 @@ PACKING = ("compress_statistics", "quant_type")
 """What PEFT asks of a 4-bit weight; a part of one is a plain tensor that does not know it."""
 
 
-def load_divided(path: str, arguments: dict[str, Any], shards: int) -> PreTrainedModel:
+def load_sharded(path: str, arguments: dict[str, Any], shards: int) -> PreTrainedModel:
     """Load a language model of which each process holds a part, its own share of every block.
 
     Without quantization a process reads its part alone. In 4 bits each packs all weights in the machine's memory first

@@ -15,7 +15,7 @@ KINDS = ("Linear", "Linear4bit")
 """PEFT's classes whose forward is the one above."""
 
 
-def join_products(model: nn.Module) -> int:
+def enable_fused_lora(model: nn.Module) -> int:
     """Let the plain LoRA layers of a model add their product in one pass.
 
     Returns:
@@ -27,7 +27,7 @@ def join_products(model: nn.Module) -> int:
     return len(joined)
 
 
-def part_products(model: nn.Module) -> None:
+def disable_fused_lora(model: nn.Module) -> None:
     """Give every layer back PEFT's own forward."""
     for module in model.modules():
         if isinstance(module, LoraLayer):

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from peftcli.model.distributed import is_divided, without_gradients
-from peftcli.model.oom import Shrinking
+from peftcli.model.distributed import is_fsdp, without_gradients
+from peftcli.model.oom import ShrinkingBatches
 from peftcli.progress import Progress
 
 
@@ -39,7 +39,7 @@ class Answer:
 
 
 @without_gradients
-def answer(
+def generate_answers(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
@@ -72,7 +72,7 @@ def answer(
     with torch.random.fork_rng(devices=cards):
         torch.manual_seed(decoding.seed)
         done = 0
-        fitting = Shrinking(batch_rows, what, progress, in_step=is_divided(model))
+        fitting = ShrinkingBatches(batch_rows, what, progress, in_step=is_fsdp(model))
         while done < len(order):
             batch = order[done : done + fitting.rows]
             inputs, mask = _pad_left([prompts[row] for row in batch], tokenizer.pad_token_id or 0)

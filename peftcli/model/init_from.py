@@ -12,7 +12,7 @@ from peftcli.errors import RecipeError
 from peftcli.model.adapter_weights import CONFIG, WEIGHTS
 from peftcli.model.heads import is_within
 from peftcli.model.load import PREFIX
-from peftcli.model.manifest import EARLIER, read_identity, refuse_other_base
+from peftcli.model.manifest import EARLIER, read_manifest, refuse_other_base
 from peftcli.plan.plan import Base
 from peftcli.run_dir import RunDir, read_json
 
@@ -39,7 +39,7 @@ def adapter_folder(path: str) -> Path:
     return folder
 
 
-def start_from(model: PeftModel, path: str, base: Base) -> str:
+def load_initial_weights(model: PeftModel, path: str, base: Base) -> str:
     """Give an adapter the weights of one that was trained before; what that one lacks stays as it is.
 
     Args:
@@ -61,7 +61,7 @@ def start_from(model: PeftModel, path: str, base: Base) -> str:
         raise RecipeError(
             f"adapter.init_from {path}: a {method} adapter, and the recipe trains {config.peft_type.value}"
         )
-    identity = read_identity(folder)
+    identity = read_manifest(folder)
     if identity is not None:
         refuse_other_base(identity, base)
     given, own = load_file(folder / WEIGHTS), get_peft_model_state_dict(model, save_embedding_layers=False)

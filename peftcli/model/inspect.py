@@ -29,7 +29,7 @@ from peftcli.model.heads import build_empty, head_modules, is_within, keeps_stat
 from peftcli.model.hub import explain_missing, look_for_network
 from peftcli.model.rehearsal import Rehearsal, rehearse
 from peftcli.plan.machine import ModelFacts
-from peftcli.plan.memory.model_shape import Experts, Linear, Norm, Shape
+from peftcli.plan.memory.model_shape import Experts, Linear, ModelDimensions, Norm
 from peftcli.plan.optimizer import SMALL, Trained
 from peftcli.recipe.rules import CAUSAL, SEQUENCE
 from peftcli.recipe.schema import AdapterSection, ModelSection
@@ -175,7 +175,7 @@ class Located:
     rehearsal: Rehearsal | None = None
 
 
-def locate(model: ModelSection, *, smoke: bool, longest: int = 0) -> Located:
+def resolve_model(model: ModelSection, *, smoke: bool, longest: int = 0) -> Located:
     """Find or make the model of a recipe.
 
     Args:
@@ -196,7 +196,7 @@ def locate(model: ModelSection, *, smoke: bool, longest: int = 0) -> Located:
     return Located(made.path, load_config(made.path, None), made)
 
 
-def read_shape(model: PreTrainedModel, config: PreTrainedConfig) -> Shape | None:
+def read_shape(model: PreTrainedModel, config: PreTrainedConfig) -> ModelDimensions | None:
     """Read the widths of a model.
 
     Args:
@@ -217,7 +217,7 @@ def read_shape(model: PreTrainedModel, config: PreTrainedConfig) -> Shape | None
     mlp = max((linear.inputs for linear in feed if linear.outputs == hidden), default=0)
     layers = max(linear.count for linear in linears)
     norms = _norms(inside, size, heads, keys // size)
-    return Shape(
+    return ModelDimensions(
         hidden=hidden,
         layers=layers,
         queries=queries,
@@ -390,7 +390,7 @@ def count_on_layer(adapter: AdapterSection, task: str, inputs: int, outputs: int
             with torch.device("meta"):
                 wrapped = get_peft_model(model, config, low_cpu_mem_usage=True)
         except (NotImplementedError, RuntimeError):
-            hollow_out(model)
+            drop_parameters(model)
             wrapped = get_peft_model(model, config)
     except (ValueError, TypeError, AssertionError, KeyError) as problem:
         said = " ".join(str(problem).split())[:400] or type(problem).__name__
@@ -402,7 +402,7 @@ def count_on_layer(adapter: AdapterSection, task: str, inputs: int, outputs: int
 
 def _count_on_samples(model: PreTrainedModel, config: PeftConfig) -> Trained:
     """Count on two layers of each shape, with zeros for weights: on all of them it would take minutes."""
-    hollow_out(model)
+    drop_parameters(model)
     output = model.get_output_embeddings()
     groups: dict[tuple[Any, ...], list[str]] = {}
     for name, module in model.named_modules():
@@ -439,7 +439,7 @@ def _first_entries(layer: Any, r: int, **_: Any) -> torch.Tensor:
     return mask
 
 
-def hollow_out(model: torch.nn.Module) -> None:
+def drop_parameters(model: torch.nn.Module) -> None:
     """Replace each weight by zeros of its shape that take no memory, on the CPU.
 
     Not left on the meta device, where PEFT would put the adapter's weights too, and where nothing can be computed.

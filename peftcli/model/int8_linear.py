@@ -13,10 +13,10 @@ import torch
 from bitsandbytes.nn import Linear8bitLt
 from torch import Tensor
 
-from peftcli.adapters.quantized import row_scale, unpack_rows
+from peftcli.adapters.quantized import dequantize_rows, row_scale
 
 
-class FloatProducts(Linear8bitLt):  # type: ignore[misc]  # bitsandbytes is untyped
+class Int8FloatLinear(Linear8bitLt):  # type: ignore[misc]  # bitsandbytes is untyped
     """An 8-bit layer that computes what a linear layer of its unpacked weights would."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -35,21 +35,21 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(codes, scale)
-        return torch.nn.functional.linear(x, unpack_rows(codes, scale, x.dtype), bias)
+        return torch.nn.functional.linear(x, dequantize_rows(codes, scale, x.dtype), bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None, Tensor | None]:
         codes, scale = ctx.saved_tensors
         gradient, of_inputs, of_bias = gradients[0], None, None
         if ctx.needs_input_grad[0]:
-            of_inputs = gradient @ unpack_rows(codes, scale, gradient.dtype)
+            of_inputs = gradient @ dequantize_rows(codes, scale, gradient.dtype)
         if ctx.needs_input_grad[3]:
             of_bias = gradient.flatten(0, -2).sum(0)
         return of_inputs, None, None, of_bias
 
 
-def compute_in_floats(model: torch.nn.Module) -> None:
+def compute_in_float(model: torch.nn.Module) -> None:
     """Let all 8-bit layers of a model compute with their unpacked weights, in training as in evaluation."""
     for module in model.modules():
         if type(module) is Linear8bitLt:
-            module.__class__ = FloatProducts
+            module.__class__ = Int8FloatLinear

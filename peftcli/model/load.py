@@ -21,12 +21,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from peftcli.adapters.quantized import is_packed, taken_for_floats, unpacked_weight
+from peftcli.adapters.quantized import dequantized_weight, hide_quantization_flag, is_quantized_layer
 from peftcli.adapters.register import register
-from peftcli.data.image_processor import ImageReader, need_pillow
+from peftcli.data.image_processor import ImageProcessor, need_pillow
 from peftcli.errors import MachineError, RecipeError
 from peftcli.model.adapter_weights import WEIGHTS, explain_unfit, hash_files, refuse_unfit
-from peftcli.model.distributed import leave_dividing_to_the_plan
+from peftcli.model.distributed import disable_accelerate_fsdp
 from peftcli.model.heads import AUTO_CLASSES, load_with_head, unquantized_modules
 from peftcli.model.hub import explain_missing, look_for_network
 from peftcli.nearest import nearest
@@ -54,7 +54,7 @@ def load_tokenizer(choice: TokenizerChoice, path: str | None = None) -> PreTrain
     """
     look_for_network(path or choice.path)
     if choice.images:
-        return load_image_reader(path or choice.path, choice, revision=None if path else choice.revision)
+        return load_image_processor(path or choice.path, choice, revision=None if path else choice.revision)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             path or choice.path,
@@ -106,7 +106,7 @@ def load_base(base: Base, *, quantized: bool = True, shards: int = 1) -> PreTrai
     Raises:
         MachineError: the weights cannot be had, or this machine cannot load them.
     """
-    leave_dividing_to_the_plan()
+    disable_accelerate_fsdp()
     register()  # an adapter of ours may be folded into it, or loaded on it
     arguments: dict[str, Any] = {
         "dtype": DTYPES[base.dtype],
@@ -132,21 +132,21 @@ def load_base(base: Base, *, quantized: bool = True, shards: int = 1) -> PreTrai
     keep_gradients_of_4bit(model)
     if eight_bit(base):
         # It brings bitsandbytes, whose import takes seconds on a CUDA machine.
-        from peftcli.model.int8_linear import compute_in_floats
+        from peftcli.model.int8_linear import compute_in_float
 
-        compute_in_floats(model)
+        compute_in_float(model)
     if base.task == SEQUENCE:
         # The last token that is no padding decides for a decoder, which its configuration must know.
         model.config.get_text_config().pad_token_id = load_tokenizer(base.tokenizer).pad_token_id or 0
-    return absorb(model, base.absorbed)
+    return merge_previous_stages(model, base.absorbed)
 
 
 def _load(base: Base, arguments: dict[str, Any], shards: int) -> PreTrainedModel:
     if shards > 1:
         # It brings bitsandbytes, whose import takes seconds on a CUDA machine.
-        from peftcli.model.fsdp import load_divided
+        from peftcli.model.fsdp import load_sharded
 
-        return load_divided(base.path, arguments, shards)
+        return load_sharded(base.path, arguments, shards)
     if base.task != CAUSAL:
         return load_with_head(base, arguments)
     model: PreTrainedModel = AUTO_CLASSES[CAUSAL].from_pretrained(base.path, **arguments)
@@ -236,7 +236,7 @@ def local_device(device: str) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
-def absorb(model: PreTrainedModel, folders: Sequence[str]) -> PreTrainedModel:
+def merge_previous_stages(model: PreTrainedModel, folders: Sequence[str]) -> PreTrainedModel:
     """Fold adapters into a base, one after the other.
 
     A quantized layer that one of them changes becomes a layer of floats: packed again it would not be what was trained.
@@ -251,7 +251,7 @@ def absorb(model: PreTrainedModel, folders: Sequence[str]) -> PreTrainedModel:
     for folder in folders:
         try:
             unpack_layers(model, changed_layers(model, Path(folder)))
-            with taken_for_floats(model):
+            with hide_quantization_flag(model):
                 wrapped = PeftModel.from_pretrained(model, folder, torch_device=str(model.device))
                 model = wrapped.merge_and_unload(safe_merge=True)
         except (OSError, RuntimeError, ValueError, KeyError) as problem:
@@ -285,7 +285,7 @@ def changed_layers(model: torch.nn.Module, folder: Path) -> list[str]:
     return [
         name
         for name, module in model.named_modules()
-        if is_packed(module) and any(key.startswith(f"{name}.") for key in keys)
+        if is_quantized_layer(module) and any(key.startswith(f"{name}.") for key in keys)
     ]
 
 
@@ -293,7 +293,7 @@ def unpack_layers(model: torch.nn.Module, names: Sequence[str]) -> None:
     """Replace quantized layers by linear layers of the weights that they compute with."""
     for name in names:
         packed: Any = model.get_submodule(name)
-        weight = unpacked_weight(packed)
+        weight = dequantized_weight(packed)
         plain = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=packed.bias is not None, device="meta")
         plain.weight = torch.nn.Parameter(weight.to(_dtype_of(packed, model)), requires_grad=False)
         if packed.bias is not None:
@@ -309,7 +309,7 @@ def _dtype_of(packed: Any, model: torch.nn.Module) -> torch.dtype:
     return next(weight.dtype for weight in model.parameters() if weight.is_floating_point())
 
 
-def load_image_reader(path: str, choice: TokenizerChoice, *, revision: str | None) -> ImageReader:
+def load_image_processor(path: str, choice: TokenizerChoice, *, revision: str | None) -> ImageProcessor:
     """Load the image processor of a folder or a Hub id, as Pillow carries it out on every machine alike.
 
     Raises:
@@ -327,4 +327,4 @@ def load_image_reader(path: str, choice: TokenizerChoice, *, revision: str | Non
             f"{path}: holds no image processor that can be used here (preprocessor_config.json): "
             f"{' '.join(str(problem).split())[:200]}; name a model with one"
         ) from problem
-    return ImageReader(processor)
+    return ImageProcessor(processor)

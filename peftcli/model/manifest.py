@@ -24,7 +24,7 @@ from peftcli.tiny.build import NAMES as TINY_NAMES
 from peftcli.tiny.build import tiny_model
 from peftcli.tiny.own_files import tokenizer_files
 
-IDENTITY = "peftcli.json"
+MANIFEST = "peftcli.json"
 EARLIER = "earlier"
 """Folder in that of an adapter, with the adapters of earlier stages, which its base is folded with."""
 SCHEMA = 2
@@ -34,14 +34,14 @@ OPTIONAL = {field.name for field in fields(Base) if field.default is not MISSING
 
 
 @dataclass(frozen=True)
-class Place:
+class BaseLocation:
     """Where a base may lie now."""
 
     path: str
     revision: str | None
 
 
-def identity(plan: Plan, data: PreparedData, folder: Path) -> dict[str, Any]:
+def build_manifest(plan: Plan, data: PreparedData, folder: Path) -> dict[str, Any]:
     """What somebody who has only the folder must know.
 
     Args:
@@ -72,7 +72,7 @@ def earlier_in(folder: Path) -> list[Path]:
     return sorted((folder / EARLIER).glob("*"), key=lambda path: int(path.name))
 
 
-def merged_identity(found: dict[str, Any], dtype: str, folder: Path, choice: TokenizerChoice) -> dict[str, Any]:
+def build_merged_manifest(found: dict[str, Any], dtype: str, folder: Path, choice: TokenizerChoice) -> dict[str, Any]:
     """The identity of a model that was merged from an adapter.
 
     Args:
@@ -85,13 +85,13 @@ def merged_identity(found: dict[str, Any], dtype: str, folder: Path, choice: Tok
     return kept | merged | {"tokenizer": tokenizer_record(folder, choice)}
 
 
-def read_identity(folder: Path) -> dict[str, Any] | None:
+def read_manifest(folder: Path) -> dict[str, Any] | None:
     """`peftcli.json` of a folder, or None where it has none.
 
     Raises:
         MachineError: it is damaged.
     """
-    file = folder / IDENTITY
+    file = folder / MANIFEST
     if not file.is_file():
         return None
     try:
@@ -112,7 +112,7 @@ def stated_base(found: dict[str, Any]) -> Base:
     return Base(**(given | lists))
 
 
-def base_of(found: dict[str, Any], device: str, places: Sequence[Place]) -> Base:
+def base_of(found: dict[str, Any], device: str, places: Sequence[BaseLocation]) -> Base:
     """The base that an identity names, on the device of now.
 
     Args:
@@ -124,7 +124,7 @@ def base_of(found: dict[str, Any], device: str, places: Sequence[Place]) -> Base
     """
     stated = stated_base(found)
     if stated.name in TINY_NAMES and not any(Path(place.path).is_dir() for place in places):
-        places = [Place(str(tiny_model(stated.name)), None)]  # made anew where the cache was emptied
+        places = [BaseLocation(str(tiny_model(stated.name)), None)]  # made anew where the cache was emptied
     present = [place for place in places if not _is_gone(place)]
     if not present:
         raise MachineError(
@@ -144,7 +144,7 @@ def base_of(found: dict[str, Any], device: str, places: Sequence[Place]) -> Base
     raise refusals[0]
 
 
-def _is_gone(place: Place) -> bool:
+def _is_gone(place: BaseLocation) -> bool:
     return os.path.isabs(place.path) and not Path(place.path).is_dir()
 
 

@@ -43,7 +43,7 @@ def memory_said(device: torch.device) -> str:
     )
 
 
-class Shrinking:
+class ShrinkingBatches:
     """Rows of one forward pass, halved when memory does not hold them."""
 
     def __init__(self, rows: int, what: str, progress: Progress, *, in_step: bool = False) -> None:

@@ -38,7 +38,7 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Layout:
+class SequenceLayout:
     """How a line of rows is laid out for attention.
 
     Attributes:
@@ -65,11 +65,11 @@ class Layout:
         return _side_by_side(self.lengths, self.device)
 
 
-_now: list[Layout] = []
+_now: list[SequenceLayout] = []
 """The layout of the forward pass at hand. Checkpointed layers run again in the threads of autograd, so it is no context
 variable; one process runs one forward and backward at a time."""
 
-served: set[str] = set()
+kernels_used: set[str] = set()
 """What has computed attention over lines in this process: kernels that were proved, or `side by side`."""
 
 
@@ -97,7 +97,7 @@ def _side_by_side(lengths: Sequence[int], device: torch.device) -> tuple[tuple[G
 
 
 @contextmanager
-def documents(layout: Layout | None) -> Iterator[None]:
+def use_layout(layout: SequenceLayout | None) -> Iterator[None]:
     """Read the rows of the forward and backward passes inside by a layout; without one, as any other model does."""
     if layout is None:
         yield
@@ -109,13 +109,13 @@ def documents(layout: Layout | None) -> Iterator[None]:
         _now.pop()
 
 
-def use_documents(model: PreTrainedModel) -> bool:
+def enable_padding_free(model: PreTrainedModel) -> bool:
     """Give a model this attention, which is that of `sdpa` outside of `documents`; False where it cannot take it."""
     if model.config._attn_implementation != "sdpa" or not model._can_set_attn_implementation():
         return False
-    served.clear()
-    AttentionInterface.register(NAME, documents_attention)
-    AttentionMaskInterface.register(NAME, documents_mask)
+    kernels_used.clear()
+    AttentionInterface.register(NAME, padding_free_attention)
+    AttentionMaskInterface.register(NAME, padding_free_mask)
     model.set_attn_implementation(NAME)
     return bool(model.config._attn_implementation == NAME)
 
@@ -134,7 +134,7 @@ def row_problem(model: PreTrainedModel) -> str | None:
     alone = torch.cat([model(input_ids=row[None], use_cache=False).logits[0] for row in rows]).float()
     places = torch.cat([torch.arange(len(row), device=device) for row in rows])
     try:
-        with documents(Layout(tuple(map(len, rows)), device)):
+        with use_layout(SequenceLayout(tuple(map(len, rows)), device)):
             line = model(input_ids=torch.cat(rows)[None], position_ids=places[None], use_cache=False).logits[0]
     except torch.OutOfMemoryError:
         raise
@@ -149,12 +149,12 @@ def row_problem(model: PreTrainedModel) -> str | None:
     return f"in one line the logits of a row differ from those of the row alone by {found:.2g} of their deviation"
 
 
-def documents_mask(*args: Any, **kwargs: Any) -> Tensor | None:
+def padding_free_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     """No mask inside of `documents`; that of `sdpa` elsewhere."""
     return None if _now else sdpa_mask(*args, **kwargs)
 
 
-def documents_attention(
+def padding_free_attention(
     module: torch.nn.Module,
     query: Tensor,
     key: Tensor,
@@ -179,7 +179,7 @@ def documents_attention(
     longest = max(layout.lengths)
     seen = None if window is None or window >= longest else window
     kernel = kernel_for(query, key, value, dropout=kwargs.get("dropout") or 0.0, window=seen)
-    served.add(kernel or "side by side")
+    kernels_used.add(kernel or "side by side")
     if kernel is not None:
         query, key, value = computed(query), computed(key), computed(value)
         return attend(kernel, query, key, value, layout.edges, longest, scale=kwargs.get("scaling"), window=seen), None

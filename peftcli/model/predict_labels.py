@@ -11,12 +11,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from peftcli.data.image_processor import read_image
-from peftcli.data.label_tokenize import Aligned, align
+from peftcli.data.label_tokenize import AlignedWords, align_words
 from peftcli.data.tokenize import IGNORED
-from peftcli.data.values import Unused
+from peftcli.data.values import SkipRow
 from peftcli.errors import DataError
 from peftcli.metrics.tagging import OUTSIDE, entities_of, span_tags
-from peftcli.model.classification import Head, head_of, row_logits
+from peftcli.model.classification import TaskHead, row_logits, task_head
 from peftcli.model.target import Target
 from peftcli.progress import Progress
 from peftcli.recipe.rules import TOKENS
@@ -93,7 +93,7 @@ def label_texts(
     """
     model, tokenizer = target.load()
     base = target.base
-    head = head_of(base.labels, base.problem if base.task != TOKENS else None, model, tokenizer)
+    head = task_head(base.labels, base.problem if base.task != TOKENS else None, model, tokenizer)
     limit = int(target.identity.get("max_length") or tokenizer.model_max_length)
 
     def outputs(ids: list[list[int]], marks: list[list[float]] | None) -> list[Tensor]:
@@ -101,7 +101,7 @@ def label_texts(
 
     if base.task == TOKENS:
         rows = [split_words(text, raw=raw) for text in texts]
-        aligned = align(rows, tokenizer)
+        aligned = align_words(rows, tokenizer)
         _tell_cut(sum(len(row.ids) > limit for row in aligned), limit, progress)
         aligned = [row.cut(limit) for row in aligned]
         marks = [[IGNORED if word is None else 0.0 for word in row.words] for row in aligned]
@@ -156,7 +156,7 @@ def _tell_cut(count: int, limit: int, progress: Progress) -> None:
         progress.note(f"{count} {are} cut at {limit} tokens, the longest row of the training")
 
 
-def labelled(head: Head, asked: str, logits: Tensor) -> Labelled:
+def labelled(head: TaskHead, asked: str, logits: Tensor) -> Labelled:
     """What the outputs for one text or image stand for.
 
     Args:
@@ -170,7 +170,7 @@ def labelled(head: Head, asked: str, logits: Tensor) -> Labelled:
     return Labelled(asked, label, shares)
 
 
-def _tagged(head: Head, asked: str, words: list[str], aligned: Aligned, logits: Tensor) -> Tagged:
+def _tagged(head: TaskHead, asked: str, words: list[str], aligned: AlignedWords, logits: Tensor) -> Tagged:
     tags: list[str | None] = [None] * len(words)
     shares: list[float | None] = [None] * len(words)
     carried = [word for word in aligned.words if word is not None]
@@ -198,9 +198,9 @@ def label_images(target: Target, paths: Sequence[str], *, batch_rows: int, progr
     for path in paths:
         try:
             read_image(Path(path))
-        except Unused as reason:
+        except SkipRow as reason:
             raise DataError(f"{path}: {str(reason).removeprefix('with ')}; name image files") from reason
     model, reader = target.load()
-    head = head_of(target.base.labels, target.base.problem, model, reader)
+    head = task_head(target.base.labels, target.base.problem, model, reader)
     logits = row_logits(model, list(paths), None, head, batch_rows=batch_rows, progress=progress, what="labels")
     return [labelled(head, *row) for row in zip(paths, logits, strict=True)]

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from peftcli.data.tokenize import IGNORED
 from peftcli.metrics.language import Metrics, perplexity
-from peftcli.model.distributed import gather, is_divided, my_share, without_gradients
-from peftcli.model.oom import Shrinking
+from peftcli.model.distributed import gather, is_fsdp, local_rows, without_gradients
+from peftcli.model.oom import ShrinkingBatches
 from peftcli.progress import Progress
 
 LOGIT_BYTES = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}
@@ -86,8 +86,8 @@ def score(
     progress.start(what, len(ids))
     vocabulary = vocabulary_of(model)
     done = 0
-    in_step = is_divided(model)
-    fitting = Shrinking(batch_rows, what, progress, in_step=in_step)
+    in_step = is_fsdp(model)
+    fitting = ShrinkingBatches(batch_rows, what, progress, in_step=in_step)
     while done < len(order):
         count = rows_at_once(fitting.rows, len(ids[order[done]]), vocabulary, device.type)
         batch = order[done : done + (min(gather(count)) if in_step else count)]
@@ -109,8 +109,8 @@ def score_shared(
 ) -> list[Sums]:
     """`score` of rows that the processes share; the sums of each process, known to all."""
     count = rows.num_rows
-    mine = my_share(count, in_step=is_divided(model))
-    repeated = len(mine) - len(my_share(count))
+    mine = local_rows(count, in_step=is_fsdp(model))
+    repeated = len(mine) - len(local_rows(count))
     table = rows.take(pa.array(mine, pa.int64()))
     return gather(
         score(model, table, pad_id=pad_id, batch_rows=batch_rows, progress=progress, what=what, repeated=repeated)

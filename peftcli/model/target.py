@@ -12,10 +12,10 @@ from peftcli.errors import MachineError, RecipeError
 from peftcli.model.adapter_weights import CONFIG, check_adapter_files, refuse_changed
 from peftcli.model.load import load_adapter, load_base, load_tokenizer
 from peftcli.model.manifest import (
-    Place,
+    BaseLocation,
     base_of,
     check_tokenizer,
-    read_identity,
+    read_manifest,
     refuse_other_base,
     refuse_small_embedding,
     stated_base,
@@ -95,12 +95,12 @@ def open_target(path: str, base: Base | None = None) -> Target:
     folder = Path(path)
     if (folder / "recipe.yaml").is_file():
         run = RunDir(folder)
-        found = read_identity(run.adapter)
+        found = read_manifest(run.adapter)
         if found is None:
-            mend = f"`peftcli train RECIPE --output-dir {path}` makes one"
-            raise MachineError(f"{path}: this run holds no adapter yet; {mend}")
+            fix = f"`peftcli train RECIPE --output-dir {path}` makes one"
+            raise MachineError(f"{path}: this run holds no adapter yet; {fix}")
         return _adapter(run.adapter, found, base, run)
-    found = read_identity(folder) if folder.is_dir() else None
+    found = read_manifest(folder) if folder.is_dir() else None
     run_of = RunDir(folder.parent) if (folder.parent / "recipe.yaml").is_file() else None
     if found is not None and found["kind"] == "adapter":
         return _adapter(folder, found, base, run_of)
@@ -144,27 +144,27 @@ def _adapter(folder: Path, found: dict[str, Any], base: Base | None, run: RunDir
     return Target(under, folder, found, run)
 
 
-def _places(folder: Path, found: dict[str, Any], base: Base | None, run: RunDir | None) -> list[Place]:
+def _places(folder: Path, found: dict[str, Any], base: Base | None, run: RunDir | None) -> list[BaseLocation]:
     """Where the base of an adapter may lie: where a recipe says now, where it lay, and where it lies beside."""
     stated = stated_base(found)
     if base is not None and not found.get("smoke"):  # a rehearsal stands on a stand-in, never on the recipe's base
-        return [Place(base.path, base.revision)]
-    places = [Place(stated.path, stated.revision)]
+        return [BaseLocation(base.path, base.revision)]
+    places = [BaseLocation(stated.path, stated.revision)]
     beside = found["base"].get("beside")
     if beside is not None:
-        places.append(Place(os.path.normpath(os.path.join(os.path.abspath(folder), beside)), None))
+        places.append(BaseLocation(os.path.normpath(os.path.join(os.path.abspath(folder), beside)), None))
     if run is not None and not found.get("smoke"):
         places += _place_of_run(run)
     return places
 
 
-def _place_of_run(run: RunDir) -> list[Place]:
+def _place_of_run(run: RunDir) -> list[BaseLocation]:
     """The local folder that the recipe in a run folder names: whoever moves a base may write its new place there."""
     try:
         model = load_recipe(run.recipe).recipe.model
     except RecipeError:  # the command that needs the recipe says what is wrong with it
         return []
-    return [Place(model.name, None)] if Path(model.name).is_dir() else []
+    return [BaseLocation(model.name, None)] if Path(model.name).is_dir() else []
 
 
 def _foreign_adapter(folder: Path, base: Base) -> Target:

@@ -33,7 +33,7 @@ rejected: dict[Kernel, str] = {}
 """Kernels that failed their check in this process, and how."""
 
 
-class Shape(NamedTuple):
+class KernelShape(NamedTuple):
     """What a kernel is checked for."""
 
     dtype: torch.dtype
@@ -52,12 +52,12 @@ def kernel_for(query: Tensor, key: Tensor, value: Tensor, *, dropout: float, win
     """
     if query.device.type != "cuda" or dropout or value.shape[-1] != query.shape[-1]:
         return None
-    shape = Shape(computed(query).dtype, query.shape[1], key.shape[1], query.shape[-1])
+    shape = KernelShape(computed(query).dtype, query.shape[1], key.shape[1], query.shape[-1])
     return _chosen(query.device, shape, window is not None, torch.are_deterministic_algorithms_enabled())
 
 
 @lru_cache(maxsize=64)
-def _chosen(device: torch.device, shape: Shape, windowed: bool, deterministic: bool) -> Kernel | None:
+def _chosen(device: torch.device, shape: KernelShape, windowed: bool, deterministic: bool) -> Kernel | None:
     if torch.version.hip is not None:
         return None
     capability = torch.cuda.get_device_capability(device)
@@ -71,7 +71,9 @@ def _chosen(device: torch.device, shape: Shape, windowed: bool, deterministic: b
     return kernel
 
 
-def choose_kernel(capability: tuple[int, int], shape: Shape, *, windowed: bool, deterministic: bool) -> Kernel | None:
+def choose_kernel(
+    capability: tuple[int, int], shape: KernelShape, *, windowed: bool, deterministic: bool
+) -> Kernel | None:
     """The kernel that a card should have.
 
     Args:
@@ -87,7 +89,7 @@ def choose_kernel(capability: tuple[int, int], shape: Shape, *, windowed: bool, 
     return "efficient" if plain else None
 
 
-def kernel_problem(kernel: Kernel, device: torch.device, shape: Shape, *, window: int | None) -> str | None:
+def kernel_problem(kernel: Kernel, device: torch.device, shape: KernelShape, *, window: int | None) -> str | None:
     """How a kernel fails to give the outputs and gradients of each row alone in float32; None where it gives them.
 
     The check runs in a thread of its own, because the modes of torch belong to a thread. The caller may be inside of a
@@ -97,7 +99,7 @@ def kernel_problem(kernel: Kernel, device: torch.device, shape: Shape, *, window
         return pool.submit(_kernel_problem, kernel, device, shape, window).result()
 
 
-def _kernel_problem(kernel: Kernel, device: torch.device, shape: Shape, window: int | None) -> str | None:
+def _kernel_problem(kernel: Kernel, device: torch.device, shape: KernelShape, window: int | None) -> str | None:
     drawn = torch.Generator().manual_seed(0)
     tokens = sum(PROOF_ROWS)
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():

@@ -20,7 +20,7 @@ Source: TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING in peft/utils/con
 """
 
 
-def settle_adapter(adapter: AdapterSection, facts: ModelFacts) -> tuple[AdapterSection, tuple[Decision, ...]]:
+def resolve_adapter(adapter: AdapterSection, facts: ModelFacts) -> tuple[AdapterSection, tuple[Decision, ...]]:
     """Put names in the place of what the recipe leaves to the method.
 
     Returns:
@@ -41,7 +41,7 @@ def settle_adapter(adapter: AdapterSection, facts: ModelFacts) -> tuple[AdapterS
         inputs = [name for name in _names(adapter, facts) if any(_ends(name, one) for one in SCALED_INPUTS)]
         adapter = _with_argument(adapter, "feedforward_modules", inputs)
     decisions = []
-    for argument, most in method.divides.items():
+    for argument, most in method.must_divide.items():
         if argument in adapter.arguments or argument in adapter.model_fields_set:
             continue
         size = _divisor(_widths(adapter, facts), most)

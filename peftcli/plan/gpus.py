@@ -20,7 +20,7 @@ THROTTLED = 0.35
 
 
 @dataclass(frozen=True)
-class Card:
+class GPU:
     """One kind of GPU.
 
     Attributes:
@@ -58,10 +58,10 @@ class Card:
         return self.gb_per_second * 1e9
 
 
-CARDS = (
-    Card("t4", "Tesla T4", (7, 5), 14.74, 65, 320, sustained=THROTTLED),
-    Card("t4x2", "Tesla T4", (7, 5), 14.74, 65, 320, count=2, sustained=THROTTLED),
-    Card(
+GPUS = (
+    GPU("t4", "Tesla T4", (7, 5), 14.74, 65, 320, sustained=THROTTLED),
+    GPU("t4x2", "Tesla T4", (7, 5), 14.74, 65, 320, count=2, sustained=THROTTLED),
+    GPU(
         "p100",
         "Tesla P100-PCIE-16GB",
         (6, 0),
@@ -70,25 +70,25 @@ CARDS = (
         732,
         note="the torch of Kaggle's image has no kernels for a P100; choose GPU T4 x2 there",
     ),
-    Card("v100", "Tesla V100-SXM2-16GB", (7, 0), 15.77, 125, 900),
-    Card("v100-32", "Tesla V100-SXM2-32GB", (7, 0), 31.73, 125, 900),
-    Card("l4", "NVIDIA L4", (8, 9), 22.03, 121, 300),
-    Card("a10", "NVIDIA A10", (8, 6), 22.0, 125, 600),
-    Card("a10g", "NVIDIA A10G", (8, 6), 22.06, 70, 600),
-    Card("a40", "NVIDIA A40", (8, 6), 44.4, 149.7, 696),
-    Card("a6000", "NVIDIA RTX A6000", (8, 6), 47.5, 154.8, 768),
-    Card("l40s", "NVIDIA L40S", (8, 9), 44.4, 362, 864),
-    Card("a100-40", "NVIDIA A100-SXM4-40GB", (8, 0), 39.4, 312, 1555),
-    Card("a100-80", "NVIDIA A100-SXM4-80GB", (8, 0), 79.2, 312, 2039),
-    Card("h100", "NVIDIA H100 80GB HBM3", (9, 0), 79.1, 989, 3350),
-    Card("h200", "NVIDIA H200", (9, 0), 139.8, 989, 4800),
-    Card("rtx3090", "NVIDIA GeForce RTX 3090", (8, 6), 23.6, 71, 936),
-    Card("rtx4090", "NVIDIA GeForce RTX 4090", (8, 9), 23.5, 165, 1008),
-    Card("rtx5090", "NVIDIA GeForce RTX 5090", (12, 0), 31.3, 209.5, 1792),
+    GPU("v100", "Tesla V100-SXM2-16GB", (7, 0), 15.77, 125, 900),
+    GPU("v100-32", "Tesla V100-SXM2-32GB", (7, 0), 31.73, 125, 900),
+    GPU("l4", "NVIDIA L4", (8, 9), 22.03, 121, 300),
+    GPU("a10", "NVIDIA A10", (8, 6), 22.0, 125, 600),
+    GPU("a10g", "NVIDIA A10G", (8, 6), 22.06, 70, 600),
+    GPU("a40", "NVIDIA A40", (8, 6), 44.4, 149.7, 696),
+    GPU("a6000", "NVIDIA RTX A6000", (8, 6), 47.5, 154.8, 768),
+    GPU("l40s", "NVIDIA L40S", (8, 9), 44.4, 362, 864),
+    GPU("a100-40", "NVIDIA A100-SXM4-40GB", (8, 0), 39.4, 312, 1555),
+    GPU("a100-80", "NVIDIA A100-SXM4-80GB", (8, 0), 79.2, 312, 2039),
+    GPU("h100", "NVIDIA H100 80GB HBM3", (9, 0), 79.1, 989, 3350),
+    GPU("h200", "NVIDIA H200", (9, 0), 139.8, 989, 4800),
+    GPU("rtx3090", "NVIDIA GeForce RTX 3090", (8, 6), 23.6, 71, 936),
+    GPU("rtx4090", "NVIDIA GeForce RTX 4090", (8, 9), 23.5, 165, 1008),
+    GPU("rtx5090", "NVIDIA GeForce RTX 5090", (12, 0), 31.3, 209.5, 1792),
 )
 
 
-def find_card(key: str) -> Card:
+def find_gpu(key: str) -> GPU:
     """The card of `--gpu`.
 
     Raises:
@@ -98,8 +98,8 @@ def find_card(key: str) -> Card:
     2
     """
     plain = re.sub(r"[\s_]|nvidia|tesla|geforce", "", key.lower())
-    known = {card.key: card for card in CARDS}
-    bare = {card.key.replace("-", ""): card for card in CARDS} | {card.key.removeprefix("rtx"): card for card in CARDS}
+    known = {card.key: card for card in GPUS}
+    bare = {card.key.replace("-", ""): card for card in GPUS} | {card.key.removeprefix("rtx"): card for card in GPUS}
     found = known.get(plain) or bare.get(plain.replace("-", ""))
     if found is not None:
         return found
@@ -108,18 +108,18 @@ def find_card(key: str) -> Card:
     raise RecipeError(f"--gpu {key}: no card of that name is known{mean}\nknown are {', '.join(known)}")
 
 
-def card_of(machine: Machine) -> Card | None:
+def gpu_of(machine: Machine) -> GPU | None:
     """The card that a machine has, by its name and memory; None for one that is not in the table."""
     if machine.device != "cuda":
         return None
     words = re.sub(r"nvidia|tesla|geforce", "", machine.name.lower())
     parts = re.sub(r"rtx (?=\d)", "rtx", re.sub(r"[^a-z0-9]+", " ", words).strip()).split()
-    fitting = [card for card in CARDS if card.count == 1 and card.key.split("-")[0] in parts]
+    fitting = [card for card in GPUS if card.count == 1 and card.key.split("-")[0] in parts]
     near = [card for card in fitting if abs(card.memory_gib * GIB - machine.memory_bytes) < 0.1 * machine.memory_bytes]
     return near[0] if near else None
 
 
-def machine_with(card: Card, processes: int = 1) -> Machine:
+def machine_with(card: GPU, processes: int = 1) -> Machine:
     """A machine that has this card, with everything installed that the card can run."""
     major, minor = card.capability
     flash = ("flash_attention_2",) * (major >= 8) + ("flash_attention_3",) * (card.capability == (9, 0))

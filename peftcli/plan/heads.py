@@ -107,7 +107,7 @@ def head_notices(recipe: Recipe) -> tuple[str, ...]:
     return (f"the base has a new, untrained head, so its figures are those of a guess; compare with {honest}",)
 
 
-def settle_labels(
+def resolve_labels(
     plan: Plan, labels: tuple[str, ...], problem: str | None, count: Callable[[AdapterSection], Trained]
 ) -> Plan:
     """The plan with the labels that the rows turned out to have.

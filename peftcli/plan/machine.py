@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-from peftcli.plan.memory.model_shape import Shape
+from peftcli.plan.memory.model_shape import ModelDimensions
 
 SHARES_BATCH = "PEFTCLI_SHARES_BATCH"
 """Variable that is set where nobody asked for the processes of this launch by number: they keep the steps of one."""
@@ -92,7 +92,7 @@ class ModelFacts:
     sdpa: bool = True
     notes: tuple[str, ...] = ()
     own_tokenizer: bool = True
-    shape: Shape | None = None
+    shape: ModelDimensions | None = None
     owners: tuple[str, ...] = ()
     widths: Mapping[str, tuple[int, int]] = field(default_factory=lambda: MappingProxyType({}))
     hidden: int = 0

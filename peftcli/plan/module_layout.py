@@ -10,7 +10,7 @@ PLACEMENTS = ("houlsby", "pfeiffer")
 
 
 @dataclass(frozen=True)
-class Parts:
+class ModelLayout:
     """The modules of a model that hold parameters of their own, in order, by where they stand.
 
     Attributes:
@@ -41,7 +41,7 @@ def block_number(name: str) -> int | None:
     return None if found is None else int(found["number"])
 
 
-def sort_parts(owners: Sequence[str], embedding: str | None, output: str | None) -> Parts:
+def layout_of(owners: Sequence[str], embedding: str | None, output: str | None) -> ModelLayout:
     """Sort the modules of a model by where they stand.
 
     Args:
@@ -69,11 +69,19 @@ def sort_parts(owners: Sequence[str], embedding: str | None, output: str | None)
             # OPT registers its last norm before its blocks.
             late = blocks or "final" in name.rsplit(".", 1)[-1]
             (after if late else before).append(name)
-    return Parts(embedding, output, tuple(before), tuple(tuple(blocks[one]) for one in sorted(blocks)), tuple(after))
+    return ModelLayout(
+        embedding, output, tuple(before), tuple(tuple(blocks[one]) for one in sorted(blocks)), tuple(after)
+    )
 
 
-def whole_places(
-    parts: Parts, *, last_layers: int, layers: Sequence[int] | None, head: bool, embeddings: bool, everything: bool
+def full_targets(
+    parts: ModelLayout,
+    *,
+    last_layers: int,
+    layers: Sequence[int] | None,
+    head: bool,
+    embeddings: bool,
+    everything: bool,
 ) -> list[str]:
     """Names of the modules that are trained whole, in the order of the model.
 
@@ -100,7 +108,7 @@ def whole_places(
     return wanted + ([*parts.after, *last] if head else [])
 
 
-def bottleneck_places(
+def bottleneck_targets(
     linears: Mapping[str, tuple[int, int]], hidden: int, placement: str, layers: Sequence[int] | None = None
 ) -> list[str]:
     """Names of the layers behind whose output a bottleneck stands: those that write into the residual stream.

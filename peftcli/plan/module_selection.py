@@ -12,7 +12,7 @@ MOST_NAMED = 4
 
 
 @dataclass(frozen=True)
-class Choice:
+class SelectionRule:
     """What the gradient will choose before the first step.
 
     Attributes:
@@ -29,7 +29,7 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Scored:
+class ScoredModule:
     """One module or layer that may be trained.
 
     Attributes:
@@ -63,7 +63,7 @@ class Selection:
     budget: float
     budget_parameters: int
     used_parameters: int
-    scored: tuple[Scored, ...]
+    scored: tuple[ScoredModule, ...]
     modules: tuple[str, ...]
 
     def sentence(self) -> str:
@@ -84,7 +84,7 @@ class Selection:
     def from_json(cls, value: Mapping[str, Any]) -> "Selection":
         """What `as_json` wrote."""
         fields = {key: value[key] for key in cls.__dataclass_fields__}
-        scored = tuple(Scored(**one) for one in value["scored"])
+        scored = tuple(ScoredModule(**one) for one in value["scored"])
         return cls(**{**fields, "scored": scored, "modules": tuple(value["modules"])})
 
 
@@ -106,7 +106,7 @@ def choose_modules(
     allowed = int(budget * base_parameters)
     chosen = _greedy(scores, costs, allowed)
     _refuse_none(chosen, costs, allowed, budget, base_parameters, "target_modules")
-    scored = tuple(Scored(name, score, costs[name], name in chosen) for name, score in scores.items())
+    scored = tuple(ScoredModule(name, score, costs[name], name in chosen) for name, score in scores.items())
     modules = tuple(one.name for one in scored if one.chosen)
     return Selection("modules", batches, budget, allowed, sum(costs[name] for name in chosen), scored, modules)
 
@@ -138,7 +138,7 @@ def choose_layers(
     cost = {str(number): sum(costs[name] for name in names) for number, names in layers.items()}
     chosen = _greedy(of_layer, cost, allowed)
     _refuse_none(chosen, cost, allowed, budget, base_parameters, "layers")
-    scored = tuple(Scored(name, score, cost[name], name in chosen) for name, score in of_layer.items())
+    scored = tuple(ScoredModule(name, score, cost[name], name in chosen) for name, score in of_layer.items())
     modules = tuple(name for name in scores if str(block_number(name)) in chosen)
     return Selection("layers", batches, budget, allowed, sum(cost[name] for name in chosen), scored, modules)
 

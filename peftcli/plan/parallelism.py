@@ -30,7 +30,7 @@ class Sharding:
     decision: Decision | None
     notices: tuple[str, ...] = ()
 
-    def mend(self, processes: int) -> str:
+    def fix(self, processes: int) -> str:
         """What divides the base among all cards that are here."""
         return " and ".join(asking(self.possible, processes))
 
@@ -62,8 +62,8 @@ def choose_sharding(recipe: Recipe, machine: Machine, facts: ModelFacts, choices
         raise RecipeError(f"{OUTSIDE if asked == 'auto' else ASKED}: {why_not}")
     possible = max(here, machine.count if choices.on_gpu else 1)
     if here == 1:
-        mend = f"--num-processes {possible} divides it" if possible > 1 else "--num-processes divides it"
-        return Sharding(1, possible, Decision(KEY, "none", f"one process holds the whole base; {mend}"))
+        fix = f"--num-processes {possible} divides it" if possible > 1 else "--num-processes divides it"
+        return Sharding(1, possible, Decision(KEY, "none", f"one process holds the whole base; {fix}"))
     reason = "performance.sharding" if asked == "full" else OUTSIDE
     said = f"{reason}; each holds a part of the base, and the whole adapter with its optimizer"
     notices = _notices(recipe, choices, here)

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 from peftcli.plan.choices import CHECKPOINTING
 from peftcli.plan.machine import Machine
-from peftcli.plan.memory.forecast import plan_load, rows_of
-from peftcli.plan.memory.model_shape import Shape
+from peftcli.plan.memory.forecast import micro_batch_memory, rows_of
+from peftcli.plan.memory.model_shape import ModelDimensions
 from peftcli.plan.plan import Decision, Plan
 
 FORESEEN = "lora"
@@ -14,7 +14,7 @@ USED = 0.85
 """Share of a card that the forecast may fill: what it does not foresee, and evaluation, need the rest."""
 
 
-def spare_blocks(plan: Plan, shape: Shape | None, machine: Machine, asked: object) -> Plan:
+def choose_checkpointed_layers(plan: Plan, shape: ModelDimensions | None, machine: Machine, asked: object) -> Plan:
     """The plan with as few checkpointed blocks as its card has room for.
 
     A block that keeps its activations need not run again in the backward pass, which is a quarter of the work of a
@@ -28,7 +28,7 @@ def spare_blocks(plan: Plan, shape: Shape | None, machine: Machine, asked: objec
         return plan
     if machine.device != "cuda" or plan.base.device != "cuda" or plan.adapter.method != FORESEEN:
         return plan
-    load = plan_load(plan, shape, machine, rows_of(plan, None))
+    load = micro_batch_memory(plan, shape, machine, rows_of(plan, None))
     room = USED * machine.memory_bytes
     for blocks in range(shape.layers + 1):
         setting = replace(load.setting, checkpointing=blocks / shape.layers)

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from peftcli.methods.registry import METHODS
-from peftcli.plan.memory.training_setup import Fitted
-from peftcli.plan.module_selection import Choice
+from peftcli.plan.memory.training_setup import ActivationFit
+from peftcli.plan.module_selection import SelectionRule
 from peftcli.plan.optimizer import Trained
 from peftcli.recipe.fields import Gate
 from peftcli.recipe.rules import IMAGES
@@ -94,7 +94,7 @@ class Base:
 
 
 @dataclass(frozen=True)
-class LabelRule:
+class LossMask:
     """Which tokens are trained, or which labels a row is given.
 
     Attributes:
@@ -181,10 +181,10 @@ class Plan:
             chosen, and `trained` is a bound.
         shards: processes that each hold a part of the base; 1 where each has all of it.
         possible_shards: cards or processes here that the base could be divided among; 1 where it cannot be.
-        fitted: what adapters of a method other than LoRA keep for the backward pass, by the last name of their layer.
-        checkpointed_blocks: that run again in the backward pass, None for all or none, as `trainer` says.
+        activation_fit: what adapters of a method other than LoRA keep for the backward pass, by the last name of their
+        layer. checkpointed_blocks: that run again in the backward pass, None for all or none, as `trainer` says.
         own_tokenizer: the rows are read by the model's own tokenizer; a smoke run may have to take another.
-        levers: names of what makes a step cheaper and leaves its loss as it is.
+        optimizations: names of what makes a step cheaper and leaves its loss as it is.
     """
 
     name: str
@@ -196,7 +196,7 @@ class Plan:
     adapter: AdapterSection
     adapter_dtype: str
     dataset: DatasetSection
-    labels: LabelRule
+    labels: LossMask
     batch: Batch
     batching: Batching
     trainer: Mapping[str, Any]
@@ -210,12 +210,12 @@ class Plan:
     decisions: tuple[Decision, ...]
     notices: tuple[str, ...] = field(default=())
     checkpointed_blocks: int | None = None
-    choice: Choice | None = None
+    choice: SelectionRule | None = None
     shards: int = 1
     possible_shards: int = 1
     own_tokenizer: bool = True
-    fitted: Mapping[str, Fitted] = field(default_factory=dict)
-    levers: frozenset[str] = frozenset()
+    activation_fit: Mapping[str, ActivationFit] = field(default_factory=dict)
+    optimizations: frozenset[str] = frozenset()
 
     @property
     def frees_base(self) -> bool:

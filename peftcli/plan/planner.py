@@ -10,19 +10,19 @@ from peftcli.errors import MachineError, RecipeError
 from peftcli.methods.prompt import VIRTUAL_TOKENS
 from peftcli.methods.registry import METHODS
 from peftcli.plan.adalora import check_ranks
-from peftcli.plan.adapter import settle_adapter
+from peftcli.plan.adapter import resolve_adapter
 from peftcli.plan.choices import Choices, choose, choose_trained_dtype, count_batch
 from peftcli.plan.heads import base_with_head, head_decisions, head_notices, with_head
 from peftcli.plan.machine import Machine, ModelFacts
 from peftcli.plan.memory.estimate import INT8_BITS, NF4_BITS
 from peftcli.plan.optimizer import Trained
 from peftcli.plan.parallelism import Sharding, choose_sharding
-from peftcli.plan.plan import DTYPE_BYTES, Base, Batch, Batching, Decision, LabelRule, Plan
+from peftcli.plan.plan import DTYPE_BYTES, Base, Batch, Batching, Decision, LossMask, Plan
 from peftcli.plan.smoke import ROW_TOKENS
 from peftcli.plan.targets import choice_decisions, choice_of, match_saved, match_targets, named_targets, within_choice
 from peftcli.recipe.rules import CAUSAL
 from peftcli.recipe.schedulers import LEARNING_RATE
-from peftcli.recipe.schema import AdapterSection, Lever, QuantizationSection, Recipe
+from peftcli.recipe.schema import AdapterSection, Optimization, QuantizationSection, Recipe
 from peftcli.recipe.trainer_together import default_logging_steps, save_strategy
 
 ROUNDED = (
@@ -34,11 +34,11 @@ ROUNDED = (
 
 Source: Gupta et al. 2015, arXiv:1502.02551, on what stochastic rounding keeps.
 """
-LABEL_RULES = ("completion_only_loss", "assistant_only_loss")
+LOSS_MASK_KEYS = ("completion_only_loss", "assistant_only_loss")
 
 SWITCH = "performance.without"
 """The key that switches one off."""
-LEVERS = frozenset(get_args(Lever))
+OPTIMIZATIONS = frozenset(get_args(Optimization))
 COMPILED = "compiled code fuses what it can"
 
 CPU_TOKENS = 768
@@ -79,16 +79,16 @@ def make_plan(
     """
     choices = choose(recipe, machine, facts)
     widest, choice = choice_of(recipe.adapter, facts)
-    settled, sizes = settle_adapter(widest, facts)
+    settled, sizes = resolve_adapter(widest, facts)
     check_ranks(settled, recipe.trainer.get("max_steps"))
     targets = match_targets(named_targets(settled), facts)
     match_saved(recipe.adapter.modules_to_save or (), facts)
-    labels = label_rule(recipe, facts.positions, smoke=smoke)
+    labels = loss_mask(recipe, facts.positions, smoke=smoke)
     sharding = choose_sharding(recipe, machine, facts, choices)
     _check_room(recipe, facts, machine, choices, sharding)
     batch = count_batch(recipe.trainer, machine.processes, shared=machine.shares_batch)
     batching, how = choose_batching(recipe, choices, batch, labels, facts.not_flat)
-    levers, switched = choose_levers(recipe, choices, facts)
+    levers, switched = choose_optimizations(recipe, choices, facts)
     adapter = with_head(settled, facts, recipe.model.task)
     trained = within_choice(count_trainable(adapter), choice)
     trainable = trained.parameters
@@ -115,7 +115,7 @@ def make_plan(
         targets=targets,
         trained=trained,
         choice=choice,
-        levers=levers,
+        optimizations=levers,
         total_parameters=total,
         decisions=(
             *_decisions(recipe, choices, batch, targets, trainable, total),
@@ -221,14 +221,14 @@ def check_recipe(recipe: Recipe, facts: ModelFacts, count_trainable: Callable[[A
             cannot have that adapter.
     """
     widest, choice = choice_of(recipe.adapter, facts)
-    settled, _ = settle_adapter(widest, facts)
+    settled, _ = resolve_adapter(widest, facts)
     match_targets(named_targets(settled), facts)
     match_saved(recipe.adapter.modules_to_save or (), facts)
     within_choice(count_trainable(with_head(settled, facts, recipe.model.task)), choice)
-    label_rule(recipe, facts.positions)
+    loss_mask(recipe, facts.positions)
 
 
-def label_rule(recipe: Recipe, positions: int | None, *, smoke: bool = False) -> LabelRule:
+def loss_mask(recipe: Recipe, positions: int | None, *, smoke: bool = False) -> LossMask:
     """Which tokens of a recipe's rows are trained.
 
     Args:
@@ -238,10 +238,10 @@ def label_rule(recipe: Recipe, positions: int | None, *, smoke: bool = False) ->
     Raises:
         RecipeError: the recipe asks for longer rows than that.
     """
-    return LabelRule(
+    return LossMask(
         completion_only=recipe.trainer.get("completion_only_loss") is not False,
         assistant_only=recipe.trainer.get("assistant_only_loss") is not False,
-        asked=tuple(name for name in LABEL_RULES if recipe.trainer.get(name)),
+        asked=tuple(name for name in LOSS_MASK_KEYS if recipe.trainer.get(name)),
         max_length=min(_max_length(recipe, positions), ROW_TOKENS) if smoke else _max_length(recipe, positions),
         task=recipe.model.task,
         problem=recipe.model.problem,
@@ -269,7 +269,7 @@ def _check_room(recipe: Recipe, facts: ModelFacts, machine: Machine, choices: Ch
     if needed > machine.memory_bytes:
         where = machine.label if choices.on_gpu else "this machine's memory"
         divided = choices.on_gpu and whole / sharding.possible <= machine.memory_bytes
-        mend = f"add {sharding.mend(machine.processes)}" if divided else _smaller_weights(recipe)
+        mend = f"add {sharding.fix(machine.processes)}" if divided else _smaller_weights(recipe)
         raise MachineError(
             f"the weights of {recipe.model.name} alone take {needed / 2**30:.1f} GiB, more than the "
             f"{machine.memory_bytes / 2**30:.1f} GiB of {where}; {mend}, or rehearse with --smoke"
@@ -295,9 +295,9 @@ def _evaluation_batch(recipe: Recipe, on_gpu: bool) -> int:
     return asked if isinstance(asked, int) else (16 if on_gpu else 128)
 
 
-def _trainer_arguments(recipe: Recipe, labels: LabelRule, choices: Choices, processes: int) -> dict[str, Any]:
+def _trainer_arguments(recipe: Recipe, labels: LossMask, choices: Choices, processes: int) -> dict[str, Any]:
     # The labels are made before the trainer sees the rows, so it must not look for columns to make them from.
-    given = {name: value for name, value in recipe.trainer.items() if name not in LABEL_RULES}
+    given = {name: value for name, value in recipe.trainer.items() if name not in LOSS_MASK_KEYS}
     asked = recipe.evaluation.batch_size
     # transformers would take it for a process group that is there already.
     given = {name: value for name, value in given.items() if name != "ddp_backend" or processes > 1}
@@ -347,7 +347,9 @@ def _notices(recipe: Recipe, machine: Machine, on_gpu: bool) -> tuple[str, ...]:
     return tuple(notices)
 
 
-def choose_levers(recipe: Recipe, choices: Choices, facts: ModelFacts) -> tuple[frozenset[str], tuple[Decision, ...]]:
+def choose_optimizations(
+    recipe: Recipe, choices: Choices, facts: ModelFacts
+) -> tuple[frozenset[str], tuple[Decision, ...]]:
     """The levers that a plan uses, and what is said of those that have a meaning in it."""
     reasons = {
         "head": _head_stays(recipe, choices, facts),
@@ -362,7 +364,7 @@ def choose_levers(recipe: Recipe, choices: Choices, facts: ModelFacts) -> tuple[
     if recipe.adapter.method == "lora":
         does = "PEFT passes through memory three times for it; same sum"
         decisions.append(_said("LoRA", "added in one pass", does, left.get("products")))
-    return LEVERS - left.keys(), tuple(decisions)
+    return OPTIMIZATIONS - left.keys(), tuple(decisions)
 
 
 def _head_stays(recipe: Recipe, choices: Choices, facts: ModelFacts) -> str:
@@ -396,7 +398,7 @@ def _said(key: str, value: str, does: str, why_not: str | None) -> Decision:
 
 
 def choose_batching(
-    recipe: Recipe, choices: Choices, batch: Batch, labels: LabelRule, not_flat: str = ""
+    recipe: Recipe, choices: Choices, batch: Batch, labels: LossMask, not_flat: str = ""
 ) -> tuple[Batching, Decision]:
     """Choose how the rows of a step are run.
 

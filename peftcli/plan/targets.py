@@ -12,13 +12,13 @@ from peftcli.plan.machine import ModelFacts
 from peftcli.plan.module_layout import (
     BLOCK,
     block_number,
-    bottleneck_places,
+    bottleneck_targets,
+    full_targets,
+    layout_of,
     refuse_unknown_layers,
-    sort_parts,
-    whole_places,
     within,
 )
-from peftcli.plan.module_selection import Choice, Selection
+from peftcli.plan.module_selection import Selection, SelectionRule
 from peftcli.plan.optimizer import Trained
 from peftcli.plan.plan import Decision, Plan
 from peftcli.recipe.schema import AdapterSection, SelectSection
@@ -114,7 +114,7 @@ def _nearest(wanted: list[str], known: list[str]) -> list[str]:
     return list(dict.fromkeys(near)) or known[:12]
 
 
-def choice_of(adapter: AdapterSection, facts: ModelFacts) -> tuple[AdapterSection, Choice | None]:
+def choice_of(adapter: AdapterSection, facts: ModelFacts) -> tuple[AdapterSection, SelectionRule | None]:
     """The adapter with everything in it that may be chosen, and what the choice is; None where nothing is."""
     targets, layers = adapter.target_modules, adapter.layers
     asked = next((one for one in (targets, layers) if isinstance(one, SelectSection)), None)
@@ -122,16 +122,16 @@ def choice_of(adapter: AdapterSection, facts: ModelFacts) -> tuple[AdapterSectio
         return adapter, None
     kind = "modules" if isinstance(targets, SelectSection) else "layers"
     candidates = {"target_modules": ALL_LINEAR} if kind == "modules" else {"layers": None}
-    choice = Choice(kind, asked.batches, asked.budget, int(asked.budget * facts.parameters))
+    choice = SelectionRule(kind, asked.batches, asked.budget, int(asked.budget * facts.parameters))
     return adapter.model_copy(update=candidates), choice
 
 
-def within_choice(trained: Trained, choice: Choice | None) -> Trained:
+def within_choice(trained: Trained, choice: SelectionRule | None) -> Trained:
     """Trainable parameters at most, where everything that may be chosen would have so many."""
     return trained if choice is None else trained.resized(min(trained.parameters, choice.parameters))
 
 
-def choice_decisions(choice: Choice | None) -> tuple[Decision, ...]:
+def choice_decisions(choice: SelectionRule | None) -> tuple[Decision, ...]:
     """What a plan says of a choice that the gradient will make."""
     if choice is None:
         return ()
@@ -215,7 +215,7 @@ def structural_targets(adapter: AdapterSection, facts: ModelFacts) -> AdapterSec
         if method.targets == "writers":
             linears = {name: facts.widths[name] for name in facts.linear if name in facts.widths}
             placement = str(_said(adapter, method, "placement"))
-            names = bottleneck_places(linears, facts.hidden, placement, layers)
+            names = bottleneck_targets(linears, facts.hidden, placement, layers)
             return adapter.model_copy(update={"target_modules": tuple(names), "layers": None})
         return _whole(adapter, method, layers, facts)
     except ValueError as problem:
@@ -225,8 +225,8 @@ def structural_targets(adapter: AdapterSection, facts: ModelFacts) -> AdapterSec
 def _whole(adapter: AdapterSection, method: Method, layers: Sequence[int] | None, facts: ModelFacts) -> AdapterSection:
     inner = [name for name in facts.owners if not any(within(name, head) for head in facts.head)]
     embedding = facts.embeddings[0] if facts.embeddings else None
-    parts = sort_parts(inner, embedding, facts.output_layer)
-    names = whole_places(
+    parts = layout_of(inner, embedding, facts.output_layer)
+    names = full_targets(
         parts,
         last_layers=int(_said(adapter, method, "last_layers") or 0),
         layers=layers,

@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
-from peftcli.methods.base import CORE, Method
+from peftcli.methods.base import ARGUMENT_NAMES, Method
 from peftcli.methods.registry import METHODS
-from peftcli.recipe.aliases import FOREIGN_NAMES
-from peftcli.recipe.argument_values import kind_fault, nested_fault
+from peftcli.recipe.aliases import NAME_ALIASES
+from peftcli.recipe.argument_values import nested_type_error, type_error
 from peftcli.recipe.library_args import CLOSED, homes_of, method_arguments, recipe_arguments
 from peftcli.recipe.messages import unknown_key
 from peftcli.recipe.problems import Problems, choice_text, dotted, show
@@ -56,7 +56,7 @@ def _check_fields(method: Method, given: Mapping[str, Any], tree: Tree, problems
     known = method_arguments(method.name)
 
     def idle(key: str) -> str | None:
-        if key in CORE and key not in method.core:
+        if key in ARGUMENT_NAMES and key not in method.argument_names:
             return _LACKS[key]
         if key == "target_modules" and method.prompts:
             return "stands before the row and on no module"
@@ -100,18 +100,18 @@ def _check_choice(method: Method, given: Mapping[str, Any], tree: Tree, problems
 def _check_argument(method: Method, key: str, value: Any, tree: Tree, problems: Problems) -> bool:
     known = method_arguments(method.name)
     where, name = tree.place(("adapter", key)), dotted(("adapter", key))
-    shared = next((core for core, argument in method.core.items() if argument == key), None)
+    shared = next((core for core, argument in method.argument_names.items() if argument == key), None)
     if known is None:
         problems.note(where, f"{name} is not checked, because peft is not installed here")
         return True
-    if key in method.closed or key in CLOSED:
-        problems.add(where, f"{name} is not set here: {method.closed.get(key) or CLOSED[key]}")
+    if key in method.unsupported_arguments or key in CLOSED:
+        problems.add(where, f"{name} is not set here: {method.unsupported_arguments.get(key) or CLOSED[key]}")
     elif shared is not None:
         problems.add(where, f"{name} is not a recipe key; did you mean adapter.{shared}?")
     elif key not in known:
         problems.add(where, _unknown(method, key))
     else:
-        fault = kind_fault(known[key], value) or nested_fault(value)
+        fault = type_error(known[key], value) or nested_type_error(value)
         if fault is None:
             return True
         problems.add(where, f"{name} = {show(value)}: {fault}")
@@ -120,7 +120,7 @@ def _check_argument(method: Method, key: str, value: Any, tree: Tree, problems: 
 
 def _unknown(method: Method, key: str) -> str:
     homes = [one.name for one in homes_of(key)]
-    if homes and key not in FOREIGN_NAMES:
+    if homes and key not in NAME_ALIASES:
         more = homes[:MOST_HOMES] + (["others"] if len(homes) > MOST_HOMES else [])
         joined = choice_text(more).replace(" or ", " and ")
         return f"adapter.{key} belongs to {joined}, not to {method.name}; remove it or set adapter.method"

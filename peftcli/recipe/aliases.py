@@ -82,9 +82,9 @@ _BY_KEY: dict[str, str] = {
     "output_dir": "output outdir out_dir output_path save_dir",
     "seed": "random_seed random_state",
 }
-FOREIGN_NAMES: dict[str, str] = {word: key for key, words in _BY_KEY.items() for word in words.split()}
+NAME_ALIASES: dict[str, str] = {word: key for key, words in _BY_KEY.items() for word in words.split()}
 
-FOREIGN_VALUES: dict[str, str] = {
+VALUE_ALIASES: dict[str, str] = {
     "bf16": "bfloat16",
     "fp16": "float16",
     "half": "float16",

@@ -19,7 +19,7 @@ _KIND_WORDS = {
 _LIMIT_WORDS = {">": "greater than", ">=": "at least", "<": "less than", "<=": "at most"}
 
 
-def kind_fault(argument: Argument, value: Any) -> str | None:
+def type_error(argument: Argument, value: Any) -> str | None:
     """What is wrong with the type of a value or with the word it is, or None."""
     kinds = argument.kinds
     if argument.choices and isinstance(value, str):
@@ -54,11 +54,11 @@ def limit_fault(value: Any, limits: Sequence[tuple[str, float]]) -> str | None:
     return None
 
 
-def nested_fault(value: Any) -> str | None:
+def nested_type_error(value: Any) -> str | None:
     """Whether a number is not finite, alone or inside a mapping or a list."""
     if isinstance(value, dict | list):
         items = value.values() if isinstance(value, dict) else value
-        return next((fault for item in items if (fault := nested_fault(item))), None)
+        return next((fault for item in items if (fault := nested_type_error(item))), None)
     if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
         return "must hold finite numbers only"
     return None

@@ -113,7 +113,7 @@ def read_method(value: Any) -> str:
     if not isinstance(value, str):
         raise wrong("must be the name of a method; `peftcli methods` lists them")
     plain = value.lower().replace("-", "_")
-    same = next((row.name for row in METHODS.values() if plain in (row.name, row.room, row.title.lower())), None)
+    same = next((row.name for row in METHODS.values() if plain in (row.name, row.peft_module, row.title.lower())), None)
     near = same or METHOD_WORDS.get(plain) or nearest(value, METHODS)
     if near is None and plain.upper() in LEFT_OUT:
         raise wrong(f"is not offered: {LEFT_OUT[plain.upper()]}")

@@ -23,8 +23,8 @@ def read_gates(tree: Tree, problems: Problems) -> tuple[Gate, ...]:
             continue
         if name not in GATE_NAMES:
             near = nearest(name, GATE_NAMES)
-            mend = f"did you mean gates.{near}?" if near else f"the figures are {', '.join(_SHORT)}"
-            problems.add(where, f"gates.{printable(name)} is not a figure that a gate can watch; {mend}")
+            fix = f"did you mean gates.{near}?" if near else f"the figures are {', '.join(_SHORT)}"
+            problems.add(where, f"gates.{printable(name)} is not a figure that a gate can watch; {fix}")
             continue
         try:
             if not isinstance(text, str):

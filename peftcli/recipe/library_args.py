@@ -179,21 +179,25 @@ def method_arguments(name: str) -> dict[str, Argument] | None:
     """What a method takes, under PEFT's names and ours; None where PEFT is not installed or reads in no known way."""
     method = METHODS[name]
     own = {key: Argument(key, kinds, method.choices.get(key, ())) for key, kinds in method.arguments.items()}
-    if method.room is None:
+    if method.peft_module is None:
         return own
     folder = package_folder("peft")
     if folder is None:
         return None
-    found = _arguments(folder, folder / "tuners" / method.room / "config.py", method.config)
+    found = _arguments(folder, folder / "tuners" / method.peft_module / "config.py", method.config)
     for key in found.keys() & method.choices.keys():  # words that PEFT's annotation lacks
         found[key] = replace(found[key], choices=(*found[key].choices, *method.choices[key]))
-    return {key: value for key, value in (found | own).items() if key not in method.closed} if found else None
+    return (
+        {key: value for key, value in (found | own).items() if key not in method.unsupported_arguments}
+        if found
+        else None
+    )
 
 
 def recipe_arguments(name: str) -> list[str]:
     """The arguments that a recipe may write beside the keys that many methods share."""
     method = METHODS[name]
-    aside = {*method.core.values(), *CLOSED, *SHARED}
+    aside = {*method.argument_names.values(), *CLOSED, *SHARED}
     return [key for key in method_arguments(name) or () if key not in aside]
 
 

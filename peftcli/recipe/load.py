@@ -11,9 +11,9 @@ from peftcli.recipe.adapter_args import read_adapter
 from peftcli.recipe.gates import read_gates
 from peftcli.recipe.messages import add_schema_problems
 from peftcli.recipe.problems import Problems
-from peftcli.recipe.rules import find_contradictions
+from peftcli.recipe.rules import check_rules
 from peftcli.recipe.schema import Recipe
-from peftcli.recipe.source import find_secrets, lay_over, read_tree, resolve_paths
+from peftcli.recipe.source import apply_overrides, check_secrets, read_tree, resolve_paths
 from peftcli.recipe.stages import read_stages
 from peftcli.recipe.trainer_args import read_trainer
 
@@ -39,14 +39,14 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Loaded:
     """
     problems = Problems(str(path))
     tree = read_tree(path, problems)
-    lay_over(tree, overrides, problems)
-    find_secrets(tree, problems)
+    apply_overrides(tree, overrides, problems)
+    check_secrets(tree, problems)
     relative = resolve_paths(tree, path, problems)
     arguments = read_trainer(tree, problems)
     adapter = read_adapter(tree, arguments, problems)
     stages = read_stages(tree, arguments, problems)
     gates = read_gates(tree, problems)
-    find_contradictions(tree, problems)
+    check_rules(tree, problems)
     values = {"name": _default_name(path), **tree.values, **adapter, **stages, "trainer": arguments, "gates": gates}
     recipe = None
     try:

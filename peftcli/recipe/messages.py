@@ -8,7 +8,7 @@ from typing import Any, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from peftcli.nearest import nearest
-from peftcli.recipe.aliases import FOREIGN_NAMES, FOREIGN_VALUES
+from peftcli.recipe.aliases import NAME_ALIASES, VALUE_ALIASES
 from peftcli.recipe.library_args import installed_arguments
 from peftcli.recipe.problems import (
     KeyPath,
@@ -85,7 +85,7 @@ def _meant(section: tuple[str, ...], word: str, beside: Sequence[str]) -> str | 
     if plain in siblings:
         return _join(own, plain)
     # For a section inside a section only its own names can be meant: `split.text` is no hint at dataset.text.
-    foreign = FOREIGN_NAMES.get(plain)
+    foreign = NAME_ALIASES.get(plain)
     if foreign is not None:
         return foreign
     homes = [home for home in keys if home != own and plain in keys[home]]
@@ -175,7 +175,7 @@ def choices_text(choices: list[str], value: Any) -> str:
     if value is False and "no" in choices:
         near = "no"
     elif isinstance(value, str):
-        foreign = FOREIGN_VALUES.get(value.lower())
+        foreign = VALUE_ALIASES.get(value.lower())
         near = foreign if foreign in choices else nearest(value, choices)
     if near is not None and len(choices) > MANY_CHOICES:
         return f"is not one of the values it takes; did you mean {near}?"

@@ -117,8 +117,8 @@ def _unknown(name: str, optimizer: str, takes: list[str]) -> str:
     if not takes:
         return f"{optimizer} takes none; remove optim_args"
     near = nearest(name, takes)
-    mend = f"did you mean {near}?" if near else f"it takes {choice_text(takes)}"
-    return f"{name} is not an argument of {optimizer}; {mend}"
+    fix = f"did you mean {near}?" if near else f"it takes {choice_text(takes)}"
+    return f"{name} is not an argument of {optimizer}; {fix}"
 
 
 def _reads(value: str, kind: str) -> bool:

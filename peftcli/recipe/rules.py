@@ -113,7 +113,7 @@ _TRAINER = {
 """Arguments of the trainer, and why they cannot be had."""
 
 
-def find_contradictions(tree: Tree, problems: Problems) -> None:
+def check_rules(tree: Tree, problems: Problems) -> None:
     """Add a problem for keys that exclude each other, and for each key that lacks its partner."""
     dataset = tree.get("dataset")
     if isinstance(dataset, dict):
@@ -121,10 +121,10 @@ def find_contradictions(tree: Tree, problems: Problems) -> None:
     _check_model(tree, problems)
     _check_quantization(tree, problems)
     _check_dtype(tree, problems)
-    find_idle_keys(tree, problems)
+    check_unused_keys(tree, problems)
     _check_labels(tree, problems)
     _check_retention(tree, problems)
-    find_undivided(tree, problems)
+    check_sharding(tree, problems)
     find_untested(tree, problems)
 
 
@@ -324,7 +324,7 @@ def _is_constant(template: str) -> bool:
         return False
 
 
-def find_idle_keys(tree: Tree, problems: Problems) -> None:
+def check_unused_keys(tree: Tree, problems: Problems) -> None:
     """Add a problem for each key that does nothing for the task of the recipe."""
     task = tree.get("model", "task") or CAUSAL
     if task not in (CAUSAL, *LABEL_TASKS):
@@ -345,7 +345,7 @@ def _refuse(path: KeyPath, task: str, why: str, tree: Tree, problems: Problems) 
         problems.add(tree.place(path), text)
 
 
-def find_undivided(tree: Tree, problems: Problems) -> None:
+def check_sharding(tree: Tree, problems: Problems) -> None:
     """Add a problem for each key that cannot stand beside `performance.sharding: full`."""
     if tree.get("performance", "sharding") != "full":
         return

@@ -7,7 +7,7 @@ from functools import cache
 from typing import Any
 
 from peftcli.nearest import nearest
-from peftcli.recipe.argument_values import kind_fault, limit_fault
+from peftcli.recipe.argument_values import limit_fault, type_error
 from peftcli.recipe.library_args import Argument, class_body, package_folder, source_text
 from peftcli.recipe.messages import choices_text
 from peftcli.recipe.problems import KeyPath, choice_text, show
@@ -132,7 +132,7 @@ def _value_fault(argument: Argument, value: Any) -> str | None:
     kinds = argument.kinds
     if "float" in kinds:  # a list has a value for each group of parameters, whose number a recipe does not know
         kinds -= {"list"}
-    fault = kind_fault(Argument(argument.name, kinds, argument.choices), value)
+    fault = type_error(Argument(argument.name, kinds, argument.choices), value)
     return fault or limit_fault(value, _LIMITS.get(argument.name, ()))
 
 

@@ -19,7 +19,7 @@ from pydantic import (
     model_validator,
 )
 
-from peftcli.methods.base import CORE
+from peftcli.methods.base import ARGUMENT_NAMES
 from peftcli.methods.registry import METHODS
 from peftcli.nearest import nearest
 from peftcli.recipe.fields import (
@@ -45,7 +45,7 @@ from peftcli.recipe.fields import (
 Text = Annotated[str, Field(min_length=1)]
 Seconds = Annotated[float, BeforeValidator(read_seconds)]
 Automatic = Annotated[int | Literal["auto"], BeforeValidator(read_tokens)]
-Lever = Literal["head", "products", "casts", "figures"]
+Optimization = Literal["head", "products", "casts", "figures"]
 """What makes a step cheaper and leaves its loss as it is; each can be switched off alone."""
 Tracker = Literal["wandb", "tensorboard", "mlflow", "trackio", "comet_ml", "swanlab"]
 
@@ -111,7 +111,7 @@ class PerformanceSection(Section):
     sharding: Literal["auto", "none", "full"] = "auto"
     """Every process holds the whole base (`none`), or a part of it (`full`: FSDP); `auto` is `none`, unless the
     configuration of accelerate asks for FSDP."""
-    without: Annotated[tuple[Lever, ...], BeforeValidator(freeze_rows)] = ()
+    without: Annotated[tuple[Optimization, ...], BeforeValidator(freeze_rows)] = ()
     """What is left to the libraries: the output layer (`head`), LoRA's sum (`products`), the casts of its inputs
     (`casts`), the figures that are fetched after each micro-batch (`figures`)."""
 
@@ -226,8 +226,8 @@ class AdapterSection(Section):
     def _fill(self) -> Self:
         """Put the method's defaults where the recipe says nothing; they do not count as given."""
         row = METHODS[self.method]
-        for key in CORE:
-            if getattr(self, key) is None and key in row.core:
+        for key in ARGUMENT_NAMES:
+            if getattr(self, key) is None and key in row.argument_names:
                 self.__dict__[key] = row.defaults.get(key)
         if self.target_modules is None and row.targets == "linear":
             self.__dict__["target_modules"] = "all-linear"

@@ -55,7 +55,7 @@ def read_tree(path: Path, problems: Problems) -> Tree:
     return tree
 
 
-def lay_over(tree: Tree, overrides: Sequence[str], problems: Problems) -> None:
+def apply_overrides(tree: Tree, overrides: Sequence[str], problems: Problems) -> None:
     """Lay `section.key=value` strings over the tree; a section that is absent is made.
 
     Raises:
@@ -198,7 +198,7 @@ def _holder(values: Any, path: KeyPath) -> dict[str | int, Any] | None:
     return values if isinstance(values, dict) else None
 
 
-def find_secrets(tree: Tree, problems: Problems) -> None:
+def check_secrets(tree: Tree, problems: Problems) -> None:
     """Add a problem for each value that looks like a secret; the value itself is shown nowhere."""
     for path, value in _texts(tree.values, ()):
         key = next((part for part in reversed(path) if isinstance(part, str)), "")

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from peftcli.nearest import nearest
-from peftcli.recipe.aliases import FOREIGN_NAMES
-from peftcli.recipe.argument_values import kind_fault, limit_fault, nested_fault
+from peftcli.recipe.aliases import NAME_ALIASES
+from peftcli.recipe.argument_values import limit_fault, nested_type_error, type_error
 from peftcli.recipe.library_args import Argument, installed_arguments
 from peftcli.recipe.messages import type_hint
 from peftcli.recipe.problems import KeyPath, Problems, Where, choice_text, dotted, show
@@ -323,9 +323,9 @@ class _Section:
     def _drop(self, name: str, value: Any) -> None:
         rule = REMOVED[name]
         if _is_one_of(value, rule.harmless):
-            self.problems.note(self._where(name), f"trainer.{name} is gone and is dropped: {rule.mend}")
+            self.problems.note(self._where(name), f"trainer.{name} is gone and is dropped: {rule.fix}")
         else:
-            self.problems.add(self._where(name), f"trainer.{name} = {show(value)} is gone: {rule.mend}")
+            self.problems.add(self._where(name), f"trainer.{name} = {show(value)} is gone: {rule.fix}")
 
     def _set(self, name: str, value: Any, given: str) -> bool:
         """Check a value and keep it under its installed name; `given` is the name that the recipe wrote."""
@@ -339,7 +339,7 @@ class _Section:
             self.problems.note(where, f"trainer.{name} = {show(value)} is now {renamed}; {renamed} is used")
             value = renamed
         value = read_json_text(name, value)
-        fault = _fault(self.installed[name], value) if self.installed is not None else nested_fault(value)
+        fault = _fault(self.installed[name], value) if self.installed is not None else nested_type_error(value)
         if fault is not None:
             self.problems.add(where, f"trainer.{given} = {show(value)}: {fault}")
             self.refused.add(name)
@@ -362,7 +362,7 @@ class _Section:
     def _unknown(self, name: str, installed: dict[str, Argument]) -> str:
         plain = name.lower().replace("-", "_")
         names = [known for known in (*installed, *RENAMED) if known not in OWNED]
-        meant = f"trainer.{plain}" if plain in names else FOREIGN_NAMES.get(plain)
+        meant = f"trainer.{plain}" if plain in names else NAME_ALIASES.get(plain)
         if meant is None:
             near = nearest(name, names)
             meant = f"trainer.{RENAMED[near].new if near in RENAMED else near}" if near else None
@@ -408,9 +408,9 @@ def _is_one_of(value: Any, others: Sequence[Any]) -> bool:
 def _fault(argument: Argument, value: Any) -> str | None:
     """What is wrong with the value of an argument, or None."""
     return (
-        kind_fault(argument, value)
+        type_error(argument, value)
         or _bound_fault(argument.name, value)
-        or nested_fault(value)
+        or nested_type_error(value)
         or value_fault(argument.name, value)
     )
 
@@ -446,7 +446,7 @@ class Removed:
 
     harmless: tuple[Any, ...]
     """Values that ask for what happens anyway; any other value is an error."""
-    mend: str
+    fix: str
 
 
 RENAMED: Mapping[str, Renamed] = {

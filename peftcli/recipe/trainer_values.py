@@ -6,7 +6,7 @@ from functools import cache
 from typing import Any
 
 from peftcli.nearest import nearest
-from peftcli.recipe.argument_values import kind_fault, limit_fault
+from peftcli.recipe.argument_values import limit_fault, type_error
 from peftcli.recipe.library_args import Argument, class_arguments
 from peftcli.recipe.messages import choices_text
 from peftcli.recipe.problems import KeyPath, choice_text, show
@@ -89,10 +89,10 @@ def _inner_fault(name: str, key: str, value: Any, takes: Mapping[str, Argument])
         return
     if key not in takes:
         near = nearest(key, takes)
-        mend = f"did you mean {near}?" if near else f"they are {', '.join(takes)}"
-        yield path, f"trainer.{name}.{key} is not one of its keys; {mend}"
+        fix = f"did you mean {near}?" if near else f"they are {', '.join(takes)}"
+        yield path, f"trainer.{name}.{key} is not one of its keys; {fix}"
         return
-    fault = kind_fault(takes[key], value)
+    fault = type_error(takes[key], value)
     fault = fault or (limit_fault(value, ((">=", 1),)) if key == "every_n_layers" else None)
     if fault is not None:
         yield path, f"trainer.{name}.{key} = {show(value)}: {fault}"

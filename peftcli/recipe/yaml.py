@@ -225,10 +225,10 @@ class _Builder:
         frame.key, frame.key_line = key, line
         frame.merges = key == MERGE and event.style is None
         if key in frame.lines:
-            mend = f"; the first is on line {frame.lines[key]}"
+            fix = f"; the first is on line {frame.lines[key]}"
             if frame.merges:
-                mend = "; give it a list, such as <<: [*one, *other]"
-            self.problems.add(line, f"{name} is set twice{mend}")
+                fix = "; give it a list, such as <<: [*one, *other]"
+            self.problems.add(line, f"{name} is set twice{fix}")
         else:
             self._check_text(key, line, name)
             assert event.start_mark is not None  # a parsed event has one; its type is that of an emitted one too
@@ -239,8 +239,8 @@ class _Builder:
         if node is None:
             # Only for what is shown: of many anchors and many unknown aliases each would be compared with each.
             near = nearest(event.anchor, self.anchors) if len(self.problems.found) < MOST_SHOWN else None
-            mend = f"did you mean *{near}?" if near else f"write &{event.anchor} before the value that it stands for"
-            return self._spoilt(line, f"*{event.anchor} names no anchor above it; {mend}")
+            fix = f"did you mean *{near}?" if near else f"write &{event.anchor} before the value that it stands for"
+            return self._spoilt(line, f"*{event.anchor} names no anchor above it; {fix}")
         if node.open:
             return self._spoilt(line, f"*{event.anchor} stands inside the value that it repeats; write that value out")
         self._check_depth(node.height, line)

@@ -79,7 +79,7 @@ class Plots:
 
 
 @dataclass(frozen=True)
-class Said:
+class Answer:
     """What a model said to a prompt, and whether that is the reference; None where nothing is compared."""
 
     text: str | None
@@ -92,7 +92,7 @@ class Samples:
 
     kind: ClassVar[str] = "samples"
     columns: tuple[str, ...]
-    rows: tuple[tuple[Said, ...], ...]
+    rows: tuple[tuple[Answer, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class Preview:
 
 
 @dataclass(frozen=True)
-class Folded:
+class Collapsed:
     """A table for those who look for it: folded in the page, open in Markdown and in print."""
 
     kind: ClassVar[str] = "folded"
@@ -132,14 +132,14 @@ class Folded:
 
 
 @dataclass(frozen=True)
-class Beside:
+class SideBySide:
     """Stacks of small tables, side by side where there is room."""
 
     kind: ClassVar[str] = "beside"
     stacks: tuple[tuple[Table, ...], ...]
 
 
-Block = Table | Beside | Facts | Notices | Code | Plots | Samples | Folded | Preview
+Block = Table | SideBySide | Facts | Notices | Code | Plots | Samples | Collapsed | Preview
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Builds the report of a run, a pure function of the JSON files in its folder, and writes it."""
 
-from peftcli.report.blocks import Block, Folded, Report, Section
+from peftcli.report.blocks import Block, Collapsed, Report, Section
 from peftcli.report.data import data_section
 from peftcli.report.html import render_page
 from peftcli.report.load import Stages, load_stages, text
@@ -76,5 +76,5 @@ def _training(stages: Stages) -> Section | None:
     plots, rows, figures = log_plots(stages), log_table(stages), training_facts(stages)
     blocks: list[Block] = [block for block in (plots, figures) if block is not None]
     if rows is not None:
-        blocks.append(Folded("The log in figures", rows))
+        blocks.append(Collapsed("The log in figures", rows))
     return Section("training", "Training", tuple(blocks)) if blocks else None

@@ -5,16 +5,16 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from peftcli.report.blocks import (
-    Beside,
     Block,
     Cell,
-    Folded,
+    Collapsed,
     Notices,
     Plot,
     Plots,
     Preview,
     PreviewRow,
     Section,
+    SideBySide,
     Span,
     Table,
     Tone,
@@ -98,7 +98,7 @@ def data_section(stages: Stages) -> Section | None:
     right = [None if images else _token_table(data), _dropped(data), _joins(data), _truncated(data)]
     blocks: list[Block | None] = [
         _warnings(data),
-        Beside((_present(left), _present(right))),
+        SideBySide((_present(left), _present(right))),
         None if images else length_plots(data),
         label_table(data),
         number_table(data),
@@ -116,8 +116,8 @@ def _present(tables: Iterable[Table | None]) -> tuple[Table, ...]:
     return tuple(made for made in tables if made is not None)
 
 
-def _folded(title: str, made: Table | None) -> Folded | None:
-    return None if made is None else Folded(title, made)
+def _folded(title: str, made: Table | None) -> Collapsed | None:
+    return None if made is None else Collapsed(title, made)
 
 
 def _strings(data: dict[str, Any], *keys: str) -> list[str]:

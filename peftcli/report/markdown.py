@@ -3,18 +3,18 @@
 import re
 
 from peftcli.report.blocks import (
-    Beside,
+    Answer,
     Block,
     Cell,
     Code,
+    Collapsed,
     Facts,
-    Folded,
     Notices,
     Plots,
     Preview,
     Report,
-    Said,
     Samples,
+    SideBySide,
     Span,
     Table,
 )
@@ -63,7 +63,7 @@ def _block(block: Block) -> str:
     match block:
         case Table():
             return _plain_table(block)
-        case Beside():
+        case SideBySide():
             return "\n\n".join(_plain_table(made) for stack in block.stacks for made in stack)
         case Facts():
             return _facts(block.pairs)
@@ -73,7 +73,7 @@ def _block(block: Block) -> str:
             return f"{escaped(block.title)}:\n\n{_fenced(block.text)}"
         case Samples():
             return _table(block.columns, [[_said(said) for said in row] for row in block.rows], set())
-        case Folded():
+        case Collapsed():
             return f"{escaped(block.title)}:\n\n{_plain_table(block.table)}"
         case Preview():
             return _preview(block)
@@ -98,7 +98,7 @@ def _cell(cell: Cell, *, strong: bool) -> str:
     return f"**{text}**" if strong and text and cell.text != DASH else text
 
 
-def _said(said: Said) -> str:
+def _said(said: Answer) -> str:
     if said.text is None:
         return DASH
     parts = ["<br>" if piece.kind == "break" else escaped(piece.text) for piece in pieces(clip(said.text, LONGEST))]

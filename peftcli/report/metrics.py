@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from peftcli.report.blocks import Block, Cell, Folded, Notices, Section, Table, Tone, table
+from peftcli.report.blocks import Block, Cell, Collapsed, Notices, Section, Table, Tone, table
 from peftcli.report.format import (
     DASH,
     MINUS,
@@ -213,7 +213,7 @@ def classes_section(stages: Stages) -> Section | None:
         _never(found),
         _class_table("Entity", "Entities", objects(found, "per_entity")),
         _matrix(found, unit.lower()),
-        classes if not of_words or classes is None else Folded("Figures of each tag", classes),
+        classes if not of_words or classes is None else Collapsed("Figures of each tag", classes),
         _averages(found),
     ]
     return Section("classes", "Classes", tuple(block for block in blocks if block is not None), _lead(found, side))
@@ -312,7 +312,7 @@ def _mistakes(matrix: list[list[int]], labels: list[str], unit: str) -> Table | 
     return table(("Actual", "Taken for", unit.capitalize(), "Share of the actual"), rows, numeric=(2,), note=note)
 
 
-def _averages(found: Any) -> Folded | None:
+def _averages(found: Any) -> Collapsed | None:
     rows = [
         (
             f"{kind} ({MEANING[kind]})",
@@ -324,4 +324,4 @@ def _averages(found: Any) -> Folded | None:
     if not rows:
         return None
     made = table(("Average", "Precision", "Recall", "F1"), rows, numeric=(1, 2, 3))
-    return Folded("Other averages over the classes", made)
+    return Collapsed("Other averages over the classes", made)

@@ -3,14 +3,14 @@
 from typing import TYPE_CHECKING, Any
 
 from peftcli.report.blocks import (
+    Answer,
     Block,
     Cell,
     Code,
-    Folded,
+    Collapsed,
     Notices,
     Plot,
     Plots,
-    Said,
     Samples,
     Section,
     facts,
@@ -65,11 +65,11 @@ def samples_section(stages: Stages) -> Section | None:
     return Section("samples", "Samples", (Samples(tuple(columns), tuple(shown)),), lead.replace("_", " "))
 
 
-def _said(answer: Any, reference: Any) -> Said:
+def _said(answer: Any, reference: Any) -> Answer:
     said = None if answer is None else str(answer)
     if said is None or reference is None:
-        return Said(said)
-    return Said(said, said.strip() == str(reference).strip())
+        return Answer(said)
+    return Answer(said, said.strip() == str(reference).strip())
 
 
 def plan_section(stages: Stages) -> Section:
@@ -107,7 +107,7 @@ def plan_section(stages: Stages) -> Section:
         blocks.append(table(("Decided", "Value", "Reason"), rows))
     if trainer := find(plan, "trainer"):
         settings = [(str(key), without_home(text(trainer, key))) for key in trainer]
-        blocks.append(Folded("Arguments given to the trainer", table(("Argument", "Value"), settings)))
+        blocks.append(Collapsed("Arguments given to the trainer", table(("Argument", "Value"), settings)))
     return Section("plan", "Plan", tuple(blocks))
 
 
@@ -316,7 +316,7 @@ def ranks_section(stages: Stages) -> Section | None:
                 ("Smallest and largest", f"{count(min(last))} and {count(max(last))}"),
             )
         ),
-        Folded("All modules", _rank_table(modules, ranks)),
+        Collapsed("All modules", _rank_table(modules, ranks)),
     )
     lead = (
         "All modules began with the same rank; the directions that mattered least, by weight times gradient averaged "
@@ -374,7 +374,7 @@ def selection_section(stages: Stages) -> Section | None:
                 ("Measured on", f"{count(figure(found, 'batches'))} training batches"),
             )
         ),
-        Folded(f"All {kind}", _score_table(ordered, kind)),
+        Collapsed(f"All {kind}", _score_table(ordered, kind)),
     ]
     lead = (
         f"Before the first step the loss's gradient was measured on training rows, and whole {kind} were taken, the "

@@ -24,7 +24,7 @@ MOST_POINTS = 200
 """Of the history, over the whole run."""
 
 
-class Ranks(TrainerCallback):  # type: ignore[misc]  # transformers' callbacks are untyped
+class RankAllocation(TrainerCallback):  # type: ignore[misc]  # transformers' callbacks are untyped
     """Calls what neither transformers nor TRL calls: PEFT's allocation of ranks.
 
     Attributes:

@@ -29,7 +29,7 @@ from peftcli.model.scoring import pad_right
 from peftcli.plan.plan import Plan
 from peftcli.recipe.rules import SEQUENCE
 from peftcli.recipe.schema import AdapterSection
-from peftcli.train.module_selection import drawn_rows, reader
+from peftcli.train.module_selection import reader, sample_rows
 
 NAME = "default"
 FIRST = "start.safetensors"
@@ -48,13 +48,13 @@ GAMMA = 64.0
 """How small LoRA-GA begins (Wang et al. 2024, section 4.1)."""
 
 
-def kind_of(arguments: Any) -> str:
+def init_kind(arguments: Any) -> str:
     """The way to begin that a recipe asks for, empty for LoRA's own."""
     word = arguments.get("init_lora_weights")
     return str(word).partition("_niter_")[0] if isinstance(word, str) else ""
 
 
-class Start:
+class ResidualInit:
     """LoRA layers that begin as a part of their weight, without taking that part out of the weight.
 
     The layer computes W x + s (B A - B0 A0) x, which is what a residual weight W - s B0 A0 would give with B A on it.
@@ -169,7 +169,7 @@ def principal(weight: Tensor, r: int, scale: float, word: str) -> tuple[Tensor, 
     return root[:, None] * v[:, :r].T, u[:, :r] * root
 
 
-def begin_from_quantization(model: PeftModel, original: Source) -> None:
+def initialize_from_quantization_error(model: PeftModel, original: Source) -> None:
     """Begin as the leading part of what quantization took from each weight.
 
     Args:
@@ -196,26 +196,28 @@ def leading_part(word: str) -> Callable[[str, LoraLayer], tuple[Tensor, Tensor]]
     return leading
 
 
-def begin(model: PeftModel, plan: Plan, data: PreparedData, pad_id: int, resume_from: Path | None) -> Start | None:
+def initialize_adapter(
+    model: PeftModel, plan: Plan, data: PreparedData, pad_id: int, resume_from: Path | None
+) -> ResidualInit | None:
     """Let LoRA begin where the recipe says.
 
     Returns:
         What has to be kept and settled, None where nothing has.
     """
     word = plan.adapter.arguments.get("init_lora_weights")
-    kind = kind_of(plan.adapter.arguments)
+    kind = init_kind(plan.adapter.arguments)
     if kind in PRINCIPAL:
-        return Start(model, leading_part(str(word)), resume_from)
+        return ResidualInit(model, leading_part(str(word)), resume_from)
     if kind == "loftq":
-        begin_from_quantization(model, original_weights(plan.base, model.get_base_model()))
+        initialize_from_quantization_error(model, original_weights(plan.base, model.get_base_model()))
     if kind == "eva":
         rows = data.train.store.examples.column("input_ids").take(data.train.rows[:MOST_ROWS])
         pooled = plan.task == SEQUENCE
-        begin_from_data(model, rows.to_pylist(), pad_id, pooled=pooled)
+        initialize_from_data(model, rows.to_pylist(), pad_id, pooled=pooled)
     return None
 
 
-def begin_from_data(model: PeftModel, rows: Sequence[list[int]], pad_id: int, *, pooled: bool = False) -> None:
+def initialize_from_data(model: PeftModel, rows: Sequence[list[int]], pad_id: int, *, pooled: bool = False) -> None:
     """Begin as the principal directions of each layer's inputs, and give more rank to layers that need it.
 
     Args:
@@ -295,12 +297,12 @@ def _inputs(given: Any, places: Tensor, _: str) -> Tensor:
 
 def takes_gradient(adapter: AdapterSection) -> bool:
     """Whether an adapter begins by the gradient of training rows."""
-    return kind_of(adapter.arguments) == "lora_ga" or adapter.arguments.get("mask") == "gradient"
+    return init_kind(adapter.arguments) == "lora_ga" or adapter.arguments.get("mask") == "gradient"
 
 
-def begin_from_gradient(
+def initialize_from_gradient(
     model: PeftModel, plan: Plan, data: PreparedData, tokenizer: PreTrainedTokenizerBase, resume_from: Path | None
-) -> Start | None:
+) -> ResidualInit | None:
     """Let an adapter begin by the gradient of the loss on training rows.
 
     Every process measures the same rows, so that all of them begin alike.
@@ -315,12 +317,12 @@ def begin_from_gradient(
     Raises:
         RecipeError: a layer is too small for the rank.
     """
-    lora = kind_of(plan.adapter.arguments) == "lora_ga"
+    lora = init_kind(plan.adapter.arguments) == "lora_ga"
     if resume_from is not None:
-        return Start(model, _never, resume_from) if lora else None
+        return ResidualInit(model, _never, resume_from) if lora else None
     layers: dict[str, Any] = dict(lora_layers(model) if lora else shira_layers(model))
     batches = int(plan.adapter.arguments.get("gradient_batches", GRADIENT_BATCHES))
-    rows = drawn_rows(plan, len(data.train.rows), batches)
+    rows = sample_rows(plan, len(data.train.rows), batches)
     make, loss = reader(plan, data, tokenizer, model)
     firsts: dict[str, tuple[Tensor, Tensor]] = {}
     for part in _parts(layers):
@@ -331,8 +333,8 @@ def begin_from_gradient(
             if lora:
                 firsts[names[path]] = along(gradient, layer.r[NAME], layer.scaling[NAME], names[path])
             else:
-                take_largest(layer, gradient)
-    return Start(model, lambda name, _: firsts[name], None) if lora else None
+                select_largest_entries(layer, gradient)
+    return ResidualInit(model, lambda name, _: firsts[name], None) if lora else None
 
 
 def along(gradient: Tensor, r: int, scale: float, name: str) -> tuple[Tensor, Tensor]:
@@ -362,7 +364,7 @@ def along(gradient: Tensor, r: int, scale: float, name: str) -> tuple[Tensor, Te
     return v[:, :r].T * size, u[:, r : 2 * r] * size / scale
 
 
-def take_largest(layer: Any, gradient: Tensor) -> None:
+def select_largest_entries(layer: Any, gradient: Tensor) -> None:
     """Let SHiRA train the entries of a weight whose gradient is largest, as many as its random mask has."""
     count = layer.shira_weight[NAME].numel()
     places = gradient.abs().flatten().topk(count).indices.sort().values

@@ -85,5 +85,5 @@ def _names(text: str, name: str) -> bool:
 def _message(names: list[str], given: Mapping[str, Any], problem: Exception) -> str:
     values = ", ".join(f"trainer.{name} = {show(given[name])}" for name in names)
     said = hide_secrets(printable(" ".join(str(problem).split()) or type(problem).__name__, LONGEST))
-    mend = "change or remove it" if len(names) == 1 else "change or remove one of them"
-    return f"{values}: the libraries refuse it: {said}\n{mend}; --traceback shows where it came from"
+    fix = "change or remove it" if len(names) == 1 else "change or remove one of them"
+    return f"{values}: the libraries refuse it: {said}\n{fix}; --traceback shows where it came from"

@@ -6,7 +6,7 @@ from typing import Any
 
 from peftcli.errors import PeftcliError, RecipeError
 from peftcli.plan.plan import Plan
-from peftcli.plan.planner import LABEL_RULES
+from peftcli.plan.planner import LOSS_MASK_KEYS
 from peftcli.recipe.dump import changed_keys
 from peftcli.recipe.load import load_recipe
 from peftcli.recipe.schema import Recipe
@@ -24,13 +24,13 @@ FREE = (
     "dataset.max_train_samples",
     "dataset.limits",
 )
-"""Keys that the base's figures do not depend on; of `trainer`, all but those of `LABEL_RULES`."""
+"""Keys that the base's figures do not depend on; of `trainer`, all but those of `LOSS_MASK_KEYS`."""
 DECIDED = ("device", "model.dtype", "model.attention", "quantization.compute_dtype")
 """What the machine decides of how the base computes."""
 STAMPED = ("data.test", "base")
 
 
-def why_not(lender: RunDir, recipe: Recipe, plan: Plan, stamp: Mapping[str, Any]) -> str | None:
+def reuse_blocker(source_run: RunDir, recipe: Recipe, plan: Plan, stamp: Mapping[str, Any]) -> str | None:
     """Why the base has to be measured anew; None where the lender's figures are those of this run too.
 
     Args:
@@ -41,11 +41,13 @@ def why_not(lender: RunDir, recipe: Recipe, plan: Plan, stamp: Mapping[str, Any]
     Raises:
         RecipeError: the lender is no run.
     """
-    if not lender.recipe.is_file():
-        raise RecipeError(f"--baseline-from {lender.path}: no run folder (recipe.yaml is missing); name a finished run")
+    if not source_run.recipe.is_file():
+        raise RecipeError(
+            f"--baseline-from {source_run.path}: no run folder (recipe.yaml is missing); name a finished run"
+        )
     try:
-        changed = [line for line in changed_keys(load_recipe(lender.recipe).recipe, recipe) if not _is_free(line)]
-        stored = {path.name: read_json(path) for path in (lender.eval, lender.train, lender.plan)}
+        changed = [line for line in changed_keys(load_recipe(source_run.recipe).recipe, recipe) if not _is_free(line)]
+        stored = {path.name: read_json(path) for path in (source_run.eval, source_run.train, source_run.plan)}
     except (OSError, json.JSONDecodeError, PeftcliError):
         return "its figures are not there"
     if changed:
@@ -68,11 +70,11 @@ def why_not(lender: RunDir, recipe: Recipe, plan: Plan, stamp: Mapping[str, Any]
 def _is_free(line: str) -> bool:
     key = line.split(":")[0]
     # A section that one of the two leaves empty is listed as such, its keys one by one beside it.
-    return f"{key}.".startswith(FREE) and key.removeprefix("trainer.") not in LABEL_RULES
+    return f"{key}.".startswith(FREE) and key.removeprefix("trainer.") not in LOSS_MASK_KEYS
 
 
-def _decided_otherwise(lender: Mapping[str, Any], plan: Plan) -> str | None:
-    before = {one["key"]: one["value"] for one in lender["decisions"]}
+def _decided_otherwise(source_run: Mapping[str, Any], plan: Plan) -> str | None:
+    before = {one["key"]: one["value"] for one in source_run["decisions"]}
     now = {one.key: one.value for one in plan.decisions}
     return next(
         (f"{key}: {before.get(key)} -> {now.get(key)}" for key in DECIDED if before.get(key) != now.get(key)), None

@@ -16,8 +16,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from peftcli.model.distributed import gather, is_divided
-from peftcli.model.fused_lora import join_products, part_products
+from peftcli.model.distributed import gather, is_fsdp
+from peftcli.model.fused_lora import disable_fused_lora, enable_fused_lora
 from peftcli.model.hardware import peak_memory_bytes, resident_bytes
 from peftcli.plan.plan import Plan
 from peftcli.progress import Progress
@@ -34,7 +34,7 @@ PASSES = 2
 """The first one pays for what is done once, such as the choice of kernels; the second is measured."""
 
 
-class Watch(TrainerCallback):  # type: ignore[misc]  # transformers' callbacks are untyped
+class RunCallback(TrainerCallback):  # type: ignore[misc]  # transformers' callbacks are untyped
     """Writes `log.jsonl`, shows progress, saves by time and stops at the end of a step.
 
     Attributes:
@@ -222,7 +222,7 @@ class Calibration:
     peak_memory_bytes: int | None
 
 
-class Calibrate(TrainerCallback):  # type: ignore[misc]  # transformers' callbacks are untyped
+class CalibrationCallback(TrainerCallback):  # type: ignore[misc]  # transformers' callbacks are untyped
     """Runs the longest micro-batch when training begins; weights, counters and random numbers stay as they were."""
 
     def __init__(self, trainer: StepTrainer, plan: Plan, lengths: NDArray[Any], progress: Progress) -> None:
@@ -245,12 +245,12 @@ class Calibrate(TrainerCallback):  # type: ignore[misc]  # transformers' callbac
         **kwargs: Any,
     ) -> None:
         steps = state.max_steps - state.global_step
-        if steps < FEWEST_STEPS or self._trainer.is_deepspeed_enabled or is_divided(model) or counts_batches(model):
+        if steps < FEWEST_STEPS or self._trainer.is_deepspeed_enabled or is_fsdp(model) or counts_batches(model):
             return
         rows = longest_rows(self._lengths, self._plan)
         found = calibrate(self._trainer, model, rows, self._plan, float(self._lengths.mean()))
         self._trainer.calibration = asdict(found)
-        self._progress.note(said(found, steps, self._trainer.fed))
+        self._progress.note(calibration_text(found, steps, self._trainer.fed))
 
 
 def counts_batches(model: torch.nn.Module) -> bool:
@@ -301,7 +301,7 @@ def calibrate(trainer: StepTrainer, model: Any, rows: list[int], plan: Plan, mea
     return Calibration(tokens, round(seconds, 4), round(seconds * passes, 4), peak)
 
 
-def said(found: Calibration, steps: int, fed: str = "tokens") -> str:
+def calibration_text(found: Calibration, steps: int, fed: str = "tokens") -> str:
     """The line for the start of a training."""
     line = (
         f"  calibration: {count(found.tokens)} {fed} forward and backward in {duration(found.seconds)}, so about "
@@ -335,7 +335,7 @@ def _undone(trainer: StepTrainer, model: Any) -> Iterator[None]:
         logged.clear()
 
 
-class Forward(TrainerCallback):  # type: ignore[misc]  # transformers' callbacks are untyped
+class ForwardCallback(TrainerCallback):  # type: ignore[misc]  # transformers' callbacks are untyped
     """Sets the blocks up when training begins, and puts adapters back when it ends.
 
     None of it changes a loss: a block that runs again gives the same values, what PEFT casts to the adapter's dtype
@@ -366,7 +366,7 @@ class Forward(TrainerCallback):  # type: ignore[misc]  # transformers' callbacks
             self._levers.discard("casts")
         if "casts" in self._levers:
             cast_inputs(model, False)
-        if "products" in self._levers and not join_products(model):
+        if "products" in self._levers and not enable_fused_lora(model):
             self._levers.discard("products")
 
     def on_train_end(
@@ -379,7 +379,7 @@ class Forward(TrainerCallback):  # type: ignore[misc]  # transformers' callbacks
     ) -> None:
         # Evaluation runs without autocast, so adapters need their inputs cast again.
         cast_inputs(model, True)
-        part_products(model)
+        disable_fused_lora(model)
 
 
 def keep_checkpointed(model: torch.nn.Module, blocks: int) -> int:

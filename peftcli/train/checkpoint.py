@@ -19,7 +19,7 @@ NEEDED = ("trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state", "ad
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundCheckpoint:
     """The newest valid checkpoint, and the newer ones that were damaged, each with the reason."""
 
     path: Path | None
@@ -95,19 +95,19 @@ def damage(folder: Path) -> str | None:
     return None
 
 
-def newest_valid(checkpoints: Path) -> Found:
+def newest_valid(checkpoints: Path) -> FoundCheckpoint:
     """Find the newest whole checkpoint; damaged newer ones are renamed to `*.bad` and named."""
     damaged: list[tuple[str, str]] = []
     for step, folder in reversed(list_checkpoints(checkpoints)):
         reason = damage(folder)
         if reason is None:
-            return Found(folder, step, damaged)
+            return FoundCheckpoint(folder, step, damaged)
         damaged.append((folder.name, reason))
         aside = folder.with_name(folder.name + ".bad")
         if aside.exists():
             _remove(aside)
         os.rename(folder, aside)
-    return Found(None, 0, damaged)
+    return FoundCheckpoint(None, 0, damaged)
 
 
 def list_checkpoints(checkpoints: Path) -> list[tuple[int, Path]]:

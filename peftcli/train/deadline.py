@@ -48,7 +48,7 @@ class Deadline:
 
 
 @dataclass(frozen=True)
-class Limit:
+class NotebookLimit:
     """The longest session of a notebook service.
 
     Attributes:
@@ -92,7 +92,7 @@ def deadline(now: float) -> Deadline | None:
     return Deadline(at, text)
 
 
-def known_limit(environment: Mapping[str, str] | None = None, now: float | None = None) -> Limit | None:
+def notebook_limit(environment: Mapping[str, str] | None = None, now: float | None = None) -> NotebookLimit | None:
     """The session of the notebook service that this runs on, None elsewhere.
 
     Args:
@@ -102,7 +102,7 @@ def known_limit(environment: Mapping[str, str] | None = None, now: float | None 
     variables = os.environ if environment is None else environment
     for name, marks, seconds in SESSIONS:
         if any(mark in variables for mark in marks):
-            return Limit(name, seconds, session_start(time.time() if now is None else now, seconds))
+            return NotebookLimit(name, seconds, session_start(time.time() if now is None else now, seconds))
     return None
 
 
@@ -130,7 +130,7 @@ def session_note(wall_clock: float | None, now: float) -> str | None:
     """
     if wall_clock is not None or os.environ.get(DEADLINE, "").strip():
         return None
-    limit = known_limit(now=now)
+    limit = notebook_limit(now=now)
     return None if limit is None else limit.sentence(now)
 
 

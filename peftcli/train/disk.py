@@ -62,7 +62,7 @@ class Forecast:
 
 
 @dataclass(frozen=True)
-class Room:
+class DiskSpace:
     """What is free at a place: a file system, or a folder with a quota."""
 
     free: int
@@ -104,10 +104,10 @@ def free_bytes(folder: Path) -> int:
     Raises:
         RecipeError: PEFTCLI_QUOTA is set to something else than a folder and a size.
     """
-    return probe_room(folder).free
+    return probe_disk_space(folder).free
 
 
-def probe_room(folder: Path) -> Room:
+def probe_disk_space(folder: Path) -> DiskSpace:
     """What is free in a folder: what the file system has left, or less where a quota allows less.
 
     Raises:
@@ -118,14 +118,14 @@ def probe_room(folder: Path) -> Room:
     found = os.statvfs(there)
     # Some network drives say nothing of their size; then only a failed write tells.
     free = found.f_bavail * found.f_frsize if found.f_blocks else sys.maxsize
-    rooms = [Room(free, f"the disk under {there}")]
+    rooms = [DiskSpace(free, f"the disk under {there}")]
     for limited, allowed in _quotas():
         if real.is_relative_to(limited):
-            rooms.append(Room(max(0, allowed - _used(limited)), f"{limited} with its quota of {size(allowed)}"))
+            rooms.append(DiskSpace(max(0, allowed - _used(limited)), f"{limited} with its quota of {size(allowed)}"))
     return min(rooms, key=lambda room: room.free)
 
 
-def check_room(run: Path, needs: Forecast) -> None:
+def check_disk_space(run: Path, needs: Forecast) -> None:
     """Refuse a run that its disk cannot hold; checkpoints of it that are there already are counted in.
 
     Args:
@@ -135,7 +135,7 @@ def check_room(run: Path, needs: Forecast) -> None:
         MachineError: less is free than the run needs.
         RecipeError: PEFTCLI_QUOTA is set to something else than a folder and a size.
     """
-    room = probe_room(run)
+    room = probe_disk_space(run)
     there = min(
         sum(_used(folder) for _, folder in list_checkpoints(RunDir(run).checkpoints)),
         needs.checkpoint_bytes * needs.checkpoints,
@@ -149,13 +149,13 @@ def check_room(run: Path, needs: Forecast) -> None:
     )
 
 
-def room_for_checkpoint(folder: Path, needed: int) -> str | None:
+def has_space_for_checkpoint(folder: Path, needed: int) -> str | None:
     """Why the next checkpoint would not fit, or None where it does.
 
     Args:
         needed: bytes of one checkpoint.
     """
-    room = probe_room(folder)
+    room = probe_disk_space(folder)
     if needed <= room.free:
         return None
     return f"a checkpoint takes {size(needed)}, and {room.place} has {size(room.free)} left"
@@ -182,8 +182,8 @@ def check_writable(folder: Path) -> None:
 def cannot_write(path: Path, error: OSError) -> MachineError:
     """The error for a path of the run folder that the system does not let us write."""
     reason = _REASONS.get(error.errno or 0) or error.strerror or str(error)
-    mend = "free some space there, or name another output_dir" if _is_full(error) else "name another output_dir"
-    return MachineError(f"{path} cannot be written: {reason}; {mend}")
+    fix = "free some space there, or name another output_dir" if _is_full(error) else "name another output_dir"
+    return MachineError(f"{path} cannot be written: {reason}; {fix}")
 
 
 def _is_full(error: OSError) -> bool:
@@ -244,9 +244,9 @@ def _parts(needs: Forecast) -> str:
 
 
 def _mend(needs: Forecast) -> str:
-    mends = ["free some space"]
+    fixes = ["free some space"]
     if needs.checkpoints > 3:
-        mends.append("lower trainer.save_total_limit")
+        fixes.append("lower trainer.save_total_limit")
     if needs.adapter_bytes:
-        mends.append("lower adapter.r")
-    return ", ".join([*mends, "or name an output_dir on another disk"])
+        fixes.append("lower adapter.r")
+    return ", ".join([*fixes, "or name an output_dir on another disk"])

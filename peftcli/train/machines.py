@@ -9,7 +9,7 @@ from typing import Any
 import torch.distributed as dist
 
 from peftcli.errors import MachineError
-from peftcli.model.distributed import from_first, gather, processes
+from peftcli.model.distributed import from_first, gather, rank_and_world_size
 from peftcli.plan.plan import Plan
 from peftcli.train.baseline import DECIDED
 from peftcli.train.resume import is_allowed, shown_value
@@ -26,7 +26,7 @@ def on_this_machine(folder: Path, received: Path) -> Path:
     Args:
         received: where a copy is kept; the caller removes it in the end.
     """
-    rank, count = processes()
+    rank, count = rank_and_world_size()
     if count == 1:
         return folder
     files = from_first(lambda: _hashes(folder))
@@ -54,7 +54,7 @@ def _hashes(folder: Path) -> dict[str, str]:
 
 def _send(source: Path, target: Path | None) -> None:
     """Read a file in the first process and hand it to all, piece by piece; those with a target write it."""
-    stream = source.open("rb") if processes()[0] == 0 else None
+    stream = source.open("rb") if rank_and_world_size()[0] == 0 else None
     if target is not None:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.unlink(missing_ok=True)
@@ -75,7 +75,7 @@ def _send(source: Path, target: Path | None) -> None:
 def what_must_be_alike(plan: Plan, stamp: Mapping[str, Any]) -> dict[str, Any]:
     """What every process of a training must have the same of: the rows, the base, the libraries, how it is computed."""
     decided = {one.key: one.value for one in plan.decisions if one.key in DECIDED}
-    work = {"performance": sorted(plan.levers), "performance.batching": plan.batching.kind}
+    work = {"performance": sorted(plan.optimizations), "performance.batching": plan.batching.kind}
     if plan.shards > 1:  # blocks that are computed twice are gathered twice, by all processes
         work["trainer.activation_checkpointing"] = str(plan.checkpointed_blocks)
     return {**stamp, **decided, **work}

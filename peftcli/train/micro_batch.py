@@ -14,14 +14,14 @@ from torch import Tensor
 from peftcli.data.tokenize import IGNORED
 from peftcli.errors import MemoryExhausted
 from peftcli.model.oom import MOST_HALVINGS, free_memory, is_out_of_memory, memory_said
-from peftcli.model.padding_free import Layout, documents
+from peftcli.model.padding_free import SequenceLayout, use_layout
 
 Inputs: TypeAlias = dict[str, Any]
-WORTH = 0.95
+FLATTEN_BELOW = 0.95
 """Flat lines are made where the real tokens are at most this share of the padded ones; else they would gain nothing."""
 
 
-class Pieces:
+class MicroBatches:
     """Runs optimizer steps piece by piece, in smaller pieces once memory has run out.
 
     When memory runs out in the middle of a step, what the step has added to the gradients cannot be trusted: they are
@@ -43,7 +43,7 @@ class Pieces:
             most: tokens of a padded piece at most, a single longer row aside; None for whole micro-batches.
             agree: gathers a number from all processes, which must run equally many pieces; None for a single one.
         """
-        self.shrunk = 0
+        self.oom_retries = 0
         self.events: list[tuple[int, int]] = []
         self.real = self.padded = 0
         self.count = 0
@@ -78,11 +78,11 @@ class Pieces:
             MemoryExhausted: the pieces cannot be made smaller.
         """
         lined = self._tokens is not None and all("attention_mask" in batch for batch in batches)
-        rows = [row for batch in batches for row in rows_of(batch)] if lined else []
+        rows = [row for batch in batches for row in unpad_rows(batch)] if lined else []
         lengths = [len(row["input_ids"]) for row in rows]
         padded = sum(batch["input_ids"].numel() for batch in batches)
         self.real, self.padded = self.real + (sum(lengths) if lined else padded), self.padded + padded
-        flat = lined and sum(lengths) <= WORTH * padded
+        flat = lined and sum(lengths) <= FLATTEN_BELOW * padded
         if self._agree is not None:
             flat = all(self._agree(int(flat)))
         while True:
@@ -99,7 +99,7 @@ class Pieces:
 
     def _run(
         self,
-        pieces: Sequence[tuple[Inputs, Layout | None]],
+        pieces: Sequence[tuple[Inputs, SequenceLayout | None]],
         one: Callable[[Inputs], Tensor],
         apart: Callable[[], AbstractContextManager[Any]],
     ) -> Tensor:
@@ -107,29 +107,29 @@ class Pieces:
         losses = []
         for number, (piece, layout) in enumerate(pieces):
             last = number == len(pieces) - 1
-            with nullcontext() if last else apart(), documents(layout):
+            with nullcontext() if last else apart(), use_layout(layout):
                 losses.append(one(piece))
             self._largest = max(self._largest, piece["input_ids"].numel())
         return torch.stack(losses).sum()
 
-    def _cut(self, batches: Sequence[Inputs]) -> list[tuple[Inputs, Layout | None]]:
+    def _cut(self, batches: Sequence[Inputs]) -> list[tuple[Inputs, SequenceLayout | None]]:
         wanted = 1
         if self._most is not None:
             wanted = max(_padded_parts(batch["input_ids"], self._most) for batch in batches)
             if self._agree is not None:
                 wanted = max(self._agree(wanted))
-        return [(piece, None) for batch in batches for piece in cut(batch, wanted * 2**self.shrunk)]
+        return [(piece, None) for batch in batches for piece in split_batch(batch, wanted * 2**self.oom_retries)]
 
-    def _flat(self, rows: Sequence[Inputs], lengths: Sequence[int]) -> list[tuple[Inputs, Layout | None]]:
+    def _flat(self, rows: Sequence[Inputs], lengths: Sequence[int]) -> list[tuple[Inputs, SequenceLayout | None]]:
         assert self._tokens is not None  # asked for flat pieces
-        wanted = parts_that_fit(lengths, max(1, self._tokens // 2**self.shrunk))
+        wanted = parts_that_fit(lengths, max(1, self._tokens // 2**self.oom_retries))
         if self._agree is not None:
             wanted = max(self._agree(wanted))
-        return [line_up(rows[part]) for part in split_evenly(lengths, wanted)]
+        return [flatten_rows(rows[part]) for part in split_evenly(lengths, wanted)]
 
     def _shrink(self, said: str, step: int, batches: Sequence[Inputs]) -> None:
         rows = sum(batch["input_ids"].shape[0] for batch in batches)
-        if self._agree is not None or self.count >= rows or self.shrunk >= MOST_HALVINGS:
+        if self._agree is not None or self.count >= rows or self.oom_retries >= MOST_HALVINGS:
             why = "" if self._agree is None else " (several processes cannot make them smaller on their own)"
             fitted = f"; {self._largest} tokens at once did fit" if self._largest else ""
             raise MemoryExhausted(
@@ -138,12 +138,12 @@ class Pieces:
                 "dataset.max_length, set trainer.activation_checkpointing: true, or quantization: {bits: 4} where the "
                 "base is wider"
             )
-        self.shrunk += 1
+        self.oom_retries += 1
         self.events.append((step, 2 * self.count))
         free_memory()
 
 
-def fed(piece: Mapping[str, Any]) -> Tensor:
+def count_tokens(piece: Mapping[str, Any]) -> Tensor:
     """Tokens of a piece that are no padding: (), int64."""
     mask: Tensor | None = piece.get("attention_mask")
     if mask is None:
@@ -156,7 +156,7 @@ def first_rows(inputs: Mapping[str, Any], count: int) -> Inputs:
     return _rows(inputs, torch.arange(count), inputs["labels"].shape[0])
 
 
-def rows_of(batch: Mapping[str, Any]) -> Iterator[Inputs]:
+def unpad_rows(batch: Mapping[str, Any]) -> Iterator[Inputs]:
     """The rows of a padded micro-batch without their padding: `input_ids` and `labels`, (length,) each."""
     mask = batch["attention_mask"]
     # One transfer for all rows: a boolean index makes the device wait for each.
@@ -165,7 +165,7 @@ def rows_of(batch: Mapping[str, Any]) -> Iterator[Inputs]:
         yield {"input_ids": ids[begin : begin + length], "labels": labels[begin : begin + length]}
 
 
-def line_up(rows: Sequence[Inputs]) -> tuple[Inputs, Layout]:
+def flatten_rows(rows: Sequence[Inputs]) -> tuple[Inputs, SequenceLayout]:
     """Rows behind one another: inputs of shape (1, tokens), and how attention keeps the rows apart."""
     lengths = [len(row["input_ids"]) for row in rows]
     labels = []
@@ -180,7 +180,7 @@ def line_up(rows: Sequence[Inputs]) -> tuple[Inputs, Layout]:
         "labels": torch.cat(labels)[None],
         "position_ids": places.to(ids.device, non_blocking=True)[None],
     }
-    return inputs, Layout(tuple(lengths), ids.device)
+    return inputs, SequenceLayout(tuple(lengths), ids.device)
 
 
 def parts_that_fit(lengths: Sequence[int], most: int) -> int:
@@ -222,7 +222,7 @@ def _padded_parts(ids: Tensor, most: int) -> int:
     return -(-ids.shape[0] // max(1, most // ids.shape[-1]))
 
 
-def cut(inputs: Mapping[str, Any], pieces: int) -> list[Inputs]:
+def split_batch(inputs: Mapping[str, Any], pieces: int) -> list[Inputs]:
     """The rows of a micro-batch in parts of about equal size, each without the padding that all its rows share.
 
     >>> ids, mask = torch.tensor([[5, 6, 7], [8, 0, 0]]), torch.tensor([[1, 1, 1], [1, 0, 0]])

@@ -12,8 +12,8 @@ from peftcli.adapters.module_layout import all_widths, end_name
 from peftcli.data.prepare import PreparedData
 from peftcli.data.tokenize import IGNORED
 from peftcli.errors import MachineError
-from peftcli.model.classification import forward, head_of, make_batch
-from peftcli.model.distributed import from_first, my_share, processes
+from peftcli.model.classification import forward, make_batch, task_head
+from peftcli.model.distributed import from_first, local_rows, rank_and_world_size
 from peftcli.model.gradients import gradient_norms
 from peftcli.model.inspect import count_on_layer
 from peftcli.plan.module_layout import within
@@ -26,7 +26,7 @@ from peftcli.run_dir import RunDir, read_json, write_json
 Inputs = Mapping[str, Tensor]
 
 
-def make_choice(
+def select_modules(
     plan: Plan, run: RunDir, data: PreparedData, tokenizer: PreTrainedTokenizerBase, model: Any, *, resuming: bool
 ) -> tuple[Plan, str | None]:
     """The plan with what the gradient has chosen in it, and a line that says so; as it was where nothing is to choose.
@@ -47,7 +47,7 @@ def make_choice(
     else:
         selection = _select(plan, data, tokenizer, model)
     chosen = chosen_plan(plan, selection, _saved_whole(plan, model))
-    if processes()[0] == 0:
+    if rank_and_world_size()[0] == 0:
         write_json(run.selection, selection.as_json())
         if run.plan.is_file():
             write_json(run.plan, read_json(run.plan) | chosen.as_json())
@@ -65,9 +65,9 @@ def _select(plan: Plan, data: PreparedData, tokenizer: PreTrainedTokenizerBase, 
     assert plan.choice is not None  # asked for by the caller
     choice, adapter = plan.choice, plan.adapter
     widths = _candidates(plan, model)
-    rows = drawn_rows(plan, len(data.train.rows), choice.batches)
+    rows = sample_rows(plan, len(data.train.rows), choice.batches)
     make, loss = reader(plan, data, tokenizer, model)
-    norms = gradient_norms(model, list(widths), [make(rows[part]) for part in my_share(len(rows))], loss)
+    norms = gradient_norms(model, list(widths), [make(rows[part]) for part in local_rows(len(rows))], loss)
     kinds = {
         name: (*pair, getattr(model.get_submodule(name), "bias", None) is not None) for name, pair in widths.items()
     }
@@ -102,7 +102,7 @@ def _saved_whole(plan: Plan, model: Any) -> int:
     return sum(weight.numel() for name in names for weight in model.get_submodule(name).parameters())
 
 
-def drawn_rows(plan: Plan, count: int, batches: int) -> list[list[int]]:
+def sample_rows(plan: Plan, count: int, batches: int) -> list[list[int]]:
     """Numbers of training rows for each batch, drawn by the seed of the recipe.
 
     Args:
@@ -122,7 +122,7 @@ def reader(
     Args:
         model: the base, alone or with an adapter that changes nothing yet.
     """
-    head = head_of(plan.base.labels, plan.base.problem, model, tokenizer)
+    head = task_head(plan.base.labels, plan.base.problem, model, tokenizer)
     store = data.train.store.examples.select([head.column, "labels"])
 
     def read(rows: Sequence[int]) -> dict[str, list[Any]]:

@@ -7,7 +7,7 @@ from peftcli.adapters.full import WholeLayer, free_weights
 from peftcli.adapters.quantized import is_quantized
 
 
-def widen_trained(model: torch.nn.Module, dtype: str) -> None:
+def upcast_trainable(model: torch.nn.Module, dtype: str) -> None:
     """Give the trained weights the dtype that a plan says.
 
     TRL makes those over a quantized base bfloat16, for which float16 has no scaler, and which would round copies of
@@ -44,7 +44,7 @@ def free_trained_base(model: torch.nn.Module) -> None:
             free_weights(module.original_module)
 
 
-def narrow_saved_modules(model: torch.nn.Module, dtype: str) -> None:
+def downcast_saved_modules(model: torch.nn.Module, dtype: str) -> None:
     """Give modules that were trained whole the dtype of the base again, as loading the adapter does.
 
     They are trained in float32 under autocast; the evaluation runs without it, and PEFT does not cast their inputs.

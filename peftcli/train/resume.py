@@ -61,7 +61,7 @@ VERSIONED = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate
 
 
 @dataclass(frozen=True)
-class Beginning:
+class OpenedRun:
     """How a run begins.
 
     Attributes:
@@ -79,7 +79,7 @@ class Beginning:
     stamp: Mapping[str, Any] = field(default_factory=dict)
 
 
-def begin(run: RunDir, recipe: Recipe, *, overwrite: bool, resume: bool, allowed: Collection[str] = ()) -> Beginning:
+def open_run(run: RunDir, recipe: Recipe, *, overwrite: bool, resume: bool, allowed: Collection[str] = ()) -> OpenedRun:
     """Look at the run folder and make it ready.
 
     Args:
@@ -109,11 +109,11 @@ def begin(run: RunDir, recipe: Recipe, *, overwrite: bool, resume: bool, allowed
             )
         if resume:
             raise RecipeError(f"{run.path}: there is no run to resume; leave --resume out")
-        return Beginning(False, None, ())
+        return OpenedRun(False, None, ())
     if not _has_trained(run):
         # A start that failed before its first checkpoint holds nothing that another recipe could spoil.
         run.log.unlink(missing_ok=True)
-        return Beginning(False, None, (f"{run.path}: no checkpoint to go on from, so training starts at step 0",))
+        return OpenedRun(False, None, (f"{run.path}: no checkpoint to go on from, so training starts at step 0",))
     changed = [line for line in changes(run, recipe) if not is_allowed(line.split(":")[0], allowed)]
     status = run.status()
     held = [line for line in changes(run, recipe) if _is_held(line.split(":")[0])]
@@ -131,9 +131,9 @@ def begin(run: RunDir, recipe: Recipe, *, overwrite: bool, resume: bool, allowed
             + "\nname another output_dir, pass --overwrite to remove that run, or --force KEY to go on with the change"
         )
     if status == "finished":
-        return Beginning(True, None, (f"{run.path} is already finished; --overwrite trains it anew",))
+        return OpenedRun(True, None, (f"{run.path} is already finished; --overwrite trains it anew",))
     if _is_trained(run):
-        return Beginning(False, None, ("training is finished; the evaluation is made now",), True, _stamp(run.train))
+        return OpenedRun(False, None, ("training is finished; the evaluation is made now",), True, _stamp(run.train))
     return _go_on(run)
 
 
@@ -185,7 +185,7 @@ def clear(run: RunDir) -> None:
         path.unlink(missing_ok=True)
 
 
-def _go_on(run: RunDir) -> Beginning:
+def _go_on(run: RunDir) -> OpenedRun:
     clear_staging(run.checkpoints)
     found = newest_valid(run.checkpoints)
     notes = [
@@ -197,14 +197,14 @@ def _go_on(run: RunDir) -> Beginning:
         run.log.unlink(missing_ok=True)
         if not run.stages.is_dir():  # the training may be in an earlier stage
             notes.append(f"{run.path}: no checkpoint to go on from, so training starts at step 0")
-        return Beginning(False, None, tuple(notes))
+        return OpenedRun(False, None, tuple(notes))
     _cut_log(run, found.step)
     if run.merge.is_file():
         run.merge.unlink()  # of an adapter that this session replaces
         notes.append(f"{run.merged} was merged from the adapter of an earlier step; merge again after this session")
     planned = read_json(run.train).get("planned_steps") if run.train.is_file() else None
     notes.append(f"going on from step {found.step}" + (f" of {planned}" if planned else "") + " (checkpoint verified)")
-    return Beginning(False, found.path, tuple(notes), stamp=_stamp(found.path / MANIFEST))
+    return OpenedRun(False, found.path, tuple(notes), stamp=_stamp(found.path / MANIFEST))
 
 
 def _stamp(file: Path) -> dict[str, Any]:
@@ -223,7 +223,7 @@ def _is_held(key: str) -> bool:
     return key in HELD or (section == "adapter" and name.partition(".")[0] not in AdapterSection.model_fields)
 
 
-def make_stamp(data: Mapping[str, Any], base: str | None, versions: Mapping[str, Any]) -> dict[str, Any]:
+def run_fingerprint(data: Mapping[str, Any], base: str | None, versions: Mapping[str, Any]) -> dict[str, Any]:
     """What must be the same for a run to go on to the same bits.
 
     Args:

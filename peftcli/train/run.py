@@ -16,35 +16,35 @@ from peftcli.data.prepare import PreparedData
 from peftcli.model.adapter_files import save_adapter, write_card
 from peftcli.model.distributed import from_first
 from peftcli.model.evaluate import (
-    Measured,
+    Evaluation,
     adapter_retention,
     base_retention,
     decoding_for,
+    evaluate_model,
     evaluation_json,
     load_retention,
-    measure,
 )
 from peftcli.model.fused_loss import score_targets
 from peftcli.model.hardware import peak_memory_bytes
-from peftcli.model.init_from import start_from
+from peftcli.model.init_from import load_initial_weights
 from peftcli.model.load import load_adapter, load_base
-from peftcli.model.padding_free import row_problem, served, use_documents
+from peftcli.model.padding_free import enable_padding_free, kernels_used, row_problem
 from peftcli.model.varlen_attention import rejected
 from peftcli.plan.plan import DTYPE_BYTES, Plan
 from peftcli.progress import Progress
 from peftcli.recipe.rules import CAUSAL
 from peftcli.run_dir import RunDir, read_json, write_json
 from peftcli.train import checkpoint
-from peftcli.train.adalora import Ranks
-from peftcli.train.adapter_init import begin, begin_from_gradient, takes_gradient
+from peftcli.train.adalora import RankAllocation
+from peftcli.train.adapter_init import initialize_adapter, initialize_from_gradient, takes_gradient
 from peftcli.train.arguments import naming_arguments
-from peftcli.train.callbacks import Calibrate, Forward, Watch
+from peftcli.train.callbacks import CalibrationCallback, ForwardCallback, RunCallback
 from peftcli.train.disk import Forecast, forecast
 from peftcli.train.machines import on_this_machine
-from peftcli.train.module_selection import make_choice
-from peftcli.train.precision import free_trained_base, narrow_saved_modules, widen_trained
+from peftcli.train.module_selection import select_modules
+from peftcli.train.precision import downcast_saved_modules, free_trained_base, upcast_trainable
 from peftcli.train.step import StepTrainer
-from peftcli.train.stop import Heeding, StopRequests, is_first_process
+from peftcli.train.stop import StoppableProgress, StopRequests, is_first_process
 from peftcli.train.trainers import Trainer, make_label_trainer
 
 UNMEASURED_RESERVE_SECONDS = 60.0
@@ -112,33 +112,35 @@ def train(
     stops, resume_from = session.stops, session.resume_from
     load_retention(plan, tokenizer)  # what is wrong with the text is said before the weights are loaded
     model = load_base(plan.base, shards=plan.shards)
-    plan, chosen = make_choice(plan, run, data, tokenizer, model, resuming=resume_from is not None)
+    plan, chosen = select_modules(plan, run, data, tokenizer, model, resuming=resume_from is not None)
     if chosen is not None:
         progress.note(chosen)
     lines = plan.batching.kind == "flat" and _keeps_rows_apart(model, progress)
     make = make_trainer if plan.task == CAUSAL else make_label_trainer
     with naming_arguments(session.trainer):
         trainer: StepTrainer = make(plan, run, data, tokenizer, model)
-    trainer.levers |= plan.levers
-    if "head" in plan.levers and not score_targets(model):
-        trainer.levers.discard("head")
+    trainer.optimizations |= plan.optimizations
+    if "head" in plan.optimizations and not score_targets(model):
+        trainer.optimizations.discard("head")
         progress.note("  note: the output layer is divided or no linear layer alone, so it is left to TRL")
     trainer.stamp, trainer.checkpoint_bytes = session.stamp, session.checkpoint_bytes
     if not trainer.aux_loss_enabled:  # a router's balance is judged on the rows of a micro-batch
         trainer.cut_steps(lines=plan.batching.tokens if lines else None, most=plan.batching.most)
-    trainer.start = begin(trainer.model, plan, data, tokenizer.pad_token_id or 0, resume_from)
+    trainer.start = initialize_adapter(trainer.model, plan, data, tokenizer.pad_token_id or 0, resume_from)
     if takes_gradient(plan.adapter):
-        trainer.start = begin_from_gradient(trainer.model, plan, data, tokenizer, resume_from)
-    trainer.second_matrix_ratio = plan.adapter.arguments.get("loraplus_lr_ratio")
-    widen_trained(trainer.model, plan.adapter_dtype)
-    heeding = Heeding(progress, stops, "before the first step" if resume_from is None else "before the next step")
+        trainer.start = initialize_from_gradient(trainer.model, plan, data, tokenizer, resume_from)
+    trainer.loraplus_lr_ratio = plan.adapter.arguments.get("loraplus_lr_ratio")
+    upcast_trainable(trainer.model, plan.adapter_dtype)
+    heeding = StoppableProgress(
+        progress, stops, "before the first step" if resume_from is None else "before the next step"
+    )
     known = _known_baseline(run, session, resuming=resume_from is not None)
     before, baseline_seconds = _baseline(plan, run, data, tokenizer, trainer.model, heeding, known=known)
     if resume_from is None and plan.adapter.init_from is not None:
-        progress.note(start_from(trainer.model, plan.adapter.init_from, plan.base))
+        progress.note(load_initial_weights(trainer.model, plan.adapter.init_from, plan.base))
     if plan.frees_base:
         free_trained_base(trainer.model)
-    watch = Watch(
+    watch = RunCallback(
         trainer,
         run.log,
         progress,
@@ -148,11 +150,11 @@ def train(
         device=plan.base.device,
         writes=is_first_process(),
     )
-    trainer.add_callback(Forward(plan.checkpointed_blocks, trainer.levers))
-    trainer.add_callback(Calibrate(trainer, plan, data.train.column("length"), progress))
+    trainer.add_callback(ForwardCallback(plan.checkpointed_blocks, trainer.optimizations))
+    trainer.add_callback(CalibrationCallback(trainer, plan, data.train.column("length"), progress))
     trainer.add_callback(watch)  # whose clock begins after the calibration
     if plan.adapter.method == "adalora":
-        trainer.ranks = Ranks(trainer.model, plan.adapter, resume_from)
+        trainer.ranks = RankAllocation(trainer.model, plan.adapter, resume_from)
         trainer.add_callback(trainer.ranks)
     if resume_from is not None:
         trainer.go_on_from(read_json(resume_from / checkpoint.MANIFEST)["counters"])
@@ -172,15 +174,15 @@ def train(
         save_adapter(tuned, tokenizer, plan, data, run.adapter)
     # After the adapter: who finds a finished training here finds its adapter too.
     write_train(run, trainer, watch, plan, resume_from)
-    narrow_saved_modules(tuned, plan.base.dtype)
-    heard: Progress = Heeding(progress, stops, "in the last evaluation") if reason is None else progress
+    downcast_saved_modules(tuned, plan.base.dtype)
+    heard: Progress = StoppableProgress(progress, stops, "in the last evaluation") if reason is None else progress
     _measure_adapter(plan, run, data, tokenizer, tuned, heard, before)
     return TrainResult(steps, reason)
 
 
 def _keeps_rows_apart(model: PreTrainedModel, progress: Progress) -> bool:
     """Whether the rows of a micro-batch may stand in one line; says why not, and which kernel failed its check."""
-    if use_documents(model):
+    if enable_padding_free(model):
         problem = row_problem(model)
     else:
         problem = "the attention of this model cannot be replaced"
@@ -205,7 +207,7 @@ def evaluate_trained(
         Stopped: a stop was asked for again.
         MachineError: the weights cannot be loaded.
     """
-    heeding = Heeding(progress, session.stops, "in the last evaluation")
+    heeding = StoppableProgress(progress, session.stops, "in the last evaluation")
     model = load_adapter(load_base(plan.base, shards=plan.shards), on_this_machine(run.adapter, run.received))
     known = _known_baseline(run, session, resuming=True)
     before, _ = _baseline(plan, run, data, tokenizer, model, heeding, known=known)
@@ -246,8 +248,8 @@ def make_trainer(
         processing_class=tokenizer,
         peft_config=peft_config(plan.adapter, plan.task, tokenizer=plan.base.path),
     )
-    widen_trained(trainer.model, plan.adapter_dtype)
-    trainer.defers = "figures" in plan.levers
+    upcast_trainable(trainer.model, plan.adapter_dtype)
+    trainer.defers = "figures" in plan.optimizations
     return trainer
 
 
@@ -298,14 +300,16 @@ def _baseline(
 
 def _measure(
     plan: Plan, data: PreparedData, tokenizer: PreTrainedTokenizerBase, model: Any, progress: Progress, what: str
-) -> Measured:
+) -> Evaluation:
     decoding = decoding_for(plan.evaluation, data, tokenizer, plan.seed)
     rows = plan.evaluation_batch
-    return measure(model, tokenizer, data, plan.evaluation, decoding, batch_rows=rows, progress=progress, what=what)
+    return evaluate_model(
+        model, tokenizer, data, plan.evaluation, decoding, batch_rows=rows, progress=progress, what=what
+    )
 
 
 def _evaluation(
-    plan: Plan, data: PreparedData, tokenizer: PreTrainedTokenizerBase, measured: dict[str, Measured | None]
+    plan: Plan, data: PreparedData, tokenizer: PreTrainedTokenizerBase, measured: dict[str, Evaluation | None]
 ) -> dict[str, Any]:
     decoding = decoding_for(plan.evaluation, data, tokenizer, plan.seed)
     return evaluation_json(data, plan.evaluation.samples, decoding, measured)
@@ -348,7 +352,7 @@ def rows_seen(epochs: float, rows: int, arguments: SFTConfig) -> int:
     return whole * rows + int(min(steps * step, rows))
 
 
-def write_train(run: RunDir, trainer: StepTrainer, watch: Watch, plan: Plan, resume_from: Path | None) -> None:
+def write_train(run: RunDir, trainer: StepTrainer, watch: RunCallback, plan: Plan, resume_from: Path | None) -> None:
     """Write `train.json`; every process counts, the first one writes."""
     state = trainer.state
     rows = len(trainer.train_dataset)
@@ -378,12 +382,12 @@ def write_train(run: RunDir, trainer: StepTrainer, watch: Watch, plan: Plan, res
             "out_of_memory": [{"step": step, "pieces": pieces} for step, pieces in trainer.pieces.events],
             "batching": {
                 "kind": plan.batching.kind if trainer.pieces.lines else "padded",
-                "attention": sorted(served) if trainer.pieces.lines else None,
+                "attention": sorted(kernels_used) if trainer.pieces.lines else None,
                 "rejected_kernels": dict(rejected),
                 "real_tokens": trainer.pieces.real,
                 "padded_tokens": trainer.pieces.padded,
             },
-            "levers": sorted(trainer.levers),
+            "levers": sorted(trainer.optimizations),
             "calibration": trainer.calibration,
             "stamp": trainer.stamp,
         },

@@ -17,14 +17,14 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, SaveStrategy
 
 from peftcli.errors import Diverged, MachineError
-from peftcli.model.distributed import gather, is_divided
+from peftcli.model.distributed import gather, is_fsdp
 from peftcli.run_dir import RunDir
 from peftcli.train import checkpoint
-from peftcli.train.adalora import Ranks
-from peftcli.train.adapter_init import Start
-from peftcli.train.disk import room_for_checkpoint
+from peftcli.train.adalora import RankAllocation
+from peftcli.train.adapter_init import ResidualInit
+from peftcli.train.disk import has_space_for_checkpoint
 from peftcli.train.machines import on_this_machine
-from peftcli.train.micro_batch import Pieces, fed, first_rows
+from peftcli.train.micro_batch import MicroBatches, count_tokens, first_rows
 
 MOST_FLAT_STEPS = 5
 """Steps in a row without any gradient; one alone may be chance, such as a row whose answer is certain."""
@@ -61,18 +61,18 @@ class StepTrainer(transformers.Trainer):  # type: ignore[misc]  # transformers' 
         self.seconds = 0.0
         self.stamp: dict[str, Any] = {}
         self.checkpoint_bytes = 0
-        self.levers: set[str] = set()
+        self.optimizations: set[str] = set()
         self.calibration: dict[str, Any] | None = None
-        self.ranks: Ranks | None = None
-        self.start: Start | None = None
-        self.second_matrix_ratio: float | None = None
-        self.pieces = Pieces(tokens=None, agree=self._agree())
+        self.ranks: RankAllocation | None = None
+        self.start: ResidualInit | None = None
+        self.loraplus_lr_ratio: float | None = None
+        self.pieces = MicroBatches(tokens=None, agree=self._agree())
         self._waiting: list[dict[str, Any]] = []
         self._counted: Tensor | int = 0  # (2,) once there is something: fed, trained; of this process and session
         self._counted_before = {"tokens": 0.0, "trained_tokens": 0.0}
         self._step_loss: Tensor | None = None
         self._gradient: Tensor | float | None = None
-        self._divergence = Divergence()
+        self._divergence = NanGuard()
         self._batches: Sequence[dict[str, Any]] = ()
         self._before_step: Tensor | int = 0
         self._staging: str | None = None
@@ -87,7 +87,7 @@ class StepTrainer(transformers.Trainer):  # type: ignore[misc]  # transformers' 
 
     def cut_steps(self, *, lines: int | None, most: int | None) -> None:
         """Run each step as flat lines of so many tokens at most, or as padded pieces of at most so many."""
-        self.pieces = Pieces(tokens=lines, most=most, agree=self._agree())
+        self.pieces = MicroBatches(tokens=lines, most=most, agree=self._agree())
 
     def _agree(self) -> Callable[[int], list[int]] | None:
         return gather if self.accelerator.num_processes > 1 else None
@@ -110,7 +110,7 @@ class StepTrainer(transformers.Trainer):  # type: ignore[misc]  # transformers' 
             # What TRL averages over the micro-batches of a step, such as a router's balancing loss, counts the pieces.
             self.current_gradient_accumulation_steps = self.pieces.count
             loss: Tensor = parent(model, piece, num_items_in_batch)
-            self._counted = self._counted + torch.stack([fed(piece), self.targets(piece["labels"])])
+            self._counted = self._counted + torch.stack([count_tokens(piece), self.targets(piece["labels"])])
             self._step_loss = loss if self._step_loss is None else self._step_loss + loss
             return loss
 
@@ -141,7 +141,7 @@ class StepTrainer(transformers.Trainer):  # type: ignore[misc]  # transformers' 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer of the recipe, with LoRA+ where it asks for that."""
         made: torch.optim.Optimizer | None = self.__dict__.get("optimizer")
-        if made is not None or self.second_matrix_ratio is None:
+        if made is not None or self.loraplus_lr_ratio is None:
             made = super().create_optimizer(model)
             assert made is not None
             return made
@@ -149,7 +149,7 @@ class StepTrainer(transformers.Trainer):  # type: ignore[misc]  # transformers' 
         made = self.optimizer = create_loraplus_optimizer(
             self.accelerator.unwrap_model(self.model),
             kind,
-            loraplus_lr_ratio=self.second_matrix_ratio,
+            loraplus_lr_ratio=self.loraplus_lr_ratio,
             loraplus_weight_decay=self.args.weight_decay,
             **settings,
         )
@@ -174,7 +174,7 @@ class StepTrainer(transformers.Trainer):  # type: ignore[misc]  # transformers' 
             "tokens": self._counted_before["tokens"] + fed,
             "trained_tokens": self._counted_before["trained_tokens"] + trained,
             "seconds": self.seconds_before + self.seconds,
-            "shrunk": float(self.pieces.shrunk),
+            "shrunk": float(self.pieces.oom_retries),
         }
 
     def _total(self) -> tuple[float, float]:
@@ -198,7 +198,7 @@ class StepTrainer(transformers.Trainer):  # type: ignore[misc]  # transformers' 
         """Take over what the sessions before have counted."""
         self._counted_before = {name: counters[name] for name in self._counted_before}
         self.seconds_before = counters["seconds"]
-        self.pieces.shrunk = int(counters.get("shrunk", 0))
+        self.pieces.oom_retries = int(counters.get("shrunk", 0))
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
         self._gradient = super()._get_grad_norm(model, grad_norm=grad_norm)
@@ -260,7 +260,7 @@ class StepTrainer(transformers.Trainer):  # type: ignore[misc]  # transformers' 
         Raises:
             MachineError: in every process.
         """
-        mine = room_for_checkpoint(folder, self.checkpoint_bytes) if self.args.should_save else None
+        mine = has_space_for_checkpoint(folder, self.checkpoint_bytes) if self.args.should_save else None
         reason = next((one for one in gather(mine) if one is not None), None)
         if reason is not None:
             raise MachineError(f"step {self.state.global_step}: {reason}; the checkpoints before it are whole")
@@ -315,7 +315,7 @@ class StepTrainer(transformers.Trainer):  # type: ignore[misc]  # transformers' 
         self.accelerator.wait_for_everyone()
 
 
-class Divergence:
+class NanGuard:
     """Looks at each step before the optimizer applies it."""
 
     def __init__(self) -> None:
@@ -365,7 +365,7 @@ def made_for_parts(model: torch.nn.Module, arguments: TrainingArguments) -> Iter
         arguments: of the trainer; when the context ends they are as they were.
     """
     strategy = arguments.save_strategy
-    if is_divided(model):
+    if is_fsdp(model):
         # transformers takes what is trained to lie in parts as well, and refuses to keep it; here it is whole.
         arguments.save_strategy = SaveStrategy.NO
     try:

@@ -90,7 +90,7 @@ class StopRequests:
         self._signal = signal.Signals(number).name
 
 
-class Heeding:
+class StoppableProgress:
     """Progress that ends work outside the training loop as soon as a stop is asked for.
 
     The clock is left to the loop, which makes at least one step and a checkpoint, so that no session is for nothing.

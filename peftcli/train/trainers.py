@@ -19,11 +19,11 @@ from peftcli.adapters.build import peft_config
 from peftcli.data.prepare import PreparedData
 from peftcli.data.tokenize import IGNORED
 from peftcli.errors import RecipeError
-from peftcli.model.classification import Head, forward, head_of, make_batch
+from peftcli.model.classification import TaskHead, forward, make_batch, task_head
 from peftcli.model.heads import freeze_statistics
 from peftcli.plan.plan import Plan
 from peftcli.run_dir import RunDir
-from peftcli.train.precision import widen_trained
+from peftcli.train.precision import upcast_trainable
 from peftcli.train.step import StepTrainer
 
 SMOOTHED = ("single-label", "tagging")
@@ -114,7 +114,7 @@ class HeadTrainer(transformers.Trainer):  # type: ignore[misc]  # transformers' 
     loss_is_scaled_for_ga = True  # by the rows or tokens of the whole step
     aux_loss_enabled = False
 
-    def __init__(self, head: Head, **kwargs: Any) -> None:
+    def __init__(self, head: TaskHead, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.head = head
         self.fed = "tokens" if head.images is None else "images"
@@ -174,7 +174,7 @@ def make_label_trainer(
     Raises:
         RecipeError: an argument has no meaning for labels such as these.
     """
-    head = head_of(plan.base.labels, plan.base.problem, model, tokenizer)
+    head = task_head(plan.base.labels, plan.base.problem, model, tokenizer)
     arguments = TrainingArguments(
         output_dir=str(run.checkpoints), remove_unused_columns=False, label_names=["labels"], **plan.trainer
     )
@@ -188,7 +188,7 @@ def make_label_trainer(
     wrapped = get_peft_model(model, peft_config(plan.adapter, plan.task, tokenizer=plan.base.path))
     if arguments.activation_checkpointing:
         wrapped.enable_input_require_grads()
-    widen_trained(wrapped, plan.adapter_dtype)
+    upcast_trainable(wrapped, plan.adapter_dtype)
 
     freeze_statistics(wrapped)
     columns = list(dict.fromkeys(["input_ids", head.column, "labels"]))

@@ -39,7 +39,7 @@ def ours(path: Path, tokenizer_folder: Path) -> int:
     from transformers import AutoTokenizer
 
     from peftcli.data.prepare import prepare
-    from peftcli.plan.plan import LabelRule
+    from peftcli.plan.plan import LossMask
     from peftcli.progress import Silent
     from peftcli.recipe.schema import DatasetSection
 
@@ -47,7 +47,7 @@ def ours(path: Path, tokenizer_folder: Path) -> int:
         {"path": str(path), "prompt": "{question} ->", "completion": " {answer}", "max_length": MAX_LENGTH}
     )
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
-    data = prepare(section, tokenizer, LabelRule(True, True, (), MAX_LENGTH), 42, Silent())
+    data = prepare(section, tokenizer, LossMask(True, True, (), MAX_LENGTH), 42, Silent())
     return int(data.facts["train_rows"] + data.facts["test_rows"])
 
 

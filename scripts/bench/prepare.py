@@ -50,7 +50,7 @@ def ours(place: Path, model: Path) -> Callable[[], Iterable[tuple[Any, Any]]]:
     from transformers import AutoTokenizer
 
     from peftcli.data.prepare import prepare
-    from peftcli.plan.plan import LabelRule
+    from peftcli.plan.plan import LossMask
     from peftcli.progress import Silent
     from peftcli.recipe.schema import DatasetSection
 
@@ -62,7 +62,7 @@ def ours(place: Path, model: Path) -> Callable[[], Iterable[tuple[Any, Any]]]:
             "too_long": "truncate",
         }
     )
-    rule = LabelRule(False, True, ("assistant_only_loss",), MAX_LENGTH)
+    rule = LossMask(False, True, ("assistant_only_loss",), MAX_LENGTH)
 
     def work() -> Iterable[tuple[Any, Any]]:
         side = prepare(section, AutoTokenizer.from_pretrained(model), rule, 42, Silent()).train

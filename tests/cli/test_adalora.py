@@ -14,7 +14,7 @@ from peftcli.adapters.build import peft_config
 from peftcli.plan.adalora import RankSchedule, rank_schedule
 from peftcli.recipe.schema import AdapterSection
 from peftcli.run_dir import read_json
-from peftcli.train.adalora import Ranks
+from peftcli.train.adalora import RankAllocation
 
 Cli = Callable[..., int]
 Write = Callable[..., Path]
@@ -81,7 +81,7 @@ def test_the_regulariser_is_the_one_that_peft_adds_to_its_own_loss(tiny_llama: P
     ids = torch.arange(5, 25)[None]
     with torch.no_grad():
         theirs = model(input_ids=ids, labels=ids).loss
-        ranks = Ranks(model, adapter, None)
+        ranks = RankAllocation(model, adapter, None)
         ours = model(input_ids=ids, labels=ids).loss + ranks.regulariser()
     torch.testing.assert_close(ours, theirs)
 

@@ -18,10 +18,10 @@ from peftcli.model.load import load_adapter, load_base
 from peftcli.recipe.schema import AdapterSection
 from peftcli.run_dir import read_json
 from peftcli.train.adapter_init import (
-    Start,
+    ResidualInit,
     _shared_out,
-    begin_from_data,
-    begin_from_quantization,
+    initialize_from_data,
+    initialize_from_quantization_error,
     leading_part,
     lora_layers,
     principal,
@@ -63,7 +63,7 @@ def test_a_principal_start_is_the_base_at_first_and_off_and_reloads_as_plain_lor
 ) -> None:
     before = logits_of(load_base(base_of(tiny_llama, quantization)))
     model = lora(tiny_llama, word, quantization)
-    start = Start(model, leading_part(word), None)
+    start = ResidualInit(model, leading_part(word), None)
     torch.testing.assert_close(logits_of(model), before, atol=1e-3, rtol=1e-3)
     losses = descend(model)
     assert losses[-1] < losses[0]
@@ -82,7 +82,7 @@ def test_a_principal_start_is_the_base_at_first_and_off_and_reloads_as_plain_lor
 @pytest.mark.parametrize("word", ["pissa", "olora"])
 def test_a_principal_start_learns_as_peft_does_with_a_changed_base(tiny_llama: Path, word: str) -> None:
     ours = lora(tiny_llama, word)
-    Start(ours, leading_part(word), None)
+    ResidualInit(ours, leading_part(word), None)
     config = LoraConfig(
         task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], init_lora_weights=word
     )
@@ -107,7 +107,7 @@ def test_loftq_begins_nearer_to_the_weights_before_quantization(tiny_llama: Path
     packed = logits_of(load_base(base))
     adapter = AdapterSection(r=32, alpha=16.0, arguments={"init_lora_weights": "loftq"})
     model = get_peft_model(load_base(base), peft_config(adapter, "causal-lm"))
-    begin_from_quantization(model, original_weights(base, model.get_base_model()))
+    initialize_from_quantization_error(model, original_weights(base, model.get_base_model()))
 
     def distance(logits: Tensor) -> float:
         return (logits - exact).square().mean().item()
@@ -127,11 +127,11 @@ def test_eva_gets_no_batch_that_peft_would_leave_out(rows: int, pooled: bool, ba
 def test_eva_says_what_it_lacks_in_place_of_waiting_for_ever(tiny_llama: Path) -> None:
     rows = [[5, 6, 7]] * 4  # 12 tokens, of which 16 directions are asked for
     with pytest.raises(DataError, match="looks for 16 directions in 12 tokens of training"):
-        begin_from_data(lora(tiny_llama, "eva", r=8), rows, 0)
+        initialize_from_data(lora(tiny_llama, "eva", r=8), rows, 0)
     with pytest.raises(DataError, match="looks for 16 directions in 9 rows of training"):
-        begin_from_data(lora(tiny_llama, "eva", r=8), [[5, 6, 7]] * 9, 0, pooled=True)
+        initialize_from_data(lora(tiny_llama, "eva", r=8), [[5, 6, 7]] * 9, 0, pooled=True)
     with pytest.raises(RecipeError, match=r"lower adapter\.r"):
-        begin_from_data(lora(tiny_llama, "eva", r=80), [list(range(5, 200))] * 9, 0)
+        initialize_from_data(lora(tiny_llama, "eva", r=80), [list(range(5, 200))] * 9, 0)
 
 
 def test_eva_that_never_settles_ends(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,14 +139,14 @@ def test_eva_that_never_settles_ends(tiny_llama: Path, monkeypatch: pytest.Monke
     drawn = torch.Generator().manual_seed(0)
     rows = [torch.randint(3, 200, (20,), generator=drawn).tolist() for _ in range(40)]
     with pytest.raises(RecipeError, match="still turn after 2 batches"):
-        begin_from_data(lora(tiny_llama, "eva"), rows, 0)
+        initialize_from_data(lora(tiny_llama, "eva"), rows, 0)
 
 
 @pytest.mark.numeric
 def test_eva_gives_more_rank_where_the_inputs_need_it_and_reloads(tiny_llama: Path, tmp_path: Path) -> None:
     before = logits_of(load_base(base_of(tiny_llama, None)))
     model = lora(tiny_llama, "eva")
-    begin_from_data(model, [list(range(number, number + 20 + number)) for number in range(5, 45)], 0)
+    initialize_from_data(model, [list(range(number, number + 20 + number)) for number in range(5, 45)], 0)
     ranks = {layer.r["default"] for _, layer in lora_layers(model)}
     assert len(ranks) > 1
     torch.testing.assert_close(logits_of(model), before, atol=1e-4, rtol=1e-4)

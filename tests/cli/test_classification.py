@@ -23,11 +23,11 @@ from transformers import (
     RobertaConfig,
 )
 
-from peftcli.cli.pipeline import plan_recipe, prepare_data, settle
+from peftcli.cli.pipeline import plan_recipe, plan_with_labels, prepare_data
 from peftcli.data.prepare import PreparedData
 from peftcli.errors import MachineError
 from peftcli.merge.drift import compare_labels
-from peftcli.model.classification import Head, head_of, label_loss, make_batch, row_logits, segments
+from peftcli.model.classification import TaskHead, label_loss, make_batch, row_logits, segments, task_head
 from peftcli.model.heads import positions_of
 from peftcli.model.load import load_base
 from peftcli.model.predict_labels import split_words
@@ -39,7 +39,7 @@ from peftcli.progress import Silent
 from peftcli.recipe.load import load_recipe
 from peftcli.run_dir import RunDir, read_json, read_log
 from peftcli.tiny.build import tiny_model
-from peftcli.train.micro_batch import cut
+from peftcli.train.micro_batch import split_batch
 from peftcli.train.trainers import LabelTrainer, make_label_trainer
 
 Cli = Callable[..., int]
@@ -85,7 +85,7 @@ def label_recipe(tmp_path: Path) -> Write:
 def prepared(recipe: Path) -> tuple[Plan, PreparedData, Any]:
     planned = plan_recipe(load_recipe(recipe))
     tokenizer, data = prepare_data(planned.plan, Silent())
-    return settle(planned, data).plan, data, tokenizer
+    return plan_with_labels(planned, data).plan, data, tokenizer
 
 
 def trainer_of(recipe: Path, folder: Path) -> LabelTrainer:
@@ -127,7 +127,7 @@ def test_plain_peft_loads_the_adapter_to_the_same_outputs(label_recipe: Write, r
         plan.base.path, config=AutoConfig.from_pretrained(adapter)
     )
     tuned = PeftModel.from_pretrained(model, adapter).eval()
-    head = head_of(plan.base.labels, plan.base.problem, tuned, tokenizer)
+    head = task_head(plan.base.labels, plan.base.problem, tuned, tokenizer)
     ids, labels = (data.test.column(name).to_pylist() for name in ("input_ids", "labels"))
     logits = row_logits(tuned, ids, None, head, batch_rows=4, progress=Silent(), what="")
     measured = read_json(tmp_path / "runs" / "reviews" / "metrics.json")["adapter"]["loss"]
@@ -266,7 +266,7 @@ def test_a_new_head_is_the_same_on_each_load_and_outputs_do_not_depend_on_the_ba
     for batch_rows, base in ((1, plan.base), (16, plan.base), (16, replace(plan.base, seed=plan.base.seed + 1))):
         torch.manual_seed(batch_rows)  # what ran before must not matter
         loaded = load_base(base)
-        head = head_of(base.labels, base.problem, loaded, tokenizer)
+        head = task_head(base.labels, base.problem, loaded, tokenizer)
         marks = labels if head.problem == "tagging" else None
         found.append(row_logits(loaded, ids, marks, head, batch_rows=batch_rows, progress=Silent(), what=""))
         if task == "sequence-classification":
@@ -378,9 +378,9 @@ def test_segments_are_those_of_the_tokenizer() -> None:
 
 @pytest.mark.numeric
 def test_smaller_pieces_keep_the_labels_of_several_classes() -> None:
-    head = Head(("a", "b", "c"), "multi-label")
+    head = TaskHead(("a", "b", "c"), "multi-label")
     batch = make_batch([[1, 2, 3], [4], [5, 6], [7]], [[0, 2], [], [1], [0]], head)
-    parts = cut(batch, 2)
+    parts = split_batch(batch, 2)
     assert [part["input_ids"].shape[1] for part in parts] == [3, 2]
     assert torch.equal(torch.cat([part["labels"] for part in parts]), batch["labels"])
 
@@ -390,12 +390,12 @@ def test_the_drift_of_labels_says_what_changed_by_the_kind_of_label() -> None:
         [torch.tensor([2.0, 1.0]), torch.tensor([0.0, 3.0])],
         [torch.tensor([2.0, 2.5]), torch.tensor([0.0, 3.0])],
     )
-    one = compare_labels(Head(("a", "b"), "single-label"), before, after)
+    one = compare_labels(TaskHead(("a", "b"), "single-label"), before, after)
     assert (one.top1_agreement, one.positions, one.max_abs_logit_difference) == (0.5, 2, 1.5)
-    several = compare_labels(Head(("a", "b"), "multi-label"), before, after)
+    several = compare_labels(TaskHead(("a", "b"), "multi-label"), before, after)
     assert several.top1_agreement == 1.0 and several.kl_nats is not None and several.kl_nats > 0
     numbers = compare_labels(
-        Head(("value",), "regression"), [side[:1] for side in before], [side[:1] for side in after]
+        TaskHead(("value",), "regression"), [side[:1] for side in before], [side[:1] for side in after]
     )
     assert numbers.top1_agreement == 1.0 and numbers.kl_nats is None
 

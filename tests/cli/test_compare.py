@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import yaml
 
-from peftcli.compare.results import best_of, front
-from peftcli.compare.run import Children
+from peftcli.compare.results import best_of, pareto_front
+from peftcli.compare.run import VariantRunner
 from peftcli.compare.variants import Axis, Variant, check_variants, make_variants, read_axes, split_values
 from peftcli.errors import RecipeError
 from peftcli.plan.machine import Machine, ModelFacts
@@ -29,7 +29,7 @@ from peftcli.report.compare import make_comparison
 from peftcli.report.markdown import render_markdown
 from peftcli.run_dir import RunDir, write_json, write_text
 from peftcli.summary import write_metrics
-from peftcli.train.baseline import why_not
+from peftcli.train.baseline import reuse_blocker
 
 CPU = Machine("cpu", "a processor", None, native_bf16=False, arch_list=(), memory_bytes=16 * 2**30)
 LINEAR = tuple(f"model.layers.0.{leaf}" for leaf in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"))
@@ -148,14 +148,14 @@ def test_the_front_holds_what_no_other_variant_beats_at_both() -> None:
         row("beaten", 0.4, 6),
         row("dear", 0.9, 11),
     ]
-    assert front(rows, "adapter_bytes", "higher") == ["cheap", "middle", "good"]
-    assert front(rows, "adapter_bytes", "lower") == ["cheap"]
+    assert pareto_front(rows, "adapter_bytes", "higher") == ["cheap", "middle", "good"]
+    assert pareto_front(rows, "adapter_bytes", "lower") == ["cheap"]
 
 
 def test_equals_share_the_front_and_what_is_not_finished_or_not_measured_is_not_on_it() -> None:
     rows = [row("a", 0.5, 5), row("b", 0.5, 5), row("c", 0.9, None), row("d", 0.9, 1, status="failed")]
-    assert front(rows, "adapter_bytes", "higher") == ["a", "b"]
-    assert front(rows[:1], "adapter_bytes", "higher") == []
+    assert pareto_front(rows, "adapter_bytes", "higher") == ["a", "b"]
+    assert pareto_front(rows[:1], "adapter_bytes", "higher") == []
 
 
 def test_the_best_of_a_column_is_named_unless_all_are_alike() -> None:
@@ -392,21 +392,23 @@ def planned(task: str = "causal-lm", **decided: str) -> Any:
 def test_the_figures_of_a_base_are_taken_over_only_where_nothing_differs_that_they_depend_on(
     tmp_path: Path, things: Path, recipe: dict[str, Any], stamp: Any, decided: Any, reason: str | None
 ) -> None:
-    lender = lend(tmp_path / "a", things)
+    source_run = lend(tmp_path / "a", things)
     asked = borrower(tmp_path, things, **recipe)
     plan = planned(**{"task": "causal-lm"} | decided)
-    assert why_not(lender, asked, plan, STAMP | stamp) == reason
+    assert reuse_blocker(source_run, asked, plan, STAMP | stamp) == reason
 
 
 def test_a_base_is_measured_anew_for_a_head_and_where_the_lender_has_not_measured_its_own(
     tmp_path: Path, things: Path
 ) -> None:
-    lender, asked = lend(tmp_path / "a", things), borrower(tmp_path, things)
-    assert why_not(lender, asked, planned("sequence-classification"), STAMP) == "a new head is part of the base"
-    lender.train.unlink()
-    assert why_not(lender, asked, planned(), STAMP) == "its figures are not there"
+    source_run, asked = lend(tmp_path / "a", things), borrower(tmp_path, things)
+    assert (
+        reuse_blocker(source_run, asked, planned("sequence-classification"), STAMP) == "a new head is part of the base"
+    )
+    source_run.train.unlink()
+    assert reuse_blocker(source_run, asked, planned(), STAMP) == "its figures are not there"
     with pytest.raises(RecipeError, match="no run folder"):
-        why_not(RunDir(tmp_path / "none"), asked, planned(), STAMP)
+        reuse_blocker(RunDir(tmp_path / "none"), asked, planned(), STAMP)
 
 
 # --- training
@@ -420,7 +422,7 @@ def test_the_error_of_a_child_is_kept_whole_and_what_it_says_is_named(write_reci
             lines.append(text)
 
     variant = Variant("bad", write_recipe(), (), ("adapter.r=0", "adapter.alpha=-1"))
-    with Children() as children:
+    with VariantRunner() as children:
         code, error = children.train(variant, tmp_path / "bad", [], Heard())
     assert code == 2 and error is not None
     assert error.splitlines()[0].endswith("has 2 problems") and "adapter.alpha" in error and "adapter.r" in error

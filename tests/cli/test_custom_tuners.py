@@ -15,11 +15,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from peftcli.adapters.bottleneck import BottleneckConfig, BottleneckLayer
 from peftcli.adapters.full import WholeConfig, WholeLayer
-from peftcli.adapters.module_layout import all_widths, hidden_width, read_parts
+from peftcli.adapters.module_layout import all_widths, hidden_width, read_layout
 from peftcli.adapters.register import register
 from peftcli.merge.fold import fold
 from peftcli.model.files import loaded_weights
-from peftcli.plan.module_layout import bottleneck_places
+from peftcli.plan.module_layout import bottleneck_targets
 from peftcli.run_dir import read_json
 
 IDS = torch.arange(24).reshape(2, 12) % 60 + 3
@@ -68,7 +68,7 @@ def small(family: str = "llama", **more: object) -> PreTrainedModel:
 
 
 def places(model: PreTrainedModel, placement: str) -> list[str]:
-    return bottleneck_places(all_widths(model), hidden_width(model), placement)
+    return bottleneck_targets(all_widths(model), hidden_width(model), placement)
 
 
 def logits(model: nn.Module) -> torch.Tensor:
@@ -205,7 +205,7 @@ def test_a_model_whose_feed_forward_is_made_of_experts_is_refused_with_the_mend(
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "bert"])
 def test_the_parts_of_a_model_are_told_apart(family: str) -> None:
     model = small(family)
-    parts = read_parts(model)
+    parts = read_layout(model)
     assert len(parts.blocks) == 3
     found = {*parts.ends, *parts.before, *parts.after, *(name for block in parts.blocks for name in block)}
     owned = {name.rpartition(".")[0] for name, _ in model.named_parameters(remove_duplicate=False)}

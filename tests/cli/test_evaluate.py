@@ -10,7 +10,7 @@ import torch
 
 from peftcli.data.tokenize import IGNORED
 from peftcli.metrics.language import chrf, exact_match
-from peftcli.model.generation import Decoding, answer
+from peftcli.model.generation import Decoding, generate_answers
 from peftcli.model.scoring import completion_nll, score
 from peftcli.model.target import open_target
 from peftcli.progress import Silent
@@ -111,7 +111,7 @@ def test_answers_do_not_depend_on_the_batch_and_keep_the_order(run: Path) -> Non
     prompts = tokenizer(["big apple 3 ->:", "small pear 10 ->:", "a ->:"])["input_ids"]
     ends = frozenset({tokenizer.eos_token_id})
     made = [
-        answer(
+        generate_answers(
             model, tokenizer, prompts, stop_ids=ends, decoding=Decoding(8), batch_rows=rows, progress=Silent(), what=""
         )
         for rows in (1, 3)
@@ -126,7 +126,7 @@ def test_an_answer_that_is_cut_off_is_unfinished(run: Path) -> None:
     model, tokenizer = open_target(str(run)).load()
     prompts = tokenizer(["big apple 3 ->:"])["input_ids"]
     state = torch.get_rng_state()
-    one = answer(
+    one = generate_answers(
         model,
         tokenizer,
         prompts,

@@ -16,13 +16,13 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from peftcli.errors import MachineError, RecipeError
-from peftcli.model.distributed import interleave, my_share
-from peftcli.plan.gpus import find_card, machine_with
+from peftcli.model.distributed import interleave, local_rows
+from peftcli.plan.gpus import find_gpu, machine_with
 from peftcli.plan.machine import Machine, ModelFacts
-from peftcli.plan.memory.estimate import Load, gathered_bytes, own_bytes, weight_bytes
-from peftcli.plan.memory.model_shape import Linear, Norm, Shape
-from peftcli.plan.memory.suggestions import propose
-from peftcli.plan.memory.training_setup import Setting
+from peftcli.plan.memory.estimate import MicroBatchMemory, gathered_bytes, own_bytes, weight_bytes
+from peftcli.plan.memory.model_shape import Linear, ModelDimensions, Norm
+from peftcli.plan.memory.suggestions import suggest
+from peftcli.plan.memory.training_setup import TrainingSetup
 from peftcli.plan.optimizer import Trained
 from peftcli.plan.plan import Plan
 from peftcli.plan.planner import make_plan
@@ -33,11 +33,11 @@ from peftcli.run_dir import read_json, read_log
 Cli = Callable[..., int]
 Write = Callable[..., Path]
 TWO = Machine("cpu", "a processor", None, native_bf16=False, arch_list=(), memory_bytes=16 * 2**30, processes=2)
-L4 = machine_with(find_card("l4"))
+L4 = machine_with(find_gpu("l4"))
 LINEAR = tuple(f"model.layers.{layer}.self_attn.{name}_proj" for layer in range(2) for name in "qkvo")
 FACTS = ModelFacts("m", "LlamaForCausalLM", 7_000_000, (*LINEAR, "model.norm", "lm_head"), LINEAR, "lm_head", 2048)
 SHARDED = "performance: {sharding: full}\n"
-SHAPE = Shape(
+SHAPE = ModelDimensions(
     hidden=4096,
     layers=32,
     queries=4096,
@@ -52,7 +52,7 @@ SHAPE = Shape(
     norms=(Norm(4096, 64, True),),
     final_norm=Norm(4096, 1, True),
 )
-SETTING = Setting(
+SETTING = TrainingSetup(
     on_gpu=True,
     base_bytes=2,
     weight_bits=None,
@@ -258,22 +258,22 @@ def test_a_divided_base_takes_its_part_and_some_whole_blocks() -> None:
     assert own_bytes(SHAPE, packed) - constants == pytest.approx((weight_bytes(SHAPE, packed) - constants) / 2)
     block = 2 * SHAPE.quantizable / SHAPE.layers
     assert gathered_bytes(SHAPE, two) == 3 * block + 2 * SHAPE.vocabulary * SHAPE.hidden
-    whole, divided = Load(SHAPE, SETTING, 1024, 1024), Load(SHAPE, two, 1024, 1024)
+    whole, divided = MicroBatchMemory(SHAPE, SETTING, 1024, 1024), MicroBatchMemory(SHAPE, two, 1024, 1024)
     assert "gathered" not in whole.parts() and divided.total < whole.total
     assert divided.parts()["optimizer"] == whole.parts()["optimizer"]
 
 
 def test_cards_that_stand_idle_are_among_the_changes_that_make_it_fit(recipe: Any) -> None:
-    card = find_card("t4x2")
+    card = find_gpu("t4x2")
     machine: Machine = machine_with(card)
     plan = plan_on(machine, recipe(""))
     assert plan.possible_shards == 2
-    load = Load(SHAPE, SETTING, 1024, 1024)
-    mends = propose(load, plan, machine.memory_bytes)
-    keys = {mend.keys: mend.load.total for mend in mends}
+    load = MicroBatchMemory(SHAPE, SETTING, 1024, 1024)
+    fixes = suggest(load, plan, machine.memory_bytes)
+    keys = {fix.keys: fix.load.total for fix in fixes}
     assert "performance: {sharding: full}\n--num-processes 2" in keys
     alone = plan_on(replace(machine, count=1), recipe(""))
-    assert not any("sharding" in mend.keys for mend in propose(load, alone, machine.memory_bytes))
+    assert not any("sharding" in fix.keys for fix in suggest(load, alone, machine.memory_bytes))
 
 
 @pytest.mark.parametrize("rows", [0, 1, 2, 5, 6])
@@ -282,8 +282,8 @@ def test_shares_in_step_are_equally_long_and_give_back_every_row_once(
 ) -> None:
     shares = []
     for rank in range(3):
-        monkeypatch.setattr("peftcli.model.distributed.processes", lambda rank=rank: (rank, 3))
-        shares.append(my_share(rows, in_step=True))
+        monkeypatch.setattr("peftcli.model.distributed.rank_and_world_size", lambda rank=rank: (rank, 3))
+        shares.append(local_rows(rows, in_step=True))
     assert len({len(share) for share in shares}) == 1
     assert interleave(shares)[:rows] == list(range(rows))
 

@@ -16,13 +16,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from peftcli.adapters.build import peft_config
 from peftcli.errors import MachineError
 from peftcli.model.inspect import inspect_model, trainable_counter
-from peftcli.plan.gpus import find_card, machine_with
-from peftcli.plan.memory.forecast import plan_load, rows_of
+from peftcli.plan.gpus import find_gpu, machine_with
+from peftcli.plan.memory.forecast import micro_batch_memory, rows_of
 from peftcli.plan.plan import Plan
 from peftcli.plan.planner import make_plan
 from peftcli.recipe.load import load_recipe
 from peftcli.recipe.schema import AdapterSection
-from peftcli.train.precision import free_trained_base, widen_trained
+from peftcli.train.precision import free_trained_base, upcast_trainable
 
 GIB = 2**30
 PURE = {"method": "full", "dtype": "bfloat16"}
@@ -51,7 +51,7 @@ def test_in_training_each_weight_is_there_once_in_two_bytes(tied: bool) -> None:
     with torch.no_grad():
         before = base(input_ids=words).logits
         model = get_peft_model(base, peft_config(AdapterSection(method="full"), "causal-lm")).eval()
-        widen_trained(model, "bfloat16")
+        upcast_trainable(model, "bfloat16")
         assert bytes_of(model) == 2 * 2 * weights
         free_trained_base(model)
         assert bytes_of(model) == 2 * weights
@@ -138,21 +138,21 @@ def plan_7b(tmp_path: Path, text: str, card: str) -> tuple[Plan, Any, Any]:
     batch = "trainer: {optim: adamw_8bit, per_device_train_batch_size: 1}\n"
     path.write_text("model: {name: org/llama}\n" + data + batch + text, encoding="utf-8")
     facts = inspect_model("org/llama", config)
-    machine = machine_with(find_card(card))
+    machine = machine_with(find_gpu(card))
     counter = trainable_counter("org/llama", config, "causal-lm")
     return make_plan(load_recipe(path).recipe, machine, facts, counter), facts.shape, machine
 
 
 def test_a_7b_model_takes_five_to_six_bytes_a_weight_in_bfloat16_with_8_bit_adam(tmp_path: Path) -> None:
     plan, shape, machine = plan_7b(tmp_path, "adapter: {method: full, dtype: bfloat16}\n", "a100-80")
-    parts = plan_load(plan, shape, machine, rows_of(plan, None)).parts()
+    parts = micro_batch_memory(plan, shape, machine, rows_of(plan, None)).parts()
     weights = shape.parameters
     assert (parts["weights"], parts["adapter"], parts["gradients"]) == (0, 2 * weights, 2 * weights)
     # Two states of a byte and the scale of their block; those of the embedding are float32.
     narrow = 2 * (1 + 4 / 256)
     assert parts["optimizer"] == pytest.approx(narrow * (weights - 32_000 * 4096) + 8 * 32_000 * 4096, rel=1e-6)
     in_float32, _, _ = plan_7b(tmp_path, "adapter: {method: full}\n", "a100-80")
-    wide_parts = plan_load(in_float32, shape, machine, rows_of(in_float32, None)).parts()
+    wide_parts = micro_batch_memory(in_float32, shape, machine, rows_of(in_float32, None)).parts()
     assert (wide_parts["weights"], wide_parts["adapter"], wide_parts["gradients"]) == (0, 6 * weights, 4 * weights)
     assert any("rounded away" in notice for notice in plan.notices)
     assert not any("rounded away" in notice for notice in in_float32.notices)

@@ -19,11 +19,11 @@ from PIL import Image, ImageDraw
 from torch.nn import BatchNorm2d
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 
-from peftcli.cli.pipeline import plan_recipe, prepare_data, settle
-from peftcli.data.image_processor import DAMAGED, EMPTY, HUGE, MISSING, NO_IMAGE, ImageReader, pixel_hash, read_image
+from peftcli.cli.pipeline import plan_recipe, plan_with_labels, prepare_data
+from peftcli.data.image_processor import DAMAGED, EMPTY, HUGE, MISSING, NO_IMAGE, ImageProcessor, pixel_hash, read_image
 from peftcli.data.prepare import PreparedData
-from peftcli.data.values import Unused
-from peftcli.model.classification import head_of, label_loss, row_logits
+from peftcli.data.values import SkipRow
+from peftcli.model.classification import label_loss, row_logits, task_head
 from peftcli.model.load import load_base
 from peftcli.plan.plan import Plan
 from peftcli.progress import Silent
@@ -89,7 +89,7 @@ def image_recipe(tmp_path: Path, photos: Path) -> Write:
 def prepared(recipe: Path) -> tuple[Plan, PreparedData, Any]:
     planned = plan_recipe(load_recipe(recipe))
     reader, data = prepare_data(planned.plan, Silent())
-    return settle(planned, data).plan, data, reader
+    return plan_with_labels(planned, data).plan, data, reader
 
 
 def facts_of(recipe: Path) -> dict[str, Any]:
@@ -140,8 +140,8 @@ def test_plain_peft_loads_the_adapter_to_the_same_outputs(
     config = AutoConfig.from_pretrained(adapter)
     base = AutoModelForImageClassification.from_pretrained(plan.base.path, config=config, ignore_mismatched_sizes=True)
     tuned = PeftModel.from_pretrained(base, adapter).eval()
-    reader = ImageReader(AutoImageProcessor.from_pretrained(adapter, backend="pil"))
-    head = head_of(plan.base.labels, plan.base.problem, tuned, reader)
+    reader = ImageProcessor(AutoImageProcessor.from_pretrained(adapter, backend="pil"))
+    head = task_head(plan.base.labels, plan.base.problem, tuned, reader)
     paths, labels = (data.test.column(name).to_pylist() for name in ("image", "labels"))
     logits = row_logits(tuned, paths, None, head, batch_rows=4, progress=Silent(), what="")
     measured = read_json(tmp_path / "runs" / "shapes" / "metrics.json")["adapter"]["loss"]
@@ -176,7 +176,7 @@ def test_training_leaves_the_statistics_of_batch_norms_as_they_were(image_recipe
     base = load_base(plan.base)
     before = {name: value.clone() for name, value in base.state_dict().items() if "running" in name or "num_b" in name}
     rows = data.test.column("image").to_pylist()
-    head = head_of(plan.base.labels, plan.base.problem, base, reader)
+    head = task_head(plan.base.labels, plan.base.problem, base, reader)
     outputs = row_logits(base, rows, None, head, batch_rows=4, progress=Silent(), what="")
     trainer = make_label_trainer(plan, RunDir(tmp_path / "run"), data, reader, base)
     trainer.train()
@@ -221,7 +221,7 @@ def test_a_stopped_run_goes_on_to_the_bits_of_an_unbroken_one(
 def test_outputs_do_not_depend_on_the_batch(image_recipe: Write) -> None:
     plan, data, reader = prepared(image_recipe())
     base = load_base(plan.base)
-    head = head_of(plan.base.labels, plan.base.problem, base, reader)
+    head = task_head(plan.base.labels, plan.base.problem, base, reader)
     rows = data.test.column("image").to_pylist()
     one, many = (
         torch.stack(row_logits(base, rows, None, head, batch_rows=size, progress=Silent(), what="")) for size in (1, 8)
@@ -357,7 +357,7 @@ def test_an_image_of_any_mode_becomes_rgb_as_it_is_seen(tmp_path: Path) -> None:
 
 def test_no_decoder_is_let_at_a_file_of_another_kind(tmp_path: Path) -> None:
     Image.new("RGB", (4, 4)).save(tmp_path / "a.tiff")
-    with pytest.raises(Unused, match="no image"):
+    with pytest.raises(SkipRow, match="no image"):
         read_image(tmp_path / "a.tiff")
 
 

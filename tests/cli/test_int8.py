@@ -32,16 +32,16 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, LlamaConfig, PreTrainedModel
 
 from peftcli.adapters.full import float_copy
-from peftcli.adapters.quantized import is_packed, unpacked_weight
+from peftcli.adapters.quantized import dequantized_weight, is_quantized_layer
 from peftcli.cli.main import main
-from peftcli.doctor.quantization import judge_8bit, try_8bit
+from peftcli.doctor.quantization import check_8bit, try_8bit
 from peftcli.errors import RecipeError
 from peftcli.merge.fold import fold
 from peftcli.model.files import loaded_weights
 from peftcli.model.gradients import gradient_norms
 from peftcli.model.inspect import inspect_model
-from peftcli.model.int8_linear import FloatProducts, compute_in_floats
-from peftcli.model.load import absorb, load_adapter, load_base, unpack_layers
+from peftcli.model.int8_linear import Int8FloatLinear, compute_in_float
+from peftcli.model.load import load_adapter, load_base, merge_previous_stages, unpack_layers
 from peftcli.model.target import open_target
 from peftcli.plan.memory.estimate import INT8_BITS, weight_bytes
 from peftcli.plan.smoke import smoke_recipe
@@ -89,7 +89,7 @@ def answers(model: PreTrainedModel, rows: torch.Tensor) -> torch.Tensor:
 @pytest.mark.numeric
 def test_an_answer_depends_neither_on_the_rows_beside_it_nor_on_the_mode(tiny_llama: Path) -> None:
     model, rows = in_8_bit(tiny_llama), rows_of(8)
-    assert {type(part) for part in model.modules() if is_packed(part)} == {FloatProducts}
+    assert {type(part) for part in model.modules() if is_quantized_layer(part)} == {Int8FloatLinear}
     evaluated = answers(model.eval(), rows)
     for size in (1, 3):
         torch.testing.assert_close(
@@ -117,9 +117,9 @@ def test_values_and_gradients_are_those_of_a_linear_layer_of_the_unpacked_weight
     whole = nn.Linear(48, 32)
     packed.load_state_dict(whole.state_dict())
     packed = packed.to("cpu")
-    compute_in_floats(packed)
-    assert (unpacked_weight(packed) - whole.weight).norm() < 0.01 * whole.weight.norm()
-    whole.weight.data = unpacked_weight(packed)
+    compute_in_float(packed)
+    assert (dequantized_weight(packed) - whole.weight).norm() < 0.01 * whole.weight.norm()
+    whole.weight.data = dequantized_weight(packed)
     packed.bias.requires_grad_(True)
     inputs = [torch.randn(2, 5, 48, generator=torch.Generator().manual_seed(1)).requires_grad_() for _ in range(2)]
     for layer, x in zip((packed, whole), inputs, strict=True):
@@ -137,8 +137,8 @@ def test_a_moved_copied_or_unpacked_layer_keeps_its_scale(tiny_llama: Path) -> N
     """bitsandbytes forgets it where a weight is moved after a first forward, as PEFT does to unpack one."""
     model, rows = in_8_bit(tiny_llama), rows_of(2)
     before = answers(model, rows)
-    layer = next(part for part in model.modules() if is_packed(part))
-    torch.testing.assert_close(dequantize_module_weight(layer), unpacked_weight(layer))
+    layer = next(part for part in model.modules() if is_quantized_layer(part))
+    torch.testing.assert_close(dequantize_module_weight(layer), dequantized_weight(layer))
     assert torch.equal(answers(model, rows), before)
     assert torch.equal(answers(deepcopy(model).to("cpu"), rows), before)
 
@@ -146,7 +146,7 @@ def test_a_moved_copied_or_unpacked_layer_keeps_its_scale(tiny_llama: Path) -> N
 @pytest.mark.numeric
 def test_gradients_are_measured_as_on_the_unpacked_base(tiny_llama: Path) -> None:
     packed, rows = in_8_bit(tiny_llama), rows_of(2)
-    names = [name for name, part in packed.named_modules() if is_packed(part)]
+    names = [name for name, part in packed.named_modules() if is_quantized_layer(part)]
     whole = deepcopy(packed)
     unpack_layers(whole, names)
 
@@ -183,10 +183,10 @@ def test_adapters_of_stages_are_folded_and_what_they_leave_alone_stays_in_8_bits
     config = LlamaConfig(vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=2)
     base = small(tmp_path / "base", config)
     adapter(in_8_bit(base), tmp_path / "1", "q_proj", "down_proj")
-    second = adapter(absorb(in_8_bit(base), [str(tmp_path / "1")]), tmp_path / "2", "q_proj", "up_proj")
-    both = absorb(in_8_bit(base), [str(tmp_path / "1"), str(tmp_path / "2")])
+    second = adapter(merge_previous_stages(in_8_bit(base), [str(tmp_path / "1")]), tmp_path / "2", "q_proj", "up_proj")
+    both = merge_previous_stages(in_8_bit(base), [str(tmp_path / "1"), str(tmp_path / "2")])
     torch.testing.assert_close(logits(both), second, atol=1e-5, rtol=1e-4)
-    assert sum(is_packed(part) for part in both.modules()) == 8 and both.is_loaded_in_8bit
+    assert sum(is_quantized_layer(part) for part in both.modules()) == 8 and both.is_loaded_in_8bit
 
 
 # Runs
@@ -282,7 +282,7 @@ def test_the_merge_is_faithful_and_holds_floats_alone(place: Path) -> None:
     assert found["into"] == "dequantized" and found["top1_agreement"] == 1.0
     assert found["max_abs_logit_difference"] < 1e-3
     merged = AutoModelForCausalLM.from_pretrained(place / "run" / "merged", dtype=torch.float32)
-    assert not hasattr(merged.config, "quantization_config") and not any(map(is_packed, merged.modules()))
+    assert not hasattr(merged.config, "quantization_config") and not any(map(is_quantized_layer, merged.modules()))
     tuned, _ = open_target(str(place / "run")).load()
     torch.testing.assert_close(logits_of(merged), logits_of(tuned), atol=1e-3, rtol=1e-3)
 
@@ -375,7 +375,7 @@ def test_a_head_stays_float_and_is_trained(
     tensors = read_json(run / "adapter" / "peftcli.json")["tensors"]
     assert all(any(f".{name}." in tensor for tensor in tensors) for name in names)
     tuned, _ = open_target(str(run)).load()
-    packed = [name for name, part in tuned.get_base_model().named_modules() if is_packed(part)]
+    packed = [name for name, part in tuned.get_base_model().named_modules() if is_quantized_layer(part)]
     assert packed and not any(name in one for one in packed for name in names)
     assert run_cli("merge", "runs/reviews") == 0
     assert read_json(run / "merge.json")["max_abs_logit_difference"] < 0.01
@@ -435,7 +435,7 @@ def test_a_recipe_comes_back_from_its_own_text_also_of_a_smoke_run(tmp_path: Pat
 def test_the_forecast_of_the_weights_is_what_a_loaded_base_takes(tiny_llama: Path) -> None:
     model = in_8_bit(tiny_llama)
     stored = sum(parameter.numel() * parameter.itemsize for parameter in model.parameters())
-    scales = sum(part.weight.SCB.numel() * 4 for part in model.modules() if is_packed(part))
+    scales = sum(part.weight.SCB.numel() * 4 for part in model.modules() if is_quantized_layer(part))
     shape = inspect_model(str(tiny_llama), AutoConfig.from_pretrained(tiny_llama)).shape
     assert shape is not None and scales > 0
     setting = lora(shape, 8, weight_bits=INT8_BITS, base_bytes=4)
@@ -445,5 +445,5 @@ def test_the_forecast_of_the_weights_is_what_a_loaded_base_takes(tiny_llama: Pat
 def test_the_doctor_tries_an_8_bit_layer() -> None:
     for dtype in ("float32", "bfloat16", "float16"):
         trial = try_8bit("cpu", dtype)
-        verdict = judge_8bit(trial)
-        assert verdict.result == "ok" and "unpacked weights" in verdict.there and 1e-3 < trial.loss < 0.01
+        verdict = check_8bit(trial)
+        assert verdict.result == "ok" and "unpacked weights" in verdict.found and 1e-3 < trial.loss < 0.01

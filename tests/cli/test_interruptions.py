@@ -20,11 +20,11 @@ from safetensors.torch import load_file
 
 from peftcli.errors import MemoryExhausted, RecipeError
 from peftcli.model import scoring
-from peftcli.model.oom import Shrinking
+from peftcli.model.oom import ShrinkingBatches
 from peftcli.progress import Silent
 from peftcli.run_dir import read_json, read_log, write_json
 from peftcli.train import checkpoint
-from peftcli.train.micro_batch import Pieces, cut
+from peftcli.train.micro_batch import MicroBatches, split_batch
 from peftcli.train.resume import refuse_changes
 from peftcli.train.step import MOST_FLAT_STEPS
 from peftcli.train.trainers import Trainer
@@ -103,7 +103,7 @@ def batch_of(rows: int, tokens: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize("tokens", [None, 320])
 def test_at_most_three_halvings(tokens: int | None) -> None:
-    pieces = Pieces(tokens=tokens)
+    pieces = MicroBatches(tokens=tokens)
     sizes = []
 
     def one(piece: dict[str, Any]) -> torch.Tensor:
@@ -114,7 +114,7 @@ def test_at_most_three_halvings(tokens: int | None) -> None:
         pieces.run([batch_of(64, 5)], one, lambda: None, nullcontext, 7)
     assert sizes == [320, 160, 80, 40] and [step for step, _ in pieces.events] == [7, 7, 7]
     with pytest.raises(MemoryExhausted, match="several processes cannot"):
-        Pieces(tokens=tokens, agree=lambda n: [n, n]).run([batch_of(4, 5)], one, lambda: None, nullcontext, 7)
+        MicroBatches(tokens=tokens, agree=lambda n: [n, n]).run([batch_of(4, 5)], one, lambda: None, nullcontext, 7)
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_what_the_driver_says_of_full_memory_makes_the_pieces_smaller(text: str)
             raise RuntimeError(text)
         return torch.zeros(())
 
-    Pieces(tokens=None).run([batch_of(4, 5)], one, lambda: None, nullcontext, 1)
+    MicroBatches(tokens=None).run([batch_of(4, 5)], one, lambda: None, nullcontext, 1)
     assert sizes == [4, 2, 2]
 
 
@@ -152,14 +152,14 @@ def test_an_error_that_is_no_lack_of_memory_is_not_swallowed() -> None:
         raise RuntimeError("size mismatch")
 
     with pytest.raises(RuntimeError, match="size mismatch"):
-        Pieces(tokens=None).run([batch_of(4, 5)], one, lambda: None, nullcontext, 1)
+        MicroBatches(tokens=None).run([batch_of(4, 5)], one, lambda: None, nullcontext, 1)
 
 
 def test_pieces_hold_every_row_once_without_needless_padding() -> None:
     lengths = [7, 2, 3, 5, 1]
     mask = torch.tensor([[1] * length + [0] * (7 - length) for length in lengths])
     ids = torch.arange(35).reshape(5, 7) * mask
-    pieces = cut({"input_ids": ids, "attention_mask": mask, "use_cache": False}, 2)
+    pieces = split_batch({"input_ids": ids, "attention_mask": mask, "use_cache": False}, 2)
     assert [piece["input_ids"].shape for piece in pieces] == [(3, 7), (2, 5)]
     found = [
         row[keep.bool()].tolist()
@@ -193,7 +193,7 @@ def test_the_evaluation_takes_fewer_rows_when_memory_runs_out(
 
 
 def test_a_batch_that_other_limits_made_smaller_is_halved_from_what_it_was() -> None:
-    fitting = Shrinking(128, "loss", Silent())
+    fitting = ShrinkingBatches(128, "loss", Silent())
 
     def work() -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from peftcli.cli.main import main
 from peftcli.errors import MachineError
 from peftcli.model.files import base_facts
-from peftcli.model.manifest import Place, base_of
+from peftcli.model.manifest import BaseLocation, base_of
 from peftcli.model.target import open_target
 from peftcli.run_dir import read_json, write_json
 
@@ -397,7 +397,7 @@ def test_a_base_of_the_hub_is_held_to_its_commit(
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     first, second = "a" * 40, "b" * 40
-    place = Place("org/base", None)
+    place = BaseLocation("org/base", None)
     on_the_hub(tmp_path / "hub", first, tiny_llama)
     facts = base_facts("org/base", None)
     assert (facts.commit, facts.embedding_rows) == (first, 1024) and facts.weights_sha256 is not None
@@ -411,7 +411,7 @@ def test_a_base_of_the_hub_is_held_to_its_commit(
         base_of(found, "cpu", [place])
     shutil.copytree(tmp_path / "hub" / "models--org--base", tmp_path / "hub" / "models--org--other")
     with pytest.raises(MachineError, match="org/other: of the same shape, but its weights differ"):
-        base_of(found, "cpu", [Place("org/other", None)])
+        base_of(found, "cpu", [BaseLocation("org/other", None)])
     found["base"]["commit"] = None
     with pytest.raises(MachineError, match="org/base: of the same shape, but its weights differ"):
         base_of(found, "cpu", [place])
@@ -426,8 +426,8 @@ def test_a_tiny_model_made_anew_passes(trained: Path, tiny_llama: Path, tmp_path
     anew = random_base(8, tiny_llama, tmp_path / tiny_llama.name)
     found = read_json(trained / "run" / "adapter" / "peftcli.json")
     found["base"] |= {"name": "tiny:llama", "path": str(tmp_path / "emptied" / tiny_llama.name)}
-    gone = Place(found["base"]["path"], None)
+    gone = BaseLocation(found["base"]["path"], None)
     assert base_of(found, "cpu", [gone]).path == str(tiny_llama)
-    assert base_of(found, "cpu", [Place(str(anew), None)]).path == str(anew)
+    assert base_of(found, "cpu", [BaseLocation(str(anew), None)]).path == str(anew)
     with pytest.raises(MachineError, match="weights differ"):
-        base_of(found, "cpu", [Place(str(random_base(9, tiny_llama, tmp_path / "tiny-llama-other")), None)])
+        base_of(found, "cpu", [BaseLocation(str(random_base(9, tiny_llama, tmp_path / "tiny-llama-other")), None)])

@@ -210,8 +210,8 @@ SHARING = ("vblora", "unilora", "lily", "frod", "adamss", "tinylora", "randlora"
 @pytest.mark.parametrize("name", [name for name in LINEAR if name not in SHARING])
 def test_the_cost_of_a_module_is_what_its_adapter_has_in_the_model(name: str) -> None:
     method = METHODS[name]
-    size = {"r": 4} if "r" in method.core and not method.divides else {}
-    sizes = dict.fromkeys(method.divides, 4) | ({"n_frequency": 16} if name == "waveft" else {})
+    size = {"r": 4} if "r" in method.argument_names and not method.must_divide else {}
+    sizes = dict.fromkeys(method.must_divide, 4) | ({"n_frequency": 16} if name == "waveft" else {})
     adapter = AdapterSection(method=name, target_modules=("q_proj",), arguments=sizes, **size)
     model = small(layers=2)
     assert count_trainable(model, adapter, "causal-lm").parameters == 2 * count_on_layer(
@@ -392,12 +392,12 @@ def test_lora_begins_along_the_leading_directions_of_the_gradient() -> None:
 def test_shira_takes_the_entries_with_the_largest_gradient() -> None:
     from peft import ShiraConfig, get_peft_model
 
-    from peftcli.train.adapter_init import shira_layers, take_largest
+    from peftcli.train.adapter_init import select_largest_entries, shira_layers
 
     model = get_peft_model(small(layers=1), ShiraConfig(r=1, target_modules=["up_proj"]))
     name, layer = next(shira_layers(model))
     gradient = torch.randn(64, 32)
-    take_largest(layer, gradient)
+    select_largest_entries(layer, gradient)
     rows, columns = layer.shira_indices["default"].long()
     assert name == "model.layers.0.mlp.up_proj" and rows.shape == (96,)
     taken = torch.zeros(64, 32, dtype=torch.bool)

@@ -24,7 +24,7 @@ from transformers import (
 )
 from trl.trainer.utils import add_fused_lm_head
 
-from peftcli.model.fused_lora import join_products, part_products
+from peftcli.model.fused_lora import disable_fused_lora, enable_fused_lora
 from peftcli.model.fused_loss import score_targets
 from peftcli.run_dir import read_json, read_log
 
@@ -159,11 +159,11 @@ def test_a_head_that_is_trained_is_left_to_trl(settings: dict[str, Any]) -> None
 def test_the_joined_sum_gives_the_values_and_gradients_of_peft(settings: dict[str, Any]) -> None:
     model = fused(PLAIN["llama"], **settings)
     expected, gradients = learned(model)
-    assert join_products(model) == 14
+    assert enable_fused_lora(model) == 14
     found, mine = learned(model)
     assert torch.allclose(found.log_probs, expected.log_probs, atol=1e-5)
     same_gradients(mine, gradients, 1e-4)
-    part_products(model)
+    disable_fused_lora(model)
     assert torch.equal(learned(model)[0].log_probs, expected.log_probs)  # PEFT's own again, to the bit
 
 
@@ -171,7 +171,7 @@ def test_under_autocast_the_joined_sum_is_as_exact_as_that_of_peft() -> None:
     model = fused(PLAIN["llama"])
     exact = learned(model)[0].log_probs
     apart = (learned(model, autocast=True)[0].log_probs - exact).norm()
-    assert join_products(model)
+    assert enable_fused_lora(model)
     joined = (learned(model, autocast=True)[0].log_probs - exact).norm()
     assert joined <= 1.2 * apart
 
@@ -183,7 +183,7 @@ def test_beside_a_narrow_base_the_sum_is_made_as_wide_as_by_peft() -> None:
         if "lora_" not in name:
             parameter.data = parameter.data.bfloat16()
     expected, _ = learned(model)
-    assert join_products(model)
+    assert enable_fused_lora(model)
     # Float32 sums in another order differ by 1e-6; a sum in bfloat16 would differ by 4e-3.
     assert torch.allclose(learned(model)[0].log_probs, expected.log_probs, atol=1e-5)
 
@@ -200,14 +200,14 @@ def test_in_4_bits_the_joined_sum_is_that_of_peft(tmp_path: Path) -> None:
             torch.nn.init.normal_(parameter, std=0.2)
     ids = rows()["input_ids"]
     expected = wrapped(input_ids=ids).logits
-    assert join_products(wrapped) == 14
+    assert enable_fused_lora(wrapped) == 14
     assert torch.allclose(wrapped(input_ids=ids).logits, expected, atol=1e-5)
 
 
 @pytest.mark.numeric
 def test_switched_off_merged_and_with_two_adapters_layers_do_what_peft_does() -> None:
     model = fused(PLAIN["llama"])
-    assert join_products(model)
+    assert enable_fused_lora(model)
     ids = rows()["input_ids"]
 
     def logits() -> Tensor:
@@ -225,13 +225,13 @@ def test_switched_off_merged_and_with_two_adapters_layers_do_what_peft_does() ->
     )
     model.base_model.set_adapter(["default", "second"])
     both = logits()
-    part_products(model)
+    disable_fused_lora(model)
     assert torch.equal(logits(), both) and not torch.allclose(both, tuned, atol=1e-3)
 
 
 @pytest.mark.parametrize("settings", [{"use_dora": True}, {"lora_bias": True}], ids=["dora", "bias"])
 def test_layers_that_are_more_than_lora_are_left_to_peft(settings: dict[str, Any]) -> None:
-    assert join_products(fused(PLAIN["llama"], **settings)) == 0
+    assert enable_fused_lora(fused(PLAIN["llama"], **settings)) == 0
 
 
 def trained(run_cli: Cli, recipe: Path, folder: Path, off: str, *words: str) -> tuple[list[float], dict[str, Tensor]]:

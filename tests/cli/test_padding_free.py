@@ -21,9 +21,9 @@ from transformers import (
     Qwen3Config,
 )
 
-from peftcli.model.padding_free import Layout, documents, row_problem, use_documents
+from peftcli.model.padding_free import SequenceLayout, enable_padding_free, row_problem, use_layout
 from peftcli.run_dir import read_json
-from peftcli.train.micro_batch import Pieces, line_up, parts_that_fit, split_evenly
+from peftcli.train.micro_batch import MicroBatches, flatten_rows, parts_that_fit, split_evenly
 
 Write = Callable[..., Path]
 
@@ -66,9 +66,9 @@ def test_a_row_in_a_line_gives_what_it_gives_alone_and_the_same_gradient(
     sum((logits * weights).sum() for logits in alone).backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    assert use_documents(model)
-    line, layout = line_up(texts)
-    with documents(layout):
+    assert enable_padding_free(model)
+    line, layout = flatten_rows(texts)
+    with use_layout(layout):
         found = model(input_ids=line["input_ids"], position_ids=line["position_ids"], use_cache=False).logits[0]
     assert [len(part) for part in found.split(lengths)] == lengths
     for one, other in zip(found.split(lengths), alone, strict=True):
@@ -89,7 +89,7 @@ def test_a_row_in_a_line_gives_what_it_gives_alone_and_the_same_gradient(
 @pytest.mark.numeric
 def test_without_keeping_rows_apart_the_same_line_gives_something_else() -> None:
     model = model_of("llama")
-    line, _ = line_up(rows(9, 12))
+    line, _ = flatten_rows(rows(9, 12))
     mixed = model(input_ids=line["input_ids"], use_cache=False).logits[0, 9:]
     alone = model(input_ids=line["input_ids"][:, 9:], use_cache=False).logits[0]
     assert (mixed - alone).abs().max() > 1e-3  # so the test above can fail
@@ -98,21 +98,21 @@ def test_without_keeping_rows_apart_the_same_line_gives_something_else() -> None
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_proof_on_the_model_itself_passes_for_attention(family: str) -> None:
     model = model_of(family)
-    assert use_documents(model) and row_problem(model) is None
+    assert enable_padding_free(model) and row_problem(model) is None
 
 
 def test_a_model_that_carries_a_state_from_row_to_row_is_found_out() -> None:
     torch.manual_seed(0)
     config = MambaConfig(vocab_size=200, hidden_size=32, num_hidden_layers=2, state_size=8)
     model = AutoModelForCausalLM.from_config(config).eval()
-    assert not use_documents(model) or row_problem(model) is not None
+    assert not enable_padding_free(model) or row_problem(model) is not None
 
 
 def test_rows_of_a_group_are_of_similar_length() -> None:
-    groups, back = Layout((1000, 900, 300, 290, 3, 2), torch.device("cpu")).sides
+    groups, back = SequenceLayout((1000, 900, 300, 290, 3, 2), torch.device("cpu")).sides
     assert [(group.rows, group.length) for group in groups] == [(2, 1000), (2, 300), (2, 3)]
     assert sorted(back.tolist()) == sorted(set(back.tolist())) and len(back) == 2495
-    assert Layout((7, 7, 7), torch.device("cpu")).whole
+    assert SequenceLayout((7, 7, 7), torch.device("cpu")).whole
 
 
 def test_parts_of_a_step_are_even_and_in_order() -> None:
@@ -137,7 +137,7 @@ def test_rows_of_one_length_stay_padded_since_a_line_would_gain_nothing() -> Non
     half[1:, 5:] = 0
     for mask in (full, half):
         batch = {"input_ids": full, "labels": full, "attention_mask": mask}
-        Pieces(tokens=100).run([batch], one, lambda: None, nullcontext, 1)
+        MicroBatches(tokens=100).run([batch], one, lambda: None, nullcontext, 1)
     assert seen == [(4, 10), (1, 25)]
 
 
@@ -154,7 +154,7 @@ def test_a_padded_micro_batch_is_cut_to_the_tokens_of_the_recipe(
 
         full = torch.ones(4, 10, dtype=torch.int64)
         batch = {"input_ids": full, "labels": full, "attention_mask": full}
-        loss = Pieces(tokens=tokens, most=most).run([batch], one, lambda: None, nullcontext, 1)
+        loss = MicroBatches(tokens=tokens, most=most).run([batch], one, lambda: None, nullcontext, 1)
         assert seen == shapes and loss == len(shapes)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from peftcli.cli.pipeline import look_at_data
+from peftcli.cli.pipeline import inspect_data
 from peftcli.data.prepare import PreparedData
 from peftcli.progress import Silent
 from peftcli.recipe.load import load_recipe
@@ -89,7 +89,7 @@ def look(folder: Path, fragment: str, model: Path, more: str = "") -> PreparedDa
     dataset = re.sub(r"\bpath: ([\w-]+/)", rf"path: {SHARED}/\1", "\n".join(f"  {line}" for line in lines))
     path = folder / "recipe.yaml"
     path.write_text(f"model: {{name: {model}}}\ndataset:\n{dataset}\n")
-    return look_at_data(load_recipe(path).recipe, Silent(), smoke=False, preview=1)
+    return inspect_data(load_recipe(path).recipe, Silent(), smoke=False, preview=1)
 
 
 @pytest.mark.parametrize("name", FRAGMENTS)

@@ -12,7 +12,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 
 from peftcli.errors import RecipeError
-from peftcli.model.load import absorb
+from peftcli.model.load import merge_previous_stages
 from peftcli.recipe.dump import dump_recipe, fingerprint
 from peftcli.recipe.load import load_recipe
 from peftcli.recipe.stages import stage_recipes
@@ -48,9 +48,12 @@ def test_two_adapters_are_folded_in_order_and_the_third_stands_on_them(
 ) -> None:
     adapter(loaded(base, quantized=quantized), tmp_path / "1", "q_proj", "down_proj")
     second = adapter(
-        absorb(loaded(base, quantized=quantized), [str(tmp_path / "1")]), tmp_path / "2", "q_proj", "up_proj"
+        merge_previous_stages(loaded(base, quantized=quantized), [str(tmp_path / "1")]),
+        tmp_path / "2",
+        "q_proj",
+        "up_proj",
     )
-    both = absorb(loaded(base, quantized=quantized), [str(tmp_path / "1"), str(tmp_path / "2")])
+    both = merge_previous_stages(loaded(base, quantized=quantized), [str(tmp_path / "1"), str(tmp_path / "2")])
     assert not isinstance(both, PeftModel)
     torch.testing.assert_close(logits(both), second, atol=1e-5, rtol=1e-4)
     packed = [name for name, part in both.named_modules() if hasattr(getattr(part, "weight", None), "quant_state")]

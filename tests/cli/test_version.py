@@ -29,7 +29,7 @@ def test_verbose_names_python_and_the_libraries(capsys: pytest.CaptureFixture[st
 
 def test_doctor_begins_with_the_same_versions() -> None:
     first = next(iter(ask_all(None)))
-    assert first.there.startswith(", ".join(version_lines()) + "; ")
+    assert first.found.startswith(", ".join(version_lines()) + "; ")
 
 
 def test_a_package_that_is_missing_is_called_so(monkeypatch: pytest.MonkeyPatch) -> None:

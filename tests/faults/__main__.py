@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 import peer
-from matrix import all_cases, chosen, play
+from matrix import all_cases, chosen, run_case
 from table import print_head, print_row, write_rows
 
 TINY = "from peftcli.tiny.build import tiny_model; print(tiny_model('tiny:llama'))"
@@ -41,7 +41,7 @@ def main() -> int:
     print_head(peer=asked.peer)
     rows = []
     for number, case in enumerate(chosen(cases, asked.numbers)):
-        for row in play(case, folder / f"{number:03d}", model, peer_too=asked.peer):
+        for row in run_case(case, folder / f"{number:03d}", model, peer_too=asked.peer):
             print_row(row, peer=asked.peer)
             rows.append(row)
         if not asked.keep:

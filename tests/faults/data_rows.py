@@ -3,8 +3,8 @@
 import json
 from collections.abc import Iterator, Mapping
 
-from ground import Ground, as_lines, pairs
-from table import Case, Drill, Judge, Row
+from table import Case, Judge, Row, Scenario
+from workspace import Workspace, as_lines, pairs
 
 ROWS = pairs(48)
 LONG = [row | {"prompt": f"{'long ' * 60}{row['prompt']}"} if n % 6 == 5 else row for n, row in enumerate(ROWS)]
@@ -27,7 +27,7 @@ TEMPLATE = (
 )
 
 
-def with_template(ground: Ground) -> None:
+def with_template(ground: Workspace) -> None:
     """Put a chat template beside the recipe that would be at work for weeks."""
     ground.write("template.jinja", LOOPS + TEMPLATE)
 
@@ -110,7 +110,7 @@ CASES = [
 ]
 
 
-def assistant_only(ground: Ground) -> Iterator[Row]:
+def assistant_only(ground: Workspace) -> Iterator[Row]:
     """Of chats, exactly the assistant's turns are trained, each with its end; counted here by hand."""
     judge = Judge("14", "of chats the assistant's turns alone are trained, each with its end", "0")
     ground.write("rows.jsonl", as_lines(CHATS))
@@ -129,7 +129,7 @@ def assistant_only(ground: Ground) -> Iterator[Row]:
     yield judge.row(f"{facts['eos_trained_rows']} of {facts['eos_expected_rows']} ends trained")
 
 
-def counted_by_force(ground: Ground) -> Iterator[Row]:
+def counted_by_force(ground: Workspace) -> Iterator[Row]:
     """Cut rows, equal to those that the tokenizer alone finds longer."""
     from transformers import AutoTokenizer  # slow to import, and only this drill needs it
 
@@ -147,7 +147,7 @@ def counted_by_force(ground: Ground) -> Iterator[Row]:
     yield judge.row(f"{expected} of {len(texts)} rows cut")
 
 
-def hostile_text(ground: Ground) -> Iterator[Row]:
+def hostile_text(ground: Workspace) -> Iterator[Row]:
     """Rows with terminal commands, markup and scripts: none of it reaches the terminal or the page as such."""
     judge = Judge("45", "markup, terminal commands and scripts in rows and answers", "0")
     ground.write("rows.jsonl", as_lines([row | {"prompt": f"{HOSTILE} {row['prompt']}"} for row in ROWS]))
@@ -163,7 +163,7 @@ def hostile_text(ground: Ground) -> Iterator[Row]:
 
 
 DRILLS = [
-    Drill("13", "cut rows", counted_by_force),
-    Drill("14", "assistant's turns", assistant_only),
-    Drill("45", "hostile text", hostile_text),
+    Scenario("13", "cut rows", counted_by_force),
+    Scenario("14", "assistant's turns", assistant_only),
+    Scenario("45", "hostile text", hostile_text),
 ]

@@ -6,11 +6,11 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from ground import Ground
+from fork_server import ZYGOTE, Moment
 from kills import FEW_STEPS
 from stops import TRAINER, train, unbroken
-from table import Case, Drill, Judge, Row, skipped
-from zygote import ZYGOTE, Moment
+from table import Case, Judge, Row, Scenario, skipped
+from workspace import Workspace
 
 ON_TMPFS = (
     "unshare",
@@ -74,7 +74,7 @@ FULL = {
 }
 
 
-def full_disk(ground: Ground) -> Iterator[Row]:
+def full_disk(ground: Workspace) -> Iterator[Row]:
     """The disk fills up in the middle of a run; with room again the same command goes on to the same bits."""
     expected = unbroken(ground, FEW_STEPS)
     ground.recipe(FEW_STEPS)
@@ -93,4 +93,4 @@ def full_disk(ground: Ground) -> Iterator[Row]:
             yield judge.row()
 
 
-DRILLS = [Drill("38", "full disk", full_disk)]
+DRILLS = [Scenario("38", "full disk", full_disk)]

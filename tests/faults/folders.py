@@ -9,11 +9,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ground import Ground, as_lines, pairs
+from fork_server import ZYGOTE, Moment, send
 from kills import FEW_STEPS, wait_until
 from stops import TRAINER, train, unbroken
-from table import Case, Drill, Judge, Row
-from zygote import ZYGOTE, Moment, send
+from table import Case, Judge, Row, Scenario
+from workspace import Workspace, as_lines, pairs
 
 CANARY = "canary-4711-" + "q" * 12
 SECRETS = {
@@ -60,7 +60,7 @@ CASES = [
 ]
 
 
-def secrets(ground: Ground) -> Iterator[Row]:
+def secrets(ground: Workspace) -> Iterator[Row]:
     """Secrets of the environment are in no file and no stream, also after a crash."""
     judge = Judge("7", "secrets of the environment: no file and no stream holds them", "0")
     ground.environment |= SECRETS
@@ -88,7 +88,7 @@ def broken() -> None:
     raise RuntimeError("planted")
 
 
-def foreign_files(ground: Ground) -> Iterator[Row]:
+def foreign_files(ground: Workspace) -> Iterator[Row]:
     """Files of the user survive, whatever flag is given."""
     judge = Judge("22", "files that are not ours survive train, --overwrite and --resume", "2")
     ground.recipe()
@@ -105,7 +105,7 @@ def foreign_files(ground: Ground) -> Iterator[Row]:
     yield judge.row()
 
 
-def links(ground: Ground) -> Iterator[Row]:
+def links(ground: Workspace) -> Iterator[Row]:
     """What a link in the run folder leads to is not removed."""
     judge = Judge("24", "links in a run folder are not followed when files are removed", "-9 0")
     ground.recipe(FEW_STEPS)
@@ -124,7 +124,7 @@ def links(ground: Ground) -> Iterator[Row]:
     yield judge.row()
 
 
-def two_at_once(ground: Ground) -> Iterator[Row]:
+def two_at_once(ground: Workspace) -> Iterator[Row]:
     """A second process is told who trains; after a kill the folder is free again."""
     judge = Judge("25", "two processes in one run folder", "4 0")
     ground.recipe({"trainer.max_steps": 3000})
@@ -155,7 +155,7 @@ CHANGES: dict[str, tuple[dict[str, Any], int, str]] = {
 }
 
 
-def changed(ground: Ground) -> Iterator[Row]:
+def changed(ground: Workspace) -> Iterator[Row]:
     """What changed between two sessions is listed and refused, or harmless."""
     ground.recipe(FEW_STEPS)
     expected = unbroken(ground, FEW_STEPS)
@@ -176,13 +176,13 @@ def changed(ground: Ground) -> Iterator[Row]:
     yield judge.row()
 
 
-def again(ground: Ground) -> None:
+def again(ground: Workspace) -> None:
     """Put the half-done run in its place."""
     shutil.rmtree(ground.folder / "run", ignore_errors=True)
     shutil.copytree(ground.folder / "half", ground.folder / "run")
 
 
-def twice(ground: Ground) -> Iterator[Row]:
+def twice(ground: Workspace) -> Iterator[Row]:
     """Two runs of one recipe give the same folder, times apart."""
     judge = Judge("46", "two runs give the same folder, times apart", "0")
     ground.recipe(FEW_STEPS)
@@ -209,7 +209,7 @@ def folder_hashes(run: Path) -> dict[str, str]:
     return hashes
 
 
-def cached_base(ground: Ground) -> Iterator[Row]:
+def cached_base(ground: Workspace) -> Iterator[Row]:
     """A Hub model in the local cache trains without a network, and nothing is waited for."""
     judge = Judge("50", "a cached Hub model without a network, HF_HUB_OFFLINE not set", "0")
     commit = "a" * 40
@@ -224,7 +224,7 @@ def cached_base(ground: Ground) -> Iterator[Row]:
     yield judge.row(f"{end.seconds:.1f} s, {end.cpu_seconds:.1f} s of them computing")
 
 
-def offline(ground: Ground) -> Iterator[Row]:
+def offline(ground: Workspace) -> Iterator[Row]:
     """A whole run asks no network: a guard on every connection hears nothing."""
     judge = Judge("50", "train and merge make no connection", "0")
     ground.recipe({"trainer.max_steps": 2})
@@ -237,12 +237,12 @@ def offline(ground: Ground) -> Iterator[Row]:
 
 
 DRILLS = [
-    Drill("7+8", "secrets", secrets),
-    Drill("22", "foreign files", foreign_files),
-    Drill("24", "links", links),
-    Drill("25", "two at once", two_at_once),
-    Drill("34", "changes", changed),
-    Drill("46", "twice", twice),
-    Drill("50", "offline", offline),
-    Drill("50", "a cached base", cached_base),
+    Scenario("7+8", "secrets", secrets),
+    Scenario("22", "foreign files", foreign_files),
+    Scenario("24", "links", links),
+    Scenario("25", "two at once", two_at_once),
+    Scenario("34", "changes", changed),
+    Scenario("46", "twice", twice),
+    Scenario("50", "offline", offline),
+    Scenario("50", "a cached base", cached_base),
 ]

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from ground import Ground
-from table import Drill, Judge, Row
+from table import Judge, Row, Scenario
+from workspace import Workspace
 
 ROOT = Path(__file__).parents[2]
 SEED = 2
@@ -50,7 +50,7 @@ def spoil(text: str, chance: random.Random) -> str:
     return text
 
 
-def recipes(examples: int, ground: Ground) -> Iterator[Row]:
+def recipes(examples: int, ground: Workspace) -> Iterator[Row]:
     """Validate spoilt recipes in this process; a bug would end with 1."""
     from peftcli.cli.main import main  # light: torch is not imported by it
 
@@ -70,7 +70,7 @@ def recipes(examples: int, ground: Ground) -> Iterator[Row]:
     yield judge.row(", ".join(f"{count} with exit {code}" for code, count in sorted(codes.items())))
 
 
-def data_files(examples: int, ground: Ground) -> Iterator[Row]:
+def data_files(examples: int, ground: Workspace) -> Iterator[Row]:
     """The tests over spoilt data files, with so many examples each."""
     judge = Judge("11", f"{examples} examples for each fuzz test of data files", "0")
     found = subprocess.run(
@@ -95,9 +95,9 @@ def data_files(examples: int, ground: Ground) -> Iterator[Row]:
     yield judge.row(re.sub(r" in .*", "", lines[-1]) if lines else "")
 
 
-def drills(examples: int) -> list[Drill]:
+def drills(examples: int) -> list[Scenario]:
     """The fuzz drills; recipes are quick, so they get ten times as many."""
     return [
-        Drill("2", "spoilt recipes", partial(recipes, 10 * examples)),
-        Drill("11", "spoilt data", partial(data_files, examples)),
+        Scenario("2", "spoilt recipes", partial(recipes, 10 * examples)),
+        Scenario("11", "spoilt data", partial(data_files, examples)),
     ]

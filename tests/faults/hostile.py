@@ -1,11 +1,11 @@
 """Recipe files that are hostile, torn or merely odd: numbers 2 to 6 and 24 of the matrix."""
 
-from ground import Ground
 from inputs import VALIDATE, Edit
 from table import Case, Prepare
+from workspace import Workspace
 
 
-def make_long(ground: Ground) -> None:
+def make_long(ground: Workspace) -> None:
     """Lengthen the recipe to 100 MB, which this process should not hold itself: a child begins as its copy."""
     with (ground.folder / "recipe.yaml").open("ab") as file:
         for _ in range(100):

@@ -8,17 +8,17 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-from ground import Ground
+from fork_server import ZYGOTE, Moment, send
 from models import Evil, copied_base
 from stops import train
-from table import Drill, Judge, Row
-from zygote import ZYGOTE, Moment, send
+from table import Judge, Row, Scenario
+from workspace import Workspace
 
 LOSS_TOLERANCE = 0.001
 """Nats per token that a merge into the dequantized base may cost."""
 
 
-def trained(ground: Ground) -> Path:
+def trained(ground: Workspace) -> Path:
     """A run with a base of its own, trained and merged."""
     copied_base(ground)
     ground.recipe({"model.name": "./base", "evaluation.baseline": False, "trainer.max_steps": 12})
@@ -29,7 +29,7 @@ def trained(ground: Ground) -> Path:
     return ground.folder / "run"
 
 
-def other_weights(ground: Ground) -> None:
+def other_weights(ground: Workspace) -> None:
     """Another random model of the same shape."""
     from safetensors.numpy import load_file, save_file
 
@@ -37,7 +37,7 @@ def other_weights(ground: Ground) -> None:
     save_file({name: value[..., ::-1].copy() for name, value in load_file(file).items()}, file, {"format": "pt"})
 
 
-def resized(ground: Ground) -> None:
+def resized(ground: Workspace) -> None:
     """A vocabulary with fewer rows."""
     from safetensors.numpy import load_file, save_file
 
@@ -50,13 +50,13 @@ def resized(ground: Ground) -> None:
     (base / "config.json").write_text(json.dumps(config | {"vocab_size": rows - 24}))
 
 
-def other_template(ground: Ground) -> None:
+def other_template(ground: Workspace) -> None:
     """One character of the chat template."""
     file = ground.folder / "run" / "adapter" / "chat_template.jinja"
     file.write_text(file.read_text().replace("<|", "<!", 1))
 
 
-def missing_tensor(ground: Ground) -> None:
+def missing_tensor(ground: Workspace) -> None:
     """An adapter that lacks one of its tensors."""
     from safetensors.numpy import load_file, save_file
 
@@ -66,14 +66,14 @@ def missing_tensor(ground: Ground) -> None:
     save_file(tensors, file, {"format": "pt"})
 
 
-def evil_adapter(ground: Ground) -> None:
+def evil_adapter(ground: Workspace) -> None:
     """An adapter that is a pickle."""
     folder = ground.folder / "run" / "adapter"
     (folder / "adapter_model.safetensors").unlink()
     (folder / "adapter_model.bin").write_bytes(pickle.dumps(Evil(ground.folder / "marker")))
 
 
-SPOILT: dict[str, tuple[str, Callable[[Ground], None], str]] = {
+SPOILT: dict[str, tuple[str, Callable[[Workspace], None], str]] = {
     "another base of the same shape": ("40", other_weights, "of the same shape"),
     "a base with fewer rows of vocabulary": ("43", resized, "its embedding has"),
     "one character of the chat template": ("44", other_template, "chat template was changed after training"),
@@ -82,7 +82,7 @@ SPOILT: dict[str, tuple[str, Callable[[Ground], None], str]] = {
 }
 
 
-def identity(ground: Ground) -> Iterator[Row]:
+def identity(ground: Workspace) -> Iterator[Row]:
     """An adapter is used with what it was trained with, or not at all."""
     trained(ground)
     kept = ground.folder.with_name("kept")
@@ -98,7 +98,7 @@ def identity(ground: Ground) -> Iterator[Row]:
         yield judge.row()
 
 
-def merged_loss(ground: Ground) -> Iterator[Row]:
+def merged_loss(ground: Workspace) -> Iterator[Row]:
     """What a merge costs, measured by the product itself, and what it leaves when it is killed."""
     run = trained(ground)
     judge = Judge("41", f"a merge of 4 bit costs at most {LOSS_TOLERANCE} nats", "0")
@@ -128,4 +128,4 @@ MERGE_MOMENTS = {
 }
 
 
-DRILLS = [Drill("20+40+43+44", "identity", identity), Drill("41+42", "merging", merged_loss)]
+DRILLS = [Scenario("20+40+43+44", "identity", identity), Scenario("41+42", "merging", merged_loss)]

@@ -1,7 +1,7 @@
 """The 32 faults that were given to `trl sft`, among them numbers 1, 9 to 12 and 21 of the matrix."""
 
-from ground import Ground, as_lines, pairs
 from table import Case
+from workspace import Workspace, as_lines, pairs
 
 VALIDATE = ("validate", "RECIPE")
 FEW = pairs(8)
@@ -57,13 +57,13 @@ def text_fault(fault: str, edit: Edit, says: str, peer: Edit | None = None) -> C
     )
 
 
-def other_adapter(ground: Ground) -> None:
+def other_adapter(ground: Workspace) -> None:
     """A folder that another tool wrote an adapter into."""
     ground.write("run/adapter_model.safetensors", "somebody's work")
     ground.write("run/adapter_config.json", "{}")
 
 
-def a_file(ground: Ground) -> None:
+def a_file(ground: Workspace) -> None:
     """A file where the run folder would be."""
     ground.write("run", "a file")
 

@@ -12,10 +12,10 @@ from functools import partial
 from pathlib import Path
 
 import psutil
-from ground import Ground
+from fork_server import ZYGOTE, Moment, send
 from stops import TRAINER, train, unbroken
-from table import Drill, Judge, Row
-from zygote import ZYGOTE, Moment, send
+from table import Judge, Row, Scenario
+from workspace import Workspace
 
 EVERY_STEP = {"trainer.max_steps": 24, "trainer.save_steps": 1}
 FEW_STEPS = {"trainer.max_steps": 6, "trainer.save_steps": 2}
@@ -45,7 +45,7 @@ def harmed(data: bytes, harm: str) -> bytes | None:
 HARMS = ("flip", "cut", "remove", "empty")
 
 
-def random_kills(count: int, ground: Ground) -> Iterator[Row]:
+def random_kills(count: int, ground: Workspace) -> Iterator[Row]:
     """Kill sessions that save at every step, at moments drawn from all of their seconds; each goes on to the same bits.
 
     A session that ended before its moment came counts nothing.
@@ -53,7 +53,7 @@ def random_kills(count: int, ground: Ground) -> Iterator[Row]:
     from peftcli.train.checkpoint import damage, list_checkpoints  # needs torch's room, which light cases do not
 
     judge = Judge("26", f"kill -9 at {count} random moments", f"{count} same")
-    whole_run = Ground(ground.folder / "unbroken", ground.model)
+    whole_run = Workspace(ground.folder / "unbroken", ground.model)
     whole_run.recipe(EVERY_STEP)
     length = judge.ended(ZYGOTE.run(whole_run, *train(whole_run)), 0).seconds
     expected = whole_run.digest()
@@ -61,7 +61,7 @@ def random_kills(count: int, ground: Ground) -> Iterator[Row]:
     phases: Counter[str] = Counter()
     same = whole = 0
     while phases.total() < count:
-        place = Ground(ground.folder / "killed", ground.model)
+        place = Workspace(ground.folder / "killed", ground.model)
         place.recipe(EVERY_STEP)
         if not killed(place, chance.random() * length):
             shutil.rmtree(place.folder)
@@ -78,7 +78,7 @@ def random_kills(count: int, ground: Ground) -> Iterator[Row]:
     yield judge.row(f"{same}/{count} same bits, {whole}/{count} newest checkpoints whole; {said}")
 
 
-def killed(place: Ground, seconds: float) -> bool:
+def killed(place: Workspace, seconds: float) -> bool:
     """Kill a session after so many seconds; whether it was still there."""
     pid, begun = ZYGOTE.start(place, *train(place))
     time.sleep(seconds)
@@ -92,11 +92,11 @@ def cut_newest(staging: Path) -> None:
     os.truncate(newest, newest.stat().st_size // 2)
 
 
-def placed_kills(ground: Ground) -> Iterator[Row]:
+def placed_kills(ground: Workspace) -> Iterator[Row]:
     """Kill at each part of a save."""
     expected = unbroken(ground, FEW_STEPS)
     for name, moment in PLACED.items():
-        place = Ground(ground.folder / name.replace(" ", "-"), ground.model)
+        place = Workspace(ground.folder / name.replace(" ", "-"), ground.model)
         staging = place.folder / "run" / "checkpoints" / ".staging"
 
         def act(half: bool = name.startswith("half-way"), staging: Path = staging) -> None:
@@ -105,14 +105,14 @@ def placed_kills(ground: Ground) -> Iterator[Row]:
             send(signal.SIGKILL)()
 
         yield killed_at(place, f"kill -9 {name}", partial(moment.arm, act), expected)
-    place = Ground(ground.folder / "rotating", ground.model)
+    place = Workspace(ground.folder / "rotating", ground.model)
     # The third checkpoint pushes the first one out; two of its files are gone already.
     first_gone = Moment("peftcli.train.checkpoint:rotate", 3)
     half_removed = partial(first_gone.arm, partial(Moment("os:unlink", 3).arm, send(signal.SIGKILL)))
     yield killed_at(place, "kill -9 while an old checkpoint is removed", half_removed, expected)
 
 
-def killed_at(place: Ground, name: str, hook: Callable[[], None], expected: str) -> Row:
+def killed_at(place: Workspace, name: str, hook: Callable[[], None], expected: str) -> Row:
     """Kill a session by a hook in it, and go on."""
     judge = Judge("26", name, "-9 0")
     place.recipe(FEW_STEPS)
@@ -124,13 +124,13 @@ def killed_at(place: Ground, name: str, hook: Callable[[], None], expected: str)
     return judge.row()
 
 
-def every_rename(count: int, ground: Ground) -> Iterator[Row]:
+def every_rename(count: int, ground: Workspace) -> Iterator[Row]:
     """Kill before each file of the run folder gets its name: no file may be torn, and the run goes on."""
     expected = unbroken(ground, FEW_STEPS)
     judge = Judge("39", "kill -9 before each file gets its name", "0")
     renames = same = 0
     while renames < count:
-        place = Ground(ground.folder / f"rename-{renames}", ground.model)
+        place = Workspace(ground.folder / f"rename-{renames}", ground.model)
         place.recipe(FEW_STEPS)
         moment = Moment("os:replace", renames + 1)
         killed = ZYGOTE.run(place, *train(place), hook=partial(moment.arm, send(signal.SIGKILL)))
@@ -147,7 +147,7 @@ def every_rename(count: int, ground: Ground) -> Iterator[Row]:
     yield replace(row, fault=f"kill -9 before each of {renames} files gets its name")
 
 
-def damage_drill(everything: bool, ground: Ground) -> Iterator[Row]:
+def damage_drill(everything: bool, ground: Workspace) -> Iterator[Row]:
     """Harm each file of the newest checkpoint: the one before is taken, a note says so, and the bits are the same."""
     expected = unbroken(ground, FEW_STEPS)
     ground.recipe(FEW_STEPS)
@@ -161,7 +161,7 @@ def damage_drill(everything: bool, ground: Ground) -> Iterator[Row]:
     yield both_gone(ground, half, expected)
 
 
-def after_harm(ground: Ground, half: Path, name: str, harm: str, expected: str) -> Row:
+def after_harm(ground: Workspace, half: Path, name: str, harm: str, expected: str) -> Row:
     judge = Judge("28" if harm == "remove" else "27", f"{harm} {name} of the newest checkpoint", "0")
     run = ground.folder / "run"
     shutil.rmtree(run, ignore_errors=True)
@@ -178,7 +178,7 @@ def after_harm(ground: Ground, half: Path, name: str, harm: str, expected: str) 
     return judge.row()
 
 
-def both_gone(ground: Ground, half: Path, expected: str) -> Row:
+def both_gone(ground: Workspace, half: Path, expected: str) -> Row:
     """With every checkpoint damaged, training begins anew and says so."""
     judge = Judge("27", "every checkpoint damaged", "0")
     run = ground.folder / "run"
@@ -191,7 +191,7 @@ def both_gone(ground: Ground, half: Path, expected: str) -> Row:
     return judge.row()
 
 
-def real_command(ground: Ground) -> Iterator[Row]:
+def real_command(ground: Workspace) -> Iterator[Row]:
     """Three sessions of the real command, two of them killed, give the bits of the forked ones."""
     judge = Judge("26", "three sessions of the real command, two of them killed", "-9 -9 0")
     expected = unbroken(ground, EVERY_STEP)
@@ -207,7 +207,7 @@ def real_command(ground: Ground) -> Iterator[Row]:
     yield judge.row(next((line for line in end.err.splitlines() if "going on" in line), ""))
 
 
-def orphans(ground: Ground) -> Iterator[Row]:
+def orphans(ground: Workspace) -> Iterator[Row]:
     """No child goes on training once its parent was killed."""
     judge = Judge("31", "kill -9 the parent of two processes", "0 left")
     ground.recipe({"trainer.max_steps": 5000})
@@ -239,13 +239,13 @@ def wait_until(true: Callable[[], bool], ended: Callable[[], int | None], second
         time.sleep(0.02)
 
 
-def drills(kills: int) -> list[Drill]:
+def drills(kills: int) -> list[Scenario]:
     """The drills with so many random kills; from 40 on, also every harm to every file."""
     return [
-        Drill("26", "random kills", partial(random_kills, kills)),
-        Drill("26", "placed kills", placed_kills),
-        Drill("26", "the real command", real_command),
-        Drill("27+28", "damage", partial(damage_drill, kills >= 40)),
-        Drill("31", "orphans", orphans),
-        Drill("39", "renames", partial(every_rename, kills)),
+        Scenario("26", "random kills", partial(random_kills, kills)),
+        Scenario("26", "placed kills", placed_kills),
+        Scenario("26", "the real command", real_command),
+        Scenario("27+28", "damage", partial(damage_drill, kills >= 40)),
+        Scenario("31", "orphans", orphans),
+        Scenario("39", "renames", partial(every_rename, kills)),
     ]

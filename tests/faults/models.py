@@ -9,10 +9,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ground import Ended, Ground
+from fork_server import ZYGOTE, Moment, send
 from stops import train
-from table import Case, Drill, Judge, Row
-from zygote import ZYGOTE, Moment, send
+from table import Case, Judge, Row, Scenario
+from workspace import Ended, Workspace
 
 EVIL_CODE = """\
 from pathlib import Path
@@ -33,13 +33,13 @@ class Evil:
         return Path.write_text, (self._marker, "run")
 
 
-def copied_base(ground: Ground) -> Path:
+def copied_base(ground: Workspace) -> Path:
     """A base of the case's own, to be spoilt."""
     shutil.copytree(ground.model, ground.folder / "base")
     return ground.folder / "base"
 
 
-def remote_code(ground: Ground) -> Iterator[Row]:
+def remote_code(ground: Workspace) -> Iterator[Row]:
     """Code in a model's folder is not run and nobody is asked."""
     judge = Judge("19", "a model that ships code: not run, nobody asked", "4")
     base, marker = copied_base(ground), ground.folder / "marker"
@@ -56,7 +56,7 @@ def remote_code(ground: Ground) -> Iterator[Row]:
     yield judge.row(f"{forked.seconds:.2f} s after the imports")
 
 
-def pickles(ground: Ground) -> Iterator[Row]:
+def pickles(ground: Workspace) -> Iterator[Row]:
     """A pickle among the weights of a base, of an adapter or of a checkpoint is not opened."""
     marker = ground.folder / "marker"
     evil = pickle.dumps(Evil(marker))
@@ -98,7 +98,7 @@ def spoil_numbers(what: str) -> None:
     setattr(Trainer, name, spoilt)
 
 
-def not_finite(ground: Ground) -> Iterator[Row]:
+def not_finite(ground: Workspace) -> Iterator[Row]:
     """A loss or a gradient that is no number stops before the weights take it."""
     from safetensors.numpy import load_file  # after the first session's imports, which are slow
 
@@ -131,7 +131,7 @@ def small_memory(rows: int) -> None:
     Trainer.compute_loss = limited
 
 
-def out_of_memory(ground: Ground) -> Iterator[Row]:
+def out_of_memory(ground: Workspace) -> Iterator[Row]:
     """Smaller pieces of a batch leave its size and its losses as they were."""
     judge = Judge("37", "out of memory above 2 rows of 4", "0")
     ground.recipe({"adapter.dropout": 0.0})
@@ -160,7 +160,7 @@ def made_up_card(name: str, capability: tuple[int, int], architectures: tuple[st
     pipeline.probe_machine = lambda: machine
 
 
-def cards(ground: Ground) -> Iterator[Row]:
+def cards(ground: Workspace) -> Iterator[Row]:
     """Old cards: a T4 computes in float16 and says so, a P100 without kernels is refused."""
     modern = ("sm_75", "sm_80", "sm_90")
     judge = Judge("47", "a T4 gets float16, with the reason", "0")
@@ -199,9 +199,9 @@ CASES = [
     Case("18", "a Hub id that was never downloaded, offline", 4, {"model.name": "nobody/no"}, says=("nobody/no",)),
 ]
 DRILLS = [
-    Drill("19", "remote code", remote_code),
-    Drill("20", "pickles", pickles),
-    Drill("35", "not finite", not_finite),
-    Drill("37", "out of memory", out_of_memory),
-    Drill("47+48", "cards", cards),
+    Scenario("19", "remote code", remote_code),
+    Scenario("20", "pickles", pickles),
+    Scenario("35", "not finite", not_finite),
+    Scenario("37", "out of memory", out_of_memory),
+    Scenario("47+48", "cards", cards),
 ]

@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from ground import Ended, Ground
-from table import Case, Drill, Row
-from zygote import ZYGOTE
+from fork_server import ZYGOTE
+from table import Case, Row, Scenario
+from workspace import Ended, Workspace
 
 RENAME = "RENAME"
 """Pseudo key: the rows get one text column of this name."""
 
 
-def run_peer(case: Case, ground: Ground) -> tuple[int, float, int]:
+def run_peer(case: Case, ground: Workspace) -> tuple[int, float, int]:
     """Exit code, seconds and lines on stderr of `trl sft` on the fault of a case."""
     keys = dict(case.peer or {})
     if case.rows is not None:
@@ -38,7 +38,7 @@ def run_peer(case: Case, ground: Ground) -> tuple[int, float, int]:
     return end.code, end.seconds, end.lines
 
 
-def healthy(ground: Ground) -> dict[str, Any]:
+def healthy(ground: Workspace) -> dict[str, Any]:
     """The configuration of trl that trains what the healthy recipe trains, without 4 bit."""
     return {
         "model_name_or_path": str(ground.model),
@@ -73,7 +73,7 @@ def train(words: Sequence[str]) -> int:
     return 0
 
 
-def session(ground: Ground, *, resume: bool, seconds: float | None = None) -> Ended:
+def session(ground: Workspace, *, resume: bool, seconds: float | None = None) -> Ended:
     """One session of trl in a fork, killed after so many seconds."""
     keys = EVERY_STEP | ({"resume_from_checkpoint": True} if resume else {})
     path = ground.write("trl.yaml", yaml.safe_dump(healthy(ground) | keys))
@@ -84,19 +84,19 @@ def session(ground: Ground, *, resume: bool, seconds: float | None = None) -> En
     return ZYGOTE.end(ground, pid, begun)
 
 
-def trl_ground(folder: Path, model: Path) -> Ground:
+def trl_ground(folder: Path, model: Path) -> Workspace:
     """A folder whose rows lie where trl looks for them."""
-    ground = Ground(folder, model)
+    ground = Workspace(folder, model)
     ground.write("data/train.jsonl", (folder / "rows.jsonl").read_bytes())
     return ground
 
 
-def adapter(ground: Ground) -> str:
+def adapter(ground: Workspace) -> str:
     file = ground.folder / "trl" / "adapter_model.safetensors"
     return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else ""
 
 
-def random_kills(count: int, ground: Ground) -> Iterator[Row]:
+def random_kills(count: int, ground: Workspace) -> Iterator[Row]:
     """Kill trl's sessions as ours are killed, and resume those that have a checkpoint; told, not judged."""
     begun = time.perf_counter()
     whole = trl_ground(ground.folder / "unbroken", ground.model)
@@ -120,6 +120,6 @@ def random_kills(count: int, ground: Ground) -> Iterator[Row]:
     yield Row("26", f"trl sft: kill -9 at {count} random moments", "-", f"{same} same", seconds, most_lines, None, said)
 
 
-def drills(kills: int) -> list[Drill]:
+def drills(kills: int) -> list[Scenario]:
     """What trl is asked beside the single faults."""
-    return [Drill("26", "trl sft: random kills", partial(random_kills, kills))]
+    return [Scenario("26", "trl sft: random kills", partial(random_kills, kills))]

@@ -5,9 +5,9 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ground import Ended, Ground
-from table import Drill, Judge, Row
-from zygote import ZYGOTE, Moment, send
+from fork_server import ZYGOTE, Moment, send
+from table import Judge, Row, Scenario
+from workspace import Ended, Workspace
 
 TRAINER = "peftcli.train.trainers:Trainer"
 ACCUMULATED = {
@@ -20,7 +20,7 @@ ACCUMULATED = {
 }
 """Steps of four micro-batches, of two at the end of the epoch; evaluations after steps 2, 4 and 6, saves at 3 and 6."""
 SIGTERM_MOMENTS = {
-    "while the data are read": Moment("peftcli.data.pipeline:_Pass._add"),
+    "while the data are read": Moment("peftcli.data.pipeline:TokenizePipeline._add"),
     "while the base is loaded": Moment("peftcli.train.run:load_base"),
     "in the baseline": Moment("peftcli.model.scoring:_score_batch"),
     "between two steps": Moment(f"{TRAINER}.get_batch_samples", 3),
@@ -28,7 +28,7 @@ SIGTERM_MOMENTS = {
     "between forward and backward of micro-batch 2 of step 2": Moment(f"{TRAINER}.compute_loss", 6, after=True),
     "after the last micro-batch of step 3": Moment(f"{TRAINER}.training_step", 12, after=True),
     "before the optimizer takes step 3": Moment(f"{TRAINER}.check_step", 3),
-    "after the optimizer took step 3": Moment("peftcli.train.callbacks:Watch.on_step_end", 3),
+    "after the optimizer took step 3": Moment("peftcli.train.callbacks:RunCallback.on_step_end", 3),
     "in an evaluation during training": Moment(f"{TRAINER}.prediction_step"),
     "before a checkpoint is written": Moment(f"{TRAINER}._save_checkpoint"),
     "before a checkpoint is sealed": Moment("peftcli.train.checkpoint:seal"),
@@ -55,14 +55,14 @@ STEP_SECONDS = 0.2
 SESSIONS = 5
 
 
-def train(ground: Ground, output_dir: str = "run") -> tuple[str, ...]:
+def train(ground: Workspace, output_dir: str = "run") -> tuple[str, ...]:
     """The words of the command that all sessions of a drill share."""
     return ("train", str(ground.folder / "recipe.yaml"), "--output-dir", output_dir)
 
 
-def unbroken(ground: Ground, keys: Mapping[str, object]) -> str:
+def unbroken(ground: Workspace, keys: Mapping[str, object]) -> str:
     """Digest of the run that nothing stops."""
-    whole = Ground(ground.folder / "unbroken", ground.model)
+    whole = Workspace(ground.folder / "unbroken", ground.model)
     whole.recipe(keys)
     end = ZYGOTE.run(whole, *train(whole))
     if end.code:
@@ -71,12 +71,12 @@ def unbroken(ground: Ground, keys: Mapping[str, object]) -> str:
 
 
 def interrupted(
-    ground: Ground, name: str, moment: Moment, signals: Sequence[signal.Signals], code: int, expected: str
+    ground: Workspace, name: str, moment: Moment, signals: Sequence[signal.Signals], code: int, expected: str
 ) -> Row:
     """Stop a session at a moment, run the same command again, and compare the adapter."""
     number, what = ("29", "SIGTERM") if len(signals) == 1 else ("30", "Ctrl-C twice")
     judge = Judge(number, f"{what} {name}", str(code))
-    place = Ground(ground.folder / name.replace(" ", "-"), ground.model)
+    place = Workspace(ground.folder / name.replace(" ", "-"), ground.model)
     place.recipe(ACCUMULATED)
     first = ZYGOTE.run(place, *train(place), hook=lambda: moment.arm(send(*signals)))
     judge.ended(first, code, "stopped", lines=None)
@@ -91,14 +91,14 @@ def told_of(end: Ended) -> int:
     return sum(line.startswith("error: ") for line in end.err.splitlines())
 
 
-def sigterm(ground: Ground) -> Iterator[Row]:
+def sigterm(ground: Workspace) -> Iterator[Row]:
     """SIGTERM wherever a run can be."""
     expected = unbroken(ground, ACCUMULATED)
     for name, moment in SIGTERM_MOMENTS.items():
         yield interrupted(ground, name, moment, [signal.SIGTERM], 75, expected)
 
 
-def ctrl_c(ground: Ground) -> Iterator[Row]:
+def ctrl_c(ground: Workspace) -> Iterator[Row]:
     """A second Ctrl-C ends at once; what was whole before stays whole."""
     expected = unbroken(ground, ACCUMULATED)
     for name, moment in CTRL_C_MOMENTS.items():
@@ -118,7 +118,7 @@ def slow_steps() -> None:
     Trainer.training_step = slow
 
 
-def budgets(ground: Ground) -> Iterator[Row]:
+def budgets(ground: Workspace) -> Iterator[Row]:
     """Five sessions of a few seconds each end with the bits of one long one, none of them beyond its budget."""
     keys = {"trainer.max_steps": BUDGET_STEPS, "trainer.save_steps": BUDGET_STEPS}
     expected = unbroken(ground, keys)
@@ -136,7 +136,7 @@ def budgets(ground: Ground) -> Iterator[Row]:
         yield judge.row(f"{-over:.1f} s under; {said[:90]}" if limited else "the bits of the unbroken run")
 
 
-def same_command(ground: Ground) -> Iterator[Row]:
+def same_command(ground: Workspace) -> Iterator[Row]:
     """The same command after the end says so; no step is trained."""
     judge = Judge("33", "the same command three times", "0")
     ground.recipe()
@@ -150,8 +150,8 @@ def same_command(ground: Ground) -> Iterator[Row]:
 
 
 DRILLS = [
-    Drill("29", "SIGTERM", sigterm),
-    Drill("30", "Ctrl-C twice", ctrl_c),
-    Drill("32", "budgets", budgets),
-    Drill("33", "the same command again", same_command),
+    Scenario("29", "SIGTERM", sigterm),
+    Scenario("30", "Ctrl-C twice", ctrl_c),
+    Scenario("32", "budgets", budgets),
+    Scenario("33", "the same command again", same_command),
 ]

@@ -8,9 +8,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from ground import Ended, Ground
+from workspace import Ended, Workspace
 
-Prepare = Callable[[Ground], None]
+Prepare = Callable[[Workspace], None]
 MOST_LINES = 5
 """On stderr, for a fault that the user made."""
 MOST_NOTE = 300
@@ -77,7 +77,7 @@ class Case:
     peer: Mapping[str, Any] | None = None
     peer_edit: Callable[[str], str] | None = None
 
-    def run(self, ground: Ground) -> Iterator[Row]:
+    def run(self, ground: Workspace) -> Iterator[Row]:
         """Spoil the folder, run the command, and judge how it ended."""
         text: str | bytes = ground.recipe(self.keys).read_text()
         if self.edit is not None:
@@ -123,12 +123,12 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Drill:
+class Scenario:
     """A fault that takes more than one command; `run` plays it and judges."""
 
     number: str
     fault: str
-    run: Callable[[Ground], Iterable[Row]]
+    run: Callable[[Workspace], Iterable[Row]]
 
 
 class Judge:

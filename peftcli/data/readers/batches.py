@@ -10,13 +10,13 @@ Row = TypeVar("Row")
 
 
 @dataclass(frozen=True)
-class Unread:
+class UnreadableRow:
     """Stands for a row that could not be read; the reason goes on as in "12 rows with ..."."""
 
     reason: str
 
 
-Item = tuple[int, Row | Unread, int]
+Item = tuple[int, Row | UnreadableRow, int]
 """Where a row begins, the row, and about how many characters it holds."""
 
 
@@ -35,7 +35,7 @@ def gather(
     unread: list[tuple[int, str]] = []
     characters = 0
     for number, row, size in items:
-        if isinstance(row, Unread):
+        if isinstance(row, UnreadableRow):
             unread.append((number, row.reason))
         else:
             numbers.append(number)

@@ -4,7 +4,7 @@ import csv
 from collections.abc import Iterator
 from typing import TextIO
 
-from peftcli.data.readers.batches import Item, Unread, columns_of_tuples, double_names, gather
+from peftcli.data.readers.batches import Item, UnreadableRow, columns_of_tuples, double_names, gather
 from peftcli.data.readers.files import DataFile
 from peftcli.data.readers.text_stream import open_text
 from peftcli.data.rows import Rows, listed
@@ -18,7 +18,7 @@ _USUAL = {";": ";", "\t": "\\t", "|": "|", ",": ","}
 """Signs that usually stand between cells, and how a recipe writes them."""
 
 
-def read_delimited(file: DataFile) -> Iterator[Rows]:
+def read_csv(file: DataFile) -> Iterator[Rows]:
     """The rows of a CSV or TSV file; those with more or fewer cells than the header are not read, but named.
 
     Raises:
@@ -144,7 +144,7 @@ def _items(rows: Iterator[Line], first: Line | None, names: list[str], file: Dat
         if len(cells) == width:
             yield number, cells, sum(map(len, cells))
         else:
-            yield number, Unread(f"with {_cells(len(cells))} where {where} has {width}"), sum(map(len, cells))
+            yield number, UnreadableRow(f"with {_cells(len(cells))} where {where} has {width}"), sum(map(len, cells))
 
 
 def _cells(number: int) -> str:

@@ -20,7 +20,7 @@ ASIDE = ("thumbs.db", "desktop.ini", "__macosx")
 
 
 @dataclass
-class PhotoFolder:
+class ImageFolder:
     """The files of a folder, each in the folder of its class.
 
     Attributes:
@@ -97,7 +97,7 @@ class PhotoFolder:
 
 
 @dataclass
-class PhotoTable:
+class ImageTable:
     """The rows of files that name images, relative to the folder of those files."""
 
     table: FileSource
@@ -144,9 +144,9 @@ class PhotoTable:
                 yield _part(rows, first)
 
 
-def open_photos(
+def open_images(
     section: FilesSection, *, without: frozenset[Path] = frozenset(), key: str = "dataset"
-) -> PhotoFolder | PhotoTable:
+) -> ImageFolder | ImageTable:
     """What a section of the recipe names: a folder of images, or files whose rows name some.
 
     Args:
@@ -157,15 +157,15 @@ def open_photos(
         DataError: as `open_source`, or the images would not be files.
     """
     path = Path(section.path or "")
-    if section.path is not None and is_photo_folder(path):
-        return PhotoFolder(path, tuple(without))
+    if section.path is not None and is_image_folder(path):
+        return ImageFolder(path, tuple(without))
     source = open_source(section, without=without, key=key)
     if not isinstance(source, FileSource):
         raise DataError(f"{key}: images are read from files; write them into folders, and name those in {key}.path")
-    return PhotoTable(source)
+    return ImageTable(source)
 
 
-def is_photo_folder(path: Path) -> bool:
+def is_image_folder(path: Path) -> bool:
     """Whether a path is a folder of images and not one of tables."""
     if not path.is_dir():
         return False

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from peftcli.data.readers.batches import Item, Unread, gather
+from peftcli.data.readers.batches import Item, UnreadableRow, gather
 from peftcli.data.readers.files import DataFile
 from peftcli.data.readers.text_stream import open_text
 from peftcli.data.rows import Rows, shown
@@ -38,7 +38,7 @@ _SAID = {
 }
 
 
-class Objects:
+class JsonObjects:
     """Decoder of JSON values that keeps count of what Python would pass over in silence.
 
     Attributes:
@@ -131,7 +131,7 @@ def read_json(file: DataFile) -> Iterator[Rows]:
 
 
 def _line_items(file: DataFile, rule: RowRule) -> Iterator[Item[dict[str, Any]]]:
-    objects = Objects()
+    objects = JsonObjects()
     with open_text(file, newline="\n") as text:
         for number, line in enumerate(text, start=1):
             if not line.strip():
@@ -140,7 +140,7 @@ def _line_items(file: DataFile, rule: RowRule) -> Iterator[Item[dict[str, Any]]]
             yield number, _checked(row, line, 0, len(line), objects), len(line)
 
 
-def _line_value(line: str, objects: Objects, file: DataFile, number: int) -> Any:
+def _line_value(line: str, objects: JsonObjects, file: DataFile, number: int) -> Any:
     stripped = line.strip()
     try:
         value, end = objects.decode(stripped)
@@ -149,13 +149,13 @@ def _line_value(line: str, objects: Objects, file: DataFile, number: int) -> Any
         raise json.JSONDecodeError("Extra data", stripped, end)
     except json.JSONDecodeError as problem:
         column = problem.pos + 1 + len(line) - len(line.lstrip())
-        mend = _line_mend(stripped, problem, number)
-        raise DataError(f"{file.path}:{number}: not JSON at column {column}: {said(problem)}; {mend}") from problem
+        fix = _line_fix(stripped, problem, number)
+        raise DataError(f"{file.path}:{number}: not JSON at column {column}: {said(problem)}; {fix}") from problem
     except (ValueError, RecursionError) as problem:
         raise unusable(f"{file.path}:{number}", problem) from problem
 
 
-def _line_mend(line: str, problem: json.JSONDecodeError, number: int) -> str:
+def _line_fix(line: str, problem: json.JSONDecodeError, number: int) -> str:
     if problem.pos < len(line) or line[0] not in "[{":
         return "mend the line or take it out"
     if number > 1:
@@ -166,7 +166,7 @@ def _line_mend(line: str, problem: json.JSONDecodeError, number: int) -> str:
 
 
 def _list_items(file: DataFile, rule: RowRule) -> Iterator[Item[dict[str, Any]]]:
-    objects = Objects()
+    objects = JsonObjects()
     with open_text(file) as text:
         window = Window(text, file.path)
         window.next_sign()
@@ -189,15 +189,17 @@ def _list_items(file: DataFile, rule: RowRule) -> Iterator[Item[dict[str, Any]]]
             raise window.wrong("something follows the list")
 
 
-def _checked(row: dict[str, Any], text: str, start: int, end: int, objects: Objects) -> dict[str, Any] | Unread:
+def _checked(
+    row: dict[str, Any], text: str, start: int, end: int, objects: JsonObjects
+) -> dict[str, Any] | UnreadableRow:
     """The row, unless a part of it would be lost."""
     if objects.twice is not None:
-        return Unread(f"with the key {shown(objects.twice)} twice")
+        return UnreadableRow(f"with the key {shown(objects.twice)} twice")
     if _SURROGATE.search(text, start, end):
         try:
             json.dumps(row, ensure_ascii=False).encode("utf-8")
         except UnicodeEncodeError:
-            return Unread("with half of a surrogate pair")
+            return UnreadableRow("with half of a surrogate pair")
     return row
 
 
@@ -207,7 +209,7 @@ def _has_lines(file: DataFile) -> bool:
         lines = (line for line in text if line.strip())
         first, second = next(lines), next(lines, None)
     try:
-        Objects().decode(first.strip())
+        JsonObjects().decode(first.strip())
     except json.JSONDecodeError:
         return False
     except (ValueError, RecursionError):
@@ -232,13 +234,13 @@ def _one_object(file: DataFile) -> DataError:
     except (ValueError, RecursionError) as problem:
         return unusable(str(file.path), problem)
     keys = ", ".join(f"{shown(key)}: {_described(item)}" for key, item in list(value.items())[:8])
-    mend = "name the file .jsonl if it is one row"
+    fix = "name the file .jsonl if it is one row"
     lists = [key for key, item in value.items() if isinstance(item, list)]
     if lists:
-        mend = f"write the list under {shown(lists[0])} into a file of its own"
+        fix = f"write the list under {shown(lists[0])} into a file of its own"
     elif value and all(isinstance(item, dict) for item in value.values()):
-        mend = 'write it by rows (in pandas, to_json with orient="records")'
-    return DataError(f"{file.path}: holds one object ({keys}); {expected}; {mend}")
+        fix = 'write it by rows (in pandas, to_json with orient="records")'
+    return DataError(f"{file.path}: holds one object ({keys}); {expected}; {fix}")
 
 
 def _described(value: Any) -> str:

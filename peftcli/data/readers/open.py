@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from peftcli.data.readers.csv import read_delimited
+from peftcli.data.readers.csv import read_csv
 from peftcli.data.readers.files import DataFile, data_files
 from peftcli.data.readers.hub import HubSource
 from peftcli.data.readers.json import read_json, read_lines
@@ -20,8 +20,8 @@ from peftcli.errors import DataError
 from peftcli.recipe.schema import FilesSection, SourceSection, TestSection
 
 _READERS: dict[str, Callable[[DataFile], Iterator[Rows]]] = {
-    "csv": read_delimited,
-    "tsv": read_delimited,
+    "csv": read_csv,
+    "tsv": read_csv,
     "json": read_json,
     "jsonl": read_lines,
     "parquet": read_parquet,

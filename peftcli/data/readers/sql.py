@@ -46,10 +46,10 @@ def read_sqlite(file: DataFile) -> Iterator[Rows]:
             columns = [column[0] for column in cursor.description or ()]
             yield from _rows(file.name, place, columns, cursor)
     except (sqlite3.Error, sqlite3.Warning, UnicodeDecodeError) as problem:
-        mend = f"look at {file.key}.table and {file.key}.query"
+        fix = f"look at {file.key}.table and {file.key}.query"
         if type(problem) is sqlite3.DatabaseError and problem.sqlite_errorcode in _BROKEN:
-            mend = "fetch or write the file again"
-        raise DataError(f"{place}: {' '.join(str(problem).split())[:200]}; {mend}") from problem
+            fix = "fetch or write the file again"
+        raise DataError(f"{place}: {' '.join(str(problem).split())[:200]}; {fix}") from problem
 
 
 @dataclass

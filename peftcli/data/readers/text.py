@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from peftcli.data.readers.batches import Item, Unread, gather
+from peftcli.data.readers.batches import Item, UnreadableRow, gather
 from peftcli.data.readers.files import DataFile
 from peftcli.data.readers.text_stream import open_text
 from peftcli.data.rows import Rows
@@ -83,9 +83,9 @@ def _sentence(lines: list[tuple[int, list[str]]], width: int) -> Item[tuple[list
     for number, fields in lines:
         if len(fields) != width or width < 2:
             wanted = f"the file's first has {width}" if width else "a token and its tag are expected"
-            return number, Unread(f"with {_count(len(fields), 'field')} on a line where {wanted}"), 0
+            return number, UnreadableRow(f"with {_count(len(fields), 'field')} on a line where {wanted}"), 0
         if not (fields[0].strip() and fields[-1].strip()):
-            return number, Unread("with a line that lacks the token or its tag"), 0
+            return number, UnreadableRow("with a line that lacks the token or its tag"), 0
     tokens = [fields[0] for _, fields in lines]
     return lines[0][0], (tokens, [fields[-1] for _, fields in lines]), sum(map(len, tokens))
 

@@ -195,7 +195,7 @@ def _undecodable(file: DataFile) -> DataError:
 
 def _no_letter(file: DataFile, line: int, byte: int) -> DataError:
     codec = codecs.lookup(file.section.encoding).name
-    mend = f"set {file.key}.encoding (for example cp1252 or latin-1), or save the file as UTF-8"
+    fix = f"set {file.key}.encoding (for example cp1252 or latin-1), or save the file as UTF-8"
     if codec != "utf-8":
-        mend = f"set {file.key}.encoding to what the file was written in"
-    return DataError(f"{file.path}:{line}: byte {byte} is not {codec.upper()}; {mend}")
+        fix = f"set {file.key}.encoding to what the file was written in"
+    return DataError(f"{file.path}:{line}: byte {byte} is not {codec.upper()}; {fix}")

@@ -8,8 +8,8 @@ source named there.
 
 from dataclasses import replace
 
-from peftcli.plan.memory.model_shape import Linear, Norm, Shape
-from peftcli.plan.memory.training_setup import Fitted, Setting
+from peftcli.plan.memory.model_shape import Linear, ModelDimensions, Norm
+from peftcli.plan.memory.training_setup import ActivationFit, TrainingSetup
 
 SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 """Layers that read one tensor, so that it is kept once where none of them makes a copy of its own."""
@@ -17,7 +17,7 @@ ATTENTION_OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj", "wo")
 """Layers that may read what attention keeps anyway."""
 
 
-def block_bytes(shape: Shape, setting: Setting, tokens: int, longest: int) -> float:
+def saved_activation_bytes(shape: ModelDimensions, setting: TrainingSetup, tokens: int, longest: int) -> float:
     """Bytes that all blocks keep for one micro-batch when none is run again.
 
     Args:
@@ -35,17 +35,17 @@ def block_bytes(shape: Shape, setting: Setting, tokens: int, longest: int) -> fl
     return whole * (1 - setting.first_block / shape.layers)
 
 
-def end_bytes(shape: Shape, setting: Setting, tokens: int) -> float:
+def end_bytes(shape: ModelDimensions, setting: TrainingSetup, tokens: int) -> float:
     """Bytes that the last norm and the output layer keep."""
     return (norm_bytes(shape.final_norm, setting) + setting.base_bytes * shape.hidden) * tokens
 
 
-def stream_bytes(shape: Shape, setting: Setting, tokens: int) -> float:
+def stream_bytes(shape: ModelDimensions, setting: TrainingSetup, tokens: int) -> float:
     """Bytes of the inputs of all blocks, which is what checkpointing keeps."""
     return float(setting.base_bytes * shape.hidden * shape.layers * tokens)
 
 
-def norm_bytes(norm: Norm, setting: Setting) -> int:
+def norm_bytes(norm: Norm, setting: TrainingSetup) -> int:
     """Bytes a token that a norm keeps: its input, in float32 where it computes so, and one figure or two.
 
     On a card autocast runs LayerNorm in float32 on a copy; on a CPU it does not.
@@ -59,7 +59,7 @@ def norm_bytes(norm: Norm, setting: Setting) -> int:
     return own + (4 if setting.autocast and setting.on_gpu else setting.base_bytes) * norm.width + 4
 
 
-def attention_bytes(shape: Shape, setting: Setting, longest: int) -> float:
+def attention_bytes(shape: ModelDimensions, setting: TrainingSetup, longest: int) -> float:
     """Bytes a token that attention keeps in one block.
 
     `flash` keeps queries, keys, values, the output and one float32 a head; `repeated` is that with keys and values
@@ -83,9 +83,9 @@ def attention_bytes(shape: Shape, setting: Setting, longest: int) -> float:
     return width * ((wide if shape.grouped else own + view) + longest) + sums
 
 
-def adapter_bytes(shape: Shape, setting: Setting) -> float:
+def adapter_bytes(shape: ModelDimensions, setting: TrainingSetup) -> float:
     """Bytes a token that all adapters keep: their inputs, what is left after A, and what dropout and DoRA add."""
-    if setting.fitted:
+    if setting.activation_fit:
         return _fitted_token_bytes(shape, setting)
     inputs = sum(_own_input(linear, setting) * linear.count for linear in setting.targets)
     if not setting.casts_inputs and not setting.dropout:
@@ -97,15 +97,15 @@ def adapter_bytes(shape: Shape, setting: Setting) -> float:
     return inputs + inner + outputs
 
 
-def fitted_bytes(setting: Setting) -> float:
+def fitted_bytes(setting: TrainingSetup) -> float:
     """Bytes that adapters of a method other than LoRA keep, however many tokens there are."""
     return sum(
         linear.count * _fit_of(linear, setting).layer_bytes(linear.inputs, linear.outputs)
-        for linear in (setting.targets if setting.fitted else ())
+        for linear in (setting.targets if setting.activation_fit else ())
     )
 
 
-def _fitted_token_bytes(shape: Shape, setting: Setting) -> float:
+def _fitted_token_bytes(shape: ModelDimensions, setting: TrainingSetup) -> float:
     found, reading = 0.0, []
     for linear in setting.targets:
         fit = _fit_of(linear, setting)
@@ -116,11 +116,11 @@ def _fitted_token_bytes(shape: Shape, setting: Setting) -> float:
     return found - _saved_by_sharing(shape, replace(setting, targets=tuple(reading)))
 
 
-def _fit_of(linear: Linear, setting: Setting) -> Fitted:
-    return setting.fitted.get(linear.leaf) or setting.fitted[""]
+def _fit_of(linear: Linear, setting: TrainingSetup) -> ActivationFit:
+    return setting.activation_fit.get(linear.leaf) or setting.activation_fit[""]
 
 
-def _own_input(linear: Linear, setting: Setting) -> int:
+def _own_input(linear: Linear, setting: TrainingSetup) -> int:
     """Bytes a token of an adapter's input: a copy of its own under PEFT's cast, and the mask of dropout.
 
     A card's dropout keeps one byte an entry, a CPU's the factors themselves.
@@ -134,7 +134,7 @@ def _own_input(linear: Linear, setting: Setting) -> int:
     return (narrow + (1 if setting.on_gpu else cast)) * linear.inputs
 
 
-def _saved_by_sharing(shape: Shape, setting: Setting) -> int:
+def _saved_by_sharing(shape: ModelDimensions, setting: TrainingSetup) -> int:
     """Bytes a token that adapters do not keep, since another layer keeps the same tensor."""
     # Factors of a norm that are trained in float32 widen its output, which autocast narrows for each layer apart.
     apart = setting.norms_trained and setting.autocast and setting.adapter_bytes > setting.width
@@ -151,7 +151,7 @@ def _saved_by_sharing(shape: Shape, setting: Setting) -> int:
     return setting.width * saved
 
 
-def expert_bytes(shape: Shape, setting: Setting) -> float:
+def expert_bytes(shape: ModelDimensions, setting: TrainingSetup) -> float:
     """Bytes a token that the experts keep: both factors of the gate, the activation, and what goes in and out."""
     experts = shape.experts
     if experts is None:
@@ -162,14 +162,14 @@ def expert_bytes(shape: Shape, setting: Setting) -> float:
     return setting.width * experts.layers * (experts.per_token * each + shape.hidden)
 
 
-def expert_copies(shape: Shape, setting: Setting) -> float:
+def expert_copies(shape: ModelDimensions, setting: TrainingSetup) -> float:
     """Bytes of the experts' weights with their adapters added, which PEFT makes anew in each forward pass."""
     if shape.experts is None or not setting.expert_adapters:
         return 0.0
     return float(setting.width * shape.experts.parameters)
 
 
-def passing_bytes(shape: Shape, setting: Setting, tokens: int) -> float:
+def backward_bytes(shape: ModelDimensions, setting: TrainingSetup, tokens: int) -> float:
     """Bytes of the gradients that are there at once while one block goes backward: two of the inner width, one outer.
 
     PEFT's cast makes them float32. Measured with torch's profiler on five families: within 5 %.

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass, replace
 
-from peftcli.plan.memory.activations import block_bytes, end_bytes, passing_bytes, stream_bytes
-from peftcli.plan.memory.model_shape import Shape
-from peftcli.plan.memory.training_setup import Setting
+from peftcli.plan.memory.activations import backward_bytes, end_bytes, saved_activation_bytes, stream_bytes
+from peftcli.plan.memory.model_shape import ModelDimensions
+from peftcli.plan.memory.training_setup import TrainingSetup
 
 NF4_BITS = {True: 4.127, False: 4.5}
 """Bits of a weight with and without double quantization: 4 + 8/64 + 32/(64 * 256), or 4 + 32/64.
@@ -31,7 +31,7 @@ OFFLOADED_BLOCKS = 2
 
 
 @dataclass(frozen=True)
-class Load:
+class MicroBatchMemory:
     """One micro-batch of a model in a setting.
 
     Attributes:
@@ -39,8 +39,8 @@ class Load:
         longest: tokens of its longest row.
     """
 
-    shape: Shape
-    setting: Setting
+    shape: ModelDimensions
+    setting: TrainingSetup
     tokens: int
     longest: int
 
@@ -82,18 +82,18 @@ class Load:
         shape, setting = self.shape, self.setting
         waiting = setting.checkpointing * stream_bytes(shape, setting, self.tokens)
         if setting.checkpointing < 1:
-            waiting += (1 - setting.checkpointing) * block_bytes(shape, setting, self.tokens, self.longest)
+            waiting += (1 - setting.checkpointing) * saved_activation_bytes(shape, setting, self.tokens, self.longest)
         return waiting * min(1.0, OFFLOADED_BLOCKS / shape.layers) if setting.offloading else waiting
 
     def working(self) -> float:
         """Bytes that come and go on top of that: at the output layer, or while one block goes backward."""
         shape, setting = self.shape, self.setting
-        block = passing_bytes(shape, setting, self.tokens) + unpacked_bytes(shape, setting)
+        block = backward_bytes(shape, setting, self.tokens) + unpacked_bytes(shape, setting)
         if setting.checkpointing:
-            block += block_bytes(shape, setting, self.tokens, self.longest) / shape.layers
+            block += saved_activation_bytes(shape, setting, self.tokens, self.longest) / shape.layers
         return max(block, end_bytes(shape, setting, self.tokens) + head_bytes(shape, setting, self.tokens))
 
-    def with_tokens(self, tokens: int) -> "Load":
+    def with_tokens(self, tokens: int) -> "MicroBatchMemory":
         """The same with another number of tokens at once."""
         return replace(self, tokens=tokens)
 
@@ -109,7 +109,7 @@ class Load:
         return low
 
 
-def weight_bytes(shape: Shape, setting: Setting) -> float:
+def weight_bytes(shape: ModelDimensions, setting: TrainingSetup) -> float:
     """Bytes of the base: its linear layers in 4 or 8 bits where it is quantized, all else as wide as the base."""
     if setting.weight_bits is None:
         return shape.parameters * setting.base_bytes
@@ -118,7 +118,7 @@ def weight_bytes(shape: Shape, setting: Setting) -> float:
     return packed + (shape.parameters - shape.quantizable) * setting.base_bytes
 
 
-def own_bytes(shape: Shape, setting: Setting) -> float:
+def own_bytes(shape: ModelDimensions, setting: TrainingSetup) -> float:
     """Bytes of the part of the base that a process keeps; of 4-bit weights the block constants are whole in each."""
     whole = weight_bytes(shape, setting) - setting.freed * setting.base_bytes
     bits = setting.weight_bits
@@ -126,7 +126,7 @@ def own_bytes(shape: Shape, setting: Setting) -> float:
     return constants + (whole - constants) / setting.shards
 
 
-def gathered_bytes(shape: Shape, setting: Setting) -> float:
+def gathered_bytes(shape: ModelDimensions, setting: TrainingSetup) -> float:
     """Bytes of what a card holds of other cards' parts: the block at work, the next one twice, the output layer.
 
     While a block is computed the next one arrives, and is then copied into the tensors of its layers.
@@ -139,7 +139,7 @@ def gathered_bytes(shape: Shape, setting: Setting) -> float:
     return GATHERED_BLOCKS * block + shape.vocabulary * shape.hidden * setting.base_bytes
 
 
-def head_bytes(shape: Shape, setting: Setting, tokens: int) -> float:
+def head_bytes(shape: ModelDimensions, setting: TrainingSetup, tokens: int) -> float:
     """Bytes of the logits that are there at once, and of the gradient of the last hidden states."""
     head = setting.head
     rows = min(tokens, head.tokens or tokens)
@@ -153,7 +153,7 @@ def head_bytes(shape: Shape, setting: Setting, tokens: int) -> float:
     return logits + (4 + setting.base_bytes) * shape.hidden * tokens + weight
 
 
-def unpacked_bytes(shape: Shape, setting: Setting) -> float:
+def unpacked_bytes(shape: ModelDimensions, setting: TrainingSetup) -> float:
     """Bytes of the largest weight that is unpacked, and of what DoRA builds to measure its columns."""
     largest = max((linear.inputs * linear.outputs for linear in shape.linears), default=0)
     unpacked = setting.width * largest if setting.weight_bits is not None else 0

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from peftcli.methods.registry import METHODS
-from peftcli.plan.gpus import card_of
+from peftcli.plan.gpus import gpu_of
 from peftcli.plan.machine import Machine
-from peftcli.plan.memory.estimate import INT8_BITS, NF4_BITS, Load
-from peftcli.plan.memory.model_shape import Linear, Shape
+from peftcli.plan.memory.estimate import INT8_BITS, NF4_BITS, MicroBatchMemory
+from peftcli.plan.memory.model_shape import Linear, ModelDimensions
 from peftcli.plan.memory.step_time import step_seconds, token_flops
-from peftcli.plan.memory.suggestions import propose
-from peftcli.plan.memory.training_setup import FULL_HEAD, Head, Setting, tile_rows
+from peftcli.plan.memory.suggestions import suggest
+from peftcli.plan.memory.training_setup import FULL_LOGITS_HEAD, LogitsHead, TrainingSetup, tile_rows
 from peftcli.plan.optimizer import optimizer_bytes
 from peftcli.plan.plan import DTYPE_BYTES, Plan
 from peftcli.recipe.rules import CAUSAL
@@ -70,7 +70,7 @@ def rows_of(plan: Plan, data: Mapping[str, Any] | None) -> Rows:
 
 
 def make_forecast(
-    plan: Plan, shape: Shape | None, machine: Machine, rows: Rows, disk: Mapping[str, int]
+    plan: Plan, shape: ModelDimensions | None, machine: Machine, rows: Rows, disk: Mapping[str, int]
 ) -> dict[str, Any] | None:
     """Compute what a run will need.
 
@@ -82,7 +82,7 @@ def make_forecast(
     """
     if shape is None:
         return None
-    load = plan_load(plan, shape, machine, rows)
+    load = micro_batch_memory(plan, shape, machine, rows)
     # A CPU run on a machine with a card: what the machine states is the memory of the card.
     memory = machine.memory_bytes if machine.device == plan.base.device else None
     parts = load.parts()
@@ -97,13 +97,15 @@ def make_forecast(
         "peak_memory_bytes": load.counted,
         "fits": fits,
         "tight": tight,
-        "mends": _mends(load, plan, memory, tight=bool(tight)) if memory is not None and (tight or not fits) else [],
+        "mends": _suggestions(load, plan, memory, tight=bool(tight))
+        if memory is not None and (tight or not fits)
+        else [],
         "time": _time(plan, load, machine, rows),
         "disk_bytes": dict(disk),
     }
 
 
-def plan_load(plan: Plan, shape: Shape, machine: Machine, rows: Rows) -> Load:
+def micro_batch_memory(plan: Plan, shape: ModelDimensions, machine: Machine, rows: Rows) -> MicroBatchMemory:
     """The largest micro-batch of a plan, in its setting."""
     whole = plan.trainer.get("packing") or plan.trainer.get("padding_free")
     at_once = plan.batch.per_device * (plan.labels.max_length if plan.trainer.get("packing") else rows.longest)
@@ -111,11 +113,11 @@ def plan_load(plan: Plan, shape: Shape, machine: Machine, rows: Rows) -> Load:
     tokens = min(plan.batching.tokens, in_step) if plan.batching.kind == "flat" else at_once
     tokens = min(tokens, plan.batching.most or tokens)
     tokens = max(tokens, rows.longest)
-    setting = plan_setting(plan, shape, machine, one_row=tokens == rows.longest)
-    return Load(shape, setting, tokens, tokens if whole else rows.longest)
+    setting = training_setup(plan, shape, machine, one_row=tokens == rows.longest)
+    return MicroBatchMemory(shape, setting, tokens, tokens if whole else rows.longest)
 
 
-def plan_setting(plan: Plan, shape: Shape, machine: Machine, *, one_row: bool) -> Setting:
+def training_setup(plan: Plan, shape: ModelDimensions, machine: Machine, *, one_row: bool) -> TrainingSetup:
     """What of a plan decides memory and time.
 
     Args:
@@ -124,7 +126,7 @@ def plan_setting(plan: Plan, shape: Shape, machine: Machine, *, one_row: bool) -
     targets = match_linears(plan.targets, shape)
     of_linears = sum((plan.adapter.r or 0) * (linear.inputs + linear.outputs) * linear.count for linear in targets)
     saved = plan.adapter.modules_to_save or ()
-    return Setting(
+    return TrainingSetup(
         on_gpu=plan.base.device == "cuda",
         base_bytes=DTYPE_BYTES[plan.base.dtype],
         weight_bits=weight_bits(plan.base.quantization),
@@ -146,7 +148,7 @@ def plan_setting(plan: Plan, shape: Shape, machine: Machine, *, one_row: bool) -
         head_trained=any(name in ("lm_head", "embed_out") for name in saved),
         processes=plan.batch.processes,
         shards=plan.shards,
-        fitted=plan.fitted,
+        activation_fit=plan.activation_fit,
         first_block=_first_block(plan, shape),
         freed=min(plan.trainable_parameters, shape.parameters) if plan.frees_base else 0,
         norms_trained=plan.adapter.method in ("full", "freeze", "ln_tuning"),
@@ -159,7 +161,7 @@ def state_bytes(plan: Plan, optimizer: str) -> float:
     return optimizer_bytes(optimizer, trained, DTYPE_BYTES[plan.adapter_dtype]) / max(1, trained.parameters)
 
 
-def _first_block(plan: Plan, shape: Shape) -> int:
+def _first_block(plan: Plan, shape: ModelDimensions) -> int:
     """The first block with something to train; 0 where the gradient goes on to what stands before the blocks."""
     arguments, saved = plan.adapter.arguments, plan.adapter.modules_to_save
     if plan.trainer.get("activation_checkpointing") or METHODS[plan.adapter.method].prompts or saved:
@@ -183,14 +185,14 @@ def weight_bits(quantization: Mapping[str, Any] | None) -> float | None:
     return INT8_BITS if quantization["bits"] == 8 else NF4_BITS[bool(quantization["double_quant"])]
 
 
-def _head(plan: Plan, shape: Shape) -> Head:
+def _head(plan: Plan, shape: ModelDimensions) -> LogitsHead:
     if plan.task != CAUSAL:
-        return Head(None, len(plan.base.labels), FULL_HEAD.bytes)
+        return LogitsHead(None, len(plan.base.labels), FULL_LOGITS_HEAD.bytes)
     if plan.trainer.get("label_smoothing_factor"):
-        return FULL_HEAD
-    if "head" in plan.levers:  # the logits and the probabilities, each once more where they are narrow
-        return Head(tile_rows(shape.vocabulary), None, 8 if plan.base.dtype == "float32" else 12)
-    return Head()
+        return FULL_LOGITS_HEAD
+    if "head" in plan.optimizations:  # the logits and the probabilities, each once more where they are narrow
+        return LogitsHead(tile_rows(shape.vocabulary), None, 8 if plan.base.dtype == "float32" else 12)
+    return LogitsHead()
 
 
 def _casts(plan: Plan) -> bool:
@@ -198,13 +200,13 @@ def _casts(plan: Plan) -> bool:
     return plan.adapter.use_dora or (plan.base.device == "cpu" and bool(plan.adapter.dropout))
 
 
-def _checkpointed(plan: Plan, shape: Shape) -> float:
+def _checkpointed(plan: Plan, shape: ModelDimensions) -> float:
     if not plan.trainer.get("activation_checkpointing"):
         return 0.0
     return 1.0 if plan.checkpointed_blocks is None else plan.checkpointed_blocks / shape.layers
 
 
-def match_linears(targets: Mapping[str, int], shape: Shape) -> tuple[Linear, ...]:
+def match_linears(targets: Mapping[str, int], shape: ModelDimensions) -> tuple[Linear, ...]:
     """The linear layers that the targets of a plan stand for.
 
     Args:
@@ -220,7 +222,7 @@ def match_linears(targets: Mapping[str, int], shape: Shape) -> tuple[Linear, ...
     return tuple(found.values())
 
 
-def _attention(plan: Plan, shape: Shape, machine: Machine, one_row: bool) -> str:
+def _attention(plan: Plan, shape: ModelDimensions, machine: Machine, one_row: bool) -> str:
     asked = plan.base.attention
     if asked == "eager":
         return "eager"
@@ -236,19 +238,19 @@ def _attention(plan: Plan, shape: Shape, machine: Machine, one_row: bool) -> str
     return "repeated" if plan.batching.kind == "flat" else "math"
 
 
-def _mends(load: Load, plan: Plan, memory: int, *, tight: bool) -> list[dict[str, Any]]:
+def _suggestions(load: MicroBatchMemory, plan: Plan, memory: int, *, tight: bool) -> list[dict[str, Any]]:
     """What to change so that a load fits, or so that one that fits leaves the margin."""
     room = int(memory * (1 - MARGIN)) if tight else memory
     return [
-        {"keys": mend.keys.split("\n"), "total_bytes": mend.load.total, "fits": mend.load.total <= memory}
-        for mend in propose(load, plan, room)
+        {"keys": fix.keys.split("\n"), "total_bytes": fix.load.total, "fits": fix.load.total <= memory}
+        for fix in suggest(load, plan, room)
     ]
 
 
-def _time(plan: Plan, load: Load, machine: Machine, rows: Rows) -> dict[str, Any]:
+def _time(plan: Plan, load: MicroBatchMemory, machine: Machine, rows: Rows) -> dict[str, Any]:
     """Steps and seconds; null for what is not known, such as the speed of a processor."""
     alone = load.setting.shards == 1  # how fast cards exchange weights is not known
-    card = card_of(machine) if load.setting.on_gpu and load.setting.width == 2 and alone else None
+    card = gpu_of(machine) if load.setting.on_gpu and load.setting.width == 2 and alone else None
     in_step = plan.batch.per_device * plan.batch.accumulation
     flat = plan.batching.kind == "flat"
     tokens = in_step * (rows.mean if flat else rows.longest)

@@ -64,7 +64,7 @@ class Experts:
 
 
 @dataclass(frozen=True)
-class Shape:
+class ModelDimensions:
     """The widths of a base model.
 
     Attributes:

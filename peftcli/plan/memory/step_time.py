@@ -4,16 +4,16 @@ Source: the counts are those of the backward pass by hand, held against torch's 
 the bound is the roofline of Williams et al. 2009, doi:10.1145/1498765.1498785.
 """
 
-from peftcli.plan.gpus import Card
+from peftcli.plan.gpus import GPU
 from peftcli.plan.memory.estimate import weight_bytes
-from peftcli.plan.memory.model_shape import Shape
-from peftcli.plan.memory.training_setup import Setting
+from peftcli.plan.memory.model_shape import ModelDimensions
+from peftcli.plan.memory.training_setup import TrainingSetup
 
 WRITTEN_BYTES = 2
 """Of a weight that was unpacked; its 4 or 8 bits are read for that."""
 
 
-def token_flops(shape: Shape, setting: Setting, attended: float) -> float:
+def token_flops(shape: ModelDimensions, setting: TrainingSetup, attended: float) -> float:
     """Products and sums for one token of a training step, forward and backward.
 
     The base is frozen, so its backward pass takes one product a weight where the adapter's takes two.
@@ -31,7 +31,7 @@ def token_flops(shape: Shape, setting: Setting, attended: float) -> float:
 
 
 def step_seconds(
-    shape: Shape, setting: Setting, card: Card, *, tokens: float, micro_batches: int, attended: float
+    shape: ModelDimensions, setting: TrainingSetup, card: GPU, *, tokens: float, micro_batches: int, attended: float
 ) -> float:
     """Seconds of one optimizer step on one card.
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 
 from peftcli.methods.base import Method
 from peftcli.methods.registry import METHODS
-from peftcli.plan.memory.estimate import INT8_BITS, NF4_BITS, Load
-from peftcli.plan.memory.training_setup import Setting
+from peftcli.plan.memory.estimate import INT8_BITS, NF4_BITS, MicroBatchMemory
+from peftcli.plan.memory.training_setup import TrainingSetup
 from peftcli.plan.optimizer import optimizer_bytes
 from peftcli.plan.parallelism import asking
 from peftcli.plan.plan import Plan
@@ -20,7 +20,7 @@ SHORTEST = 128
 
 
 @dataclass(frozen=True)
-class Mend:
+class Suggestion:
     """One change.
 
     Attributes:
@@ -29,36 +29,36 @@ class Mend:
     """
 
     keys: str
-    load: Load
+    load: MicroBatchMemory
 
 
-Change = Callable[[Load], Mend | None]
+Change = Callable[[MicroBatchMemory], Suggestion | None]
 """From a load to the change of it; None where it is made already."""
 
 
-def propose(load: Load, plan: Plan, memory_bytes: int) -> list[Mend]:
+def suggest(load: MicroBatchMemory, plan: Plan, memory_bytes: int) -> list[Suggestion]:
     """All changes that lower the total of a load, each alone, then as many together as it takes.
 
     Args:
         memory_bytes: that the load should fit.
     """
     changes = list(_changes(plan, memory_bytes))
-    alone = [mend for change in changes if (mend := change(load)) is not None and _helps(mend.load, load)]
-    if any(mend.load.total <= memory_bytes for mend in alone):
+    alone = [fix for change in changes if (fix := change(load)) is not None and _helps(fix.load, load)]
+    if any(fix.load.total <= memory_bytes for fix in alone):
         return alone
     keys, now = [], load
     for change in changes:
-        mend = change(now)
-        if mend is None or not _helps(mend.load, now):
+        fix = change(now)
+        if fix is None or not _helps(fix.load, now):
             continue
-        keys.append(mend.keys)
-        now = mend.load
+        keys.append(fix.keys)
+        now = fix.load
         if now.total <= memory_bytes:
             break
-    return [*alone, Mend("\n".join(keys), now)] if len(keys) > 1 else alone
+    return [*alone, Suggestion("\n".join(keys), now)] if len(keys) > 1 else alone
 
 
-def _helps(after: Load, before: Load) -> bool:
+def _helps(after: MicroBatchMemory, before: MicroBatchMemory) -> bool:
     return after.total < before.total * (1 - LEAST_SHARE)
 
 
@@ -76,7 +76,7 @@ def _changes(plan: Plan, memory_bytes: int) -> Iterator[Change]:
     yield lambda load: _small_optimizer(load, plan)
 
 
-def _quantize(load: Load, method: Method) -> Mend | None:
+def _quantize(load: MicroBatchMemory, method: Method) -> Suggestion | None:
     """The fewest bits that the method works on, where the weights have more now."""
     now, bits = load.setting.weight_bits or 16, method.fewest_bits
     if now <= {4: NF4_BITS[False]}.get(bits, bits):
@@ -85,15 +85,15 @@ def _quantize(load: Load, method: Method) -> Mend | None:
     return _with(load, f"quantization: {{bits: {bits}}}", fewer)
 
 
-def _shorter_lines(load: Load, memory_bytes: int) -> Mend | None:
+def _shorter_lines(load: MicroBatchMemory, memory_bytes: int) -> Suggestion | None:
     """Lines that fit, or those of one row each where nothing does; a shorter line never changes what is learned."""
     tokens = max(load.longest, min(load.tokens, load.largest(memory_bytes) // 64 * 64))
     if tokens >= load.tokens:
         return None
-    return Mend(f"performance: {{tokens_per_micro_batch: {tokens}}}", load.with_tokens(tokens))
+    return Suggestion(f"performance: {{tokens_per_micro_batch: {tokens}}}", load.with_tokens(tokens))
 
 
-def _smaller_batch(load: Load, plan: Plan, memory_bytes: int) -> Mend | None:
+def _smaller_batch(load: MicroBatchMemory, plan: Plan, memory_bytes: int) -> Suggestion | None:
     rows, accumulated, now = plan.batch.per_device, plan.batch.accumulation, load
     while rows % 2 == 0 and (now is load or now.total > memory_bytes):
         rows, accumulated = rows // 2, accumulated * 2
@@ -103,16 +103,16 @@ def _smaller_batch(load: Load, plan: Plan, memory_bytes: int) -> Mend | None:
     keys = f"trainer: {{per_device_train_batch_size: {rows}, gradient_accumulation_steps: {accumulated}}}"
     if rows == 1 and now.setting.attention == "masked":
         now = replace(now, setting=replace(now.setting, attention="flash"))
-    return Mend(keys, now)
+    return Suggestion(keys, now)
 
 
-def _checkpoint(load: Load) -> Mend | None:
+def _checkpoint(load: MicroBatchMemory) -> Suggestion | None:
     if load.setting.checkpointing == 1:
         return None
     return _with(load, "trainer: {activation_checkpointing: true}", replace(load.setting, checkpointing=1.0))
 
 
-def _divide(load: Load, plan: Plan) -> Mend | None:
+def _divide(load: MicroBatchMemory, plan: Plan) -> Suggestion | None:
     """The base divided among all cards that are here."""
     cards = plan.possible_shards
     if not load.setting.on_gpu or load.setting.shards >= cards:
@@ -121,15 +121,15 @@ def _divide(load: Load, plan: Plan) -> Mend | None:
     return _with(load, keys, replace(load.setting, shards=cards, processes=cards))
 
 
-def _shorten(load: Load) -> Mend | None:
+def _shorten(load: MicroBatchMemory) -> Suggestion | None:
     longest = load.longest // 2
     if longest < SHORTEST:
         return None
     shorter = replace(load, longest=longest, tokens=max(longest, load.tokens // 2))
-    return Mend(f"dataset: {{max_length: {longest}}}", shorter)
+    return Suggestion(f"dataset: {{max_length: {longest}}}", shorter)
 
 
-def _lower_rank(load: Load, plan: Plan) -> Mend | None:
+def _lower_rank(load: MicroBatchMemory, plan: Plan) -> Suggestion | None:
     r = load.setting.r // 2
     if r < 4 or plan.adapter.modules_to_save or plan.adapter.alpha is None:
         return None
@@ -137,7 +137,7 @@ def _lower_rank(load: Load, plan: Plan) -> Mend | None:
     return _with(load, f"adapter: {{r: {r}, alpha: {plan.adapter.alpha / 2:g}}}", lower)
 
 
-def _fewer_targets(load: Load) -> Mend | None:
+def _fewer_targets(load: MicroBatchMemory) -> Suggestion | None:
     setting = load.setting
     few = tuple(linear for linear in setting.targets if linear.leaf in FEW_TARGETS)
     if len({linear.leaf for linear in few}) < 2 or len(few) == len(setting.targets) or setting.expert_adapters:
@@ -149,7 +149,7 @@ def _fewer_targets(load: Load) -> Mend | None:
     return _with(load, f"adapter: {{target_modules: [{', '.join(FEW_TARGETS)}]}}", fewer)
 
 
-def _small_optimizer(load: Load, plan: Plan) -> Mend | None:
+def _small_optimizer(load: MicroBatchMemory, plan: Plan) -> Suggestion | None:
     whole = optimizer_bytes(SMALL_OPTIMIZER, plan.trained, load.setting.adapter_bytes)
     state_bytes = whole / max(1, plan.trained.parameters)
     if not load.setting.on_gpu or state_bytes >= load.setting.state_bytes:
@@ -157,5 +157,5 @@ def _small_optimizer(load: Load, plan: Plan) -> Mend | None:
     return _with(load, f"trainer: {{optim: {SMALL_OPTIMIZER}}}", replace(load.setting, state_bytes=state_bytes))
 
 
-def _with(load: Load, keys: str, setting: Setting) -> Mend:
-    return Mend(keys, replace(load, setting=setting))
+def _with(load: MicroBatchMemory, keys: str, setting: TrainingSetup) -> Suggestion:
+    return Suggestion(keys, replace(load, setting=setting))

@@ -17,7 +17,7 @@ OF_TOKENS = 4
 
 
 @dataclass(frozen=True)
-class Head:
+class LogitsHead:
     """The logits that are there at once, and what is kept for each.
 
     TRL's fused output layer makes tiles of 4096 tokens by 32768 words in the width of the computation, and a
@@ -50,12 +50,12 @@ def tile_rows(vocabulary: int) -> int:
     return max(LEAST_ROWS, TILE_BYTES // (4 * vocabulary))
 
 
-FULL_HEAD = Head(None, None, 10)
+FULL_LOGITS_HEAD = LogitsHead(None, None, 10)
 """All logits: 2 bytes, their float32 copy and gradient in turns 4, the log-probabilities 4."""
 
 
 @dataclass(frozen=True)
-class Fitted:
+class ActivationFit:
     """Bytes that the adapter of one linear layer keeps beside its input and its own weights.
 
     Most methods other than LoRA build a matrix of the size of the weight in each forward pass, or turn the input block
@@ -83,7 +83,7 @@ class Fitted:
 
 
 @dataclass(frozen=True)
-class Setting:
+class TrainingSetup:
     """How a model is trained.
 
     Attributes:
@@ -109,8 +109,8 @@ class Setting:
         head_trained: the output layer is trained whole.
         processes: that share the gradients.
         shards: processes that each hold a part of the base.
-        fitted: what adapters of a method other than LoRA keep, by the last name of their layer, "" for all others.
-        first_block: before which nothing is trained, so that nothing is kept.
+        activation_fit: what adapters of a method other than LoRA keep, by the last name of their layer, "" for all
+        others. first_block: before which nothing is trained, so that nothing is kept.
         norms_trained: the factors of the norms are trained.
         freed: weights of the base that are not in memory while their trained copies are.
     """
@@ -132,11 +132,11 @@ class Setting:
     offloading: bool = False
     attention: str = "flash"
     filling: float = 1.0
-    head: Head = Head()
+    head: LogitsHead = LogitsHead()
     head_trained: bool = False
     processes: int = 1
     shards: int = 1
-    fitted: Mapping[str, Fitted] = field(default_factory=dict)
+    activation_fit: Mapping[str, ActivationFit] = field(default_factory=dict)
     first_block: int = 0
     norms_trained: bool = False
     freed: int = 0

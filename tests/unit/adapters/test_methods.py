@@ -17,7 +17,7 @@ from peftcli.model.files import loaded_weights
 from peftcli.model.heads import AUTO_CLASSES
 from peftcli.model.inspect import inspect_model, trainable_counter
 from peftcli.model.load import load_adapter, load_base
-from peftcli.plan.adapter import settle_adapter
+from peftcli.plan.adapter import resolve_adapter
 from peftcli.plan.heads import with_head
 from peftcli.plan.plan import Base
 from peftcli.recipe.load import load_recipe
@@ -38,7 +38,7 @@ KINDS = {4: NF4, 8: INT8, 16: None}
 
 def settled(path: Path, name: str) -> AdapterSection:
     facts = inspect_model(str(path), AutoConfig.from_pretrained(path))
-    return settle_adapter(AdapterSection(method=name, **SETTINGS.get(name, {})), facts)[0]
+    return resolve_adapter(AdapterSection(method=name, **SETTINGS.get(name, {})), facts)[0]
 
 
 def wrapped(base: Base, adapter: AdapterSection) -> PeftModel:
@@ -138,7 +138,7 @@ def test_a_method_trains_an_encoder_with_a_head_or_is_refused(tmp_path: Path, na
         num_labels=3,
     )
     facts = inspect_model("tiny-bert", config, task, labels=labels)
-    adapter, _ = settle_adapter(AdapterSection(method=name, **SETTINGS.get(name, {})), facts)
+    adapter, _ = resolve_adapter(AdapterSection(method=name, **SETTINGS.get(name, {})), facts)
     adapter = with_head(adapter, facts, task)
     torch.manual_seed(0)
     base = AUTO_CLASSES[task].from_config(config).eval()

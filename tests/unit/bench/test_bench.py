@@ -27,7 +27,7 @@ from peftcli.bench.tools import TOOLS, Tool, tuned_for
 from peftcli.cli.bench import bench_table, nameless
 from peftcli.errors import MachineError
 from peftcli.plan.machine import Machine
-from peftcli.plan.memory.model_shape import Linear, Norm, Shape
+from peftcli.plan.memory.model_shape import Linear, ModelDimensions, Norm
 from peftcli.progress import Silent
 
 Cli = Callable[..., int]
@@ -292,7 +292,7 @@ def test_no_folder_and_no_name_is_in_what_is_sent_in() -> None:
 def test_the_work_of_a_token_is_four_products_a_weight_and_six_with_checkpointing() -> None:
     linear = Linear("mlp.up_proj", 100, 100, 10)
     norm = Norm(100, 1, True)
-    shape = Shape(100, 10, 100, 100, 1, 100, 2, 10, 50, 105_000, (linear,), (norm,), norm)
+    shape = ModelDimensions(100, 10, 100, 100, 1, 100, 2, 10, 50, 105_000, (linear,), (norm,), norm)
     weights, adapter = 100 * 100 * 10, 16 * 200 * 10
     found = flops(shape, 16)
     assert found["token"] == 4 * weights + 6 * adapter + 4 * 50 * 100

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from peftcli.data.formats import KINDS, Examples, Reading, choose_reading
+from peftcli.data.formats import KINDS, Examples, RowFormat, choose_format
 from peftcli.data.rows import Rows
 from peftcli.errors import DataError
 from peftcli.recipe.schema import DatasetSection
@@ -23,8 +23,8 @@ def rows_of(objects: list[dict[str, Any]], file: str = "a.jsonl") -> Rows:
     return Rows(file, list(range(1, len(objects) + 1)), {name: [row.get(name) for row in objects] for name in names})
 
 
-def choose(rows: Rows, *, chats: bool = True, **keys: Any) -> Reading:
-    return choose_reading(rows, DatasetSection.model_validate({"path": "a", **keys}), chats=chats)
+def choose(rows: Rows, *, chats: bool = True, **keys: Any) -> RowFormat:
+    return choose_format(rows, DatasetSection.model_validate({"path": "a", **keys}), chats=chats)
 
 
 def read(objects: list[dict[str, Any]], *, chats: bool = True, **keys: Any) -> Examples:
@@ -148,7 +148,7 @@ def test_templates_are_filled_fast() -> None:
     assert len(rows) / seconds > 60_000  # some 400,000 on an idle core
 
 
-def _seconds(reading: Reading, rows: Rows) -> float:
+def _seconds(reading: RowFormat, rows: Rows) -> float:
     start = time.process_time()
     reading.examples(rows)
     return time.process_time() - start

@@ -14,19 +14,19 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from peftcli.cli.terminal import show_data
-from peftcli.data.label_stats import say_label_warnings
-from peftcli.data.label_tokenize import align, takes_words
+from peftcli.data.label_stats import label_warnings
+from peftcli.data.label_tokenize import align_words, takes_words
 from peftcli.data.prepare import PreparedData, prepare
-from peftcli.data.preview import shown_rows
+from peftcli.data.preview import sample_rows
 from peftcli.data.tokenize import IGNORED
 from peftcli.errors import DataError
-from peftcli.plan.plan import LabelRule
+from peftcli.plan.plan import LossMask
 from peftcli.progress import Silent
 from peftcli.recipe.schema import DatasetSection
 
 SHARED = Path(__file__).parents[4] / "shared"
 needs_data = pytest.mark.skipif(not (SHARED / "data").is_dir(), reason="the shared data are not on this machine")
-SEQUENCE = LabelRule(True, True, (), 32, "sequence-classification")
+SEQUENCE = LossMask(True, True, (), 32, "sequence-classification")
 TOKENS = replace(SEQUENCE, task="token-classification")
 WORDS = "the a an old new cat dog eel york went to see ##s ##ing ##er play walk , . ! 0 1 2 3 4 5 6 7 8 9"
 Prepare = Callable[..., PreparedData]
@@ -63,7 +63,7 @@ def prepared(bert: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Prep
     monkeypatch.setenv("PEFTCLI_CACHE", str(tmp_path / "cache"))
 
     def make(
-        rule: LabelRule = SEQUENCE, tokenizer: Any = bert, problem: str = "auto", smoke: bool = False, **keys: Any
+        rule: LossMask = SEQUENCE, tokenizer: Any = bert, problem: str = "auto", smoke: bool = False, **keys: Any
     ) -> PreparedData:
         section = DatasetSection.model_validate(keys)
         return prepare(section, tokenizer, replace(rule, problem=problem), 0, Silent(), smoke=smoke)
@@ -100,7 +100,7 @@ def animals(count: int = 40, kinds: str = "cat dog", **more: Callable[[int], Any
 def labelled(data: PreparedData) -> dict[str, list[Any]]:
     """The label of each text of both sides, as the store gives it."""
     found = {}
-    for side in (data.train, data.test_side):
+    for side in (data.train, data.test_split):
         rows = side.store.examples.take(side.rows).to_pydict()
         found |= dict(zip(rows["text"], rows["labels"], strict=True))
     return found
@@ -214,7 +214,7 @@ def test_warnings_say_what_a_figure_would_hide(prepared: Prepare, file: Any) -> 
     rows = animals(100, kinds="cat")
     rows[0]["label"], rows[1]["label"] = "Cat", "dog"
     data = prepared(path=file(rows), test={"path": file(animals(8, kinds="cat"), "test.jsonl")})
-    said = " | ".join(say_label_warnings(data.facts))
+    said = " | ".join(label_warnings(data.facts))
     assert "the test side has no row of 2 classes, such as Cat, dog, so it is not scored" in said
     assert "classes differ in case or white space only (Cat, cat)" in said
     assert "100.0% of the test rows have one class" in said
@@ -442,7 +442,7 @@ def test_the_first_token_of_a_word_carries_its_tag(prepared: Prepare, bert: Any,
 
 def test_alignment_is_that_of_the_tokenizer_for_lists_of_words(bert: Any) -> None:
     words = ["the", "walking", "dogs", ",", "", "!!", "york"]
-    (found,) = align([words], bert)
+    (found,) = align_words([words], bert)
     encoded = bert([words], is_split_into_words=True)
     assert found.ids == encoded["input_ids"][0]
     ids, seen = encoded.word_ids(0), set()
@@ -456,7 +456,7 @@ def test_alignment_is_that_of_the_tokenizer_for_lists_of_words(bert: Any) -> Non
 
 def test_a_tokenizer_on_bytes_reads_words_with_the_spaces_between_them(llama: Any) -> None:
     words = ["The", "walking", "", "dogs", "New", "York", "!"]
-    (found,) = align([words], llama)
+    (found,) = align_words([words], llama)
     assert found.ids == llama("The walking  dogs New York !")["input_ids"]
     assert [word for word in found.words if word is not None] == [0, 1, 3, 4, 5, 6]
     for at, word in enumerate(found.words):
@@ -513,7 +513,7 @@ def test_a_long_row_may_be_split_between_words_and_loses_nothing(prepared: Prepa
     assert bert.decode(first["input_ids"]) == "[CLS] the cats went to [SEP]"
     assert bert.decode(second["input_ids"]) == "[CLS] new york 0 0 [SEP]"
     assert [label for row in (first, second) for label in row["labels"] if label != IGNORED] == [0, 1, 0, 0, 2, 3, 0, 0]
-    sides = [{data.train.store.places([row])[0] for row in side.rows} for side in (data.train, data.test_side)]
+    sides = [{data.train.store.places([row])[0] for row in side.rows} for side in (data.train, data.test_split)]
     assert not sides[0] & sides[1]
     assert data.facts["conflicting_rows"] == 0
 
@@ -555,7 +555,7 @@ def test_numbered_tags_take_the_given_names(prepared: Prepare, file: Any) -> Non
 
 def test_a_preview_shows_the_label_behind_the_text(prepared: Prepare, bert: Any, file: Any) -> None:
     data = prepared(path=file(animals()))
-    row = shown_rows(data.train, bert, SEQUENCE, None, 1)[0]
+    row = sample_rows(data.train, bert, SEQUENCE, None, 1)[0]
     assert [part["kind"] for part in row["parts"]] == ["prompt", "trained"]
     assert row["trained"] is None
     name = data.labels[data.train.store.examples.column("labels")[int(data.train.rows[0])].as_py()[0]]
@@ -565,7 +565,7 @@ def test_a_preview_shows_the_label_behind_the_text(prepared: Prepare, bert: Any,
 def test_a_preview_shows_tags_at_their_words_and_what_is_cut(prepared: Prepare, bert: Any, file: Any) -> None:
     rule = replace(TOKENS, max_length=9)
     data = prepared(path=file(sentences()), rule=rule)
-    parts = shown_rows(data.train, bert, rule, None, 1)[0]["parts"]
+    parts = sample_rows(data.train, bert, rule, None, 1)[0]["parts"]
     assert "".join(part["text"] for part in parts).startswith(
         "[CLS] the cats/B-ANIMAL went to new/B-PLACE york/I-PLACE [SEP] 2 tokens cut off"
     )
@@ -581,7 +581,7 @@ def test_rows_are_prepared_anew_for_another_reading_of_the_labels(prepared: Prep
 
 
 @pytest.mark.parametrize("rule", [SEQUENCE, TOKENS])
-def test_a_smoke_run_makes_up_rows_with_labels(prepared: Prepare, rule: LabelRule) -> None:
+def test_a_smoke_run_makes_up_rows_with_labels(prepared: Prepare, rule: LossMask) -> None:
     data = prepared(name="somebody/reviews", rule=rule, smoke=True, test={"hub_split": "test"}, limits={"leaked": 1})
     assert len(data.labels) == 2 and data.test.num_rows == 48
     named = prepared(name="somebody/reviews", rule=rule, smoke=True, labels=["O", "B-x", "I-x"])

@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 
 from peftcli.data import cache as keeping
-from peftcli.data.dedup import Matrix, near_partners, plain, signatures
-from peftcli.data.pipeline import ingest
+from peftcli.data.dedup import Matrix, match_near_duplicates, normalize, signatures
+from peftcli.data.pipeline import run_pipeline
 from peftcli.data.prepare import PreparedData, prepare
 from peftcli.data.split import split_by_class, split_by_group, split_indices, weighted
 from peftcli.errors import DataError
-from peftcli.plan.plan import LabelRule
+from peftcli.plan.plan import LossMask
 from peftcli.progress import Silent
 from peftcli.recipe.schema import DatasetSection
 
-RULE = LabelRule(completion_only=True, assistant_only=True, asked=(), max_length=64)
+RULE = LossMask(completion_only=True, assistant_only=True, asked=(), max_length=64)
 Prepare = Callable[..., PreparedData]
 
 
@@ -35,7 +35,7 @@ def prepared(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     """A function from the keys of a dataset section to its data, with a cache of its own."""
     monkeypatch.setenv("PEFTCLI_CACHE", str(tmp_path / "cache"))
 
-    def make(seed: int = 0, rule: LabelRule = RULE, **keys: Any) -> PreparedData:
+    def make(seed: int = 0, rule: LossMask = RULE, **keys: Any) -> PreparedData:
         return prepare(DatasetSection.model_validate(keys), tokenizer, rule, seed, Silent())
 
     return make
@@ -59,7 +59,7 @@ def numbered(path: Path, count: int, **more: Callable[[int], Any]) -> str:
 
 
 def texts(data: PreparedData, side: str = "train") -> list[str]:
-    chosen = data.train if side == "train" else data.test_side
+    chosen = data.train if side == "train" else data.test_split
     column = chosen.store.examples.column("text")
     return [column[int(row)].as_py() for row in chosen.rows]
 
@@ -173,7 +173,7 @@ def test_several_sources_are_used_as_often_as_their_weights_say(prepared: Prepar
     second = [text for text in used if text.startswith("other")]
     assert len(first) == 2 * len(set(first)) and len(second) == len(set(second))
     drawn = data.train.store.column("source")
-    assert len(second) == round(0.5 * (20 - int((drawn[data.test_side.rows] == 1).sum())))
+    assert len(second) == round(0.5 * (20 - int((drawn[data.test_split.rows] == 1).sum())))
     assert [(one["path"], one["rows"], one["weight"]) for one in data.facts["sources"]] == [
         ("a.jsonl", 20, 2.0),
         ("b.jsonl", 20, 0.5),
@@ -215,7 +215,7 @@ def test_pieces_of_one_text_stay_on_one_side(prepared: Prepare, tmp_path: Path) 
 def test_a_plain_text_file_becomes_rows_of_about_max_length(prepared: Prepare, tmp_path: Path) -> None:
     (tmp_path / "book.txt").write_text("It was a long day, and the night was longer.\n" * 200)
     data = prepared(path=str(tmp_path / "book.txt"), split={"test_size": 0.1}, limits={"leaked": 1})
-    lengths = np.concatenate([data.train.column("length"), data.test_side.column("length")])
+    lengths = np.concatenate([data.train.column("length"), data.test_split.column("length")])
     assert lengths.max() <= 64 and lengths.min() > 56
     assert data.facts["truncated_rows"] == data.facts["dropped_rows"] == 0
     assert data.facts["eos_expected_rows"] <= 1 and data.facts["sources"][0]["rows"] == 1
@@ -255,10 +255,10 @@ def test_near_duplicates_are_found_and_others_are_not() -> None:
     one = "the quick brown fox jumps over the lazy dog and then runs home through the wood before night falls"
     other = "a completely different sentence that shares nothing with the first one but some letters and spaces"
     rows = [one, other, one.replace("quick", "fast"), one + " again", other.upper(), "short", "short!"]
-    found = near_partners(Matrix(signatures([plain(row) for row in rows])), None)
+    found = match_near_duplicates(Matrix(signatures([normalize(row) for row in rows])), None)
     assert found[3] == 0 and found[4] == 1 and found[1] == -1 and found[5] == found[6] == -1
     far = [f"{number * 7919} rows of {number * 104729} words, and {number * 15485863} letters" for number in range(500)]
-    assert (near_partners(Matrix(signatures(far)), None) >= 0).sum() == 0
+    assert (match_near_duplicates(Matrix(signatures(far)), None) >= 0).sum() == 0
 
 
 def test_signatures_estimate_the_share_of_common_pieces() -> None:
@@ -343,16 +343,16 @@ def test_a_second_time_the_rows_come_from_the_cache(
 
     def counted(*args: Any) -> None:
         passes.append(1)
-        ingest(*args)
+        run_pipeline(*args)
 
-    monkeypatch.setattr(keeping, "ingest", counted)
+    monkeypatch.setattr(keeping, "run_pipeline", counted)
     first = prepared(path=path)
     again = prepared(path=path, split={"test_size": 3}, seed=9)
     assert (first.facts["cache"], again.facts["cache"], len(passes)) == ("made", "reused", 1)
     assert sorted(texts(first) + texts(first, "test")) == sorted(texts(again) + texts(again, "test"))
     numbered(tmp_path / "a.jsonl", 31)
     assert prepared(path=path).facts["cache"] == "made"
-    prepared(path=path, rule=LabelRule(True, True, (), 32))
+    prepared(path=path, rule=LossMask(True, True, (), 32))
     prepared(path=path, text="{text}!")
     assert len(passes) == 4
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from peftcli.data.quality import SEARCHES, Scan
+from peftcli.data.quality import SEARCHES, ColumnScan
 from peftcli.data.rows import Rows
 from peftcli.recipe.problems import is_secret
 
@@ -15,8 +15,8 @@ DATA = Path(__file__).parents[4] / "shared" / "data"
 TOKEN = "hf_" + "aB3d" * 8
 
 
-def scan(values: list[Any], name: str = "answer") -> Scan:
-    made = Scan("a.jsonl", [name])
+def scan(values: list[Any], name: str = "answer") -> ColumnScan:
+    made = ColumnScan("a.jsonl", [name])
     made.add(Rows("a.jsonl", list(range(1, len(values) + 1)), {name: values}))
     return made
 
@@ -35,7 +35,7 @@ def test_types_gaps_and_their_first_places_are_counted() -> None:
 
 
 def test_counts_go_on_over_batches_and_places_stop_at_five() -> None:
-    made = Scan("data", ["a", "b", "c"])
+    made = ColumnScan("data", ["a", "b", "c"])
     for file in ("1.jsonl", "2.jsonl"):
         made.add(Rows(file, [1, 2, 3], {"a": [None] * 3, "b": ["me@x.org"] * 3}))
     first, second = made.facts()
@@ -45,7 +45,7 @@ def test_counts_go_on_over_batches_and_places_stop_at_five() -> None:
 
 
 def test_a_column_that_a_batch_lacks_is_null_there() -> None:
-    made = Scan("data", ["a"])
+    made = ColumnScan("data", ["a"])
     made.add(Rows("1.jsonl", [1], {"a": ["x"]}))
     made.add(Rows("2.jsonl", [1, 2], {}))
     assert (made.facts()[0]["rows"], made.facts()[0]["null"]) == (3, 2)

@@ -9,11 +9,11 @@ import pytest
 
 from peftcli.data.chat_template import last_answer, render
 from peftcli.data.encode import encode, stop_ids
-from peftcli.data.tokenize import IGNORED, TokenBatch, Tokens
+from peftcli.data.tokenize import IGNORED, TokenizedBatch, TokenizeStep
 from peftcli.errors import DataError
-from peftcli.plan.plan import LabelRule
+from peftcli.plan.plan import LossMask
 
-RULE = LabelRule(completion_only=True, assistant_only=True, asked=(), max_length=64)
+RULE = LossMask(completion_only=True, assistant_only=True, asked=(), max_length=64)
 CHAT = [
     {"role": "user", "content": "Hello there"},
     {"role": "assistant", "content": "Good day"},
@@ -22,11 +22,11 @@ CHAT = [
 ]
 
 
-def tokenize(kind: str, columns: dict[str, list[str]], tokenizer: Any, rule: LabelRule = RULE) -> TokenBatch:
-    return Tokens(kind, tokenizer, rule).batch(columns, None, None)
+def tokenize(kind: str, columns: dict[str, list[str]], tokenizer: Any, rule: LossMask = RULE) -> TokenizedBatch:
+    return TokenizeStep(kind, tokenizer, rule).batch(columns, None, None)
 
 
-def rows_of(batch: TokenBatch) -> list[tuple[list[int], list[int]]]:
+def rows_of(batch: TokenizedBatch) -> list[tuple[list[int], list[int]]]:
     ends = np.cumsum(batch.lengths)
     labels = batch.labels()
     return [
@@ -35,7 +35,7 @@ def rows_of(batch: TokenBatch) -> list[tuple[list[int], list[int]]]:
     ]
 
 
-def trained_text(batch: TokenBatch, tokenizer: Any, row: int = 0) -> str:
+def trained_text(batch: TokenizedBatch, tokenizer: Any, row: int = 0) -> str:
     return str(tokenizer.decode([label for label in rows_of(batch)[row][1] if label != IGNORED]))
 
 
@@ -196,7 +196,7 @@ def test_rows_cut_before_their_first_trained_token_are_dropped_and_counted(token
 
 def test_too_long_rows_can_be_dropped_or_split(tokenizer: Any) -> None:
     columns = {"text": ["word " * 100, "short"]}
-    tokens = Tokens("text", tokenizer, RULE)
+    tokens = TokenizeStep("text", tokenizer, RULE)
     dropped = tokens.batch(columns, None, "drop")
     assert dropped.of.tolist() == [1] and dropped.dropped == [(0, "longer than max_length 64")]
     split = tokens.batch(columns, None, "split")
@@ -207,7 +207,7 @@ def test_too_long_rows_can_be_dropped_or_split(tokenizer: Any) -> None:
 
 
 def test_a_piece_that_goes_on_gets_no_end_token(tokenizer: Any) -> None:
-    batch = Tokens("text", tokenizer, RULE).batch({"text": ["One two", "three."]}, [False, True], None)
+    batch = TokenizeStep("text", tokenizer, RULE).batch({"text": ["One two", "three."]}, [False, True], None)
     end = tokenizer.eos_token_id
     assert [ids[-1] == end for ids, _ in rows_of(batch)] == [False, True]
     assert batch.flags["ends"].tolist() == [False, True]

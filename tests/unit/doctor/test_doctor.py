@@ -21,29 +21,30 @@ from rich.console import Console
 
 from peftcli.cli.doctor import print_verdicts
 from peftcli.doctor import gpu, hub, packages, quantization, recipe, run, tested
-from peftcli.doctor.check import Verdict, anonymous, private_words, refused, without_private
-from peftcli.doctor.gpu import Card, Cuda
+from peftcli.doctor.check import Check, anonymous, private_words, refused, without_private
+from peftcli.doctor.gpu import GPU as Card
+from peftcli.doctor.gpu import Cuda
 from peftcli.doctor.hub import Hub, HubModel
 from peftcli.doctor.packages import Need
 from peftcli.doctor.quantization import Trial
 from peftcli.doctor.system import (
+    DiskPath,
     Host,
-    Place,
-    judge_cache,
-    judge_cores,
-    judge_disk,
-    judge_encoding,
-    judge_memory,
-    judge_models,
-    judge_session,
-    probe_place,
+    check_cache,
+    check_cores,
+    check_disk,
+    check_encoding,
+    check_memory,
+    check_model_cache,
+    check_session,
+    probe_disk,
 )
 from peftcli.errors import DataError, MachineError, RecipeError
 from peftcli.model.hardware import core_quota, memory_limit, usable_memory
 from peftcli.model.load import FAST_CPU_PATH
 from peftcli.plan.machine import Machine
 from peftcli.recipe.load import load_recipe
-from peftcli.train.deadline import Deadline, Limit
+from peftcli.train.deadline import Deadline, NotebookLimit
 
 ROOT = Path(__file__).parents[3]
 GIB = 2**30
@@ -64,10 +65,10 @@ def without_driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(gpu, "DRIVER", tmp_path / "no-driver")
 
 
-def expect(verdict: Verdict, result: str, *said: str) -> None:
+def expect(verdict: Check, result: str, *said: str) -> None:
     """A verdict with this result and these words; one that is not ok has a mend, and only that."""
     assert verdict.result == result, verdict
-    assert bool(verdict.mend) is (result != "ok"), verdict
+    assert bool(verdict.fix) is (result != "ok"), verdict
     for words in said:
         assert words in verdict.line, verdict
 
@@ -77,10 +78,10 @@ def expect(verdict: Verdict, result: str, *said: str) -> None:
 
 def test_an_error_of_ours_becomes_a_fail_whose_mend_is_its_last_part() -> None:
     found = refused("plan", MachineError("needs bfloat16, but T4 has none; set float16; or another card"))
-    assert (found.result, found.mend) == ("fail", "or another card")
+    assert (found.result, found.fix) == ("fail", "or another card")
     found = refused("room", MachineError("runs/a needs 3 GiB more: 3 checkpoints; rest\nfree some space"))
-    assert (found.there, found.mend) == ("runs/a needs 3 GiB more: 3 checkpoints; rest", "free some space")
-    assert refused("x", DataError("no rows")) == Verdict("x", "fail", "no rows")
+    assert (found.found, found.fix) == ("runs/a needs 3 GiB more: 3 checkpoints; rest", "free some space")
+    assert refused("x", DataError("no rows")) == Check("x", "fail", "no rows")
 
 
 def test_what_is_pasted_names_no_path_user_host_or_token() -> None:
@@ -120,20 +121,20 @@ def need(text: str, by: str = "peftcli") -> Need:
 def test_a_package_below_its_bound_or_missing_fails_with_the_command_that_mends() -> None:
     needs = [need("trl>=1.16"), need("peft>=0.21"), need("torch>=2.6"), need("tokenizers>=0.23", by="transformers")]
     installed = {"trl": "1.9.0", "peft": None, "torch": "2.13.0+cu128", "tokenizers": "0.22.0"}
-    found = packages.judge_needs(needs, installed)
+    found = packages.check_requirements(needs, installed)
     expect(found, "fail", "peftcli needs trl>=1.16, here is 1.9.0", "peft>=0.21, which is missing")
-    assert found.mend == "pip install 'trl>=1.16' 'peft>=0.21'" and "tokenizers" not in found.line
+    assert found.fix == "pip install 'trl>=1.16' 'peft>=0.21'" and "tokenizers" not in found.line
 
 
 def test_two_other_packages_that_do_not_fit_are_a_warning() -> None:
     needs = [need("torch>=2.6"), need("tokenizers>=0.23", by="transformers")]
     installed = {"torch": "2.13.0", "tokenizers": "0.22.0"}
-    expect(packages.judge_needs(needs, installed), "warn", "transformers needs tokenizers>=0.23, here is 0.22.0")
-    expect(packages.judge_needs(needs, installed | {"tokenizers": "0.23.1"}), "ok", "the 1 that peftcli needs")
+    expect(packages.check_requirements(needs, installed), "warn", "transformers needs tokenizers>=0.23, here is 0.22.0")
+    expect(packages.check_requirements(needs, installed | {"tokenizers": "0.23.1"}), "ok", "the 1 that peftcli needs")
 
 
 def test_a_build_before_the_release_counts_as_it_sorts() -> None:
-    expect(packages.judge_needs([need("torch>=2.6")], {"torch": "2.9.0a0+git1234"}), "ok")
+    expect(packages.check_requirements([need("torch>=2.6")], {"torch": "2.9.0a0+git1234"}), "ok")
 
 
 def test_needs_are_read_from_the_metadata_without_the_extras() -> None:
@@ -162,12 +163,12 @@ def two_combinations(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_versions_within_those_that_tests_ran_on_are_fine(two_combinations: None) -> None:
     for torch_here in ("2.6.0+cu124", "2.9.1", "2.14.3"):
-        found = packages.judge_tested(packages.TESTED | {"torch": torch_here, "rich": "99.0"})
+        found = packages.check_tested_versions(packages.TESTED | {"torch": torch_here, "rich": "99.0"})
         expect(found, "ok", "tested with torch 2.6 to 2.14, transformers 5.23, trl 1.16, peft 0.21")
 
 
 def test_only_a_newer_second_number_of_a_training_library_is_worth_a_warning(two_combinations: None) -> None:
-    found = packages.judge_tested(packages.TESTED | {"torch": "2.15.0", "trl": "1.16.9", "datasets": "6.0.0"})
+    found = packages.check_tested_versions(packages.TESTED | {"torch": "2.15.0", "trl": "1.16.9", "datasets": "6.0.0"})
     expect(found, "warn", "torch 2.15.0 is newer than 2.14.1, the newest tested", "datasets 6.0.0", "torch==2.14.1")
     assert "trl" not in found.line
 
@@ -180,22 +181,22 @@ def test_a_version_older_than_any_tested_fails_with_the_command_that_fixes_it(
     monkeypatch.setattr(packages, "OURS", "peftcli")
     needs = [replace(each, by="peftcli") for each in needs]
     old = packages.TESTED | {"torch": "2.5.1"}
-    expect(packages.judge_needs(needs, old), "fail", "torch>=2.6.0, here is 2.5.1", "pip install 'torch>=2.6.0'")
-    assert "torch" not in packages.judge_tested(old).line
+    expect(packages.check_requirements(needs, old), "fail", "torch>=2.6.0, here is 2.5.1", "pip install 'torch>=2.6.0'")
+    assert "torch" not in packages.check_tested_versions(old).line
 
 
 def test_python_is_held_against_what_the_package_states() -> None:
     asked, tested = packages.stated_pythons()
     assert asked == ">=3.11" and "3.11" in tested
-    expect(packages.judge_python("3.11.7", asked, tested), "ok")
-    expect(packages.judge_python("3.10.2", asked, tested), "fail", ">=3.11 is needed")
-    expect(packages.judge_python("3.14.0", asked, tested), "warn", "tested are 3.11, 3.12")
+    expect(packages.check_python("3.11.7", asked, tested), "ok")
+    expect(packages.check_python("3.10.2", asked, tested), "fail", ">=3.11 is needed")
+    expect(packages.check_python("3.14.0", asked, tested), "warn", "tested are 3.11, 3.12")
 
 
 def test_sqlalchemy_is_missed_only_by_a_recipe_that_reads_a_database() -> None:
-    expect(packages.judge_databases(None, asked=False), "ok", "only dataset.url needs it")
-    expect(packages.judge_databases(None, asked=True), "fail", "peftcli[sql]")
-    expect(packages.judge_databases("2.1.9", asked=True), "ok")
+    expect(packages.check_databases(None, asked=False), "ok", "only dataset.url needs it")
+    expect(packages.check_databases(None, asked=True), "fail", "peftcli[sql]")
+    expect(packages.check_databases("2.1.9", asked=True), "ok")
 
 
 def test_a_package_that_breaks_on_import_is_named_with_what_it_raised(
@@ -203,9 +204,9 @@ def test_a_package_that_breaks_on_import_is_named_with_what_it_raised(
 ) -> None:
     (tmp_path / "broken_wheel.py").write_text("raise OSError('libcudart.so.12: cannot open')", encoding="utf-8")
     monkeypatch.syspath_prepend(str(tmp_path))
-    found = packages.judge_imports(["json", "broken_wheel"])
+    found = packages.check_imports(["json", "broken_wheel"])
     expect(found, "fail", "broken_wheel cannot be loaded (OSError: libcudart.so.12: cannot open)", "--force-reinstall")
-    expect(packages.judge_imports(["torch"]), "ok", "torch can be loaded")
+    expect(packages.check_imports(["torch"]), "ok", "torch can be loaded")
 
 
 # The device
@@ -224,8 +225,8 @@ def test_a_package_that_breaks_on_import_is_named_with_what_it_raised(
     ],
 )
 def test_a_card_that_cannot_be_used_says_why(cuda: Cuda, result: str, said: str) -> None:
-    expect(gpu.judge_cards(cuda), result, said)
-    assert gpu.judge_cards(cuda, wanted=False).result == ("warn" if result == "fail" else result)
+    expect(gpu.check_gpus(cuda), result, said)
+    assert gpu.check_gpus(cuda, wanted=False).result == ("warn" if result == "fail" else result)
 
 
 def test_the_driver_version_is_found_in_both_kinds_of_its_file(tmp_path: Path) -> None:
@@ -239,8 +240,8 @@ def test_the_driver_version_is_found_in_both_kinds_of_its_file(tmp_path: Path) -
 
 
 def test_every_card_is_held_against_the_wheel() -> None:
-    expect(gpu.judge_wheel(GPU, (T4,)), "ok", "sm_75, sm_80")
-    expect(gpu.judge_wheel(GPU, (T4, P100)), "fail", "no kernels for Tesla P100 (sm_60)", "on Kaggle: GPU T4 x2")
+    expect(gpu.check_torch_build(GPU, (T4,)), "ok", "sm_75, sm_80")
+    expect(gpu.check_torch_build(GPU, (T4, P100)), "fail", "no kernels for Tesla P100 (sm_60)", "on Kaggle: GPU T4 x2")
 
 
 @pytest.mark.parametrize(
@@ -249,35 +250,35 @@ def test_every_card_is_held_against_the_wheel() -> None:
 def test_the_precision_is_that_which_the_plan_would_choose(machine: Machine, dtype: str) -> None:
     chosen = gpu.auto_dtype(machine, on_gpu=machine.device == "cuda")
     assert chosen.value == dtype
-    expect(gpu.judge_precision(chosen), "ok", f"auto is {dtype}")
+    expect(gpu.check_precision(chosen), "ok", f"auto is {dtype}")
 
 
 def test_several_cards_are_told_with_the_flag_that_uses_them() -> None:
-    assert gpu.judge_several([T4]) == []
-    expect(gpu.judge_several([T4, T4])[0], "ok", "--num-processes 1 uses one")
-    expect(gpu.judge_several([T4, L4])[0], "warn", "they differ")
+    assert gpu.check_several_gpus([T4]) == []
+    expect(gpu.check_several_gpus([T4, T4])[0], "ok", "--num-processes 1 uses one")
+    expect(gpu.check_several_gpus([T4, L4])[0], "warn", "they differ")
 
 
 def test_products_are_right_here_in_every_dtype() -> None:
-    errors, problem = gpu.try_products("cpu", native_bf16=True)
+    errors, problem = gpu.try_matmuls("cpu", native_bf16=True)
     assert set(errors) == {"float32", "float16", "bfloat16"} and problem == ""
-    expect(gpu.judge_products(0, errors, problem), "ok", "right in float32, float16, bfloat16")
+    expect(gpu.check_matmuls(0, errors, problem), "ok", "right in float32, float16, bfloat16")
 
 
 def test_a_wrong_product_or_one_that_is_no_number_fails() -> None:
-    expect(gpu.judge_products(1, {"float32": 0.02}, ""), "fail", "card 1 are wrong: float32 by 0.02")
-    expect(gpu.judge_products(0, {"float32": float("nan")}, ""), "fail", "wrong")
+    expect(gpu.check_matmuls(1, {"float32": 0.02}, ""), "fail", "card 1 are wrong: float32 by 0.02")
+    expect(gpu.check_matmuls(0, {"float32": float("nan")}, ""), "fail", "wrong")
 
 
 def test_a_device_that_cannot_multiply_says_what_it_raised() -> None:
-    errors, problem = gpu.try_products("meta", native_bf16=False)
+    errors, problem = gpu.try_matmuls("meta", native_bf16=False)
     assert errors == {} and problem
-    expect(gpu.judge_products(0, errors, problem), "fail", "a product on card 0 failed: float32: ")
+    expect(gpu.check_matmuls(0, errors, problem), "fail", "a product on card 0 failed: float32: ")
 
 
 def test_optional_kernels_are_named_and_only_broken_ones_warn() -> None:
-    expect(gpu.judge_kernels({"triton": None}, ["flash_attn"]), "ok", "triton here", "not needed: flash_attn")
-    expect(gpu.judge_kernels({"flash_attn": "ImportError: undefined symbol"}, []), "warn", "pip uninstall flash_attn")
+    expect(gpu.check_kernels({"triton": None}, ["flash_attn"]), "ok", "triton here", "not needed: flash_attn")
+    expect(gpu.check_kernels({"flash_attn": "ImportError: undefined symbol"}, []), "warn", "pip uninstall flash_attn")
 
 
 # 4 bit
@@ -286,7 +287,7 @@ def test_optional_kernels_are_named_and_only_broken_ones_warn() -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_4_bit_layer_trains_here_as_its_unpacked_weights_would(dtype: str) -> None:
     trial = quantization.try_4bit("cpu", dtype)
-    expect(quantization.judge_4bit(trial), "ok", "on the CPU: products and gradients are those of the unpacked weights")
+    expect(quantization.check_4bit(trial), "ok", "on the CPU: products and gradients are those of the unpacked weights")
     assert 0.05 < trial.loss < 0.15, "NF4 loses about a tenth"
 
 
@@ -298,7 +299,7 @@ def test_a_4_bit_layer_whose_gradient_is_wrong_fails(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(quantization.Linear4bit, "forward", without_half)
     trial = quantization.try_4bit("cpu", "float32")
-    expect(quantization.judge_4bit(trial), "fail", "wrong on the CPU: gradients by 0.5")
+    expect(quantization.check_4bit(trial), "fail", "wrong on the CPU: gradients by 0.5")
     assert trial.product < 1e-5
 
 
@@ -307,14 +308,14 @@ def test_a_layer_that_was_not_quantized_at_all_is_no_success(monkeypatch: pytest
         quantization.Linear4bit, "forward", lambda self, x: x[..., :1] * torch.ones(quantization.OUTPUTS)
     )
     expect(
-        quantization.judge_4bit(quantization.try_4bit("cpu", "float32")),
+        quantization.check_4bit(quantization.try_4bit("cpu", "float32")),
         "fail",
         "answers by",
         "products by",
         "gradients by",
     )
-    expect(quantization.judge_4bit(Trial("cpu", "float32", 0.0, 0.0, 0.0, loss=0.7)), "fail", "unpacked weights by 0.7")
-    expect(quantization.judge_4bit(Trial("cuda", "float16")), "fail", "on the GPU")
+    expect(quantization.check_4bit(Trial("cpu", "float32", 0.0, 0.0, 0.0, loss=0.7)), "fail", "unpacked weights by 0.7")
+    expect(quantization.check_4bit(Trial("cuda", "float16")), "fail", "on the GPU")
 
 
 def test_a_bitsandbytes_without_its_library_is_told_and_matters_only_to_4_bit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -323,8 +324,8 @@ def test_a_bitsandbytes_without_its_library_is_told_and_matters_only_to_4_bit(mo
 
     monkeypatch.setattr(quantization, "dequantize_4bit", missing)
     trial = quantization.try_4bit("cpu", "float32")
-    expect(quantization.judge_4bit(trial), "fail", "bitsandbytes fails on the CPU: AttributeError: 'NoneType'")
-    expect(quantization.judge_4bit(trial, asked=False), "warn")
+    expect(quantization.check_4bit(trial), "fail", "bitsandbytes fails on the CPU: AttributeError: 'NoneType'")
+    expect(quantization.check_4bit(trial, asked=False), "warn")
 
 
 def test_a_cpu_that_would_repack_is_told_and_kept_from_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -337,7 +338,7 @@ def test_a_cpu_that_would_repack_is_told_and_kept_from_it(monkeypatch: pytest.Mo
     monkeypatch.setattr(quantization.Linear4bit, "__init__", with_avx512)
     trial = quantization.try_4bit("cpu", "float32")
     assert trial.repacks
-    expect(quantization.judge_4bit(trial), "ok", "this CPU has AVX512_BF16", "peftcli switches that kernel off")
+    expect(quantization.check_4bit(trial), "ok", "this CPU has AVX512_BF16", "peftcli switches that kernel off")
 
 
 # The host
@@ -399,43 +400,43 @@ def test_no_limit_is_none(tmp_path: Path) -> None:
 
 
 def test_a_container_with_less_time_than_cores_wants_fewer_threads() -> None:
-    expect(judge_cores(HOST, "x"), "ok", "4 cores, x")
+    expect(check_cores(HOST, "x"), "ok", "4 cores, x")
     slow = replace(HOST, quota_cores=1.5)
-    expect(judge_cores(slow, "x"), "warn", "allows the time of 1.5", "OMP_NUM_THREADS=1")
-    expect(judge_cores(replace(slow, threads=2), "x"), "ok", "OMP_NUM_THREADS is 2")
-    expect(judge_cores(replace(slow, threads=4), "x"), "warn")
+    expect(check_cores(slow, "x"), "warn", "allows the time of 1.5", "OMP_NUM_THREADS=1")
+    expect(check_cores(replace(slow, threads=2), "x"), "ok", "OMP_NUM_THREADS is 2")
+    expect(check_cores(replace(slow, threads=4), "x"), "warn")
 
 
 def test_memory_is_that_of_the_container_where_it_is_less() -> None:
-    expect(judge_memory(HOST), "ok", "12.0 GiB free of 16.0 GiB")
+    expect(check_memory(HOST), "ok", "12.0 GiB free of 16.0 GiB")
     tight = replace(HOST, limit_bytes=4 * GIB, used_bytes=3 * GIB)
-    expect(judge_memory(tight), "warn", "1.0 GiB free of 4.0 GiB, which the container allows of 16.0 GiB")
+    expect(check_memory(tight), "warn", "1.0 GiB free of 4.0 GiB, which the container allows of 16.0 GiB")
     assert tight.usable_bytes == 4 * GIB
 
 
 def test_text_that_is_not_utf_8_warns() -> None:
-    expect(judge_encoding({"files": "UTF-8", "the terminal": "utf8"}), "ok")
-    expect(judge_encoding({"files": "ANSI_X3.4-1968", "the terminal": "utf-8"}), "warn", "for files", "PYTHONUTF8=1")
+    expect(check_encoding({"files": "UTF-8", "the terminal": "utf8"}), "ok")
+    expect(check_encoding({"files": "ANSI_X3.4-1968", "the terminal": "utf-8"}), "warn", "for files", "PYTHONUTF8=1")
 
 
 # Disks, network, session
 
 
 def test_a_disk_that_is_small_or_takes_no_file_is_told() -> None:
-    full, none = Place(GIB // 2), Place(GIB, problem=MachineError("/x cannot be written: no space; name another"))
-    expect(judge_disk(Place(9 * GIB)), "ok", "9.0 GiB free in the working folder")
-    expect(judge_disk(full), "warn", "512 MiB free")
-    expect(judge_disk(none), "fail", "cannot be written", "output_dir")
-    expect(judge_cache(full), "warn", "PEFTCLI_CACHE")
-    expect(judge_cache(none), "fail", "PEFTCLI_CACHE")
-    expect(judge_models(full), "warn", "HF_HOME")
-    expect(judge_models(none), "warn", "may only be read")
+    full, none = DiskPath(GIB // 2), DiskPath(GIB, problem=MachineError("/x cannot be written: no space; name another"))
+    expect(check_disk(DiskPath(9 * GIB)), "ok", "9.0 GiB free in the working folder")
+    expect(check_disk(full), "warn", "512 MiB free")
+    expect(check_disk(none), "fail", "cannot be written", "output_dir")
+    expect(check_cache(full), "warn", "PEFTCLI_CACHE")
+    expect(check_cache(none), "fail", "PEFTCLI_CACHE")
+    expect(check_model_cache(full), "warn", "HF_HOME")
+    expect(check_model_cache(none), "warn", "may only be read")
 
 
 def test_a_quota_counts_where_it_is_less_than_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PEFTCLI_QUOTA", f"{tmp_path}=1MiB")
-    expect(judge_disk(probe_place(tmp_path / "runs")), "warn", "free under a quota of 1.0 MiB")
-    assert probe_place(Path("/dev/null/x")).problem is not None
+    expect(check_disk(probe_disk(tmp_path / "runs")), "warn", "free under a quota of 1.0 MiB")
+    assert probe_disk(Path("/dev/null/x")).problem is not None
 
 
 class _Answering(BaseHTTPRequestHandler):
@@ -480,23 +481,23 @@ def test_a_look_up_that_hangs_is_left_behind() -> None:
 def test_nobody_is_asked_when_offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub, "answer_code", lambda *_: pytest.fail("the Hub was asked"))
     assert hub.probe_hub().offline
-    expect(hub.judge_hub(hub.probe_hub()), "ok", "offline by HF_HUB_OFFLINE")
+    expect(hub.check_hub(hub.probe_hub()), "ok", "offline by HF_HUB_OFFLINE")
 
 
 def test_a_hub_that_is_out_of_reach_warns() -> None:
-    expect(hub.judge_hub(Hub(offline=False, code=200)), "ok", "huggingface.co answers")
-    expect(hub.judge_hub(Hub(offline=False)), "warn", "did not answer in 2 s", "HF_HUB_OFFLINE=1")
-    expect(hub.judge_hub(Hub(offline=False, code=407, mirror=True)), "warn", "HF_ENDPOINT", "answered 407")
+    expect(hub.check_hub(Hub(offline=False, code=200)), "ok", "huggingface.co answers")
+    expect(hub.check_hub(Hub(offline=False)), "warn", "did not answer in 2 s", "HF_HUB_OFFLINE=1")
+    expect(hub.check_hub(Hub(offline=False, code=407, mirror=True)), "warn", "HF_ENDPOINT", "answered 407")
 
 
 def test_a_session_is_held_against_the_budget_of_a_recipe() -> None:
-    kaggle = Limit("Kaggle", 12 * 3600.0, started=0.0)
-    expect(judge_session(None, None, 0.0, runs=True), "ok", "no notebook service")
-    expect(judge_session(kaggle, None, 3600.0), "ok", "Kaggle ends a session after 12h", "budget.wall_clock: 10h30m")
-    expect(judge_session(kaggle, None, 3600.0, runs=True), "warn", "budget.wall_clock: 10h30m")
-    expect(judge_session(kaggle, None, 3600.0, budget=39600.0, runs=True), "ok", "budget of 11h is shorter")
-    expect(judge_session(kaggle, None, 7200.0, budget=39600.0, runs=True), "warn", "budget of 11h is longer")
-    expect(judge_session(kaggle, Deadline(9000.0, "x"), 1800.0, runs=True), "ok", "in 2h")
+    kaggle = NotebookLimit("Kaggle", 12 * 3600.0, started=0.0)
+    expect(check_session(None, None, 0.0, runs=True), "ok", "no notebook service")
+    expect(check_session(kaggle, None, 3600.0), "ok", "Kaggle ends a session after 12h", "budget.wall_clock: 10h30m")
+    expect(check_session(kaggle, None, 3600.0, runs=True), "warn", "budget.wall_clock: 10h30m")
+    expect(check_session(kaggle, None, 3600.0, budget=39600.0, runs=True), "ok", "budget of 11h is shorter")
+    expect(check_session(kaggle, None, 7200.0, budget=39600.0, runs=True), "warn", "budget of 11h is longer")
+    expect(check_session(kaggle, Deadline(9000.0, "x"), 1800.0, runs=True), "ok", "in 2h")
 
 
 # A recipe
@@ -521,7 +522,7 @@ def test_a_session_is_held_against_the_budget_of_a_recipe() -> None:
 def test_a_model_of_the_hub_is_asked_for_before_it_is_downloaded(
     said: HubModel | None, has_token: bool, result: str, words: str
 ) -> None:
-    expect(recipe.judge_download("org/model", said, has_token=has_token, room=9 * GIB), result, words)
+    expect(recipe.check_download("org/model", said, has_token=has_token, room=9 * GIB), result, words)
 
 
 @pytest.mark.parametrize(
@@ -548,7 +549,7 @@ def test_a_model_that_the_hub_has_is_planned_from_there(write_recipe: Write, mon
 def test_what_another_machine_cannot_do_is_the_sentence_of_the_plan(write_recipe: Write, tiny_llama: Path) -> None:
     asked = load_recipe(write_recipe(model={"dtype": "bfloat16"})).recipe
     found = recipe.plan_for(asked, CPU, str(tiny_llama), None)
-    expect(recipe.judge_plan(found), "ok", "LlamaForCausalLM in bfloat16, 4 bit on the cpu, 4 rows a step")
+    expect(recipe.check_plan(found), "ok", "LlamaForCausalLM in bfloat16, 4 bit on the cpu, 4 rows a step")
     with pytest.raises(MachineError, match="needs bfloat16, but Tesla T4"):
         recipe.plan_for(asked, GPU, str(tiny_llama), None)
     typo = load_recipe(write_recipe(adapter={"target_modules": ["q_prj"]})).recipe
@@ -557,9 +558,9 @@ def test_what_another_machine_cannot_do_is_the_sentence_of_the_plan(write_recipe
 
 
 def test_trackers_are_missed_by_name() -> None:
-    assert recipe.judge_trackers((), ["wandb"]) == []
-    expect(recipe.judge_trackers(("wandb",), ["wandb"])[0], "ok")
-    expect(recipe.judge_trackers(("wandb", "trackio"), ["wandb"])[0], "fail", "trackio not installed")
+    assert recipe.check_trackers((), ["wandb"]) == []
+    expect(recipe.check_trackers(("wandb",), ["wandb"])[0], "ok")
+    expect(recipe.check_trackers(("wandb", "trackio"), ["wandb"])[0], "fail", "trackio not installed")
 
 
 # A card without kernels, from end to end
@@ -570,7 +571,7 @@ def made_up(monkeypatch: pytest.MonkeyPatch, card: Card) -> list[str]:
     asked: list[str] = []
     monkeypatch.setattr(gpu, "probe_cuda", lambda: replace(WITH_T4, cards=(card,)))
     monkeypatch.setattr(run, "probe_machine", lambda: gpu.machine_of(GPU, card))
-    monkeypatch.setattr(gpu, "try_products", lambda where, bf16: (asked.append(where), ({"float32": 0.0}, ""))[1])
+    monkeypatch.setattr(gpu, "try_matmuls", lambda where, bf16: (asked.append(where), ({"float32": 0.0}, ""))[1])
     monkeypatch.setattr(
         quantization, "try_4bit", lambda where, dtype: asked.append(where) or Trial(where, dtype, 0, 0, 0, 0)
     )
@@ -579,14 +580,14 @@ def made_up(monkeypatch: pytest.MonkeyPatch, card: Card) -> list[str]:
 
 def test_a_card_without_kernels_is_not_asked_to_compute(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = made_up(monkeypatch, P100)
-    found = {verdict.name: verdict for verdict in run.examine(None, {"files": "utf-8"})}
+    found = {verdict.name: verdict for verdict in run.run_checks(None, {"files": "utf-8"})}
     assert found["kernels"].result == "fail" and asked == []
     assert "4-bit" not in found and found["disk"].result
 
 
 def test_a_card_with_kernels_is_asked_and_gets_its_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = made_up(monkeypatch, T4)
-    found = {verdict.name: verdict for verdict in run.examine(None, {"files": "utf-8"})}
+    found = {verdict.name: verdict for verdict in run.run_checks(None, {"files": "utf-8"})}
     assert asked == ["cuda:0", "cuda"]
     expect(found["arithmetic 0"], "ok")
     expect(found["precision"], "ok", "float16")
@@ -602,7 +603,7 @@ def test_an_8_bit_layer_is_tried_for_a_recipe_that_asks_for_one(
     )
     asking = load_recipe(write_recipe(quantization={"bits": 8})).recipe
     found = {}
-    for verdict in run.examine(asking, {"files": "utf-8"}):
+    for verdict in run.run_checks(asking, {"files": "utf-8"}):
         found[verdict.name] = verdict
         if verdict.name == "8-bit":
             break
@@ -671,8 +672,8 @@ def test_a_library_that_cannot_be_loaded_ends_the_questions_that_need_it(
 
 def test_on_a_terminal_of_80_columns_long_lines_keep_to_their_column() -> None:
     out = io.StringIO()
-    wide = Verdict("model cache", "fail", "word " * 30, "mend " * 10)
-    print_verdicts([wide, Verdict("a", "ok", "b")], Console(file=out, width=80, force_terminal=True, color_system=None))
+    wide = Check("model cache", "fail", "word " * 30, "mend " * 10)
+    print_verdicts([wide, Check("a", "ok", "b")], Console(file=out, width=80, force_terminal=True, color_system=None))
     lines = [line.rstrip() for line in out.getvalue().splitlines()]
     assert len(lines) > 3 and all(len(line) <= 80 for line in lines)
     assert all(line.startswith(" " * 19 + "word") or "mend" in line for line in lines[1:-1])

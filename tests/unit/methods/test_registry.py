@@ -40,14 +40,14 @@ def test_every_type_of_the_installed_peft_is_offered_or_left_out_with_a_reason()
     from peft import PEFT_TYPE_TO_CONFIG_MAPPING
 
     offered = {method.config for method in METHODS.values()}
-    own = {method.config for method in METHODS.values() if method.room is None}
+    own = {method.config for method in METHODS.values() if method.peft_module is None}
     for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items():
         name = str(kind.value)
         assert (config.__name__ in offered) != (name in LEFT_OUT), name
     assert len(offered - own) >= 30
 
 
-@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.room is not None])
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.peft_module is not None])
 def test_the_arguments_read_from_the_source_are_those_of_the_class(name: str) -> None:
     import dataclasses
 
@@ -57,8 +57,8 @@ def test_the_arguments_read_from_the_source_are_those_of_the_class(name: str) ->
     shared = {field.name for field in dataclasses.fields(peft.PeftConfig)}
     fields = {field.name for field in dataclasses.fields(getattr(peft, method.config))} - shared
     known = method_arguments(name)
-    assert known is not None and set(known) == (fields | set(method.arguments)) - set(method.closed)
-    assert set(method.core.values()) <= set(known) and set(method.divides) <= set(known)
+    assert known is not None and set(known) == (fields | set(method.arguments)) - set(method.unsupported_arguments)
+    assert set(method.argument_names.values()) <= set(known) and set(method.must_divide) <= set(known)
     assert set(method.defaults) <= {*known, "r", "alpha", "dropout"}
 
 
@@ -67,7 +67,7 @@ def test_the_defaults_of_a_method_make_a_recipe_that_comes_back_from_its_own_tex
     recipe = load(tmp_path, {"method": name})
     row = METHODS[name]
     for key in ("r", "alpha", "dropout"):
-        assert getattr(recipe.adapter, key) == (row.defaults[key] if key in row.core else None)
+        assert getattr(recipe.adapter, key) == (row.defaults[key] if key in row.argument_names else None)
     again = tmp_path / "again.yaml"
     again.write_text(dump_recipe(recipe, again), encoding="utf-8")
     assert yaml.safe_load(again.read_text(encoding="utf-8"))["adapter"] == {"method": name}

@@ -12,15 +12,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 from peftcli.adapters.build import peft_config
 from peftcli.cli.pipeline import plan_recipe
 from peftcli.methods.registry import METHODS
-from peftcli.model.activation_fit import COUNTED, fit_kept
+from peftcli.model.activation_fit import COUNTED, fit_activation_memory
 from peftcli.model.inspect import inspect_model, trainable_counter
-from peftcli.plan.gpus import find_card, machine_with
-from peftcli.plan.memory.activations import block_bytes, norm_bytes
-from peftcli.plan.memory.forecast import plan_setting
+from peftcli.plan.gpus import find_gpu, machine_with
+from peftcli.plan.memory.activations import norm_bytes, saved_activation_bytes
+from peftcli.plan.memory.forecast import training_setup
 from peftcli.plan.planner import make_plan
 from peftcli.recipe.load import load_recipe
 from peftcli.train.callbacks import cast_inputs
-from peftcli.train.precision import widen_trained
+from peftcli.train.precision import upcast_trainable
 
 TOKENS = (2, 64)  # as many as are counted
 MORE = {"freeze": "last_layers: 1", "trainable_tokens": "token_indices: [3, 4]"}
@@ -60,22 +60,25 @@ def ratio(folder: Path, recipe: Path, method: str, dtype: str) -> float:
         f"adapter: {{method: {method}{more}}}\n",
         encoding="utf-8",
     )
-    config, machine = AutoConfig.from_pretrained(folder), machine_with(find_card("a100-80"))
+    config, machine = AutoConfig.from_pretrained(folder), machine_with(find_gpu("a100-80"))
     facts = inspect_model(str(folder), config, "causal-lm")
     counter = trainable_counter(str(folder), config, "causal-lm")
     plan = make_plan(load_recipe(recipe).recipe, machine, facts, counter)
-    fitted = fit_kept(plan)
+    fitted = fit_activation_memory(plan)
     assert fitted is not None
-    plan = replace(plan, fitted=fitted)
+    plan = replace(plan, activation_fit=fitted)
     assert facts.shape is not None
-    setting = plan_setting(plan, facts.shape, machine, one_row=True)
+    setting = training_setup(plan, facts.shape, machine, one_row=True)
     setting = replace(setting, on_gpu=False, attention="flash", filling=1.0)
     tokens = TOKENS[0] * TOKENS[1]
-    found = block_bytes(facts.shape, setting, tokens, TOKENS[1]) + norm_bytes(facts.shape.final_norm, setting) * tokens
+    found = (
+        saved_activation_bytes(facts.shape, setting, tokens, TOKENS[1])
+        + norm_bytes(facts.shape.final_norm, setting) * tokens
+    )
     found += 2 * setting.trainable if setting.autocast else 0
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), attn_implementation="sdpa")
     adapted = get_peft_model(model, peft_config(plan.adapter, plan.task))
-    widen_trained(adapted, plan.adapter_dtype)
+    upcast_trainable(adapted, plan.adapter_dtype)
     cast_inputs(adapted, not setting.autocast)
     adapted.config.use_cache = False
     return found / kept_bytes(adapted.train(), autocast=setting.autocast, padded=False)
@@ -96,7 +99,7 @@ def test_and_in_float32(folder: Path, tmp_path: Path, method: str) -> None:
 def test_without_the_fit_methods_that_build_whole_matrices_would_look_like_lora(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(f"{__name__}.fit_kept", lambda plan: {})
+    monkeypatch.setattr(f"{__name__}.fit_activation_memory", lambda plan: {})
     assert ratio(folder, tmp_path / "r.yaml", "boft", "bfloat16") < 0.5
 
 
@@ -112,6 +115,6 @@ def test_a_method_that_does_not_run_on_small_layers_is_told(
         encoding="utf-8",
     )
     assert not plan_recipe(load_recipe(path)).plan.notices
-    monkeypatch.setattr("peftcli.model.activation_fit._kept", fails)
+    monkeypatch.setattr("peftcli.model.activation_fit._saved_bytes", fails)
     plan = plan_recipe(load_recipe(path)).plan
-    assert plan.fitted == {} and any("what oft keeps" in notice for notice in plan.notices)
+    assert plan.activation_fit == {} and any("what oft keeps" in notice for notice in plan.notices)

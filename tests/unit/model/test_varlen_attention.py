@@ -14,12 +14,12 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
 
 from peftcli.model import padding_free, varlen_attention
-from peftcli.model.padding_free import Layout, documents_attention, row_problem, use_documents
-from peftcli.model.varlen_attention import Shape, attend, choose_kernel, kernel_for, kernel_problem
-from peftcli.train.micro_batch import line_up
+from peftcli.model.padding_free import SequenceLayout, enable_padding_free, padding_free_attention, row_problem
+from peftcli.model.varlen_attention import KernelShape, attend, choose_kernel, kernel_for, kernel_problem
+from peftcli.train.micro_batch import flatten_rows
 
 LENGTHS = (5, 1, 64, 17)
-WIDE = Shape(torch.bfloat16, 4, 2, 16)
+WIDE = KernelShape(torch.bfloat16, 4, 2, 16)
 
 
 def rows_alone(
@@ -89,7 +89,7 @@ def ampere(monkeypatch: pytest.MonkeyPatch) -> None:
     """Take the CPU for a GPU of sm_80 when kernels are chosen."""
 
     def choose(query: Tensor, key: Tensor, value: Tensor, *, dropout: float, window: int | None) -> Any:
-        shape = Shape(varlen_attention.computed(query).dtype, query.shape[1], key.shape[1], query.shape[-1])
+        shape = KernelShape(varlen_attention.computed(query).dtype, query.shape[1], key.shape[1], query.shape[-1])
         return varlen_attention._chosen(
             query.device, shape, window is not None, torch.are_deterministic_algorithms_enabled()
         )
@@ -138,7 +138,7 @@ def line(requires_grad: bool = False, **kwargs: Any) -> list[Tensor]:
     ],
 )
 def test_each_card_has_its_kernel(
-    capability: Any, shape: Shape, windowed: bool, deterministic: bool, kernel: str | None
+    capability: Any, shape: KernelShape, windowed: bool, deterministic: bool, kernel: str | None
 ) -> None:
     assert choose_kernel(capability, shape, windowed=windowed, deterministic=deterministic) == kernel
 
@@ -159,8 +159,8 @@ def test_a_kernel_gives_the_outputs_and_gradients_of_rows_side_by_side(
     for name in (None, kernel):
         monkeypatch.setattr(padding_free, "kernel_for", lambda *given, name=name, **more: name)
         parts = line(requires_grad=True)
-        with padding_free.documents(Layout(LENGTHS, torch.device("cpu"))):
-            made, _ = documents_attention(module, *parts, None, scaling=0.3, sliding_window=window)
+        with padding_free.use_layout(SequenceLayout(LENGTHS, torch.device("cpu"))):
+            made, _ = padding_free_attention(module, *parts, None, scaling=0.3, sliding_window=window)
         (made * weights).sum().backward()
         found.append([made.detach(), *(part.grad for part in parts)])
     for one, other in zip(*found, strict=True):
@@ -170,7 +170,7 @@ def test_a_kernel_gives_the_outputs_and_gradients_of_rows_side_by_side(
 @pytest.mark.parametrize(("kernel", "window"), [("flash", None), ("flash", 9), ("efficient", None)])
 def test_the_real_operators_take_what_they_are_given_and_have_a_derivative(kernel: Any, window: int | None) -> None:
     parts = line(requires_grad=True, device="meta", dtype=torch.float16)
-    edges = Layout(LENGTHS, torch.device("cpu")).edges.to("meta")
+    edges = SequenceLayout(LENGTHS, torch.device("cpu")).edges.to("meta")
     made = attend(kernel, *parts, edges, max(LENGTHS), scale=0.3, window=window)
     assert made.shape == (1, sum(LENGTHS), 4, 16) and made.dtype == torch.float16
     assert made.grad_fn is not None
@@ -180,7 +180,7 @@ def test_the_real_operators_take_what_they_are_given_and_have_a_derivative(kerne
 
 
 def test_edges_are_where_rows_begin_and_end() -> None:
-    edges = Layout(LENGTHS, torch.device("cpu")).edges
+    edges = SequenceLayout(LENGTHS, torch.device("cpu")).edges
     assert edges.tolist() == [0, 5, 6, 70, 87] and edges.dtype == torch.int32
 
 
@@ -238,30 +238,30 @@ def test_without_a_sound_kernel_rows_are_laid_side_by_side(
 ) -> None:
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", kernel)
     model = small_llama()
-    assert use_documents(model) and row_problem(model) is None
-    assert padding_free.served == {"side by side"} and list(varlen_attention.rejected) == ["flash"]
+    assert enable_padding_free(model) and row_problem(model) is None
+    assert padding_free.kernels_used == {"side by side"} and list(varlen_attention.rejected) == ["flash"]
 
 
 def test_with_a_sound_kernel_rows_in_a_line_use_it(ampere: None, kernels: None) -> None:
     model = small_llama()
-    assert use_documents(model) and row_problem(model) is None
-    assert padding_free.served == {"flash"} and not varlen_attention.rejected
+    assert enable_padding_free(model) and row_problem(model) is None
+    assert padding_free.kernels_used == {"flash"} and not varlen_attention.rejected
 
 
 def test_a_first_check_inside_a_checkpointed_block_leaves_its_tensors_alone(ampere: None, kernels: None) -> None:
     """Rows are longer than the window here for the first time, so the kernel with a window is checked in a block."""
     torch.manual_seed(0)
     model = MistralForCausalLM(MistralConfig(**SMALL, sliding_window=16)).to(torch.bfloat16)
-    assert use_documents(model) and row_problem(model) is None
+    assert enable_padding_free(model) and row_problem(model) is None
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
     rows = [{"input_ids": torch.arange(length) % 100, "labels": torch.arange(length) % 100} for length in (40, 9, 30)]
-    inputs, layout = line_up(rows)
+    inputs, layout = flatten_rows(rows)
     checked = varlen_attention._chosen.cache_info().currsize
-    with padding_free.documents(layout):
+    with padding_free.use_layout(layout):
         model(**{**inputs, "use_cache": False}).logits.float().mean().backward()
     assert varlen_attention._chosen.cache_info().currsize == checked + 1
-    assert padding_free.served == {"flash"}
+    assert padding_free.kernels_used == {"flash"}
 
 
 def test_under_autocast_the_kernel_gets_its_number_format() -> None:

@@ -16,7 +16,7 @@ from peftcli.model.heads import build_empty
 from peftcli.model.inspect import count_trainable, sort_trained
 from peftcli.plan.optimizer import Trained, is_bitsandbytes, optimizer_bytes
 from peftcli.recipe.schema import AdapterSection
-from peftcli.train.precision import widen_trained
+from peftcli.train.precision import upcast_trainable
 
 WIDTHS = {"float32": 4, "bfloat16": 2}
 CASES = {
@@ -113,7 +113,7 @@ def test_the_forecast_of_the_state_is_what_the_optimizer_keeps(
     case: str, optimizer: str, dtype: str, tmp_path: Path
 ) -> None:
     model = adapted(CASES[case])
-    widen_trained(model, dtype)
+    upcast_trainable(model, dtype)
     kept, tensors = state_of(model, optimizer, tmp_path)
     forecast = optimizer_bytes(optimizer, sort_trained(model), WIDTHS[dtype])
     # Of each tensor: a step count, and for each of up to three states the scale of a block that is not full.

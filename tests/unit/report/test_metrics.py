@@ -9,7 +9,7 @@ import pytest
 from peftcli.metrics.classification import classification_scores, multi_label_scores
 from peftcli.metrics.regression import regression_scores
 from peftcli.metrics.tagging import tagging_scores
-from peftcli.report.blocks import Folded, Notices, Section, Table
+from peftcli.report.blocks import Collapsed, Notices, Section, Table
 from peftcli.report.build import make_report
 from peftcli.report.html import render_page
 from peftcli.report.load import Stages
@@ -32,7 +32,7 @@ def section(**sides: Any) -> Section:
 
 def tables(found: Section) -> list[Table]:
     """The tables of a section, the folded ones too."""
-    opened = [block.table if isinstance(block, Folded) else block for block in found.blocks]
+    opened = [block.table if isinstance(block, Collapsed) else block for block in found.blocks]
     return [block for block in opened if isinstance(block, Table)]
 
 
@@ -83,7 +83,7 @@ def test_entities_come_before_the_tags_of_words() -> None:
     found = section(task="token-classification", adapter=scores)
     assert tables(found)[0].columns[0] == "Entity"
     assert [cell.text for cell in tables(found)[0].rows[0]] == ["LOC", "0.000", "0.000", "0.000", "1", "1"]
-    assert [block.title for block in found.blocks if isinstance(block, Folded)] == ["Figures of each tag"]
+    assert [block.title for block in found.blocks if isinstance(block, Collapsed)] == ["Figures of each tag"]
 
 
 def test_sets_of_classes_have_no_matrix_and_say_how_they_are_averaged() -> None:

@@ -812,7 +812,7 @@ def real_run(recipe_in: Any, cli_in: Any, tmp_path_factory: pytest.TempPathFacto
 @pytest.fixture(scope="module")
 def label_data(recipe_in: Any, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What `data.json` holds for classes, numbers and tags."""
-    from peftcli.cli.pipeline import look_at_data
+    from peftcli.cli.pipeline import inspect_data
 
     folder = tmp_path_factory.mktemp("labels")
     rows = [json.dumps({"tokens": ["a", "plum"], "tags": ["O", "B-FOOD"], "n": at / 8}) for at in range(32)]
@@ -827,21 +827,21 @@ def label_data(recipe_in: Any, tmp_path_factory: pytest.TempPathFactory) -> list
     ):
         whole = dataset | {"prompt": None, "completion": None}
         recipe = recipe_in(folder, model=model, dataset=whole, evaluation=None)
-        found.append(look_at_data(load_recipe(recipe).recipe, Silent(), smoke=False, preview=2).facts)
+        found.append(inspect_data(load_recipe(recipe).recipe, Silent(), smoke=False, preview=2).facts)
     return found
 
 
 def test_the_report_reads_only_keys_that_something_writes(
     real_run: RunDir, label_data: list[dict[str, Any]], tmp_path: Path
 ) -> None:
-    from peftcli.train.adalora import Ranks
+    from peftcli.train.adalora import RankAllocation
 
     asked: dict[str, bool] = {}
     run = load_stages(real_run)
     chosen = choose_modules({"a.q": 2.0, "a.v": 1.0}, {"a.q": 10, "a.v": 10}, 1000, 0.01, 4)
     history = [{"step": step, "ranks": [step, 2]} for step in (1, 2)]
     config = SimpleNamespace(init_r=6, target_r=4)
-    Ranks.write(SimpleNamespace(_config=config, modules=["a", "b"], history=history), tmp_path / "r.json")  # type: ignore[arg-type]
+    RankAllocation.write(SimpleNamespace(_config=config, modules=["a", "b"], history=history), tmp_path / "r.json")  # type: ignore[arg-type]
     labels = ["cat", "dog", "eel"]
     many = replace(run, selection=chosen.as_json(), ranks=json.loads((tmp_path / "r.json").read_text("utf-8")))
     scores = (

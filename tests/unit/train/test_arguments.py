@@ -17,7 +17,7 @@ from trl import SFTConfig
 
 from peftcli.errors import MachineError, RecipeError
 from peftcli.plan import requirements
-from peftcli.plan.gpus import find_card, machine_with
+from peftcli.plan.gpus import find_gpu, machine_with
 from peftcli.plan.requirements import OPTIMIZER_PACKAGES, check_hardware, check_packages
 from peftcli.plan.smoke import REAL_MACHINE, smoke_notices, smoke_recipe
 from peftcli.recipe.library_args import Argument, installed_arguments
@@ -191,7 +191,7 @@ ONLY_ON_GPU: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("arguments", ONLY_ON_GPU)
 def test_what_needs_a_gpu_is_refused_without_one(recipe: Any, arguments: dict[str, Any]) -> None:
-    asked, l4 = recipe(**arguments), machine_with(find_card("l4"))
+    asked, l4 = recipe(**arguments), machine_with(find_gpu("l4"))
     check_hardware(asked, l4)
     cpu = replace(l4, device="cpu", capability=None, name="a processor")
     with pytest.raises(MachineError, match=rf"trainer\.{next(iter(arguments))}.*needs a CUDA GPU.*but this is a CPU"):

@@ -24,8 +24,15 @@ from peftcli.plan.optimizer import Trained, optimizer_bytes
 from peftcli.run_dir import read_json
 from peftcli.train import deadline as session
 from peftcli.train import disk, lock
-from peftcli.train.deadline import Deadline, Limit, deadline, known_limit, session_note, wall_clock_limit
-from peftcli.train.disk import Forecast, check_room, check_writable, forecast, free_bytes, room_for_checkpoint
+from peftcli.train.deadline import Deadline, NotebookLimit, deadline, notebook_limit, session_note, wall_clock_limit
+from peftcli.train.disk import (
+    Forecast,
+    check_disk_space,
+    check_writable,
+    forecast,
+    free_bytes,
+    has_space_for_checkpoint,
+)
 from peftcli.train.lock import RunLock
 
 NEEDS = Forecast(checkpoint_bytes=1000, checkpoints=3, adapter_bytes=500, merge_bytes=0, reserve_bytes=100)
@@ -216,7 +223,7 @@ def test_a_quota_that_cannot_be_read_is_an_error(text: str, tmp_path: Path, monk
 
 def test_a_file_system_that_does_not_tell_its_size_is_not_full(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(os, "statvfs", lambda path: os.statvfs_result((4096, 4096, 0, 0, 0, 0, 0, 0, 0, 255)))
-    assert room_for_checkpoint(tmp_path, 10**12) is None
+    assert has_space_for_checkpoint(tmp_path, 10**12) is None
 
 
 # Is there room
@@ -225,22 +232,22 @@ def test_a_file_system_that_does_not_tell_its_size_is_not_full(monkeypatch: pyte
 def test_a_run_that_does_not_fit_is_refused_with_its_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     quota(monkeypatch, tmp_path, "3599B")
     with pytest.raises(MachineError) as problem:
-        check_room(tmp_path / "run", NEEDS)
+        check_disk_space(tmp_path / "run", NEEDS)
     assert str(problem.value) == (
         f"{tmp_path}/run needs 3.5 KiB more, and {tmp_path} with its quota of 3.5 KiB has 3.5 KiB left: "
         "3 checkpoints of 1000 B, the adapter 500 B, 100 B for the rest\n"
         "free some space, lower adapter.r, or name an output_dir on another disk"
     )
     quota(monkeypatch, tmp_path, "3600B")
-    check_room(tmp_path / "run", NEEDS)
+    check_disk_space(tmp_path / "run", NEEDS)
 
 
 def test_the_mend_names_the_checkpoints_where_fewer_would_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     quota(monkeypatch, tmp_path, "1kB")
     with pytest.raises(MachineError, match=r"9 checkpoints of .*\n.*lower trainer\.save_total_limit"):
-        check_room(tmp_path, replace(NEEDS, checkpoints=9))
+        check_disk_space(tmp_path, replace(NEEDS, checkpoints=9))
     with pytest.raises(MachineError, match=r"the merged model 1\.9 MiB"):
-        check_room(tmp_path, replace(NEEDS, merge_bytes=2_000_000))
+        check_disk_space(tmp_path, replace(NEEDS, merge_bytes=2_000_000))
 
 
 def test_checkpoints_that_are_there_need_no_second_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,17 +255,17 @@ def test_checkpoints_that_are_there_need_no_second_room(tmp_path: Path, monkeypa
     for name in ("checkpoint-2", "checkpoint-4", "checkpoint-6.bad"):
         sparse(run / "checkpoints" / name / "optimizer.pt", 1000)
     quota(monkeypatch, tmp_path, "4600B")  # 3000 are taken, 2000 of them by checkpoints of the run's own
-    check_room(run, NEEDS)
+    check_disk_space(run, NEEDS)
     quota(monkeypatch, tmp_path, "4599B")
     with pytest.raises(MachineError, match=r"run needs 1\.6 KiB more.*, less 2\.0 KiB that is there already"):
-        check_room(run, NEEDS)
+        check_disk_space(run, NEEDS)
 
 
 def test_a_checkpoint_that_would_not_fit_is_told_in_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     quota(monkeypatch, tmp_path, "1000B")
-    assert room_for_checkpoint(tmp_path, 1000) is None
+    assert has_space_for_checkpoint(tmp_path, 1000) is None
     reason = f"a checkpoint takes 1001 B, and {tmp_path} with its quota of 1000 B has 1000 B left"
-    assert room_for_checkpoint(tmp_path, 1001) == reason
+    assert has_space_for_checkpoint(tmp_path, 1001) == reason
 
 
 # Can it be written
@@ -555,13 +562,13 @@ def test_the_earlier_of_budget_and_deadline_ends_the_run() -> None:
     ],
 )
 def test_notebook_services_are_known_by_their_variables(variables: dict[str, str], name: str) -> None:
-    found = known_limit(variables)
+    found = notebook_limit(variables)
     assert found is not None
     assert (found.name, found.seconds) == (name, 12 * 3600)
 
 
 def test_other_machines_have_no_limit() -> None:
-    assert known_limit({"HOME": "/root"}) is None
+    assert notebook_limit({"HOME": "/root"}) is None
     assert session_note(None, NOON) is None
 
 
@@ -593,7 +600,7 @@ def test_a_hidden_first_process_leaves_the_boot_time(monkeypatch: pytest.MonkeyP
 
 
 def test_the_proposed_budget_leaves_half_an_hour_of_what_is_left() -> None:
-    kaggle = Limit("Kaggle", 12 * 3600.0, None)
+    kaggle = NotebookLimit("Kaggle", 12 * 3600.0, None)
     budget = "would end this run whole before that"
     head = "Kaggle ends a session after 12h at the latest"
     assert kaggle.sentence(NOON) == f"{head}; budget.wall_clock: 11h30m {budget}"

@@ -11,7 +11,7 @@ from peftcli.recipe.load import load_recipe
 from peftcli.recipe.schema import Recipe
 from peftcli.run_dir import RunDir, write_json, write_text
 from peftcli.train import checkpoint
-from peftcli.train.resume import begin, write_recipe
+from peftcli.train.resume import open_run, write_recipe
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def sealed(folder: Path, step: int) -> Path:
 
 
 def test_overwrite_removes_our_files_and_goes_on_beside_a_file_of_the_user(run: RunDir, recipe: Recipe) -> None:
-    found = begin(run, recipe, overwrite=True, resume=False)
+    found = open_run(run, recipe, overwrite=True, resume=False)
     assert (found.finished, found.resume_from) == (False, None)
     assert sorted(path.name for path in run.path.iterdir()) == ["notes.txt"]
 
@@ -52,7 +52,7 @@ def test_a_folder_without_a_run_is_left_alone_even_with_overwrite(run: RunDir, r
     run.recipe.unlink()
     for overwrite in (False, True):
         with pytest.raises(RecipeError, match=r"no run of ours \(notes\.txt, plan\.json\)"):
-            begin(run, recipe, overwrite=overwrite, resume=False)
+            open_run(run, recipe, overwrite=overwrite, resume=False)
     assert sorted(path.name for path in run.path.iterdir()) == ["notes.txt", "plan.json"]
 
 
@@ -63,7 +63,7 @@ def test_a_folder_in_which_the_first_file_was_torn_by_a_kill_is_new(
     monkeypatch.setattr(os, "replace", lambda *_: None)  # as far as a process gets that is killed before it
     write_text(run.recipe, "model:")
     assert [path.name for path in run.path.iterdir()] != []
-    begin(run, recipe, overwrite=False, resume=False)
+    open_run(run, recipe, overwrite=False, resume=False)
     assert list(run.path.iterdir()) == []
 
 
@@ -73,7 +73,7 @@ def test_a_file_of_the_user_with_a_dot_is_not_taken_for_a_torn_one(tmp_path: Pat
     for name in (".notes.json.abcdefgh", ".recipe.yaml.swp", ".git"):
         (run.path / name).write_text("mine")
     with pytest.raises(RecipeError, match="no run of ours"):
-        begin(run, recipe, overwrite=False, resume=False)
+        open_run(run, recipe, overwrite=False, resume=False)
     assert len(list(run.path.iterdir())) == 3
 
 
@@ -97,8 +97,8 @@ def test_a_start_that_failed_before_its_first_checkpoint_takes_any_recipe(run: R
     other = recipe.model_copy(update={"seed": 7, "trainer": {"optim": "sgd"}})
     run.plan.unlink()
     run.checkpoints.mkdir()
-    found = begin(run, other, overwrite=False, resume=False)
+    found = open_run(run, other, overwrite=False, resume=False)
     assert (found.finished, found.resume_from) == (False, None) and "step 0" in found.notes[0]
     sealed(run.checkpoints, 3)
     with pytest.raises(RecipeError, match="checkpoints hold these"):
-        begin(run, other, overwrite=False, resume=False)
+        open_run(run, other, overwrite=False, resume=False)

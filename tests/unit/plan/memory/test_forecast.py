@@ -26,20 +26,20 @@ from transformers import (
     Qwen3Config,
 )
 
-from peftcli.cli.terminal import forecast_line, mend_lines, verdict
+from peftcli.cli.terminal import forecast_line, suggestion_lines, verdict
 from peftcli.errors import RecipeError
 from peftcli.model.inspect import read_shape
-from peftcli.plan.gpus import CARDS, card_of, find_card, machine_with
+from peftcli.plan.gpus import GPUS, find_gpu, gpu_of, machine_with
 from peftcli.plan.machine import Machine, ModelFacts
-from peftcli.plan.memory.activations import block_bytes, norm_bytes, stream_bytes
-from peftcli.plan.memory.estimate import CONTEXT_BYTES, INT8_BITS, NF4_BITS, Load, weight_bytes
-from peftcli.plan.memory.forecast import MARGIN, make_forecast, match_linears, plan_load, rows_of
-from peftcli.plan.memory.model_shape import Shape
+from peftcli.plan.memory.activations import norm_bytes, saved_activation_bytes, stream_bytes
+from peftcli.plan.memory.estimate import CONTEXT_BYTES, INT8_BITS, NF4_BITS, MicroBatchMemory, weight_bytes
+from peftcli.plan.memory.forecast import MARGIN, make_forecast, match_linears, micro_batch_memory, rows_of
+from peftcli.plan.memory.model_shape import ModelDimensions
 from peftcli.plan.memory.step_time import step_seconds, token_flops
-from peftcli.plan.memory.suggestions import propose
-from peftcli.plan.memory.training_setup import FULL_HEAD, Head, Setting
+from peftcli.plan.memory.suggestions import suggest
+from peftcli.plan.memory.training_setup import FULL_LOGITS_HEAD, LogitsHead, TrainingSetup
 from peftcli.plan.optimizer import Trained
-from peftcli.plan.partial_checkpointing import USED, spare_blocks
+from peftcli.plan.partial_checkpointing import USED, choose_checkpointed_layers
 from peftcli.plan.plan import Plan
 from peftcli.plan.planner import make_plan
 from peftcli.recipe.load import load_recipe
@@ -78,7 +78,7 @@ FAMILIES: dict[str, PreTrainedConfig] = {
 }
 
 
-def shape_of(config: PreTrainedConfig) -> Shape:
+def shape_of(config: PreTrainedConfig) -> ModelDimensions:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(type(config).from_dict(config.to_dict()))
     found = read_shape(model, model.config.get_text_config())
@@ -87,7 +87,7 @@ def shape_of(config: PreTrainedConfig) -> Shape:
 
 
 @cache
-def llama(size: str) -> Shape:
+def llama(size: str) -> ModelDimensions:
     """The shape of a published Llama, by its own configuration."""
     hidden, mlp, layers, heads, key_heads, words, tied = {
         "llama-2-7b": (4096, 11008, 32, 32, 32, 32000, False),
@@ -110,29 +110,29 @@ def llama(size: str) -> Shape:
 # Published peaks
 
 
-def peft_metamathqa() -> tuple[Load, float, bool]:
+def peft_metamathqa() -> tuple[MicroBatchMemory, float, bool]:
     """LoRA r 32 on q and v, 4 rows of up to 768 tokens, bfloat16 without autocast, all logits; reserved by torch.
 
     https://github.com/huggingface/peft, method_comparison/MetaMathQA/results/lora--llama-3.2-3B-rank32.json:
     cuda_memory_max 22,273,851,392.
     """
     shape = llama("llama-3.2-3b")
-    setting = lora(shape, 32, "q_proj", "v_proj", autocast=False, attention="masked", head=FULL_HEAD)
-    return Load(shape, setting, 4 * 768, 768), 22_273_851_392, True
+    setting = lora(shape, 32, "q_proj", "v_proj", autocast=False, attention="masked", head=FULL_LOGITS_HEAD)
+    return MicroBatchMemory(shape, setting, 4 * 768, 768), 22_273_851_392, True
 
 
-def torchtune_8b() -> tuple[Load, float, bool]:
+def torchtune_8b() -> tuple[MicroBatchMemory, float, bool]:
     """4 bit, r 8 on all layers, 2 rows of 2048 tokens, everything bfloat16, logits in 8 chunks, checkpointing.
 
     https://github.com/pytorch/torchtune, README ("Memory and training speed"): 7.4 GiB; the settings are those of
     recipes/configs/llama3_1/8B_qlora_single_device.yaml.
     """
     shape = llama("llama-3.1-8b")
-    setting = lora(shape, 8, **TORCHTUNE, head=Head(512, 128256, 10))
-    return Load(shape, setting, 2 * 2048, 2048), 7.4 * GIB, True
+    setting = lora(shape, 8, **TORCHTUNE, head=LogitsHead(512, 128256, 10))
+    return MicroBatchMemory(shape, setting, 2 * 2048, 2048), 7.4 * GIB, True
 
 
-def torchtune_3b() -> tuple[Load, float, bool]:
+def torchtune_3b() -> tuple[MicroBatchMemory, float, bool]:
     """4 bit, r 64 on all layers but k, 2 rows of 4096 tokens, the same, and activations offloaded.
 
     https://github.com/pytorch/torchtune, README (table of cumulative settings for Llama-3.2-3B): 4.6 GiB; the settings
@@ -140,19 +140,19 @@ def torchtune_3b() -> tuple[Load, float, bool]:
     """
     shape = llama("llama-3.2-3b")
     leaves = ("q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    setting = lora(shape, 64, *leaves, **TORCHTUNE, offloading=True, head=Head(1024, 128256, 10))
-    return Load(shape, setting, 2 * 4096, 4096), 4.6 * GIB, True
+    setting = lora(shape, 64, *leaves, **TORCHTUNE, offloading=True, head=LogitsHead(1024, 128256, 10))
+    return MicroBatchMemory(shape, setting, 2 * 4096, 4096), 4.6 * GIB, True
 
 
-def llama_factory(tokens: int, published: float) -> tuple[Load, float, bool]:
+def llama_factory(tokens: int, published: float) -> tuple[MicroBatchMemory, float, bool]:
     """4 bit, r 8 on all layers, one row, FlashAttention, checkpointing; the card's own count, in whole GB.
 
     https://github.com/hiyouga/LLaMA-Factory/wiki/Performance-comparison: 1,024 tokens 6 GB, 8,192 tokens 12 GB. The
     transformers of that time (4.39) had all logits in float32, twice, and their log-probabilities.
     """
     shape = llama("llama-2-7b")
-    setting = lora(shape, 8, weight_bits=NF4_BITS[True], checkpointing=True, head=Head(None, None, 12))
-    return Load(shape, setting, tokens, tokens), published * 1e9, False
+    setting = lora(shape, 8, weight_bits=NF4_BITS[True], checkpointing=True, head=LogitsHead(None, None, 12))
+    return MicroBatchMemory(shape, setting, tokens, tokens), published * 1e9, False
 
 
 TORCHTUNE: dict[str, Any] = {
@@ -176,7 +176,7 @@ TORCHTUNE: dict[str, Any] = {
     ids=["peft-3b", "torchtune-8b-4bit", "torchtune-3b-4bit", "llama-factory-1024", "llama-factory-8192"],
 )
 def test_the_peak_is_within_15_percent_of_what_others_published(
-    case: Callable[[], tuple[Load, float, bool]],
+    case: Callable[[], tuple[MicroBatchMemory, float, bool]],
 ) -> None:
     load, published, by_torch = case()
     predicted = load.total - (CONTEXT_BYTES if by_torch else 0)
@@ -187,9 +187,7 @@ def test_the_time_is_within_a_factor_of_one_and_a_half_of_what_others_published(
     shape = llama("llama-2-7b")
     setting = lora(shape, 8, weight_bits=NF4_BITS[True], checkpointing=True)
     for tokens, published in ((1024, 2295), (8192, 3128)):  # as in `llama_factory`, FlashAttention2
-        seconds = step_seconds(
-            shape, setting, find_card("a100-40"), tokens=tokens, micro_batches=1, attended=tokens / 2
-        )
+        seconds = step_seconds(shape, setting, find_gpu("a100-40"), tokens=tokens, micro_batches=1, attended=tokens / 2)
         assert 1 / 1.5 < tokens / seconds / published < 1.5
 
 
@@ -225,13 +223,13 @@ def adapted(name: str, dtype: torch.dtype, *, dropout: float, checkpointing: boo
     return model.train()
 
 
-def foretold_bytes(name: str, setting: Setting) -> float:
+def foretold_bytes(name: str, setting: TrainingSetup) -> float:
     shape = shape_of(FAMILIES[name])
     copies = 2 * setting.trainable if setting.autocast and not setting.checkpointing else 0
     if setting.checkpointing:
         blocks = stream_bytes(shape, setting, 128)
     else:
-        blocks = block_bytes(shape, setting, 128, 64)
+        blocks = saved_activation_bytes(shape, setting, 128, 64)
     return blocks + copies + norm_bytes(shape.final_norm, setting) * 128
 
 
@@ -292,7 +290,7 @@ def test_what_comes_and_goes_is_within_10_percent_of_what_torch_allocates(name: 
     model = adapted(name, torch.float32, dropout=0.0, checkpointing=checkpointing, attention="sdpa")
     shape = shape_of(FAMILIES[name])
     setting = lora(shape, 8, on_gpu=False, base_bytes=4, autocast=False, checkpointing=checkpointing)
-    load = Load(replace(shape, vocabulary=0), setting, 128, 64)
+    load = MicroBatchMemory(replace(shape, vocabulary=0), setting, 128, 64)
     assert load.activations() + load.working() == pytest.approx(peak_allocated(model), rel=0.1)
 
 
@@ -304,7 +302,9 @@ def test_products_are_those_that_torch_counts(checkpointing: bool) -> None:
     with FlopCounterMode(display=False) as counter:
         model(input_ids=ids, labels=ids).loss.backward()
     shape = shape_of(FAMILIES["llama"])
-    setting = lora(shape, 8, on_gpu=False, base_bytes=4, autocast=False, checkpointing=checkpointing, head=FULL_HEAD)
+    setting = lora(
+        shape, 8, on_gpu=False, base_bytes=4, autocast=False, checkpointing=checkpointing, head=FULL_LOGITS_HEAD
+    )
     assert token_flops(shape, setting, 64) * 128 == pytest.approx(counter.get_total_flops(), rel=0.03)
 
 
@@ -337,26 +337,26 @@ def test_the_experts_of_a_mixture_are_found_and_not_taken_for_linear_layers() ->
         ({"filling": 1.2}, {"filling": 1.0}),
         ({"processes": 2}, {"processes": 1}),
         ({"offloading": False}, {"offloading": True}),
-        ({"head": FULL_HEAD}, {"head": Head()}),
+        ({"head": FULL_LOGITS_HEAD}, {"head": LogitsHead()}),
     ],
 )
 def test_each_setting_that_takes_more_is_counted(more: dict[str, Any], less: dict[str, Any]) -> None:
     shape = llama("llama-3.1-8b")
-    loads = [Load(shape, lora(shape, 16, **settings), 8192, 2048) for settings in (more, less)]
+    loads = [MicroBatchMemory(shape, lora(shape, 16, **settings), 8192, 2048) for settings in (more, less)]
     assert loads[0].total > loads[1].total
 
 
 def test_more_tokens_a_higher_rank_and_more_targets_take_more() -> None:
     shape = llama("llama-3.1-8b")
-    base = Load(shape, lora(shape, 16), 4096, 1024)
+    base = MicroBatchMemory(shape, lora(shape, 16), 4096, 1024)
     assert base.with_tokens(4097).total > base.total
-    assert Load(shape, lora(shape, 17), 4096, 1024).total > base.total
-    assert Load(shape, lora(shape, 16, "q_proj", "v_proj"), 4096, 1024).total < base.total
+    assert MicroBatchMemory(shape, lora(shape, 17), 4096, 1024).total > base.total
+    assert MicroBatchMemory(shape, lora(shape, 16, "q_proj", "v_proj"), 4096, 1024).total < base.total
 
 
 def test_the_largest_micro_batch_fits_and_one_token_more_does_not() -> None:
     shape = llama("llama-3.1-8b")
-    load = Load(shape, lora(shape, 16, weight_bits=NF4_BITS[True], checkpointing=True), 1, 1)
+    load = MicroBatchMemory(shape, lora(shape, 16, weight_bits=NF4_BITS[True], checkpointing=True), 1, 1)
     most = load.largest(16 * GIB)
     assert load.with_tokens(most).total <= 16 * GIB < load.with_tokens(most + 1).total
     assert load.largest(GIB) == 0
@@ -364,7 +364,7 @@ def test_the_largest_micro_batch_fits_and_one_token_more_does_not() -> None:
 
 def test_the_parts_are_the_total_and_what_a_run_measures_leaves_the_context_out() -> None:
     shape = llama("llama-3.1-8b")
-    load = Load(shape, lora(shape, 16), 4096, 1024)
+    load = MicroBatchMemory(shape, lora(shape, 16), 4096, 1024)
     parts = load.parts()
     assert sum(parts.values()) == load.total
     assert load.total - load.counted == parts["context"] + parts["fragmentation"]
@@ -376,36 +376,36 @@ def test_the_parts_are_the_total_and_what_a_run_measures_leaves_the_context_out(
 
 
 def test_every_card_is_found_by_its_key_and_by_the_name_that_torch_says() -> None:
-    for card in CARDS:
-        assert find_card(card.key) is card
-        found = card_of(machine_with(card))
+    for card in GPUS:
+        assert find_gpu(card.key) is card
+        found = gpu_of(machine_with(card))
         assert found is not None and (found.name, found.memory_gib) == (card.name, card.memory_gib)
-    assert find_card("NVIDIA RTX 4090").key == "rtx4090"
-    assert find_card("A100_80").key == "a100-80"
+    assert find_gpu("NVIDIA RTX 4090").key == "rtx4090"
+    assert find_gpu("A100_80").key == "a100-80"
 
 
 def test_an_unknown_card_names_the_nearest() -> None:
     with pytest.raises(RecipeError, match=r"--gpu rtx4080: no card.*did you mean rtx4090\?\nknown are t4, "):
-        find_card("rtx4080")
+        find_gpu("rtx4080")
 
 
 def test_a_card_that_is_not_in_the_table_has_no_time() -> None:
-    assert card_of(replace(machine_with(find_card("t4")), name="Tesla K80")) is None
-    assert card_of(replace(machine_with(find_card("t4")), memory_bytes=30 * GIB)) is None
+    assert gpu_of(replace(machine_with(find_gpu("t4")), name="Tesla K80")) is None
+    assert gpu_of(replace(machine_with(find_gpu("t4")), memory_bytes=30 * GIB)) is None
 
 
 # Plans
 
 
 @pytest.fixture
-def make(tmp_path: Path) -> Callable[..., tuple[Plan, Shape, Machine]]:
+def make(tmp_path: Path) -> Callable[..., tuple[Plan, ModelDimensions, Machine]]:
     """A function that plans a recipe over Llama-3.1-8B for a card."""
 
-    def plan(more: str = "", gpu: str = "t4") -> tuple[Plan, Shape, Machine]:
+    def plan(more: str = "", gpu: str = "t4") -> tuple[Plan, ModelDimensions, Machine]:
         path = tmp_path / "r.yaml"
         dataset = "" if "dataset:" in more else "dataset: {path: a.csv, text: '{a}', max_length: 1024}\n"
         path.write_text("model: {name: org/model}\n" + dataset + more, encoding="utf-8")
-        shape, machine = llama("llama-3.1-8b"), machine_with(find_card(gpu))
+        shape, machine = llama("llama-3.1-8b"), machine_with(find_gpu(gpu))
         paths = tuple(f"model.layers.{block}.{linear.name}" for block in range(32) for linear in shape.linears)
         facts = ModelFacts("m", "LlamaForCausalLM", shape.parameters, paths, paths, "lm_head", 8192, shape=shape)
         return make_plan(load_recipe(path).recipe, machine, facts, lambda adapter: Trained(41_943_040)), shape, machine
@@ -430,14 +430,14 @@ def test_a_forecast_says_whether_it_fits_and_how_long_it_takes(make: Any) -> Non
 
 def test_a_run_that_barely_fits_says_so_and_what_to_lower(make: Any) -> None:
     plan, shape, machine = make("quantization: {bits: 4}", "l4")
-    total = plan_load(plan, shape, machine, rows_of(plan, None)).total
+    total = micro_batch_memory(plan, shape, machine, rows_of(plan, None)).total
     machine = replace(machine, memory_bytes=round(total / 0.997))
     found = make_forecast(plan, shape, machine, rows_of(plan, None), DISK)
     assert found is not None
     assert found["fits"] is True and found["tight"] is True
     said = verdict(found, machine)
     assert said.startswith("barely fits into ") and "0.3% of it" in said
-    assert any(line.endswith(" fits") and "barely" not in line for line in mend_lines(found))
+    assert any(line.endswith(" fits") and "barely" not in line for line in suggestion_lines(found))
     assert "barely fits" in (forecast_line(found) or "")
     roomy = replace(machine, memory_bytes=round(total / (1 - MARGIN)) + 1)
     found = make_forecast(plan, shape, roomy, rows_of(plan, None), DISK)
@@ -449,10 +449,10 @@ def test_a_change_that_leaves_less_than_the_margin_barely_fits_itself(make: Any)
     plan, shape, machine = make("quantization: {bits: 4}", "l4")
     found = make_forecast(plan, shape, replace(machine, memory_bytes=4 * GIB), rows_of(plan, None), DISK)
     assert found is not None and found["fits"] is False and found["tight"] is False
-    memory = min(mend["total_bytes"] for mend in found["mends"])
+    memory = min(fix["total_bytes"] for fix in found["mends"])
     found = make_forecast(plan, shape, replace(machine, memory_bytes=memory), rows_of(plan, None), DISK)
     assert found is not None
-    assert any(line.endswith("barely fits") for line in mend_lines(found))
+    assert any(line.endswith("barely fits") for line in suggestion_lines(found))
 
 
 def test_rows_that_were_read_give_the_better_forecast(make: Any) -> None:
@@ -479,12 +479,12 @@ def test_rows_that_were_read_give_the_better_forecast(make: Any) -> None:
 )
 def test_each_change_that_is_proposed_lowers_the_total(make: Any, more: str) -> None:
     plan, shape, machine = make(more, "l4")
-    load = plan_load(plan, shape, machine, rows_of(plan, None))
+    load = micro_batch_memory(plan, shape, machine, rows_of(plan, None))
     assert load.total > machine.memory_bytes
-    mends = propose(load, plan, machine.memory_bytes)
-    assert mends and all(mend.load.total < 0.99 * load.total for mend in mends)
-    assert any(mend.load.total <= machine.memory_bytes for mend in mends)
-    assert len({mend.keys for mend in mends}) == len(mends)
+    fixes = suggest(load, plan, machine.memory_bytes)
+    assert fixes and all(fix.load.total < 0.99 * load.total for fix in fixes)
+    assert any(fix.load.total <= machine.memory_bytes for fix in fixes)
+    assert len({fix.keys for fix in fixes}) == len(fixes)
 
 
 @pytest.mark.parametrize(
@@ -500,38 +500,40 @@ def test_each_change_that_is_proposed_lowers_the_total(make: Any, more: str) -> 
 )
 def test_the_fewest_bits_that_a_method_works_on_are_proposed(make: Any, more: str, proposed: str | None) -> None:
     plan, shape, machine = make(f"trainer: {{per_device_train_batch_size: 64}}\n{more}", "l4")
-    load = plan_load(plan, shape, machine, rows_of(plan, None))
-    found = [mend.keys for mend in propose(load, plan, 2 * GIB) if mend.keys.startswith("quantization")]
+    load = micro_batch_memory(plan, shape, machine, rows_of(plan, None))
+    found = [fix.keys for fix in suggest(load, plan, 2 * GIB) if fix.keys.startswith("quantization")]
     assert [keys for keys in found if "\n" not in keys] == ([] if proposed is None else [proposed])
 
 
 def test_what_is_proposed_comes_to_the_total_that_it_says(make: Any) -> None:
     big = "trainer: {per_device_train_batch_size: 16, activation_checkpointing: false}"
     plan, shape, machine = make(f"quantization: {{bits: 4}}\n{big}", "l4")
-    load = plan_load(plan, shape, machine, rows_of(plan, None))
-    found = {mend.keys: mend.load.total for mend in propose(load, plan, machine.memory_bytes)}
+    load = micro_batch_memory(plan, shape, machine, rows_of(plan, None))
+    found = {fix.keys: fix.load.total for fix in suggest(load, plan, machine.memory_bytes)}
     after, *_ = make(f"quantization: {{bits: 4}}\n{big.replace('false', 'true')}", "l4")
-    again = plan_load(after, shape, machine, rows_of(after, None)).total
+    again = micro_batch_memory(after, shape, machine, rows_of(after, None)).total
     assert found["trainer: {activation_checkpointing: true}"] == again
     tokens = next(key for key in found if key.startswith("performance"))
     after, *_ = make(f"quantization: {{bits: 4}}\n{big}\n{tokens}", "l4")
-    assert found[tokens] == pytest.approx(plan_load(after, shape, machine, rows_of(after, None)).total, rel=0.01)
+    assert found[tokens] == pytest.approx(
+        micro_batch_memory(after, shape, machine, rows_of(after, None)).total, rel=0.01
+    )
 
 
 def test_grouped_heads_on_an_old_card_are_repeated(make: Any) -> None:
     loads = []
     for gpu in ("t4", "l4"):
         plan, shape, machine = make("quantization: {bits: 4}", gpu)
-        loads.append(plan_load(plan, shape, machine, rows_of(plan, None)))
+        loads.append(micro_batch_memory(plan, shape, machine, rows_of(plan, None)))
     assert [load.setting.attention for load in loads] == ["repeated", "flash"]
     padded, shape, machine = make("quantization: {bits: 4}\nperformance: {batching: padded}")
-    assert plan_load(padded, shape, machine, rows_of(padded, None)).setting.attention == "masked"
+    assert micro_batch_memory(padded, shape, machine, rows_of(padded, None)).setting.attention == "masked"
 
 
-def blocks_of(make: Any, more: str, gpu: str, asked: object = None) -> tuple[Plan, Load, Machine, str]:
+def blocks_of(make: Any, more: str, gpu: str, asked: object = None) -> tuple[Plan, MicroBatchMemory, Machine, str]:
     plan, shape, machine = make(more, gpu)
-    plan = spare_blocks(plan, shape, machine, asked)
-    load = plan_load(plan, shape, machine, rows_of(plan, None))
+    plan = choose_checkpointed_layers(plan, shape, machine, asked)
+    load = micro_batch_memory(plan, shape, machine, rows_of(plan, None))
     said = next(one.value for one in plan.decisions if one.key == "activation checkpointing")
     return plan, load, machine, said
 
@@ -560,7 +562,7 @@ def test_a_method_whose_activations_are_not_foreseen_keeps_every_block_checkpoin
 def test_inputs_are_foreseen_cast_where_training_casts_them(make: Any) -> None:
     def casts(more: str) -> bool:
         plan, shape, machine = make(more, "l4")
-        return plan_load(plan, shape, machine, rows_of(plan, None)).setting.casts
+        return micro_batch_memory(plan, shape, machine, rows_of(plan, None)).setting.casts
 
     assert not casts("adapter: {dropout: 0.1}") and casts("adapter: {use_dora: true}")
     assert casts("adapter: {dropout: 0.1}\ntrainer: {use_cpu: true}") and not casts("trainer: {use_cpu: true}")

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ground import TIMEOUT, Ended, Ground, wait_for
+from workspace import TIMEOUT, Ended, Workspace, wait_for
 
 ROOMS = (
     "peftcli.cli.main",
@@ -114,7 +114,7 @@ class Zygote:
             importlib.import_module(room)
         self._warm = True
 
-    def run(self, ground: Ground, *words: str, hook: Callable[[], None] | None = None) -> Ended:
+    def run(self, ground: Workspace, *words: str, hook: Callable[[], None] | None = None) -> Ended:
         """Run one session to its end.
 
         Args:
@@ -124,7 +124,7 @@ class Zygote:
         return self.end(ground, pid, begun)
 
     def start(
-        self, ground: Ground, *words: str, hook: Callable[[], None] | None = None, command: Command | None = None
+        self, ground: Workspace, *words: str, hook: Callable[[], None] | None = None, command: Command | None = None
     ) -> tuple[int, float]:
         """Fork a session; its process id, and when it began.
 
@@ -145,7 +145,7 @@ class Zygote:
                 os._exit(code)
         return pid, begun
 
-    def end(self, ground: Ground, pid: int, begun: float) -> Ended:
+    def end(self, ground: Workspace, pid: int, begun: float) -> Ended:
         """Wait for a session."""
         code, peak, cpu = wait_for(pid, begun + TIMEOUT)
         seconds = time.perf_counter() - begun
@@ -157,7 +157,7 @@ class Zygote:
         return self._phase[:PHASE_BYTES].rstrip(b"\0").decode()
 
     def _session(
-        self, ground: Ground, words: Sequence[str], hook: Callable[[], None] | None, command: Command | None
+        self, ground: Workspace, words: Sequence[str], hook: Callable[[], None] | None, command: Command | None
     ) -> int:
         os.setsid()
         os.chdir(ground.folder)

@@ -56,7 +56,7 @@ def as_lines(rows: Sequence[Any]) -> bytes:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode("utf-8", "surrogatepass")
 
 
-class Ground:
+class Workspace:
     """A temporary folder with a healthy recipe over healthy rows, to be spoilt by a case.
 
     Attributes:
