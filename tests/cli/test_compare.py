@@ -21,6 +21,7 @@ from peftcli.compare.run import VariantRunner
 from peftcli.compare.variants import Axis, Variant, check_variants, make_variants, read_axes, split_values
 from peftcli.errors import RecipeError
 from peftcli.plan.machine import Machine, ModelFacts
+from peftcli.plan.optimizer import Trained
 from peftcli.plan.plan import Decision
 from peftcli.plan.planner import make_plan
 from peftcli.progress import Silent
@@ -176,7 +177,7 @@ def sample_run(folder: Path, *, exact: float = 0.5, rows: int = 100, data: Path,
     write_text(run.recipe, yaml.safe_dump({"name": folder.name, **values}))
     loaded = load_recipe(run.recipe).recipe
     facts = ModelFacts("m", "LlamaForCausalLM", 10**6, LINEAR, LINEAR, "lm_head", 2048)
-    write_json(run.plan, make_plan(loaded, CPU, facts, lambda adapter: 1000 * rank).as_json())
+    write_json(run.plan, make_plan(loaded, CPU, facts, lambda adapter: Trained(1000 * rank)).as_json())
     side = {"loss": 1 - exact / 2, "exact_match": exact}
     retention = {"path": "t.txt", "tokens": 10, "base_loss": 1.0, "adapter_loss": 1.0 + exact, "change": exact}
     train = {"steps": 6, "seconds": 10.0 + rank, "tokens_per_second": 900.0, "peak_memory_bytes": 10**9 + rank}

@@ -26,6 +26,7 @@ from peftcli.metrics.regression import regression_scores
 from peftcli.metrics.tagging import tagging_scores
 from peftcli.plan.machine import Machine, ModelFacts
 from peftcli.plan.module_selection import choose_modules
+from peftcli.plan.optimizer import Trained
 from peftcli.plan.plan import Plan
 from peftcli.plan.planner import make_plan
 from peftcli.progress import Silent
@@ -73,7 +74,7 @@ def make_products_plan(smoke: bool) -> Plan:
     """The plan of a shipped recipe on a T4."""
     recipe = load_recipe(PRODUCTS, ["name=products", "trainer.max_steps=600"]).recipe
     notice = "The completion starts with a space; it is tokenized as part of the completion."
-    return make_plan(recipe, T4, LLAMA, lambda adapter: 33_554_432, smoke=smoke, notices=(notice,))
+    return make_plan(recipe, T4, LLAMA, lambda adapter: Trained(33_554_432), smoke=smoke, notices=(notice,))
 
 
 def log_rows(steps: int = 600, every: int = 5) -> list[dict[str, Any]]:
@@ -616,7 +617,7 @@ def test_the_stages_of_a_run_name_the_method_of_each(tmp_path: Path) -> None:
     for number, method in ((1, "lora"), (2, "ia3")):
         stage = run.stage(number, method)
         recipe = load_recipe(PRODUCTS, [f"adapter={{method: {method}}}"]).recipe
-        write_json(stage.plan, make_plan(recipe, T4, LLAMA, lambda adapter: 1000).as_json())
+        write_json(stage.plan, make_plan(recipe, T4, LLAMA, lambda adapter: Trained(1000)).as_json())
         write_json(stage.train, {"schema": 1, **_train()})
         write_metrics(stage, [])
     report, _ = written(run)
