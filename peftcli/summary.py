@@ -20,7 +20,7 @@ TRAIN_FIGURES = (
     "resumed_from_step",
 )
 RETENTION_FIGURES = ("path", "tokens", "base_loss", "adapter_loss", "change")
-RETENTION_GATES = {"retention_loss": "adapter_loss", "retention_change": "change"}
+FORGETTING_GATES = {"forgetting_loss": "adapter_loss", "forgetting_change": "change"}
 """Names of gates, and the figure of `retention` that each watches."""
 DATA_FIGURES = ("train_rows", "test_rows", "dropped_rows", "truncated_rows", "leaked_rows")
 
@@ -66,8 +66,8 @@ def _judge(gate: Gate, metrics: dict[str, Any]) -> dict[str, Any]:
     holder, name = "adapter", gate.name
     if gate.name.startswith("merge_"):
         holder, name = "merge", gate.name.removeprefix("merge_")
-    elif gate.name in RETENTION_GATES:
-        holder, name = "retention", RETENTION_GATES[gate.name]
+    elif gate.name in FORGETTING_GATES:
+        holder, name = "retention", FORGETTING_GATES[gate.name]
     value = (metrics[holder] or {}).get(name)
     return {"name": gate.name, "limit": gate.text, "value": value, "met": None if value is None else gate.met(value)}
 

@@ -106,24 +106,24 @@ def assert_close_logits(found: Tensor, expected: Tensor, **tolerance: Any) -> No
 
 
 def train_twice(run_cli: Cli, recipe: Path, tmp_path: Path, *words: str) -> tuple[Path, Path]:
-    for name in ("flat", "padded"):
+    for name in ("padding_free", "padded"):
         assert run_cli("train", recipe, "--output-dir", name, "--set", f"performance.batching={name}", *words) == 0
-    return tmp_path / "flat", tmp_path / "padded"
+    return tmp_path / "padding_free", tmp_path / "padded"
 
 
 def logged_losses(run: Path) -> list[float]:
     return [row["loss"] for row in read_log(run / "log.jsonl") if "loss" in row]
 
 
-def same_training(flat: Path, padded: Path) -> None:
-    losses = [logged_losses(run) for run in (flat, padded)]
+def same_training(padding_free: Path, padded: Path) -> None:
+    losses = [logged_losses(run) for run in (padding_free, padded)]
     assert len(losses[0]) > 3
     assert_same_losses(*losses)
-    assert_same_adapter(*(load_file(run / "adapter" / "adapter_model.safetensors") for run in (flat, padded)))
-    facts = [read_json(run / "train.json") for run in (flat, padded)]
+    assert_same_adapter(*(load_file(run / "adapter" / "adapter_model.safetensors") for run in (padding_free, padded)))
+    facts = [read_json(run / "train.json") for run in (padding_free, padded)]
     for key in ("tokens", "trained_tokens", "rows", "steps"):
         assert facts[0][key] == facts[1][key], key
-    assert facts[0]["batching"]["kind"] == "flat" and facts[1]["batching"]["kind"] == "padded"
+    assert facts[0]["batching"]["kind"] == "padding_free" and facts[1]["batching"]["kind"] == "padded"
     assert [one["batching"]["attention"] for one in facts] == [["side by side"], None]
     assert facts[0]["batching"]["real_tokens"] < facts[0]["batching"]["padded_tokens"]
 

@@ -33,14 +33,6 @@ NOTEBOOKS = sorted((DOCS / "notebooks").glob("*.ipynb"))
 SHIPPED = sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml"))
 COMMANDS: Any = get_command(app)
 GENERATED = ("recipe.md", "cli.md")
-RENAMED = {
-    "performance.disable",
-    "model.problem_type",
-    "evaluation.forgetting_text",
-    "evaluation.forgetting_tokens",
-    *(f"dataset.limits.{key}" for key in ("max_dropped", "max_truncated", "max_leaked", "min_eos_trained")),
-}
-"""Keys that the pages name already and the schema gets with the renaming; empty this set then."""
 PRIVATE_WORDS = (
     r"mends?|levers?|twins?|foretold|anew|told|held against|(?<!model )cards?|stands?(?!-|\salone model)|flat lines?"
 )
@@ -185,7 +177,7 @@ def test_a_recipe_is_valid_without_a_notice(where: str, block: str, tmp_path: Pa
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_a_recipe_key_that_a_page_names_exists(page: Path) -> None:
-    keys = set(schema_keys()) | RENAMED
+    keys = set(schema_keys())
     arguments = set(installed_arguments() or ())
     adapter = {name for method in METHODS for name in recipe_arguments(method)}
     for span in code_spans(page):

@@ -75,7 +75,7 @@ class Job:
                 "columns": {"prompt": "prompt", "completion": "completion"},
                 "test": {"path": str(self.place / "held-out.jsonl")},
                 "max_length": self.regime.max_length,
-                "limits": {"leaked": 1},
+                "limits": {"max_leaked": 1},
             },
             "trainer": self.arguments,
             "performance": dict(performance),

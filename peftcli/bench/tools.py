@@ -31,8 +31,10 @@ TUNED = ("trl_tuned", "trl_tuned_fp32")
 TOOLS = {
     tool.name: tool
     for tool in (
-        Tool("flat", "peftcli, flat lines", True, {"batching": "flat"}),
-        Tool("flat_512", "peftcli, flat, 512 tokens", True, {"batching": "flat", "tokens_per_micro_batch": 512}),
+        Tool("flat", "peftcli, flat lines", True, {"batching": "padding_free"}),
+        Tool(
+            "flat_512", "peftcli, flat, 512 tokens", True, {"batching": "padding_free", "tokens_per_micro_batch": 512}
+        ),
         Tool("padded", "peftcli, padded", True, {"batching": "padded"}),
         Tool("trl", "SFTTrainer as it comes", False),
         # On a processor without bfloat16 products its default is emulated, and slower than float32.

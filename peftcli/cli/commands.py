@@ -15,7 +15,7 @@ from peftcli.cli.terminal import show_data
 from peftcli.errors import DataError, GateNotMet, MemoryExhausted, RecipeError
 from peftcli.plan.plan import DTYPE_BYTES
 from peftcli.plan.smoke import check_schedules, smoke_notices, smoke_recipe
-from peftcli.recipe.load import Loaded, load_recipe
+from peftcli.recipe.load import Loaded, load_recipe, load_run_recipe
 from peftcli.recipe.rules import CAUSAL
 from peftcli.recipe.schema import Recipe
 from peftcli.report.build import write_report
@@ -103,7 +103,7 @@ def _to_evaluate(name: str, recipe: str | None, overrides: Sequence[str], shown:
 
 def _both(loaded: Loaded) -> tuple[Loaded, Recipe]:
     """A recipe with what `--set` changes in it, and without."""
-    return loaded, load_recipe(loaded.path).recipe
+    return loaded, (load_run_recipe if loaded.of_run else load_recipe)(loaded.path).recipe
 
 
 def merge_command(
@@ -140,7 +140,7 @@ def merge_command(
         target = open_target(str(path))
         if target.adapter is not None:
             refuse_unmergeable(target.adapter)
-        loaded = load_recipe(run.recipe)
+        loaded = load_run_recipe(run.recipe)
         planned = plan_recipe(loaded, smoke=bool(target.identity.get("smoke")))
         plan = planned.plan
         target, data = prepare_for(planned, target, shown)
@@ -262,7 +262,7 @@ def _recipe_for(name: str | None, run: RunDir | None, overrides: Sequence[str]) 
     if name is not None:
         return load_recipe(find_recipe(name), overrides)
     if run is not None and run.recipe.is_file():
-        return load_recipe(run.recipe, overrides)
+        return load_run_recipe(run.recipe, overrides)
     raise RecipeError("this target stands alone; name the recipe whose test rows count with --recipe")
 
 

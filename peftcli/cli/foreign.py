@@ -115,10 +115,10 @@ def _own_recipe(adapter: Foreign, rows: Path) -> tuple[Loaded, Outputs]:
     columns = _write_rows(rows, task, outputs)
     model: dict[str, Any] = {"name": adapter.base, "revision": adapter.revision, "task": task}
     dataset: dict[str, Any] = {"path": str(rows), "columns": columns, "split": {"test_size": 0}}
-    if task != CAUSAL and outputs.problem != "regression":
+    if task != CAUSAL and outputs.problem_type != "regression":
         dataset["labels"] = outputs.names
-    if outputs.problem is not None:
-        model["problem"] = outputs.problem
+    if outputs.problem_type is not None:
+        model["problem_type"] = outputs.problem_type
     recipe = Recipe.model_validate({"name": "adapter", "model": model, "dataset": dataset, "trainer": {}})
     return Loaded(recipe, (), adapter.folder), outputs
 
@@ -131,8 +131,8 @@ def _write_rows(file: Path, task: str, outputs: Outputs) -> dict[str, str]:
     rows: list[dict[str, Any]] = []
     for number, text in enumerate(load_documents()[:TEXTS]):
         name = outputs.names[number % len(outputs.names)] if outputs.names else ""
-        label: Any = [name] if outputs.problem == "multi-label" else name
-        label = float(number) if outputs.problem == "regression" else label
+        label: Any = [name] if outputs.problem_type == "multi-label" else name
+        label = float(number) if outputs.problem_type == "regression" else label
         words = text.split()
         row = {"text": text} if task == CAUSAL else {"text": text, "label": label}
         rows.append(row if task in (CAUSAL, SEQUENCE) else {"tokens": words, "tags": [name] * len(words)})
@@ -153,7 +153,7 @@ def _with_names(loaded: Loaded, adapter: Foreign, progress: Progress) -> tuple[L
     if adapter.base is not None and Path(adapter.base).name != Path(located.path).name:
         progress.note(f"note: {adapter.folder} names {adapter.base} as its base; {model.name} of the recipe is used")
     outputs = outputs_of(adapter, model.task, located.path, located.config)
-    if recipe.dataset.labels is None and outputs.named and outputs.problem != "regression":
+    if recipe.dataset.labels is None and outputs.named and outputs.problem_type != "regression":
         dataset = recipe.dataset.model_copy(update={"labels": outputs.names})
         loaded = replace(loaded, recipe=recipe.model_copy(update={"dataset": dataset}))
     return loaded, outputs

@@ -126,7 +126,7 @@ def plan_with_labels(planned: Planned, data: PreparedData) -> Planned:
         return planned
     labels = output_names(data)
     count = planned.counter(labels=labels)
-    return replace(planned, plan=resolve_labels(planned.plan, labels, data.problem, count))
+    return replace(planned, plan=resolve_labels(planned.plan, labels, data.problem_type, count))
 
 
 def forecast_run(planned: Planned, data: Mapping[str, Any] | None = None) -> dict[str, Any] | None:

@@ -285,7 +285,7 @@ def _reused_baseline(
     recipe: Recipe, plan: Plan, stamp: Mapping[str, Any], shown: Shown, source_run: Path | None
 ) -> Path | None:
     """The file of another run with the figures of this run's base, where they may be taken over."""
-    if source_run is None or (not recipe.dataset.holds_out and recipe.evaluation.retention is None):
+    if source_run is None or (not recipe.dataset.holds_out and recipe.evaluation.forgetting_text is None):
         return None
     reason = reuse_blocker(RunDir(source_run), recipe, plan, stamp)
     taken = "the figures of the base are those of" if reason is None else "the base is measured anew, not as in"

@@ -11,7 +11,7 @@ from typing import Any
 from peftcli.compare.variants import ROWS_KEY, unique
 from peftcli.errors import PeftcliError, RecipeError
 from peftcli.recipe.dump import fingerprint
-from peftcli.recipe.load import load_recipe
+from peftcli.recipe.load import load_run_recipe
 from peftcli.recipe.schema import Recipe
 from peftcli.report.format import compact
 from peftcli.report.load import Stages, figure, find, load_stages, text
@@ -98,7 +98,7 @@ def _stages(folder: Path) -> Stages | None:
 def _recipe(folder: Path) -> Recipe | None:
     """The recipe of a run, None where there is none or another version wrote it."""
     try:
-        return load_recipe(RunDir(folder).recipe).recipe
+        return load_run_recipe(RunDir(folder).recipe).recipe
     except RecipeError:
         return None
 

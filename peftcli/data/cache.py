@@ -70,7 +70,7 @@ def _key(
         "split": [asked.dataset.split.stratify, asked.dataset.split.group],
         "rule": [asked.rule.completion_only, asked.rule.assistant_only, asked.rule.max_length],
         "too_long": asked.dataset.too_long,
-        "task": [asked.rule.task, asked.rule.problem, asked.dataset.labels],
+        "task": [asked.rule.task, asked.rule.problem_type, asked.dataset.labels],
         "limit": asked.limit,
         "tokenizer": tokenizer_fingerprint(tokenizer),
     }

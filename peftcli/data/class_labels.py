@@ -29,7 +29,7 @@ class LabelColumn:
 
     Attributes:
         name: of the column.
-        problem: single-label, multi-label or regression.
+        problem_type: single-label, multi-label or regression.
         names: of the classes by number, where the recipe or the data set gives them.
         separator: between the classes of a text such as `toxic|insult`.
         switches: each list holds a 0 or a 1 for each class, in place of the classes.
@@ -37,7 +37,7 @@ class LabelColumn:
     """
 
     name: str
-    problem: str
+    problem_type: str
     names: Names | None = None
     separator: str | None = None
     switches: bool = False
@@ -50,9 +50,9 @@ class LabelColumn:
             Unused: the row has no label.
             Wrong: a class is none of the names.
         """
-        if self.problem == "regression":
+        if self.problem_type == "regression":
             return _number_text(value, self.name)
-        if self.problem == "multi-label":
+        if self.problem_type == "multi-label":
             return json.dumps(self._several(value), ensure_ascii=False)
         return self.one(value)
 
@@ -115,7 +115,7 @@ def read_labels(
     Args:
         values: of the first rows.
         name: of the column.
-        asked: `model.problem`; `auto` decides.
+        asked: `model.problem_type`; `auto` decides.
         names: of the classes, where they are given.
         where: file, for messages.
         unlabelled: -1 stands for no label.
@@ -124,22 +124,22 @@ def read_labels(
         DataError: the values can be read in two ways.
     """
     present = [value for value in values if not is_null(value) and value != ""]
-    problem = _problem(present, name, names, where) if asked == "auto" else asked
-    if problem != "multi-label":
-        return LabelColumn(name, problem, names, unlabelled=unlabelled and problem == "single-label")
+    problem_type = _problem(present, name, names, where) if asked == "auto" else asked
+    if problem_type != "multi-label":
+        return LabelColumn(name, problem_type, names, unlabelled=unlabelled and problem_type == "single-label")
     texts = [value for value in present if isinstance(value, str) and not value.lstrip().startswith("[")]
     separator = _separator(texts, name, names, where)
     lists = [_parsed(value, separator) if isinstance(value, str) else value for value in present]
-    return LabelColumn(name, problem, names, separator, _are_switches(lists))
+    return LabelColumn(name, problem_type, names, separator, _are_switches(lists))
 
 
-def label_said(label: str, problem: str) -> str:
+def label_said(label: str, problem_type: str) -> str:
     """A stored label as people read it.
 
     >>> label_said("spam", "single-label"), label_said('["toxic", "insult"]', "multi-label")
     ('spam', 'toxic, insult')
     """
-    return ", ".join(json.loads(label)) if problem == "multi-label" else label
+    return ", ".join(json.loads(label)) if problem_type == "multi-label" else label
 
 
 def sorted_names(names: Sequence[str]) -> Names:
@@ -174,7 +174,7 @@ def _problem(present: Sequence[Any], name: str, names: Names | None, where: str)
         return "single-label"
     raise DataError(
         f"{where}: {name} holds whole numbers from {low:.0f} to {high:.0f}, which may be classes or amounts; "
-        "set model.problem: single-label or model.problem: regression"
+        "set model.problem_type: single-label or model.problem_type: regression"
     )
 
 

@@ -76,7 +76,7 @@ class RowFormat:
         prompt: template that new prompts are written in; None for chats and for plain text.
         reads: columns whose values `make` takes, in its order; later rows may have some that the first lack.
         make: makes the example of one row.
-        problem: of a classification: single-label, multi-label or regression.
+        problem_type: of a classification: single-label, multi-label or regression.
         names: of the classes or tags in their order, where they are given.
     """
 
@@ -87,7 +87,7 @@ class RowFormat:
     prompt: str | None
     reads: tuple[str, ...] = field(repr=False)
     make: Maker = field(repr=False)
-    problem: str | None = None
+    problem_type: str | None = None
     names: tuple[str, ...] | None = None
 
     def examples(self, rows: Rows) -> Examples:

@@ -37,9 +37,9 @@ def choose_images(first: Rows, section: SourceSection, given: Given) -> RowForma
     check_named(first, section)
     named = section.columns
     image = (named.image if named else None) or only_column(first, IMAGES, "image", "the image", ())
-    asked = "single-label" if first.is_folder and given.rule.problem == "auto" else None
+    asked = "single-label" if first.is_folder and given.rule.problem_type == "auto" else None
     column, names = choose_label(first, section, given, (image,), asked)
-    said = f"the images of {image} with the {LABEL_WORDS[column.problem]} in {column.name}"
+    said = f"the images of {image} with the {LABEL_WORDS[column.problem_type]} in {column.name}"
     return RowFormat(
         kind="images",
         name="images",
@@ -48,8 +48,8 @@ def choose_images(first: Rows, section: SourceSection, given: Given) -> RowForma
         prompt=None,
         reads=(image, column.name),
         make=_from_files(given.folder or Path(), column, folders=first.is_folder),
-        problem=column.problem,
-        names=None if column.problem == "regression" else names,
+        problem_type=column.problem_type,
+        names=None if column.problem_type == "regression" else names,
     )
 
 

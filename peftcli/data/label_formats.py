@@ -37,7 +37,7 @@ class Given:
     """What is known of the labels beside the rows.
 
     Attributes:
-        rule: the task and, where it is known, the problem.
+        rule: the task and, where it is known, the problem type.
         names: `dataset.labels`.
         of_columns: names of classes by column, as data sets of the Hub keep them.
         folder: that the names of images are relative to.
@@ -93,13 +93,13 @@ def _classification(first: Rows, section: SourceSection, given: Given) -> RowFor
     return RowFormat(
         kind="classification",
         name="labels",
-        said=f"{texts.said} with the {LABEL_WORDS[column.problem]} in {label}{_as_said(named)}",
+        said=f"{texts.said} with the {LABEL_WORDS[column.problem_type]} in {label}{_as_said(named)}",
         columns=tuple(dict.fromkeys([*texts.reads, label])),
         prompt=section.text,
         reads=(*texts.reads, label),
         make=_from_texts(texts, column),
-        problem=column.problem,
-        names=None if column.problem == "regression" else names,
+        problem_type=column.problem_type,
+        names=None if column.problem_type == "regression" else names,
     )
 
 
@@ -110,7 +110,7 @@ def choose_label(
 
     Args:
         taken: columns that are used for something else.
-        asked: the problem, in place of that of the recipe.
+        asked: the problem type, in place of that of the recipe.
 
     Raises:
         DataError: no column, or more than one, may hold the labels, or they can be read in two ways.
@@ -121,8 +121,8 @@ def choose_label(
         raise DataError(f"{first.file}: the column {label} is the label and stands in the text too; leave it out there")
     names = given.names or given.of_columns.get(label)
     of_hub = given.names is None and names is not None
-    problem = asked or given.rule.problem
-    return read_labels(first.columns[label], label, problem, names, first.file, unlabelled=of_hub), names
+    problem_type = asked or given.rule.problem_type
+    return read_labels(first.columns[label], label, problem_type, names, first.file, unlabelled=of_hub), names
 
 
 @dataclass(frozen=True)

@@ -39,10 +39,10 @@ class Classes:
 class TextClasses:
     """Tokenizes texts as the tokenizer does by default, and numbers their classes."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, rule: LossMask, problem: str, classes: Classes) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, rule: LossMask, problem_type: str, classes: Classes) -> None:
         self._tokenizer = tokenizer
         self._limit = rule.max_length
-        self._problem = problem
+        self._problem_type = problem_type
         self._classes = classes
 
     def batch(
@@ -79,7 +79,7 @@ class TextClasses:
 
     def numbers(self, columns: Mapping[str, Sequence[str]]) -> list[int]:
         """The number of the one class of each example; -1 where it may have several, or is a number."""
-        if self._problem != "single-label":
+        if self._problem_type != "single-label":
             return [-1] * len(columns["label"])
         return [self._classes.number(name) for name in columns["label"]]
 
@@ -112,13 +112,13 @@ class TextClasses:
         return tail
 
     def _labels(self, label: str) -> list[Any]:
-        if self._problem == "regression":
+        if self._problem_type == "regression":
             return [float(label)]
-        names = json.loads(label) if self._problem == "multi-label" else [label]
+        names = json.loads(label) if self._problem_type == "multi-label" else [label]
         return [self._classes.number(name) for name in sorted_names(names)]
 
     def _flat_labels(self, values: Sequence[Sequence[Any]]) -> tuple[Any, Counts]:
-        if self._problem != "regression":
+        if self._problem_type != "regression":
             return flatten(values)
         return np.array([value for row in values for value in row], np.float32), np.ones(len(values), np.int64)
 

@@ -107,7 +107,9 @@ class TokenizePipeline:
                     if reading is None:
                         reading = self._choose(rows, source, section)
                         scan = ColumnScan(source.name, reading.columns)
-                    writer = writer or Writer(self.folder, KINDS[reading.kind], numbers=reading.problem == "regression")
+                    writer = writer or Writer(
+                        self.folder, KINDS[reading.kind], numbers=reading.problem_type == "regression"
+                    )
                     assert scan is not None  # made with the reading
                     scan.add(rows)
                     begun = self._start(writer, number, rows, reading.examples(rows))
@@ -166,8 +168,8 @@ class TokenizePipeline:
         rule = self.asked.rule
         if rule.task == "causal-lm":
             return choose_format(rows, section, chats=bool(self.tokenizer.chat_template))
-        if self._reading is not None and self._reading.problem is not None:
-            rule = replace(rule, problem=self._reading.problem)
+        if self._reading is not None and self._reading.problem_type is not None:
+            rule = replace(rule, problem_type=self._reading.problem_type)
         folder = getattr(source, "folder", None)
         given = Given(rule, self.asked.dataset.labels, getattr(source, "class_names", {}), folder)
         if rule.task == IMAGES:
@@ -179,9 +181,9 @@ class TokenizePipeline:
             self._classes.number(name)
         if reading.kind == "tagging":
             return WordTags(self.tokenizer, self.asked.rule, self._classes)
-        if reading.problem is not None:
+        if reading.problem_type is not None:
             make = ImageClasses if reading.kind == "images" else TextClasses
-            return make(self.tokenizer, self.asked.rule, reading.problem, self._classes)
+            return make(self.tokenizer, self.asked.rule, reading.problem_type, self._classes)
         return TokenizeStep(reading.kind, self.tokenizer, self.asked.rule)
 
     def _start(self, writer: Writer, source: int, rows: Rows, examples: Examples) -> Callable[[], None]:
@@ -258,7 +260,7 @@ class TokenizePipeline:
             return {}
         words = {"words": dict(self._tokens.counts), **self._tags.facts()} if isinstance(self._tokens, WordTags) else {}
         return {
-            "problem": reading.problem,
+            "problem": reading.problem_type,
             "label_column": reading.reads[-1],
             "classes": self._classes.names,
             "named": reading.names is not None,

@@ -61,7 +61,7 @@ class PreparedData:
         crossed: one sentence for each limit of the recipe that the data cross.
         too_long: what was done with rows longer than the limit, None for what fits the source.
         labels: names of the classes or tags by number; none where rows have no labels, or numbers.
-        problem: of a classification: `single-label`, `multi-label` or `regression`.
+        problem_type: of a classification: `single-label`, `multi-label` or `regression`.
     """
 
     train: Split
@@ -74,7 +74,7 @@ class PreparedData:
     tokenizer: PreTrainedTokenizerBase
     too_long: str | None
     labels: tuple[str, ...] = ()
-    problem: str | None = None
+    problem_type: str | None = None
 
     @property
     def holds_out(self) -> bool:
@@ -149,7 +149,9 @@ def prepare(
     """
     asked = DataRequest(dataset, rule, SMOKE_ROWS if smoke else None)
     sections: Sequence[SourceSection] = dataset.sources or (dataset,)
-    made_up = partial(SyntheticSource, rows=SMOKE_ROWS, task=rule.task, problem=rule.problem, labels=dataset.labels)
+    made_up = partial(
+        SyntheticSource, rows=SMOKE_ROWS, task=rule.task, problem_type=rule.problem_type, labels=dataset.labels
+    )
     open_ = partial(_open, made_up=made_up if smoke else None, images=rule.task == IMAGES)
     test_section = _test_section(dataset)
     test_source = None
@@ -163,7 +165,7 @@ def prepare(
     _check_rule(rule, store.facts["kind"])
     test_store = None
     if test_source is not None:
-        asked = replace(asked, rule=replace(rule, problem=store.facts.get("problem") or rule.problem))
+        asked = replace(asked, rule=replace(rule, problem_type=store.facts.get("problem") or rule.problem_type))
         test_store, _ = load_or_tokenize([(test_source, sections[0])], tokenizer, asked, progress)
         if test_store.facts["kind"] != store.facts["kind"]:
             raise DataError(
@@ -198,7 +200,7 @@ def prepare(
         tokenizer=tokenizer,
         too_long=dataset.too_long,
         labels=labels,
-        problem=store.facts.get("problem"),
+        problem_type=store.facts.get("problem"),
     )
 
 
@@ -220,8 +222,8 @@ def _rehearsed(
     if made_up or not own_tokenizer:
         return [], notes
     missed = facts.get("eos_trained_rows", 0) < facts.get("eos_expected_rows", 0)
-    if dataset.limits.eos_trained == 1 and missed:
-        ends = crossed_limits(facts, type(dataset.limits)(dropped=1, truncated=1, leaked=1))
+    if dataset.limits.min_eos_trained == 1 and missed:
+        ends = crossed_limits(facts, type(dataset.limits)(max_dropped=1, max_truncated=1, max_leaked=1))
         crossed = [line for line in crossed if line not in ends]
     else:
         ends = []
@@ -322,9 +324,9 @@ def held_out_table(side: Split, kind: str, tokenizer: PreTrainedTokenizerBase) -
     """
     whole = side.store.examples.take(pa.array(side.rows, pa.int64()))
     batches = whole.to_batches(max_chunksize=BATCH_ROWS)
-    problem = str(side.store.facts.get("problem"))
+    problem_type = str(side.store.facts.get("problem"))
     parts = [
-        _labelled(part, kind, problem) if kind in LABELLED else _prompts(part, kind, tokenizer) for part in batches
+        _labelled(part, kind, problem_type) if kind in LABELLED else _prompts(part, kind, tokenizer) for part in batches
     ]
     prompts = pa.concat_tables(parts)
     table = whole.select(["input_ids", "labels"])
@@ -345,7 +347,7 @@ def _prompts(part: pa.RecordBatch, kind: str, tokenizer: PreTrainedTokenizerBase
     )
 
 
-def _labelled(part: pa.RecordBatch, kind: str, problem: str) -> pa.Table:
+def _labelled(part: pa.RecordBatch, kind: str, problem_type: str) -> pa.Table:
     columns = {"prompt_ids": part.column("input_ids")}
     rows = part.to_pydict()
     if kind == "tagging":
@@ -354,11 +356,11 @@ def _labelled(part: pa.RecordBatch, kind: str, problem: str) -> pa.Table:
         prompts, references = list(map(" ".join, words)), list(map(" ".join, tags))
     elif kind == "images":
         columns["image"] = part.column("image")
-        prompts, references = rows["name"], [label_said(label, problem) for label in rows["label"]]
+        prompts, references = rows["name"], [label_said(label, problem_type) for label in rows["label"]]
     else:
         texts = zip(rows["text"], rows["text_pair"], strict=True)
         prompts = [f"{text}\n{pair}" if pair else text for text, pair in texts]
-        references = [label_said(label, problem) for label in rows["label"]]
+        references = [label_said(label, problem_type) for label in rows["label"]]
     columns |= {"prompt": pa.array(prompts, pa.large_string()), "reference": pa.array(references, pa.large_string())}
     return pa.table(columns)
 

@@ -107,18 +107,18 @@ def _whole(
 
 
 def label_parts(
-    rows: dict[str, list[Any]], problem: str | None, names: Names, tokenizer: PreTrainedTokenizerBase
+    rows: dict[str, list[Any]], problem_type: str | None, names: Names, tokenizer: PreTrainedTokenizerBase
 ) -> list[list[Part]]:
     """The parts of some rows: what is read, and the label or the tags that are learned.
 
     Args:
         rows: of the store, `uncut` and `length` among them.
-        problem: of a classification; None for tags.
+        problem_type: of a classification; None for tags.
         names: of the classes or tags by number.
     """
     made = []
     for number, ids in enumerate(rows["input_ids"]):
-        if problem is None:
+        if problem_type is None:
             parts = tag_parts(ids, rows["labels"][number], names, tokenizer)
         else:
             said = _label_text(rows["labels"][number], names)

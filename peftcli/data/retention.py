@@ -15,7 +15,7 @@ from peftcli.data.rows import Dropped, Rows, listed
 from peftcli.errors import DataError
 from peftcli.recipe.schema import FilesSection
 
-KEY = "evaluation.retention"
+KEY = "evaluation.forgetting_text"
 ENCODED_AT_ONCE = 64
 """Texts that go through the tokenizer together; more would be read in vain where few tokens are asked for."""
 

@@ -268,30 +268,32 @@ def crossed_limits(facts: Mapping[str, Any], limits: LimitsSection) -> list[str]
     found = []
     rows, kept = facts["rows"], facts["train_rows"] + facts["test_rows"]
     dropped = facts["dropped_rows"] - facts["dropped"].get(EQUAL, 0)
-    if _above(dropped, rows, limits.dropped):
+    if _above(dropped, rows, limits.max_dropped):
         reasons = sorted(_counted(facts), key=lambda item: -item[1])[:3]
         named = "; ".join(f"{count:,} {reason}{_first(facts, reason)}" for reason, count in reasons)
-        found.append(_sentence("dropped", dropped, rows, "rows are left out", limits.dropped) + f": {named}")
-    if _above(facts["truncated_rows"], kept, limits.truncated):
+        found.append(_sentence("max_dropped", dropped, rows, "rows are left out", limits.max_dropped) + f": {named}")
+    if _above(facts["truncated_rows"], kept, limits.max_truncated):
         longest = facts["length"]["max"]
         found.append(
-            _sentence("truncated", facts["truncated_rows"], kept, "rows are cut", limits.truncated)
+            _sentence("max_truncated", facts["truncated_rows"], kept, "rows are cut", limits.max_truncated)
             + f" at dataset.max_length {facts['max_length']}, so their end is not {_use(facts)}; the longest has "
             f"{longest} tokens: raise it, or set dataset.too_long: drop"
         )
-    if _above(facts["leaked_rows"], facts["test_rows"], limits.leaked):
+    if _above(facts["leaked_rows"], facts["test_rows"], limits.max_leaked):
         pair = next(iter(facts["leaked_examples"]), None)
         where = f" ({pair['test']} is {pair['train']})" if pair else ""
         found.append(
-            _sentence("leaked", facts["leaked_rows"], facts["test_rows"], "test rows stand in training", limits.leaked)
+            _sentence(
+                "max_leaked", facts["leaked_rows"], facts["test_rows"], "test rows stand in training", limits.max_leaked
+            )
             + f"{where}; {_against_leaks(facts)}"
         )
     expected, trained = facts.get("eos_expected_rows", 0), facts.get("eos_trained_rows", 0)
-    if expected and trained < limits.eos_trained * expected:
+    if expected and trained < limits.min_eos_trained * expected:
         lacking = expected - trained
         found.append(
             f"the end token is trained in {trained:,} of {expected:,} training rows, so a model would not learn to "
-            f"stop (dataset.limits.eos_trained: {limits.eos_trained:g}); {facts['ends_with']}"
+            f"stop (dataset.limits.min_eos_trained: {limits.min_eos_trained:g}); {facts['ends_with']}"
             + (f", first {facts['eos_lacking_examples'][0]}" if lacking and facts["eos_lacking_examples"] else "")
         )
     return found

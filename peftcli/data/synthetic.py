@@ -17,14 +17,14 @@ class SyntheticSource:
         section: of the source that the rows stand in for.
         rows: how many.
         like: section that says how rows are read, where that is another one, as for test rows.
-        task, problem, labels: of the recipe; rows with labels get two of those in turn.
+        task, problem_type, labels: of the recipe; rows with labels get two of those in turn.
     """
 
     section: Any
     rows: int
     like: Any = None
     task: str = "causal-lm"
-    problem: str = "auto"
+    problem_type: str = "auto"
     labels: tuple[str, ...] | None = None
 
     @property
@@ -33,7 +33,7 @@ class SyntheticSource:
 
     def fingerprint(self) -> str:
         """The same rows each time; the section's own keys tell one source from another."""
-        return f"made up {self.rows} {self.task} {self.problem} {self.labels}"
+        return f"made up {self.rows} {self.task} {self.problem_type} {self.labels}"
 
     def batches(self) -> Iterator[Rows]:
         """All rows at once."""
@@ -76,9 +76,9 @@ class SyntheticSource:
     def _label(self, number: int) -> Any:
         """The label of a row: one of two classes, a list with it, or a number."""
         one = (self.labels or ("0", "1"))[:2][number % 2]
-        if self.problem == "regression":
+        if self.problem_type == "regression":
             return number / 2
-        return [one] if self.problem == "multi-label" else one
+        return [one] if self.problem_type == "multi-label" else one
 
 
 _TURNS = (("user", "Say the number {}."), ("assistant", "The number is {}."))

@@ -74,12 +74,12 @@ class Comparison:
         if self.data.format not in LABELLED:
             return self._of_text(model, what)
         rows = self.rows
-        head = task_head(output_names(self.data), self.data.problem, model, self.tokenizer)
+        head = task_head(output_names(self.data), self.data.problem_type, model, self.tokenizer)
         ids, labels = (rows.column(name).to_pylist() for name in (head.column, "labels"))
         return row_logits(
             model,
             ids,
-            labels if head.problem == "tagging" else None,
+            labels if head.problem_type == "tagging" else None,
             head,
             batch_rows=self.batch_rows,
             progress=self.progress,
@@ -90,7 +90,7 @@ class Comparison:
         """How far the outputs of a merged model are from those of the adapter."""
         if self.data.format not in LABELLED:
             return compare(reference, merged)
-        return compare_labels(TaskHead(output_names(self.data), self.data.problem or "tagging"), reference, merged)
+        return compare_labels(TaskHead(output_names(self.data), self.data.problem_type or "tagging"), reference, merged)
 
     def _of_text(self, model: PreTrainedModel, what: str) -> list[Tensor]:
         return trained_logits(
@@ -194,9 +194,9 @@ def compare_labels(head: TaskHead, reference: Sequence[Tensor], merged: Sequence
 
 
 def _divergence(head: TaskHead, before: Tensor, after: Tensor) -> float | None:
-    if head.problem == "regression":
+    if head.problem_type == "regression":
         return None
-    if head.problem == "multi-label":
+    if head.problem_type == "multi-label":
         # Each label is a choice between two, whose logits are those of the label and 0.
         before, after = (torch.stack([side, torch.zeros_like(side)], -1) for side in (before, after))
     logs = before.log_softmax(-1), after.log_softmax(-1)
@@ -205,7 +205,7 @@ def _divergence(head: TaskHead, before: Tensor, after: Tensor) -> float | None:
 
 
 def _same(head: TaskHead, before: Tensor, after: Tensor) -> float:
-    if head.problem == "regression":
+    if head.problem_type == "regression":
         near = (before - after).abs() <= SAME_NUMBER * before.std(0, correction=0)
         return float(near.all(-1).double().mean())
     chosen = [head.chosen(one) for one in before], [head.chosen(one) for one in after]

@@ -25,7 +25,9 @@ HEAD = ("method", "what is trained", "4-bit", "8-bit", "merge", "tasks", "not wi
 
 def conflicts(method: Method) -> tuple[str, ...]:
     """What a method cannot go with, in a word each."""
-    return ("packing, flat lines",) * bool(method.padded) + ("activation checkpointing",) * bool(method.checkpointing)
+    return ("packing, padding-free batching",) * bool(method.padded) + ("activation checkpointing",) * bool(
+        method.checkpointing
+    )
 
 
 def tasks_text(method: Method) -> str:

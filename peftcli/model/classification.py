@@ -40,14 +40,14 @@ class TaskHead:
 
     Attributes:
         names: of the outputs, in their order.
-        problem: `single-label`, `multi-label`, `regression`, or `tagging`: a class for each marked token.
+        problem_type: `single-label`, `multi-label`, `regression`, or `tagging`: a class for each marked token.
         pad: token id that fills short rows.
         separator: token id behind the first of two texts, None for a model that is not told which is which.
         images: reads the image files that rows are; None where they are tokens.
     """
 
     names: tuple[str, ...]
-    problem: str
+    problem_type: str
     pad: int = 0
     separator: int | None = None
     images: ImageProcessor | None = None
@@ -71,9 +71,9 @@ class TaskHead:
             no label.
         """
         logits = logits.float()
-        if self.problem == "regression":
+        if self.problem_type == "regression":
             return functional.mse_loss(logits, labels.float(), reduction="none").mean(-1)
-        if self.problem == "multi-label":
+        if self.problem_type == "multi-label":
             return functional.binary_cross_entropy_with_logits(logits, labels.float(), reduction="none").mean(-1)
         flat = functional.cross_entropy(
             logits.flatten(0, -2),
@@ -86,15 +86,15 @@ class TaskHead:
 
     def targets(self, labels: Tensor) -> Tensor:
         """How many rows, or tokens, some labels hold: (), int64."""
-        if self.problem == "tagging":
+        if self.problem_type == "tagging":
             return (labels != IGNORED).sum()
         return torch.tensor(labels.shape[0], device=labels.device)
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """What the outputs say of each label, of a number the number itself: float32 of the shape of `logits`."""
-        if self.problem == "regression":
+        if self.problem_type == "regression":
             return logits.float()
-        return logits.float().sigmoid() if self.problem == "multi-label" else logits.float().softmax(-1)
+        return logits.float().sigmoid() if self.problem_type == "multi-label" else logits.float().softmax(-1)
 
     def chosen(self, logits: Tensor) -> Any:
         """The labels that the outputs of one row stand for.
@@ -105,9 +105,9 @@ class TaskHead:
         Returns:
             The number of a class, a list of them (also for each marked token), or of a regression its numbers.
         """
-        if self.problem == "regression":
+        if self.problem_type == "regression":
             return [float(value) for value in logits]
-        if self.problem == "multi-label":
+        if self.problem_type == "multi-label":
             return (self.probabilities(logits) >= APPLIES).nonzero().flatten().tolist()
         return logits.argmax(-1).tolist()
 
@@ -117,11 +117,11 @@ class TaskHead:
         >>> Head(("ham", "spam"), "single-label").said(1), Head(("a", "b"), "multi-label").said([0, 1])
         ('spam', 'a, b')
         """
-        if self.problem == "regression":
+        if self.problem_type == "regression":
             return ", ".join(f"{value:.6g}" for value in chosen)
-        if self.problem == "tagging":
+        if self.problem_type == "tagging":
             return " ".join(self.names[number] for number in chosen)
-        if self.problem == "multi-label":
+        if self.problem_type == "multi-label":
             return ", ".join(self.names[number] for number in chosen)
         return self.names[int(chosen)]
 
@@ -131,15 +131,17 @@ def output_names(data: PreparedData) -> tuple[str, ...]:
     return tuple(data.labels) or (NUMBER,)
 
 
-def task_head(names: tuple[str, ...], problem: str | None, model: Any, tokenizer: PreTrainedTokenizerBase) -> TaskHead:
-    """The head of a loaded model; without a problem it tags tokens."""
+def task_head(
+    names: tuple[str, ...], problem_type: str | None, model: Any, tokenizer: PreTrainedTokenizerBase
+) -> TaskHead:
+    """The head of a loaded model; without a problem type it tags tokens."""
     if isinstance(tokenizer, ImageProcessor):
-        return TaskHead(names, problem or "single-label", images=tokenizer)
+        return TaskHead(names, problem_type or "single-label", images=tokenizer)
     kinds = getattr(model.config.get_text_config(), "type_vocab_size", 0) or 0
     told = kinds > 1 and "token_type_ids" in tokenizer.model_input_names
     return TaskHead(
         names=names,
-        problem=problem or "tagging",
+        problem_type=problem_type or "tagging",
         pad=tokenizer.pad_token_id or 0,
         separator=tokenizer.sep_token_id if told else None,
     )
@@ -205,11 +207,11 @@ def targets_of(labels: Sequence[Sequence[float]], head: TaskHead, longest: int) 
         labels: as the store holds them.
         longest: tokens of the longest row, which counts for tagging alone.
     """
-    if head.problem == "single-label":
+    if head.problem_type == "single-label":
         return torch.tensor([int(row[0]) for row in labels], dtype=torch.int64)
-    if head.problem == "regression":
+    if head.problem_type == "regression":
         return torch.tensor([list(row) for row in labels], dtype=torch.float32)
-    if head.problem == "multi-label":
+    if head.problem_type == "multi-label":
         switches = np.zeros((len(labels), len(head.names)), dtype=np.float32)
         for number, row in enumerate(labels):
             switches[number, [int(one) for one in row]] = 1.0
@@ -306,13 +308,13 @@ def evaluate_labels(
     what: str,
 ) -> tuple[LabelMetrics, list[Answer]]:
     """Measure a model with a head on all test rows; several processes share the rows and all get the whole result."""
-    head = task_head(output_names(data), data.problem, model, tokenizer)
+    head = task_head(output_names(data), data.problem_type, model, tokenizer)
     ids, labels = (data.test.column(name).to_pylist() for name in (head.column, "labels"))
     mine = local_rows(len(ids))
     outputs = row_logits(
         model,
         [ids[row] for row in mine],
-        [labels[row] for row in mine] if head.problem == "tagging" else None,
+        [labels[row] for row in mine] if head.problem_type == "tagging" else None,
         head,
         batch_rows=batch_rows,
         progress=progress,
@@ -332,7 +334,7 @@ def label_loss(head: TaskHead, logits: Sequence[Tensor], labels: Sequence[Sequen
         logits: as `row_logits` returns them.
         labels: as the store holds them.
     """
-    if head.problem == "tagging":
+    if head.problem_type == "tagging":
         marked = [int(one) for row in labels for one in row if one != IGNORED]
         losses = head.losses(torch.cat(list(logits)), torch.tensor(marked))
     else:
@@ -350,11 +352,11 @@ def label_figures(
         labels: as the store holds them.
         positive: `evaluation.positive_label`.
     """
-    if head.problem == "regression":
+    if head.problem_type == "regression":
         return regression_scores([one[0] for one in chosen], [row[0] for row in labels]).as_dict()
-    if head.problem == "multi-label":
+    if head.problem_type == "multi-label":
         return multi_label_scores(chosen, [[int(one) for one in row] for row in labels], head.names).as_dict()
-    if head.problem == "single-label":
+    if head.problem_type == "single-label":
         actual = [int(row[0]) for row in labels]
         return classification_scores(chosen, actual, head.names, positive_label=positive).as_dict()
     named = [[head.names[number] for number in row] for row in chosen]

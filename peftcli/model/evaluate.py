@@ -176,10 +176,10 @@ def load_retention(plan: Plan, tokenizer: PreTrainedTokenizerBase) -> RetentionT
         DataError: the text cannot be read, or holds nothing that could be predicted.
     """
     asked = plan.evaluation
-    if asked.retention is None:
+    if asked.forgetting_text is None:
         return None
     return read_retention(
-        Path(asked.retention), tokenizer, length=plan.labels.max_length, tokens=asked.retention_tokens
+        Path(asked.forgetting_text), tokenizer, length=plan.labels.max_length, tokens=asked.forgetting_tokens
     )
 
 
@@ -197,7 +197,7 @@ def base_retention(
     text = load_retention(plan, tokenizer)
     if text is None:
         return {}
-    return {"retention": _facts(text, _loss(text, plan, tokenizer, model, progress, "base: retention"), None)}
+    return {"retention": _facts(text, _loss(text, plan, tokenizer, model, progress, "base: forgetting"), None)}
 
 
 def adapter_retention(
@@ -218,7 +218,7 @@ def adapter_retention(
     text = load_retention(plan, tokenizer)
     if text is None:
         return {}
-    loss = _loss(text, plan, tokenizer, model, progress, "adapter: retention")
+    loss = _loss(text, plan, tokenizer, model, progress, "adapter: forgetting")
     known = (before or {}).get("retention")
     base = known["base_loss"] if known and known["sha256"] == text.digest() else None
     if known and base is None:

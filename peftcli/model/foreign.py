@@ -46,12 +46,12 @@ class Outputs:
     Attributes:
         names: of the labels in the order of the outputs; none for a language model.
         named: they are names, and not numbers that stand in for them.
-        problem: of whole texts, else None.
+        problem_type: of whole texts, else None.
     """
 
     names: tuple[str, ...] = ()
     named: bool = False
-    problem: str | None = None
+    problem_type: str | None = None
 
 
 def read_foreign(folder: Path) -> Foreign:
@@ -139,9 +139,9 @@ def outputs_of(adapter: Foreign, task: str, base: str, config: PreTrainedConfig)
     count = wide[-1] if wide else max(len(names), 1)
     named = len(names) == count and not all(name.startswith("LABEL_") for name in names)
     types = {ours: theirs for theirs, ours in PROBLEM_TYPES.items()}
-    problem = types.get(str(said.get("problem_type")), "regression" if count == 1 else "single-label")
+    problem_type = types.get(str(said.get("problem_type")), "regression" if count == 1 else "single-label")
     numbered = tuple(f"LABEL_{number}" for number in range(count))
-    return Outputs(names if len(names) == count else numbered, named, problem if task == SEQUENCE else None)
+    return Outputs(names if len(names) == count else numbered, named, problem_type if task == SEQUENCE else None)
 
 
 def _names(said: Mapping[str, Any]) -> tuple[str, ...]:

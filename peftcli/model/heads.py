@@ -49,7 +49,7 @@ OFFSET_POSITIONS = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "da
 """Model types that count positions from the pad token's id on."""
 
 
-def label_settings(task: str, labels: tuple[str, ...], problem: str | None) -> dict[str, Any]:
+def label_settings(task: str, labels: tuple[str, ...], problem_type: str | None) -> dict[str, Any]:
     """What a model's configuration says of its labels; nothing for a language model.
 
     >>> label_settings("token-classification", ("O", "B-group"), None)["id2label"]
@@ -62,7 +62,7 @@ def label_settings(task: str, labels: tuple[str, ...], problem: str | None) -> d
         "id2label": dict(enumerate(labels)),
         "label2id": {label: number for number, label in enumerate(labels)},
     }
-    return settings | ({"problem_type": PROBLEM_TYPES[problem]} if problem is not None else {})
+    return settings | ({"problem_type": PROBLEM_TYPES[problem_type]} if problem_type is not None else {})
 
 
 def build_empty(
@@ -148,7 +148,7 @@ def load_with_head(base: Base, arguments: Mapping[str, Any]) -> PreTrainedModel:
             base.path,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
-            **label_settings(base.task, base.labels, base.problem),
+            **label_settings(base.task, base.labels, base.problem_type),
             **arguments,
         )
     mismatched = [name if isinstance(name, str) else name[0] for name in said["mismatched_keys"]]

@@ -84,7 +84,7 @@ def load_initial_weights(model: PeftModel, path: str, base: Base) -> str:
 def _same_labels(stated: Mapping[str, Any], base: Base) -> bool:
     return (stated.get("task"), stated.get("problem"), tuple(stated.get("labels") or ())) == (
         base.task,
-        base.problem,
+        base.problem_type,
         base.labels,
     )
 

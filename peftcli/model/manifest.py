@@ -32,6 +32,9 @@ SCHEMA = 2
 OPTIONAL = {field.name for field in fields(Base) if field.default is not MISSING}
 """Of a base; they came later than the first identities."""
 
+KEYS = {"problem_type": "problem"}
+"""Keys of the file that are not named as the field of a base; adapters of earlier versions have them too."""
+
 
 @dataclass(frozen=True)
 class BaseLocation:
@@ -47,7 +50,7 @@ def build_manifest(plan: Plan, data: PreparedData, folder: Path) -> dict[str, An
     Args:
         folder: holds the written adapter and its tokenizer.
     """
-    base = asdict(plan.base) | asdict(base_facts(plan.base.path, plan.base.revision))
+    base = _stated(plan.base) | asdict(base_facts(plan.base.path, plan.base.revision))
     base["absorbed"] = [os.path.relpath(one, folder) for one in earlier_in(folder)]
     base["beside"] = os.path.relpath(plan.base.path, folder) if Path(plan.base.path).is_dir() else None
     return {
@@ -65,6 +68,11 @@ def build_manifest(plan: Plan, data: PreparedData, folder: Path) -> dict[str, An
         "tensors": read_tensors(folder / WEIGHTS),
         "files": hash_files(folder),
     }
+
+
+def _stated(base: Base) -> dict[str, Any]:
+    """The fields of a base under the keys of the file."""
+    return {KEYS.get(name, name): value for name, value in asdict(base).items()}
 
 
 def earlier_in(folder: Path) -> list[Path]:
@@ -106,8 +114,8 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 def stated_base(found: dict[str, Any]) -> Base:
     """The base as an identity states it."""
-    names = {field.name for field in fields(Base)}
-    given: dict[str, Any] = {key: value for key, value in found["base"].items() if key in names}
+    keys = {field.name: KEYS.get(field.name, field.name) for field in fields(Base)}
+    given: dict[str, Any] = {name: found["base"][key] for name, key in keys.items() if key in found["base"]}
     lists = {key: tuple(value) for key, value in given.items() if isinstance(value, list)}
     return Base(**(given | lists))
 

@@ -93,7 +93,7 @@ def label_texts(
     """
     model, tokenizer = target.load()
     base = target.base
-    head = task_head(base.labels, base.problem if base.task != TOKENS else None, model, tokenizer)
+    head = task_head(base.labels, base.problem_type if base.task != TOKENS else None, model, tokenizer)
     limit = int(target.identity.get("max_length") or tokenizer.model_max_length)
 
     def outputs(ids: list[list[int]], marks: list[list[float]] | None) -> list[Tensor]:
@@ -163,10 +163,10 @@ def labelled(head: TaskHead, asked: str, logits: Tensor) -> Labelled:
         logits: (C,).
     """
     chosen = head.chosen(logits)
-    if head.problem == "regression":
+    if head.problem_type == "regression":
         return Labelled(asked, float(chosen[0]), {})
     shares = dict(zip(head.names, head.probabilities(logits).tolist(), strict=True))
-    label = [head.names[one] for one in chosen] if head.problem == "multi-label" else head.names[chosen]
+    label = [head.names[one] for one in chosen] if head.problem_type == "multi-label" else head.names[chosen]
     return Labelled(asked, label, shares)
 
 
@@ -201,6 +201,6 @@ def label_images(target: Target, paths: Sequence[str], *, batch_rows: int, progr
         except SkipRow as reason:
             raise DataError(f"{path}: {str(reason).removeprefix('with ')}; name image files") from reason
     model, reader = target.load()
-    head = task_head(target.base.labels, target.base.problem, model, reader)
+    head = task_head(target.base.labels, target.base.problem_type, model, reader)
     logits = row_logits(model, list(paths), None, head, batch_rows=batch_rows, progress=progress, what="labels")
     return [labelled(head, *row) for row in zip(paths, logits, strict=True)]

@@ -22,7 +22,7 @@ from peftcli.model.manifest import (
     token_ids,
 )
 from peftcli.plan.plan import Base
-from peftcli.recipe.load import load_recipe
+from peftcli.recipe.load import load_run_recipe
 from peftcli.recipe.rules import IMAGES
 from peftcli.run_dir import RunDir
 from peftcli.tiny.own_files import holds_tokenizer
@@ -161,7 +161,7 @@ def _places(folder: Path, found: dict[str, Any], base: Base | None, run: RunDir 
 def _place_of_run(run: RunDir) -> list[BaseLocation]:
     """The local folder that the recipe in a run folder names: whoever moves a base may write its new place there."""
     try:
-        model = load_recipe(run.recipe).recipe.model
+        model = load_run_recipe(run.recipe).recipe.model
     except RecipeError:  # the command that needs the recipe says what is wrong with it
         return []
     return [BaseLocation(model.name, None)] if Path(model.name).is_dir() else []

@@ -24,7 +24,7 @@ def first_labels(recipe: Recipe) -> tuple[str, ...]:
     """The outputs of the head as far as the recipe alone tells; two stand in for those that the rows will name."""
     if recipe.model.task == CAUSAL:
         return ()
-    if recipe.model.problem == "regression":
+    if recipe.model.problem_type == "regression":
         return (NUMBER,)
     return tuple(recipe.dataset.labels or ("0", "1"))
 
@@ -102,19 +102,19 @@ def head_notices(recipe: Recipe) -> tuple[str, ...]:
     if recipe.model.task == CAUSAL or not recipe.evaluation.baseline:
         return ()
     honest = "the share of O" if recipe.model.task == TOKENS else "the share of the commonest class"
-    if recipe.model.problem == "regression":
+    if recipe.model.problem_type == "regression":
         honest = "the error of the mean"
     return (f"the base has a new, untrained head, so its figures are those of a guess; compare with {honest}",)
 
 
 def resolve_labels(
-    plan: Plan, labels: tuple[str, ...], problem: str | None, count: Callable[[AdapterSection], Trained]
+    plan: Plan, labels: tuple[str, ...], problem_type: str | None, count: Callable[[AdapterSection], Trained]
 ) -> Plan:
     """The plan with the labels that the rows turned out to have.
 
     Args:
         labels: names by number; empty for a regression.
-        problem: of sequence-classification, as the rows decide it.
+        problem_type: of sequence-classification, as the rows decide it.
         count: the trainable parameters of an adapter with a head of that size.
 
     Raises:
@@ -122,7 +122,7 @@ def resolve_labels(
     """
     if plan.task == CAUSAL:
         return plan
-    _check_positive(plan.evaluation.positive_label, labels, problem)
+    _check_positive(plan.evaluation.positive_label, labels, problem_type)
     names = labels or (NUMBER,)
     trained = count(plan.adapter)
     trainable = trained.parameters
@@ -136,18 +136,18 @@ def resolve_labels(
     )
     return replace(
         plan,
-        base=replace(plan.base, labels=names, problem=problem),
+        base=replace(plan.base, labels=names, problem_type=problem_type),
         trained=trained,
         total_parameters=total,
         decisions=decisions,
     )
 
 
-def _check_positive(positive: str | None, labels: tuple[str, ...], problem: str | None) -> None:
+def _check_positive(positive: str | None, labels: tuple[str, ...], problem_type: str | None) -> None:
     if positive is None:
         return
-    if problem != "single-label" or len(labels) != 2:
-        what = "the labels are numbers" if problem == "regression" else f"the rows have {len(labels)} labels"
+    if problem_type != "single-label" or len(labels) != 2:
+        what = "the labels are numbers" if problem_type == "regression" else f"the rows have {len(labels)} labels"
         raise RecipeError(f"evaluation.positive_label chooses one of two classes, and {what}; leave it out")
     if positive not in labels:
         raise RecipeError(f"evaluation.positive_label is {positive}, and the classes are {labels[0]} and {labels[1]}")
@@ -155,23 +155,23 @@ def _check_positive(positive: str | None, labels: tuple[str, ...], problem: str 
 
 def keep_labels(plan: Plan, base: Base) -> Plan:
     """The plan with rows read by the labels of a trained base, so that each keeps its number."""
-    problem = base.problem or "auto"
+    problem_type = base.problem_type or "auto"
     dataset = plan.dataset
-    if problem != "regression":
+    if problem_type != "regression":
         dataset = dataset.model_copy(update={"labels": base.labels})
-    return replace(plan, dataset=dataset, labels=replace(plan.labels, problem=problem))
+    return replace(plan, dataset=dataset, labels=replace(plan.labels, problem_type=problem_type))
 
 
 def base_with_head(base: Base, recipe: Recipe, facts: ModelFacts) -> Base:
     """The base with the task, its labels as far as they are known, and the seed of a new head."""
     if recipe.model.task == CAUSAL:
         return base
-    problem = recipe.model.problem if _of_rows(recipe) and recipe.model.problem != "auto" else None
+    problem_type = recipe.model.problem_type if _of_rows(recipe) and recipe.model.problem_type != "auto" else None
     return replace(
         base,
         task=recipe.model.task,
         labels=first_labels(recipe),
-        problem=problem,
+        problem_type=problem_type,
         head=facts.head,
         seed=recipe.seed,
     )

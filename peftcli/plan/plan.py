@@ -63,7 +63,7 @@ class Base:
         absorbed: folders of adapters that are folded into the weights, in the order in which they were trained.
         task: of the recipe; it decides which head the model has.
         labels: what the head gives, in the order of its outputs; empty for a language model.
-        problem: of whole texts and images: `single-label`, `multi-label` or `regression`.
+        problem_type: of whole texts and images: `single-label`, `multi-label` or `regression`.
         head: names of the modules that are trained whole with the task and are not quantized.
         seed: of a head that begins at random.
     """
@@ -81,7 +81,7 @@ class Base:
     absorbed: tuple[str, ...] = ()
     task: str = "causal-lm"
     labels: tuple[str, ...] = ()
-    problem: str | None = None
+    problem_type: str | None = None
     head: tuple[str, ...] = ()
     seed: int = 0
 
@@ -103,7 +103,7 @@ class LossMask:
         asked: names of the two rules that the recipe demands; data on which one has no meaning are refused.
         max_length: tokens of a row; what is beyond is cut off at the end.
         task: `causal-lm`, `sequence-classification`, `token-classification` or `image-classification`.
-        problem: of whole texts and images: `single-label`, `multi-label`, `regression`, or `auto`: the data say it.
+        problem_type: of whole texts and images: `single-label`, `multi-label`, `regression`; `auto` asks the data.
     """
 
     completion_only: bool
@@ -111,7 +111,7 @@ class LossMask:
     asked: tuple[str, ...]
     max_length: int
     task: str = "causal-lm"
-    problem: str = "auto"
+    problem_type: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ class Batching:
     """How the rows of a step are run.
 
     Attributes:
-        kind: `flat` (lines of rows without padding) or `padded` (the loader's micro-batches).
+        kind: `padding_free` (rows concatenated without padding) or `padded` (the loader's micro-batches).
         tokens: of one line at most.
         firm: the recipe says so, and a padded micro-batch is cut to as many too.
     """

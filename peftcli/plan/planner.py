@@ -36,7 +36,7 @@ Source: Gupta et al. 2015, arXiv:1502.02551, on what stochastic rounding keeps.
 """
 LOSS_MASK_KEYS = ("completion_only_loss", "assistant_only_loss")
 
-SWITCH = "performance.without"
+SWITCH = "performance.disable"
 """The key that switches one off."""
 OPTIMIZATIONS = frozenset(get_args(Optimization))
 COMPILED = "compiled code fuses what it can"
@@ -244,7 +244,7 @@ def loss_mask(recipe: Recipe, positions: int | None, *, smoke: bool = False) -> 
         asked=tuple(name for name in LOSS_MASK_KEYS if recipe.trainer.get(name)),
         max_length=min(_max_length(recipe, positions), ROW_TOKENS) if smoke else _max_length(recipe, positions),
         task=recipe.model.task,
-        problem=recipe.model.problem,
+        problem_type=recipe.model.problem_type,
     )
 
 
@@ -352,18 +352,18 @@ def choose_optimizations(
 ) -> tuple[frozenset[str], tuple[Decision, ...]]:
     """The levers that a plan uses, and what is said of those that have a meaning in it."""
     reasons = {
-        "head": _head_stays(recipe, choices, facts),
-        "products": _sum_stays(recipe),
-        "figures": "" if recipe.model.task == CAUSAL else "of a head none is fetched",
+        "fused_loss": _head_stays(recipe, choices, facts),
+        "fused_lora": _sum_stays(recipe),
+        "deferred_metrics": "" if recipe.model.task == CAUSAL else "of a head none is fetched",
     }
-    left = {lever: why for lever, why in reasons.items() if why} | dict.fromkeys(recipe.performance.without, SWITCH)
+    left = {lever: why for lever, why in reasons.items() if why} | dict.fromkeys(recipe.performance.disable, SWITCH)
     decisions = []
     if recipe.model.task == CAUSAL and not choices.on_gpu:
         does = "a CPU has no kernels for TRL's, which scores prompts too and makes each product twice; same loss"
-        decisions.append(_said("output layer", "trained tokens alone, each product once", does, left.get("head")))
+        decisions.append(_said("output layer", "trained tokens alone, each product once", does, left.get("fused_loss")))
     if recipe.adapter.method == "lora":
         does = "PEFT passes through memory three times for it; same sum"
-        decisions.append(_said("LoRA", "added in one pass", does, left.get("products")))
+        decisions.append(_said("LoRA", "added in one pass", does, left.get("fused_lora")))
     return OPTIMIZATIONS - left.keys(), tuple(decisions)
 
 
@@ -424,11 +424,13 @@ def choose_batching(
     if why is None and choices.attention.value != "sdpa":
         why = f"lines need model.attention sdpa, not {choices.attention.value}"
     why = why or not_flat or None
-    if asked == "flat" and why is not None:
+    if asked == "padding_free" and why is not None:
         fix = "set padded or auto" if why == not_flat else "remove one of the two"
-        raise RecipeError(f"performance.batching: flat cannot be had: {why}; {fix}")
+        raise RecipeError(f"performance.batching: padding_free cannot be had: {why}; {fix}")
     if asked == "padded" or why is not None:
         value = f"padded, up to {tokens:,} tokens at once" if firm else "padded"
         return Batching("padded", tokens, firm), Decision("batching", value, why or "performance.batching")
     reason = "the rows of a step stand in lines without padding, each seeing itself alone; same rows, same loss"
-    return Batching("flat", tokens, firm), Decision("batching", f"flat, up to {tokens:,} tokens at once", reason)
+    return Batching("padding_free", tokens, firm), Decision(
+        "batching", f"padding_free, up to {tokens:,} tokens at once", reason
+    )

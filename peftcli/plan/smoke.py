@@ -181,4 +181,4 @@ def _evaluation(recipe: Recipe) -> dict[str, int]:
     if recipe.model.task != CAUSAL:
         return {}  # nothing is written
     short = {"max_new_tokens": 8, "rows": 8}
-    return short if recipe.evaluation.retention is None else short | {"retention_tokens": 1000}
+    return short if recipe.evaluation.forgetting_text is None else short | {"forgetting_tokens": 1000}

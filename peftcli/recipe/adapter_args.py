@@ -183,8 +183,8 @@ def check_together(method: Method, tree: Tree, trainer: Mapping[str, Any], probl
     for key in ("packing", "padding_free"):
         if method.padded and trainer.get(key):
             problems.add(tree.place(("trainer", key)), f"trainer.{key} excludes {title}: {method.padded}; remove it")
-    if method.padded and tree.get("performance", "batching") == "flat":
-        text = f"performance.batching: flat excludes {title}: {method.padded}; remove it"
+    if method.padded and tree.get("performance", "batching") == "padding_free":
+        text = f"performance.batching: padding_free excludes {title}: {method.padded}; remove it"
         problems.add(tree.place(("performance", "batching")), text)
     gates = tree.values.get("gates")
     for gate in gates if method.merge and isinstance(gates, dict) else ():

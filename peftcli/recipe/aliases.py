@@ -7,7 +7,6 @@ _BY_KEY: dict[str, str] = {
     "model.revision": "model_revision base_model_revision",
     "model.dtype": "torch_dtype model_dtype bf16 fp16 precision mixed_precision float16 bfloat16 half",
     "model.task": "task_type task_name",
-    "model.problem": "problem_type",
     "model.attention": "attn_implementation attn_impl flash_attention flash_attn use_flash_attention_2",
     "model.chat_template": "chat_template_path chat_template_jinja",
     "quantization": "quant bnb bitsandbytes quantization_config bnb_config",

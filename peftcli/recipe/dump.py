@@ -136,7 +136,7 @@ def _path_holders(values: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any],
         (("model", "chat_template"), values.get("model")),
         (("dataset", "path"), dataset),
         (("dataset", "test", "path"), dataset.get("test")),
-        (("evaluation", "retention"), values.get("evaluation")),
+        (("evaluation", "forgetting_text"), values.get("evaluation")),
         (("adapter", "init_from"), values.get("adapter")),
         (("trainer", "deepspeed"), values.get("trainer")),
     ]

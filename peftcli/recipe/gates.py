@@ -1,6 +1,7 @@
 """The `gates` section: names of figures, each with a limit."""
 
 from peftcli.nearest import nearest
+from peftcli.recipe.earlier_names import RENAMED_KEYS
 from peftcli.recipe.fields import AVERAGED_FIGURES, GATE_NAMES, Gate, parse_gate
 from peftcli.recipe.problems import Problems, printable, show
 from peftcli.recipe.yaml import Tree
@@ -22,7 +23,7 @@ def read_gates(tree: Tree, problems: Problems) -> tuple[Gate, ...]:
         if ("gates", name) in tree.spoiled:
             continue
         if name not in GATE_NAMES:
-            near = nearest(name, GATE_NAMES)
+            near = RENAMED_KEYS.get(f"gates.{name}", "").removeprefix("gates.") or nearest(name, GATE_NAMES)
             fix = f"did you mean gates.{near}?" if near else f"the figures are {', '.join(_SHORT)}"
             problems.add(where, f"gates.{printable(name)} is not a figure that a gate can watch; {fix}")
             continue

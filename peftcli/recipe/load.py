@@ -8,6 +8,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from peftcli.recipe.adapter_args import read_adapter
+from peftcli.recipe.earlier_names import rename_earlier
 from peftcli.recipe.gates import read_gates
 from peftcli.recipe.messages import add_schema_problems
 from peftcli.recipe.problems import Problems
@@ -25,6 +26,20 @@ class Loaded:
     recipe: Recipe
     notices: tuple[str, ...]
     path: Path
+    of_run: bool = False
+    """Whether the file is the copy that a run folder holds."""
+
+
+def load_run_recipe(path: Path, overrides: Sequence[str] = ()) -> Loaded:
+    """Load the recipe of a run folder, whose keys may have the names of the version that wrote it.
+
+    Args:
+        overrides: as for `load_recipe`; their keys have the names of today.
+
+    Raises:
+        RecipeError: as `load_recipe`.
+    """
+    return _load(path, overrides, of_run=True)
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Loaded:
@@ -37,8 +52,14 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Loaded:
     Raises:
         RecipeError: at least one problem; the text lists every one with its place.
     """
+    return _load(path, overrides, of_run=False)
+
+
+def _load(path: Path, overrides: Sequence[str], *, of_run: bool) -> Loaded:
     problems = Problems(str(path))
     tree = read_tree(path, problems)
+    if of_run:
+        rename_earlier(tree)
     apply_overrides(tree, overrides, problems)
     check_secrets(tree, problems)
     relative = resolve_paths(tree, path, problems)
@@ -56,7 +77,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Loaded:
     problems.raise_if_any()
     assert recipe is not None
     recipe._relative = relative
-    return Loaded(recipe, problems.notices(), path)
+    return Loaded(recipe, problems.notices(), path, of_run)
 
 
 def _default_name(path: Path) -> str:

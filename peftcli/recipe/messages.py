@@ -9,6 +9,7 @@ from pydantic import BaseModel, ValidationError
 
 from peftcli.nearest import nearest
 from peftcli.recipe.aliases import NAME_ALIASES, VALUE_ALIASES
+from peftcli.recipe.earlier_names import RENAMED_KEYS, new_value
 from peftcli.recipe.library_args import installed_arguments
 from peftcli.recipe.problems import (
     KeyPath,
@@ -69,7 +70,7 @@ def unknown_key(path: KeyPath, beside: Sequence[str] = ()) -> str:
     """
     name = hide_secrets(dotted(path))
     section = tuple(part for part in path[:-1] if isinstance(part, str))
-    meant = _meant(section, str(path[-1]), beside)
+    meant = RENAMED_KEYS.get(dotted(path)) or _meant(section, str(path[-1]), beside)
     if meant is not None:
         return f"{name} is not a recipe key; did you mean {meant}?"
     keys = [*_schema_keys().get(".".join(section), []), *beside]
@@ -150,7 +151,7 @@ def _sentence(item: Any, path: KeyPath, tree: Tree) -> str:
     if kind == "recipe":
         text = context["text"]
     elif kind == "literal_error":
-        text = _choices_of(context["expected"], value)
+        text = _choices_of(context["expected"], new_value(path, value) or value)
     elif kind in _BOUNDS:
         words, key = _BOUNDS[kind]
         text = f"{words} {context[key]:g}"

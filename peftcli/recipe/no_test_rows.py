@@ -5,7 +5,7 @@ from typing import Any
 from peftcli.recipe.problems import KeyPath, Problems, dotted
 from peftcli.recipe.yaml import Tree
 
-NOT_HELD_OUT = ("merge_", "retention_")
+NOT_HELD_OUT = ("merge_", "forgetting_")
 """Beginnings of the names of gates on figures that need no test rows."""
 NEEDED = "and dataset.split.test_size is 0; remove one of the two"
 

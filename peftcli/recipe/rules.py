@@ -123,7 +123,7 @@ def check_rules(tree: Tree, problems: Problems) -> None:
     _check_dtype(tree, problems)
     check_unused_keys(tree, problems)
     _check_labels(tree, problems)
-    _check_retention(tree, problems)
+    _check_forgetting(tree, problems)
     check_sharding(tree, problems)
     find_untested(tree, problems)
 
@@ -262,8 +262,8 @@ def _check_labels(tree: Tree, problems: Problems) -> None:
     if tree.get("model", "task") == SEQUENCE and tree.get("dataset", "too_long") == "split":
         text = "dataset.too_long: split would give each piece of a text the class of the whole; truncate or drop"
         problems.add(tree.place(("dataset", "too_long")), text)
-    if tree.get("model", "problem") == "regression" and tree.get("dataset", "labels") is not None:
-        text = "dataset.labels names classes, and model.problem: regression has numbers; leave out one of the two"
+    if tree.get("model", "problem_type") == "regression" and tree.get("dataset", "labels") is not None:
+        text = "dataset.labels names classes, and model.problem_type: regression has numbers; leave out one of the two"
         problems.add(tree.place(("dataset", "labels")), text)
 
 
@@ -289,21 +289,25 @@ def _check_quantization(tree: Tree, problems: Problems) -> None:
             problems.add(tree.place(("quantization", key)), text)
 
 
-def _check_retention(tree: Tree, problems: Problems) -> None:
-    path: KeyPath = ("evaluation", "retention")
+def _check_forgetting(tree: Tree, problems: Problems) -> None:
+    path: KeyPath = ("evaluation", "forgetting_text")
     task = tree.get("model", "task")
-    if tree.get("evaluation", "retention") is not None:
+    if tree.get("evaluation", "forgetting_text") is not None:
         if task is not None and task != "causal-lm":
-            problems.add(tree.place(path), "evaluation.retention needs model.task: causal-lm; remove one of the two")
+            problems.add(
+                tree.place(path), "evaluation.forgetting_text needs model.task: causal-lm; remove one of the two"
+            )
         return
     if path in tree.spoiled:
         return
-    if tree.get("evaluation", "retention_tokens") is not None:
-        text = "evaluation.retention_tokens stands alone; name the text in evaluation.retention too"
-        problems.add(tree.place(("evaluation", "retention_tokens")), text)
-    for name in ("retention_loss", "retention_change"):
+    if tree.get("evaluation", "forgetting_tokens") is not None:
+        text = "evaluation.forgetting_tokens stands alone; name the text in evaluation.forgetting_text too"
+        problems.add(tree.place(("evaluation", "forgetting_tokens")), text)
+    for name in ("forgetting_loss", "forgetting_change"):
         if tree.get("gates", name) is not None:
-            problems.add(tree.place(("gates", name)), f"gates.{name} watches a text; name it in evaluation.retention")
+            problems.add(
+                tree.place(("gates", name)), f"gates.{name} watches a text; name it in evaluation.forgetting_text"
+            )
 
 
 def _apart(first: KeyPath, second: KeyPath, why: str, tree: Tree, problems: Problems) -> None:
@@ -332,8 +336,8 @@ def check_unused_keys(tree: Tree, problems: Problems) -> None:
     idle = _OF_LABELS if task == CAUSAL else _NO_USE_OF_IMAGES if task == IMAGES else _NO_USE
     for path, why in idle.items():
         _refuse(path, task, why, tree, problems)
-    if task not in (SEQUENCE, IMAGES) and tree.get("model", "problem") not in (None, "auto"):
-        _refuse(("model", "problem"), task, f"it belongs to {SEQUENCE}", tree, problems)
+    if task not in (SEQUENCE, IMAGES) and tree.get("model", "problem_type") not in (None, "auto"):
+        _refuse(("model", "problem_type"), task, f"it belongs to {SEQUENCE}", tree, problems)
     if task in (SEQUENCE, IMAGES):
         for name in ENTITY_FIGURES:
             _refuse(("gates", name), task, "entities are found in tags", tree, problems)

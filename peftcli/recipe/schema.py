@@ -45,7 +45,7 @@ from peftcli.recipe.fields import (
 Text = Annotated[str, Field(min_length=1)]
 Seconds = Annotated[float, BeforeValidator(read_seconds)]
 Automatic = Annotated[int | Literal["auto"], BeforeValidator(read_tokens)]
-Optimization = Literal["head", "products", "casts", "figures"]
+Optimization = Literal["fused_loss", "fused_lora", "skip_adapter_casts", "deferred_metrics"]
 """What makes a step cheaper and leaves its loss as it is; each can be switched off alone."""
 Tracker = Literal["wandb", "tensorboard", "mlflow", "trackio", "comet_ml", "swanlab"]
 
@@ -73,7 +73,7 @@ class ModelSection(Section):
     """Branch, tag or commit of the Hub repository."""
     task: Literal["causal-lm", "sequence-classification", "token-classification", "image-classification"] = "causal-lm"
     """What the model learns to do: write text, name the class of a text or an image, or tag the words of a text."""
-    problem: Literal["auto", "single-label", "multi-label", "regression"] = "auto"
+    problem_type: Literal["auto", "single-label", "multi-label", "regression"] = "auto"
     """What a text or an image is given: one class, any number of them, or a number; `auto` is read
     from the labels."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
@@ -104,16 +104,17 @@ class QuantizationSection(Section):
 class PerformanceSection(Section):
     """How the work is done; none of it changes what is learned."""
 
-    batching: Literal["auto", "flat", "padded"] = "auto"
-    """Rows of a step in lines without padding, or in padded micro-batches."""
+    batching: Literal["auto", "padding_free", "padded"] = "auto"
+    """Rows of a step concatenated without padding (`padding_free`), or padded micro-batches (`padded`)."""
     tokens_per_micro_batch: Automatic = "auto"
     """Tokens that are run at once, in a line or padded; `auto` is what the padded micro-batch could hold."""
     sharding: Literal["auto", "none", "full"] = "auto"
     """Every process holds the whole base (`none`), or a part of it (`full`: FSDP); `auto` is `none`, unless the
     configuration of accelerate asks for FSDP."""
-    without: Annotated[tuple[Optimization, ...], BeforeValidator(freeze_rows)] = ()
-    """What is left to the libraries: the output layer (`head`), LoRA's sum (`products`), the casts of its inputs
-    (`casts`), the figures that are fetched after each micro-batch (`figures`)."""
+    disable: Annotated[tuple[Optimization, ...], BeforeValidator(freeze_rows)] = ()
+    """Optimizations that are switched off: the loss of trained tokens alone (`fused_loss`), LoRA added in one pass
+    (`fused_lora`), adapter inputs that are not cast where they need not be (`skip_adapter_casts`), metrics that are
+    fetched once a step (`deferred_metrics`)."""
 
 
 class EvaluationSection(Section):
@@ -135,9 +136,9 @@ class EvaluationSection(Section):
     """Of two classes the one that precision, recall and F1 are of; the last one when null."""
     baseline: bool = True
     """Measure the base model before the first step."""
-    retention: Text | None = None
+    forgetting_text: Text | None = None
     """Text on which forgetting is measured: file, folder or glob; absolute once loaded."""
-    retention_tokens: Annotated[int, Field(ge=100)] = 50_000
+    forgetting_tokens: Annotated[int, Field(ge=100)] = 50_000
     """Tokens of that text to predict, from its beginning."""
 
 
@@ -370,13 +371,13 @@ class TestSection(FilesSection):
 class LimitsSection(Section):
     """Where the data are so wrong that nothing is trained; shares in 0..1."""
 
-    dropped: Share = 0.05
+    max_dropped: Share = 0.05
     """Largest share of rows that may be left out."""
-    truncated: Share = 0.05
+    max_truncated: Share = 0.05
     """Largest share of rows that may be cut at `max_length`."""
-    leaked: Share = 0.01
+    max_leaked: Share = 0.01
     """Largest share of test rows that may stand in the training rows too."""
-    eos_trained: Share = 1.0
+    min_eos_trained: Share = 1.0
     """Smallest share of training rows, those that are cut aside, whose end token must be trained."""
 
 

@@ -20,7 +20,7 @@ _PATH_KEYS: tuple[tuple[str, ...], ...] = (
     ("dataset", "path"),
     ("dataset", "test", "path"),
     ("model", "chat_template"),
-    ("evaluation", "retention"),
+    ("evaluation", "forgetting_text"),
     ("adapter", "init_from"),
     ("trainer", "deepspeed"),
 )

@@ -76,6 +76,21 @@ class Tree:
         target[path[-1]] = value
         self.places[path] = where
 
+    def rename(self, path: tuple[str, ...], name: str) -> None:
+        """Give a key that is there another name, at its place among the others."""
+        holder = self.get(*path[:-1])
+        items = [(name if key == path[-1] else key, value) for key, value in holder.items()]
+        holder.clear()
+        holder.update(items)
+        end = len(path)
+        renamed = (*path[:-1], name)
+
+        def moved(known: KeyPath) -> KeyPath:
+            return (*renamed, *known[end:]) if known[:end] == path else known
+
+        self.places = {moved(known): where for known, where in self.places.items()}
+        self.empty, self.spoiled = set(map(moved, self.empty)), set(map(moved, self.spoiled))
+
     def drop(self, path: tuple[str, ...]) -> None:
         """Remove a key and the places below it."""
         for known in [known for known in self.places if known[: len(path)] == path]:

@@ -100,7 +100,7 @@ METRICS = (
     Metric("spearman", "Spearman correlation", score, "higher"),
     Metric("r2", "R squared", score, "higher"),
 )
-FORGETTING = Metric("retention_loss", "Forgetting: loss on another text, nats per token", significant, "lower")
+FORGETTING = Metric("forgetting_loss", "Forgetting: loss on another text, nats per token", significant, "lower")
 BY_KEY = {metric.key: metric for metric in METRICS}
 
 

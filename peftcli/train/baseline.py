@@ -8,7 +8,7 @@ from peftcli.errors import PeftcliError, RecipeError
 from peftcli.plan.plan import Plan
 from peftcli.plan.planner import LOSS_MASK_KEYS
 from peftcli.recipe.dump import changed_keys
-from peftcli.recipe.load import load_recipe
+from peftcli.recipe.load import load_run_recipe
 from peftcli.recipe.schema import Recipe
 from peftcli.run_dir import RunDir, read_json
 
@@ -46,7 +46,9 @@ def reuse_blocker(source_run: RunDir, recipe: Recipe, plan: Plan, stamp: Mapping
             f"--baseline-from {source_run.path}: no run folder (recipe.yaml is missing); name a finished run"
         )
     try:
-        changed = [line for line in changed_keys(load_recipe(source_run.recipe).recipe, recipe) if not _is_free(line)]
+        changed = [
+            line for line in changed_keys(load_run_recipe(source_run.recipe).recipe, recipe) if not _is_free(line)
+        ]
         stored = {path.name: read_json(path) for path in (source_run.eval, source_run.train, source_run.plan)}
     except (OSError, json.JSONDecodeError, PeftcliError):
         return "its figures are not there"

@@ -363,11 +363,11 @@ class ForwardCallback(TrainerCallback):  # type: ignore[misc]  # transformers' c
         if self._blocks is not None:
             keep_checkpointed(model, self._blocks)
         if not (args.bf16 or args.fp16):
-            self._levers.discard("casts")
-        if "casts" in self._levers:
+            self._levers.discard("skip_adapter_casts")
+        if "skip_adapter_casts" in self._levers:
             cast_inputs(model, False)
-        if "products" in self._levers and not enable_fused_lora(model):
-            self._levers.discard("products")
+        if "fused_lora" in self._levers and not enable_fused_lora(model):
+            self._levers.discard("fused_lora")
 
     def on_train_end(
         self,

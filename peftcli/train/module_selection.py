@@ -122,7 +122,7 @@ def reader(
     Args:
         model: the base, alone or with an adapter that changes nothing yet.
     """
-    head = task_head(plan.base.labels, plan.base.problem, model, tokenizer)
+    head = task_head(plan.base.labels, plan.base.problem_type, model, tokenizer)
     store = data.train.store.examples.select([head.column, "labels"])
 
     def read(rows: Sequence[int]) -> dict[str, list[Any]]:

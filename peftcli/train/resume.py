@@ -15,7 +15,7 @@ from peftcli.errors import RecipeError
 from peftcli.plan.choices import count_batch
 from peftcli.plan.plan import Batch
 from peftcli.recipe.dump import changed_keys, dump_recipe
-from peftcli.recipe.load import load_recipe
+from peftcli.recipe.load import load_run_recipe
 from peftcli.recipe.schema import AdapterSection, Recipe
 from peftcli.run_dir import RunDir, read_json, read_log, write_text
 from peftcli.train.checkpoint import MANIFEST, clear_staging, newest_valid
@@ -30,7 +30,7 @@ HARMLESS = (
     "trainer.save_total_limit",
     "dataset.limits",
     "performance.sharding",
-    "performance.without",
+    "performance.disable",
 )
 """Keys that change nothing of what is trained."""
 SHARES = ("trainer.per_device_train_batch_size", "trainer.gradient_accumulation_steps")
@@ -152,7 +152,7 @@ def _is_trained(run: RunDir) -> bool:
 
 def changes(run: RunDir, recipe: Recipe) -> list[str]:
     """The keys in which a run's recipe differs, those that change nothing of the training aside."""
-    before = load_recipe(run.recipe).recipe
+    before = load_run_recipe(run.recipe).recipe
     lines = changed_keys(before, recipe)
     if not run.plan.is_file():
         return [line for line in lines if not line.startswith(HARMLESS)]

@@ -115,13 +115,13 @@ def train(
     plan, chosen = select_modules(plan, run, data, tokenizer, model, resuming=resume_from is not None)
     if chosen is not None:
         progress.note(chosen)
-    lines = plan.batching.kind == "flat" and _keeps_rows_apart(model, progress)
+    lines = plan.batching.kind == "padding_free" and _keeps_rows_apart(model, progress)
     make = make_trainer if plan.task == CAUSAL else make_label_trainer
     with naming_arguments(session.trainer):
         trainer: StepTrainer = make(plan, run, data, tokenizer, model)
     trainer.optimizations |= plan.optimizations
-    if "head" in plan.optimizations and not score_targets(model):
-        trainer.optimizations.discard("head")
+    if "fused_loss" in plan.optimizations and not score_targets(model):
+        trainer.optimizations.discard("fused_loss")
         progress.note("  note: the output layer is divided or no linear layer alone, so it is left to TRL")
     trainer.stamp, trainer.checkpoint_bytes = session.stamp, session.checkpoint_bytes
     if not trainer.aux_loss_enabled:  # a router's balance is judged on the rows of a micro-batch
@@ -249,7 +249,7 @@ def make_trainer(
         peft_config=peft_config(plan.adapter, plan.task, tokenizer=plan.base.path),
     )
     upcast_trainable(trainer.model, plan.adapter_dtype)
-    trainer.defers = "figures" in plan.optimizations
+    trainer.defers = "deferred_metrics" in plan.optimizations
     return trainer
 
 
@@ -284,7 +284,7 @@ def _baseline(
         measured_before = "baseline_seconds" in stored
         return (stored if measured_before else None), float(stored.get("baseline_seconds") or 0.0)
     tested = plan.evaluation.baseline and data.holds_out
-    if not tested and plan.evaluation.retention is None:
+    if not tested and plan.evaluation.forgetting_text is None:
         return None, UNMEASURED_RESERVE_SECONDS if data.holds_out else 0.0
     begun = time.monotonic()
     with adapter_off(model):

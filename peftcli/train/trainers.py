@@ -174,14 +174,14 @@ def make_label_trainer(
     Raises:
         RecipeError: an argument has no meaning for labels such as these.
     """
-    head = task_head(plan.base.labels, plan.base.problem, model, tokenizer)
+    head = task_head(plan.base.labels, plan.base.problem_type, model, tokenizer)
     arguments = TrainingArguments(
         output_dir=str(run.checkpoints), remove_unused_columns=False, label_names=["labels"], **plan.trainer
     )
-    if arguments.label_smoothing_factor and head.problem not in SMOOTHED:
+    if arguments.label_smoothing_factor and head.problem_type not in SMOOTHED:
         raise RecipeError(
             f"trainer.label_smoothing_factor = {arguments.label_smoothing_factor}: spreads weight over classes, and "
-            f"the labels are {head.problem}; leave it out"
+            f"the labels are {head.problem_type}; leave it out"
         )
     arguments._n_gpu = min(arguments.n_gpu, 1)
     set_seed(plan.seed)  # the adapter begins at random

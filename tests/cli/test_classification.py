@@ -68,7 +68,7 @@ def label_recipe(tmp_path: Path) -> Write:
                 "columns": columns,
                 "split": {"test_size": 0.25, "seed": 1},
                 "max_length": 64,
-                "limits": {"leaked": 1.0},
+                "limits": {"max_leaked": 1.0},
             },
             "trainer": {"per_device_train_batch_size": 8, "max_steps": 4, "learning_rate": 1e-2, "logging_steps": 1},
             "evaluation": {"samples": 2},
@@ -127,7 +127,7 @@ def test_plain_peft_loads_the_adapter_to_the_same_outputs(label_recipe: Write, r
         plan.base.path, config=AutoConfig.from_pretrained(adapter)
     )
     tuned = PeftModel.from_pretrained(model, adapter).eval()
-    head = task_head(plan.base.labels, plan.base.problem, tuned, tokenizer)
+    head = task_head(plan.base.labels, plan.base.problem_type, tuned, tokenizer)
     ids, labels = (data.test.column(name).to_pylist() for name in ("input_ids", "labels"))
     logits = row_logits(tuned, ids, None, head, batch_rows=4, progress=Silent(), what="")
     measured = read_json(tmp_path / "runs" / "reviews" / "metrics.json")["adapter"]["loss"]
@@ -266,8 +266,8 @@ def test_a_new_head_is_the_same_on_each_load_and_outputs_do_not_depend_on_the_ba
     for batch_rows, base in ((1, plan.base), (16, plan.base), (16, replace(plan.base, seed=plan.base.seed + 1))):
         torch.manual_seed(batch_rows)  # what ran before must not matter
         loaded = load_base(base)
-        head = task_head(base.labels, base.problem, loaded, tokenizer)
-        marks = labels if head.problem == "tagging" else None
+        head = task_head(base.labels, base.problem_type, loaded, tokenizer)
+        marks = labels if head.problem_type == "tagging" else None
         found.append(row_logits(loaded, ids, marks, head, batch_rows=batch_rows, progress=Silent(), what=""))
         if task == "sequence-classification":
             assert loaded.config.pad_token_id == tokenizer.pad_token_id
@@ -364,7 +364,7 @@ def test_keys_that_do_nothing_for_the_task_are_refused(
 def test_flat_lines_are_refused_where_a_head_reads_rows(
     label_recipe: Write, run_cli: Cli, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run_cli("plan", label_recipe(performance={"batching": "flat"})) == 2
+    assert run_cli("plan", label_recipe(performance={"batching": "padding_free"})) == 2
     assert "a head reads whole rows" in capsys.readouterr().err
 
 

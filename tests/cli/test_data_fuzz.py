@@ -162,7 +162,7 @@ def data(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capf
 
     def run(path: Path, keys: dict[str, Any], *, as_json: bool = True) -> int:
         recipe = tmp_path / "recipe.yaml"
-        dataset = {"path": str(path), "max_length": 64, "limits": {"dropped": 1.0, "truncated": 1.0}, **keys}
+        dataset = {"path": str(path), "max_length": 64, "limits": {"max_dropped": 1.0, "max_truncated": 1.0}, **keys}
         sections = {"name": "fuzz", "model": {"name": str(tiny_llama)}, "dataset": dataset}
         recipe.write_text(yaml.safe_dump(sections), encoding="utf-8")
         code = main(["data", str(recipe), *(["--json"] if as_json else [])])

@@ -135,7 +135,7 @@ def test_a_head_with_named_classes_labels_merges_and_is_evaluated(
     (tmp_path / "rows.csv").write_text("\n".join(["text,label", *lines]))
     recipe = {
         "model": {"name": "tiny:bert", "task": "sequence-classification"},
-        "dataset": {"path": "rows.csv", "limits": {"leaked": 1}},
+        "dataset": {"path": "rows.csv", "limits": {"max_leaked": 1}},
     }
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
     capfd.readouterr()

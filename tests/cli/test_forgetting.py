@@ -73,7 +73,11 @@ def test_rows_without_text_are_counted_with_their_place(tmp_path: Path, tokenize
     ("name", "content", "message"),
     [
         ("a.jsonl", '{"question": "a", "answer": "b"}\n', r"a\.jsonl: its columns are question, answer; .*column text"),
-        ("a.dat", "words\n", r"a\.dat: the ending is not known; evaluation\.retention takes a text with the ending"),
+        (
+            "a.dat",
+            "words\n",
+            r"a\.dat: the ending is not known; evaluation\.forgetting_text takes a text with the ending",
+        ),
         ("a.jsonl", '{"text": ""}\n', r"a\.jsonl: no text that could be predicted; name another text"),
     ],
 )
@@ -107,12 +111,12 @@ def test_both_losses_are_those_of_the_base_alone_and_of_the_adapter(
     recipe = write_recipe(
         quantization=None,
         dataset={"max_length": 24},
-        evaluation={"max_new_tokens": 2, "samples": 1, "retention": text.name},
-        gates={"retention_loss": "< 100", "retention_change": "< -50"},
+        evaluation={"max_new_tokens": 2, "samples": 1, "forgetting_text": text.name},
+        gates={"forgetting_loss": "< 100", "forgetting_change": "< -50"},
     )
     assert run_cli("train", recipe, "--output-dir", "run") == 7
     said = capfd.readouterr()
-    assert "forgetting: loss on" in said.out and "retention_change is" in said.err
+    assert "forgetting: loss on" in said.out and "forgetting_change is" in said.err
     run = tmp_path / "run"
     found = json.loads((run / "metrics.json").read_text())["retention"]
     base = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32).eval()
@@ -122,7 +126,7 @@ def test_both_losses_are_those_of_the_base_alone_and_of_the_adapter(
     assert found["change"] == pytest.approx(found["adapter_loss"] - found["base_loss"])
     assert abs(found["change"]) > 1e-4 and found["path"] == "stories.jsonl"
     gates = {gate["name"]: gate["met"] for gate in json.loads((run / "metrics.json").read_text())["gates"]}
-    assert gates == {"retention_loss": True, "retention_change": False}
+    assert gates == {"forgetting_loss": True, "forgetting_change": False}
     report = (run / "report.md").read_text(encoding="utf-8")
     assert "| Forgetting: loss on another text" in report and "left out there: 1 row without text" in report
     assert run_cli("eval", "run") == 0
@@ -133,7 +137,7 @@ def test_without_a_baseline_the_base_is_still_measured_on_the_text(
     write_recipe: Write, run_cli: Cli, tmp_path: Path
 ) -> None:
     stories(tmp_path)
-    asked = {"max_new_tokens": 2, "baseline": False, "retention": "stories.jsonl", "retention_tokens": 100}
+    asked = {"max_new_tokens": 2, "baseline": False, "forgetting_text": "stories.jsonl", "forgetting_tokens": 100}
     recipe = write_recipe(quantization=None, evaluation=asked, trainer={"max_steps": 1})
     assert run_cli("train", recipe, "--output-dir", "run") == 0
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
@@ -144,28 +148,28 @@ def test_without_a_baseline_the_base_is_still_measured_on_the_text(
 def test_a_text_that_is_missing_is_said_before_the_weights_are_loaded(
     write_recipe: Write, run_cli: Cli, tmp_path: Path, capfd: Any
 ) -> None:
-    recipe = write_recipe(evaluation={"retention": "none.txt"})
+    recipe = write_recipe(evaluation={"forgetting_text": "none.txt"})
     assert run_cli("train", recipe, "--output-dir", "run") == 3
     assert "none.txt: no such file" in capfd.readouterr().err
     assert not (tmp_path / "run" / "eval.json").exists()
 
 
 def test_the_path_is_relative_to_the_recipe_and_stays_so_when_written(write_recipe: Write, tmp_path: Path) -> None:
-    recipe = write_recipe(evaluation={"retention": "stories.jsonl"})
+    recipe = write_recipe(evaluation={"forgetting_text": "stories.jsonl"})
     loaded = load_recipe(recipe).recipe
-    assert loaded.evaluation.retention == str(tmp_path / "stories.jsonl")
-    assert "retention: ../stories.jsonl" in dump_recipe(loaded, tmp_path / "run" / "recipe.yaml")
+    assert loaded.evaluation.forgetting_text == str(tmp_path / "stories.jsonl")
+    assert "forgetting_text: ../stories.jsonl" in dump_recipe(loaded, tmp_path / "run" / "recipe.yaml")
 
 
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
         (
-            {"model": {"name": "x", "task": "sequence-classification"}, "evaluation": {"retention": "a.txt"}},
-            r"recipe\.yaml:\d+: evaluation\.retention needs model\.task: causal-lm",
+            {"model": {"name": "x", "task": "sequence-classification"}, "evaluation": {"forgetting_text": "a.txt"}},
+            r"recipe\.yaml:\d+: evaluation\.forgetting_text needs model\.task: causal-lm",
         ),
-        ({"evaluation": {"retention_tokens": 500}}, r"evaluation\.retention_tokens stands alone; name the text"),
-        ({"gates": {"retention_change": "< 1"}}, r"gates\.retention_change watches a text; name it in evaluation"),
+        ({"evaluation": {"forgetting_tokens": 500}}, r"evaluation\.forgetting_tokens stands alone; name the text"),
+        ({"gates": {"forgetting_change": "< 1"}}, r"gates\.forgetting_change watches a text; name it in evaluation"),
     ],
 )
 def test_what_cannot_stand_together_is_refused(write_recipe: Write, sections: Any, message: str) -> None:

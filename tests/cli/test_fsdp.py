@@ -115,7 +115,7 @@ def test_a_base_in_two_parts_that_is_stopped_and_goes_on_is_trained_as_a_whole_o
     sections: dict[str, Any] = {
         "quantization": None,
         "dataset": {"split": {"test_size": 13, "seed": 1}, "max_train_samples": 32},
-        "evaluation": {"rows": 3, "retention": str(tmp_path / "other.txt"), "retention_tokens": 300},
+        "evaluation": {"rows": 3, "forgetting_text": str(tmp_path / "other.txt"), "forgetting_tokens": 300},
     }
     recipe = write_recipe(
         trainer={"max_steps": 24, "learning_rate": 1e-3}, performance={"sharding": "full"}, **sections

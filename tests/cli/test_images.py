@@ -141,7 +141,7 @@ def test_plain_peft_loads_the_adapter_to_the_same_outputs(
     base = AutoModelForImageClassification.from_pretrained(plan.base.path, config=config, ignore_mismatched_sizes=True)
     tuned = PeftModel.from_pretrained(base, adapter).eval()
     reader = ImageProcessor(AutoImageProcessor.from_pretrained(adapter, backend="pil"))
-    head = task_head(plan.base.labels, plan.base.problem, tuned, reader)
+    head = task_head(plan.base.labels, plan.base.problem_type, tuned, reader)
     paths, labels = (data.test.column(name).to_pylist() for name in ("image", "labels"))
     logits = row_logits(tuned, paths, None, head, batch_rows=4, progress=Silent(), what="")
     measured = read_json(tmp_path / "runs" / "shapes" / "metrics.json")["adapter"]["loss"]
@@ -176,7 +176,7 @@ def test_training_leaves_the_statistics_of_batch_norms_as_they_were(image_recipe
     base = load_base(plan.base)
     before = {name: value.clone() for name, value in base.state_dict().items() if "running" in name or "num_b" in name}
     rows = data.test.column("image").to_pylist()
-    head = task_head(plan.base.labels, plan.base.problem, base, reader)
+    head = task_head(plan.base.labels, plan.base.problem_type, base, reader)
     outputs = row_logits(base, rows, None, head, batch_rows=4, progress=Silent(), what="")
     trainer = make_label_trainer(plan, RunDir(tmp_path / "run"), data, reader, base)
     trainer.train()
@@ -221,7 +221,7 @@ def test_a_stopped_run_goes_on_to_the_bits_of_an_unbroken_one(
 def test_outputs_do_not_depend_on_the_batch(image_recipe: Write) -> None:
     plan, data, reader = prepared(image_recipe())
     base = load_base(plan.base)
-    head = task_head(plan.base.labels, plan.base.problem, base, reader)
+    head = task_head(plan.base.labels, plan.base.problem_type, base, reader)
     rows = data.test.column("image").to_pylist()
     one, many = (
         torch.stack(row_logits(base, rows, None, head, batch_rows=size, progress=Silent(), what="")) for size in (1, 8)
@@ -260,7 +260,7 @@ def test_each_file_that_is_no_image_is_counted_by_reason_with_its_name(image_rec
     (photos / "nothing").mkdir()
     (photos / ".hidden").mkdir()
     (photos / "ball" / "Thumbs.db").write_bytes(b"x")
-    facts = facts_of(image_recipe(dataset={"limits": {"dropped": 1.0}}))
+    facts = facts_of(image_recipe(dataset={"limits": {"max_dropped": 1.0}}))
     assert facts["rows"] == 48 + 9 and facts["train_rows"] + facts["test_rows"] == 48
     assert facts["dropped"] == {
         DAMAGED: 2,
@@ -281,7 +281,7 @@ def test_equal_images_are_found_under_any_name_and_class(image_recipe: Write, ph
     shutil.copy(photos / "box" / "00.png", photos / "box" / "copy.png")
     Image.open(photos / "box" / "04.png").save(photos / "box" / "again.bmp")
     shutil.copy(photos / "ball" / "00.png", photos / "bars" / "wrong.png")
-    facts = facts_of(image_recipe(dataset={"limits": {"leaked": 1.0}}))
+    facts = facts_of(image_recipe(dataset={"limits": {"max_leaked": 1.0}}))
     assert facts["duplicate_rows"] + facts["leaked_rows"] == 2
     assert facts["conflicting_rows"] + facts["leaked_prompts"] - facts["leaked_rows"] == 1
     assert facts["labels"]["train"].keys() == set(KINDS)
@@ -303,7 +303,7 @@ def test_a_table_names_images_relative_to_itself(image_recipe: Write, photos: Pa
         writer.writerows([f"photos/{kind}/{number:02d}.png", kind] for kind in KINDS for number in range(0, 16, 4))
         writer.writerows([["photos/box/99.png", "box"], ["", "box"], ["https://example.org/a.png", "box"]])
     columns = {"image": "file", "label": "kind"}
-    recipe = image_recipe(dataset={"path": str(table), "columns": columns, "limits": {"dropped": 1.0}})
+    recipe = image_recipe(dataset={"path": str(table), "columns": columns, "limits": {"max_dropped": 1.0}})
     plan, data, _ = prepared(recipe)
     assert data.labels == ("ball", "bars", "box") and data.facts["train_rows"] + data.facts["test_rows"] == 12
     assert data.facts["dropped_examples"][MISSING] == ["labels.csv:14"]
@@ -452,7 +452,7 @@ def test_names_and_links_of_any_kind_are_counted(image_recipe: Write, photos: Pa
     odd = bytes(photos / "ball") + b"/\xff.png"
     with open(odd, "wb") as file:
         file.write((photos / "ball" / "00.png").read_bytes())
-    recipe = image_recipe(dataset={"limits": {"dropped": 1.0, "leaked": 1.0}})
+    recipe = image_recipe(dataset={"limits": {"max_dropped": 1.0, "max_leaked": 1.0}})
     facts = facts_of(recipe)
     assert facts["classes"] == ["ball", "bars", "box", "linked"]
     assert facts["dropped"] == {MISSING: 1, "with half a character (a lone surrogate)": 1}
@@ -463,7 +463,7 @@ def test_two_folders_are_two_sources_and_classes_keep_their_shares(image_recipe:
     more = photos.parent / "more"
     shutil.copytree(photos / "box", more / "box")
     shutil.copytree(photos / "ball", more / "heap")
-    recipe = image_recipe(dataset={"limits": {"leaked": 1.0}, "split": {"test_size": 0.25, "seed": 1}})
+    recipe = image_recipe(dataset={"limits": {"max_leaked": 1.0}, "split": {"test_size": 0.25, "seed": 1}})
     asked = yaml.safe_load(recipe.read_text())
     del asked["dataset"]["path"]
     asked["dataset"] |= {"sources": [{"path": str(photos)}, {"path": str(more)}]}

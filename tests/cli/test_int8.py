@@ -366,7 +366,12 @@ def test_a_head_stays_float_and_is_trained(
         "name": "reviews",
         "model": {"name": model, "task": task},
         "quantization": INT8,
-        "dataset": {"path": "reviews.jsonl", "columns": pair, "split": {"test_size": 0.25}, "limits": {"leaked": 1.0}},
+        "dataset": {
+            "path": "reviews.jsonl",
+            "columns": pair,
+            "split": {"test_size": 0.25},
+            "limits": {"max_leaked": 1.0},
+        },
         "trainer": {"max_steps": 2, "learning_rate": 1e-2},
     }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")

@@ -59,7 +59,7 @@ def small_memory(monkeypatch: pytest.MonkeyPatch, tokens: int, first_step: int =
 
 
 @pytest.mark.numeric
-@pytest.mark.parametrize("batching", ["padded", "flat"])
+@pytest.mark.parametrize("batching", ["padded", "padding_free"])
 def test_when_memory_runs_out_the_step_is_repeated_in_pieces_with_the_same_result(
     write_recipe: Write, run_cli: Cli, capfd: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batching: str
 ) -> None:

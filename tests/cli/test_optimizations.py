@@ -237,7 +237,7 @@ def test_layers_that_are_more_than_lora_are_left_to_peft(settings: dict[str, Any
 def trained(run_cli: Cli, recipe: Path, folder: Path, off: str, *words: str) -> tuple[list[float], dict[str, Tensor]]:
     """The losses and the adapter of a run without some levers."""
     run = folder / ("without-" + "-".join(filter(None, off.split(", "))))
-    words = ("--output-dir", str(run), "--set", f"performance.without=[{off}]", *words)
+    words = ("--output-dir", str(run), "--set", f"performance.disable=[{off}]", *words)
     assert run_cli("train", recipe, *words) == 0
     log = [row for row in read_log(run / "log.jsonl") if "loss" in row]
     assert len(log) > 3
@@ -258,8 +258,8 @@ def test_each_lever_alone_and_all_together_learn_the_same(
         quantization=quantization,
         trainer={"max_steps": 5, "per_device_train_batch_size": 3, "gradient_accumulation_steps": 3},
     )
-    plain = trained(run_cli, recipe, tmp_path, "head, products, casts, figures")
-    for off in ("", "head", "products", "figures"):
+    plain = trained(run_cli, recipe, tmp_path, "fused_loss, fused_lora, skip_adapter_casts, deferred_metrics")
+    for off in ("", "fused_loss", "fused_lora", "deferred_metrics"):
         same_training(trained(run_cli, recipe, tmp_path, off), plain)
 
 
@@ -279,14 +279,14 @@ def test_the_turns_of_chats_learn_the_same_with_every_lever_and_with_none(
         "trainer: {max_steps: 5, per_device_train_batch_size: 4, learning_rate: 1e-3, logging_steps: 1, "
         "assistant_only_loss: true}\nevaluation: {rows: 2, max_new_tokens: 2}\n"
     )
-    plain = trained(run_cli, recipe, tmp_path, "head, products, casts, figures")
+    plain = trained(run_cli, recipe, tmp_path, "fused_loss, fused_lora, skip_adapter_casts, deferred_metrics")
     same_training(trained(run_cli, recipe, tmp_path, ""), plain)
 
 
 @pytest.mark.numeric
 def test_in_16_bit_the_casts_change_no_loss(write_recipe: Write, run_cli: Cli, tmp_path: Path) -> None:
     recipe = write_recipe(model={"dtype": "bfloat16"}, trainer={"max_steps": 4})
-    same_training(*(trained(run_cli, recipe, tmp_path, off) for off in ("casts", "")))
+    same_training(*(trained(run_cli, recipe, tmp_path, off) for off in ("skip_adapter_casts", "")))
 
 
 def test_the_plan_says_which_levers_it_uses(write_recipe: Write, run_cli: Cli, capfd: Any) -> None:
@@ -300,23 +300,31 @@ def test_the_plan_says_which_levers_it_uses(write_recipe: Write, run_cli: Cli, c
     usual = said()
     assert usual["output layer"][0] == "trained tokens alone, each product once"
     assert usual["LoRA"][0] == "added in one pass"
-    less = said("--set", "performance.without=[head]")
-    assert less["output layer"] == ["as the libraries make it", "performance.without"]
+    less = said("--set", "performance.disable=[fused_loss]")
+    assert less["output layer"] == ["as the libraries make it", "performance.disable"]
     assert less["LoRA"] == usual["LoRA"]
     assert "output layer" not in said("--gpu", "a100-40")  # TRL's kernels do it there
-    assert run_cli("plan", recipe, "--set", "performance.without=[haed]") == 2
-    assert "head" in capfd.readouterr().err
+    assert run_cli("plan", recipe, "--set", "performance.disable=[fused_los]") == 2
+    assert "fused_loss" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("changed", "layer", "used"),
     [
-        ({}, "trained tokens alone, each product once", ["figures", "head", "products"]),
-        ({"adapter": {"r": 4, "modules_to_save": ["lm_head"]}}, "it is trained", ["figures", "products"]),
-        ({"adapter": {"method": "full", "r": None}}, "it is trained", ["figures"]),
-        ({"trainer": {"max_steps": 2, "label_smoothing_factor": 0.1}}, "label smoothing", ["figures", "products"]),
-        ({"quantization": {"bits": 8}}, "trained tokens alone, each product once", ["figures", "head"]),
-        ({"adapter": {"r": 4, "lora_bias": True}}, "trained tokens alone, each product once", ["figures", "head"]),
+        ({}, "trained tokens alone, each product once", ["deferred_metrics", "fused_lora", "fused_loss"]),
+        ({"adapter": {"r": 4, "modules_to_save": ["lm_head"]}}, "it is trained", ["deferred_metrics", "fused_lora"]),
+        ({"adapter": {"method": "full", "r": None}}, "it is trained", ["deferred_metrics"]),
+        (
+            {"trainer": {"max_steps": 2, "label_smoothing_factor": 0.1}},
+            "label smoothing",
+            ["deferred_metrics", "fused_lora"],
+        ),
+        ({"quantization": {"bits": 8}}, "trained tokens alone, each product once", ["deferred_metrics", "fused_loss"]),
+        (
+            {"adapter": {"r": 4, "lora_bias": True}},
+            "trained tokens alone, each product once",
+            ["deferred_metrics", "fused_loss"],
+        ),
     ],
     ids=["usual", "saved head", "full", "smoothing", "8 bit", "bias"],
 )
@@ -330,7 +338,7 @@ def test_plan_and_run_say_the_levers_that_are_used(
     said = {one["key"]: one for one in read_json(tmp_path / "run" / "plan.json")["decisions"]}
     assert layer in said["output layer"]["value"] + said["output layer"]["reason"]
     if "LoRA" in said:
-        assert (said["LoRA"]["value"] == "added in one pass") == ("products" in used)
+        assert (said["LoRA"]["value"] == "added in one pass") == ("fused_lora" in used)
 
 
 def test_an_optimizer_without_its_package_is_refused_before_anything_is_loaded(

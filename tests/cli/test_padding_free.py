@@ -223,5 +223,5 @@ def test_where_lines_cannot_keep_the_loss_rows_stay_padded_and_the_plan_says_why
     plan = json.loads(capfd.readouterr().out)
     decision = next(one for one in plan["decisions"] if one["key"] == "batching")
     assert decision["value"] == "padded" and why in decision["reason"]
-    assert run_cli("plan", recipe, "--set", "performance.batching=flat") == 2
-    assert "performance.batching: flat cannot be had" in capfd.readouterr().err
+    assert run_cli("plan", recipe, "--set", "performance.batching=padding_free") == 2
+    assert "performance.batching: padding_free cannot be had" in capfd.readouterr().err

@@ -101,7 +101,7 @@ def test_two_processes_give_the_losses_of_one(runs: Runs) -> None:
 
 def test_two_processes_train_in_lines_as_one_does(runs: Runs) -> None:
     for run in (runs.two, runs.wide):
-        assert read_json(run / "train.json")["batching"]["kind"] == "flat", runs.said.stderr
+        assert read_json(run / "train.json")["batching"]["kind"] == "padding_free", runs.said.stderr
 
 
 @pytest.mark.numeric

@@ -278,7 +278,7 @@ def test_the_head_of_a_rehearsal_has_the_parts_of_the_real_one(
     AutoTokenizer.from_pretrained(bert).save_pretrained(folder)
     lines = [f"row {number},{number % 2}" for number in range(100)]
     (tmp_path / "rows.csv").write_text("\n".join(["text,label", *lines]))
-    dataset = {"path": "rows.csv", "limits": {"leaked": 1}}
+    dataset = {"path": "rows.csv", "limits": {"max_leaked": 1}}
     recipe = written(tmp_path, model={"name": str(folder), "task": "sequence-classification"}, dataset=dataset)
     assert run_cli("train", recipe) == 0 and run_cli("train", recipe, "--smoke") == 0
     heads = [

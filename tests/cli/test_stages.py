@@ -254,7 +254,7 @@ def test_a_head_for_other_labels_is_new_on_a_trained_adapter(
         recipe = {
             "model": {"name": "tiny:bert", "task": "sequence-classification"},
             "adapter": {"r": 4, **adapter},
-            "dataset": {"path": str(table), "columns": {"label": label}, "limits": {"leaked": 1}},
+            "dataset": {"path": str(table), "columns": {"label": label}, "limits": {"max_leaked": 1}},
             "trainer": {"max_steps": 2, "per_device_train_batch_size": 4},
         }
         path = tmp_path / "labels.yaml"

@@ -421,7 +421,12 @@ def test_messages_and_text_are_trained_from_end_to_end(write_recipe: Write, run_
     )
     for name in ("chats", "texts"):
         # Twelve times the same chat: that it stands on both sides is what the limit is there for.
-        dataset = {"path": str(tmp_path / f"{name}.jsonl"), "prompt": None, "completion": None, "limits": {"leaked": 1}}
+        dataset = {
+            "path": str(tmp_path / f"{name}.jsonl"),
+            "prompt": None,
+            "completion": None,
+            "limits": {"max_leaked": 1},
+        }
         recipe = write_recipe(trainer={"max_steps": 2})
         import yaml
 

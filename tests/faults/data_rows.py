@@ -9,7 +9,7 @@ from workspace import Workspace, as_lines, pairs
 ROWS = pairs(48)
 LONG = [row | {"prompt": f"{'long ' * 60}{row['prompt']}"} if n % 6 == 5 else row for n, row in enumerate(ROWS)]
 """Every sixth prompt alone is longer than 64 tokens."""
-MANY_DROPPED = {"dataset.limits": {"dropped": 1.0, "truncated": 1.0}}
+MANY_DROPPED = {"dataset.limits": {"max_dropped": 1.0, "max_truncated": 1.0}}
 LOOPS = "{% for a in range(90000) %}{% for b in range(90000) %}{% endfor %}{% endfor %}"
 HOSTILE = "[/foo] [bold] \x1b[2J\x1b]0;title\x07 <script>alert(1)</script> \u202e | `x`"
 
@@ -42,7 +42,7 @@ def look(number: str, fault: str, exits: int, says: tuple[str, ...], rows: bytes
     return Case(number, fault, exits, keys, rows=rows, words=("data", "RECIPE", "--json"), says=says, most_lines=3)
 
 
-ONE_CHAT = {"dataset.limits": {"dropped": 0.05, "leaked": 1.0}, "dataset.max_length": 128}
+ONE_CHAT = {"dataset.limits": {"max_dropped": 0.05, "max_leaked": 1.0}, "dataset.max_length": 128}
 CASES = [
     look(
         "12",
@@ -53,7 +53,12 @@ CASES = [
         {},
     ),
     look(
-        "13", "8 of 48 prompts fill max_length: a limit is crossed", 3, ("dataset.limits.dropped",), as_lines(LONG), {}
+        "13",
+        "8 of 48 prompts fill max_length: a limit is crossed",
+        3,
+        ("dataset.limits.max_dropped",),
+        as_lines(LONG),
+        {},
     ),
     look(
         "13",
@@ -92,7 +97,7 @@ CASES = [
         "17",
         "four rows planted on both sides",
         3,
-        ("dataset.limits.leaked",),
+        ("dataset.limits.max_leaked",),
         as_lines([*ROWS, *ROWS[:16]]),
         {},
     ),
@@ -114,7 +119,7 @@ def assistant_only(ground: Workspace) -> Iterator[Row]:
     """Of chats, exactly the assistant's turns are trained, each with its end; counted here by hand."""
     judge = Judge("14", "of chats the assistant's turns alone are trained, each with its end", "0")
     ground.write("rows.jsonl", as_lines(CHATS))
-    recipe = ground.recipe({"dataset.max_length": 128, "dataset.limits": {"leaked": 1.0}})
+    recipe = ground.recipe({"dataset.max_length": 128, "dataset.limits": {"max_leaked": 1.0}})
     end = judge.ended(ground.run("data", str(recipe), "--json", "--preview", "8"), 0)
     facts = json.loads(end.out)
     for row in facts["preview"]:

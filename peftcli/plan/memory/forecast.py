@@ -110,7 +110,7 @@ def micro_batch_memory(plan: Plan, shape: ModelDimensions, machine: Machine, row
     whole = plan.trainer.get("packing") or plan.trainer.get("padding_free")
     at_once = plan.batch.per_device * (plan.labels.max_length if plan.trainer.get("packing") else rows.longest)
     in_step = at_once * plan.batch.accumulation
-    tokens = min(plan.batching.tokens, in_step) if plan.batching.kind == "flat" else at_once
+    tokens = min(plan.batching.tokens, in_step) if plan.batching.kind == "padding_free" else at_once
     tokens = min(tokens, plan.batching.most or tokens)
     tokens = max(tokens, rows.longest)
     setting = training_setup(plan, shape, machine, one_row=tokens == rows.longest)
@@ -143,7 +143,7 @@ def training_setup(plan: Plan, shape: ModelDimensions, machine: Machine, *, one_
         casts=_casts(plan),
         offloading=bool(plan.trainer.get("activation_offloading")),
         attention=_attention(plan, shape, machine, one_row),
-        filling=FILLING if plan.batching.kind == "flat" and not one_row else 1.0,
+        filling=FILLING if plan.batching.kind == "padding_free" and not one_row else 1.0,
         head=_head(plan, shape),
         head_trained=any(name in ("lm_head", "embed_out") for name in saved),
         processes=plan.batch.processes,
@@ -190,7 +190,7 @@ def _head(plan: Plan, shape: ModelDimensions) -> LogitsHead:
         return LogitsHead(None, len(plan.base.labels), FULL_LOGITS_HEAD.bytes)
     if plan.trainer.get("label_smoothing_factor"):
         return FULL_LOGITS_HEAD
-    if "head" in plan.optimizations:  # the logits and the probabilities, each once more where they are narrow
+    if "fused_loss" in plan.optimizations:  # the logits and the probabilities, each once more where they are narrow
         return LogitsHead(tile_rows(shape.vocabulary), None, 8 if plan.base.dtype == "float32" else 12)
     return LogitsHead()
 
@@ -235,7 +235,7 @@ def _attention(plan: Plan, shape: ModelDimensions, machine: Machine, one_row: bo
     if not (plan.base.device == "cuda" and old and shape.grouped):
         return "flash"
     # Lines repeat keys and values themselves on such a card; one padded row is left to transformers.
-    return "repeated" if plan.batching.kind == "flat" else "math"
+    return "repeated" if plan.batching.kind == "padding_free" else "math"
 
 
 def _suggestions(load: MicroBatchMemory, plan: Plan, memory: int, *, tight: bool) -> list[dict[str, Any]]:
@@ -252,10 +252,10 @@ def _time(plan: Plan, load: MicroBatchMemory, machine: Machine, rows: Rows) -> d
     alone = load.setting.shards == 1  # how fast cards exchange weights is not known
     card = gpu_of(machine) if load.setting.on_gpu and load.setting.width == 2 and alone else None
     in_step = plan.batch.per_device * plan.batch.accumulation
-    flat = plan.batching.kind == "flat"
-    tokens = in_step * (rows.mean if flat else rows.longest)
-    micro_batches = max(1, -(-round(tokens) // load.tokens)) if flat else plan.batch.accumulation
-    attended = (rows.mean if flat else rows.longest) / (2 if load.setting.attention == "flash" else 1)
+    padding_free = plan.batching.kind == "padding_free"
+    tokens = in_step * (rows.mean if padding_free else rows.longest)
+    micro_batches = max(1, -(-round(tokens) // load.tokens)) if padding_free else plan.batch.accumulation
+    attended = (rows.mean if padding_free else rows.longest) / (2 if load.setting.attention == "flash" else 1)
     seconds = None
     if card is not None:
         seconds = step_seconds(

@@ -64,7 +64,7 @@ def _helps(after: MicroBatchMemory, before: MicroBatchMemory) -> bool:
 
 def _changes(plan: Plan, memory_bytes: int) -> Iterator[Change]:
     yield lambda load: _quantize(load, METHODS[plan.adapter.method])
-    if plan.batching.kind == "flat":
+    if plan.batching.kind == "padding_free":
         yield lambda load: _shorter_lines(load, memory_bytes)
     else:
         yield lambda load: _smaller_batch(load, plan, memory_bytes)

@@ -63,10 +63,10 @@ def prepared(bert: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Prep
     monkeypatch.setenv("PEFTCLI_CACHE", str(tmp_path / "cache"))
 
     def make(
-        rule: LossMask = SEQUENCE, tokenizer: Any = bert, problem: str = "auto", smoke: bool = False, **keys: Any
+        rule: LossMask = SEQUENCE, tokenizer: Any = bert, problem_type: str = "auto", smoke: bool = False, **keys: Any
     ) -> PreparedData:
         section = DatasetSection.model_validate(keys)
-        return prepare(section, tokenizer, replace(rule, problem=problem), 0, Silent(), smoke=smoke)
+        return prepare(section, tokenizer, replace(rule, problem_type=problem_type), 0, Silent(), smoke=smoke)
 
     return make
 
@@ -111,7 +111,7 @@ def labelled(data: PreparedData) -> dict[str, list[Any]]:
 
 def test_classes_of_text_are_sorted_and_each_row_has_the_number_of_its_own(prepared: Prepare, file: Any) -> None:
     data = prepared(path=file(animals(kinds="dog cat eel")))
-    assert (data.format, data.problem, data.labels) == ("classification", "single-label", ("cat", "dog", "eel"))
+    assert (data.format, data.problem_type, data.labels) == ("classification", "single-label", ("cat", "dog", "eel"))
     found = labelled(data)
     assert len(found) == 40
     assert all(data.labels[label[0]] in text and len(label) == 1 for text, label in found.items())
@@ -132,7 +132,7 @@ def test_whole_numbers_are_classes_in_their_order(prepared: Prepare, file: Any) 
     data = prepared(path=file([row | {"label": 8 + number % 4} for number, row in enumerate(animals())]))
     assert data.labels == ("8", "9", "10", "11")
     floats = prepared(path=file([row | {"label": float(n % 2)} for n, row in enumerate(animals())], "floats.jsonl"))
-    assert (floats.problem, floats.labels) == ("single-label", ("0", "1"))
+    assert (floats.problem_type, floats.labels) == ("single-label", ("0", "1"))
     truths = prepared(path=file([row | {"label": n % 2 == 0} for n, row in enumerate(animals())], "truths.jsonl"))
     assert truths.labels == ("false", "true")
 
@@ -182,7 +182,7 @@ def test_numbers_may_stand_for_the_given_classes(prepared: Prepare, file: Any) -
 def test_rows_without_a_label_are_left_out_and_counted(prepared: Prepare, file: Any) -> None:
     rows = animals()
     rows[3]["label"], rows[7]["label"], rows[11]["label"], rows[12]["text"] = None, " ", ["cat"], " "
-    facts = prepared(path=file(rows), problem="single-label", limits={"dropped": 0.2}).facts
+    facts = prepared(path=file(rows), problem_type="single-label", limits={"max_dropped": 0.2}).facts
     assert facts["dropped"] == {
         "with label null": 1,
         "with label empty": 1,
@@ -238,7 +238,7 @@ def test_two_texts_are_written_as_the_tokenizer_writes_pairs(prepared: Prepare, 
         for number in range(40)
     ]
     for keys in ({}, {"columns": {"text": "premise", "text_pair": "hypothesis"}}):
-        data = prepared(path=file(rows), limits={"leaked": 1.0}, **keys)
+        data = prepared(path=file(rows), limits={"max_leaked": 1.0}, **keys)
         first = data.train.store.examples.slice(0, 1).to_pylist()[0]
         assert (first["text"], first["text_pair"]) == ("the cat 0", "a dog 0 went")
         assert first["input_ids"] == bert("the cat 0", "a dog 0 went")["input_ids"]
@@ -316,8 +316,8 @@ def test_a_parquet_file_brings_the_names_of_its_classes(prepared: Prepare, tmp_p
 def test_lists_of_classes_are_read_however_they_are_written(prepared: Prepare, file: Any, write: Any) -> None:
     sets: list[list[str]] = [["eel", "cat"], ["dog"], ["cat", "dog", "eel"], []]
     rows = [row | {"label": write(sets[number % 4])} for number, row in enumerate(animals())]
-    data = prepared(path=file(rows), problem="multi-label")
-    assert (data.problem, data.labels) == ("multi-label", ("cat", "dog", "eel"))
+    data = prepared(path=file(rows), problem_type="multi-label")
+    assert (data.problem_type, data.labels) == ("multi-label", ("cat", "dog", "eel"))
     assert list(labelled(data).values()).count([0, 2]) == 10
     assert sorted(map(tuple, labelled(data).values()))[::10] == [(), (0, 1, 2), (0, 2), (1,)]
     assert sum(data.facts["rows_without_class"].values()) == 10
@@ -327,7 +327,7 @@ def test_lists_of_classes_are_read_however_they_are_written(prepared: Prepare, f
 
 def test_lists_are_several_classes_unless_the_recipe_says_otherwise(prepared: Prepare, file: Any) -> None:
     rows = [row | {"label": [row["label"]]} for row in animals()]
-    assert prepared(path=file(rows)).problem == "multi-label"
+    assert prepared(path=file(rows)).problem_type == "multi-label"
 
 
 def test_a_zero_or_one_for_each_class_is_read_as_such(prepared: Prepare, file: Any) -> None:
@@ -341,16 +341,16 @@ def test_a_zero_or_one_for_each_class_is_read_as_such(prepared: Prepare, file: A
 def test_two_signs_that_may_part_classes_are_refused(prepared: Prepare, file: Any) -> None:
     rows = [row | {"label": "cat, wild|dog" if number else "cat"} for number, row in enumerate(animals())]
     with pytest.raises(DataError, match=r"label holds \| and ,, which may both part classes"):
-        prepared(path=file(rows), problem="multi-label")
-    data = prepared(path=file(rows), problem="multi-label", labels=["cat", "cat, wild", "dog"])
+        prepared(path=file(rows), problem_type="multi-label")
+    data = prepared(path=file(rows), problem_type="multi-label", labels=["cat", "cat, wild", "dog"])
     assert [1, 2] in labelled(data).values()
 
 
 def test_numbers_with_decimals_are_a_regression(prepared: Prepare, file: Any) -> None:
     rows = [row | {"label": number / 4} for number, row in enumerate(animals())]
     rows[5]["label"], rows[6]["label"] = "much", None
-    data = prepared(path=file(rows), limits={"dropped": 0.1})
-    assert (data.problem, data.labels) == ("regression", ())
+    data = prepared(path=file(rows), limits={"max_dropped": 0.1})
+    assert (data.problem_type, data.labels) == ("regression", ())
     assert labelled(data)["the dog 0 1"] == [0.25]
     assert str(data.train.store.examples.schema.field("labels").type) == "large_list<item: float>"
     assert data.facts["dropped"] == {"with label no number": 1, "with label null": 1}
@@ -366,7 +366,7 @@ def test_whole_numbers_far_apart_may_be_either_and_are_refused(prepared: Prepare
         DataError, match=r"whole numbers from 0 to 117, which may be classes or amounts; set model.prob"
     ):
         prepared(path=path)
-    assert prepared(path=path, problem="regression").labels == ()
+    assert prepared(path=path, problem_type="regression").labels == ()
 
 
 def test_test_rows_are_read_as_the_training_rows_are(prepared: Prepare, file: Any) -> None:
@@ -409,7 +409,7 @@ def test_a_length_that_only_special_tokens_would_fill_is_refused(prepared: Prepa
 
 def test_limits_of_rows_with_labels_speak_of_reading(prepared: Prepare, file: Any) -> None:
     rows = [row | {"text": row["text"] + " cat" * 20} for row in animals()]
-    (said,) = prepared(path=file(rows), rule=replace(SEQUENCE, max_length=10), limits={"leaked": 1.0}).crossed[:1]
+    (said,) = prepared(path=file(rows), rule=replace(SEQUENCE, max_length=10), limits={"max_leaked": 1.0}).crossed[:1]
     assert "so their end is not read" in said
 
 
@@ -429,7 +429,7 @@ def sentences(count: int = 20) -> list[dict[str, Any]]:
 
 def test_the_first_token_of_a_word_carries_its_tag(prepared: Prepare, bert: Any, file: Any) -> None:
     data = prepared(path=file(sentences()), rule=TOKENS)
-    assert (data.format, data.problem) == ("tagging", None)
+    assert (data.format, data.problem_type) == ("tagging", None)
     assert data.labels == ("O", "B-ANIMAL", "B-PLACE", "I-PLACE")
     row = data.train.store.examples.slice(0, 1).to_pylist()[0]
     assert bert.convert_ids_to_tokens(row["input_ids"])[:5] == ["[CLS]", "the", "cat", "##s", "went"]
@@ -486,7 +486,7 @@ def test_words_and_tags_that_do_not_pair_are_counted(prepared: Prepare, file: An
     rows[1]["tags"], rows[2]["tags"], rows[3]["tokens"] = ["O"], None, []
     rows[4] = {"tokens": "the cat", "tags": "O B-ANIMAL"}
     rows[5] = {"tokens": '["the", "cat"]', "tags": '["O", "B-ANIMAL"]'}
-    facts = prepared(path=file(rows), rule=TOKENS, limits={"dropped": 0.5}).facts
+    facts = prepared(path=file(rows), rule=TOKENS, limits={"max_dropped": 0.5}).facts
     assert facts["dropped"] == {
         "with another number of tags than of tokens": 1,
         "with tags null": 1,
@@ -495,7 +495,7 @@ def test_words_and_tags_that_do_not_pair_are_counted(prepared: Prepare, file: An
 
 
 def test_a_cut_keeps_the_special_tokens_and_counts_the_tags_it_loses(prepared: Prepare, bert: Any, file: Any) -> None:
-    data = prepared(path=file(sentences()), rule=replace(TOKENS, max_length=7), limits={"truncated": 1.0})
+    data = prepared(path=file(sentences()), rule=replace(TOKENS, max_length=7), limits={"max_truncated": 1.0})
     row = data.train.store.examples.slice(0, 1).to_pylist()[0]
     assert len(row["input_ids"]) == 7 and row["input_ids"][-1] == bert.sep_token_id
     assert row["labels"] == [IGNORED, 0, 1, IGNORED, 0, 0, IGNORED]
@@ -526,9 +526,9 @@ def test_entities_are_counted_and_tags_that_continue_nothing_are_named(prepared:
     assert (words["odd_tags"], words["odd_tag_examples"]) == (2, ["rows.jsonl:21", "rows.jsonl:22"])
     assert any(said.startswith("2 tags go on with an entity that has not begun") for said in data.facts["warnings"])
     plain = [tagged("the cat went", "O ANIMAL O") for _ in range(20)]
-    assert prepared(path=file(plain, "plain.jsonl"), rule=TOKENS, limits={"leaked": 1}).facts["words"]["entities"] == {
-        "ANIMAL": 20
-    }
+    assert prepared(path=file(plain, "plain.jsonl"), rule=TOKENS, limits={"max_leaked": 1}).facts["words"][
+        "entities"
+    ] == {"ANIMAL": 20}
 
 
 def test_a_conll_file_gives_tags_that_the_test_file_shares(prepared: Prepare, tmp_path: Path) -> None:
@@ -543,7 +543,7 @@ def test_a_conll_file_gives_tags_that_the_test_file_shares(prepared: Prepare, tm
 
 def test_numbered_tags_take_the_given_names(prepared: Prepare, file: Any) -> None:
     rows = [{"tokens": ["the", "cat", "york"], "ner_tags": [0, 1, 2], "id": n} for n in range(20)]
-    data = prepared(path=file(rows), rule=TOKENS, labels=["O", "B-A", "B-B"], limits={"leaked": 1})
+    data = prepared(path=file(rows), rule=TOKENS, labels=["O", "B-A", "B-B"], limits={"max_leaked": 1})
     assert data.labels == ("O", "B-A", "B-B")
     assert data.facts["words"]["entities"] == {"A": 20, "B": 20}
     with pytest.raises(DataError, match="with ner_tags below 0"):
@@ -575,14 +575,16 @@ def test_a_preview_shows_tags_at_their_words_and_what_is_cut(prepared: Prepare, 
 def test_rows_are_prepared_anew_for_another_reading_of_the_labels(prepared: Prepare, file: Any) -> None:
     path = file([row | {"label": number % 5} for number, row in enumerate(animals())])
     assert prepared(path=path).labels == ("0", "1", "2", "3", "4")
-    assert prepared(path=path, problem="regression").labels == ()
+    assert prepared(path=path, problem_type="regression").labels == ()
     assert prepared(path=path, labels=["a", "b", "c", "d", "e"]).labels == ("a", "b", "c", "d", "e")
     assert prepared(path=path).facts["cache"] == "reused"
 
 
 @pytest.mark.parametrize("rule", [SEQUENCE, TOKENS])
 def test_a_smoke_run_makes_up_rows_with_labels(prepared: Prepare, rule: LossMask) -> None:
-    data = prepared(name="somebody/reviews", rule=rule, smoke=True, test={"hub_split": "test"}, limits={"leaked": 1})
+    data = prepared(
+        name="somebody/reviews", rule=rule, smoke=True, test={"hub_split": "test"}, limits={"max_leaked": 1}
+    )
     assert len(data.labels) == 2 and data.test.num_rows == 48
     named = prepared(name="somebody/reviews", rule=rule, smoke=True, labels=["O", "B-x", "I-x"])
     assert named.labels == ("O", "B-x", "I-x")
@@ -659,7 +661,7 @@ def test_wnut17_has_its_thirteen_tags(prepared: Prepare) -> None:
         path=str(folder / "wnut17train.conll"),
         test={"path": str(folder / "emerging.test.annotated"), "file_format": "conll"},
         rule=TOKENS,
-        limits={"truncated": 1.0},
+        limits={"max_truncated": 1.0},
     )
     assert (data.facts["train_rows"], data.facts["test_rows"], len(data.labels)) == (3394, 1287, 13)
     assert data.labels[0] == "O" and data.facts["words"]["odd_tags"] == 0

@@ -71,7 +71,7 @@ def test_a_join_counts_who_finds_no_partner(prepared: Prepare, tmp_path: Path) -
     (tmp_path / "a.csv").write_text("k,name\n" + "".join(f"{n % 11},row {n}\n" for n in range(44)))
     lines(tmp_path / "kinds.jsonl", [{"k": number, "kind": f"kind {number}"} for number in range(10)])
     join = [{"path": str(tmp_path / "kinds.jsonl"), "on": "k"}]
-    data = prepared(path=str(tmp_path / "a.csv"), join=join, text="{name} is {kind}", limits={"dropped": 0.1})
+    data = prepared(path=str(tmp_path / "a.csv"), join=join, text="{name} is {kind}", limits={"max_dropped": 0.1})
     facts = data.facts
     assert (facts["rows"], facts["dropped_rows"], facts["train_rows"] + facts["test_rows"]) == (44, 4, 40)
     assert facts["dropped"] == {"without a partner in kinds.jsonl": 4}
@@ -214,7 +214,7 @@ def test_pieces_of_one_text_stay_on_one_side(prepared: Prepare, tmp_path: Path) 
 
 def test_a_plain_text_file_becomes_rows_of_about_max_length(prepared: Prepare, tmp_path: Path) -> None:
     (tmp_path / "book.txt").write_text("It was a long day, and the night was longer.\n" * 200)
-    data = prepared(path=str(tmp_path / "book.txt"), split={"test_size": 0.1}, limits={"leaked": 1})
+    data = prepared(path=str(tmp_path / "book.txt"), split={"test_size": 0.1}, limits={"max_leaked": 1})
     lengths = np.concatenate([data.train.column("length"), data.test_split.column("length")])
     assert lengths.max() <= 64 and lengths.min() > 56
     assert data.facts["truncated_rows"] == data.facts["dropped_rows"] == 0
@@ -230,7 +230,7 @@ def test_a_test_row_that_stands_in_training_too_is_counted(prepared: Prepare, tm
     data = prepared(path=train, test={"path": test})
     assert (data.facts["leaked_rows"], data.facts["train_rows"], data.facts["test_rows"]) == (1, 6, 2)
     assert data.facts["leaked_examples"] == [{"test": "test.jsonl:1", "train": "train.jsonl:4"}]
-    with pytest.raises(DataError, match=r"1 of 2 test rows stand in training .*dataset.limits.leaked: 0.01\)"):
+    with pytest.raises(DataError, match=r"1 of 2 test rows stand in training .*dataset.limits.max_leaked: 0.01\)"):
         data.raise_if_crossed("peftcli data r.yaml")
 
 
@@ -287,10 +287,10 @@ def test_the_limits_stop_with_every_one_that_is_crossed(prepared: Prepare, tmp_p
         data.raise_if_crossed("peftcli data r.yaml")
     message = str(caught.value)
     assert "`peftcli data r.yaml` shows the rows" in message
-    assert "4 of 40 rows are left out (10.0%, dataset.limits.dropped: 0.05): 4 with prompt null" in message
+    assert "4 of 40 rows are left out (10.0%, dataset.limits.max_dropped: 0.05): 4 with prompt null" in message
     assert "(first a.jsonl:31)" in message
-    assert "6 of 36 rows are cut (16.7%, dataset.limits.truncated: 0.05) at dataset.max_length 64" in message
-    limits = {"dropped": 0.2, "truncated": 0.2, "leaked": 1.0}
+    assert "6 of 36 rows are cut (16.7%, dataset.limits.max_truncated: 0.05) at dataset.max_length 64" in message
+    limits = {"max_dropped": 0.2, "max_truncated": 0.2, "max_leaked": 1.0}
     assert not prepared(path=str(tmp_path / "a.jsonl"), split={"test_size": 10}, limits=limits).crossed
 
 

@@ -116,7 +116,11 @@ def test_a_key_that_a_method_does_not_take_is_refused_with_the_mend(
     ("method", "sections", "said"),
     [
         ("prompt", {"trainer": {"packing": True}}, "trainer.packing excludes adapter.method prompt: each row needs"),
-        ("p_tuning", {"performance": {"batching": "flat"}}, "performance.batching: flat excludes adapter.method p_tun"),
+        (
+            "p_tuning",
+            {"performance": {"batching": "padding_free"}},
+            "performance.batching: padding_free excludes adapter.method p_tun",
+        ),
         ("prefix", {"trainer": {"activation_checkpointing": True}}, "activation_checkpointing cannot be on with"),
         ("prompt", {"gates": {"merge_top1_agreement": ">= 0.9"}}, "gates.merge_top1_agreement can never be met"),
         ("loha", {"quantization": {"bits": 4}}, "adapter.method loha does not work on 4-bit weights"),

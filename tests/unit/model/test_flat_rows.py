@@ -70,5 +70,5 @@ def test_training_does_what_the_plan_of_falcon_says(
     plan = json.loads((tmp_path / "run" / "plan.json").read_text())
     train = json.loads((tmp_path / "run" / "train.json").read_text())
     assert plan["batching"]["kind"] == train["batching"]["kind"] == "padded"
-    assert run_cli("plan", recipe, "--set", "performance.batching=flat") == 2
+    assert run_cli("plan", recipe, "--set", "performance.batching=padding_free") == 2
     assert "set padded or auto" in capfd.readouterr().err

@@ -43,8 +43,8 @@ def test_gates_on_the_merge_and_on_forgetting_are_allowed_without_test_rows(
     write_recipe: Write, run_cli: Cli, tmp_path: Path
 ) -> None:
     (tmp_path / "text.txt").write_text("The milk is cold. " * 200)
-    gates = {"merge_kl_nats": "<= 0.5", "retention_change": "<= 9"}
-    recipe = write_recipe(dataset=ALL_ROWS, gates=gates, evaluation={"retention": str(tmp_path / "text.txt")})
+    gates = {"merge_kl_nats": "<= 0.5", "forgetting_change": "<= 9"}
+    recipe = write_recipe(dataset=ALL_ROWS, gates=gates, evaluation={"forgetting_text": str(tmp_path / "text.txt")})
     assert run_cli("validate", recipe) == 0
 
 
@@ -53,7 +53,7 @@ def written(tmp_path_factory: pytest.TempPathFactory, recipe_in: Write, cli_in: 
     """A folder with a run of a language model that was trained on all rows, and merged."""
     folder = tmp_path_factory.mktemp("all-rows")
     (folder / "text.txt").write_text("The milk is cold. " * 200)
-    retention = {"retention": str(folder / "text.txt"), "retention_tokens": 200}
+    retention = {"forgetting_text": str(folder / "text.txt"), "forgetting_tokens": 200}
     recipe = recipe_in(folder, dataset=ALL_ROWS, evaluation=retention, trainer={"max_steps": 3})
     assert cli_in(folder, "train", recipe, "--output-dir", "run") == 0
     assert cli_in(folder, "merge", "run", "--into", "best") == 0

@@ -51,7 +51,7 @@ PRODUCTS = Path(__file__).parents[3] / "recipes" / "products-llama2-7b.yaml"
 GATES = [
     parse_gate("exact_match", ">= 0.75"),
     parse_gate("loss", "<= 0.6"),
-    parse_gate("retention_change", "<= 0.1"),  # was not measured
+    parse_gate("forgetting_change", "<= 0.1"),  # was not measured
 ]
 
 
@@ -802,7 +802,13 @@ def real_run(recipe_in: Any, cli_in: Any, tmp_path_factory: pytest.TempPathFacto
         quantization=None,
         dataset={"join": [{"path": "kinds.csv", "on": "kind"}]},
         trainer={"max_steps": 2},
-        evaluation={"max_new_tokens": 2, "samples": 1, "rows": 2, "retention": "other.txt", "retention_tokens": 100},
+        evaluation={
+            "max_new_tokens": 2,
+            "samples": 1,
+            "rows": 2,
+            "forgetting_text": "other.txt",
+            "forgetting_tokens": 100,
+        },
         gates={f"merge_{name}": ">= 0" for name in names},
     )
     assert cli_in(folder, "train", recipe, "--output-dir", "run") == 0
@@ -823,7 +829,7 @@ def label_data(recipe_in: Any, tmp_path_factory: pytest.TempPathFactory) -> list
     classes: dict[str, Any] = {"task": "sequence-classification"}
     for model, dataset in (
         (classes, {"path": things, "columns": {"text": "thing", "label": "kind"}}),
-        (classes | {"problem": "regression"}, {"path": things, "columns": {"text": "thing", "label": "id"}}),
+        (classes | {"problem_type": "regression"}, {"path": things, "columns": {"text": "thing", "label": "id"}}),
         ({"task": "token-classification"}, {"path": tagged}),
     ):
         whole = dataset | {"prompt": None, "completion": None}
