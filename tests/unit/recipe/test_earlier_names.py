@@ -99,7 +99,7 @@ def test_the_copy_in_a_run_folder_is_read_with_its_earlier_names(write_recipe: W
 def test_the_problem_type_of_a_run_is_read_with_its_earlier_name(write_recipe: Write) -> None:
     model = yaml.safe_load(write_recipe().read_text())["model"] | {"task": "sequence-classification"}
     dataset = {"path": "things.csv", "prompt": None, "completion": None}
-    path = write_recipe(model=model | {"problem": "regression"}, dataset=dataset)
+    path = write_recipe(model=model | {"problem": "regression"}, dataset=dataset, evaluation=None)
     assert load_run_recipe(path).recipe.model.problem_type == "regression"
 
 
