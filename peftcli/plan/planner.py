@@ -88,7 +88,7 @@ def make_plan(
     _check_room(recipe, facts, machine, choices, sharding)
     batch = count_batch(recipe.trainer, machine.processes, shared=machine.shares_batch)
     batching, how = choose_batching(recipe, choices, batch, labels, facts.not_flat)
-    levers, switched = choose_optimizations(recipe, choices, facts)
+    optimizations, switched = choose_optimizations(recipe, choices, facts)
     adapter = with_head(settled, facts, recipe.model.task)
     trained = within_choice(count_trainable(adapter), choice)
     trainable = trained.parameters
@@ -115,7 +115,7 @@ def make_plan(
         targets=targets,
         trained=trained,
         choice=choice,
-        optimizations=levers,
+        optimizations=optimizations,
         total_parameters=total,
         decisions=(
             *_decisions(recipe, choices, batch, targets, trainable, total),
@@ -350,13 +350,13 @@ def _notices(recipe: Recipe, machine: Machine, on_gpu: bool) -> tuple[str, ...]:
 def choose_optimizations(
     recipe: Recipe, choices: Choices, facts: ModelFacts
 ) -> tuple[frozenset[str], tuple[Decision, ...]]:
-    """The levers that a plan uses, and what is said of those that have a meaning in it."""
+    """The optimizations that a plan uses, and what is said of those that have a meaning in it."""
     reasons = {
         "fused_loss": _head_stays(recipe, choices, facts),
         "fused_lora": _sum_stays(recipe),
         "deferred_metrics": "" if recipe.model.task == CAUSAL else "of a head none is fetched",
     }
-    left = {lever: why for lever, why in reasons.items() if why} | dict.fromkeys(recipe.performance.disable, SWITCH)
+    left = {name: why for name, why in reasons.items() if why} | dict.fromkeys(recipe.performance.disable, SWITCH)
     decisions = []
     if recipe.model.task == CAUSAL and not choices.on_gpu:
         does = "a CPU has no kernels for TRL's, which scores prompts too and makes each product twice; same loss"
@@ -406,7 +406,7 @@ def choose_batching(
         not_flat: why the model would not keep the rows of a line apart, empty where it does.
 
     Raises:
-        RecipeError: flat lines are asked for together with something that they cannot go with.
+        RecipeError: padding-free batching is asked for together with something that excludes it.
     """
     asked = recipe.performance.batching
     given = recipe.performance.tokens_per_micro_batch

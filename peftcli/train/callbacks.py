@@ -342,15 +342,14 @@ class ForwardCallback(TrainerCallback):  # type: ignore[misc]  # transformers' c
     autocast would cast back before the product, and LoRA's sum is the same in one pass.
     """
 
-    def __init__(self, checkpointed_blocks: int | None, levers: set[str]) -> None:
+    def __init__(self, checkpointed_blocks: int | None, optimizations: set[str]) -> None:
         """
         Args:
             checkpointed_blocks: that run again in the backward pass; None leaves it to the trainer's argument.
-            levers: names of what is done otherwise than the libraries do it; what turns out to be without use is
-                taken out.
+            optimizations: names of those in use; what turns out to be without use is taken out.
         """
         self._blocks = checkpointed_blocks
-        self._levers = levers
+        self._optimizations = optimizations
 
     def on_train_begin(
         self,
@@ -363,11 +362,11 @@ class ForwardCallback(TrainerCallback):  # type: ignore[misc]  # transformers' c
         if self._blocks is not None:
             keep_checkpointed(model, self._blocks)
         if not (args.bf16 or args.fp16):
-            self._levers.discard("skip_adapter_casts")
-        if "skip_adapter_casts" in self._levers:
+            self._optimizations.discard("skip_adapter_casts")
+        if "skip_adapter_casts" in self._optimizations:
             cast_inputs(model, False)
-        if "fused_lora" in self._levers and not enable_fused_lora(model):
-            self._levers.discard("fused_lora")
+        if "fused_lora" in self._optimizations and not enable_fused_lora(model):
+            self._optimizations.discard("fused_lora")
 
     def on_train_end(
         self,

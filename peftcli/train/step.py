@@ -48,7 +48,7 @@ class StepTrainer(transformers.Trainer):  # type: ignore[misc]  # transformers' 
         start: what LoRA began with, None where the base need not be kept from it.
         second_matrix_ratio: learning rate of LoRA's second matrix over that of the first, None where they are one.
         fed: what `tokens` counts, for people.
-        levers: names of what is done otherwise than the libraries do it.
+        optimizations: names of those in use, as `performance.disable` names them.
         calibration: what one micro-batch took before the first step, None where that was not measured.
     """
 
@@ -86,7 +86,7 @@ class StepTrainer(transformers.Trainer):  # type: ignore[misc]  # transformers' 
         return ""
 
     def cut_steps(self, *, lines: int | None, most: int | None) -> None:
-        """Run each step as flat lines of so many tokens at most, or as padded pieces of at most so many."""
+        """Run each step as padding-free batches of so many tokens at most, or as padded pieces of at most so many."""
         self.pieces = MicroBatches(tokens=lines, most=most, agree=self._agree())
 
     def _agree(self) -> Callable[[int], list[int]] | None:
