@@ -78,7 +78,7 @@ def normalize_tools(tools: Any, functions: Any) -> list[Any]:
 def is_chat(value: Any) -> bool:
     """Whether a value is a list of turns in a dialect that is known.
 
-    >>> is_turns([{"from": "human", "value": "Hi"}]), is_turns([{"id": 1}]), is_turns("Hi")
+    >>> is_chat([{"from": "human", "value": "Hi"}]), is_chat([{"id": 1}]), is_chat("Hi")
     (True, False, False)
     """
     return isinstance(value, list) and bool(value) and all(map(_has_speaker, value))

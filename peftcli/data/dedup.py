@@ -26,7 +26,7 @@ _ODD = np.random.default_rng(20_240_229).integers(1, 2**63, size=HASHES, dtype=n
 def normalize(text: str) -> str:
     """Text without what two rows may differ in and still be equal: case and white space.
 
-    >>> plain("  The  Cat\\n")
+    >>> normalize("  The  Cat\\n")
     'the cat'
     """
     return " ".join(text.casefold().split())
@@ -73,7 +73,7 @@ def signatures(texts: Sequence[str]) -> NDArray[np.uint32]:
 def first_occurrence(hashes: NDArray[np.uint64]) -> NDArray[np.int64]:
     """For each row the first row of equal hash, itself where it is the first.
 
-    >>> firsts(np.array([7, 5, 7, 7], np.uint64))
+    >>> first_occurrence(np.array([7, 5, 7, 7], np.uint64))
     array([0, 1, 0, 0])
     """
     _, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
@@ -84,7 +84,7 @@ def first_occurrence(hashes: NDArray[np.uint64]) -> NDArray[np.int64]:
 def match_exact(left: NDArray[np.uint64], right: NDArray[np.uint64]) -> NDArray[np.int64]:
     """For each hash of the left the first place of it on the right, or -1.
 
-    >>> partners(np.array([3, 9], np.uint64), np.array([9, 9, 4], np.uint64))
+    >>> match_exact(np.array([3, 9], np.uint64), np.array([9, 9, 4], np.uint64))
     array([-1,  0])
     """
     if not len(right):

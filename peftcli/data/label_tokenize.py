@@ -141,7 +141,7 @@ class AlignedWords:
     def cut(self, limit: int) -> "AlignedWords":
         """The row with at most `limit` tokens; the special tokens at its end stay.
 
-        >>> Aligned([1, 7, 8, 9, 2], [None, 0, None, 1, None], 1, 1).cut(4)
+        >>> AlignedWords([1, 7, 8, 9, 2], [None, 0, None, 1, None], 1, 1).cut(4)
         Aligned(ids=[1, 7, 8, 2], words=[None, 0, None, None], lead=1, tail=1)
         """
         if len(self.ids) <= limit:

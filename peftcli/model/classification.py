@@ -114,7 +114,7 @@ class TaskHead:
     def said(self, chosen: Any) -> str:
         """Chosen labels as text.
 
-        >>> Head(("ham", "spam"), "single-label").said(1), Head(("a", "b"), "multi-label").said([0, 1])
+        >>> TaskHead(("ham", "spam"), "single-label").said(1), TaskHead(("a", "b"), "multi-label").said([0, 1])
         ('spam', 'a, b')
         """
         if self.problem_type == "regression":

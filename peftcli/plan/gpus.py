@@ -89,12 +89,12 @@ GPUS = (
 
 
 def find_gpu(key: str) -> GPU:
-    """The card of `--gpu`.
+    """The GPU that `--gpu` names.
 
     Raises:
         RecipeError: there is none of that name.
 
-    >>> find_card("T4 x2").count
+    >>> find_gpu("T4 x2").count
     2
     """
     plain = re.sub(r"[\s_]|nvidia|tesla|geforce", "", key.lower())

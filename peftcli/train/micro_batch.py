@@ -226,7 +226,7 @@ def split_batch(inputs: Mapping[str, Any], pieces: int) -> list[Inputs]:
     """The rows of a micro-batch in parts of about equal size, each without the padding that all its rows share.
 
     >>> ids, mask = torch.tensor([[5, 6, 7], [8, 0, 0]]), torch.tensor([[1, 1, 1], [1, 0, 0]])
-    >>> [part["input_ids"].tolist() for part in cut({"input_ids": ids, "attention_mask": mask}, 2)]
+    >>> [part["input_ids"].tolist() for part in split_batch({"input_ids": ids, "attention_mask": mask}, 2)]
     [[[5, 6, 7]], [[8]]]
     """
     rows = inputs["input_ids"].shape[0]

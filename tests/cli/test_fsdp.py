@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_same_effect
+from comparisons import assert_same_effect
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 

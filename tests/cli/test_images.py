@@ -148,7 +148,7 @@ def test_plain_peft_loads_the_adapter_to_the_same_outputs(
     assert label_loss(head, logits, labels) == pytest.approx(measured, abs=1e-6)
 
 
-@pytest.mark.parametrize(("bits", "kind"), [(4, "Linear4bit"), (8, "FloatProducts")])
+@pytest.mark.parametrize(("bits", "kind"), [(4, "Linear4bit"), (8, "Int8FloatLinear")])
 def test_quantized_a_vit_keeps_its_head_in_float_and_merges(
     image_recipe: Write, run_cli: Cli, tmp_path: Path, bits: int, kind: str
 ) -> None:

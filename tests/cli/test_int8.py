@@ -13,9 +13,9 @@ import pytest
 import torch
 import yaml
 from bitsandbytes.nn import Linear8bitLt
+from comparisons import assert_close_logits
 from helpers import (
     adapter,
-    assert_close_logits,
     base_of,
     learn,
     logits,

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from helpers import assert_same_adapter, assert_same_losses
+from comparisons import assert_same_adapter, assert_same_losses
 from safetensors.torch import load_file
 
 from peftcli.errors import MemoryExhausted, RecipeError

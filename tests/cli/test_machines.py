@@ -134,6 +134,7 @@ def test_two_machines_give_the_losses_of_one_process(machines: Any, one: list[fl
     assert any((second.folder / "cache" / "data").iterdir())
 
 
+@pytest.mark.slow
 def test_a_stop_on_one_machine_stops_both_and_both_go_on_from_the_checkpoint_of_the_first(
     machines: Any, one: list[float]
 ) -> None:
@@ -158,6 +159,7 @@ def test_a_stop_on_one_machine_stops_both_and_both_go_on_from_the_checkpoint_of_
     assert "Didn't find an RNG file" not in (second.run / "log.txt").read_text()
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_and_the_adapter_of_the_first_machine_reach_the_other(machines: Any, cli_in: Cli) -> None:
     saving = {"max_steps": 8, "save_steps": 4, "eval_strategy": "steps", "eval_steps": 4}
     best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": False}

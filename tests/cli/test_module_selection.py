@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import without_repacking
+from comparisons import without_repacking
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from peftcli.adapters.module_layout import all_widths

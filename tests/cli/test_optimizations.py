@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_same_adapter, assert_same_losses, without_repacking
+from comparisons import assert_same_adapter, assert_same_losses, without_repacking
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Cli, assert_same_adapter, assert_same_losses, logged_losses, same_training, train_twice
+from comparisons import assert_same_adapter, assert_same_losses
+from helpers import Cli, logged_losses, same_training, train_twice
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,

@@ -83,14 +83,26 @@ def test_training_shows_no_line_of_a_library(trained: tuple[Path, str]) -> None:
 @pytest.mark.parametrize(
     "words",
     [
-        ("data", "recipe.yaml"),
-        ("plan", "recipe.yaml"),
-        ("doctor", "recipe.yaml"),
+        pytest.param(("data", "recipe.yaml"), marks=pytest.mark.slow),
+        pytest.param(("plan", "recipe.yaml"), marks=pytest.mark.slow),
+        pytest.param(("doctor", "recipe.yaml"), marks=pytest.mark.slow),
         ("eval", "run"),
         ("merge", "run", "--output-dir", "merged"),
         ("generate", "run", "big apple 1"),
         ("generate", "run", "--file", "prompts.txt"),
-        ("compare", "recipe.yaml", "--vary", "adapter.r=4,8", "--set", "trainer.max_steps=1", "--output-dir", "both"),
+        pytest.param(
+            (
+                "compare",
+                "recipe.yaml",
+                "--vary",
+                "adapter.r=4,8",
+                "--set",
+                "trainer.max_steps=1",
+                "--output-dir",
+                "both",
+            ),
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=" ".join,
 )

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from helpers import adapter, logits, without_repacking
+from comparisons import without_repacking
+from helpers import adapter, logits
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 

@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_close_logits, trainer_of
+from comparisons import assert_close_logits
+from helpers import trainer_of
 
 from peftcli.cli.pipeline import plan_recipe
 from peftcli.data.tokenize import IGNORED
@@ -182,7 +183,7 @@ def test_the_adapter_alone_loads_with_plain_peft_and_gives_the_same_logits(
     script = """
 import sys, torch
 sys.path.insert(0, sys.argv[3])
-from helpers import without_repacking
+from comparisons import without_repacking
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoTokenizer, BitsAndBytesConfig
 config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
