@@ -142,7 +142,7 @@ class AlignedWords:
         """The row with at most `limit` tokens; the special tokens at its end stay.
 
         >>> AlignedWords([1, 7, 8, 9, 2], [None, 0, None, 1, None], 1, 1).cut(4)
-        Aligned(ids=[1, 7, 8, 2], words=[None, 0, None, None], lead=1, tail=1)
+        AlignedWords(ids=[1, 7, 8, 2], words=[None, 0, None, None], lead=1, tail=1)
         """
         if len(self.ids) <= limit:
             return self

@@ -178,7 +178,8 @@ def compare_labels(head: TaskHead, reference: Sequence[Tensor], merged: Sequence
         `top1_agreement` is the share of rows, or of marked tokens, that are given the same labels: of a regression a
         number within 1 % of the spread of all; it has no `kl_nats`.
 
-    >>> compare_labels(TaskHead(("a", "b"), "single-label"), [torch.tensor([0.0, 1.0])], [torch.tensor([0.0, 2.0])]).kl_nats
+    >>> one, other = [torch.tensor([0.0, 1.0])], [torch.tensor([0.0, 2.0])]
+    >>> compare_labels(TaskHead(("a", "b"), "single-label"), one, other).kl_nats
     0.0...
     """
     before, after = (torch.cat([one if one.dim() == 2 else one[None] for one in side]) for side in (reference, merged))

@@ -91,16 +91,7 @@ def test_training_shows_no_line_of_a_library(trained: tuple[Path, str]) -> None:
         ("generate", "run", "big apple 1"),
         ("generate", "run", "--file", "prompts.txt"),
         pytest.param(
-            (
-                "compare",
-                "recipe.yaml",
-                "--vary",
-                "adapter.r=4,8",
-                "--set",
-                "trainer.max_steps=1",
-                "--output-dir",
-                "both",
-            ),
+            ("compare", "recipe.yaml", "--vary=adapter.r=4,8", "--set=trainer.max_steps=1", "--output-dir=both"),
             marks=pytest.mark.slow,
         ),
     ],
