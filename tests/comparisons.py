@@ -68,6 +68,14 @@ def assert_same_losses(found: Sequence[float], expected: Sequence[float]) -> Non
     assert found == pytest.approx(expected, abs=LOSS_TOLERANCE)
 
 
+def assert_same_metrics(found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """Two evaluations of the same model gave the same figures.
+
+    Perplexity is the exponential of the loss, so its relative difference is the loss's absolute one.
+    """
+    assert found == pytest.approx(expected, abs=LOSS_TOLERANCE, rel=LOSS_TOLERANCE)
+
+
 def assert_same_effect(found: Tensor, expected: Tensor, base: Tensor) -> None:
     """Two trained models answer alike: their logits differ by little of what the training changed in the base's."""
     distance = update_distance({"logits": found}, {"logits": expected}, {"logits": base})
