@@ -43,14 +43,16 @@ def chats(*chats: list[dict[str, Any]]) -> dict[str, list[str]]:
     return {"messages": [json.dumps(chat) for chat in chats]}
 
 
-def trl_rows(rows: list[dict[str, Any]], tokenizer: Any, **arguments: Any) -> list[tuple[list[int], list[int]]]:
+def trl_rows(
+    rows: list[dict[str, Any]], tokenizer: Any, folder: Path, **arguments: Any
+) -> list[tuple[list[int], list[int]]]:
     """Ids and labels as TRL's own trainer prepares them."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM
     from trl import SFTConfig, SFTTrainer
 
     model = AutoModelForCausalLM.from_pretrained(tokenizer.name_or_path)
-    config = SFTConfig(output_dir="unused", use_cpu=True, bf16=False, max_length=64, report_to=[], **arguments)
+    config = SFTConfig(output_dir=str(folder), use_cpu=True, bf16=False, max_length=64, report_to=[], **arguments)
     trainer = SFTTrainer(model=model, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
     return [(row["input_ids"], row["labels"]) for row in trainer.train_dataset]
 
@@ -64,7 +66,7 @@ def tokenizer(tiny_llama: Path) -> Any:
 
 @pytest.mark.filterwarnings("ignore")  # TRL's own defaults warn
 @pytest.mark.parametrize("kind", ["prompt_completion", "text", "messages"])
-def test_ids_and_labels_are_those_of_trl(kind: str, tokenizer: Any) -> None:
+def test_ids_and_labels_are_those_of_trl(kind: str, tokenizer: Any, tmp_path: Path) -> None:
     chat = [
         {"role": "user", "content": "Tell me about milk."},
         {"role": "assistant", "content": "Milk is cold."},
@@ -83,7 +85,7 @@ def test_ids_and_labels_are_those_of_trl(kind: str, tokenizer: Any) -> None:
     columns = {name: [row[name] if kind != "messages" else json.dumps(row[name]) for row in rows] for name in rows[0]}
     ours = rows_of(tokenize(kind, columns, tokenizer))
     arguments = {"assistant_only_loss": True} if kind == "messages" else {}
-    assert ours == trl_rows(rows, tokenizer, **arguments)
+    assert ours == trl_rows(rows, tokenizer, tmp_path, **arguments)
     assert len(ours) == len(rows)
 
 
