@@ -108,7 +108,7 @@ def plan(
     set_: SetOption = None,
     gpu: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="Plan for a card by name, such as t4 or a100-80, not this machine."),
+        typer.Option(metavar="NAME", help="Plan for a GPU by name, such as t4 or a100-80, instead of this machine."),
     ] = None,
     smoke: SmokeOption = False,
     as_json: JsonOption = False,
@@ -123,12 +123,17 @@ def plan(
 def train(
     recipe: RecipeArgument,
     set_: SetOption = None,
-    output_dir: Annotated[Path | None, typer.Option(help="The run folder; runs/NAME when left out.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest whole checkpoint, or fail.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Remove the run that is there first.")] = False,
+    output_dir: Annotated[Path | None, typer.Option(help="The run folder. Default: runs/NAME.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Resume from the newest complete checkpoint, or fail.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Remove the existing run first.")] = False,
     force: Annotated[
         list[str] | None,
-        typer.Option(metavar="KEY", help="Go on although this key changed: a recipe key, data, base or versions."),
+        typer.Option(
+            metavar="KEY",
+            help="Resume even though this changed since the checkpoint: a recipe key, data, base or versions.",
+        ),
     ] = None,
     smoke: SmokeOption = False,
     max_time: Annotated[
@@ -136,10 +141,14 @@ def train(
     ] = None,
     num_processes: Annotated[
         int | None,
-        typer.Option(min=1, help="Processes, each with the recipe's rows a step; without it all GPUs share them."),
+        typer.Option(
+            min=1,
+            help="Number of processes; each runs the recipe's batch size. Default: the batch is split across all GPUs.",
+        ),
     ] = None,
     baseline_from: Annotated[
-        Path | None, typer.Option(metavar="RUN", help="Take the base's figures from this run, where they are the same.")
+        Path | None,
+        typer.Option(metavar="RUN", help="Reuse this run's baseline evaluation if nothing it depends on changed."),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -177,7 +186,7 @@ def merge(
     into: Annotated[
         str,
         typer.Option(
-            help="dequantized: the base as it was trained on; original: its full precision; best: the better."
+            help="Merge into the dequantized training weights, the original ones, or whichever has the lower test loss."
         ),
     ] = "dequantized",
     output_dir: Annotated[
@@ -203,8 +212,10 @@ def generate(
     raw: Annotated[bool, typer.Option("--raw", help="Take each prompt as it is, without the run's template.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the most likely token each time.")] = 0.0,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of the probability drawn from.")] = 1.0,
-    seed: Annotated[int, typer.Option(min=0, help="Of the draw, with a temperature.")] = 0,
+    top_p: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Nucleus sampling: keep tokens up to this cumulative probability.")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed for sampling (with --temperature > 0).")] = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Answer prompts with the run's own template."""
@@ -230,7 +241,7 @@ def report(run: RunArgument, as_json: JsonOption = False) -> None:
 
 @app.command()
 def compare(
-    targets: Annotated[list[str], typer.Argument(help="Recipes to train, or run folders that are there already.")],
+    targets: Annotated[list[str], typer.Argument(help="Recipes to train, or existing run folders.")],
     vary: Annotated[
         list[str] | None,
         typer.Option(metavar="KEY=A,B", help="Try each of these values; may be repeated, for every combination."),
@@ -242,7 +253,7 @@ def compare(
     smoke: SmokeOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Train variants one after the other and hold quality, forgetting, size, memory and time against each other."""
+    """Train variants one after the other and compare quality, forgetting, size, memory and time."""
     from peftcli.cli.compare import CompareFlags, compare_command
 
     flags = CompareFlags(tuple(vary or ()), tuple(set_ or ()), output_dir, smoke, as_json)
@@ -263,12 +274,12 @@ def methods(
 @app.command()
 def doctor(
     recipe: Annotated[
-        str | None, typer.Argument(help="A recipe that this machine is held against; none asks it in general.")
+        str | None, typer.Argument(help="Recipe to check against this machine; omit for a general check.")
     ] = None,
     set_: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Say what this machine can do: versions, GPU, precision, 4 bit, memory, disk, Hub; a verdict and a mend each."""
+    """Check this machine: versions, GPU, precision, 4 bit, memory, disk, Hub. Each check reports a result and a fix."""
     from peftcli.cli.doctor import doctor_command
 
     doctor_command(recipe, set_ or (), as_json=as_json)
