@@ -1,1 +1,1 @@
-"""The table of PEFT methods: what each is, takes and supports. Nothing heavy is imported."""
+"""The table of PEFT methods: what each one is, takes and supports. Imports nothing heavy."""

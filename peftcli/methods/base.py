@@ -1,6 +1,6 @@
-"""What the table says about a PEFT method: its class, its arguments, and what it supports.
+"""One row of the method table: the PEFT class, its arguments, and what the method supports.
 
-Also the options of LoRA that papers count as methods of their own, and the PEFT methods that are not offered.
+Also the LoRA options that papers present as separate methods, and the PEFT methods that are not offered.
 """
 
 from collections.abc import Mapping
@@ -9,29 +9,29 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 ARGUMENT_NAMES = ("r", "alpha", "dropout")
-"""Keys of the adapter section that many methods share, each under a name of its own in PEFT."""
+"""Keys of the adapter section that many methods share; PEFT names them differently for each method."""
 GRADIENT_BATCHES = 8
-"""Training batches whose gradient an adapter begins by, where the recipe gives no number."""
+"""Default number of training batches for a gradient-based initialization."""
 CAUSAL = ("causal-lm",)
 ALL_TASKS = ("causal-lm", "sequence-classification", "token-classification", "image-classification")
-SHAPE = "it reads the shape of each weight, which 4-bit weights do not keep"
-NUMBERS = "it computes with the weights when it is built, and 4-bit weights are no numbers"
+SHAPE = "it reads the shape of each weight, and packed 4-bit weights have a different shape"
+NUMBERS = "it computes with the weight values at construction, so it needs dequantized weights"
 """Why some methods do not work on 4-bit weights."""
-CODES = "it computes with the numbers of each weight, and 8-bit weights are codes"
-"""Why some methods do not work on 8-bit weights, which keep the shape."""
+CODES = "it computes with the weight values, so it needs dequantized weights"
+"""Why some methods do not work on 8-bit weights, whose shape is unchanged."""
 Targets = Literal["linear", "norms", "embeddings", "scaled", "writers", "whole", "none"]
 
 LEFT_OUT: Mapping[str, str] = {
     "POLY": "each row must say which task it belongs to, and a recipe has one task",
     "MULTITASK_PROMPT_TUNING": "each row must say which task it belongs to, and a recipe has one task",
     "CPT": "it needs a type for every token of the context, which a recipe does not give",
-    "CARTRIDGE": "its start is the cache of a document, made outside of training",
-    "ADAPTION_PROMPT": "it replaces the attention of the model, with which TRL's loss fails",
-    "XLORA": "it mixes adapters that were trained before, and a recipe trains one",
-    "SHADOW": "it trains a second, smaller network beside the model, with a loss of its own",
+    "CARTRIDGE": "it is initialized from the KV cache of a document, which is computed before training",
+    "ADAPTION_PROMPT": "it replaces the attention modules, and TRL's loss fails with them",
+    "XLORA": "it mixes adapters that are already trained, and a recipe trains one",
+    "SHADOW": "it trains a second, smaller network next to the model, with its own loss",
     "BEFT": "it trains the biases of layers, which most decoders do not have, and cannot be merged without them",
-    "ADAMSS": "it decomposes and clusters every weight to be built, a quarter of a minute for each block of a 7B model",
-    "FROD": "it decomposes all weights together to be built, more than four minutes for one block of a 7B model",
+    "ADAMSS": "its setup decomposes and clusters every weight, about 15 seconds for each block of a 7B model",
+    "FROD": "its setup decomposes all weights jointly, more than four minutes for one block of a 7B model",
     "OSF": "it trains half of the directions of every weight, so its adapter is half as large as the model",
 }
 
@@ -42,30 +42,32 @@ def _nothing() -> Mapping[str, Any]:
 
 @dataclass(frozen=True)
 class Method:
-    """What is known of a method before anything heavy is imported.
+    """What is known about a method before anything heavy is imported.
 
     Attributes:
-        name: as a recipe writes it.
-        title: as its authors write it.
-        what: one line, what is trained.
-        paper: authors, year and where it is found.
-        config: name of its configuration class in PEFT, or of ours.
-        peft_module: folder of that class in `peft/tuners`; None for a class of ours, whose arguments stand in
-        `arguments`. argument_names: the argument that each of `r`, `alpha` and `dropout` sets; one that is missing
-        does nothing here. defaults: of the core keys and of arguments, where the recipe gives none.
-        arguments: of a class of ours, by name: what may stand there, as `installed.Argument.kinds` says it.
-        choices: words that an argument of ours may be, and those that PEFT takes but does not write down.
-        must_divide: arguments that must divide the widths of all targets, with the largest value that is taken unasked.
-        unsupported_arguments: arguments of PEFT that a recipe does not set, each with the reason.
-        targets: what it stands on where the recipe does not say: all linear layers, the norms, the embeddings, the
-            layers that IA3 scales, those that write into the residual stream, whole modules, or nothing.
-        tasks: of `model.task`.
-        four_bit: why it does not work on 4-bit weights, empty where it does.
-        eight_bit: the same of 8-bit weights.
-        merge: why it cannot be merged, empty where it can.
-        from_weights: it is built from the values of the weights, so a merge needs all of them at once.
-        padded: why its rows need padded batches, empty where rows may share a line.
-        checkpointing: why activation checkpointing must be off, empty where it may be on.
+        name: the name in a recipe.
+        title: the name in the paper.
+        what: what is trained, in one line.
+        paper: authors, year and reference.
+        config: name of its configuration class, PEFT's or ours.
+        peft_module: folder of that class in `peft/tuners`; None for our own class, whose arguments are listed in
+            `arguments`.
+        argument_names: the PEFT argument that each of `r`, `alpha` and `dropout` sets; the method has no such
+            argument if the key is missing.
+        defaults: for the core keys and arguments that the recipe does not set.
+        arguments: types of the arguments of our own class by name, in the form of `library_args.Argument.kinds`.
+        choices: allowed values of our own arguments, and values that PEFT accepts but does not declare.
+        must_divide: arguments that must divide the widths of all targets, with the largest default.
+        unsupported_arguments: PEFT arguments that a recipe cannot set, each with the reason.
+        targets: default targets: all linear layers, the norms, the embeddings, the layers that IA3 scales, the layers
+            that write to the residual stream, whole modules, or nothing.
+        tasks: supported values of `model.task`.
+        four_bit: why it does not work on 4-bit weights; empty if it does.
+        eight_bit: why it does not work on 8-bit weights; empty if it does.
+        merge: why it cannot be merged; empty if it can.
+        from_weights: the adapter is computed from the base weights, so a merge needs all of them at once.
+        padded: why it needs padded batches; empty if padding-free batches work.
+        checkpointing: why activation checkpointing must be off; empty if it works.
     """
 
     name: str
@@ -90,30 +92,30 @@ class Method:
     checkpointing: str = ""
 
     def on_bits(self, bits: object) -> str:
-        """Why it does not work on weights of so many bits, empty where it does."""
+        """Why it does not work on 4-bit or 8-bit weights; empty if it does."""
         return self.eight_bit if bits == 8 else self.four_bit
 
     @property
     def fewest_bits(self) -> int:
-        """Bits of the narrowest weights that it works on; 16 where they must not be quantized."""
+        """The smallest number of bits per weight that it works on; 16 if the weights must not be quantized."""
         return next((bits for bits in (4, 8) if not self.on_bits(bits)), 16)
 
     @property
     def prompts(self) -> bool:
-        """Whether it puts virtual tokens before every row and leaves the layers alone."""
+        """Whether it prepends virtual tokens to every row and adapts no layer."""
         return self.targets == "none"
 
 
 @dataclass(frozen=True)
 class Option:
-    """A way to begin, to scale or to train LoRA.
+    """A variant of LoRA: another initialization, scaling or learning rate.
 
     Attributes:
-        name: as people call it.
-        keys: what a recipe writes.
-        what: one line, what it changes.
-        paper: authors, year and where it is found.
-        needs: what the recipe must have beside it, empty for nothing.
+        name: its usual name.
+        keys: the recipe keys that select it.
+        what: what it changes, in one line.
+        paper: authors, year and reference.
+        needs: the section that the recipe must also have; empty for none.
     """
 
     name: str
@@ -133,44 +135,44 @@ OPTIONS = (
     Option(
         "DoRA",
         "use_dora: true",
-        "the magnitude of each column is learned apart from its direction",
+        "the magnitude of each column is learned separately from its direction",
         "Liu et al. 2024, arXiv:2402.09353",
     ),
     Option(
         "LoRA+",
         "loraplus_lr_ratio: 16",
-        "the second matrix learns faster than the first by this factor",
+        "the learning rate of B is that of A times this factor",
         "Hayou et al. 2024, arXiv:2402.12354",
     ),
     Option(
         "PiSSA",
         "init_lora_weights: pissa",
-        "begins as the principal part of each weight",
+        "initialized with the principal singular components of each weight",
         "Meng et al. 2024, arXiv:2404.02948",
     ),
     Option(
         "OLoRA",
         "init_lora_weights: olora",
-        "begins as the QR decomposition of each weight",
+        "initialized with the QR decomposition of each weight",
         "Büyükakyüz 2024, arXiv:2406.01775",
     ),
     Option(
         "LoftQ",
         "init_lora_weights: loftq",
-        "begins as what quantization loses of each weight",
+        "initialized with the quantization error of each weight",
         "Li et al. 2023, arXiv:2310.08659",
         "quantization",
     ),
     Option(
         "LoRA-GA",
         "init_lora_weights: lora_ga",
-        "begins along the gradient of training rows, so that its first step is like that of full tuning",
+        "initialized along the gradient of training rows, so that the first step is close to that of full fine-tuning",
         "Wang et al. 2024, arXiv:2407.05000",
     ),
     Option(
         "EVA",
         "init_lora_weights: eva",
-        "begins as the principal directions of each layer's inputs, with more rank where they explain more",
+        "initialized with the principal directions of each layer's inputs, with more rank where they explain more",
         "Paischer et al. 2024, arXiv:2410.07170",
     ),
 )

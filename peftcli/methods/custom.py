@@ -1,4 +1,4 @@
-"""Methods that PEFT does not have: our own tuners behind PEFT's interface."""
+"""Methods that PEFT does not have: our own tuners, with PEFT's interface."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -15,7 +15,7 @@ CUSTOM = (
     Method(
         name="bottleneck",
         title="Bottleneck adapters",
-        what="a small net of two layers behind the attention and the feed-forward part of each block",
+        what="a small two-layer network after the attention and the feed-forward part of each block",
         paper="Houlsby et al. 2019, arXiv:1902.00751; Pfeiffer et al. 2021, arXiv:2005.00247",
         config="BottleneckConfig",
         peft_module=None,
@@ -37,12 +37,12 @@ CUSTOM = (
             "non_linearity": ("relu", "gelu", "gelu_new", "silu", "swish", "tanh", "sigmoid", "leaky_relu", "linear"),
         },
         targets="writers",
-        merge="it is not linear, so no weight of the base can hold it",
+        merge="it is not linear, so it cannot be folded into a weight",
     ),
     Method(
         name="freeze",
         title="Freezing",
-        what="the last blocks of the model are trained whole, the rest of it is frozen",
+        what="the last blocks of the model are trained in full, the rest is frozen",
         paper="Lee et al. 2019, arXiv:1911.03090",
         config="WholeConfig",
         peft_module=None,
@@ -57,14 +57,14 @@ CUSTOM = (
     ),
     Method(
         name="full",
-        title="Full tuning",
-        what="all weights of the model are trained, beside the frozen ones of the base",
-        paper="the baseline of all others",
+        title="Full fine-tuning",
+        what="all weights of the model are trained, in a copy next to the frozen base",
+        paper="the usual baseline",
         config="WholeConfig",
         peft_module=None,
         defaults={"everything": True},
         targets="whole",
-        four_bit="all weights would be trained, and those of 4 bits have no gradient",
-        eight_bit="all weights would be trained, and those of 8 bits have no gradient",
+        four_bit="it trains all weights, and 4-bit weights have no gradient",
+        eight_bit="it trains all weights, and 8-bit weights have no gradient",
     ),
 )

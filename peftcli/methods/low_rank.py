@@ -3,7 +3,7 @@
 from peftcli.methods.base import CODES, NUMBERS, SHAPE, Method
 
 CLOSED = {
-    name: "a recipe has no way to say it"
+    name: "recipes do not support it"
     for name in (
         "alora_invocation_tokens",
         "arrow_config",
@@ -20,13 +20,13 @@ CLOSED = {
         "use_qalora",
         "velora_config",
     )
-} | {"loftq_config": "`init_lora_weights: loftq` says all of it"}
+} | {"loftq_config": "`init_lora_weights: loftq` is enough"}
 
 LOW_RANK = (
     Method(
         name="lora",
         title="LoRA",
-        what="a product of two thin matrices is added to each weight",
+        what="a product of two low-rank matrices is added to each weight",
         paper="Hu et al. 2021, arXiv:2106.09685",
         config="LoraConfig",
         peft_module="lora",
@@ -39,7 +39,7 @@ LOW_RANK = (
     Method(
         name="adalora",
         title="AdaLoRA",
-        what="LoRA as a singular value decomposition, whose ranks move to the modules that need them",
+        what="LoRA as a singular value decomposition, with the rank budget moved to the modules that need it",
         paper="Zhang et al. 2023, arXiv:2303.10512",
         config="AdaLoraConfig",
         peft_module="adalora",
@@ -47,9 +47,9 @@ LOW_RANK = (
         defaults={"r": 8, "alpha": 32.0, "dropout": 0.0},
         unsupported_arguments=CLOSED
         | {
-            "total_step": "it is the number of steps of the run",
-            "rank_pattern": "it is what the run finds",
-            **{name: "AdaLoRA begins in its own way" for name in ("init_lora_weights", "eva_config")},
+            "total_step": "it is set to the number of steps of the run",
+            "rank_pattern": "it is a result of the run",
+            **{name: "AdaLoRA has its own initialization" for name in ("init_lora_weights", "eva_config")},
             **{name: "AdaLoRA does not have it" for name in ("alpha_pattern", "lora_bias", "target_parameters")},
         },
     ),
@@ -99,7 +99,7 @@ LOW_RANK = (
     Method(
         name="gralora",
         title="GraLoRA",
-        what="LoRA on the blocks of each weight, so that one outlier spoils one block alone",
+        what="LoRA on blocks of each weight, so that an outlier affects only its own block",
         paper="Jung et al. 2025, arXiv:2505.20355",
         config="GraloraConfig",
         peft_module="gralora",
@@ -109,7 +109,7 @@ LOW_RANK = (
     Method(
         name="delora",
         title="DeLoRA",
-        what="LoRA whose update has a bounded norm, learned apart from its direction",
+        what="LoRA with a bounded norm of the update, learned separately from its direction",
         paper="Bini et al. 2025, arXiv:2503.18225",
         config="DeloraConfig",
         peft_module="delora",
@@ -131,14 +131,14 @@ LOW_RANK = (
     Method(
         name="glora",
         title="GLoRA",
-        what="weight, bias and activation get low-rank, vector or scalar changes of their own",
+        what="separate low-rank, vector or scalar changes of the weight, the bias and the activation",
         paper="Chavan et al. 2023, arXiv:2306.07967",
         config="GloraConfig",
         peft_module="glora",
         argument_names={"r": "r"},
         defaults={"r": 8},
-        four_bit="PEFT builds it on unquantized linear layers alone",
-        eight_bit="PEFT builds it on unquantized linear layers alone",
+        four_bit="PEFT supports it on unquantized linear layers only",
+        eight_bit="PEFT supports it on unquantized linear layers only",
     ),
     Method(
         name="lily",
@@ -149,12 +149,12 @@ LOW_RANK = (
         peft_module="lily",
         argument_names={"r": "r"},
         defaults={"r": 32},
-        merge="its up-projections are mixed anew for every token",
+        merge="its router mixes the up-projections differently for each token",
     ),
     Method(
         name="deft",
         title="DEFT",
-        what="a low-rank direction is taken out of each weight and another one is learned in its place",
+        what="a low-rank component of each weight is removed and replaced by a learned one",
         paper="NeurIPS 2025",
         config="DeftConfig",
         peft_module="deft",
@@ -165,7 +165,7 @@ LOW_RANK = (
     Method(
         name="peanut",
         title="PEANuT",
-        what="a small network reads each weight and writes the update of it",
+        what="a small network computes the update of each weight from the weight itself",
         paper="arXiv:2410.01870",
         config="PeanutConfig",
         peft_module="peanut",
@@ -177,7 +177,7 @@ LOW_RANK = (
     Method(
         name="psoft",
         title="PSOFT",
-        what="an orthogonal turn of the principal subspace of each weight",
+        what="an orthogonal transformation of the principal subspace of each weight",
         paper="openreview:FSHrinMArK",
         config="PsoftConfig",
         peft_module="psoft",

@@ -6,7 +6,7 @@ ORTHOGONAL = (
     Method(
         name="oft",
         title="OFT",
-        what="each weight is turned by block-diagonal orthogonal matrices",
+        what="each weight is multiplied by a block-diagonal orthogonal matrix",
         paper="Qiu et al. 2023, arXiv:2306.07280",
         config="OFTConfig",
         peft_module="oft",
@@ -17,7 +17,7 @@ ORTHOGONAL = (
     Method(
         name="boft",
         title="BOFT",
-        what="orthogonal turns as products of sparse butterfly matrices",
+        what="orthogonal matrices built as products of sparse butterfly matrices",
         paper="Liu et al. 2023, arXiv:2311.06243",
         config="BOFTConfig",
         peft_module="boft",
@@ -27,7 +27,7 @@ ORTHOGONAL = (
     Method(
         name="hra",
         title="HRA",
-        what="each weight is mirrored by a few learned Householder reflections",
+        what="a few learned Householder reflections are applied to each weight",
         paper="Yuan et al. 2024, arXiv:2405.17484",
         config="HRAConfig",
         peft_module="hra",
@@ -39,7 +39,7 @@ ORTHOGONAL = (
     Method(
         name="road",
         title="RoAd",
-        what="pairs of output features are turned and scaled",
+        what="pairs of output features are rotated and scaled",
         paper="Liao and Monz 2024, arXiv:2409.00119",
         config="RoadConfig",
         peft_module="road",

@@ -1,4 +1,4 @@
-"""All methods by name, and the same table as rows for the terminal, for JSON and for the README."""
+"""All methods by name, and the method table for the terminal, as JSON and as Markdown."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -24,14 +24,14 @@ HEAD = ("method", "what is trained", "4-bit", "8-bit", "merge", "tasks", "not wi
 
 
 def conflicts(method: Method) -> tuple[str, ...]:
-    """What a method cannot go with, in a word each."""
+    """Short names of what a method cannot be combined with."""
     return ("packing, padding-free batching",) * bool(method.padded) + ("activation checkpointing",) * bool(
         method.checkpointing
     )
 
 
 def tasks_text(method: Method) -> str:
-    """The tasks of a method in a word each.
+    """Short names of the tasks that a method supports.
 
     >>> tasks_text(METHODS["lora"])
     'text, classes, tags, images'
@@ -40,7 +40,7 @@ def tasks_text(method: Method) -> str:
 
 
 def row(one: Method) -> dict[str, Any]:
-    """All that the table says of a method."""
+    """The row of a method in the table."""
     return {
         "name": one.name,
         "title": one.title,
@@ -61,7 +61,7 @@ def row(one: Method) -> dict[str, Any]:
 
 
 def as_json() -> dict[str, Any]:
-    """The whole table, reasons and all."""
+    """The whole table, with the reasons for what is not supported."""
     return {
         "schema": 1,
         "methods": [row(one) for one in METHODS.values()],
@@ -71,7 +71,7 @@ def as_json() -> dict[str, Any]:
 
 
 def markdown() -> str:
-    """The table of the README."""
+    """The table of `docs/methods.md`."""
     lines = [f"| {' | '.join(HEAD)} |", "|" + "---|" * len(HEAD)]
     for one in METHODS.values():
         cells = (
@@ -84,10 +84,10 @@ def markdown() -> str:
             ", ".join(conflicts(one)),
         )
         lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", "LoRA with a key more:", "", "| option | keys | what it changes |", "|---|---|---|"]
+    lines += ["", "Variants of LoRA:", "", "| variant | keys | what it changes |", "|---|---|---|"]
     for option in OPTIONS:
         needs = f"; needs `{option.needs}`" if option.needs else ""
         lines.append(f"| {option.name} | `{option.keys}`{needs} | {option.what} ({option.paper}) |")
-    lines += ["", "Not offered, of the installed PEFT:", ""]
+    lines += ["", "Methods of the installed PEFT that are not offered:", ""]
     lines += [f"- `{kind}`: {reason}." for kind, reason in LEFT_OUT.items()]
     return "\n".join(lines) + "\n"

@@ -1,4 +1,4 @@
-"""Methods that learn few numbers: shared random bases, spectra, single entries, scales."""
+"""Methods with very few trained parameters: shared random bases, spectra, single entries, scales."""
 
 from peftcli.methods.base import CAUSAL, CODES, NUMBERS, SHAPE, Method
 
@@ -16,7 +16,7 @@ SHARED = (
     Method(
         name="pvera",
         title="PVeRA",
-        what="VeRA whose down-projection is drawn from a learned distribution",
+        what="VeRA with a down-projection sampled from a learned distribution",
         paper="arXiv:2512.07703",
         config="PveraConfig",
         peft_module="pvera",
@@ -43,13 +43,13 @@ SHARED = (
         peft_module="unilora",
         argument_names={"r": "r", "dropout": "unilora_dropout"},
         defaults={"r": 4, "dropout": 0.0},
-        four_bit="the gradient of its vector is 0 there",
-        eight_bit="the gradient of its vector is 0 there",
+        four_bit="its vector gets no gradient on quantized layers",
+        eight_bit="its vector gets no gradient on quantized layers",
     ),
     Method(
         name="tinylora",
         title="TinyLoRA",
-        what="a few numbers for each weight, spread over its principal directions",
+        what="a few parameters for each weight, spread over its principal directions",
         paper="arXiv:2602.04118",
         config="TinyLoraConfig",
         peft_module="tinylora",
@@ -79,7 +79,7 @@ SPECTRAL = (
     Method(
         name="c3a",
         title="C3A",
-        what="circular convolutions of blocks of the features",
+        what="circular convolutions over blocks of the features",
         paper="Chen et al. 2024, arXiv:2407.19342",
         config="C3AConfig",
         peft_module="c3a",
@@ -90,7 +90,7 @@ SPARSE = (
     Method(
         name="shira",
         title="SHiRA",
-        what="a small share of the entries of each weight, taken by a mask",
+        what="a small share of the entries of each weight, selected by a mask",
         paper="Bhardwaj et al. 2024, arXiv:2406.13175",
         config="ShiraConfig",
         peft_module="shira",
@@ -102,7 +102,7 @@ SPARSE = (
     Method(
         name="supertuning",
         title="SuperTuning",
-        what="the entries of each weight that are largest, or smallest",
+        what="the largest or smallest entries of each weight",
         paper="arXiv:2607.09287",
         config="SupertuningConfig",
         peft_module="supertuning",

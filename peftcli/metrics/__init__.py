@@ -1,1 +1,1 @@
-"""Metrics: predictions and labels to the numbers of `metrics.json`."""
+"""Metrics: computes the numbers of `metrics.json` from predictions and labels."""

@@ -1,8 +1,7 @@
-"""Predicted and actual classes of texts to figures, as scikit-learn computes them.
+"""Classification metrics, as scikit-learn computes them.
 
-Averages are over the classes that stand in the rows or in the predictions, as scikit-learn takes them by default. A
-class that is never predicted counts with a precision of 0 in an average and is listed; a figure of its own that nothing
-defines is None.
+Averages are over the classes that occur in the labels or in the predictions, which is scikit-learn's default. A class
+that is never predicted is listed and counts as a precision of 0 in the averages; its own undefined metrics are None.
 """
 
 from collections.abc import Sequence
@@ -19,14 +18,14 @@ Figure: TypeAlias = float | None
 
 @dataclass(frozen=True)
 class ClassFigures:
-    """How one class fares.
+    """The metrics of one class.
 
     Attributes:
-        precision: None where it is never predicted.
-        recall: None where no row has it.
-        f1: None where neither is.
-        support: rows that have it.
-        predicted: rows that it is predicted for.
+        precision: None if the class is never predicted.
+        recall: None if no row has the class.
+        f1: None if both precision and recall are None.
+        support: number of rows with this label.
+        predicted: number of rows for which the class is predicted.
     """
 
     label: str
@@ -39,15 +38,15 @@ class ClassFigures:
 
 @dataclass(frozen=True)
 class ClassScores:
-    """The figures of a model that names the class of a text.
+    """The metrics of a single-label or multi-label classifier.
 
     Attributes:
-        accuracy: share of rows whose class is right; of multi-label rows, whose whole set of classes is.
-        precision, recall, f1: of the kind that `f1_average` names.
-        f1_average: `binary` (of the class `positive_label`), `macro` or `micro`.
-        averages: `precision_macro` and so on, by name; of multi-label rows also `_samples`.
-        confusion_matrix: (classes, classes), rows by actual and predicted class; None for multi-label rows.
-        never_predicted: classes that some row has and that no row is given.
+        accuracy: share of rows predicted correctly; multi-label: share of rows whose whole label set is correct.
+        precision, recall, f1: with the average that `f1_average` names.
+        f1_average: `binary` (for the class `positive_label`), `macro` or `micro`.
+        averages: `precision_macro` and so on, by name; multi-label: `_samples` too.
+        confusion_matrix: (classes, classes), counts by actual and predicted class; None for multi-label.
+        never_predicted: classes that occur in the labels but are never predicted.
     """
 
     accuracy: float
@@ -63,7 +62,7 @@ class ClassScores:
     never_predicted: list[str]
 
     def as_dict(self) -> dict[str, Any]:
-        """The figures as `metrics.json` holds them, the averages beside the others."""
+        """The metrics as stored in `metrics.json`, with the averages at the same level as the others."""
         values = asdict(self)
         return {**values.pop("averages"), **values}
 
@@ -71,17 +70,17 @@ class ClassScores:
 def classification_scores(
     predicted: Sequence[int], actual: Sequence[int], labels: Sequence[str], *, positive_label: str | None = None
 ) -> ClassScores:
-    """Compare one predicted class for each row with the actual one.
+    """Compare the predicted class of each row with the actual one.
 
     Args:
-        predicted, actual: (rows,), numbers of classes; at least one row.
-        labels: names of the classes by number.
-        positive_label: of two classes the one that precision, recall and F1 are of; the last when None.
+        predicted, actual: (rows,), class ids; at least one row.
+        labels: class names by id.
+        positive_label: positive class of a binary problem, for precision, recall and F1; the last class if None.
 
     Raises:
-        ValueError: there are no rows, the two differ in length, or there is no class of the name.
+        ValueError: there are no rows, the two differ in length, or `positive_label` is not a class.
     """
-    from sklearn.metrics import confusion_matrix  # a second or two, and only these tasks need it
+    from sklearn.metrics import confusion_matrix  # takes a second or two to import, and only these tasks need it
 
     guessed, given = np.asarray(predicted, np.int64), np.asarray(actual, np.int64)
     _check(len(guessed), len(given))
@@ -114,11 +113,11 @@ def classification_scores(
 def multi_label_scores(
     predicted: Sequence[Sequence[int]], actual: Sequence[Sequence[int]], labels: Sequence[str]
 ) -> ClassScores:
-    """Compare the predicted set of classes of each row with the actual one.
+    """Compare the predicted label set of each row with the actual one.
 
     Args:
-        predicted, actual: (rows,), the numbers of the classes of each row, in any order; a row may have none.
-        labels: names of the classes by number.
+        predicted, actual: (rows,), the class ids of each row, in any order; a row may have none.
+        labels: class names by id.
 
     Raises:
         ValueError: there are no rows, or the two differ in length.
@@ -154,7 +153,7 @@ def _number_of(positive: str, labels: Sequence[str]) -> int:
 
 
 def _table(rows: Sequence[Sequence[int]], classes: int) -> Flags:
-    """(rows, classes), whether a row has a class."""
+    """Multi-hot labels, (rows, classes)."""
     found = np.zeros((len(rows), classes), bool)
     for number, row in enumerate(rows):
         found[number, list(row)] = True
@@ -162,12 +161,12 @@ def _table(rows: Sequence[Sequence[int]], classes: int) -> Flags:
 
 
 def _present(guessed: Flags, given: Flags) -> list[int]:
-    """Numbers of the classes that some row has or is given."""
+    """Ids of the classes that occur in the labels or in the predictions."""
     return np.flatnonzero((guessed | given).any(0)).tolist()
 
 
 def _averages(given: Any, guessed: Any, present: list[int], kinds: Sequence[str]) -> dict[str, Figure]:
-    from sklearn.metrics import precision_recall_fscore_support  # as above
+    from sklearn.metrics import precision_recall_fscore_support  # slow to import, see above
 
     found: dict[str, Figure] = {}
     for kind in kinds:
@@ -194,7 +193,7 @@ def _per_class(right: Any, predicted: Any, support: Any, labels: Sequence[str]) 
 
 
 def _binary(positive: ClassFigures) -> list[Figure]:
-    """Precision, recall and F1 of the positive class; 0 where only the other side of it is missing."""
+    """Precision, recall and F1 of the positive class; 0 if it is never predicted or never occurs, None if both."""
     if positive.f1 is None:
         return [None, None, None]
     return [positive.precision or 0.0, positive.recall or 0.0, positive.f1]

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Metrics:
-    """The metrics of one model on the test split; None is a figure that was not measured.
+    """The metrics of one model on the test split; None if not measured.
 
     Attributes:
-        loss: nats per trained token, over all rows together.
+        loss: nats per trained token, averaged over the tokens of all rows.
         perplexity: exp(loss).
         token_accuracy: share of trained tokens that are the model's first choice.
-        exact_match: share of answers equal to the reference, outer white space aside.
+        exact_match: share of answers equal to the reference, ignoring leading and trailing white space.
         chrf: character n-gram F-score of the answers, 0 to 100 (Popovic 2015, W15-3049, as sacrebleu computes it).
-        unfinished_answers: share of answers that did not stop by themselves.
+        unfinished_answers: share of answers that reached the length limit without an end token.
     """
 
     loss: float | None
@@ -27,7 +27,7 @@ class Metrics:
 
 
 def perplexity(loss: float) -> float | None:
-    """exp(loss), or None where that is beyond a float.
+    """exp(loss), or None if it overflows a float.
 
     >>> perplexity(0.0)
     1.0
@@ -38,7 +38,7 @@ def perplexity(loss: float) -> float | None:
 
 
 def exact_match(answers: Sequence[str], references: Sequence[str]) -> float:
-    """Share of answers that equal their reference, outer white space aside.
+    """Share of answers equal to their reference, ignoring leading and trailing white space.
 
     >>> exact_match([" frozen", "dairy"], ["frozen", "dairy eggs"])
     0.5
@@ -53,6 +53,6 @@ def chrf(answers: Sequence[str], references: Sequence[str]) -> float:
     >>> chrf(["the cat"], ["the cat"])
     100.0
     """
-    from sacrebleu.metrics.chrf import CHRF  # with lxml, which a training has no use for until its answers are there
+    from sacrebleu.metrics.chrf import CHRF  # imports lxml, which is only needed once there are answers
 
     return float(CHRF().corpus_score(list(answers), [list(references)]).score)

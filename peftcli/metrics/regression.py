@@ -1,4 +1,4 @@
-"""Metrics of a regression: errors and correlations of predicted and actual numbers."""
+"""Regression metrics: errors, and correlations between predicted and actual numbers."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -12,12 +12,12 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class NumberScores:
-    """The figures of a model that gives a text a number.
+    """The metrics of a regression model.
 
     Attributes:
-        mse, mae: mean squared and mean absolute error, in the unit of the numbers, squared or not.
-        pearson, spearman: correlation of the numbers and of their ranks, -1 to 1; None where one side is constant.
-        r2: share of the variance that is explained; negative where the mean would be better, None without variance.
+        mse, mae: mean squared and mean absolute error, in the (squared) unit of the labels.
+        pearson, spearman: correlation of the numbers and of their ranks, -1 to 1; None if either is constant.
+        r2: explained share of the variance; negative if predicting the mean is better, None if labels are constant.
     """
 
     mse: float
@@ -27,12 +27,12 @@ class NumberScores:
     r2: float | None
 
     def as_dict(self) -> dict[str, Any]:
-        """The figures as `metrics.json` holds them."""
+        """The metrics as stored in `metrics.json`."""
         return asdict(self)
 
 
 def regression_scores(predicted: Sequence[float], actual: Sequence[float]) -> NumberScores:
-    """Compare a predicted number for each row with the actual one.
+    """Compare the predicted number of each row with the actual one.
 
     Args:
         predicted, actual: (rows,), finite; at least one row.
@@ -67,7 +67,7 @@ def _correlation(one: Floats, other: Floats) -> float | None:
 
 
 def _ranks(values: Floats) -> Floats:
-    """The rank of each value from 1; equal values share the mean of theirs.
+    """The rank of each value, starting at 1; ties get their mean rank.
 
     >>> _ranks(np.array([10.0, 30.0, 10.0]))
     array([1.5, 3. , 1.5])

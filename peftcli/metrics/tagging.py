@@ -1,7 +1,7 @@
-"""Predicted and actual tags of words to figures: by word, and by entity as seqeval finds them.
+"""Token classification metrics: per word, and per entity as seqeval finds them.
 
-Tags are BIO, BIOES or BILOU tags, IO tags, or plain names; plain names beside O make an entity of each run of equal
-ones, and without any O (parts of speech) there are no entities.
+Tags are BIO, BIOES, BILOU or IO tags, or plain names. With plain names and O, each run of equal tags is an entity;
+without O (parts of speech) there are no entities.
 """
 
 import re
@@ -20,19 +20,19 @@ Rows = Sequence[Sequence[str]]
 
 @dataclass(frozen=True)
 class TagScores:
-    """The figures of a model that tags words.
+    """The metrics of a token classifier.
 
     Attributes:
-        accuracy: share of words whose tag is right, O among them.
-        precision, recall, f1: over words that have, or are given, another tag than O, all tags together.
-        f1_average: says so.
-        entity_precision, entity_recall, entity_f1: whole entities, right in type, first and last word.
-        token_entity_precision, token_entity_recall, token_entity_f1: whether a word is within an entity at all.
-        labels: the tags, in the order of the matrix.
-        confusion_matrix: (tags, tags), words by actual and predicted tag.
-        per_class: by tag, of words.
-        per_entity: by type, of whole entities.
-        never_predicted: tags that some word has and that no word is given.
+        accuracy: share of words tagged correctly, including O.
+        precision, recall, f1: micro-averaged over words, with O as the negative class.
+        f1_average: the name of this average.
+        entity_precision, entity_recall, entity_f1: whole entities; type, first and last word must match.
+        token_entity_precision, token_entity_recall, token_entity_f1: whether a word is inside any entity.
+        labels: the tags, in the order of the confusion matrix.
+        confusion_matrix: (tags, tags), word counts by actual and predicted tag.
+        per_class: per tag, over words.
+        per_entity: per entity type, over whole entities.
+        never_predicted: tags that occur in the labels but are never predicted.
     """
 
     accuracy: float
@@ -53,7 +53,7 @@ class TagScores:
     never_predicted: list[str]
 
     def as_dict(self) -> dict[str, Any]:
-        """The figures as `metrics.json` holds them."""
+        """The metrics as stored in `metrics.json`."""
         return asdict(self)
 
 
@@ -61,14 +61,14 @@ def tagging_scores(predicted: Rows, actual: Rows, labels: Sequence[str]) -> TagS
     """Compare the predicted tag of each word with the actual one.
 
     Args:
-        predicted, actual: (rows, words), names of tags; at least one word.
-        labels: all tags, in the order of their numbers.
+        predicted, actual: (rows, words), tag names; at least one word.
+        labels: all tags, in the order of their ids.
 
     Raises:
-        ValueError: there are no words, or a row has another number of predictions than words.
+        ValueError: there are no words, or a row has a different number of predictions than words.
     """
     if list(map(len, predicted)) != list(map(len, actual)):
-        raise ValueError("a row has another number of predictions than words")
+        raise ValueError("a row has a different number of predictions than words")
     numbers = {label: number for number, label in enumerate(labels)}
     flat = [[numbers[tag] for row in rows for tag in row] for rows in (predicted, actual)]
     words = classification_scores(flat[0], flat[1], labels)
@@ -113,14 +113,14 @@ def span_tags(rows: Rows, labels: Sequence[str]) -> list[list[str]]:
 
 
 def entities_of(tags: Sequence[str]) -> list[tuple[str, int, int]]:
-    """Type, first and last word of each entity of a row of `span_tags`."""
-    from seqeval.metrics.sequence_labeling import get_entities  # it loads scikit-learn, and only this task needs it
+    """Type, first and last word of each entity in one row of `span_tags`."""
+    from seqeval.metrics.sequence_labeling import get_entities  # imports scikit-learn, and only this task needs it
 
     return [(str(kind), int(first), int(last)) for kind, first, last in get_entities(list(tags))]
 
 
 def _count_entities(predicted: Rows, actual: Rows, labels: Sequence[str]) -> dict[str, tuple[int, int, int]]:
-    """By type of entity: those found in the right place, those found, and those that are there."""
+    """Per entity type: the number of correct, predicted and actual entities."""
     counts: dict[str, list[int]] = {}
     for guessed, given in zip(span_tags(predicted, labels), span_tags(actual, labels), strict=True):
         found, wanted = set(entities_of(guessed)), set(entities_of(given))
@@ -141,7 +141,7 @@ def _exact(right: int, predicted: int, support: int) -> tuple[Figure, Figure, Fi
 
 
 def _three(right: int, predicted: int, support: int) -> tuple[Figure, Figure, Figure]:
-    """Precision, recall and F1; 0 where only one side is empty, None where both are."""
+    """Precision, recall and F1; 0 if there are only predictions or only labels, None if there are neither."""
     if not predicted + support:
         return None, None, None
     precision, recall, f1, _, _ = _exact(right, predicted, support)

@@ -414,7 +414,7 @@ def read(tmp_path: Path, more: str) -> Any:
             "quantization: {bits: 8}\nadapter: {method: hra}",
             "does not work on 8-bit weights: it computes with the numb",
         ),
-        ("quantization: {bits: 8}\nadapter: {method: full}", "does not work on 8-bit weights: all weights would be"),
+        ("quantization: {bits: 8}\nadapter: {method: full}", "does not work on 8-bit weights: it trains all"),
         ("quantization: {bits: 4}\nadapter: {method: deft}", "set quantization.bits: 8 or remove `quantization`"),
         ("quantization: {bits: 8}\nadapter: {init_lora_weights: mica}", "mica does not work on 8-bit weights: it is"),
         ("quantization: {bits: 4}\nadapter: {init_lora_weights: orthogonal}", "orthogonal does not work on 4-bit"),

@@ -100,7 +100,7 @@ def test_arguments_stand_flat_in_a_recipe_and_in_what_is_written_of_it(tmp_path:
         ({"method": "lora", "init_lora_weights": "loftq"}, "begins as what quantization loses; add `quantization"),
         ({"method": "lora", "init_lora_weights": "pissa", "use_dora": True}, "pissa excludes adapter.use_dora"),
         ({"method": "lora", "loraplus_lr_ratio": 0.5}, "adapter.loraplus_lr_ratio = 0.5: must be at least 1"),
-        ({"method": "lora", "megatron_core": "x"}, "adapter.megatron_core is not set here: a recipe has no way"),
+        ({"method": "lora", "megatron_core": "x"}, "adapter.megatron_core is not set here: recipes do not support it"),
         ({"method": "lora", "fan_in_fan_out": True}, "adapter.fan_in_fan_out is not set here: it is read from"),
         ({"method": "lora", "arguments": {"r": 1}}, "adapter.arguments is not a recipe key"),
         ({"method": "prompt", "prompt_tuning_init": "text"}, "did you mean TEXT?"),
@@ -115,7 +115,11 @@ def test_a_key_that_a_method_does_not_take_is_refused_with_the_mend(
 @pytest.mark.parametrize(
     ("method", "sections", "said"),
     [
-        ("prompt", {"trainer": {"packing": True}}, "trainer.packing excludes adapter.method prompt: each row needs"),
+        (
+            "prompt",
+            {"trainer": {"packing": True}},
+            "trainer.packing excludes adapter.method prompt: virtual tokens must be",
+        ),
         (
             "p_tuning",
             {"performance": {"batching": "padding_free"}},

@@ -254,7 +254,7 @@ def test_rows_without_any_entity_have_no_entity_figures() -> None:
 
 
 def test_a_row_needs_a_tag_for_each_word() -> None:
-    with pytest.raises(ValueError, match="another number of predictions than words"):
+    with pytest.raises(ValueError, match="different number of predictions than words"):
         tagging_scores([["O"]], [["O", "O"]], TAGS)
 
 
