@@ -1,4 +1,4 @@
-"""The cache folder: what is built once, found by a hash of what determines it, whole or absent."""
+"""The cache folder: entries are keyed by a hash of their inputs, built once, and either complete or absent."""
 
 import os
 import shutil
@@ -13,11 +13,11 @@ from filelock import FileLock
 from peftcli.errors import MachineError
 
 UNUSED_SECONDS = 30 * 86400.0
-"""After so long without use an entry that can be made again is removed."""
+"""Entries that can be rebuilt are removed after this time without use."""
 
 
 def cache_root(cache: Path | None) -> Path:
-    """The folder given, else `$PEFTCLI_CACHE`, else `~/.cache/peftcli`."""
+    """`cache` if given, else `$PEFTCLI_CACHE`, else `~/.cache/peftcli`."""
     if cache is not None:
         return cache
     named = os.environ.get("PEFTCLI_CACHE")
@@ -25,13 +25,13 @@ def cache_root(cache: Path | None) -> Path:
 
 
 def built_once(root: Path, name: str, build: Callable[[Path], None], *, mode: int = 0o777) -> Path:
-    """The folder `root/name`, which `build` fills at first use.
+    """The folder `root/name`, built at first use.
 
-    Two processes may ask at once: one builds, the other waits for it.
+    If two processes call this at the same time, one builds and the other waits.
 
     Args:
-        build: writes the files into the empty folder given.
-        mode: of `root` where it is made here, less what the umask takes.
+        build: writes the files into the empty folder that it gets.
+        mode: permissions of `root` if it is created here, minus the umask.
 
     Raises:
         MachineError: the cache cannot be written.
@@ -53,9 +53,9 @@ def built_once(root: Path, name: str, build: Callable[[Path], None], *, mode: in
 
 
 def _build(root: Path, folder: Path, build: Callable[[Path], None]) -> None:
-    # Only the holder of the lock stages, so what lies here was left by a process that was killed.
-    for left in root.glob(f".{folder.name}.stage-*"):
-        shutil.rmtree(left, ignore_errors=True)
+    # Only the process that holds the lock has a staging folder, so any other is from a process that was killed.
+    for stale in root.glob(f".{folder.name}.stage-*"):
+        shutil.rmtree(stale, ignore_errors=True)
     stage = Path(tempfile.mkdtemp(dir=root, prefix=f".{folder.name}.stage-"))
     try:
         build(stage)
@@ -66,23 +66,23 @@ def _build(root: Path, folder: Path, build: Callable[[Path], None]) -> None:
 
 
 def forget_unused(root: Path, keep_bytes: int) -> None:
-    """Remove entries of a folder that were not used for a month, and the oldest beyond a number of bytes.
+    """Remove entries that were not used for a month, and the least recently used ones beyond a total size.
 
-    An entry is as old as the last `mark_used` on it. One that another process still reads stays readable there.
+    The age of an entry counts from the last `mark_used`. A process that has an entry open can still read it.
     """
     entries = [entry for entry in root.glob("*") if entry.is_dir() and not entry.name.startswith(".")]
     total = 0
-    facts = []
+    found = []
     for entry in entries:
-        with suppress(FileNotFoundError):  # another process removes it at this moment
-            facts.append((entry.stat().st_mtime, sum(file.stat().st_size for file in entry.iterdir()), entry))
-    for used, size, entry in sorted(facts, reverse=True):
+        with suppress(FileNotFoundError):  # another process may be removing it
+            found.append((entry.stat().st_mtime, sum(file.stat().st_size for file in entry.iterdir()), entry))
+    for used, size, entry in sorted(found, reverse=True):
         total += size
         if total > keep_bytes or time.time() - used > UNUSED_SECONDS:
             shutil.rmtree(entry, ignore_errors=True)
 
 
 def mark_used(entry: Path) -> None:
-    """Make an entry the youngest; one in a folder that may only be read stays as old as it is."""
+    """Set the last use of an entry to now; does nothing in a read-only folder."""
     if os.access(entry, os.W_OK):
         os.utime(entry)

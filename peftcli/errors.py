@@ -1,26 +1,26 @@
-"""The errors a user can cause, with the exit code of each.
+"""The errors that a user can cause, with their exit codes.
 
-    PeftcliError            1    never raised itself
+    PeftcliError            1    never raised directly
     ├── RecipeError         2    the recipe or the command line is wrong
     ├── DataError           3    the data is wrong
-    ├── MachineError        4    the machine, the environment or a model folder cannot do it
-    │   └── PeerLost        4    another process of a training with several has ended
-    ├── MemoryExhausted     5    out of memory, the fall-backs are used up
+    ├── MachineError        4    the machine, the environment or a model folder does not support the request
+    │   └── PeerLost        4    another process of a distributed run has ended
+    ├── MemoryExhausted     5    out of memory even after every fallback
     ├── Diverged            6    a loss or a gradient is not finite
     ├── GateNotMet          7    a gate of the recipe, or the tolerance of a merge, was not met
-    ├── Stopped            75    stopped early on purpose; a whole checkpoint is there
-    └── Aborted           130    stopped at once by a second Ctrl-C
+    ├── Stopped            75    stopped early on purpose; a complete checkpoint was written
+    └── Aborted           130    stopped immediately by a second Ctrl-C
 
-A message says where, what is there against what may be, and the mend. Anything that is not one of these is a bug
-of ours and keeps its traceback.
+A message has three parts: where; what was found and what is allowed; the fix. Any other exception is a bug in peftcli
+and shows its traceback.
 """
 
 
 class PeftcliError(Exception):
-    """An error with a message for the user and an exit code for the script.
+    """An error with a message for the user and an exit code for scripts.
 
     Attributes:
-        in_all: it was raised in every process of a training with several, so that none waits for another.
+        in_all: whether every process of a distributed run raised it, so that none waits for another.
     """
 
     exit_code = 1
@@ -34,23 +34,23 @@ class RecipeError(PeftcliError):
 
 
 class DataError(PeftcliError):
-    """The data is missing, unreadable or would train nothing."""
+    """The data is missing or unreadable, or there is nothing in it to train on."""
 
     exit_code = 3
 
 
 class MachineError(PeftcliError):
-    """The machine, the environment or a model folder cannot do what was asked."""
+    """The machine, the environment or a model folder does not support the request."""
 
     exit_code = 4
 
 
 class PeerLost(MachineError):
-    """Another process of the same training has ended, on this machine or another one, so this one cannot go on."""
+    """Another process of this distributed run has ended, here or on another machine, so this one cannot continue."""
 
 
 class MemoryExhausted(PeftcliError):
-    """Out of memory, and the fall-backs are used up."""
+    """Out of memory even after every fallback."""
 
     exit_code = 5
 
@@ -68,12 +68,12 @@ class GateNotMet(PeftcliError):
 
 
 class Stopped(PeftcliError):
-    """Stopped early on purpose; a whole checkpoint is there."""
+    """Stopped early on purpose; a complete checkpoint was written."""
 
     exit_code = 75
 
 
 class Aborted(PeftcliError):
-    """Stopped at once by a second Ctrl-C; the last checkpoint is whole."""
+    """Stopped immediately by a second Ctrl-C; the last checkpoint is complete."""
 
     exit_code = 130

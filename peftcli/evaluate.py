@@ -1,4 +1,4 @@
-"""`eval`: a run, an adapter, a merged model or a base, measured on the test split of a recipe."""
+"""`eval`: evaluates a run, an adapter, a merged model or a base model on the test split of a recipe."""
 
 import time
 from dataclasses import replace
@@ -24,17 +24,17 @@ def evaluate(
     with_base: bool,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Measure a target on all test rows.
+    """Evaluate a target on all test rows.
 
     Args:
-        target: what to measure.
-        data: of the target's recipe, tokenized by the target's tokenizer.
-        batch_rows: rows at once; the metrics do not depend on it.
+        target: the model to evaluate.
+        data: the data of its recipe, tokenized with the target's tokenizer.
+        batch_rows: batch size; the metrics do not depend on it.
         seed: for sampled answers.
-        with_base: measure the base behind an adapter too.
+        with_base: also evaluate the base model of an adapter.
 
     Returns:
-        The content of `eval.json`; its metrics stand under the kind of the target.
+        The content of `eval.json`; its metrics are under the kind of the target.
     """
     begun = time.monotonic()
     model, tokenizer = target.load()
@@ -46,7 +46,7 @@ def evaluate(
             model, tokenizer, data, evaluation, decoding, batch_rows=batch_rows, progress=progress, what=what
         )
 
-    if with_base and target.base.absorbed:  # switched off, the adapter would leave the result of the stage before
+    if with_base and target.base.absorbed:  # disabling the adapter would give the result of the previous stage
         measured["base"] = run("base", load_base(replace(target.base, absorbed=())).eval())
     elif with_base and target.adapter is not None:
         with model.disable_adapter():

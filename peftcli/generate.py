@@ -1,4 +1,4 @@
-"""`generate`: answers to prompts, written in the form that the model was trained on."""
+"""`generate`: answers prompts, formatted the way the model was trained."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -19,7 +19,7 @@ from peftcli.recipe.template import render, split_path, template_columns
 
 @dataclass(frozen=True)
 class Generated:
-    """A prompt as the model saw it, and its answer."""
+    """A prompt as the model gets it, and the answer."""
 
     asked: str
     prompt: str
@@ -34,9 +34,9 @@ def generate(
 
     Args:
         target: the model.
-        asked: values for the one column of the prompt template, JSON objects for several columns, messages of a user
-            for a chat model, or text to go on from.
-        raw: take each as the whole prompt, without a template.
+        asked: values for the only column of the prompt template, JSON objects for several columns, user messages for a
+            chat model, or texts to continue.
+        raw: use each text as the whole prompt, without a template.
 
     Raises:
         RecipeError: a value does not fit the template.
@@ -65,12 +65,12 @@ def generate(
 def label(
     target: Target, asked: Sequence[str], *, raw: bool, batch_rows: int, progress: Progress
 ) -> Sequence[Labelled | Tagged]:
-    """Label texts or images.
+    """Classify or tag texts or images.
 
     Args:
-        target: a model that was trained to label.
-        asked: paths of images; texts, or values for the columns of the run's template; of two texts a JSON object.
-        raw: take each as it is, without a template.
+        target: a classification or tagging model.
+        asked: image paths; texts, or values for the columns of the run's template; a JSON object for a pair of texts.
+        raw: use each text as it is, without a template.
 
     Raises:
         RecipeError: a value does not fit the template.
@@ -83,7 +83,7 @@ def label(
 
 
 def write_prompt(text: str, identity: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
-    """Put what was asked into the form of the training prompts.
+    """Format a text like the training prompts.
 
     Raises:
         RecipeError: a value does not fit the template.
@@ -96,10 +96,10 @@ def write_prompt(text: str, identity: dict[str, Any], tokenizer: PreTrainedToken
 
 
 def fill_template(text: str, template: str) -> str:
-    """Put what was asked into the columns of a template.
+    """Fill the columns of a template from a text.
 
     Raises:
-        RecipeError: it has several columns and the text is no JSON object with them.
+        RecipeError: the template has several columns, and the text is not a JSON object with them.
     """
     columns = template_columns(template)
     if len(columns) == 1 and not text.lstrip().startswith("{"):
@@ -116,10 +116,10 @@ def fill_template(text: str, template: str) -> str:
 
 
 def read_prompts(lines: Iterable[str]) -> list[str]:
-    """Prompts from lines; a line that is a JSON string stands for its text, so that it may hold line breaks.
+    """Read one prompt per line; a line that is a JSON string is decoded, so that a prompt can contain line breaks.
 
     Raises:
-        DataError: there is none.
+        DataError: there are no prompts.
     """
     prompts = []
     for line in lines:
@@ -134,5 +134,5 @@ def read_prompts(lines: Iterable[str]) -> list[str]:
                 continue
         prompts.append(text)
     if not prompts:
-        raise DataError("no prompt given: name some as arguments, in a file with --file, or on standard input")
+        raise DataError("no prompts; pass them as arguments, in a file with --file, or on standard input")
     return prompts

@@ -1,40 +1,40 @@
-"""The names that a misspelt word may stand for: the one place behind every "did you mean"."""
+"""Finds the name closest to a misspelled word, for every "did you mean"."""
 
 from collections.abc import Iterable
 
 LONGEST_WORD = 80
-"""Characters of the word that are compared; what a user pastes may be of any length."""
+"""Number of characters of the word that are compared; pasted text may have any length."""
 
 
 def nearest(word: str, names: Iterable[str], least: float = 0.6) -> str | None:
-    """The name most like the word, or None where no name is like it.
+    """The name most similar to the word, or None if no name is similar.
 
     >>> nearest("lroa", ["road", "lora"]), nearest("learnin-rate", ["learning_rate", "lr"]), nearest("x", ["lora"])
     ('lora', 'learning_rate', None)
 
     Args:
-        word: as the user wrote it; case counts for nothing, and a hyphen is an underscore.
-        names: what the user may have meant; of two that are equally near the first is taken.
-        least: similarity of 0..1 that a name must have.
+        word: as the user wrote it; case is ignored, and a hyphen counts as an underscore.
+        names: what the user may have meant; the first of equally similar names wins.
+        least: minimum similarity, 0..1.
     """
     found = nearest_names(word, names, most=1, least=least)
     return found[0] if found else None
 
 
 def nearest_names(word: str, names: Iterable[str], *, most: int, least: float = 0.6) -> list[str]:
-    """The names most like the word, the nearest first; `nearest` says how they are compared."""
-    # Imported here: a recipe without a mistake is checked without it.
+    """The names most similar to the word, best first; compared as in `nearest`."""
+    # Imported here because a recipe without mistakes does not need it.
     from rapidfuzz.distance import OSA, Indel
 
     plain = _plain(word)[:LONGEST_WORD]
 
     def rank(name: str) -> tuple[bool, float, float]:
-        # OSA counts two swapped letters as one mistake. The share of common letters finds a name of which only a part
-        # was written, such as `target` for target_modules, whose many missing letters OSA counts one by one. Letters
-        # that were all typed, in another order, say more than one that is missing or wrong.
-        meant = _plain(name)
-        mistakes = OSA.normalized_similarity(plain, meant)
-        return sorted(plain) == sorted(meant), max(mistakes, Indel.normalized_similarity(plain, meant)), mistakes
+        # OSA counts two swapped letters as one edit. Indel also finds names that were only written in part, such as
+        # `target` for target_modules, where OSA counts every missing letter. The same letters in another order are
+        # a stronger match than a missing or wrong letter.
+        other = _plain(name)
+        osa = OSA.normalized_similarity(plain, other)
+        return sorted(plain) == sorted(other), max(osa, Indel.normalized_similarity(plain, other)), osa
 
     ranked = [(rank(name), name) for name in names]
     near = [(found, name) for found, name in ranked if found[1] >= least]

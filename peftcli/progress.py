@@ -1,30 +1,30 @@
-"""How the verbs tell somebody what they are at, without knowing who listens."""
+"""The interface through which the commands report progress, independent of how it is shown."""
 
 from collections.abc import Mapping
 from typing import Protocol
 
 
 class Progress(Protocol):
-    """Receives what a person may want to see while work goes on."""
+    """Receives progress messages while a command runs."""
 
     def note(self, text: str) -> None:
-        """One line that stays."""
+        """Print one line permanently."""
 
     def start(self, what: str, total: int) -> None:
-        """A stretch of `total` units of work begins; 0 where nobody knows how many."""
+        """Start a progress bar over `total` units of work; 0 if the total is unknown."""
 
     def advance(self, done: int, figures: Mapping[str, str] | None = None) -> None:
-        """`done` units are through; `figures` are names and values for people."""
+        """Report that `done` units are complete; `figures` are names and values to show."""
 
     def end(self) -> None:
-        """The stretch is over."""
+        """Finish the progress bar."""
 
 
 class Silent:
-    """Nobody listens."""
+    """Shows nothing."""
 
     def note(self, text: str) -> None:
-        """Say nothing."""
+        """Show nothing."""
 
     def start(self, what: str, total: int) -> None:
         """Show nothing."""

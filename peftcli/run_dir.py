@@ -1,4 +1,4 @@
-"""The names of a run's files, and how they are written: to a temporary name, then renamed."""
+"""The file names of a run, and how they are written: to a temporary name, then renamed."""
 
 import json
 import os
@@ -40,7 +40,7 @@ class RunDir:
 
     @property
     def received(self) -> Path:
-        """What the first process has sent to a machine that does not share its disk, for as long as that trains."""
+        """Files that process 0 has sent to a machine without a shared disk; removed after training."""
         return self.path / ".received"
 
     @property
@@ -92,46 +92,46 @@ class RunDir:
         return self.path / "stages"
 
     def stage(self, number: int, name: str) -> "RunDir":
-        """The run of a stage before the last, counted from 1."""
+        """The run folder of a stage before the last; stages count from 1."""
         return RunDir(self.stages / f"{number}-{name}")
 
     def remove_torn(self) -> None:
-        """Remove what `write_text` left of these files when a process was killed in it."""
+        """Remove the temporary files of `write_text` that a killed process left behind."""
         texts = (self.recipe, self.plan, self.environment, self.data, self.log, self.train, self.eval, self.merge)
         for path in (*texts, self.metrics, self.report_md, self.report_html):
             for torn in self.path.glob(f".{path.name}.????????"):
                 torn.unlink(missing_ok=True)
 
     def status(self) -> str | None:
-        """The status that `metrics.json` states, or None where no run has ended here."""
+        """The status in `metrics.json`, or None if no run has ended here."""
         if not self.metrics.is_file():
             return None
         return str(read_json(self.metrics).get("status"))
 
 
 def is_foreign(folder: Path) -> bool:
-    """Whether a folder holds an adapter that PEFT wrote for another tool, without what a run leaves beside it."""
+    """Whether a folder contains a PEFT adapter from another tool, without peftcli's own files."""
     return (folder / "adapter_config.json").is_file() and not (folder / "peftcli.json").is_file()
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 file so that a reader sees the old one or the new one, never a part."""
+    """Write a UTF-8 file atomically: a reader sees the old or the new content, never a part of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8", newline="\n") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(beside, 0o644)
-        os.replace(beside, path)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
     except BaseException:
-        Path(beside).unlink(missing_ok=True)
+        Path(temporary).unlink(missing_ok=True)
         raise
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write one JSON object; a float that is not finite is an error, since JSON has none."""
+    """Write one JSON object; a non-finite float is an error, since JSON cannot represent it."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
@@ -142,7 +142,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """Read a JSON-lines log; a last line that a killed process left torn is skipped."""
+    """Read a JSON Lines log; an incomplete last line from a killed process is skipped."""
     if not path.is_file():
         return []
     rows = []

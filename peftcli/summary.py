@@ -1,4 +1,4 @@
-"""`metrics.json`: the stages' JSON files drawn together into what a script reads, with the gates held against it."""
+"""`metrics.json`: a summary of the run's JSON files for scripts, with the result of each gate."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,15 +21,15 @@ TRAIN_FIGURES = (
 )
 RETENTION_FIGURES = ("path", "tokens", "base_loss", "adapter_loss", "change")
 FORGETTING_GATES = {"forgetting_loss": "adapter_loss", "forgetting_change": "change"}
-"""Names of gates, and the figure of `retention` that each watches."""
+"""Gate names, and the value of `retention` that each one checks."""
 DATA_FIGURES = ("train_rows", "test_rows", "dropped_rows", "truncated_rows", "leaked_rows")
 
 
 def write_metrics(run: RunDir, gates: Sequence[Gate]) -> dict[str, Any]:
-    """Write `metrics.json` from the stages that have run; a figure that was not measured is null.
+    """Write `metrics.json` from the steps that have run; a value that was not measured is null.
 
     Returns:
-        What was written.
+        The content of the file.
     """
     plan = read_json(run.plan)
     data, train, evaluation, merge = (_read(path) for path in (run.data, run.train, run.eval, run.merge))
@@ -54,21 +54,21 @@ def write_metrics(run: RunDir, gates: Sequence[Gate]) -> dict[str, Any]:
 
 
 def unmet(metrics: dict[str, Any]) -> list[str]:
-    """The gates that were measured and not met, as sentences."""
+    """One sentence for each gate that was measured and not met."""
     return [
-        f"{gate['name']} is {gate['value']:.4g}, the recipe asks for {gate['limit']}"
+        f"{gate['name']} is {gate['value']:.4g}, but the recipe requires {gate['limit']}"
         for gate in metrics["gates"]
         if gate["met"] is False
     ]
 
 
 def _judge(gate: Gate, metrics: dict[str, Any]) -> dict[str, Any]:
-    holder, name = "adapter", gate.name
+    section, name = "adapter", gate.name
     if gate.name.startswith("merge_"):
-        holder, name = "merge", gate.name.removeprefix("merge_")
+        section, name = "merge", gate.name.removeprefix("merge_")
     elif gate.name in FORGETTING_GATES:
-        holder, name = "retention", FORGETTING_GATES[gate.name]
-    value = (metrics[holder] or {}).get(name)
+        section, name = "retention", FORGETTING_GATES[gate.name]
+    value = (metrics[section] or {}).get(name)
     return {"name": gate.name, "limit": gate.text, "value": value, "met": None if value is None else gate.met(value)}
 
 

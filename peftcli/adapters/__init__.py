@@ -1,1 +1,1 @@
-"""PEFT configurations of the methods, and the tuners that PEFT does not have."""
+"""PEFT configurations of the methods, and our own tuners for methods that PEFT does not have."""

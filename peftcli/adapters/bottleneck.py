@@ -1,4 +1,4 @@
-"""Bottleneck adapters: a small feed-forward net behind a layer, inside the residual.
+"""Bottleneck adapters: a small feed-forward network after a layer, inside the residual connection.
 
 Source: Houlsby et al. 2019, arXiv:1902.00751; placement and sizes of Pfeiffer et al. 2021, arXiv:2005.00247.
 """
@@ -15,22 +15,22 @@ from transformers.activations import ACT2FN
 from peftcli.adapters.module_layout import all_widths, hidden_width, linear_widths
 from peftcli.plan.module_layout import bottleneck_targets
 
-NOT_MERGEABLE = "a bottleneck adapter is not linear, so no weight of the base can hold it; use the adapter as it is"
+NOT_MERGEABLE = "a bottleneck adapter is not linear, so it cannot be folded into a weight; use the adapter unmerged"
 FIRST_STD = 0.01
-"""Of the first down-projection (Houlsby et al. 2019, section 3.6)."""
+"""Standard deviation of the initial down-projection (Houlsby et al. 2019, section 3.6)."""
 
 
 @dataclass
-class BottleneckConfig(PeftConfig):  # type: ignore[misc]  # peft's types are not followed
+class BottleneckConfig(PeftConfig):  # type: ignore[misc]  # mypy does not follow peft
     """Configuration of bottleneck adapters.
 
     Attributes:
-        placement: `houlsby`, behind attention and feed-forward, or `pfeiffer`, behind feed-forward alone.
-        reduction_factor: hidden size over the width of the bottleneck.
-        non_linearity: an activation of transformers.
-        dropout: share of the bottleneck's inputs that a training step sets to zero.
-        target_modules: linear layers that get one behind them, in place of what the placement finds.
-        layers: numbers of the blocks that get one, all when None; only where the placement finds the modules.
+        placement: `houlsby` (after attention and feed-forward) or `pfeiffer` (after feed-forward only).
+        reduction_factor: hidden size divided by the width of the bottleneck.
+        non_linearity: name of an activation in transformers.
+        dropout: dropout probability of the bottleneck's inputs.
+        target_modules: linear layers that get an adapter after them, instead of those that the placement selects.
+        layers: indices of the blocks that get adapters, None for all; only used with `placement`.
     """
 
     placement: str = "houlsby"
@@ -40,7 +40,7 @@ class BottleneckConfig(PeftConfig):  # type: ignore[misc]  # peft's types are no
     target_modules: list[str] | str | None = None
     layers: list[int] | None = None
     modules_to_save: list[str] | None = None
-    # PEFT asks every configuration for it when it matches modules.
+    # PEFT reads this attribute of every configuration when it matches modules.
     target_parameters: list[str] | None = None
 
     def __post_init__(self) -> None:
@@ -53,7 +53,7 @@ class BottleneckConfig(PeftConfig):  # type: ignore[misc]  # peft's types are no
 
 
 class BottleneckLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
-    """A linear layer with a bottleneck behind it: y + up(act(down(y)))."""
+    """A linear layer followed by a bottleneck: y + up(act(down(y)))."""
 
     adapter_layer_names = ("bottleneck_down", "bottleneck_up")
     other_param_names = ("bottleneck_width",)
@@ -62,9 +62,7 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         super().__init__()
         widths = linear_widths(base_layer)
         if widths is None:
-            raise ValueError(
-                f"a bottleneck adapter stands behind a linear layer, not behind {type(base_layer).__name__}"
-            )
+            raise ValueError(f"a bottleneck adapter needs a linear layer, not {type(base_layer).__name__}")
         self.base_layer = base_layer
         self.hidden = widths[1]
         self.bottleneck_down = nn.ModuleDict()
@@ -77,12 +75,12 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         self._active_adapter = [adapter_name]
         self.add(adapter_name, config)
 
-    if TYPE_CHECKING:  # nn.Module says that every other name is a tensor or a module
+    if TYPE_CHECKING:  # nn.Module types every other attribute as a tensor or a module
 
         def __getattr__(self, name: str) -> Any: ...
 
     def add(self, adapter_name: str, config: BottleneckConfig) -> None:
-        """Add an adapter that changes nothing yet."""
+        """Add an adapter that is initialized to the identity."""
         width = max(1, int(self.hidden / config.reduction_factor))
         down, up = nn.Linear(self.hidden, width), nn.Linear(width, self.hidden)
         nn.init.normal_(down.weight, std=FIRST_STD)
@@ -91,14 +89,14 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         self.bottleneck_width[adapter_name] = width
         self.bottleneck_down[adapter_name], self.bottleneck_up[adapter_name] = down, up
         device = self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
-        # In float32 on every base, also a quantized one, whose weights are no numbers to compute in.
+        # float32 for every base model: the dtype of quantized weights is not one to compute in.
         if device is not None and not any(weight.is_meta for weight in down.parameters()):
             down.to(device)
             up.to(device)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The layer's output with those of the active adapters added, in the dtype of the layer's output."""
+        """The output of the layer plus those of the active adapters, in the dtype of the layer's output."""
         result: Tensor = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters:
             return result
@@ -115,7 +113,7 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         return added
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Refuse.
+        """Not supported.
 
         Raises:
             NotImplementedError: always.
@@ -123,11 +121,11 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         raise NotImplementedError(NOT_MERGEABLE)
 
     def unmerge(self) -> None:
-        """Nothing was ever merged."""
+        """Do nothing, since nothing can be merged."""
 
 
 class BottleneckModel(BaseTuner):  # type: ignore[misc]
-    """Puts bottleneck adapters behind the layers of a model that write into its residual stream."""
+    """Adds bottleneck adapters after the layers of a model that write to its residual stream."""
 
     prefix = "bottleneck_"
     tuner_layer_cls = BottleneckLayer

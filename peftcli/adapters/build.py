@@ -1,4 +1,4 @@
-"""The PEFT methods: from the adapter section of a recipe to a PEFT configuration."""
+"""Builds the PEFT configuration from the adapter section of a recipe."""
 
 import inspect
 from typing import Any
@@ -16,39 +16,40 @@ TASK_TYPES = {
     "causal-lm": TaskType.CAUSAL_LM,
     "sequence-classification": TaskType.SEQ_CLS,
     "token-classification": TaskType.TOKEN_CLS,
-    "image-classification": None,  # PEFT has none: its plain model hands on what it is given
+    "image-classification": None,  # PEFT has no such type, and the plain PeftModel passes all inputs on
 }
 NESTED = {"eva_config": peft.EvaConfig}
-"""Arguments that a recipe writes as a mapping and PEFT wants as an object."""
+"""Arguments that are a mapping in a recipe and an object in PEFT."""
 ENDLESS = 10**9
-"""Steps of AdaLoRA's schedule before the trainer knows the real number."""
+"""Steps of AdaLoRA's schedule until the trainer knows the real number."""
 
 
 def peft_config(adapter: AdapterSection, task: str, *, tokenizer: str | None = None) -> PeftConfig:
     """The PEFT configuration of an adapter section.
 
     Args:
-        adapter: of a plan, whose targets are names or `all-linear`.
-        tokenizer: path of the base's tokenizer, for a prompt that begins as a text; None begins it at random.
+        adapter: from a plan, with targets as names or `all-linear`.
+        tokenizer: path of the base model's tokenizer, to initialize a soft prompt from a text; None for random
+            initialization.
 
     Raises:
-        ValueError: PEFT does not take a value; the text is its own.
+        ValueError: PEFT rejects a value; the message is PEFT's.
     """
     method = METHODS[adapter.method]
-    made = _config_class(method)
+    config_class = _config_class(method)
     values: dict[str, Any] = {"task_type": TASK_TYPES[task]}
     values |= {name: value for name, value in method.defaults.items() if name not in ("r", "alpha", "dropout")}
     values |= {argument: getattr(adapter, key) for key, argument in method.argument_names.items()}
     ours = () if method.peft_module is None else method.arguments
     values |= {name: _plain(name, value) for name, value in adapter.arguments.items() if name not in ours}
-    values |= _shared(adapter, inspect.signature(made).parameters)
+    values |= _shared(adapter, inspect.signature(config_class).parameters)
     if values.get("init_lora_weights") not in (None, True, False, "eva", "gaussian", "orthogonal", "mica"):
-        values["init_lora_weights"] = True  # the trainer begins from the weights, which PEFT would change
+        values["init_lora_weights"] = True  # the trainer initializes the adapter; PEFT would change the base weights
     if method.name == "adalora":
         values |= _schedule(adapter)
     if method.name == "prompt":
-        values |= _start(values, tokenizer)
-    config: PeftConfig = made(**values)
+        values |= _prompt_init(values, tokenizer)
+    config: PeftConfig = config_class(**values)
     return config
 
 
@@ -64,7 +65,7 @@ def _plain(name: str, value: Any) -> Any:
 
 
 def _shared(adapter: AdapterSection, takes: Any) -> dict[str, Any]:
-    """What the schema has for many methods, where this one takes it."""
+    """The keys that the schema has for many methods, as far as this method has them."""
     targets, saved = adapter.target_modules, adapter.modules_to_save
     values: dict[str, Any] = {
         "target_modules": targets if targets is None or isinstance(targets, str) else list(targets),
@@ -77,11 +78,11 @@ def _shared(adapter: AdapterSection, takes: Any) -> dict[str, Any]:
 
 
 def _schedule(adapter: AdapterSection) -> dict[str, Any]:
-    """The trainer sets the steps once it knows how many there are."""
+    """A placeholder schedule; the trainer sets the steps when it knows their number."""
     return {"init_r": first_rank(adapter), "total_step": ENDLESS, "tinit": 0, "tfinal": 0}
 
 
-def _start(values: dict[str, Any], tokenizer: str | None) -> dict[str, Any]:
+def _prompt_init(values: dict[str, Any], tokenizer: str | None) -> dict[str, Any]:
     from_text = values.get("prompt_tuning_init") == "TEXT"
     if from_text and tokenizer is None:
         return {"prompt_tuning_init": "RANDOM", "prompt_tuning_init_text": None}

@@ -1,7 +1,7 @@
-"""Trains whole modules: the last blocks of a model, its embeddings, or all of it, with the base kept beside them.
+"""Trains whole modules: the last blocks of a model, its embeddings, or all of it; the base weights stay available.
 
-A float copy of each module is trained and replaces the base module while the adapter is enabled. Embeddings and output
-layer are left to PEFT's `modules_to_save`, which ties them where the base does and which TRL's loss can read.
+A float copy of each module is trained and used instead of the base module while the adapter is enabled. Embeddings and
+the output layer go through PEFT's `modules_to_save`, which ties them as in the base model and works with TRL's loss.
 """
 
 from collections.abc import Iterator
@@ -23,17 +23,17 @@ from peftcli.plan.module_layout import ModelLayout, full_targets
 
 
 @dataclass
-class WholeConfig(PeftConfig):  # type: ignore[misc]  # peft's types are not followed
-    """Configuration of training whole modules.
+class WholeConfig(PeftConfig):  # type: ignore[misc]  # mypy does not follow peft
+    """Configuration for training whole modules.
 
     Attributes:
-        last_layers: number of blocks, counted from the output, that are trained.
-        layers: numbers of the blocks that are trained, in place of `last_layers`.
-        head: train what stands behind the last block: the last norm and the output layer.
-        embeddings: train what stands before the first block: the embeddings of tokens and positions.
+        last_layers: number of trained blocks, counted from the output.
+        layers: indices of the trained blocks, instead of `last_layers`.
+        head: train what comes after the last block: the final norm and the output layer.
+        embeddings: train what comes before the first block: token and position embeddings.
         everything: train all modules.
-        target_modules, modules_to_save: what the keys above stand for in a model; found when they are None.
-        trainable_token_indices: rows of the embedding that are trained, such as those of new tokens.
+        target_modules, modules_to_save: the modules that the keys above select; derived from them if None.
+        trainable_token_indices: trained rows of the embedding, such as those of new tokens.
     """
 
     last_layers: int = 0
@@ -44,7 +44,7 @@ class WholeConfig(PeftConfig):  # type: ignore[misc]  # peft's types are not fol
     target_modules: list[str] | str | None = None
     modules_to_save: list[str] | None = None
     trainable_token_indices: list[int] | None = None
-    # PEFT asks every configuration for it when it matches modules.
+    # PEFT reads this attribute of every configuration when it matches modules.
     target_parameters: list[str] | None = None
 
     def __post_init__(self) -> None:
@@ -53,7 +53,7 @@ class WholeConfig(PeftConfig):  # type: ignore[misc]  # peft's types are not fol
 
 
 class WholeLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
-    """A module beside a trained copy of itself."""
+    """A frozen module and a trained copy of it."""
 
     adapter_layer_names = ("whole_copy",)
 
@@ -68,19 +68,19 @@ class WholeLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         self.add(adapter_name, inference_mode=inference_mode)
 
     def add(self, adapter_name: str, *, inference_mode: bool) -> None:
-        """Add a copy of the base."""
+        """Add a copy of the base module."""
         self.whole_copy[adapter_name] = float_copy(self.get_base_layer())
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     @property
     def weight(self) -> Tensor:
-        """The one that is computed with, for code that reads it past the forward."""
+        """The weight in use, for code that reads it without calling forward."""
         found: Tensor = self._used().weight  # type: ignore[assignment]
         return found
 
     @property
     def bias(self) -> Tensor | None:
-        """The one that is computed with."""
+        """The bias in use."""
         found: Tensor | None = self._used().bias  # type: ignore[assignment]
         return found
 
@@ -98,11 +98,11 @@ class WholeLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             base: nn.Module = self.get_base_layer()
             return base
         if len(names) > 1:
-            raise ValueError(f"adapters {', '.join(names)}: whole modules of one adapter at a time can be used")
+            raise ValueError(f"adapters {', '.join(names)}: only one adapter with whole modules can be active")
         return self.whole_copy[names[0]]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the copy makes of the inputs, in the dtype in which the base would have made it."""
+        """The output of the copy, in the dtype that the base module would return."""
         used = self._used()
         if used is self.get_base_layer():
             return used(*args, **kwargs)
@@ -115,35 +115,35 @@ class WholeLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         return _cast(result, _float_dtype(self.get_base_layer()) if first is None else first.dtype)
 
     def restore(self) -> None:
-        """Make the copies equal to the base again."""
+        """Reset the copies to the base weights."""
         base = dict(float_copy(self.get_base_layer()).named_parameters())
         for copied in self.whole_copy.values():
             for name, own in copied.named_parameters():
                 own.data = base[name].data.to(own.device, own.dtype)
 
     def free_base(self) -> None:
-        """Give the memory of the base's own weights back; only the copies can be used from then on."""
+        """Free the memory of the base weights; afterwards only the copies can be used."""
         free_weights(self.get_base_layer())
 
     def narrow(self) -> None:
-        """Give the copies the dtype of the base, as loading them does; over quantized weights they stay float32."""
+        """Cast the copies to the dtype of the base, as loading does; copies of quantized weights stay float32."""
         dtype = next(float_copy(self.get_base_layer()).parameters()).dtype
         self.whole_copy.to(dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Put the copy's values into the base.
+        """Copy the trained values into the base module.
 
         Raises:
-            ValueError: the base is quantized, or several adapters are to be merged.
+            ValueError: the base is quantized, or several adapters were given.
         """
         names = [name for name in adapter_names or self.active_adapters if name in self.whole_copy]
         if self.merged or not names:
             return
         if len(names) > 1:
-            raise ValueError(f"adapters {', '.join(names)}: only one of them can take the place of the base")
+            raise ValueError(f"adapters {', '.join(names)}: only one of them can replace the base weights")
         base = self.get_base_layer()
         if is_quantized_layer(base):
-            raise ValueError("trained weights do not go into quantized ones; merge into the dequantized base")
+            raise ValueError("trained weights cannot be merged into quantized ones; merge into the dequantized base")
         own = dict(_tensors(self.whole_copy[names[0]]))
         for name, value in _tensors(base):
             self._before_merge[name] = value.data
@@ -151,14 +151,14 @@ class WholeLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         self.merged_adapters.append(names[0])
 
     def unmerge(self) -> None:
-        """Give the base its own values back."""
+        """Restore the base weights."""
         for name, value in _tensors(self.get_base_layer()):
             value.data = self._before_merge.pop(name, value.data)
         self.merged_adapters.clear()
 
 
 class WholeModel(BaseTuner):  # type: ignore[misc]
-    """Puts trained copies beside the modules of a model."""
+    """Adds trained copies to the modules of a model."""
 
     prefix = "whole_"
     tuner_layer_cls = WholeLayer
@@ -166,26 +166,28 @@ class WholeModel(BaseTuner):  # type: ignore[misc]
     def _pre_injection_hook(self, model: nn.Module, config: WholeConfig, adapter_name: str) -> None:
         if config.everything and is_quantized(model):
             raise ValueError(
-                "full tuning would train quantized weights, which have no gradient; train without quantization"
+                "full fine-tuning cannot train quantized weights, which have no gradient; train without quantization"
             )
-        parts = read_layout(model)
+        layout = read_layout(model)
         if config.target_modules is None:
             saved = list(config.modules_to_save or [])
-            wanted = _wanted(config, parts)
-            inner = [name for name in wanted if name not in parts.ends and not any(_under(name, one) for one in saved)]
+            selected = _select(config, layout)
+            inner = [
+                name for name in selected if name not in layout.ends and not any(_under(name, one) for one in saved)
+            ]
             config.target_modules = inner
-            config.modules_to_save = saved + [name for name in wanted if name in parts.ends] or None
+            config.modules_to_save = saved + [name for name in selected if name in layout.ends] or None
         config.target_modules = config.target_modules or DUMMY_TARGET_MODULES
-        tied = _tied_output(model, parts)
+        tied = _tied_output(model, layout)
         config.modules_to_tie = None
-        if tied is not None and set(parts.ends) & set(config.modules_to_save or ()):
-            # PEFT copies the embedding and lets the other end share the copy.
-            kept = [name for name in config.modules_to_save or () if name not in parts.ends]
-            config.modules_to_save = [*kept, *(name for name in (parts.embedding,) if name is not None)]
+        if tied is not None and set(layout.ends) & set(config.modules_to_save or ()):
+            # PEFT copies the embedding and ties the output layer to the copy.
+            others = [name for name in config.modules_to_save or () if name not in layout.ends]
+            config.modules_to_save = [*others, *(name for name in (layout.embedding,) if name is not None)]
             config.modules_to_tie = [tied]
 
     def _check_tied_modules(self, model: nn.Module, peft_config: WholeConfig) -> None:
-        """PEFT's own check only knows LoRA's way; ours is in the hook before."""
+        """Do nothing: PEFT's check is for LoRA, and `_pre_injection_hook` has ours."""
 
     def _create_and_replace(
         self,
@@ -206,37 +208,37 @@ class WholeModel(BaseTuner):  # type: ignore[misc]
         self._replace_module(parent, target_name, layer, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        """Put a module in the place of another; an embedding with trained rows gives its own back as it is."""
+        """Replace a module; an embedding with trained rows is put back unchanged."""
         if isinstance(child, TrainableTokensWrapper):
-            setattr(parent, child_name, new_module)  # PEFT would hand it the rows' result, which is no parameter
+            setattr(parent, child_name, new_module)  # PEFT would assign the computed weight, which is not a Parameter
         else:
             super()._replace_module(parent, child_name, new_module, child)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """Copies are as wide as their base; who trains them makes them wider."""
+        """Do nothing: copies have the dtype of the base, and the trainer upcasts them."""
 
 
 def free_weights(module: nn.Module) -> None:
-    """Put nothing in the place of each weight of a module, on its device and in its dtype."""
+    """Replace each weight of a module by an empty tensor with the same device and dtype."""
     for part in module.modules():
         for name, weight in list(part.named_parameters(recurse=False)):
-            nothing = torch.empty(0, dtype=weight.dtype, device=weight.device)
-            setattr(part, name, nn.Parameter(nothing, requires_grad=False))
+            empty = torch.empty(0, dtype=weight.dtype, device=weight.device)
+            setattr(part, name, nn.Parameter(empty, requires_grad=False))
 
 
 def float_copy(module: nn.Module) -> nn.Module:
-    """A copy of a module whose weights are numbers: those of a quantized layer unpacked, in float32."""
+    """A copy of a module with floating-point weights; a quantized layer is dequantized to float32."""
     if not is_quantized_layer(module):
         return deepcopy(module)
     weight = dequantized_weight(module).float()
     outputs, inputs = weight.shape
     bias = getattr(module, "bias", None)
     if issubclass(getattr(module, "source_cls", nn.Linear), Conv1D):
-        # GPT-2's layers hold their weight turned round, and so does every adapter that is saved of them.
-        turned: nn.Module = Conv1D(outputs, inputs)
-        turned.weight = nn.Parameter(weight.t().contiguous())
-        turned.bias = nn.Parameter(module.get_parameter("bias").detach().float().clone())
-        return turned
+        # GPT-2's layers store their weight transposed, and so do the saved adapters of such layers.
+        transposed: nn.Module = Conv1D(outputs, inputs)
+        transposed.weight = nn.Parameter(weight.t().contiguous())
+        transposed.bias = nn.Parameter(module.get_parameter("bias").detach().float().clone())
+        return transposed
     linear = nn.Linear(inputs, outputs, bias=bias is not None, device="meta")
     linear.weight = nn.Parameter(weight)
     if bias is not None:
@@ -244,33 +246,33 @@ def float_copy(module: nn.Module) -> nn.Module:
     return linear
 
 
-def _wanted(config: WholeConfig, parts: ModelLayout) -> list[str]:
-    wanted = full_targets(
-        parts,
+def _select(config: WholeConfig, layout: ModelLayout) -> list[str]:
+    selected = full_targets(
+        layout,
         last_layers=config.last_layers,
         layers=config.layers,
         head=config.head,
         embeddings=config.embeddings,
         everything=config.everything,
     )
-    if not wanted and not config.trainable_token_indices and not config.modules_to_save:
-        raise ValueError("nothing is trained; set last_layers, layers, head or embeddings")
-    return wanted
+    if not selected and not config.trainable_token_indices and not config.modules_to_save:
+        raise ValueError("no module is trained; set last_layers, layers, head or embeddings")
+    return selected
 
 
-def _tied_output(model: nn.Module, parts: ModelLayout) -> str | None:
-    """Name of the output layer where it shares its weight with the embedding."""
-    if parts.embedding is None or parts.output is None:
+def _tied_output(model: nn.Module, layout: ModelLayout) -> str | None:
+    """Name of the output layer if it shares its weight with the embedding."""
+    if layout.embedding is None or layout.output is None:
         return None
-    first, last = model.get_submodule(parts.embedding), model.get_submodule(parts.output)
+    first, last = model.get_submodule(layout.embedding), model.get_submodule(layout.output)
     config = getattr(model, "config", None)
-    stated = bool(getattr(getattr(config, "get_text_config", lambda: config)(), "tie_word_embeddings", False))
+    configured = bool(getattr(getattr(config, "get_text_config", lambda: config)(), "tie_word_embeddings", False))
     shared = getattr(first, "weight", None) is getattr(last, "weight", None)
-    return parts.output if shared or stated else None
+    return layout.output if shared or configured else None
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters, and what a module counts in training, such as the running means of a batch norm."""
+    """Parameters and buffers, such as the running means of a batch norm."""
     yield from module.named_parameters()
     yield from module.named_buffers()
 

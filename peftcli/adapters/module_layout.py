@@ -1,4 +1,4 @@
-"""The layout of a loaded model that decides where our tuners are placed."""
+"""Reads the layout of a loaded model, which decides where our tuners go."""
 
 from typing import Any
 
@@ -9,10 +9,10 @@ from peftcli.plan.module_layout import ModelLayout, layout_of
 
 
 def read_layout(model: nn.Module) -> ModelLayout:
-    """The modules of a model that own parameters, by where they stand.
+    """The modules of a model that own parameters, grouped by their position in the model.
 
     Raises:
-        ValueError: one stands inside another, so no copy of it alone can be made.
+        ValueError: one of them contains another, so it cannot be copied by itself.
     """
     return layout_of(parameter_owners(model), end_name(model, "input"), end_name(model, "output"))
 
@@ -25,23 +25,23 @@ def parameter_owners(model: nn.Module) -> tuple[str, ...]:
 
 
 def end_name(model: nn.Module, side: str) -> str | None:
-    """Name of the embedding (`input`) or of the output layer (`output`), None where there is none."""
-    asked = getattr(model, f"get_{side}_embeddings", None)
+    """Name of the embedding (`input`) or of the output layer (`output`), None if there is none."""
+    getter = getattr(model, f"get_{side}_embeddings", None)
     try:
-        end = asked() if asked is not None else None
+        end = getter() if getter is not None else None
     except NotImplementedError:
         return None
     return next((name for name, module in model.named_modules() if module is end), None) if end is not None else None
 
 
 def all_widths(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Inputs and outputs of all linear layers by name, in order."""
+    """Input and output features of all linear layers by name, in order."""
     found = {name: linear_widths(module) for name, module in model.named_modules()}
     return {name: widths for name, widths in found.items() if widths is not None}
 
 
 def linear_widths(module: nn.Module) -> tuple[int, int] | None:
-    """Inputs and outputs of a linear layer, quantized or not; None for any other module."""
+    """Input and output features of a linear layer, quantized or not; None for any other module."""
     if isinstance(module, nn.Linear):
         return int(module.in_features), int(module.out_features)
     if isinstance(module, Conv1D):
@@ -50,7 +50,7 @@ def linear_widths(module: nn.Module) -> tuple[int, int] | None:
 
 
 def hidden_width(model: nn.Module) -> int:
-    """Width of the residual stream, 0 where the configuration does not tell it."""
+    """Hidden size of the model, 0 if the configuration does not have it."""
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     widths = (getattr(text, key, None) for key in ("hidden_size", "n_embd", "d_model", "dim"))

@@ -1,4 +1,4 @@
-"""Quantized layers: how they are recognized, and the float weights that they compute with."""
+"""Quantized layers: how to recognize them, and their dequantized weights."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,26 +8,26 @@ import torch
 from torch import Tensor, nn
 
 QUANTIZATION_FLAGS = ("is_loaded_in_4bit", "is_loaded_in_8bit")
-"""Attributes by which transformers marks a quantized model, and PEFT and TRL know one."""
+"""Attributes with which transformers marks a quantized model, and by which PEFT and TRL recognize one."""
 
 
 def is_quantized(model: nn.Module) -> bool:
     """Whether a model was loaded with quantized weights."""
-    return any(getattr(model, mark, False) for mark in QUANTIZATION_FLAGS)
+    return any(getattr(model, flag, False) for flag in QUANTIZATION_FLAGS)
 
 
 @contextmanager
 def hide_quantization_flag(model: nn.Module) -> Iterator[None]:
-    """Let PEFT work: some methods ask the model whether it is quantized, and not the layers that they stand on."""
-    marked: Any = model
-    before = {mark: True for mark in QUANTIZATION_FLAGS if getattr(model, mark, False)}
-    for mark in before:
-        setattr(marked, mark, False)
+    """Make PEFT treat the model as unquantized: some methods check the model's flag instead of their target layers."""
+    flagged: Any = model
+    before = {flag: True for flag in QUANTIZATION_FLAGS if getattr(model, flag, False)}
+    for flag in before:
+        setattr(flagged, flag, False)
     try:
         yield
     finally:
-        for mark in before:
-            setattr(marked, mark, True)
+        for flag in before:
+            setattr(flagged, flag, True)
 
 
 def is_quantized_layer(module: nn.Module | None) -> bool:
@@ -37,23 +37,23 @@ def is_quantized_layer(module: nn.Module | None) -> bool:
 
 
 def dequantized_weight(module: Any) -> Tensor:
-    """The weight of a packed layer as it computes with it, (outputs, inputs).
+    """The dequantized weight of a quantized layer, (outputs, inputs).
 
     Args:
-        module: a layer of which `is_quantized_layer` is true.
+        module: a layer for which `is_quantized_layer` is true.
     """
     weight = module.weight
     if _is_int8(weight):
         return dequantize_rows(weight.data, row_scale(module), torch.float32)
-    # Of a CUDA machine this import takes seconds, and a base that is not quantized has no use for it.
+    # This import takes seconds on a CUDA machine, and an unquantized base model does not need it.
     from bitsandbytes.functional import dequantize_4bit
 
-    unpacked: Tensor = dequantize_4bit(weight.data, weight.quant_state)
-    return unpacked
+    dequantized: Tensor = dequantize_4bit(weight.data, weight.quant_state)
+    return dequantized
 
 
 def dequantize_rows(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """The weights of an 8-bit layer, rounded once: the factor of a row is float32 whatever comes out.
+    """The dequantized weights of an 8-bit layer, rounded once: the scale of a row is float32 for every output dtype.
 
     Args:
         codes: (outputs, inputs), int8.
@@ -63,9 +63,9 @@ def dequantize_rows(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def row_scale(module: Any) -> Tensor:
-    """The largest absolute weight of each row of an 8-bit layer, which its 127 stands for.
+    """The largest absolute weight of each row of an 8-bit layer, which code 127 represents.
 
-    It lies with the weight; bitsandbytes' own forward moves it to the layer's state, and forgets it there once the
+    It is an attribute of the weight; bitsandbytes' forward moves it to the layer's state, and loses it there when the
     weight is moved.
     """
     weight = module.weight

@@ -11,21 +11,21 @@ from peftcli.adapters.full import WholeConfig, WholeModel
 
 @cache
 def register() -> None:
-    """Add our methods to PEFT; asked for wherever an adapter is made or loaded, done once."""
+    """Add our methods to PEFT, once; called wherever an adapter is created or loaded."""
     _add_types("BOTTLENECK", "WHOLE")
     register_peft_method(name="bottleneck", config_cls=BottleneckConfig, model_cls=BottleneckModel)
     register_peft_method(name="whole", config_cls=WholeConfig, model_cls=WholeModel)
 
 
 def own_config(name: str) -> type[PeftConfig]:
-    """The configuration class of ours of that name, known to PEFT."""
+    """Our configuration class of that name, registered with PEFT."""
     register()
     classes: dict[str, type[PeftConfig]] = {one.__name__: one for one in (BottleneckConfig, WholeConfig)}
     return classes[name]
 
 
 def _add_types(*names: str) -> None:
-    """Add members to PEFT's enumeration of methods, which has no interface for it."""
+    """Add members to PEFT's enum of methods, which has no API for it."""
     for name in names:
         member = str.__new__(PeftType, name)
         member._name_ = member._value_ = name

@@ -319,7 +319,7 @@ def test_rows_of_the_embedding_can_be_trained_beside_frozen_blocks() -> None:
     [
         ({"last_layers": 4}, "last_layers 4: this model has 3"),
         ({"layers": [0, 7]}, r"layers \[7\]: this model has 3, numbered 0 to 2"),
-        ({}, "nothing is trained; set last_layers"),
+        ({}, "no module is trained; set last_layers"),
     ],
 )
 def test_a_freezing_that_cannot_be_is_refused(config: dict[str, object], said: str) -> None:
@@ -441,7 +441,7 @@ def test_the_merge_of_a_bottleneck_is_refused_with_the_reason(
     recipe = write_recipe(adapter=METHODS_OF_OURS["bottleneck"], trainer={"max_steps": 1})
     assert run_cli("train", recipe, "--output-dir", "run") == 0
     assert run_cli("merge", "run") in (2, 4)
-    assert "is not linear, so no weight of the base can hold it" in capfd.readouterr().err
+    assert "is not linear, so it cannot be folded into a weight" in capfd.readouterr().err
 
 
 def test_a_merged_model_of_tied_ends_that_were_trained_together_stays_tied(tmp_path: Path) -> None:

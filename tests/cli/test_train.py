@@ -360,7 +360,7 @@ def test_a_gate_that_is_not_met_exits_7_with_all_written(
 ) -> None:
     recipe = write_recipe(gates={"exact_match": ">= 1.0", "loss": "<= 0.0001"}, trainer={"max_steps": 1})
     assert run_cli("train", recipe, "--output-dir", "run") == 7
-    assert "the recipe asks for <= 0.0001" in capfd.readouterr().err
+    assert "but the recipe requires <= 0.0001" in capfd.readouterr().err
     assert read_json(tmp_path / "run" / "metrics.json")["status"] == "finished"
     assert (tmp_path / "run" / "report.html").is_file()
 
