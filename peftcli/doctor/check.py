@@ -1,4 +1,4 @@
-"""The result of one check, in words that are safe to paste in public."""
+"""The result of one check, without anything that must not be pasted in public."""
 
 import getpass
 import platform
@@ -17,13 +17,13 @@ _ABSOLUTE = re.compile(r"(?<![\w./~:-])(?:~|/[^\s/'\",;:()]+)(?:/[^\s/'\",;:()]+
 
 @dataclass(frozen=True)
 class Check:
-    """The answer to one question.
+    """The result of one check.
 
     Attributes:
-        name: the question, in a word or two.
-        result: `ok`, `warn` (go on, knowing this) or `fail` (a run would stop here, or miss the card).
-        found: what is there, against what may be.
-        fix: what to do about a warn or a fail, empty for ok.
+        name: what was checked, in a word or two.
+        result: `ok`, `warn` (a run works, but the user should know) or `fail` (a run would stop, or not use the GPU).
+        found: what was found, and what is expected.
+        fix: what to do about a warning or a failure; empty for `ok`.
     """
 
     name: str
@@ -33,35 +33,36 @@ class Check:
 
     @property
     def line(self) -> str:
-        """What is there, and the mend behind it."""
+        """What was found, followed by the fix."""
         return f"{self.found}; {self.fix}" if self.fix else self.found
 
 
 def refused(name: str, problem: PeftcliError) -> Check:
-    """A fail from an error of ours, whose message says on its last line or after its last semicolon how to mend it."""
+    """A failed check from one of our errors; the fix is the last line of the message, or what follows the last "; "."""
     text = str(problem).strip()
-    there, _, mend = text.rpartition("\n" if "\n" in text else "; ")
-    there, mend = (" ".join(part.split()) for part in (there, mend))
-    return Check(name, FAIL, there or mend, mend if there else "")
+    found, _, fix = text.rpartition("\n" if "\n" in text else "; ")
+    found, fix = (" ".join(part.split()) for part in (found, fix))
+    return Check(name, FAIL, found or fix, fix if found else "")
 
 
 def private_words() -> dict[str, str]:
-    """What tells who and where somebody is, each with what is written for it; longer words come first."""
+    """Names that identify the user or the machine, with their replacements; longer names come first."""
     words = {str(Path.home()): "~", platform.node(): "***"}
     with suppress(KeyError, OSError):  # a user without a name, as in some containers
         words[getpass.getuser()] = "***"
-    # `root` and `localhost` tell nothing, and would spoil sentences that mean something else.
-    kept = {word: sign for word, sign in words.items() if word not in ("", "/", "root", "/root", "localhost")}
-    return dict(sorted(kept.items(), key=lambda pair: -len(pair[0])))
+    # `root` and `localhost` identify nobody, and replacing them would garble other sentences.
+    common = ("", "/", "root", "/root", "localhost")
+    private = {word: replacement for word, replacement in words.items() if word not in common}
+    return dict(sorted(private.items(), key=lambda pair: -len(pair[0])))
 
 
-def anonymous(verdict: Check, private: Mapping[str, str]) -> Check:
-    """The same verdict without paths, names of users and hosts, or tokens."""
-    return replace(verdict, found=without_private(verdict.found, private), fix=without_private(verdict.fix, private))
+def anonymous(check: Check, private: Mapping[str, str]) -> Check:
+    """The check without paths, user names, host names or tokens."""
+    return replace(check, found=without_private(check.found, private), fix=without_private(check.fix, private))
 
 
 def without_private(text: str, private: Mapping[str, str]) -> str:
-    """Shorten each full path to its last part, and put signs for private words and tokens.
+    """Shorten absolute paths to their last component, and replace private names and tokens.
 
     >>> without_private("/mnt/anna/models/llama: no such folder on pc7", {"anna": "***", "pc7": "***"})
     '.../llama: no such folder on ***'
@@ -69,6 +70,6 @@ def without_private(text: str, private: Mapping[str, str]) -> str:
     'org/model of https://huggingface.co/org'
     """
     text = _ABSOLUTE.sub(lambda found: ".../" + found[0].rstrip("/").rpartition("/")[2], hide_secrets(text))
-    for word, sign in private.items():
-        text = re.sub(rf"(?<!\w){re.escape(word)}(?!\w)", sign, text)
+    for word, replacement in private.items():
+        text = re.sub(rf"(?<!\w){re.escape(word)}(?!\w)", replacement, text)
     return text

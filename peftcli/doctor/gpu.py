@@ -1,4 +1,4 @@
-"""Checks of the GPUs: what the installed torch can do with them, and whether they compute correctly."""
+"""Checks of the GPUs: whether the installed torch supports them, and whether they compute correctly."""
 
 import importlib.util
 import os
@@ -19,18 +19,18 @@ from peftcli.recipe.schema import Recipe
 from peftcli.report.format import size
 
 DRIVER = Path("/proc/driver/nvidia/version")
-TAKEN_BYTES, TAKEN_SHARE = 1.5 * 2**30, 0.1
-"""More of a card than this, in bytes and as a share, is held by another program and not by the driver."""
+USED_BYTES, USED_SHARE = 1.5 * 2**30, 0.1
+"""If more GPU memory than this is in use, in bytes and as a share, another program uses it, not only the driver."""
 SIDE = 256
 MOST_ERROR = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
-"""Largest relative distance of a product of SIDE terms from the one in float64."""
+"""Maximum relative error of a matmul with SIDE terms, compared with float64."""
 KERNELS = ("flash_attn", "flash_attn_interface", "liger_kernel", "triton", "kernels")
-"""Packages with faster kernels; none of them is needed."""
+"""Optional packages with faster kernels."""
 
 
 @dataclass(frozen=True)
 class GPU:
-    """One graphics card."""
+    """One GPU."""
 
     name: str
     capability: tuple[int, int]
@@ -41,41 +41,41 @@ class GPU:
 
 @dataclass(frozen=True)
 class Cuda:
-    """The cards that this process sees, and what stands between them and us.
+    """The GPUs that this process can see, and why it cannot see others.
 
     Attributes:
         wheel: CUDA version that the installed torch was built with, None for a wheel without CUDA.
-        driver: version of the NVIDIA driver, None where none is seen.
-        masked: CUDA_VISIBLE_DEVICES hides all cards.
-        cards: in the order of their numbers.
-        problem: what asking for them raised, empty for nothing.
+        driver: version of the NVIDIA driver, None if there is none.
+        masked: whether CUDA_VISIBLE_DEVICES hides all GPUs.
+        gpus: in the order of their indices.
+        problem: the error when querying them, empty for none.
     """
 
     wheel: str | None
     driver: str | None
     masked: bool
-    cards: tuple[GPU, ...] = ()
+    gpus: tuple[GPU, ...] = ()
     problem: str = ""
 
 
 def probe_cuda() -> Cuda:
-    """Ask torch and the driver."""
-    cards: list[GPU] = []
+    """Query torch and the driver."""
+    gpus: list[GPU] = []
     problem = ""
     try:
         if torch.cuda.is_available():
-            cards = [_card(number) for number in range(torch.cuda.device_count())]
+            gpus = [_gpu(index) for index in range(torch.cuda.device_count())]
     except RuntimeError as error:
         problem = " ".join(str(error).split())[:160]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     masked = visible is not None and visible.strip() in ("", "-1", "NoDevFiles")
-    return Cuda(torch.version.cuda, _driver(DRIVER), masked, tuple(cards), problem)
+    return Cuda(torch.version.cuda, _driver(DRIVER), masked, tuple(gpus), problem)
 
 
-def _card(number: int) -> GPU:
-    properties = torch.cuda.get_device_properties(number)
-    free, total = torch.cuda.mem_get_info(number)
-    with torch.cuda.device(number):
+def _gpu(index: int) -> GPU:
+    properties = torch.cuda.get_device_properties(index)
+    free, total = torch.cuda.mem_get_info(index)
+    with torch.cuda.device(index):
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     return GPU(properties.name, (properties.major, properties.minor), total, free, native)
 
@@ -88,101 +88,104 @@ def _driver(file: Path) -> str | None:
 
 
 def check_gpus(cuda: Cuda, *, wanted: bool = True) -> Check:
-    """Say which cards there are, and why one that the driver knows cannot be used.
+    """List the GPUs, or say why a GPU with a driver cannot be used.
 
     Args:
-        wanted: False for a recipe that asks for the CPU.
+        wanted: False for a recipe that uses the CPU.
     """
     bad = FAIL if wanted else WARN
     if cuda.problem:
-        there = f"torch sees a card and cannot ask it: {cuda.problem}"
-        return Check("GPU", bad, there, "check with nvidia-smi; end what fills the card, or restart the machine")
-    if cuda.cards:
-        return _judge_present(cuda)
+        found = f"torch sees a GPU but cannot query it: {cuda.problem}"
+        fix = "check with nvidia-smi; end the programs that use its memory, or restart the machine"
+        return Check("GPU", bad, found, fix)
+    if cuda.gpus:
+        return _check_present(cuda)
     if cuda.driver is None:
-        return Check("GPU", OK, "none here: runs take the CPU, which is enough for small models and rehearsals")
+        return Check("GPU", OK, "none: runs use the CPU, which is enough for small models and smoke runs")
     if cuda.masked:
-        return Check("GPU", WARN, "CUDA_VISIBLE_DEVICES hides it", "unset CUDA_VISIBLE_DEVICES")
+        return Check("GPU", WARN, "CUDA_VISIBLE_DEVICES hides all GPUs", "unset CUDA_VISIBLE_DEVICES")
     if cuda.wheel is None:
-        there = f"NVIDIA driver {cuda.driver} is here, but the installed torch was built without CUDA"
-        return Check("GPU", bad, there, "install a torch wheel with CUDA (pytorch.org names the command)")
-    there = f"NVIDIA driver {cuda.driver} is here, but torch (CUDA {cuda.wheel}) reaches no card"
+        found = f"NVIDIA driver {cuda.driver} is installed, but the installed torch was built without CUDA"
+        return Check("GPU", bad, found, "install a torch wheel with CUDA (see pytorch.org for the command)")
+    found = f"NVIDIA driver {cuda.driver} is installed, but torch (CUDA {cuda.wheel}) finds no GPU"
     fix = f"check with nvidia-smi; update the driver, or install a torch wheel for an older CUDA than {cuda.wheel}"
-    return Check("GPU", bad, there, fix)
+    return Check("GPU", bad, found, fix)
 
 
-def _judge_present(cuda: Cuda) -> Check:
+def _check_present(cuda: Cuda) -> Check:
     shown = [
-        f"{card.name} (sm_{card.capability[0]}{card.capability[1]}), {size(card.free_bytes)} free of "
-        f"{size(card.memory_bytes)}"
-        for card in cuda.cards
+        f"{gpu.name} (sm_{gpu.capability[0]}{gpu.capability[1]}), {size(gpu.free_bytes)} free of "
+        f"{size(gpu.memory_bytes)}"
+        for gpu in cuda.gpus
     ]
-    there = f"{'; '.join(shown)}; driver {cuda.driver or 'unknown'}, torch for CUDA {cuda.wheel}"
-    for card in cuda.cards:
-        taken = card.memory_bytes - card.free_bytes
-        if taken > TAKEN_BYTES and taken > TAKEN_SHARE * card.memory_bytes:
-            return Check("GPU", WARN, there, f"end what holds {size(taken)} of it (nvidia-smi lists the programs)")
-    return Check("GPU", OK, there)
+    found = f"{'; '.join(shown)}; driver {cuda.driver or 'unknown'}, torch for CUDA {cuda.wheel}"
+    for gpu in cuda.gpus:
+        used = gpu.memory_bytes - gpu.free_bytes
+        if used > USED_BYTES and used > USED_SHARE * gpu.memory_bytes:
+            return Check("GPU", WARN, found, f"end the programs that use {size(used)} of it (see nvidia-smi)")
+    return Check("GPU", OK, found)
 
 
-def machine_of(machine: Machine, card: GPU) -> Machine:
-    """The machine as if this card were its first."""
+def machine_of(machine: Machine, gpu: GPU) -> Machine:
+    """The machine with this GPU as the first one."""
     return replace(
         machine,
-        name=card.name,
-        capability=card.capability,
-        native_bf16=card.native_bf16,
-        memory_bytes=card.memory_bytes,
+        name=gpu.name,
+        capability=gpu.capability,
+        native_bf16=gpu.native_bf16,
+        memory_bytes=gpu.memory_bytes,
     )
 
 
-def check_torch_build(machine: Machine, cards: Sequence[GPU]) -> Check:
-    """Hold the architectures of the torch wheel against every card."""
+def check_torch_build(machine: Machine, gpus: Sequence[GPU]) -> Check:
+    """Check that the torch wheel has kernels for the architecture of every GPU."""
     try:
-        for card in cards:
-            check_wheel(machine_of(machine, card))
+        for gpu in gpus:
+            check_wheel(machine_of(machine, gpu))
     except MachineError as problem:
         return refused("kernels", problem)
-    return Check("kernels", OK, f"torch has them for every card here ({', '.join(machine.arch_list)})")
+    return Check("kernels", OK, f"torch has kernels for every GPU ({', '.join(machine.arch_list)})")
 
 
 def auto_dtype(machine: Machine, *, on_gpu: bool) -> Decision:
-    """The dtype that a recipe gets which leaves it to the plan."""
-    least = Recipe.model_validate({"name": "any", "model": {"name": "any"}, "dataset": {"path": "any"}, "trainer": {}})
-    return choose_dtype(least, machine, on_gpu)
+    """The dtype that the plan chooses for `model.dtype: auto`."""
+    sections = {"name": "any", "model": {"name": "any"}, "dataset": {"path": "any"}, "trainer": {}}
+    return choose_dtype(Recipe.model_validate(sections), machine, on_gpu)
 
 
 def check_precision(chosen: Decision) -> Check:
-    """Say which dtype that is, and why."""
+    """Show the dtype, with the reason."""
     return Check("precision", OK, f"model.dtype: auto is {chosen.value}: {chosen.reason}")
 
 
-def check_several_gpus(cards: Sequence[GPU]) -> list[Check]:
-    """How to use more than one card; nothing where there is one."""
-    if len(cards) < 2:
+def check_several_gpus(gpus: Sequence[GPU]) -> list[Check]:
+    """How to use more than one GPU; no check if there is only one."""
+    if len(gpus) < 2:
         return []
-    there = f"`peftcli train` shares the rows of a step among all {len(cards)}, --num-processes 1 uses one"
-    if len({(card.name, card.memory_bytes) for card in cards}) > 1:
-        fix = "choose equal ones with CUDA_VISIBLE_DEVICES, or expect the pace and the room of the smallest"
-        return [Check("several GPUs", WARN, f"{there}; they differ", fix)]
-    return [Check("several GPUs", OK, there)]
+    found = f"`peftcli train` splits each batch across all {len(gpus)} GPUs; --num-processes 1 uses one"
+    if len({(gpu.name, gpu.memory_bytes) for gpu in gpus}) > 1:
+        fix = (
+            "select equal ones with CUDA_VISIBLE_DEVICES; otherwise speed and memory will be those of the smallest GPU"
+        )
+        return [Check("multiple GPUs", WARN, f"{found}; they differ", fix)]
+    return [Check("multiple GPUs", OK, found)]
 
 
 def matmul_error(device: str, dtype: str) -> float:
-    """Relative distance of one product on a device from that in float64 on the CPU.
+    """Relative error of a matmul on a device, compared with float64 on the CPU.
 
     Raises:
-        RuntimeError: the device cannot do it.
+        RuntimeError: the matmul fails on the device.
     """
     generator = torch.Generator().manual_seed(0)
     left, right = (torch.randn(SIDE, SIDE, generator=generator).to(getattr(torch, dtype)) for _ in range(2))
     exact = left.double() @ right.double()
-    found = (left.to(device) @ right.to(device)).cpu().double()
-    return float((found - exact).norm() / exact.norm())
+    computed = (left.to(device) @ right.to(device)).cpu().double()
+    return float((computed - exact).norm() / exact.norm())
 
 
 def try_matmuls(device: str, native_bf16: bool) -> tuple[dict[str, float], str]:
-    """The error of a product in each dtype that training may use, and what went wrong, empty for nothing."""
+    """The error of a matmul in each dtype that training may use, and a failure if there was one, else empty."""
     errors: dict[str, float] = {}
     for dtype in ("float32", "float16", *(("bfloat16",) if native_bf16 else ())):
         try:
@@ -192,40 +195,40 @@ def try_matmuls(device: str, native_bf16: bool) -> tuple[dict[str, float], str]:
     return errors, ""
 
 
-def check_matmuls(number: int, errors: dict[str, float], problem: str) -> Check:
-    """Whether a card computed what it should.
+def check_matmuls(index: int, errors: dict[str, float], problem: str) -> Check:
+    """Whether a GPU computes correctly.
 
     Args:
-        number: of the card.
-        errors: relative distance from the exact product, by dtype.
-        problem: what kept it from computing, empty for nothing.
+        index: of the GPU.
+        errors: relative error by dtype.
+        problem: the failure, empty for none.
     """
-    name = f"arithmetic {number}"
+    name = f"matmul {index}"
     if problem:
-        return Check(name, FAIL, f"a product on card {number} failed: {problem}", "check the driver with nvidia-smi")
+        return Check(name, FAIL, f"a matmul on GPU {index} failed: {problem}", "check the driver with nvidia-smi")
     wrong = [f"{dtype} by {error:.2g}" for dtype, error in errors.items() if not error <= MOST_ERROR[dtype]]
     if wrong:
-        fix = "restart the machine; if it stays so, the card is faulty: take another"
-        return Check(name, FAIL, f"products on card {number} are wrong: {', '.join(wrong)}", fix)
-    return Check(name, OK, f"products on card {number} are right in {', '.join(errors)}")
+        fix = "restart the machine; if it happens again, the GPU is faulty: use another one"
+        return Check(name, FAIL, f"matmuls on GPU {index} are wrong: {', '.join(wrong)}", fix)
+    return Check(name, OK, f"matmuls on GPU {index} are correct in {', '.join(errors)}")
 
 
 def check_kernels(problems: dict[str, str | None], missing: Sequence[str]) -> Check:
-    """Which optional packages with faster kernels can be loaded.
+    """Which optional packages with faster kernels can be imported.
 
     Args:
-        problems: of each package that is installed, what importing it raised, None for nothing.
-        missing: those that are not installed.
+        problems: the import error of each installed package, None for none.
+        missing: packages that are not installed.
     """
     broken = {name: problem for name, problem in problems.items() if problem is not None}
     if broken:
-        there = ", ".join(f"{name} is installed and cannot be loaded ({problem})" for name, problem in broken.items())
-        return Check("fast kernels", WARN, there, f"pip uninstall {' '.join(broken)}, or build for this torch")
-    here = ", ".join(problems) or "none"
-    return Check("fast kernels", OK, f"{here} here; not here and not needed: {', '.join(missing) or 'none'}")
+        found = ", ".join(f"{name} is installed but cannot be imported ({problem})" for name, problem in broken.items())
+        return Check("fast kernels", WARN, found, f"pip uninstall {' '.join(broken)}, or build it for this torch")
+    installed = ", ".join(problems) or "none"
+    return Check("fast kernels", OK, f"installed: {installed}; optional and missing: {', '.join(missing) or 'none'}")
 
 
 def probe_kernels() -> tuple[dict[str, str | None], list[str]]:
-    """Import those optional packages that are installed."""
-    here = [name for name in KERNELS if importlib.util.find_spec(name) is not None]
-    return {name: import_problem(name) for name in here}, [name for name in KERNELS if name not in here]
+    """Import the optional packages that are installed."""
+    installed = [name for name in KERNELS if importlib.util.find_spec(name) is not None]
+    return {name: import_problem(name) for name in installed}, [name for name in KERNELS if name not in installed]

@@ -1,4 +1,4 @@
-"""Checks whether the Hub answers, within a time limit."""
+"""Checks whether the Hub responds within a time limit."""
 
 import http.client
 import urllib.error
@@ -20,11 +20,11 @@ Answer = TypeVar("Answer")
 
 @dataclass(frozen=True)
 class Hub:
-    """What is known of the Hub.
+    """The state of the Hub.
 
     Attributes:
-        offline: HF_HUB_OFFLINE is set, so nobody asked.
-        code: HTTP status of its answer, None for none in time.
+        offline: HF_HUB_OFFLINE is set, so no request was made.
+        code: HTTP status of the response, None if there was none in time.
         mirror: HF_ENDPOINT names another server.
     """
 
@@ -43,12 +43,12 @@ class Hub:
 
 @dataclass(frozen=True)
 class HubModel:
-    """What the Hub says of a model.
+    """A model on the Hub.
 
     Attributes:
-        found: there is one of that name and revision, as far as this token may see.
-        gated: its terms must be accepted first.
-        weights_bytes: of its safetensors, which are downloaded.
+        found: whether the name and revision exist and are visible to this token.
+        gated: whether its terms must be accepted first.
+        weights_bytes: size of its safetensors files, which would be downloaded.
     """
 
     found: bool
@@ -57,7 +57,7 @@ class HubModel:
 
 
 def probe_hub(seconds: float = HUB_SECONDS) -> Hub:
-    """Ask the Hub for a sign of life, unless this process is offline on purpose."""
+    """Send a request to the Hub, unless offline mode is on."""
     mirror = constants.ENDPOINT.rstrip("/") != "https://huggingface.co"
     if constants.is_offline_mode():
         return Hub(offline=True, mirror=mirror)
@@ -65,22 +65,22 @@ def probe_hub(seconds: float = HUB_SECONDS) -> Hub:
 
 
 def answer_code(url: str, seconds: float) -> int | None:
-    """HTTP status of the answer to a HEAD request, None where none came in time."""
+    """HTTP status of a HEAD request, None if there was no response in time."""
 
     def ask() -> int | None:
         try:
             with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=seconds) as answer:
                 return int(answer.status)
-        except urllib.error.HTTPError as refusal:
-            return refusal.code
-        except (OSError, ValueError, http.client.HTTPException):  # no route, no address, no HTTP: no answer
+        except urllib.error.HTTPError as error:
+            return error.code
+        except (OSError, ValueError, http.client.HTTPException):  # no route, no DNS entry, not HTTP: no response
             return None
 
     return in_time(ask, seconds)
 
 
 def in_time(ask: Callable[[], Answer | None], seconds: float) -> Answer | None:
-    """What a function returns, or None after so many seconds; a look-up of a name has no time limit of its own."""
+    """The result of a function, or None after a time limit; a DNS lookup has no time limit itself."""
     answers: list[Answer | None] = []
     thread = Thread(target=lambda: answers.append(ask()), daemon=True)
     thread.start()
@@ -89,14 +89,14 @@ def in_time(ask: Callable[[], Answer | None], seconds: float) -> Answer | None:
 
 
 def model_on_hub(name: str, revision: str | None, seconds: float = MODEL_SECONDS) -> HubModel | None:
-    """What the Hub says of a model, None where it does not say anything in time."""
+    """A model on the Hub, None if there was no response in time."""
 
     def ask() -> HubModel | None:
         try:
             info = HfApi().model_info(name, revision=revision, files_metadata=True, timeout=seconds)
         except (RepositoryNotFoundError, RevisionNotFoundError):
             return HubModel(found=False)
-        except Exception:  # whatever keeps it from answering, loading the model will say it in full
+        except Exception:  # whatever the failure is, loading the model reports it in full
             return None
         files = info.siblings or []
         weights = [file for file in files if file.rfilename.endswith(".safetensors") and "/" not in file.rfilename]
@@ -106,12 +106,12 @@ def model_on_hub(name: str, revision: str | None, seconds: float = MODEL_SECONDS
 
 
 def check_hub(hub: Hub) -> Check:
-    """Say whether models can be downloaded."""
+    """Whether models can be downloaded."""
     if hub.offline:
-        return Check("Hub", OK, "offline by HF_HUB_OFFLINE: models come from folders and the model cache")
+        return Check("Hub", OK, "HF_HUB_OFFLINE is set: models are loaded from folders and the model cache")
     if hub.answers:
-        return Check("Hub", OK, f"{hub.name} answers")
-    there = f"{hub.name} did not answer in {HUB_SECONDS:g} s"
+        return Check("Hub", OK, f"{hub.name} responds")
+    found = f"{hub.name} did not respond within {HUB_SECONDS:g} s"
     if hub.code is not None:
-        there = f"{hub.name}, or what stands before it, answered {hub.code}"
-    return Check("Hub", WARN, there, "export HF_HUB_OFFLINE=1, so that nothing waits for it, and use local models")
+        found = f"{hub.name}, or a proxy, responded with status {hub.code}"
+    return Check("Hub", WARN, found, "export HF_HUB_OFFLINE=1, so that nothing waits for it, and use local models")

@@ -1,4 +1,4 @@
-"""Checks the installed packages against their requirements and against the tested versions."""
+"""Checks the installed packages against their requirements and the tested versions."""
 
 import importlib
 import importlib.metadata
@@ -40,20 +40,20 @@ TESTED = {
     "scipy": "1.17.1",
     "seqeval": "1.2.2",
 }
-"""The versions of constraints.txt, on which the tests and CI run."""
+"""The versions of constraints.txt, with which the tests and CI run."""
 OURS = "peftcli"
 
 
 @dataclass(frozen=True)
 class Need:
-    """What one package asks of another."""
+    """A requirement of one package on another."""
 
     by: str
     what: Requirement
 
 
 def installed_versions(names: Sequence[str]) -> dict[str, str | None]:
-    """The installed version of each package, None where it is missing."""
+    """The installed version of each package, None if it is missing."""
     found: dict[str, str | None] = {}
     for name in names:
         try:
@@ -64,10 +64,10 @@ def installed_versions(names: Sequence[str]) -> dict[str, str | None]:
 
 
 def installed_needs() -> list[Need]:
-    """What peftcli asks of other packages, and what those ask in turn; extras aside.
+    """The requirements of peftcli and those of its direct dependencies, without extras.
 
-    Where peftcli is run without having been installed, it is taken to need whatever the tests ran on: packages that
-    change what a run does in no older version than was tested, others in any version.
+    If peftcli is run without being installed, its requirements are the packages that the tests ran with: those that
+    affect a run in the oldest tested version or later, others in any version.
     """
     ours = _needs_of(OURS) or [Need(OURS, _tested_need(name)) for name in TESTED]
     return ours + [need for direct in ours for need in _needs_of(direct.what.name)]
@@ -87,21 +87,21 @@ def _needs_of(package: str) -> list[Need]:
 
 
 def check_requirements(needs: Sequence[Need], installed: Mapping[str, str | None]) -> Check:
-    """Hold the installed versions against what is asked of them.
+    """Compare the installed versions with the requirements.
 
-    A package that peftcli asks for itself must fit; between two others a mismatch is told, since many are harmless.
+    A mismatch with peftcli's own requirements fails; one between other packages is a warning, since many are harmless.
 
     Args:
-        installed: version by the name that the needs use, None for what is missing.
+        installed: version by package name, None if it is missing.
     """
     unmet = [need for need in needs if not _is_met(need, installed.get(need.what.name))]
     if not unmet:
         direct = sum(need.by == OURS for need in needs)
-        return Check("packages", OK, f"the {direct} that peftcli needs are here and fit each other")
+        return Check("packages", OK, f"peftcli's {direct} requirements are installed and compatible")
     ours = [need for need in unmet if need.by == OURS]
-    there = ", ".join(_unmet_text(need, installed.get(need.what.name)) for need in ours or unmet)
+    found = ", ".join(_unmet_text(need, installed.get(need.what.name)) for need in ours or unmet)
     wanted = " ".join(f"'{need.what.name}{need.what.specifier}'" for need in ours or unmet)
-    return Check("packages", FAIL if ours else WARN, there, f"pip install {wanted}")
+    return Check("packages", FAIL if ours else WARN, found, f"pip install {wanted}")
 
 
 def _is_met(need: Need, version: str | None) -> bool:
@@ -109,25 +109,25 @@ def _is_met(need: Need, version: str | None) -> bool:
 
 
 def _unmet_text(need: Need, version: str | None) -> str:
-    asked = f"{need.by} needs {need.what.name}{need.what.specifier}"
-    return f"{asked}, which is missing" if version is None else f"{asked}, here is {version}"
+    required = f"{need.by} requires {need.what.name}{need.what.specifier}"
+    return f"{required}, which is not installed" if version is None else f"{required}, but {version} is installed"
 
 
 def check_tested_versions(installed: Mapping[str, str | None]) -> Check:
-    """Compare the installed versions with the range of those that the tests ran on; a third number never warns.
+    """Compare the installed versions with the tested range; the patch version is ignored.
 
-    Versions older than that are left out: peftcli does not allow them, so `check_requirements` fails.
+    Older versions are not reported here: peftcli does not allow them, so `check_requirements` fails.
     """
-    here = {name: version for name in TRAINING if (version := installed.get(name)) is not None}
-    newer = {name: last for name in here if _is_newer(here[name], last := tested_range(name)[1])}
+    present = {name: version for name in TRAINING if (version := installed.get(name)) is not None}
+    newer = {name: last for name in present if _is_newer(present[name], last := tested_range(name)[1])}
     if newer:
         found = ", ".join(
-            f"{name} {here[name]} is newer than {last}, the newest tested" for name, last in newer.items()
+            f"{name} {present[name]} is newer than {last}, the newest tested version" for name, last in newer.items()
         )
         wanted = " ".join(f"{name}=={last}" for name, last in newer.items())
-        return Check("tested", WARN, found, f"should something misbehave, pip install {wanted}")
-    ranges = {name: tested_range(name) for name in here}
-    inside = [name for name, (first, _) in ranges.items() if Version(here[name]) >= Version(first)]
+        return Check("tested", WARN, found, f"if something misbehaves, pip install {wanted}")
+    ranges = {name: tested_range(name) for name in present}
+    inside = [name for name, (first, _) in ranges.items() if Version(present[name]) >= Version(first)]
     return Check("tested", OK, "tested with " + ", ".join(f"{name} {_range_text(*ranges[name])}" for name in inside))
 
 
@@ -136,7 +136,7 @@ def _is_newer(version: str, last: str) -> bool:
 
 
 def _range_text(first: str, last: str) -> str:
-    """The first two numbers of a range.
+    """A range of versions, without patch versions.
 
     >>> _range_text("2.6.0", "2.15.0"), _range_text("1.16.0", "1.16.0")
     ('2.6 to 2.15', '1.16')
@@ -149,35 +149,36 @@ def _first_two(version: str) -> tuple[int, ...]:
     return Version(version).release[:2]
 
 
-def check_python(version: str, asked: str | None, tested: Sequence[str]) -> Check:
-    """Hold the running Python against what the package asks for and names as tested.
+def check_python(version: str, required: str | None, tested: Sequence[str]) -> Check:
+    """Compare the running Python with the required and the tested versions.
 
     Args:
         version: such as 3.11.9.
-        asked: the package's Requires-Python, such as >=3.11, None where it is not known.
-        tested: first two numbers of each tested version; empty where it is not known.
+        required: the package's Requires-Python, such as >=3.11, None if unknown.
+        tested: major and minor number of each tested version; empty if unknown.
     """
-    if asked and not Requirement(f"python{asked}").specifier.contains(version, prereleases=True):
-        return Check("python", FAIL, f"{version}, but {asked} is needed", "make a virtual environment with such a one")
+    if required and not Requirement(f"python{required}").specifier.contains(version, prereleases=True):
+        fix = "create a virtual environment with a supported Python"
+        return Check("python", FAIL, f"{version}, but {required} is required", fix)
     if tested and ".".join(version.split(".")[:2]) not in tested:
-        there = f"{version}, tested are {', '.join(tested)}"
-        return Check("python", WARN, there, f"should something misbehave, use Python {tested[-1]}")
+        found = f"{version}, but only {', '.join(tested)} are tested"
+        return Check("python", WARN, found, f"if something misbehaves, use Python {tested[-1]}")
     return Check("python", OK, version)
 
 
 def stated_pythons() -> tuple[str | None, list[str]]:
-    """Which Python the installed peftcli asks for, and which it names as tested."""
+    """The Python versions that the installed peftcli requires, and those it lists as tested."""
     try:
-        stated = importlib.metadata.metadata(OURS)
+        metadata = importlib.metadata.metadata(OURS)
     except importlib.metadata.PackageNotFoundError:
         return None, []
     start = "Programming Language :: Python :: "
-    named = [line.removeprefix(start) for line in stated.get_all("Classifier") or [] if line.startswith(start)]
-    return (stated.get_all("Requires-Python") or [None])[0], [name for name in named if "." in name]
+    named = [line.removeprefix(start) for line in metadata.get_all("Classifier") or [] if line.startswith(start)]
+    return (metadata.get_all("Requires-Python") or [None])[0], [name for name in named if "." in name]
 
 
 def version_lines() -> list[str]:
-    """The versions that a report of a fault should name, peftcli's own first; nothing is imported for it."""
+    """The versions that a bug report should include, peftcli's own first; read without importing the packages."""
     found = installed_versions((OURS, *TRAINING))
     own = found.pop(OURS) or "(not installed)"
     others = {"python": platform.python_version(), **found}
@@ -185,35 +186,38 @@ def version_lines() -> list[str]:
 
 
 def check_databases(version: str | None, *, asked: bool) -> Check:
-    """Whether rows of a database with an address could be read.
+    """Whether `dataset.url` could be read.
 
     Args:
-        version: of SQLAlchemy, None where it is missing.
-        asked: the recipe needs it.
+        version: of SQLAlchemy, None if it is not installed.
+        asked: whether the recipe needs it.
     """
     if version is not None:
         return Check("databases", OK, f"sqlalchemy {version}")
     if asked:
         return Check(
-            "databases", FAIL, "the recipe reads a database, and sqlalchemy is missing", "pip install 'peftcli[sql]'"
+            "databases",
+            FAIL,
+            "the recipe reads a database, but sqlalchemy is not installed",
+            "pip install 'peftcli[sql]'",
         )
     return Check("databases", OK, "sqlalchemy is not installed; only dataset.url needs it")
 
 
 def check_imports(names: Sequence[str]) -> Check:
-    """Import packages, and name those that are here and broken, or missing."""
+    """Import packages, and report those that are broken or missing."""
     broken = {name: problem for name in names if (problem := import_problem(name)) is not None}
     if not broken:
-        return Check("imports", OK, f"{', '.join(name for name in names if name in TRAINING)} can be loaded")
-    there = ", ".join(f"{name} cannot be loaded ({problem})" for name, problem in broken.items())
+        return Check("imports", OK, f"{', '.join(name for name in names if name in TRAINING)} can be imported")
+    found = ", ".join(f"{name} cannot be imported ({problem})" for name, problem in broken.items())
     wanted = " ".join(f"{name}=={TESTED[name]}" if name in TESTED else name for name in broken)
-    return Check("imports", FAIL, there, f"pip install --force-reinstall {wanted}; the other checks need them")
+    return Check("imports", FAIL, found, f"pip install --force-reinstall {wanted}; the other checks need them")
 
 
 def import_problem(name: str) -> str | None:
-    """Import a package; what it raises in one line, or None."""
+    """Import a package, and return the error in one line, or None."""
     try:
         importlib.import_module(name)
-    except Exception as problem:  # a broken wheel raises whatever it likes
+    except Exception as problem:  # a broken wheel can raise anything
         return f"{type(problem).__name__}: {' '.join(str(problem).split())[:200]}"
     return None

@@ -1,4 +1,4 @@
-"""Checks one 4-bit and one 8-bit layer where a run would train: output and gradient against the unpacked weights."""
+"""Checks a 4-bit and an 8-bit layer on the training device: output and gradient against the dequantized weights."""
 
 from dataclasses import dataclass, replace
 
@@ -13,26 +13,27 @@ from peftcli.model.load import DTYPES, FAST_CPU_PATH, keep_gradients_of_4bit
 
 INPUTS, OUTPUTS, ROWS = 256, 192, 8
 MOST_ERROR = {"float32": 1e-5, "float16": 1e-2, "bfloat16": 5e-2}
-"""Largest relative distance between the product of a 4-bit layer and that of its unpacked weights."""
+"""Maximum relative error of the output of a quantized layer, compared with its dequantized weights."""
 NF4_TOLERANCE = 0.2
-"""Largest relative distance between a matrix of normal numbers and the same in NF4; about 0.09 is usual."""
+"""Maximum relative quantization error of a normally distributed matrix in NF4; about 0.09 is usual."""
 
 INT8_TOLERANCE = 0.02
-"""Largest relative distance between a matrix of normal numbers and the same in 8 bits; about 0.007 is usual."""
+"""Maximum relative quantization error of a normally distributed matrix in 8 bits; about 0.007 is usual."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What a 4-bit layer did.
+    """The measurements of a quantized layer.
 
     Attributes:
         device: `cuda` or `cpu`.
-        dtype: of the products.
-        answer, product, gradient: relative distance from what the unpacked weights give: of a product of one row
-            without gradients, of one in training after an evaluation, and of the gradient of its input.
-        loss: relative distance between the weights and what was unpacked.
-        repacks: this CPU would pack the weights anew in an evaluation, which loses the gradients; we switch it off.
-        problem: what was raised, empty for nothing.
+        dtype: compute dtype.
+        answer, product, gradient: relative errors compared with the dequantized weights: of the output for one row in
+            evaluation, of the output in training after an evaluation, and of the gradient of the input.
+        loss: relative quantization error of the weights.
+        repacks: whether bitsandbytes would repack the weights in evaluation on this CPU, which loses the gradients;
+            peftcli switches that off.
+        problem: the error, empty for none.
     """
 
     device: str
@@ -46,14 +47,14 @@ class Trial:
 
 
 def try_4bit(device: str, dtype: str) -> Trial:
-    """Quantize one layer on a device, evaluate it, train it, and measure.
+    """Quantize a layer to 4 bits on a device, run it in evaluation and in training, and measure its errors.
 
     Args:
-        dtype: that of the products, which a recipe would get here.
+        dtype: compute dtype that a recipe would get on this machine.
     """
     try:
         return _measure(device, dtype)
-    except Exception as problem:  # a wheel without its library raises anything, AttributeError of None included
+    except Exception as problem:  # a wheel without its native library can raise anything, even AttributeError on None
         return Trial(device, dtype, problem=f"{type(problem).__name__}: {' '.join(str(problem).split())[:160]}")
 
 
@@ -64,92 +65,92 @@ def _measure(device: str, dtype: str) -> Trial:
     layer = layer.to(device)
     repacks = device == "cpu" and bool(getattr(layer, FAST_CPU_PATH, False))
     keep_gradients_of_4bit(layer)
-    unpacked = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-    return replace(run_layer(layer, unpacked, weight, dtype), repacks=repacks)
+    dequantized = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    return replace(run_layer(layer, dequantized, weight, dtype), repacks=repacks)
 
 
-def run_layer(layer: torch.nn.Module, unpacked: torch.Tensor, weight: torch.Tensor, dtype: str) -> Trial:
-    """Evaluate a quantized layer, train it, and hold what comes out against its unpacked weights.
+def run_layer(layer: torch.nn.Module, dequantized: torch.Tensor, weight: torch.Tensor, dtype: str) -> Trial:
+    """Run a quantized layer in evaluation and in training, and compare it with its dequantized weights.
 
     Args:
-        unpacked: the weights that it computes with, (outputs, inputs), on its device.
-        weight: those that it was made from.
+        dequantized: its weights, (outputs, inputs), on its device.
+        weight: the original weights.
         dtype: of its inputs.
     """
     generator = torch.Generator().manual_seed(1)
-    device, kind = unpacked.device, DTYPES[dtype]
-    unpacked = unpacked.double()
-    rows = torch.randn(ROWS, INPUTS, generator=generator).to(device, kind)
+    device, torch_dtype = dequantized.device, DTYPES[dtype]
+    dequantized = dequantized.double()
+    rows = torch.randn(ROWS, INPUTS, generator=generator).to(device, torch_dtype)
     layer.eval()
     with torch.no_grad():
         one = layer(rows[:1])
     layer.train()
     rows.requires_grad_()
     product = layer(rows)
-    upstream = torch.randn(ROWS, OUTPUTS, generator=generator).to(device, kind)
+    upstream = torch.randn(ROWS, OUTPUTS, generator=generator).to(device, torch_dtype)
     product.backward(upstream)
     assert rows.grad is not None
     exact = rows.detach().double()
     return Trial(
         device.type,
         dtype,
-        answer=_distance(one, exact[:1] @ unpacked.T),
-        product=_distance(product.detach(), exact @ unpacked.T),
-        gradient=_distance(rows.grad, upstream.double() @ unpacked),
-        loss=_distance(unpacked, weight.to(device)),
+        answer=_relative_error(one, exact[:1] @ dequantized.T),
+        product=_relative_error(product.detach(), exact @ dequantized.T),
+        gradient=_relative_error(rows.grad, upstream.double() @ dequantized),
+        loss=_relative_error(dequantized, weight.to(device)),
     )
 
 
-def _distance(found: torch.Tensor, expected: torch.Tensor) -> float:
+def _relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     found, expected = found.double(), expected.double()
     return float((found - expected).norm() / expected.norm())
 
 
 def check_4bit(trial: Trial, *, asked: bool = True) -> Check:
-    """Whether 4-bit training can be trusted here.
+    """Whether 4-bit training works correctly on this machine.
 
     Args:
-        asked: False for a recipe without quantization, which goes on whatever comes out.
+        asked: False for a recipe without 4-bit quantization, which is not affected.
     """
     return check_trial(trial, "4-bit", "NF4", NF4_TOLERANCE, asked=asked)
 
 
 def check_trial(trial: Trial, name: str, what: str, most_loss: float, *, asked: bool) -> Check:
-    """Whether training on weights of a kind can be trusted here.
+    """Whether training on quantized weights works correctly on this machine.
 
     Args:
-        name: of the verdict.
-        what: the kind of the weights.
-        most_loss: largest relative distance between a matrix of normal numbers and its unpacked weights.
-        asked: False where the recipe goes on whatever comes out.
+        name: of the check.
+        what: the format of the weights.
+        most_loss: maximum relative quantization error of a normally distributed matrix.
+        asked: False if the recipe is not affected.
     """
     bad = FAIL if asked else WARN
     fix = "pip install --upgrade bitsandbytes, or train without `quantization`"
-    place = {"cpu": "CPU", "cuda": "GPU"}[trial.device]
+    device = {"cpu": "CPU", "cuda": "GPU"}[trial.device]
     if trial.problem:
-        return Check(name, bad, f"bitsandbytes fails on the {place}: {trial.problem}", fix)
-    parts = {"answers": trial.answer, "products": trial.product, "gradients": trial.gradient}
+        return Check(name, bad, f"bitsandbytes fails on the {device}: {trial.problem}", fix)
+    parts = {"outputs in evaluation": trial.answer, "outputs in training": trial.product, "gradients": trial.gradient}
     most = MOST_ERROR[trial.dtype]
     wrong = [f"{part} by {error:.2g}" for part, error in parts.items() if not error <= most]
     if not trial.loss <= most_loss:
-        wrong.append(f"the unpacked weights by {trial.loss:.2g}")
+        wrong.append(f"dequantized weights by {trial.loss:.2g}")
     if wrong:
-        return Check(name, bad, f"{what} in {trial.dtype} is wrong on the {place}: {', '.join(wrong)}", fix)
-    there = f"{what} in {trial.dtype} on the {place}: products and gradients are those of the unpacked weights"
-    there += f" to {max(parts.values()):.0e}"
+        return Check(name, bad, f"{what} in {trial.dtype} is wrong on the {device}: {', '.join(wrong)}", fix)
+    found = f"{what} in {trial.dtype} on the {device}: outputs and gradients match the dequantized weights"
+    found += f" to {max(parts.values()):.0e}"
     if trial.repacks:
-        there += (
-            "; this CPU has AVX512_BF16, where plain bitsandbytes rounds products to bfloat16 in evaluation and loses "
+        found += (
+            "; this CPU has AVX512_BF16, where plain bitsandbytes rounds outputs to bfloat16 in evaluation and loses "
             "gradients afterwards; peftcli switches that kernel off (docs/4bit-on-cpu.md)"
         )
-    return Check(name, OK, there)
+    return Check(name, OK, found)
 
 
 def try_8bit(device: str, dtype: str) -> Trial:
-    """Quantize one layer on a device, evaluate it, train it, and measure.
+    """Quantize a layer to 8 bits on a device, run it in evaluation and in training, and measure its errors.
 
     Args:
-        dtype: that of the products, which a recipe would get here.
+        dtype: compute dtype that a recipe would get on this machine.
     """
     try:
         weight = torch.randn(OUTPUTS, INPUTS, generator=torch.Generator().manual_seed(0))
@@ -158,10 +159,10 @@ def try_8bit(device: str, dtype: str) -> Trial:
         layer = layer.to(device)
         compute_in_float(layer)
         return run_layer(layer, dequantized_weight(layer), weight, dtype)
-    except Exception as problem:  # a wheel without its library raises anything, AttributeError of None included
+    except Exception as problem:  # a wheel without its native library can raise anything, even AttributeError on None
         return Trial(device, dtype, problem=f"{type(problem).__name__}: {' '.join(str(problem).split())[:160]}")
 
 
 def check_8bit(trial: Trial) -> Check:
-    """Whether the 8-bit training that a recipe asks for can be trusted here."""
+    """Whether 8-bit training works correctly on this machine."""
     return check_trial(trial, "8-bit", "int8", INT8_TOLERANCE, asked=True)

@@ -1,4 +1,4 @@
-"""Runs all checks that need the libraries, in the order in which a run meets them."""
+"""Runs all checks that need the libraries, in the order in which they matter for a run."""
 
 import platform
 import time
@@ -17,14 +17,14 @@ from peftcli.train.deadline import deadline, notebook_limit
 
 
 def run_checks(recipe: Recipe | None, encodings: dict[str, str]) -> Iterator[Check]:
-    """Ask this machine everything.
+    """Run all checks of this machine.
 
     Args:
-        recipe: what it is held against, None for the machine in general.
-        encodings: of this process, asked before its streams were changed.
+        recipe: to check as well, None for general checks only.
+        encodings: of this process, read before its streams were changed.
     """
     cuda, found = gpu.probe_cuda(), system.probe_host()
-    yield gpu.check_gpus(cuda, wanted=not _asks_cpu(recipe))
+    yield gpu.check_gpus(cuda, wanted=not _uses_cpu(recipe))
     machine = None if cuda.problem else probe_machine()
     if machine is not None:
         yield from _device_checks(cuda, machine, recipe)
@@ -42,16 +42,16 @@ def run_checks(recipe: Recipe | None, encodings: dict[str, str]) -> Iterator[Che
 
 
 def _device_checks(cuda: gpu.Cuda, machine: Machine, recipe: Recipe | None) -> Iterator[Check]:
-    on_cpu = machine.device == "cpu" or _asks_cpu(recipe)
-    if cuda.cards:
-        wheel = gpu.check_torch_build(machine, cuda.cards)
+    on_cpu = machine.device == "cpu" or _uses_cpu(recipe)
+    if cuda.gpus:
+        wheel = gpu.check_torch_build(machine, cuda.gpus)
         yield wheel
         if wheel.result != FAIL:
-            for number, card in enumerate(cuda.cards):
-                yield gpu.check_matmuls(number, *gpu.try_matmuls(f"cuda:{number}", card.native_bf16))
-            yield from gpu.check_several_gpus(cuda.cards)
+            for index, one in enumerate(cuda.gpus):
+                yield gpu.check_matmuls(index, *gpu.try_matmuls(f"cuda:{index}", one.native_bf16))
+            yield from gpu.check_several_gpus(cuda.gpus)
         elif not on_cpu:
-            return  # a card without kernels fails every question that is put to it
+            return  # without kernels for the GPU every further check would fail
     chosen = gpu.auto_dtype(machine, on_gpu=not on_cpu)
     yield gpu.check_precision(chosen)
     bits = None if recipe is None or recipe.quantization is None else recipe.quantization.bits
@@ -61,7 +61,7 @@ def _device_checks(cuda: gpu.Cuda, machine: Machine, recipe: Recipe | None) -> I
         yield quantization.check_8bit(quantization.try_8bit(where, chosen.value))
 
 
-def _asks_cpu(recipe: Recipe | None) -> bool:
+def _uses_cpu(recipe: Recipe | None) -> bool:
     return recipe is not None and bool(recipe.trainer.get("use_cpu"))
 
 

@@ -1,4 +1,4 @@
-"""Checks of processor, memory, text encoding, disks and session limits; none of them needs torch."""
+"""Checks of processor, memory, text encoding, disks and session limits, without torch."""
 
 import locale
 import math
@@ -20,10 +20,10 @@ from peftcli.train.deadline import Deadline, NotebookLimit
 from peftcli.train.disk import check_writable, probe_disk_space
 
 SMALL_BYTES = 2 * 2**30
-"""The libraries take about 1 GiB before the first weight."""
+"""The libraries need about 1 GiB before the first weight is loaded."""
 
 SMALL_RUN_BYTES = 2 * 2**30
-"""A run of a 7B model with rank 64 on two projections keeps about so much: three checkpoints and an adapter."""
+"""About the size of a run of a 7B model with rank 64 on two projections: three checkpoints and an adapter."""
 SMALL_CACHE_BYTES = 2**30
 
 
@@ -32,13 +32,13 @@ class Host:
     """The processor and the memory.
 
     Attributes:
-        cores: that the system shows to this process.
-        quota_cores: share of processor time that the container allows, in cores; None for no limit.
-        threads: what OMP_NUM_THREADS says, None where it is not set to a number.
+        cores: available to this process.
+        quota_cores: CPU quota of the container, in cores; None for no limit.
+        threads: value of OMP_NUM_THREADS, None if it is not a number.
         memory_bytes: of the machine.
-        free_bytes: that could be had now.
-        limit_bytes: what the container allows, None for no limit.
-        used_bytes: what the container uses of that.
+        free_bytes: available now.
+        limit_bytes: memory limit of the container, None for no limit.
+        used_bytes: memory used by the container.
     """
 
     cores: int
@@ -51,22 +51,22 @@ class Host:
 
     @property
     def usable_bytes(self) -> int:
-        """The memory of the machine or, where that is less, of the container."""
+        """The memory of the machine, or of the container if that is less."""
         return self.memory_bytes if self.limit_bytes is None else min(self.memory_bytes, self.limit_bytes)
 
     @property
     def left_bytes(self) -> int:
-        """What is free of it."""
+        """The free part of `usable_bytes`."""
         if self.limit_bytes is None:
             return self.free_bytes
         return max(0, min(self.free_bytes, self.limit_bytes - self.used_bytes))
 
 
 def probe_host(root: Path = Path("/")) -> Host:
-    """Ask the system.
+    """Query the system.
 
     Args:
-        root: where `proc` and `sys` lie.
+        root: parent folder of `proc` and `sys`.
     """
     memory = psutil.virtual_memory()
     threads = os.environ.get("OMP_NUM_THREADS", "")
@@ -84,50 +84,50 @@ def probe_host(root: Path = Path("/")) -> Host:
 
 
 def check_cores(host: Host, processor: str) -> Check:
-    """Hold the threads that the libraries would start against the time that the container gives."""
-    there = f"{several(host.cores, 'core', 'cores')}, {processor}"
+    """Compare the threads that the libraries would start with the CPU quota of the container."""
+    found = f"{several(host.cores, 'core', 'cores')}, {processor}"
     quota = host.quota_cores
     if quota is None or quota >= host.cores:
-        return Check("processor", OK, there)
-    there += f"; the container allows the time of {quota:g}"
+        return Check("processor", OK, found)
+    found += f"; the CPU quota of the container is {quota:g}"
     if host.threads is not None and host.threads <= math.ceil(quota):
-        return Check("processor", OK, f"{there}, and OMP_NUM_THREADS is {host.threads}")
-    return Check("processor", WARN, there, f"export OMP_NUM_THREADS={max(1, math.floor(quota))}")
+        return Check("processor", OK, f"{found}, and OMP_NUM_THREADS is {host.threads}")
+    return Check("processor", WARN, found, f"export OMP_NUM_THREADS={max(1, math.floor(quota))}")
 
 
 def check_memory(host: Host) -> Check:
-    """Say how much memory there is, and warn where the libraries alone would fill it."""
-    there = f"{size(host.left_bytes)} free of {size(host.usable_bytes)}"
+    """Show the free memory, and warn if the libraries alone would fill it."""
+    found = f"{size(host.left_bytes)} free of {size(host.usable_bytes)}"
     if host.limit_bytes is not None:
-        there += f", which the container allows of {size(host.memory_bytes)}"
+        found += f", the limit of the container; the machine has {size(host.memory_bytes)}"
     if host.left_bytes < SMALL_BYTES:
-        return Check("memory", WARN, there, "end other programs: the libraries alone take about 1 GiB")
-    return Check("memory", OK, there)
+        return Check("memory", WARN, found, "end other programs: the libraries alone need about 1 GiB")
+    return Check("memory", OK, found)
 
 
 def encodings() -> dict[str, str]:
-    """How this process reads and writes text, by what it does so for."""
-    terminal = sys.stdout.encoding or "utf-8"  # a stream in memory has none
-    return {"files": locale.getencoding(), "names of files": sys.getfilesystemencoding(), "the terminal": terminal}
+    """The encodings that this process uses for files, file names and the terminal."""
+    terminal = sys.stdout.encoding or "utf-8"  # an in-memory stream has none
+    return {"files": locale.getencoding(), "file names": sys.getfilesystemencoding(), "the terminal": terminal}
 
 
 def check_encoding(found: dict[str, str]) -> Check:
-    """Warn where the libraries would read or write text in something else than UTF-8."""
+    """Warn if the libraries would not use UTF-8 for text."""
     other = {what: name for what, name in found.items() if name.lower().replace("-", "").replace("_", "") != "utf8"}
     if not other:
         return Check("encoding", OK, "UTF-8")
-    there = ", ".join(f"{name} for {what}" for what, name in other.items())
-    return Check("encoding", WARN, there, "export PYTHONUTF8=1")
+    listed = ", ".join(f"{name} for {what}" for what, name in other.items())
+    return Check("encoding", WARN, listed, "export PYTHONUTF8=1")
 
 
 @dataclass(frozen=True)
 class DiskPath:
-    """A folder that is written to.
+    """A folder that peftcli writes to.
 
     Attributes:
-        free_bytes: what may still be written there.
-        quota: what a quota allows there, in words, empty where none counts.
-        problem: why nothing can be written there, None where it can.
+        free_bytes: free space for this user.
+        quota: description of the quota, empty for none.
+        problem: why the folder is not writable, None if it is.
     """
 
     free_bytes: int
@@ -136,94 +136,94 @@ class DiskPath:
 
     @property
     def text(self) -> str:
-        free = "of unknown size" if self.free_bytes == sys.maxsize else f"{size(self.free_bytes)} free"
-        return f"{free} under a quota of {self.quota}" if self.quota else free
+        free = "unknown free space" if self.free_bytes == sys.maxsize else f"{size(self.free_bytes)} free"
+        return f"{free} with a quota of {self.quota}" if self.quota else free
 
 
 def probe_disk(folder: Path) -> DiskPath:
-    """Ask what is free in a folder, and write a small file there.
+    """Read the free space of a folder, and write a small file to it.
 
     Raises:
-        RecipeError: PEFTCLI_QUOTA is set to something else than a folder and a size.
+        RecipeError: PEFTCLI_QUOTA is not a folder and a size.
     """
-    room = probe_disk_space(folder)
-    quota = room.place.partition(" with its quota of ")[2]
+    space = probe_disk_space(folder)
+    quota = space.place.partition(" with its quota of ")[2]
     try:
         check_writable(folder)
     except PeftcliError as problem:
-        return DiskPath(room.free, quota, problem)
-    return DiskPath(room.free, quota)
+        return DiskPath(space.free, quota, problem)
+    return DiskPath(space.free, quota)
 
 
 def check_disks() -> list[Check]:
-    """The disks under the working folder and under both caches."""
-    asked = (
+    """The disks of the working folder and of both caches."""
+    folders = (
         ("disk", Path.cwd(), check_disk),
         ("data cache", cache_root(None), check_cache),
         ("model cache", Path(constants.HF_HUB_CACHE), check_model_cache),
     )
-    found = []
-    for name, folder, judge in asked:
+    checks = []
+    for name, folder, check in folders:
         try:
-            found.append(judge(probe_disk(folder)))
+            checks.append(check(probe_disk(folder)))
         except PeftcliError as problem:
-            found.append(refused(name, problem))
-    return found
+            checks.append(refused(name, problem))
+    return checks
 
 
-def check_disk(place: DiskPath) -> Check:
-    """Whether runs can be written here."""
-    if place.problem is not None:
-        found = refused("disk", place.problem)
-        return Check("disk", FAIL, found.found, "go to another folder, or name another output_dir")
-    if place.free_bytes < SMALL_RUN_BYTES:
-        fix = "free some space; `peftcli doctor RECIPE` says what a run needs"
-        return Check("disk", WARN, f"{place.text} in the working folder", fix)
-    return Check("disk", OK, f"{place.text} in the working folder, where runs are written")
+def check_disk(disk: DiskPath) -> Check:
+    """Whether runs can be written to the working folder."""
+    if disk.problem is not None:
+        found = refused("disk", disk.problem)
+        return Check("disk", FAIL, found.found, "change to another folder, or set another output_dir")
+    if disk.free_bytes < SMALL_RUN_BYTES:
+        fix = "free some space; `peftcli doctor RECIPE` shows what a run needs"
+        return Check("disk", WARN, f"{disk.text} in the working folder", fix)
+    return Check("disk", OK, f"{disk.text} in the working folder, where runs are written")
 
 
-def check_cache(place: DiskPath) -> Check:
-    """Whether tokenized rows can be kept."""
-    fix = "name another folder in the environment variable PEFTCLI_CACHE"
-    if place.problem is not None:
-        return Check("data cache", FAIL, refused("", place.problem).found, fix)
-    if place.free_bytes < SMALL_CACHE_BYTES:
-        return Check("data cache", WARN, f"{place.text} for tokenized rows", f"free some space, or {fix}")
-    return Check("data cache", OK, f"{place.text} for tokenized rows")
+def check_cache(disk: DiskPath) -> Check:
+    """Whether tokenized rows can be cached."""
+    fix = "set the environment variable PEFTCLI_CACHE to another folder"
+    if disk.problem is not None:
+        return Check("data cache", FAIL, refused("", disk.problem).found, fix)
+    if disk.free_bytes < SMALL_CACHE_BYTES:
+        return Check("data cache", WARN, f"{disk.text} for tokenized rows", f"free some space, or {fix}")
+    return Check("data cache", OK, f"{disk.text} for tokenized rows")
 
 
-def check_model_cache(place: DiskPath) -> Check:
-    """Whether models can be downloaded; those that are there can be read in any case."""
-    if place.problem is not None:
-        there = "it may only be read, so no other model can be downloaded"
-        return Check("model cache", WARN, there, "name another folder in the environment variable HF_HOME")
-    if place.free_bytes < SMALL_CACHE_BYTES:
-        return Check("model cache", WARN, f"{place.text} for downloads", "free some space, or set HF_HOME")
-    return Check("model cache", OK, f"{place.text} for downloads")
+def check_model_cache(disk: DiskPath) -> Check:
+    """Whether models can be downloaded; cached models can be read in any case."""
+    if disk.problem is not None:
+        found = "read-only, so no other model can be downloaded"
+        return Check("model cache", WARN, found, "set the environment variable HF_HOME to another folder")
+    if disk.free_bytes < SMALL_CACHE_BYTES:
+        return Check("model cache", WARN, f"{disk.text} for downloads", "free some space, or set HF_HOME")
+    return Check("model cache", OK, f"{disk.text} for downloads")
 
 
 def check_session(
     limit: NotebookLimit | None, until: Deadline | None, now: float, *, budget: float | None = None, runs: bool = False
 ) -> Check:
-    """Say when the machine is taken away, and warn where a recipe's run would not end before that.
+    """Show when the session ends, and warn if a recipe's run may not finish before that.
 
     Args:
-        limit: the session of a notebook service, None elsewhere.
-        until: what PEFTCLI_DEADLINE says.
+        limit: session limit of a notebook service, None elsewhere.
+        until: from PEFTCLI_DEADLINE.
         now: Unix time, seconds.
         budget: `budget.wall_clock` of the recipe, seconds.
-        runs: a recipe was named.
+        runs: whether a recipe is checked.
     """
     if until is not None:
         left = max(60.0, (until.at - now) // 60 * 60)
         return Check("session", OK, f"PEFTCLI_DEADLINE ends every run in {duration_text(left)}")
     if limit is None:
-        return Check("session", OK, "no notebook service with a time limit was recognised")
-    there, _, fix = limit.sentence(now).partition("; ")
+        return Check("session", OK, "no notebook service with a time limit was detected")
+    found, _, fix = limit.sentence(now).partition("; ")
     if budget is None:
-        return Check("session", WARN, there, fix) if runs else Check("session", OK, f"{there}; {fix}")
-    gone = now - limit.started if limit.started is not None else 0.0
-    if budget > limit.seconds - gone:
-        there = f"the recipe's budget of {duration_text(budget)} is longer than the session: {there}"
-        return Check("session", WARN, there, fix)
-    return Check("session", OK, f"{there}; the recipe's budget of {duration_text(budget)} is shorter")
+        return Check("session", WARN, found, fix) if runs else Check("session", OK, f"{found}; {fix}")
+    elapsed = now - limit.started if limit.started is not None else 0.0
+    if budget > limit.seconds - elapsed:
+        found = f"the recipe's budget of {duration_text(budget)} is longer than the rest of the session: {found}"
+        return Check("session", WARN, found, fix)
+    return Check("session", OK, f"{found}; the recipe's budget of {duration_text(budget)} is shorter")

@@ -51,7 +51,7 @@ GIB = 2**30
 T4 = Card("Tesla T4", (7, 5), 15 * GIB, 14 * GIB, native_bf16=False)
 L4 = Card("NVIDIA L4", (8, 9), 22 * GIB, 22 * GIB, native_bf16=True)
 P100 = replace(T4, name="Tesla P100", capability=(6, 0))
-WITH_T4 = Cuda("12.8", "570.86.15", masked=False, cards=(T4,))
+WITH_T4 = Cuda("12.8", "570.86.15", masked=False, gpus=(T4,))
 CPU = Machine("cpu", "a processor", None, native_bf16=False, arch_list=(), memory_bytes=16 * GIB)
 GPU = Machine("cuda", "Tesla T4", (7, 5), native_bf16=False, arch_list=("sm_75", "sm_80"), memory_bytes=15 * GIB)
 HOST = Host(cores=4, quota_cores=None, threads=None, memory_bytes=16 * GIB, free_bytes=12 * GIB)
@@ -122,15 +122,23 @@ def test_a_package_below_its_bound_or_missing_fails_with_the_command_that_mends(
     needs = [need("trl>=1.16"), need("peft>=0.21"), need("torch>=2.6"), need("tokenizers>=0.23", by="transformers")]
     installed = {"trl": "1.9.0", "peft": None, "torch": "2.13.0+cu128", "tokenizers": "0.22.0"}
     found = packages.check_requirements(needs, installed)
-    expect(found, "fail", "peftcli needs trl>=1.16, here is 1.9.0", "peft>=0.21, which is missing")
+    expect(found, "fail", "peftcli requires trl>=1.16, but 1.9.0 is installed", "peft>=0.21, which is not installed")
     assert found.fix == "pip install 'trl>=1.16' 'peft>=0.21'" and "tokenizers" not in found.line
 
 
 def test_two_other_packages_that_do_not_fit_are_a_warning() -> None:
     needs = [need("torch>=2.6"), need("tokenizers>=0.23", by="transformers")]
     installed = {"torch": "2.13.0", "tokenizers": "0.22.0"}
-    expect(packages.check_requirements(needs, installed), "warn", "transformers needs tokenizers>=0.23, here is 0.22.0")
-    expect(packages.check_requirements(needs, installed | {"tokenizers": "0.23.1"}), "ok", "the 1 that peftcli needs")
+    expect(
+        packages.check_requirements(needs, installed),
+        "warn",
+        "transformers requires tokenizers>=0.23, but 0.22.0 is installed",
+    )
+    expect(
+        packages.check_requirements(needs, installed | {"tokenizers": "0.23.1"}),
+        "ok",
+        "peftcli's 1 requirements are installed",
+    )
 
 
 def test_a_build_before_the_release_counts_as_it_sorts() -> None:
@@ -169,7 +177,9 @@ def test_versions_within_those_that_tests_ran_on_are_fine(two_combinations: None
 
 def test_only_a_newer_second_number_of_a_training_library_is_worth_a_warning(two_combinations: None) -> None:
     found = packages.check_tested_versions(packages.TESTED | {"torch": "2.15.0", "trl": "1.16.9", "datasets": "6.0.0"})
-    expect(found, "warn", "torch 2.15.0 is newer than 2.14.1, the newest tested", "datasets 6.0.0", "torch==2.14.1")
+    expect(
+        found, "warn", "torch 2.15.0 is newer than 2.14.1, the newest tested version", "datasets 6.0.0", "torch==2.14.1"
+    )
     assert "trl" not in found.line
 
 
@@ -181,7 +191,12 @@ def test_a_version_older_than_any_tested_fails_with_the_command_that_fixes_it(
     monkeypatch.setattr(packages, "OURS", "peftcli")
     needs = [replace(each, by="peftcli") for each in needs]
     old = packages.TESTED | {"torch": "2.5.1"}
-    expect(packages.check_requirements(needs, old), "fail", "torch>=2.6.0, here is 2.5.1", "pip install 'torch>=2.6.0'")
+    expect(
+        packages.check_requirements(needs, old),
+        "fail",
+        "torch>=2.6.0, but 2.5.1 is installed",
+        "pip install 'torch>=2.6.0'",
+    )
     assert "torch" not in packages.check_tested_versions(old).line
 
 
@@ -189,8 +204,8 @@ def test_python_is_held_against_what_the_package_states() -> None:
     asked, tested = packages.stated_pythons()
     assert asked == ">=3.11" and "3.11" in tested
     expect(packages.check_python("3.11.7", asked, tested), "ok")
-    expect(packages.check_python("3.10.2", asked, tested), "fail", ">=3.11 is needed")
-    expect(packages.check_python("3.14.0", asked, tested), "warn", "tested are 3.11, 3.12")
+    expect(packages.check_python("3.10.2", asked, tested), "fail", ">=3.11 is required")
+    expect(packages.check_python("3.14.0", asked, tested), "warn", "but only 3.11, 3.12")
 
 
 def test_sqlalchemy_is_missed_only_by_a_recipe_that_reads_a_database() -> None:
@@ -205,8 +220,10 @@ def test_a_package_that_breaks_on_import_is_named_with_what_it_raised(
     (tmp_path / "broken_wheel.py").write_text("raise OSError('libcudart.so.12: cannot open')", encoding="utf-8")
     monkeypatch.syspath_prepend(str(tmp_path))
     found = packages.check_imports(["json", "broken_wheel"])
-    expect(found, "fail", "broken_wheel cannot be loaded (OSError: libcudart.so.12: cannot open)", "--force-reinstall")
-    expect(packages.check_imports(["torch"]), "ok", "torch can be loaded")
+    expect(
+        found, "fail", "broken_wheel cannot be imported (OSError: libcudart.so.12: cannot open)", "--force-reinstall"
+    )
+    expect(packages.check_imports(["torch"]), "ok", "torch can be imported")
 
 
 # The device
@@ -215,13 +232,13 @@ def test_a_package_that_breaks_on_import_is_named_with_what_it_raised(
 @pytest.mark.parametrize(
     ("cuda", "result", "said"),
     [
-        (Cuda(None, None, masked=False), "ok", "none here: runs take the CPU"),
+        (Cuda(None, None, masked=False), "ok", "none: runs use the CPU"),
         (Cuda(None, "570.86.15", masked=False), "fail", "torch was built without CUDA"),
         (Cuda("13.0", "535.104.05", masked=False), "fail", "an older CUDA than 13.0"),
         (Cuda("12.8", "570.86.15", masked=True), "warn", "unset CUDA_VISIBLE_DEVICES"),
-        (replace(WITH_T4, cards=(), problem="CUDA error: out of memory"), "fail", "cannot ask it: CUDA error"),
+        (replace(WITH_T4, gpus=(), problem="CUDA error: out of memory"), "fail", "cannot query it: CUDA error"),
         (WITH_T4, "ok", "Tesla T4 (sm_75), 14.0 GiB free of 15.0 GiB; driver 570.86.15, torch for CUDA 12.8"),
-        (replace(WITH_T4, cards=(replace(T4, free_bytes=4 * GIB),)), "warn", "end what holds 11.0 GiB of it"),
+        (replace(WITH_T4, gpus=(replace(T4, free_bytes=4 * GIB),)), "warn", "end the programs that use 11.0 GiB of it"),
     ],
 )
 def test_a_card_that_cannot_be_used_says_why(cuda: Cuda, result: str, said: str) -> None:
@@ -262,22 +279,22 @@ def test_several_cards_are_told_with_the_flag_that_uses_them() -> None:
 def test_products_are_right_here_in_every_dtype() -> None:
     errors, problem = gpu.try_matmuls("cpu", native_bf16=True)
     assert set(errors) == {"float32", "float16", "bfloat16"} and problem == ""
-    expect(gpu.check_matmuls(0, errors, problem), "ok", "right in float32, float16, bfloat16")
+    expect(gpu.check_matmuls(0, errors, problem), "ok", "correct in float32, float16, bfloat16")
 
 
 def test_a_wrong_product_or_one_that_is_no_number_fails() -> None:
-    expect(gpu.check_matmuls(1, {"float32": 0.02}, ""), "fail", "card 1 are wrong: float32 by 0.02")
+    expect(gpu.check_matmuls(1, {"float32": 0.02}, ""), "fail", "GPU 1 are wrong: float32 by 0.02")
     expect(gpu.check_matmuls(0, {"float32": float("nan")}, ""), "fail", "wrong")
 
 
 def test_a_device_that_cannot_multiply_says_what_it_raised() -> None:
     errors, problem = gpu.try_matmuls("meta", native_bf16=False)
     assert errors == {} and problem
-    expect(gpu.check_matmuls(0, errors, problem), "fail", "a product on card 0 failed: float32: ")
+    expect(gpu.check_matmuls(0, errors, problem), "fail", "a matmul on GPU 0 failed: float32: ")
 
 
 def test_optional_kernels_are_named_and_only_broken_ones_warn() -> None:
-    expect(gpu.check_kernels({"triton": None}, ["flash_attn"]), "ok", "triton here", "not needed: flash_attn")
+    expect(gpu.check_kernels({"triton": None}, ["flash_attn"]), "ok", "installed: triton", "missing: flash_attn")
     expect(gpu.check_kernels({"flash_attn": "ImportError: undefined symbol"}, []), "warn", "pip uninstall flash_attn")
 
 
@@ -287,7 +304,7 @@ def test_optional_kernels_are_named_and_only_broken_ones_warn() -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_4_bit_layer_trains_here_as_its_unpacked_weights_would(dtype: str) -> None:
     trial = quantization.try_4bit("cpu", dtype)
-    expect(quantization.check_4bit(trial), "ok", "on the CPU: products and gradients are those of the unpacked weights")
+    expect(quantization.check_4bit(trial), "ok", "on the CPU: outputs and gradients match the dequantized weights")
     assert 0.05 < trial.loss < 0.15, "NF4 loses about a tenth"
 
 
@@ -310,11 +327,13 @@ def test_a_layer_that_was_not_quantized_at_all_is_no_success(monkeypatch: pytest
     expect(
         quantization.check_4bit(quantization.try_4bit("cpu", "float32")),
         "fail",
-        "answers by",
-        "products by",
+        "outputs in evaluation by",
+        "outputs in training by",
         "gradients by",
     )
-    expect(quantization.check_4bit(Trial("cpu", "float32", 0.0, 0.0, 0.0, loss=0.7)), "fail", "unpacked weights by 0.7")
+    expect(
+        quantization.check_4bit(Trial("cpu", "float32", 0.0, 0.0, 0.0, loss=0.7)), "fail", "dequantized weights by 0.7"
+    )
     expect(quantization.check_4bit(Trial("cuda", "float16")), "fail", "on the GPU")
 
 
@@ -402,7 +421,7 @@ def test_no_limit_is_none(tmp_path: Path) -> None:
 def test_a_container_with_less_time_than_cores_wants_fewer_threads() -> None:
     expect(check_cores(HOST, "x"), "ok", "4 cores, x")
     slow = replace(HOST, quota_cores=1.5)
-    expect(check_cores(slow, "x"), "warn", "allows the time of 1.5", "OMP_NUM_THREADS=1")
+    expect(check_cores(slow, "x"), "warn", "the CPU quota of the container is 1.5", "OMP_NUM_THREADS=1")
     expect(check_cores(replace(slow, threads=2), "x"), "ok", "OMP_NUM_THREADS is 2")
     expect(check_cores(replace(slow, threads=4), "x"), "warn")
 
@@ -410,7 +429,7 @@ def test_a_container_with_less_time_than_cores_wants_fewer_threads() -> None:
 def test_memory_is_that_of_the_container_where_it_is_less() -> None:
     expect(check_memory(HOST), "ok", "12.0 GiB free of 16.0 GiB")
     tight = replace(HOST, limit_bytes=4 * GIB, used_bytes=3 * GIB)
-    expect(check_memory(tight), "warn", "1.0 GiB free of 4.0 GiB, which the container allows of 16.0 GiB")
+    expect(check_memory(tight), "warn", "1.0 GiB free of 4.0 GiB, the limit of the container; the machine has 16.0 GiB")
     assert tight.usable_bytes == 4 * GIB
 
 
@@ -430,12 +449,12 @@ def test_a_disk_that_is_small_or_takes_no_file_is_told() -> None:
     expect(check_cache(full), "warn", "PEFTCLI_CACHE")
     expect(check_cache(none), "fail", "PEFTCLI_CACHE")
     expect(check_model_cache(full), "warn", "HF_HOME")
-    expect(check_model_cache(none), "warn", "may only be read")
+    expect(check_model_cache(none), "warn", "read-only")
 
 
 def test_a_quota_counts_where_it_is_less_than_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PEFTCLI_QUOTA", f"{tmp_path}=1MiB")
-    expect(check_disk(probe_disk(tmp_path / "runs")), "warn", "free under a quota of 1.0 MiB")
+    expect(check_disk(probe_disk(tmp_path / "runs")), "warn", "free with a quota of 1.0 MiB")
     assert probe_disk(Path("/dev/null/x")).problem is not None
 
 
@@ -481,13 +500,13 @@ def test_a_look_up_that_hangs_is_left_behind() -> None:
 def test_nobody_is_asked_when_offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub, "answer_code", lambda *_: pytest.fail("the Hub was asked"))
     assert hub.probe_hub().offline
-    expect(hub.check_hub(hub.probe_hub()), "ok", "offline by HF_HUB_OFFLINE")
+    expect(hub.check_hub(hub.probe_hub()), "ok", "HF_HUB_OFFLINE is set")
 
 
 def test_a_hub_that_is_out_of_reach_warns() -> None:
-    expect(hub.check_hub(Hub(offline=False, code=200)), "ok", "huggingface.co answers")
-    expect(hub.check_hub(Hub(offline=False)), "warn", "did not answer in 2 s", "HF_HUB_OFFLINE=1")
-    expect(hub.check_hub(Hub(offline=False, code=407, mirror=True)), "warn", "HF_ENDPOINT", "answered 407")
+    expect(hub.check_hub(Hub(offline=False, code=200)), "ok", "huggingface.co responds")
+    expect(hub.check_hub(Hub(offline=False)), "warn", "did not respond within 2 s", "HF_HUB_OFFLINE=1")
+    expect(hub.check_hub(Hub(offline=False, code=407, mirror=True)), "warn", "HF_ENDPOINT", "status 407")
 
 
 def test_a_session_is_held_against_the_budget_of_a_recipe() -> None:
@@ -506,7 +525,7 @@ def test_a_session_is_held_against_the_budget_of_a_recipe() -> None:
 @pytest.mark.parametrize(
     ("said", "has_token", "result", "words"),
     [
-        (None, False, "ok", "did not say how large"),
+        (None, False, "ok", "did not report its size"),
         (HubModel(found=False), True, "fail", "HF_TOKEN"),
         (HubModel(True, gated=True, weights_bytes=GIB), False, "fail", "gated, and no token is set"),
         (HubModel(True, gated=True, weights_bytes=GIB), True, "ok", "1.0 GiB to download, gated; a token is set"),
@@ -514,7 +533,7 @@ def test_a_session_is_held_against_the_budget_of_a_recipe() -> None:
             HubModel(True, weights_bytes=14 * GIB),
             False,
             "fail",
-            "14.0 GiB to download, and the model cache has 9.0 GiB",
+            "14.0 GiB to download, but the model cache has only 9.0 GiB",
         ),
         (HubModel(True, weights_bytes=8 * GIB), False, "ok", "8.0 GiB to download"),
     ],
@@ -522,34 +541,34 @@ def test_a_session_is_held_against_the_budget_of_a_recipe() -> None:
 def test_a_model_of_the_hub_is_asked_for_before_it_is_downloaded(
     said: HubModel | None, has_token: bool, result: str, words: str
 ) -> None:
-    expect(recipe.check_download("org/model", said, has_token=has_token, room=9 * GIB), result, words)
+    expect(recipe.check_download("org/model", said, has_token=has_token, free=9 * GIB), result, words)
 
 
 @pytest.mark.parametrize(
     ("name", "hub", "words"),
     [
         ("nobody/no-model", Hub(offline=True), "not in the model cache, and HF_HUB_OFFLINE is set"),
-        ("nobody/no-model", Hub(offline=False), "huggingface.co does not answer"),
+        ("nobody/no-model", Hub(offline=False), "huggingface.co does not respond"),
         ("./no-model", Hub(offline=False, code=200), "no such folder"),
     ],
 )
 def test_a_model_that_cannot_be_had_fails_without_a_wait(write_recipe: Write, name: str, hub: Hub, words: str) -> None:
     asked = load_recipe(write_recipe(model={"name": name})).recipe
     found = recipe.find_model(asked, hub)
-    assert found.path is None and found.verdict.result == "fail" and words in found.verdict.line
+    assert found.path is None and found.check.result == "fail" and words in found.check.line
 
 
 def test_a_model_that_the_hub_has_is_planned_from_there(write_recipe: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recipe, "model_on_hub", lambda *_: HubModel(True, weights_bytes=1000))
     asked = load_recipe(write_recipe(model={"name": "org/model", "revision": "v1"})).recipe
     found = recipe.find_model(asked, Hub(offline=False, code=200))
-    assert (found.path, found.revision, found.verdict.result) == ("org/model", "v1", "ok")
+    assert (found.path, found.revision, found.check.result) == ("org/model", "v1", "ok")
 
 
 def test_what_another_machine_cannot_do_is_the_sentence_of_the_plan(write_recipe: Write, tiny_llama: Path) -> None:
     asked = load_recipe(write_recipe(model={"dtype": "bfloat16"})).recipe
     found = recipe.plan_for(asked, CPU, str(tiny_llama), None)
-    expect(recipe.check_plan(found), "ok", "LlamaForCausalLM in bfloat16, 4 bit on the cpu, 4 rows a step")
+    expect(recipe.check_plan(found), "ok", "LlamaForCausalLM in bfloat16, 4 bit on the cpu, 4 rows per step")
     with pytest.raises(MachineError, match="needs bfloat16, but Tesla T4"):
         recipe.plan_for(asked, GPU, str(tiny_llama), None)
     typo = load_recipe(write_recipe(adapter={"target_modules": ["q_prj"]})).recipe
@@ -569,7 +588,7 @@ def test_trackers_are_missed_by_name() -> None:
 def made_up(monkeypatch: pytest.MonkeyPatch, card: Card) -> list[str]:
     """Put a card into this machine; returns the list of devices on which products were asked for."""
     asked: list[str] = []
-    monkeypatch.setattr(gpu, "probe_cuda", lambda: replace(WITH_T4, cards=(card,)))
+    monkeypatch.setattr(gpu, "probe_cuda", lambda: replace(WITH_T4, gpus=(card,)))
     monkeypatch.setattr(run, "probe_machine", lambda: gpu.machine_of(GPU, card))
     monkeypatch.setattr(gpu, "try_matmuls", lambda where, bf16: (asked.append(where), ({"float32": 0.0}, ""))[1])
     monkeypatch.setattr(
@@ -589,7 +608,7 @@ def test_a_card_with_kernels_is_asked_and_gets_its_dtype(monkeypatch: pytest.Mon
     asked = made_up(monkeypatch, T4)
     found = {verdict.name: verdict for verdict in run.run_checks(None, {"files": "utf-8"})}
     assert asked == ["cuda:0", "cuda"]
-    expect(found["arithmetic 0"], "ok")
+    expect(found["matmul 0"], "ok")
     expect(found["precision"], "ok", "float16")
     expect(found["4-bit"], "ok", "NF4 in float16 on the GPU")
 
@@ -608,7 +627,7 @@ def test_an_8_bit_layer_is_tried_for_a_recipe_that_asks_for_one(
         if verdict.name == "8-bit":
             break
     assert asked == ["cuda:0", "cuda", "8-bit"]
-    expect(found["8-bit"], "fail", "int8 in float16 is wrong on the GPU: the unpacked weights by 0.5")
+    expect(found["8-bit"], "fail", "int8 in float16 is wrong on the GPU: dequantized weights by 0.5")
 
 
 # The command
@@ -630,7 +649,7 @@ def test_a_recipe_that_this_machine_can_run_is_all_well(write_recipe: Write, run
     found = {check["name"]: check for check in value["checks"]}
     assert value["schema"] == 1 and value["versions"]["trl"] == packages.installed_versions(["trl"])["trl"]
     assert set(found["plan"]) == {"name", "result", "there", "mend"} and found["plan"]["mend"] is None
-    assert [found[name]["result"] for name in ("model", "plan", "room", "4-bit")] == ["ok"] * 4
+    assert [found[name]["result"] for name in ("model", "plan", "disk space", "4-bit")] == ["ok"] * 4
     assert str(Path.home()) not in out and str(ROOT) not in out and platform.node() not in out
 
 
@@ -641,11 +660,11 @@ def test_a_recipe_that_it_cannot_run_exits_4_with_every_reason(
     monkeypatch.setattr(recipe, "get_available_reporting_integrations", list)
     assert run_cli("doctor", write_recipe(report={"trackers": ["wandb"]})) == 4
     said = capfd.readouterr()
-    fails = {line.split()[0]: line for line in said.out.splitlines() if line.split()[1] == "fail"}
-    assert set(fails) == {"room", "trackers"}
-    assert "lower adapter.r" in fails["room"] and str(tmp_path) not in said.out
+    fails = {line[: line.index("  ")]: line for line in said.out.splitlines() if " fail  " in line}
+    assert set(fails) == {"disk space", "trackers"}
+    assert "lower adapter.r" in fails["disk space"] and str(tmp_path) not in said.out
     errors = [line for line in said.err.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and "2 of " in errors[0] and "trackers, room" in errors[0]
+    assert len(errors) == 1 and "2 of " in errors[0] and "trackers, disk space" in errors[0]
 
 
 def test_what_the_plan_refuses_is_a_check_that_fails(write_recipe: Write, run_cli: Cli, capfd: Any) -> None:
@@ -666,7 +685,7 @@ def test_a_library_that_cannot_be_loaded_ends_the_questions_that_need_it(
     monkeypatch.setattr("peftcli.cli.doctor.NEEDED", ("torch", "no_such_library"))
     assert run_cli("doctor") == 4
     said = capfd.readouterr()
-    assert "no_such_library cannot be loaded (ModuleNotFoundError" in said.out and "memory" not in said.out
+    assert "no_such_library cannot be imported (ModuleNotFoundError" in said.out and "memory" not in said.out
     assert "1 of 6 checks failed: imports" in said.err
 
 
