@@ -1,1 +1,1 @@
-"""Tiny models: one pretrained and shipped, some random, and stand-ins for real ones."""
+"""Tiny models: one that is pretrained and shipped, some with random weights, and stand-ins for real models."""

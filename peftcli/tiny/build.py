@@ -1,4 +1,4 @@
-"""The models named `tiny:...`, and random stand-ins for real models: built here, without a network."""
+"""Builds the models named `tiny:...`, and random stand-ins for real models, without a network."""
 
 import shutil
 from pathlib import Path
@@ -26,7 +26,7 @@ from peftcli.tiny.save import content_hash, isolated, random_card, shape_of, sta
 from peftcli.tiny.shrink import shrink
 from peftcli.tiny.tokenizer import make_causal_tokenizer, make_encoder_tokenizer
 
-# Raised with every change of this folder's code that changes what is written.
+# Increase it with every change in this folder that changes the written files.
 VERSION = 1
 VOCABULARY_TOKENS = 1024
 RANDOM = ("gpt2", "qwen3", "bert")
@@ -34,11 +34,11 @@ NAMES = ("tiny:llama", *(f"tiny:{family}" for family in RANDOM), *IMAGE_NAMES)
 
 
 def tiny_model(name: str, cache: Path | None = None) -> Path:
-    """The folder of a model `tiny:...` in Hugging Face format, made at first use.
+    """The folder of a model `tiny:...` in Hugging Face format, built at first use.
 
     Args:
         name: one of `NAMES`.
-        cache: where the folder is kept; by default `$PEFTCLI_CACHE`, else `~/.cache/peftcli`.
+        cache: the cache folder; by default `$PEFTCLI_CACHE`, else `~/.cache/peftcli`.
 
     Raises:
         RecipeError: there is no such tiny model.
@@ -63,17 +63,17 @@ def stand_in(
     end: str | None = None,
     longest: int = 0,
 ) -> Path:
-    """The folder of a random tiny model with the architecture and the module names of a real one.
+    """The folder of a tiny random model with the architecture and the module names of a real one.
 
-    Nothing is pretrained. With the real tokenizer it keeps the real vocabulary, special tokens and longest row;
-    without it, its tokenizer is that of tiny:llama (for an encoder, that of tiny:bert).
+    With the real tokenizer it has the real vocabulary, special tokens and maximum length; without it, it uses the
+    tokenizer of tiny:llama (for an encoder, that of tiny:bert).
 
     Args:
-        config: of the real model; its weights are not needed.
+        config: the config of the real model; its weights are not needed.
         cache: as for `tiny_model`.
-        tokenizer_folder: holds the real tokenizer, whose files are copied; None where it is not here.
-        end: end token to add to a tokenizer that is not the real one.
-        longest: tokens of a row that a model without the real tokenizer must be able to read.
+        tokenizer_folder: folder of the real tokenizer, whose files are copied; None if it is not available.
+        end: end token to add to a substitute tokenizer.
+        longest: row length in tokens that a model with a substitute tokenizer must support.
 
     Raises:
         MachineError: transformers has no model class for this config, or the cache cannot be written.
@@ -87,7 +87,7 @@ def stand_in(
         tokenizer.add_special_tokens({"eos_token": end})
     small = shrink(config, tokenizer)
     if 0 < (getattr(small, "max_position_embeddings", None) or 0) <= longest:
-        small.max_position_embeddings = longest + 2  # some families count positions from 1 or 2 on
+        small.max_position_embeddings = longest + 2  # positions start at 1 or 2 in some families
     tokenizer.model_max_length = min(POSITIONS, getattr(small, "max_position_embeddings", None) or POSITIONS)
     return _random_folder(name, small, auto, tokenizer, card, cache_root(cache))
 
@@ -95,7 +95,7 @@ def stand_in(
 def _with_own_tokenizer(
     name: str, config: PreTrainedConfig, auto: Any, tokenizer_folder: Path, card: str, root: Path
 ) -> Path:
-    """A stand-in with the files of the real tokenizer, and with the class that the real weights were saved from."""
+    """A stand-in with the files of the real tokenizer, and the class that the real weights were saved from."""
     small = shrink(config, None)
     own = _own_class(config)
 
@@ -113,13 +113,13 @@ def _with_own_tokenizer(
 
 
 def _own_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
-    """The class that a model's weights were saved from; None for one of another library, or of more than text."""
+    """The class that the weights were saved from; None if it is from another library or not a text-only model."""
     name = next(iter(config.architectures or []), "")
     found = getattr(transformers, name, None)
     if not isinstance(found, type) or not issubclass(found, PreTrainedModel):
         return None
-    of_text = config.get_text_config() is config
-    return found if of_text and getattr(found, "config_class", None) is type(config) else None
+    text_only = config.get_text_config() is config
+    return found if text_only and getattr(found, "config_class", None) is type(config) else None
 
 
 def _build_random(family: str, root: Path) -> Path:
@@ -149,16 +149,16 @@ def _random_folder(
 
 
 def _tokenizer_and_class(config: PreTrainedConfig, max_length: int) -> tuple[PreTrainedTokenizerFast, Any]:
-    """The tokenizer and the auto class that a config's model wants: causal, or masked for an encoder."""
+    """The tokenizer and the auto class for a config: causal, or masked for an encoder."""
     text = config.get_text_config()
     causal = type(text) in MODEL_FOR_CAUSAL_LM_MAPPING
     masked = type(text) in MODEL_FOR_MASKED_LM_MAPPING
-    says_causal = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in config.architectures or [])
-    if masked and not says_causal:
+    saved_as_causal = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in config.architectures or [])
+    if masked and not saved_as_causal:
         return make_encoder_tokenizer(VOCABULARY_TOKENS, max_length), AutoModelForMaskedLM
     if causal:
         return make_causal_tokenizer(VOCABULARY_TOKENS, max_length), AutoModelForCausalLM
     raise MachineError(
-        f"the model type {config.model_type!r} has no stand-in: transformers knows no causal or masked "
-        "language model of it; run without --smoke, or name a model of another type"
+        f"no stand-in can be built for the model type {config.model_type!r}: transformers has no causal or masked "
+        "language model of this type; run without --smoke, or use a model of another type"
     )

@@ -1,4 +1,4 @@
-"""Tiny models of images: random ones named `tiny:...`, and stand-ins for real ones, each with its image processor."""
+"""Tiny image models with their image processors: random ones named `tiny:...`, and stand-ins for real ones."""
 
 from copy import deepcopy
 from pathlib import Path
@@ -14,21 +14,21 @@ from peftcli.errors import MachineError
 from peftcli.tiny.save import content_hash, image_card, isolated, shape_of, stand_in_card, write_model
 from peftcli.tiny.shrink import SIZES
 
-# Raised with every change of this file that changes what is written.
+# Increase it with every change in this file that changes the written files.
 VERSION = 1
 SIDE, PATCH, FIRST_WIDTH = 32, 8, 16
-"""Pixels of an image, pixels of a patch, and channels of the first of several stages."""
+"""Image size in pixels, patch size in pixels, and channels of the first stage."""
 RANDOM = ("vit", "resnet")
 NAMES = tuple(f"tiny:{family}" for family in RANDOM)
 
 
 def is_of_images(config: PreTrainedConfig) -> bool:
-    """Whether transformers has a model of this type that classifies images."""
+    """Whether transformers has an image classification model of this type."""
     return type(config) in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
 
 
 def tiny_image_model(name: str, cache: Path | None = None) -> Path:
-    """The folder of a random model of images.
+    """The folder of a random image model.
 
     Args:
         name: one of `NAMES`.
@@ -39,15 +39,15 @@ def tiny_image_model(name: str, cache: Path | None = None) -> Path:
 
 
 def image_stand_in(config: PreTrainedConfig, cache: Path | None = None) -> Path:
-    """The folder of a random tiny model with the architecture of a real one.
+    """The folder of a tiny random model with the architecture of a real one.
 
     Raises:
-        MachineError: no small model can be made of this type.
+        MachineError: no small model of this type can be built.
     """
     if not is_of_images(config):
         raise MachineError(
-            f"the model type {config.model_type!r} has no stand-in for images: transformers knows no model of it that "
-            "classifies images; name a model of another type"
+            f"no image stand-in can be built for the model type {config.model_type!r}: transformers has no image "
+            "classification model of this type; use a model of another type"
         )
     try:
         return _folder(
@@ -55,13 +55,13 @@ def image_stand_in(config: PreTrainedConfig, cache: Path | None = None) -> Path:
         )
     except (ValueError, RuntimeError, TypeError, AssertionError) as problem:
         raise MachineError(
-            f"the model type {config.model_type!r} cannot be made small ({' '.join(str(problem).split())[:120]}); run "
-            "without --smoke, or name a model of another type"
+            f"no small model of type {config.model_type!r} can be built ({' '.join(str(problem).split())[:120]}); run "
+            "without --smoke, or use a model of another type"
         ) from problem
 
 
 def shrink_images(config: PreTrainedConfig) -> PreTrainedConfig:
-    """A small copy of a config: images of 32 pixels, two layers, or one layer in each of its stages."""
+    """A small copy of a config: images of 32 pixels, and two layers or one layer per stage."""
     small = deepcopy(config)
     stages = len(getattr(small, "depths", None) or ())
     sizes: dict[str, Any] = {"image_size": SIDE, "patch_size": PATCH}

@@ -1,6 +1,6 @@
-"""tiny:llama: a small Llama pretrained once and shipped, so that its weights are the same on every machine.
+"""tiny:llama: a small Llama that was pretrained once and is shipped, so its weights are the same on every machine.
 
-`scripts/pretrain_tiny_llama.py` makes what is in `assets/tiny_llama`.
+`scripts/pretrain_tiny_llama.py` creates `assets/tiny_llama`.
 """
 
 import hashlib
@@ -15,15 +15,15 @@ from peftcli.cache import built_once
 from peftcli.tiny.save import content_hash, isolated, shape_of, write_model
 from peftcli.tiny.tokenizer import wrap_causal_tokenizer
 
-# Raised with every change of this file that changes what is written.
+# Increase it with every change in this file that changes the written files.
 VERSION = 2
 POSITIONS = 512
 FOLDER, WEIGHTS, TOKENIZER = "tiny_llama", "model.safetensors", "tokenizer.json"
-"""What is shipped, under `peftcli.assets`."""
+"""The shipped folder under `peftcli.assets`, and its files."""
 
 
 def shipped(name: str) -> bytes:
-    """The bytes of one file of the shipped model."""
+    """The content of one file of the shipped model."""
     return files("peftcli.assets").joinpath(FOLDER, name).read_bytes()
 
 
@@ -33,7 +33,7 @@ def llama_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def llama_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
-    """The shape of tiny:llama; every width is a multiple of 64, the block size of the 4-bit formats."""
+    """The config of tiny:llama; every width is a multiple of 64, the block size of the 4-bit formats."""
     return LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,

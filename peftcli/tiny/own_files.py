@@ -1,4 +1,4 @@
-"""The files beside a model's weights that a stand-in takes over as they are: its tokenizer and generation config."""
+"""The files that a stand-in copies from the real model's folder: the tokenizer and the generation config."""
 
 import hashlib
 from pathlib import Path
@@ -11,18 +11,18 @@ NOT_OF_TOKENIZERS = (
     "generation_config.json",
     "model.safetensors.index.json",
 )
-"""Files with such an ending that say nothing of the tokenizer."""
+"""Files with one of these extensions that are not part of the tokenizer."""
 VOCABULARIES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "*.model", "*.tiktoken")
-"""Without one of these a folder holds no tokenizer."""
+"""A folder without any of these files has no tokenizer."""
 
 
 def holds_tokenizer(folder: Path) -> bool:
-    """Whether a tokenizer can be read from a folder."""
+    """Whether a folder contains a tokenizer."""
     return any(any(folder.glob(pattern)) for pattern in VOCABULARIES)
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
-    """The files that a tokenizer may be read from, its chat templates among them, in a fixed order."""
+    """The files that a tokenizer may consist of, including chat templates, in a fixed order."""
     files = [*folder.iterdir(), *folder.glob("*/*.jinja")]
     return [
         file
@@ -32,13 +32,13 @@ def tokenizer_files(folder: Path) -> list[Path]:
 
 
 def taken_over(folder: Path) -> list[Path]:
-    """What a stand-in copies from the folder of the model that it stands in for."""
+    """The files that a stand-in copies from the folder of the real model."""
     generation = folder / "generation_config.json"
     return [*tokenizer_files(folder), *([generation] if generation.is_file() else [])]
 
 
 def files_digest(folder: Path) -> str:
-    """SHA-256 over names and bytes of what a stand-in copies."""
+    """SHA-256 over the names and contents of the files that a stand-in copies."""
     digest = hashlib.sha256()
     for file in taken_over(folder):
         digest.update(f"{file.relative_to(folder)}\0".encode() + hashlib.sha256(file.read_bytes()).digest())

@@ -23,7 +23,7 @@ library_name: transformers
 
 
 def content_hash(*parts: object) -> str:
-    """Twelve hex digits over the shipped text and anything that JSON can write."""
+    """Twelve hex digits of a hash over the shipped text and any values that JSON can represent."""
     digest = hashlib.sha256(asset("corpus.txt") + b"\0" + asset("chats.jsonl"))
     digest.update(json.dumps(parts, sort_keys=True, default=str).encode())
     return digest.hexdigest()[:12]
@@ -31,8 +31,8 @@ def content_hash(*parts: object) -> str:
 
 def shape_of(config: PreTrainedConfig) -> dict[str, Any]:
     """The values of a config that determine the weights, for `content_hash`."""
-    named = {"transformers_version", "_name_or_path", "_commit_hash"}
-    return {key: value for key, value in config.to_dict().items() if key not in named}
+    irrelevant = {"transformers_version", "_name_or_path", "_commit_hash"}
+    return {key: value for key, value in config.to_dict().items() if key not in irrelevant}
 
 
 def write_model(
@@ -41,7 +41,7 @@ def write_model(
     tokenizer: PreTrainedTokenizerFast,
     card: str,
 ) -> None:
-    """Write a model in Hugging Face format with its tokenizer and model card, and show no progress bar."""
+    """Write a model in Hugging Face format with its tokenizer and model card, without a progress bar."""
     write_weights(folder, model, card)
     tokenizer.save_pretrained(folder)
     if model.can_generate():
@@ -53,7 +53,7 @@ def write_model(
 
 
 def write_weights(folder: Path, model: PreTrainedModel, card: str) -> None:
-    """Write a model without a tokenizer, and its model card."""
+    """Write a model and its model card, without a tokenizer."""
     bars = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()
     try:
@@ -66,11 +66,11 @@ def write_weights(folder: Path, model: PreTrainedModel, card: str) -> None:
 
 @contextmanager
 def isolated(seed: int) -> Iterator[None]:
-    """Seeded random numbers on one CPU thread, float32 and gradients inside; outside nothing has changed."""
+    """Run with a seed, one CPU thread, float32 and gradients; all global state is restored afterwards."""
     before_threads, before_dtype = torch.get_num_threads(), torch.get_default_dtype()
     modes = torch.inference_mode(False), torch.enable_grad(), torch.device("cpu")
     with torch.random.fork_rng(devices=[]), modes[0], modes[1], modes[2]:
-        # `torch.manual_seed` would seed the GPUs too, whose state is not put back.
+        # `torch.manual_seed` would also seed the GPUs, whose state is not restored here.
         torch.default_generator.manual_seed(seed)
         torch.set_default_dtype(torch.float32)
         try:
@@ -82,7 +82,7 @@ def isolated(seed: int) -> Iterator[None]:
 
 
 def random_card(family: str) -> str:
-    """The card of a tiny model whose weights are random."""
+    """The model card of a tiny model with random weights."""
     return f"""{HEAD}
 # tiny:{family}
 
@@ -94,7 +94,7 @@ Licence: Apache-2.0.
 
 
 def image_card(name: str) -> str:
-    """The card of a tiny model of images whose weights are random."""
+    """The model card of a tiny image model with random weights."""
     return f"""{HEAD}
 # {name}
 
@@ -106,7 +106,7 @@ Licence: Apache-2.0.
 
 
 def stand_in_card(model_type: str) -> str:
-    """The card of a stand-in."""
+    """The model card of a stand-in."""
     return f"""{HEAD}
 # Stand-in for a {model_type} model
 

@@ -1,6 +1,6 @@
-"""Shrinks a model's config to a tiny one of the same architecture: same module names, small numbers.
+"""Shrinks a model's config to a tiny one with the same architecture and module names.
 
-Where the config is not at hand, the architecture is taken from the model's name.
+If the config is not available, the architecture is guessed from the model's name.
 """
 
 import re
@@ -15,8 +15,8 @@ HEAD_DIM = HIDDEN // HEADS
 LAYERS = 2
 MAX_POSITIONS = 2048
 
-# What each size becomes, in every spelling that the configs of transformers use. A key that a config
-# does not have, or that is None there, stays away.
+# The small value of each size, under every name that the configs of transformers use. A key that is missing or None in
+# a config is not set.
 SIZES = {
     "hidden_size": HIDDEN,
     "num_hidden_layers": LAYERS,
@@ -51,7 +51,7 @@ SIZES = {
     "max_window_layers": LAYERS,
 }
 
-# Tried from the top: a name that holds several of these words is what the first of them says.
+# The first pattern that matches wins.
 FAMILIES = [
     (r"qwen-?3.*a\d+b|qwen-?3-?moe", "qwen3_moe"),
     (r"qwen-?3", "qwen3"),
@@ -92,17 +92,17 @@ IMAGE_FAMILIES = [
     (r"dinov2", "dinov2"),
     (r"vit", "vit"),
 ]
-"""Of models that classify images."""
+"""Families of image classification models."""
 
 
 def shrink(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast | None) -> PreTrainedConfig:
-    """A small copy of a config; the config given is left as it was.
+    """A small copy of a config; the original is not changed.
 
-    Of a config with a nested text model (an image-and-text model) the text model's part is taken.
+    For a config with a nested text model (a vision-language model), only the text model's part is used.
 
     Args:
-        tokenizer: whose vocabulary the copy gets; None keeps the model's own vocabulary, special tokens and longest
-            row, for use with its own tokenizer.
+        tokenizer: its vocabulary is used; None keeps the model's own vocabulary, special tokens and maximum length, for
+            use with its own tokenizer.
     """
     text = config.get_text_config()
     small = deepcopy(text)
@@ -125,13 +125,13 @@ def shrink(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast | None) 
 
 
 def _is_derived(small: PreTrainedConfig, key: str) -> bool:
-    """Whether the config works the value out itself, as falcon does with `head_dim`."""
+    """Whether the config computes the value itself, as falcon does with `head_dim`."""
     attribute = getattr(type(small), key, None)
     return isinstance(attribute, property) and attribute.fset is None
 
 
 def _shorten_lists(small: PreTrainedConfig, layers: int) -> None:
-    """Keep two entries of every list that holds one per layer: the first, and the first that differs."""
+    """Keep two entries of every list with one entry per layer: the first, and the first that differs."""
     for key, value in list(vars(small).items()):
         if isinstance(value, list) and len(value) == layers:
             other = next((entry for entry in value if entry != value[0]), value[0])
@@ -141,7 +141,7 @@ def _shorten_lists(small: PreTrainedConfig, layers: int) -> None:
 
 
 def _set_kv_heads(small: PreTrainedConfig) -> None:
-    """Keep the kind of attention: one key/value head, fewer than query heads, or as many."""
+    """Keep the kind of attention: multi-query, grouped-query or multi-head."""
     for key in ("num_key_value_heads", "num_kv_heads"):
         heads = getattr(small, key, None)
         if heads is None:
@@ -164,7 +164,7 @@ def _plain_positions(small: PreTrainedConfig) -> None:
 
 
 def _plain_rope(rope: dict[str, Any]) -> dict[str, Any]:
-    """Rope without the scaling to long contexts, whose factors fit the real head size only."""
+    """RoPE without long-context scaling, whose factors only fit the real head size."""
     if all(value is None or isinstance(value, dict) for value in rope.values()):
         return {kind: _plain_rope(value) if value else value for kind, value in rope.items()}
     kept = {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if rope.get(key) is not None}
@@ -172,7 +172,7 @@ def _plain_rope(rope: dict[str, Any]) -> dict[str, Any]:
 
 
 def _set_vocabulary(small: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast) -> None:
-    # Room beside the tokenizer, as real models have: the tokenizer classes of some families add a token.
+    # Larger than the tokenizer, as in real models: the tokenizer classes of some families add a token.
     small.vocab_size = len(tokenizer) + 64
     small.pad_token_id = tokenizer.pad_token_id
     small.bos_token_id = tokenizer.bos_token_id
@@ -183,13 +183,13 @@ def _set_vocabulary(small: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast)
 
 
 def family_config(model_name: str, *, images: bool = False) -> tuple[PreTrainedConfig, str]:
-    """The default config of the family that a model name tells, and in words what it was guessed from.
+    """The default config of the family that a model name suggests, and a description of the guess.
 
-    The numbers of the config are the family's defaults, not this model's: only its architecture is of use.
+    The sizes in the config are the family's defaults, not this model's; only the architecture is meaningful.
 
     Args:
         model_name: Hub id or folder name.
-        images: the model classifies images.
+        images: whether it is an image classification model.
     """
     name = model_name.lower().replace("_", "-")
     for pattern, family in IMAGE_FAMILIES if images else FAMILIES:
@@ -198,4 +198,4 @@ def family_config(model_name: str, *, images: bool = False) -> tuple[PreTrainedC
             guessed_from = f"{family}, from {found.group()!r} in the name {model_name!r}"
             return AutoConfig.for_model(family), guessed_from
     family = "vit" if images else "llama"
-    return AutoConfig.for_model(family), f"{family}, since the name {model_name!r} tells no family"
+    return AutoConfig.for_model(family), f"{family}, since no known family is in the name {model_name!r}"

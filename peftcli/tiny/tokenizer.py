@@ -1,4 +1,4 @@
-"""The tokenizer of every tiny model: a byte-level BPE learned from the shipped text within a second."""
+"""The tokenizer of every tiny model: a byte-level BPE trained on the shipped text in under a second."""
 
 import json
 from importlib.resources import files
@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 CAUSAL_TOKENS = ["<pad>", "<s>", "</s>", "<|system|>", "<|user|>", "<|assistant|>"]
 ENCODER_TOKENS = ["[PAD]", "[CLS]", "[SEP]", "[MASK]", "[UNK]"]
 
-# `</s>` ends an assistant turn, inside the generation block: the end token is learned with the answer.
+# `</s>` is inside the generation block, so the end token is trained with the answer.
 CHAT_TEMPLATE = """\
 {{- bos_token -}}
 {%- for message in messages -%}
@@ -29,7 +29,7 @@ CHAT_TEMPLATE = """\
 
 
 def asset(name: str) -> bytes:
-    """The bytes of one shipped file."""
+    """The content of one shipped file."""
     return files("peftcli.assets").joinpath(name).read_bytes()
 
 
@@ -44,11 +44,11 @@ def load_chats() -> list[list[dict[str, str]]]:
 
 
 def make_causal_tokenizer(vocabulary_tokens: int, max_length: int) -> PreTrainedTokenizerFast:
-    """Tokenizer that puts `<s>` before a text, appends nothing, and gives any text back unchanged.
+    """A tokenizer that prepends `<s>`, appends nothing, and decodes to exactly the same text.
 
     Args:
-        vocabulary_tokens: size of the vocabulary, the 256 bytes and the special tokens among it.
-        max_length: longest input that the model was built for, tokens.
+        vocabulary_tokens: vocabulary size, including the 256 bytes and the special tokens.
+        max_length: maximum input length of the model, tokens.
     """
     backend = _train(CAUSAL_TOKENS, vocabulary_tokens, add_prefix_space=False)
     backend.post_processor = processors.TemplateProcessing(
@@ -73,7 +73,7 @@ def wrap_causal_tokenizer(backend: Tokenizer, max_length: int) -> PreTrainedToke
 
 
 def make_encoder_tokenizer(vocabulary_tokens: int, max_length: int) -> PreTrainedTokenizerFast:
-    """Tokenizer that frames a text as `[CLS] ... [SEP]`; each word is taken with a space before it."""
+    """A tokenizer that encodes a text as `[CLS] ... [SEP]`; each word is encoded with a space before it."""
     backend = _train(ENCODER_TOKENS, vocabulary_tokens, add_prefix_space=True)
     backend.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]",
