@@ -1,1 +1,1 @@
-"""Compares several runs: a matrix of variants trained one by one, or existing runs."""
+"""Compares runs: a matrix of variants that are trained one after the other, or existing runs."""

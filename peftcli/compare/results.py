@@ -1,5 +1,5 @@
-"""The results of a comparison (`compare.json`): quality, cost, Pareto front, learning curves, and warnings
-about runs that are not comparable.
+"""The results of a comparison (`compare.json`): quality, cost, Pareto fronts, learning curves, and warnings about runs
+that are not comparable.
 """
 
 import os
@@ -23,21 +23,21 @@ RESULT = "compare.json"
 Row = Mapping[str, Any]
 
 COSTS = ("adapter_bytes", "peak_memory_bytes", "seconds", "retention_change")
-"""Figures of a variant that quality is held against; lower is better."""
+"""Costs of a variant that quality is compared with; lower is better."""
 LOWER = (*COSTS, "loss", "trainable_parameters")
 HIGHER = ("tokens_per_second", "merge_top1_agreement")
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One run of a comparison, trained or tried.
+    """One run of a comparison, whether or not its training succeeded.
 
     Attributes:
-        name: unique among them.
+        name: unique in the comparison.
         folder: of the run.
-        varied: what `--vary` set, empty for a run that was there already.
-        exit_code: of its training; None where nothing was trained here.
-        error: why it failed, None where it did not.
+        varied: the keys that `--vary` set, empty for an existing run.
+        exit_code: of its training; None if it was not trained by the comparison.
+        error: why it failed, None if it did not.
     """
 
     name: str
@@ -48,11 +48,11 @@ class Entry:
 
 
 def collect(name: str, entries: Sequence[Entry], home: Path) -> dict[str, Any]:
-    """Read the runs and hold them against each other.
+    """Read the runs and compare them.
 
     Args:
         name: of the comparison.
-        home: folder of the comparison; paths of runs are relative to it where they lie in it.
+        home: folder of the comparison; paths of runs inside it are relative to it.
     """
     stages = {entry.name: _stages(entry.folder) for entry in entries}
     recipes = {entry.name: _recipe(entry.folder) for entry in entries}
@@ -88,15 +88,15 @@ def collect(name: str, entries: Sequence[Entry], home: Path) -> dict[str, Any]:
 
 
 def _stages(folder: Path) -> Stages | None:
-    """What a run wrote, None where no stage of it has ended."""
+    """The results of a run, None if none of its stages has finished."""
     try:
         return load_stages(RunDir(folder))
     except PeftcliError:
-        return None  # a variant that failed before its first stage ended; its error stands in its row
+        return None  # the variant failed in its first stage; its row has the error
 
 
 def _recipe(folder: Path) -> Recipe | None:
-    """The recipe of a run, None where there is none or another version wrote it."""
+    """The recipe of a run, None if there is none or it cannot be read by this version."""
     try:
         return load_run_recipe(RunDir(folder).recipe).recipe
     except RecipeError:
@@ -104,7 +104,7 @@ def _recipe(folder: Path) -> Recipe | None:
 
 
 def _quality(found: Sequence[Stages]) -> Metric | None:
-    """The metric that most of the runs have; of equally many, the first that the report speaks of."""
+    """The metric that most runs have; among equals, the first in the order of the report."""
     counts = {key: sum(figure(one.metrics, "adapter", key) is not None for one in found) for key in PRIMARY}
     key = max(counts, key=lambda key: counts[key])
     return BY_KEY[key] if counts[key] else None
@@ -147,7 +147,7 @@ def _row(entry: Entry, found: Stages | None, metric: Metric | None, home: Path) 
 
 
 def _status(entry: Entry, metrics: Mapping[str, Any]) -> str:
-    """`finished`, `stopped`, `failed` or `not started`; a gate that is not met fails no training."""
+    """`finished`, `stopped`, `failed` or `not started`; an unmet gate does not count as a failed training."""
     if entry.exit_code == 75:
         return "stopped"
     if entry.exit_code not in (None, 0, 7):
@@ -161,28 +161,28 @@ def _shared(values: Any) -> str | None:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder is a run, or a comparison, which holds runs."""
+    """Whether a folder is a run, or a comparison, which contains runs."""
     return folder.is_dir() and (RunDir(folder).recipe.is_file() or (folder / RESULT).is_file())
 
 
 def open_runs(folders: Sequence[Path]) -> list[Entry]:
-    """The runs of some folders; a comparison among them stands for its variants.
+    """The runs in some folders; a comparison is replaced by its variants.
 
     Raises:
-        RecipeError: a folder is no run, or there are fewer than two.
+        RecipeError: a folder is not a run, or there are fewer than two runs.
     """
     found: list[Entry] = []
     for folder in folders:
         if not is_run(folder):
             raise RecipeError(
-                f"{folder}: no run folder (recipe.yaml is missing); name runs that are there, or recipes to train"
+                f"{folder}: not a run folder (recipe.yaml is missing); pass existing runs, or recipes to train"
             )
         path = Path(os.path.abspath(folder))
         found += [Entry(path.name, path)] if RunDir(path).recipe.is_file() else _variants(path)
     entries = list({entry.folder: entry for entry in found}.values())
     if len(entries) < 2:
         raise RecipeError(
-            f"{', '.join(map(str, folders))}: fewer than two runs are nothing to compare; name more of them"
+            f"{', '.join(map(str, folders))}: a comparison needs at least two runs; pass more run folders"
         )
     names = [entry.name for entry in entries]
     shown = [
@@ -196,30 +196,31 @@ def open_runs(folders: Sequence[Path]) -> list[Entry]:
 
 
 def _variants(home: Path) -> list[Entry]:
-    """The variants that a comparison has trained in its own folder, in its order; one of other runs has none."""
+    """The variants that a comparison trained in its own folder, in order; none if it compares other runs."""
     try:
         rows = read_json(home / RESULT)["variants"]
         return [_variant(home, row) for row in rows if (home / row["run"]).is_dir()]
     except (ValueError, KeyError, TypeError) as problem:
-        raise RecipeError(f"{home / RESULT}: is no comparison of this version; train it again") from problem
+        raise RecipeError(f"{home / RESULT}: not a comparison of this version; run it again") from problem
 
 
 def _variant(home: Path, row: dict[str, Any]) -> Entry:
     folder = home / row["run"]
     code, error = row["exit_code"], row["error"]
-    if RunDir(folder).status() == "finished" and code != 7:  # trained alone since
+    if RunDir(folder).status() == "finished" and code != 7:  # trained separately since then
         code, error = None, None
     return Entry(row["name"], folder, row["varied"], code, error)
 
 
 def pareto_front(rows: Sequence[Row], cost: str, better: str) -> list[str]:
-    """Names of the finished variants on the Pareto front, from the cheapest on.
+    """Names of the finished variants on the Pareto front, cheapest first.
 
-    A variant is on it unless another one is at least as good and at most as costly, and one of the two truly.
+    A variant is on the front unless another one is at least as good and at most as expensive, and strictly better in
+    one of the two.
 
     Args:
         cost: a key of the rows.
-        better: `higher` or `lower`, of the quality.
+        better: whether `higher` or `lower` quality values are better.
     """
     sign = 1.0 if better == "higher" else -1.0
     points = [
@@ -229,16 +230,16 @@ def pareto_front(rows: Sequence[Row], cost: str, better: str) -> list[str]:
     ]
     if len(points) < 2:
         return []
-    kept = [one for one in points if not any(_beats(other, one) for other in points)]
-    return [name for name, _, _ in sorted(kept, key=lambda one: one[1])]
+    front = [one for one in points if not any(_dominates(other, one) for other in points)]
+    return [name for name, _, _ in sorted(front, key=lambda one: one[1])]
 
 
-def _beats(other: tuple[str, float, float], one: tuple[str, float, float]) -> bool:
+def _dominates(other: tuple[str, float, float], one: tuple[str, float, float]) -> bool:
     return other[1] <= one[1] and other[2] >= one[2] and other[1:] != one[1:]
 
 
 def best_of(rows: Sequence[Row], better: str) -> dict[str, list[str]]:
-    """Names of the finished variants with the best figure, by key; none where all are alike."""
+    """Names of the finished variants with the best value, by key; none if all values are equal."""
     found = {}
     for key in ("quality", *LOWER, *HIGHER):
         values = {row["name"]: row[key] for row in rows if _counts(row) and row[key] is not None}
@@ -255,17 +256,17 @@ def _counts(row: Row) -> bool:
 
 
 def learning_curves(rows: Sequence[Mapping[str, Any]], recipes: Mapping[str, Recipe | None]) -> list[dict[str, Any]]:
-    """Curves of quality over training rows, each of at least two finished runs.
+    """Curves of quality over the number of training rows, each from at least two finished runs.
 
     Args:
         rows: of `compare.json`.
-        recipes: of the runs, by name; None for one that cannot be read.
+        recipes: of the runs, by name; None if it cannot be read.
     """
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
         recipe = recipes[row["name"]]
         if recipe is not None and row["status"] == "finished" and row["quality"] is not None and row["train_rows"]:
-            groups.setdefault(_apart_from_rows(recipe), []).append(row)
+            groups.setdefault(_fingerprint_without_rows(recipe), []).append(row)
     curves = []
     for group in groups.values():
         points = sorted(group, key=lambda row: row["train_rows"])
@@ -274,14 +275,14 @@ def learning_curves(rows: Sequence[Mapping[str, Any]], recipes: Mapping[str, Rec
     return curves
 
 
-def _apart_from_rows(recipe: Recipe) -> str:
-    """What is the same in two runs of one curve."""
+def _fingerprint_without_rows(recipe: Recipe) -> str:
+    """The same for all runs of one curve."""
     dataset = recipe.dataset.model_copy(update={"max_train_samples": None})
     return fingerprint(recipe.model_copy(update={"dataset": dataset, "name": "", "output_dir": None}))
 
 
 def _name(row: Mapping[str, Any]) -> str:
-    """What the runs of a curve share, in the words of `--vary`."""
+    """The `--vary` values that the runs of a curve share."""
     return ", ".join(f"{key}={value}" for key, value in row["varied"].items() if key != ROWS_KEY)
 
 
@@ -290,18 +291,18 @@ def _point(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def comparability_warnings(runs: Mapping[str, Stages], metric: Metric | None, methods: Mapping[str, str]) -> list[str]:
-    """One sentence for each reason why the runs cannot be held against each other as they are.
+    """One sentence for each reason why the runs are not directly comparable.
 
     Args:
         runs: by name.
         metric: the quality that is compared.
-        methods: of the runs, as far as they are known.
+        methods: of the runs, as far as known.
     """
     answered = metric is not None and metric.key in COUNTED_ON_ANSWERS
     checks: tuple[tuple[Callable[[Stages], Any], str], ...] = (
         (
             lambda run: (find(run.data, "fingerprint", "test"), figure(run.eval, "generated_rows") if answered else 0),
-            "were not scored on the same held-out rows, so their quality cannot be compared",
+            "were not evaluated on the same held-out rows, so their quality cannot be compared",
         ),
         (
             lambda run: (text(run.environment, "device", "name"), figure(run.environment, "device", "count")),
@@ -317,7 +318,7 @@ def comparability_warnings(runs: Mapping[str, Stages], metric: Metric | None, me
         ),
         (
             lambda run: text(run.plan, "model", "name") if metric is not None and metric.key == "loss" else None,
-            "have not the same base, so a loss per token may count other tokens",
+            "do not have the same base model, so their losses per token may refer to different tokens",
         ),
     )
     found = [
@@ -341,15 +342,15 @@ def _groups(groups: Mapping[Any, list[str]]) -> str:
     shown = [
         ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "") for names in groups.values()
     ]
-    return "; against ".join(shown)
+    return " versus ".join(shown)
 
 
 def _one_rate_for_all(runs: Mapping[str, Stages], methods: set[str]) -> str | None:
-    """What several methods with one learning rate cannot show."""
+    """A warning if several methods were trained with the same learning rate."""
     rates = {figure(run.plan, "trainer", "learning_rate") for run in runs.values()}
     if len(methods) < 2 or len(rates) != 1 or rates == {None}:
         return None
     return (
-        f"All methods were trained with the learning rate {compact(rates.pop())}; each has a best one of its own, so a "
-        "low score may be the rate's fault."
+        f"All methods were trained with the learning rate {compact(rates.pop())}; methods differ in their best "
+        "learning rate, so this ranking may be unfair."
     )

@@ -1,4 +1,4 @@
-"""Trains one variant in a process of its own, so that its memory is freed and its peak is its own."""
+"""Trains one variant in a separate process, so that its memory is freed and its peak is measured separately."""
 
 import ctypes
 import signal
@@ -12,26 +12,26 @@ from peftcli.compare.variants import Variant
 from peftcli.progress import Progress
 
 PR_SET_PDEATHSIG = 1
-"""Option of Linux' prctl: the signal that a process gets when its parent dies."""
+"""Option of Linux's prctl: the signal that a process gets when its parent dies."""
 ERROR = "error: "
 
 
 class VariantRunner:
-    """Trains one variant after another; as a context it hands SIGTERM and Ctrl-C to the one that runs.
+    """Trains one variant after another; as a context manager it forwards SIGTERM and Ctrl-C to the running one.
 
-    The child has a session of its own: a Ctrl-C in the terminal reaches it once, through here, and a second one again.
+    The child runs in its own session, so a Ctrl-C in the terminal reaches it only through this class.
     """
 
     def __init__(self) -> None:
         self.stopped_by: str | None = None
         self.at_once = False
-        self._said: set[str] = set()
+        self._shown: set[str] = set()
         self._child: subprocess.Popen[str] | None = None
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> "VariantRunner":
         for number in (signal.SIGTERM, signal.SIGINT):
-            self._before[number] = signal.signal(number, self._hear)
+            self._before[number] = signal.signal(number, self._forward)
         return self
 
     def __exit__(
@@ -41,15 +41,15 @@ class VariantRunner:
             signal.signal(number, handler)  # type: ignore[arg-type]  # what signal.signal itself returned
 
     def train(self, variant: Variant, folder: Path, flags: Sequence[str], progress: Progress) -> tuple[int, str | None]:
-        """Run `peftcli train`; what it says goes to `progress` under the name of the variant.
+        """Run `peftcli train`; its messages go to `progress`, prefixed with the name of the variant.
 
-        What an earlier variant has said in the same words, of the data and the machine, is not said again.
+        A message that an earlier variant printed already is not repeated.
 
         Returns:
-            Its exit code and, unless that is 0, its error without the word before it.
+            Its exit code and, unless that is 0, its error message without the prefix.
         """
-        words = [word for text in variant.overrides for word in ("--set", text)]
-        command = [sys.executable, "-m", "peftcli", "train", str(variant.recipe), *words, *flags]
+        overrides = [word for text in variant.overrides for word in ("--set", text)]
+        command = [sys.executable, "-m", "peftcli", "train", str(variant.recipe), *overrides, *flags]
         self._child = subprocess.Popen(
             [*command, "--output-dir", str(folder)],
             stdout=subprocess.DEVNULL,
@@ -60,24 +60,24 @@ class VariantRunner:
             start_new_session=True,
             preexec_fn=_end_with_parent,
         )
-        if self.stopped_by is not None:  # heard while the child was made
+        if self.stopped_by is not None:  # a signal arrived while the child was started
             self._child.send_signal(signal.SIGTERM)
-        said: list[str] = []
+        error: list[str] = []
         assert self._child.stderr is not None
         with self._child.stderr as lines:
             for line in lines:
-                if said or line.startswith(ERROR):
-                    said.append(line.rstrip().removeprefix(ERROR))
-                if said or line not in self._said:
+                if error or line.startswith(ERROR):
+                    error.append(line.rstrip().removeprefix(ERROR))
+                if error or line not in self._shown:
                     progress.note(f"{variant.name} | {line.rstrip()}")
-                self._said.add(line)
+                self._shown.add(line)
         code = self._child.wait()
         self._child = None
-        # A process that a signal killed has that signal's number, negative; a shell adds it to 128.
+        # For a process that was killed by a signal this is the negative number of the signal; shells use 128 + number.
         code = 128 - code if code < 0 else code
-        return code, None if code == 0 else "\n".join(said) or f"ended with exit code {code}"
+        return code, None if code == 0 else "\n".join(error) or f"ended with exit code {code}"
 
-    def _hear(self, number: int, frame: FrameType | None) -> None:
+    def _forward(self, number: int, frame: FrameType | None) -> None:
         self.at_once = self.stopped_by is not None and number == signal.SIGINT
         self.stopped_by = signal.Signals(number).name
         if self._child is not None:
@@ -85,6 +85,6 @@ class VariantRunner:
 
 
 def _end_with_parent() -> None:
-    # Linux only; elsewhere a killed parent leaves the child, which a signal to it still ends.
+    # Linux only; elsewhere the child outlives a killed parent.
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

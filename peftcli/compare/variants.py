@@ -1,4 +1,4 @@
-"""From recipes and `--vary` to variants: what each changes, and the folder that its run has."""
+"""Builds the variants of a comparison from recipes and `--vary`: their overrides and folder names."""
 
 import itertools
 import re
@@ -20,7 +20,7 @@ _PAIRS = {"[": "]", "{": "}", "(": ")"}
 
 @dataclass(frozen=True)
 class Axis:
-    """A key of the recipe and the values that it takes, as they are written."""
+    """A key of the recipe and its values, as written."""
 
     key: str
     values: tuple[str, ...]
@@ -33,8 +33,8 @@ class Variant:
     Attributes:
         name: of its folder; unique.
         recipe: the file.
-        varied: key and value of each `--vary`, as they are written.
-        overrides: all that is laid over the recipe.
+        varied: key and value of each `--vary`, as written.
+        overrides: all overrides of the recipe.
     """
 
     name: str
@@ -44,15 +44,17 @@ class Variant:
 
 
 def read_axes(texts: Sequence[str]) -> list[Axis]:
-    """Read the `--vary` texts.
+    """Parse the values of `--vary`.
 
     Raises:
-        RecipeError: one is not of the form key=a,b, or names a key or a value twice.
+        RecipeError: one does not have the form key=a,b, or repeats a key or a value.
     """
     axes = [_read_axis(text) for text in texts]
     for first, second in itertools.combinations(axes, 2):
         if first.key == second.key or second.key.startswith(f"{first.key}.") or first.key.startswith(f"{second.key}."):
-            raise RecipeError(f"--vary {second.key} stands beside --vary {first.key}; give all values of a key at once")
+            raise RecipeError(
+                f"--vary {second.key} conflicts with --vary {first.key}; give all values of a key in one option"
+            )
     return axes
 
 
@@ -60,54 +62,54 @@ def _read_axis(text: str) -> Axis:
     key, equals, rest = text.partition("=")
     key, values = key.strip(), split_values(rest)
     if not equals or not key or not all(values):
-        raise RecipeError(f"--vary {text}: is not of the form section.key=value,value, such as adapter.r=4,16,64")
+        raise RecipeError(f"--vary {text}: must have the form section.key=value,value, such as adapter.r=4,16,64")
     for index, value in enumerate(values):
         if value in values[:index]:
-            raise RecipeError(f"--vary {key}: {value} is given twice; give it once")
+            raise RecipeError(f"--vary {key}: {value} is given twice; remove one")
     if key == ROWS_KEY:
         values = ["null" if value == "all" else value for value in values]
     return Axis(key, tuple(values))
 
 
 def split_values(text: str) -> list[str]:
-    """Values between commas; commas inside brackets or quotes stay.
+    """Split at commas, except inside brackets or quotes.
 
     >>> split_values("[q_proj],[q_proj, v_proj]"), split_values("'a,b', c")
     (['[q_proj]', '[q_proj, v_proj]'], ["'a,b'", 'c'])
     """
     values, open_, quote, begin = [], list[str](), "", 0
-    for place, sign in enumerate(text):
+    for index, char in enumerate(text):
         if quote:
-            quote = "" if sign == quote else quote
-        elif sign in "'\"":
-            quote = sign
-        elif sign in _PAIRS:
-            open_.append(_PAIRS[sign])
-        elif open_ and sign == open_[-1]:
+            quote = "" if char == quote else quote
+        elif char in "'\"":
+            quote = char
+        elif char in _PAIRS:
+            open_.append(_PAIRS[char])
+        elif open_ and char == open_[-1]:
             open_.pop()
-        elif sign == "," and not open_:
-            values.append(text[begin:place].strip())
-            begin = place + 1
+        elif char == "," and not open_:
+            values.append(text[begin:index].strip())
+            begin = index + 1
     return [*values, text[begin:].strip()]
 
 
 def make_variants(recipes: Sequence[Path], axes: Sequence[Axis], overrides: Sequence[str]) -> list[Variant]:
-    """Every recipe with every combination of the values; the last axis runs fastest.
+    """Every recipe with every combination of values; the last axis varies fastest.
 
     Args:
-        overrides: of `--set`, for all of them.
+        overrides: from `--set`, for all variants.
 
     Raises:
-        RecipeError: there are too many, or only one.
+        RecipeError: there are too many variants, or only one.
     """
     combinations = list(itertools.product(*([(axis.key, value) for value in axis.values] for axis in axes)))
     count = len(recipes) * len(combinations)
     if count == 1:
         raise RecipeError(
-            "one variant is nothing to compare; name several recipes, or vary a key: --vary adapter.r=4,16"
+            "a comparison needs at least two variants; pass several recipes, or vary a key: --vary adapter.r=4,16"
         )
     if count > MOST_VARIANTS:
-        raise RecipeError(f"{count} variants are more than {MOST_VARIANTS}; give fewer values of --vary")
+        raise RecipeError(f"{count} variants, but at most {MOST_VARIANTS} are allowed; give fewer values in --vary")
     names = unique(
         _folder_name(recipe, varied, several=len(recipes) > 1) for recipe in recipes for varied in combinations
     )
@@ -123,23 +125,23 @@ def check_variants(variants: Sequence[Variant]) -> None:
     """Load the recipe of every variant.
 
     Raises:
-        RecipeError: with the problems of all of them; those that several share are said once.
+        RecipeError: with the problems of all variants; a problem that several variants share is listed once.
     """
     found: dict[str, list[str]] = {}
     for variant in variants:
         try:
             load_recipe(variant.recipe, variant.overrides)
         except RecipeError as problem:
-            said = str(problem)
+            message = str(problem)
             for key, _ in variant.varied:
-                said = said.replace(f"--set {key}", f"--vary {key}")
-            found.setdefault(said, []).append(variant.name)
+                message = message.replace(f"--set {key}", f"--vary {key}")
+            found.setdefault(message, []).append(variant.name)
     if found:
         wrong = sum(map(len, found.values()))
-        parts = [f"{_shortened(names)}: {said}" for said, names in found.items()]
+        parts = [f"{_shortened(names)}: {message}" for message, names in found.items()]
         if any(key == "adapter.method" for variant in variants for key, _ in variant.varied):
             example = "--vary 'adapter={method: lora, r: 16},{method: ia3}'"
-            parts.append(f"methods that take different keys are varied whole: {example}")
+            parts.append(f"to compare methods with different keys, vary the whole section: {example}")
         raise RecipeError(f"{wrong} of {len(variants)} variants cannot be trained\n" + "\n".join(parts))
 
 
@@ -148,7 +150,7 @@ def _shortened(names: Sequence[str]) -> str:
 
 
 def _folder_name(recipe: Path, varied: Sequence[tuple[str, str]], *, several: bool) -> str:
-    """A name such as lora-r4 that a folder and a run may have."""
+    """A name such as lora-r4 that is valid for a folder and a run."""
     parts = [recipe.stem] if several or not varied else []
     for key, text in varied:
         parts += list(_words("rows" if key == ROWS_KEY else key.rpartition(".")[2], _value(text)))
@@ -157,7 +159,7 @@ def _folder_name(recipe: Path, varied: Sequence[tuple[str, str]], *, several: bo
 
 
 def _words(key: str, value: Any) -> Iterator[str]:
-    """A text, or a list of them, says enough by itself, as a key that is true does; a number needs its key."""
+    """Strings, lists of strings and true switches are clear by themselves; a number needs its key."""
     if isinstance(value, dict):
         for inner, part in value.items():
             yield from _words(str(inner), part)
@@ -173,7 +175,7 @@ def _words(key: str, value: Any) -> Iterator[str]:
 
 
 def _value(text: str) -> Any:
-    """The value as YAML reads it; what is no YAML is left to the loading of the recipe, which says so."""
+    """The value parsed as YAML; invalid YAML is returned as it is, since loading the recipe reports it."""
     try:
         return parse_yaml(text, Problems(""), "")[0]
     except RecipeError:
@@ -181,7 +183,7 @@ def _value(text: str) -> Any:
 
 
 def unique(names: Iterator[str]) -> list[str]:
-    """The names, where a number makes later ones of the same name different.
+    """The names, with a number appended to repeated ones.
 
     >>> unique(iter(["a", "b", "a"]))
     ['a', 'b', 'a-2']
@@ -189,7 +191,7 @@ def unique(names: Iterator[str]) -> list[str]:
     found: list[str] = []
     for name in names:
         made, number = name, 1
-        while made.lower() in (one.lower() for one in found):  # some disks know no case
+        while made.lower() in (one.lower() for one in found):  # some file systems are case-insensitive
             number += 1
             made = f"{name}-{number}"
         found.append(made)

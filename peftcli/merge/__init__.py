@@ -1,1 +1,1 @@
-"""Merging: folds an adapter into its base tensor by tensor and verifies that the outputs agree."""
+"""Merging: folds an adapter into its base model tensor by tensor, and verifies that the outputs agree."""

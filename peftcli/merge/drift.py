@@ -17,13 +17,13 @@ from peftcli.model.classification import TaskHead, output_names, row_logits, tas
 from peftcli.model.scoring import pad_right, rows_at_once, vocabulary_of
 from peftcli.progress import Progress
 
-KEPT_BYTES = 512 * 2**20
-"""Of reference logits held for the comparison; rows beyond are not compared."""
+LOGITS_BYTES = 512 * 2**20
+"""Memory for reference logits; rows beyond it are not compared."""
 MOST_ROWS = 2048
-"""Rows beyond are not compared: the metrics of the merged model are over all of them."""
+"""Maximum number of rows that are compared; the metrics of the merged model cover all rows."""
 
 SAME_NUMBER = 0.01
-"""Of the spread of a regression's numbers: nearer ones count as the same."""
+"""Regression outputs that differ by less than this share of their standard deviation count as equal."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class Drift:
     """Differences over the positions that predict a trained token.
 
     Attributes:
-        rows, positions: what was compared.
+        rows, positions: number of compared rows and positions.
         max_abs_logit_difference, mean_abs_logit_difference: over positions and vocabulary.
-        kl_nats: mean over positions of KL(adapter || merged), None where the outputs are no probabilities.
+        kl_nats: mean of KL(adapter || merged) over positions, None if the outputs are not probabilities.
         top1_agreement: share of positions with the same first choice.
     """
 
@@ -47,11 +47,11 @@ class Drift:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Rows that go through the adapter and through each merged model.
+    """The rows that are run through the adapter and each merged model.
 
     Attributes:
-        data: whose first test rows are taken, or training rows where it has none.
-        batch_rows: rows that go through together.
+        data: its first test rows are used, or training rows if it has none.
+        batch_rows: batch size.
     """
 
     data: PreparedData
@@ -61,16 +61,16 @@ class Comparison:
 
     @cached_property
     def rows(self) -> pa.Table:
-        """The rows to compare, as many as may be."""
+        """The rows to compare, up to the maximum."""
         return self.data.comparable(MOST_ROWS)
 
     @property
     def rows_from(self) -> str:
-        """Where they are from: `test` or `training`."""
+        """The split they come from: `test` or `training`."""
         return "test" if self.data.holds_out else "training"
 
     def logits(self, model: PreTrainedModel, what: str) -> list[Tensor]:
-        """The outputs of a model: for each row those that its loss is taken on, float32 on the CPU."""
+        """The logits of a model at the positions that count in the loss, for each row, float32 on the CPU."""
         if self.data.format not in LABELLED:
             return self._of_text(model, what)
         rows = self.rows
@@ -87,7 +87,7 @@ class Comparison:
         )
 
     def drift(self, reference: list[Tensor], merged: list[Tensor]) -> Drift:
-        """How far the outputs of a merged model are from those of the adapter."""
+        """The differences between the outputs of the adapter and of a merged model."""
         if self.data.format not in LABELLED:
             return compare(reference, merged)
         return compare_labels(TaskHead(output_names(self.data), self.data.problem_type or "tagging"), reference, merged)
@@ -104,8 +104,8 @@ class Comparison:
 
 
 def rows_to_compare(table: pa.Table, vocabulary: int) -> pa.Table:
-    """As many rows from the head as fit the memory set aside."""
-    budget = KEPT_BYTES // (4 * vocabulary)
+    """The first rows whose logits fit into `LOGITS_BYTES`."""
+    budget = LOGITS_BYTES // (4 * vocabulary)
     used = 0
     for row, labels in enumerate(table.column("labels").to_pylist()):
         used += sum(label != IGNORED for label in labels[1:])
@@ -122,11 +122,11 @@ def trained_logits(
 
     Args:
         rows: `input_ids` and `labels`.
-        pad_id: token id that fills short rows; any id, since padding is masked.
-        batch_rows: rows that go through together.
+        pad_id: token id for padding; any id, since padding is masked.
+        batch_rows: batch size.
 
     Returns:
-        For each row (N, V) float32 on the CPU, N its trained tokens.
+        (N, V) for each row with N trained tokens, float32 on the CPU.
     """
     ids, labels = rows.column("input_ids").to_pylist(), rows.column("labels").to_pylist()
     order = sorted(range(len(ids)), key=lambda row: len(ids[row]), reverse=True)
@@ -140,9 +140,9 @@ def trained_logits(
         inputs, targets, mask = pad_right([ids[row] for row in batch], [labels[row] for row in batch], pad_id)
         output = model(input_ids=inputs.to(device), attention_mask=mask.to(device), use_cache=False)
         logits = output.logits[:, -inputs.shape[1] :]
-        for place, row in enumerate(batch):
-            chosen = (targets[place, 1:] != IGNORED).nonzero().squeeze(1)
-            found[row] = logits[place, chosen.to(device)].float().cpu()
+        for index, row in enumerate(batch):
+            chosen = (targets[index, 1:] != IGNORED).nonzero().squeeze(1)
+            found[row] = logits[index, chosen.to(device)].float().cpu()
         done += len(batch)
         progress.advance(done)
     progress.end()
@@ -171,12 +171,12 @@ def compare_labels(head: TaskHead, reference: Sequence[Tensor], merged: Sequence
     """Compare the outputs of two models row by row.
 
     Args:
-        head: what the outputs mean.
-        reference, merged: (C,) of each row, of tagging (N, C) for its marked tokens.
+        head: the meaning of the outputs.
+        reference, merged: (C,) for each row; for tagging (N, C) for its N labeled tokens.
 
     Returns:
-        `top1_agreement` is the share of rows, or of marked tokens, that are given the same labels: of a regression a
-        number within 1 % of the spread of all; it has no `kl_nats`.
+        `top1_agreement` is the share of rows, or of labeled tokens, with the same prediction. For regression,
+        predictions count as equal within 1 % of their standard deviation, and `kl_nats` is None.
 
     >>> one, other = [torch.tensor([0.0, 1.0])], [torch.tensor([0.0, 2.0])]
     >>> compare_labels(TaskHead(("a", "b"), "single-label"), one, other).kl_nats
@@ -198,7 +198,7 @@ def _divergence(head: TaskHead, before: Tensor, after: Tensor) -> float | None:
     if head.problem_type == "regression":
         return None
     if head.problem_type == "multi-label":
-        # Each label is a choice between two, whose logits are those of the label and 0.
+        # Each label is a binary choice with the logits (label, 0).
         before, after = (torch.stack([side, torch.zeros_like(side)], -1) for side in (before, after))
     logs = before.log_softmax(-1), after.log_softmax(-1)
     total = functional.kl_div(logs[1], logs[0], reduction="sum", log_target=True)

@@ -1,6 +1,6 @@
-"""Folds an adapter into float weights one tensor at a time, so that no second copy of the model is in memory.
+"""Folds an adapter into floating-point weights one layer at a time, without a second copy of the model in memory.
 
-Adapters that cannot be merged are refused before the base is loaded.
+Adapters that cannot be merged are refused before the base model is loaded.
 """
 
 import copy
@@ -27,12 +27,12 @@ from peftcli.model.inspect import drop_parameters
 
 @dataclass(frozen=True)
 class FoldedWeights:
-    """The tensors of a merged model, made as they are asked for.
+    """The tensors of a merged model, computed lazily.
 
     Attributes:
         sizes: number of elements by name, in the order of `tensors`.
-        tensors: makes the pairs of name and float tensor.
-        unties: a tied embedding or output layer was trained whole, so the two may differ now.
+        tensors: yields pairs of a name and a floating-point tensor.
+        unties: whether a tied embedding or output layer was trained, so that the two may differ now.
     """
 
     sizes: dict[str, int]
@@ -41,15 +41,14 @@ class FoldedWeights:
 
 
 def fold(base: PreTrainedModel, adapter: Path, source: Source) -> FoldedWeights:
-    """Prepare the merge of an adapter, using PEFT's own arithmetic layer by layer.
+    """Prepare the merge of an adapter, with PEFT's own `merge`, layer by layer.
 
-    The structure is built a second time with weights that take no memory; only the layer at hand gets real ones, in
-    float32, is merged, read and emptied.
+    The model is built a second time on the meta device; only the current layer gets real weights, in float32.
 
     Args:
-        base: the loaded base, whose names and ties count; its weights are not touched.
-        adapter: the adapter's folder.
-        source: of the base's weights.
+        base: the loaded base model, for its tensor names and tied weights; it is not changed.
+        adapter: the adapter folder.
+        source: returns the base weights by name.
 
     Raises:
         MachineError: this adapter cannot be merged.
@@ -61,8 +60,8 @@ def fold(base: PreTrainedModel, adapter: Path, source: Source) -> FoldedWeights:
         _fill(skeleton, source)
     layers = _layers(PeftModel.from_pretrained(skeleton, str(adapter), torch_device="cpu"))
     names = skeleton_names(base)
-    # Asked of the configuration: taking an adapter off leaves a trained end in the place of the tied one.
-    tied = getattr(base.config.get_text_config(), "tie_word_embeddings", False)  # models of images have no such ends
+    # From the configuration, because unloading an adapter leaves a trained layer in place of the tied one.
+    tied = getattr(base.config.get_text_config(), "tie_word_embeddings", False)  # image models have no such layers
     ends = end_names(base) if tied else ()
     unties = _untied([layers.get(name) for name in ends])
     if ends and not unties:
@@ -88,7 +87,7 @@ def fold(base: PreTrainedModel, adapter: Path, source: Source) -> FoldedWeights:
 
 
 def _untied(ends: list[object]) -> bool:
-    """Whether an end of the model was trained apart from the other one."""
+    """Whether the embedding or the output layer was trained separately from the other."""
     weights = [end.weight for end in ends if isinstance(end, ModulesToSaveWrapper)]
     return bool(weights) and not (len(weights) == len(ends) and weights[0] is weights[-1])
 
@@ -101,23 +100,23 @@ def _fill(skeleton: PreTrainedModel, source: Source) -> None:
 
 
 def bare_base(model: PeftModel) -> PreTrainedModel:
-    """The base alone, with its own names for its layers; the adapter is taken off for good."""
+    """The base model with its original module names; the adapter is unloaded for good."""
     base: PreTrainedModel = model.get_base_model()
     if not hasattr(model.base_model, "unload"):
         return base
-    # Some methods refuse to touch a quantized model, even to take themselves off.
+    # Some methods refuse to work on a quantized model, even to unload.
     with hide_quantization_flag(base):
         bare: PreTrainedModel = model.unload()
     return bare
 
 
 def skeleton_names(model: PreTrainedModel) -> list[str]:
-    """Names of the tensors that a float copy of this model would save."""
-    aside = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", ".SCB")
+    """Names of the tensors that an unquantized copy of this model would save."""
+    quantization_state = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", ".SCB")
     return [
         name
         for name in model.state_dict()
-        if not name.endswith(aside) and ".quant_state." not in name and ".weight_format" not in name
+        if not name.endswith(quantization_state) and ".quant_state." not in name and ".weight_format" not in name
     ]
 
 
@@ -125,7 +124,7 @@ def _layers(wrapped: PeftModel) -> dict[str, BaseTunerLayer | ModulesToSaveWrapp
     found = {}
     for name, module in wrapped.get_base_model().named_modules():
         if isinstance(module, TrainableTokensWrapper):
-            found[name] = module.token_adapter  # it stands beside the embedding, and holds what merges into it
+            found[name] = module.token_adapter  # next to the embedding, with the rows that are merged into it
         elif isinstance(module, (BaseTunerLayer, ModulesToSaveWrapper)):
             found[name] = module
     return found
@@ -133,7 +132,7 @@ def _layers(wrapped: PeftModel) -> dict[str, BaseTunerLayer | ModulesToSaveWrapp
 
 def _merge_layer(layer: BaseTunerLayer, owner: str, source: Source) -> dict[str, Tensor]:
     """The merged tensors of a layer, by the last part of their names."""
-    # A copy, since merging puts other modules or weights in the place of the empty ones, in a way of each method's own.
+    # A copy, since each method replaces modules or weights in its own way when it merges.
     own = copy.deepcopy(layer)
     inner = own.get_base_layer()
     for name in [name for name, _ in inner.named_parameters(recurse=False)]:
@@ -155,7 +154,7 @@ def _elements(tensor: Tensor) -> int:
 
 
 def method_of(adapter: Path) -> Method | None:
-    """The method of a saved adapter, None for one that the table does not have."""
+    """The method of a saved adapter, None if it is not in the method table."""
     kind = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")).get("peft_type")
     config = PEFT_TYPE_TO_CONFIG_MAPPING.get(kind)
     return next((one for one in METHODS.values() if config is not None and one.config == config.__name__), None)
@@ -165,11 +164,11 @@ def refuse_unmergeable(adapter: Path) -> None:
     """Refuse an adapter whose method cannot be merged.
 
     Raises:
-        MachineError: with the reason, and what to do instead.
+        MachineError: with the reason and the alternative.
     """
     method = method_of(adapter)
     if method is not None and method.merge:
         raise MachineError(
-            f"{adapter}: {method.title} cannot be merged: {method.merge}; use the adapter as it is, "
-            "`peftcli generate` and PEFT load it beside its base"
+            f"{adapter}: {method.title} cannot be merged: {method.merge}; use the adapter unmerged, "
+            "`peftcli generate` and PEFT load it together with its base model"
         )

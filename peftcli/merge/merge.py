@@ -1,4 +1,4 @@
-"""`merge`: fold, save, reload what was saved, compare it with the adapter, and keep it only if it agrees."""
+"""`merge`: folds, saves and reloads a model, compares it with the adapter, and deletes it if they disagree."""
 
 import gc
 import shutil
@@ -30,15 +30,15 @@ from peftcli.recipe.schema import EvaluationSection
 from peftcli.run_dir import write_json
 
 DEFAULT_LIMITS = (Gate("merge_top1_agreement", ">=", 0.98),)
-"""Held against the drift where the recipe's gates say nothing about the merge."""
+"""Limits on the drift if the recipe has no gates for the merge."""
 FEW_POSITIONS = 200
-"""With fewer, one near-tie decides the agreement, and the divergence is held instead."""
+"""With fewer positions a single near-tie decides the agreement, so the KL divergence is limited instead."""
 LIMITS_OF_FEW = (Gate("merge_kl_nats", "<=", 0.01),)
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One merged model that was written and measured."""
+    """A merged model that was written and evaluated."""
 
     into: str
     folder: Path
@@ -48,27 +48,27 @@ class Candidate:
 
     @property
     def loss(self) -> float | None:
-        """Of the test rows, None without any."""
+        """Loss on the test rows, None if there are none."""
         return None if self.measured is None else self.measured.metrics.loss
 
     @property
     def worse(self) -> float:
-        """What decides between candidates, lower is better: the loss, or without test rows the drift."""
+        """Criterion between candidates, lower is better: the loss, or the drift if there are no test rows."""
         return self.drift.mean_abs_logit_difference if self.loss is None else self.loss
 
 
 @dataclass(frozen=True)
 class MergeSettings:
-    """What the user asked for.
+    """The options of the command.
 
     Attributes:
-        into: `dequantized`, `original` or `best` (both are made, the one with the lower test loss is kept; without test
-            rows the one with the smaller drift).
-        dtype: of the stored weights, None for the dtype of the run.
-        gates: those of the recipe.
-        batch_rows: rows measured at once.
+        into: `dequantized`, `original`, or `best` (both are built, and the one with the lower test loss is saved;
+            without test rows the one with the smaller drift).
+        dtype: of the saved weights, None for the dtype of the run.
+        gates: of the recipe.
+        batch_rows: batch size of the evaluation.
         seed: for sampled answers.
-        rows_from: what the rows of the comparison are called, where they are neither test rows nor training rows.
+        rows_from: name of the compared rows, if they are neither test rows nor training rows.
     """
 
     into: str
@@ -83,43 +83,43 @@ class MergeSettings:
 def merge(
     target: Target, data: PreparedData, final: Path, settings: MergeSettings, progress: Progress
 ) -> dict[str, Any]:
-    """Write a stand-alone model of an adapter and measure its drift from it.
+    """Write a stand-alone model from an adapter, and measure its drift.
 
     Args:
         target: an adapter.
-        data: whose test rows serve for the measuring; without any, training rows serve for the drift alone.
-        final: folder of the merged model; it appears when all is well, and not before.
+        data: its test rows are used for the evaluation; if it has none, training rows are used for the drift only.
+        final: folder of the merged model; created only after all checks passed.
 
     Returns:
         The content of `merge.json`.
 
     Raises:
-        RecipeError: the base asked for is not one that the adapter can be merged into.
-        GateNotMet: the merged model is too far from the adapter; nothing is left of it, and the exception's `merge`
-            holds what was measured.
+        RecipeError: the adapter cannot be merged into the requested base.
+        GateNotMet: the merged model differs too much from the adapter and was deleted; the exception's `merge` has the
+            measurements.
     """
     begun = time.monotonic()
     assert target.adapter is not None
     if target.base.absorbed and target.base.quantization is not None and settings.into != "dequantized":
         raise RecipeError(
             f"--into {settings.into}: the earlier stages of this run were trained on "
-            f"{target.base.quantization['bits']}-bit weights, so they fit those alone; leave --into out"
+            f"{target.base.quantization['bits']}-bit weights and only fit those; remove --into"
         )
     model, tokenizer = target.load()
     comparison = Comparison(data, tokenizer, settings.batch_rows, progress)
     reference = comparison.logits(model, "adapter")
     written = _write_all(target, model, tokenizer, data, final, settings)
     del model
-    _forget()
+    _free_memory()
     try:
         candidates = [
             _measure(target, (into, folder, size), reference, comparison, settings) for into, folder, size in written
         ]
-        kept = min(candidates, key=lambda one: one.worse)
-        value = _merge_json(kept, candidates, comparison, settings, time.monotonic() - begun, target)
+        best = min(candidates, key=lambda one: one.worse)
+        value = _merge_json(best, candidates, comparison, settings, time.monotonic() - begun, target)
         if not value["met"]:
-            _fail(kept, value, quantized=target.base.quantization is not None)
-        replace_folder(kept.folder, final)
+            _fail(best, value, quantized=target.base.quantization is not None)
+        replace_folder(best.folder, final)
     finally:
         for _, folder, _ in written:
             shutil.rmtree(folder, ignore_errors=True)
@@ -127,24 +127,24 @@ def merge(
 
 
 class DriftTooLarge(GateNotMet):
-    """The tolerance was not met; `merge` holds the content of `merge.json`."""
+    """The tolerance was not met; `merge` has the content of `merge.json`."""
 
     def __init__(self, message: str, merge: dict[str, Any]) -> None:
         super().__init__(message)
         self.merge = merge
 
 
-def _fail(kept: Candidate, value: dict[str, Any], *, quantized: bool) -> None:
-    crossed = [
+def _fail(best: Candidate, value: dict[str, Any], *, quantized: bool) -> None:
+    exceeded = [
         f"{name} is {value[name]:.4g}, the limit is {limit}"
         for name, limit in value["limit"].items()
         if value["limits_met"][name] is False
     ]
-    others = [one for one in ("dequantized", "original") if one != kept.into] if quantized else []
+    others = [one for one in ("dequantized", "original") if one != best.into] if quantized else []
     fixes = [*(f"--into {one}" for one in others), "a wider --dtype", "another limit in gates"]
     raise DriftTooLarge(
-        f"the model merged into the {kept.into} base is too far from the adapter: {'; '.join(crossed)}; nothing was "
-        f"kept; try {', '.join(fixes[:-1])} or {fixes[-1]}",
+        f"the model merged into the {best.into} base is too far from the adapter: {'; '.join(exceeded)}; it was not "
+        f"saved; try {', '.join(fixes[:-1])} or {fixes[-1]}",
         value,
     )
 
@@ -157,7 +157,7 @@ def _write_all(
     final: Path,
     settings: MergeSettings,
 ) -> list[tuple[str, Path, int]]:
-    """Write each candidate beside the final folder: its kind, folder and bytes."""
+    """Write each candidate next to the final folder; returns kind, folder and bytes."""
     assert target.adapter is not None
     quantized = target.base.quantization is not None
     wanted: Sequence[str] = ("dequantized", "original") if settings.into == "best" else (settings.into,)
@@ -165,7 +165,7 @@ def _write_all(
         wanted = ("original",)
     dtype = DTYPES[settings.dtype or target.base.dtype]
     written = []
-    # The wrapped base names its layers with PEFT's prefixes; a bare one of the same weights is what is folded.
+    # The wrapped model has PEFT's prefixes in its module names, so the unwrapped base model is folded.
     bare = bare_base(model)
     for into in wanted:
         folder = final.with_name(f"{final.name}.{into}.staging")
@@ -184,8 +184,8 @@ def _write_all(
 
 
 def _original(base: Base, bare: PreTrainedModel) -> Source:
-    """The weights of a base without quantization; of a model of images loaded whole, since its files may name them as
-    earlier versions of transformers did."""
+    """The unquantized weights of a base model; an image model is loaded completely, since its files may use the names
+    of earlier versions of transformers."""
     if base.task != IMAGES:
         return original_weights(base, bare)
     return loaded_weights(load_base(replace(base, device="cpu"), quantized=False))
@@ -198,10 +198,10 @@ def _measure(
     comparison: Comparison,
     settings: MergeSettings,
 ) -> Candidate:
-    """Load what was written, as anybody would, and hold it against the adapter.
+    """Load a candidate as a user would, and compare it with the adapter.
 
     Args:
-        written: its kind, folder and bytes.
+        written: kind, folder and bytes of the candidate.
         reference: outputs of the adapter.
     """
     into, folder, size = written
@@ -209,7 +209,7 @@ def _measure(
     stored = settings.dtype or target.base.dtype
     device = target.base.device
     if device == "cuda" and size > 0.9 * torch.cuda.mem_get_info()[0]:
-        device = "cpu"  # the card held the quantized weights; unpacked they are several times as large
+        device = "cpu"  # the dequantized weights are several times as large as the quantized ones that fit the GPU
     merged = replace(target.base, path=str(folder), revision=None, quantization=None, absorbed=(), dtype=stored)
     merged = replace(merged, device=device)
     model = load_base(merged)
@@ -218,7 +218,7 @@ def _measure(
     logits = comparison.logits(model, what)
     measured = _scored(model, data, tokenizer, settings, comparison.progress, what) if data.holds_out else None
     del model
-    _forget()
+    _free_memory()
     return Candidate(into, folder, comparison.drift(reference, logits), measured, size)
 
 
@@ -242,41 +242,41 @@ def _met(gate: Gate, value: float | None) -> bool | None:
 
 
 def _merge_json(
-    kept: Candidate,
+    best: Candidate,
     candidates: list[Candidate],
     comparison: Comparison,
     settings: MergeSettings,
     seconds: float,
     target: Target,
 ) -> dict[str, Any]:
-    drift = asdict(kept.drift)
-    few = kept.drift.positions < FEW_POSITIONS and kept.drift.kl_nats is not None
+    drift = asdict(best.drift)
+    few = best.drift.positions < FEW_POSITIONS and best.drift.kl_nats is not None
     default = LIMITS_OF_FEW if few else DEFAULT_LIMITS
     limits = tuple(gate for gate in settings.gates if gate.name.startswith("merge_")) or default
     met = {name: _met(gate, drift[name]) for gate in limits for name in (gate.name.removeprefix("merge_"),)}
-    answers = [] if kept.measured is None else kept.measured.answers
+    answers = [] if best.measured is None else best.measured.answers
     shown = min(settings.evaluation.samples, len(answers))
     return {
         "schema": 1,
-        "into": kept.into,
+        "into": best.into,
         "dtype": settings.dtype or target.base.dtype,
         "rows_from": settings.rows_from or comparison.rows_from,
         **drift,
         "limit": {gate.name.removeprefix("merge_"): gate.text for gate in limits},
         "limits_met": met,
         "met": all(one is not False for one in met.values()),
-        "metrics": None if kept.measured is None else kept.measured.figures(),
+        "metrics": None if best.measured is None else best.measured.figures(),
         "candidates": [{"into": one.into, "loss": one.loss, **asdict(one.drift)} for one in candidates],
         "samples": [
             {"prompt": comparison.rows.column("prompt")[row].as_py(), "merged": answers[row].text}
             for row in range(shown)
         ],
-        "bytes": kept.bytes,
+        "bytes": best.bytes,
         "seconds": round(seconds, 3),
     }
 
 
-def _forget() -> None:
+def _free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

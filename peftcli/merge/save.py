@@ -1,4 +1,4 @@
-"""Saves a merged model shard by shard, with all files that plain transformers needs."""
+"""Saves a merged model shard by shard, with all files that transformers needs to load it."""
 
 import json
 from pathlib import Path
@@ -10,19 +10,19 @@ from transformers import PreTrainedModel
 from peftcli.merge.fold import FoldedWeights
 
 SHARD_BYTES = 2**30
-"""Of one file; writing one takes twice as much memory, since safetensors makes a copy to write."""
+"""Maximum size of a file; writing it takes twice as much memory, since safetensors makes a copy."""
 
 
 def write_weights(folded: FoldedWeights, dtype: torch.dtype, folder: Path, shard_bytes: int = SHARD_BYTES) -> int:
-    """Write the tensors in files of at most `shard_bytes`, holding one file's tensors in memory at a time.
+    """Write the tensors to files of at most `shard_bytes`, with only one file's tensors in memory.
 
     Args:
         folded: the merged tensors.
-        dtype: floating tensors are stored in it.
-        folder: exists and is empty of weights.
+        dtype: of the saved floating-point tensors.
+        folder: an existing folder without weights.
 
     Returns:
-        Bytes of all tensors.
+        Total bytes of the tensors.
     """
     width = torch.empty((), dtype=dtype).element_size()
     shards = plan_shards({name: count * width for name, count in folded.sizes.items()}, shard_bytes)
@@ -47,7 +47,7 @@ def write_weights(folded: FoldedWeights, dtype: torch.dtype, folder: Path, shard
 
 
 def plan_shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
-    """Group tensors in their order so that no group is larger than the limit, a single larger tensor aside.
+    """Group tensors in order so that no group exceeds the limit, unless a single tensor does.
 
     >>> plan_shards({"a": 3, "b": 3, "c": 5}, limit=6)
     [['a', 'b'], ['c']]
@@ -64,7 +64,7 @@ def plan_shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
 
 
 def shard_names(count: int) -> list[str]:
-    """File names as transformers reads them.
+    """File names in the format of transformers.
 
     >>> shard_names(2)
     ['model-00001-of-00002.safetensors', 'model-00002-of-00002.safetensors']
@@ -75,7 +75,7 @@ def shard_names(count: int) -> list[str]:
 
 
 def write_config(model: PreTrainedModel, dtype: torch.dtype, unties: bool, folder: Path) -> None:
-    """Write `config.json` of the merged model: the base's, without quantization."""
+    """Write `config.json` of the merged model: that of the base model, without quantization."""
     config = type(model.config).from_dict(model.config.to_dict())
     if hasattr(config, "quantization_config"):
         del config.quantization_config

@@ -35,5 +35,5 @@ def test_a_prompt_is_trained_measured_and_asked_and_not_merged(
     capfd.readouterr()
     assert run_cli("merge", "run") == 4
     said = capfd.readouterr().err
-    assert "cannot be merged" in said and "use the adapter as it is" in said
+    assert "cannot be merged" in said and "use the adapter unmerged" in said
     assert not (tmp_path / "run" / "merged").exists()
