@@ -1,4 +1,4 @@
-"""Checks of the `adapter` section: shared keys, and the arguments of the chosen method by name."""
+"""Checks the `adapter` section: shared keys, and the arguments of the method."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,24 +14,24 @@ from peftcli.recipe.schema import AdapterSection, QuantizationSection
 from peftcli.recipe.yaml import Tree
 
 FIELDS = tuple(key for key in AdapterSection.model_fields if key != "arguments")
-_LACKS = {"r": "has no rank", "alpha": "has no scale of that kind", "dropout": "has no dropout"}
-FLOAT_STARTS = {
-    "mica": "it is computed from the weights, and quantized weights are no numbers",
-    "orthogonal": "it takes the dtype of the weights, and quantized weights are no numbers",
+_LACKS = {"r": "has no rank", "alpha": "has no scaling factor", "dropout": "has no dropout"}
+UNQUANTIZED_INITS = {
+    "mica": "it is computed from unquantized weights",
+    "orthogonal": "it uses the dtype of the weights, which must be a floating-point type",
 }
-"""Ways for LoRA to begin that need a base of floats."""
-MOST_HOMES = 4
-"""Methods named as those that have an argument."""
+"""Initializations of LoRA that need an unquantized base model."""
+MOST_METHODS = 4
+"""Maximum number of methods to list for an argument."""
 
 
 def read_adapter(tree: Tree, trainer: Mapping[str, Any], problems: Problems) -> dict[str, Any]:
     """Check the section and sort it into the schema's keys and the method's arguments.
 
     Args:
-        trainer: the checked arguments of the trainer section, for what excludes some methods.
+        trainer: the checked arguments of the trainer section; some exclude certain methods.
 
     Returns:
-        The section under its name, for the schema to check further; empty where the recipe has none.
+        The section under the key `adapter`, for further checks by the schema; empty if the recipe has none.
     """
     section = tree.values.get("adapter")
     if "adapter" not in tree.values:
@@ -40,30 +40,30 @@ def read_adapter(tree: Tree, trainer: Mapping[str, Any], problems: Problems) -> 
         return {"adapter": section}
     name = section.get("method", "lora")
     method = METHODS.get(name) if isinstance(name, str) else None
-    kept = {key: value for key, value in section.items() if key in FIELDS}
+    fields = {key: value for key, value in section.items() if key in FIELDS}
     if method is None:
-        return {"adapter": kept}
-    _check_fields(method, kept, tree, problems)
+        return {"adapter": fields}
+    _check_fields(method, fields, tree, problems)
     others = [key for key in section if key not in FIELDS and ("adapter", key) not in tree.spoiled]
     arguments = {key: section[key] for key in others if _check_argument(method, key, section[key], tree, problems)}
     check_together(method, tree, trainer, problems)
-    _check_start(arguments, kept, tree, problems)
-    return {"adapter": kept | ({"arguments": arguments} if arguments else {})}
+    _check_init(arguments, fields, tree, problems)
+    return {"adapter": fields | ({"arguments": arguments} if arguments else {})}
 
 
 def _check_fields(method: Method, given: Mapping[str, Any], tree: Tree, problems: Problems) -> None:
-    """Report each key of the schema that does nothing with the method."""
+    """Report each key of the schema that has no effect with the method."""
     known = method_arguments(method.name)
 
-    def idle(key: str) -> str | None:
+    def why_unused(key: str) -> str | None:
         if key in ARGUMENT_NAMES and key not in method.argument_names:
             return _LACKS[key]
         if key == "target_modules" and method.prompts:
-            return "stands before the row and on no module"
+            return "adapts no modules"
         if key == "target_modules" and method.targets == "whole":
             return "trains whole blocks"
         if key == "layers" and (method.prompts or method.targets == "embeddings" or method.name == "full"):
-            return "trains all layers" if method.name == "full" else "stands in none of them"
+            return "trains all layers" if method.name == "full" else "adapts no layers"
         if key in ("use_rslora", "use_dora") and given[key] is not False and method.name != "lora":
             return "is not LoRA"
         if key == "modules_to_save" and known is not None and key not in known:
@@ -71,30 +71,30 @@ def _check_fields(method: Method, given: Mapping[str, Any], tree: Tree, problems
         return None
 
     for key, value in given.items():
-        why = idle(key)
+        why = why_unused(key)
         if value is not None and why is not None:
-            text = f"adapter.{key} does nothing with {method.name}, which {why}; remove it"
+            text = f"adapter.{key} has no effect with {method.name}, which {why}; remove it"
             problems.add(tree.place(("adapter", key)), text)
     if given.get("dtype") == "bfloat16" and method.targets != "whole":
         text = (
-            f"adapter.dtype: bfloat16 is for methods that train the model's own weights, and {method.name} adds few of "
-            "its own, whose float32 costs little; remove it, or set adapter.method: full or freeze"
+            f"adapter.dtype: bfloat16 is for methods that train the model's own weights; the few weights of "
+            f"{method.name} are cheap in float32; remove it, or set adapter.method: full or freeze"
         )
         problems.add(tree.place(("adapter", "dtype")), text)
     _check_choice(method, given, tree, problems)
 
 
 def _check_choice(method: Method, given: Mapping[str, Any], tree: Tree, problems: Problems) -> None:
-    """Report a choice by gradient that cannot be made, and two at once."""
+    """Report a selection by gradient that is not possible, or two of them."""
     chosen = [key for key in ("target_modules", "layers") if isinstance(given.get(key), dict)]
     where = {key: tree.place(("adapter", key)) for key in chosen}
     if len(chosen) == 2:
-        text = "adapter.layers excludes adapter.target_modules: both leave the choice to the gradient; keep one"
+        text = "adapter.layers excludes adapter.target_modules: only one of them can be selected by gradient; keep one"
         problems.add(where["layers"], text)
     for key in chosen:
         if method.targets != "linear":
-            text = f"adapter.{key}: the gradient chooses among linear layers, where {method.name} does not stand"
-            problems.add(where[key], text)
+            text = f"adapter.{key}: only linear layers can be selected by gradient, and {method.name} adapts others"
+            problems.add(where[key], f"{text}; list them instead")
 
 
 def _check_argument(method: Method, key: str, value: Any, tree: Tree, problems: Problems) -> bool:
@@ -102,10 +102,11 @@ def _check_argument(method: Method, key: str, value: Any, tree: Tree, problems: 
     where, name = tree.place(("adapter", key)), dotted(("adapter", key))
     shared = next((core for core, argument in method.argument_names.items() if argument == key), None)
     if known is None:
-        problems.note(where, f"{name} is not checked, because peft is not installed here")
+        problems.note(where, f"{name} is not checked, because peft is not installed")
         return True
     if key in method.unsupported_arguments or key in CLOSED:
-        problems.add(where, f"{name} is not set here: {method.unsupported_arguments.get(key) or CLOSED[key]}")
+        why = method.unsupported_arguments.get(key) or CLOSED[key]
+        problems.add(where, f"{name} cannot be set: {why}; remove it")
     elif shared is not None:
         problems.add(where, f"{name} is not a recipe key; did you mean adapter.{shared}?")
     elif key not in known:
@@ -119,36 +120,37 @@ def _check_argument(method: Method, key: str, value: Any, tree: Tree, problems: 
 
 
 def _unknown(method: Method, key: str) -> str:
-    homes = [one.name for one in homes_of(key)]
-    if homes and key not in NAME_ALIASES:
-        more = homes[:MOST_HOMES] + (["others"] if len(homes) > MOST_HOMES else [])
-        joined = choice_text(more).replace(" or ", " and ")
-        return f"adapter.{key} belongs to {joined}, not to {method.name}; remove it or set adapter.method"
+    owners = [one.name for one in homes_of(key)]
+    if owners and key not in NAME_ALIASES:
+        shown = owners[:MOST_METHODS] + (["others"] if len(owners) > MOST_METHODS else [])
+        joined = choice_text(shown).replace(" or ", " and ")
+        return f"adapter.{key} is an argument of {joined}, not of {method.name}; remove it or set adapter.method"
     return unknown_key(("adapter", key), recipe_arguments(method.name))
 
 
-def _check_start(arguments: Mapping[str, Any], given: Mapping[str, Any], tree: Tree, problems: Problems) -> None:
-    """Report ways for LoRA to begin that lack something, and a ratio of LoRA+ that slows the second matrix down."""
-    word = arguments.get("init_lora_weights")
-    kind = word.partition("_niter_")[0] if isinstance(word, str) else ""
+def _check_init(arguments: Mapping[str, Any], given: Mapping[str, Any], tree: Tree, problems: Problems) -> None:
+    """Report initializations of LoRA with a missing requirement, and a LoRA+ ratio below 1."""
+    init = arguments.get("init_lora_weights")
+    kind = init.partition("_niter_")[0] if isinstance(init, str) else ""
     where = tree.place(("adapter", "init_lora_weights"))
     if kind == "loftq" and not isinstance(tree.values.get("quantization"), dict):
-        text = "adapter.init_lora_weights: loftq begins as what quantization loses; add `quantization: {bits: 4}`"
+        text = "adapter.init_lora_weights: loftq needs a quantized base model; add `quantization: {bits: 4}`"
         problems.add(where, text)
     bits = quantized_bits(tree)
-    if kind in FLOAT_STARTS and bits is not None:
-        text = f"{kind} does not work on {bits}-bit weights: {FLOAT_STARTS[kind]}; pissa does"
+    if kind in UNQUANTIZED_INITS and bits is not None:
+        text = f"{kind} does not work on {bits}-bit weights: {UNQUANTIZED_INITS[kind]}; use pissa"
         problems.add(where, f"adapter.init_lora_weights: {text}")
     if kind == "corda":
-        problems.add(where, "adapter.init_lora_weights: corda needs statistics of another data set; pissa needs none")
+        text = "adapter.init_lora_weights: corda needs statistics of another dataset; use pissa, which needs none"
+        problems.add(where, text)
     batches = arguments.get("gradient_batches")
     measured = kind == "lora_ga" or arguments.get("mask") == "gradient"
     if batches is not None and (batches < 1 or not measured):
-        text = "must be at least 1" if batches < 1 else "does nothing without `mask: gradient` or lora_ga; remove it"
+        text = "must be at least 1" if batches < 1 else "has no effect without `mask: gradient` or lora_ga; remove it"
         problems.add(tree.place(("adapter", "gradient_batches")), f"adapter.gradient_batches = {show(batches)}: {text}")
     if kind in ("pissa", "olora", "lora_ga") and given.get("use_dora") is True:
-        text = f"adapter.init_lora_weights: {kind} excludes adapter.use_dora, which begins at the weight; keep one"
-        problems.add(where, text)
+        text = f"adapter.init_lora_weights: {kind} excludes adapter.use_dora, which initializes itself from the weight"
+        problems.add(where, f"{text}; keep one")
     ratio = arguments.get("loraplus_lr_ratio")
     if ratio is not None and ratio < 1:
         text = f"adapter.loraplus_lr_ratio = {show(ratio)}: must be at least 1"
@@ -156,18 +158,18 @@ def _check_start(arguments: Mapping[str, Any], given: Mapping[str, Any], tree: T
 
 
 def quantized_bits(tree: Tree) -> Any:
-    """Bits of the base's weights as the recipe writes them; None where they are not quantized."""
+    """Bits of the base weights as set in the recipe; None if they are not quantized."""
     if not isinstance(tree.values.get("quantization"), dict):
         return None
     return tree.get("quantization", "bits") or QuantizationSection.model_fields["bits"].default
 
 
 def check_together(method: Method, tree: Tree, trainer: Mapping[str, Any], problems: Problems) -> None:
-    """Report what the recipe asks for that the method cannot do."""
+    """Report other settings of the recipe that the method does not support."""
     title = f"adapter.method {method.name}"
     task = tree.get("model", "task") or "causal-lm"
     if isinstance(task, str) and task not in method.tasks:
-        text = f"model.task: {task} cannot be learned with {title}, which does {choice_text(method.tasks)}"
+        text = f"model.task: {task} is not supported by {title}, only {choice_text(method.tasks)}; change one of them"
         problems.add(tree.place(("model", "task")), text)
     bits = quantized_bits(tree)
     why = method.on_bits(bits) if bits is not None else ""
@@ -178,7 +180,7 @@ def check_together(method: Method, tree: Tree, trainer: Mapping[str, Any], probl
             f"{title} does not work on {bits}-bit weights: {why}; {wider}remove `quantization`",
         )
     if method.checkpointing and trainer.get("activation_checkpointing"):
-        text = f"trainer.activation_checkpointing cannot be on with {title}: {method.checkpointing}; remove it"
+        text = f"trainer.activation_checkpointing excludes {title}: {method.checkpointing}; remove it"
         problems.add(tree.place(("trainer", "activation_checkpointing")), text)
     for key in ("packing", "padding_free"):
         if method.padded and trainer.get(key):

@@ -1,4 +1,4 @@
-"""Names and values of other tools with ours, for "did you mean"."""
+"""Names and values that other tools use, with ours, for "did you mean"."""
 
 _BY_KEY: dict[str, str] = {
     "model.name": (
@@ -148,4 +148,4 @@ METHOD_WORDS: dict[str, str] = {
     "(ia)3": "ia3",
     "ia^3": "ia3",
 }
-"""Words for methods, of other tools and of options of LoRA."""
+"""Other names of methods, and of LoRA variants, with the method."""

@@ -1,4 +1,4 @@
-"""Values of arguments of the installed libraries, held against what their source says may stand there."""
+"""Checks the values of library arguments against the types and choices in the libraries' source."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -20,15 +20,15 @@ _LIMIT_WORDS = {">": "greater than", ">=": "at least", "<": "less than", "<=": "
 
 
 def type_error(argument: Argument, value: Any) -> str | None:
-    """What is wrong with the type of a value or with the word it is, or None."""
+    """What is wrong with the type or the choice of a value, or None."""
     kinds = argument.kinds
     if argument.choices and isinstance(value, str):
         open_ended = tuple(word for word in argument.choices if word.endswith("_"))
         if value in argument.choices or value.startswith(open_ended):
             return None
-        said = choices_text([*argument.choices], value)
+        message = choices_text([*argument.choices], value)
         same = next((word for word in argument.choices if word.lower() == value.lower()), None)
-        return said if same is None or "did you mean" in said else f"{said}; did you mean {same}?"
+        return message if same is None or "did you mean" in message else f"{message}; did you mean {same}?"
     if "any" in kinds or any(_is_kind(value, kind) for kind in kinds if kind != "str" or not argument.choices):
         return None
     if argument.choices and kinds <= {"str", "none"}:
@@ -42,25 +42,25 @@ def type_error(argument: Argument, value: Any) -> str | None:
 
 
 def limit_fault(value: Any, limits: Sequence[tuple[str, float]]) -> str | None:
-    """Whether a number is not finite or outside of limits such as `(">", 0)`; None for what is no number."""
+    """What is wrong with a number that is not finite or outside limits such as `(">", 0)`; None for other types."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     if value != value or value in (float("inf"), float("-inf")):
         return "must be a finite number"
     for sign, limit in limits:
-        held = {">": value > limit, ">=": value >= limit, "<": value < limit, "<=": value <= limit}[sign]
-        if not held:
+        met = {">": value > limit, ">=": value >= limit, "<": value < limit, "<=": value <= limit}[sign]
+        if not met:
             return f"must be {_LIMIT_WORDS[sign]} {limit:g}"
     return None
 
 
 def nested_type_error(value: Any) -> str | None:
-    """Whether a number is not finite, alone or inside a mapping or a list."""
+    """What is wrong with a non-finite number, also inside a mapping or a list."""
     if isinstance(value, dict | list):
         items = value.values() if isinstance(value, dict) else value
         return next((fault for item in items if (fault := nested_type_error(item))), None)
     if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
-        return "must hold finite numbers only"
+        return "must contain finite numbers only"
     return None
 
 

@@ -1,4 +1,4 @@
-"""A recipe written back: as YAML for the run folder, as a fingerprint, and as the difference of two."""
+"""Writes a recipe as YAML for the run folder, and computes its fingerprint and the difference of two recipes."""
 
 import hashlib
 import json
@@ -20,10 +20,10 @@ _DURATIONS = (("budget", "wall_clock"), ("budget", "save_every"))
 
 
 class _Writer(yaml.SafeDumper):
-    """Quotes every text that YAML 1.2 would read as something else, and no other."""
+    """Quotes exactly the strings that YAML 1.2 would read as another type."""
 
     def ignore_aliases(self, data: Any) -> bool:
-        """Equal lists are written twice: a recipe has no aliases."""
+        """Write equal lists twice instead of using aliases."""
         return True
 
     def increase_indent(self, flow: bool = False, indentless: bool = False) -> None:
@@ -44,28 +44,28 @@ _Writer.add_representer(str, _write_text)
 
 
 def dump_recipe(recipe: Recipe, path: Path) -> str:
-    """YAML text of a recipe as it will stand at `path`; loading it from there gives an equal recipe.
+    """The YAML text of a recipe to be saved at `path`; loading it from there gives an equal recipe.
 
-    Paths that were given relative are written relative to the folder of `path`, absolute ones stay. Keys that
-    were not given and hold their default are left out.
+    Paths that were relative are written relative to the folder of `path`, absolute paths stay absolute. Keys that were
+    not set and have their default value are omitted.
     """
     values = _given(recipe)
     values["name"] = recipe.name
     folder = os.path.abspath(path.parent)
-    for key, holder, last in _path_holders(values):
+    for key, section, last in _path_keys(values):
         if key in recipe._relative:
-            holder[last] = _relative_path(holder[last], folder, is_model=key == "model.name")
-    for section, last in _DURATIONS:
-        seconds = values.get(section, {}).get(last)
+            section[last] = _relative_path(section[last], folder, is_model=key == "model.name")
+    for name, last in _DURATIONS:
+        seconds = values.get(name, {}).get(last)
         if seconds is not None:
-            values[section][last] = duration_text(seconds)
+            values[name][last] = duration_text(seconds)
     order = [key for key in Recipe.model_fields if key in values]
     ordered = {key: values[key] for key in order}
     return yaml.dump(ordered, Dumper=_Writer, sort_keys=False, allow_unicode=True, width=110)
 
 
 def fingerprint(recipe: Recipe) -> str:
-    """SHA-256 of all effective values, defaults and absolute paths included, as 64 hexadecimal digits."""
+    """SHA-256 of all effective values, including defaults and absolute paths, as 64 hexadecimal digits."""
     canonical = json.dumps(_effective(recipe), sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(canonical.encode()).hexdigest()
 
@@ -73,7 +73,7 @@ def fingerprint(recipe: Recipe) -> str:
 def changed_keys(old: Recipe, new: Recipe) -> list[str]:
     """One line for each key whose effective value differs, such as `adapter.r: 16 -> 64`.
 
-    A default that one of the two writes out is no difference.
+    A default value that only one of the two sets explicitly is not a difference.
     """
     before, after = (dict(_leaves(_effective(recipe), ())) for recipe in (old, new))
     keys = [*before, *(key for key in after if key not in before)]
@@ -95,16 +95,16 @@ def _given(section: BaseModel) -> dict[str, Any]:
 
 
 def _beside(values: dict[str, Any]) -> dict[str, Any]:
-    """Put the arguments of a method beside the keys of their section, where a recipe has them."""
+    """Move the arguments of a method to the level of the other keys, as in a recipe."""
     arguments: dict[str, Any] = values.pop("arguments", {})
     return values | arguments
 
 
 def _written_keys(section: BaseModel) -> list[str]:
-    """Keys that were given, or whose value is not the default."""
+    """Keys that were set, or whose value is not the default."""
     fields = type(section).model_fields
     given = section.model_fields_set
-    if isinstance(section, AdapterSection):  # what the method has filled in was not given
+    if isinstance(section, AdapterSection):  # defaults of the method do not count as set
         return [key for key in fields if key in given]
     default = {key: _default(field) for key, field in fields.items()}
     keys = [key for key in fields if key in given or getattr(section, key) != default[key]]
@@ -113,7 +113,7 @@ def _written_keys(section: BaseModel) -> list[str]:
 
 
 def _default(field: FieldInfo) -> Any:
-    # Not pydantic's own, which copies the default, and a frozen mapping cannot be copied.
+    # Not pydantic's own function, which copies the default: a frozen mapping cannot be copied.
     return field.default if field.default_factory is None else field.default_factory()  # type: ignore[call-arg]
 
 
@@ -129,7 +129,7 @@ def _plain(value: Any, *, whole: bool) -> Any:
     return value
 
 
-def _path_holders(values: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], str]]:
+def _path_keys(values: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], str]]:
     dataset: dict[str, Any] = values.get("dataset", {})
     holders: list[tuple[KeyPath, Any]] = [
         (("model", "name"), values.get("model")),
@@ -149,7 +149,7 @@ def _path_holders(values: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any],
 
 def _relative_path(target: str, folder: str, *, is_model: bool) -> str:
     relative = os.path.relpath(target, folder)
-    # A model's name is a folder only where it says so: `models/tiny` would be read as a Hub id.
+    # A relative model path needs `./`: `models/tiny` would be read as a Hub id.
     return f"./{relative}" if relative.startswith("~") or (is_model and not relative.startswith("..")) else relative
 
 

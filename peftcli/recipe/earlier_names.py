@@ -1,7 +1,7 @@
-"""Names that keys and values had in earlier versions: for "did you mean", and for the recipes in run folders.
+"""Key and value names of earlier versions: for "did you mean", and for the recipes in run folders.
 
-A recipe that a user wrote gets an error with the new name. The copy in a run folder was written by the tool itself, so
-it is read with the names it was written with.
+A user's recipe with an earlier name gets an error with the current name. The copy in a run folder was written by
+peftcli, so it is read with the names of its version.
 """
 
 from typing import Any
@@ -21,7 +21,7 @@ RENAMED_KEYS: dict[str, str] = {
     "gates.retention_loss": "gates.forgetting_loss",
     "gates.retention_change": "gates.forgetting_change",
 }
-"""Earlier dotted keys with those of today; a key stays in its section."""
+"""Earlier dotted keys with the current ones; a key stays in its section."""
 
 RENAMED_VALUES: dict[str, dict[str, str]] = {
     "performance.batching": {"flat": "padding_free"},
@@ -32,11 +32,11 @@ RENAMED_VALUES: dict[str, dict[str, str]] = {
         "figures": "deferred_metrics",
     },
 }
-"""Earlier values by the key of today."""
+"""Earlier values with the current ones, by current key."""
 
 
 def new_value(path: KeyPath, value: Any) -> str | None:
-    """The name that a value of a key, or of an item of its list, has today; None where it was not renamed.
+    """The current name of a value, or of an item of a list; None if it was not renamed.
 
     >>> new_value(("performance", "disable", 0), "head"), new_value(("model", "dtype"), "flat")
     ('fused_loss', None)
@@ -46,9 +46,9 @@ def new_value(path: KeyPath, value: Any) -> str | None:
 
 
 def rename_earlier(tree: Tree) -> None:
-    """Give the keys and values of a stored recipe the names of today, in place.
+    """Rename the keys and values of a stored recipe to the current names, in place.
 
-    A key whose new name is there too stays as it is, and is refused like any other unknown key.
+    A key is not renamed if the new name is also present; it is then rejected like any other unknown key.
     """
     for old, new in RENAMED_KEYS.items():
         *section, before = old.split(".")

@@ -1,7 +1,7 @@
-"""Readers of single values for the schema, durations and gates included.
+"""Parsers of single values for the schema, including durations and gates.
 
-A reader takes what YAML gave and returns what the field holds. It raises `PydanticCustomError("recipe", text)`; the
-text is the end of the message that the user sees.
+A parser gets the value from YAML and returns the value of the field. It raises `PydanticCustomError("recipe", text)`;
+the text becomes the end of the message to the user.
 """
 
 import codecs
@@ -30,7 +30,7 @@ AVERAGED_FIGURES = tuple(
     for average in ("macro", "micro", "weighted", "samples")
     for name in ("precision", "recall", "f1")
 )
-"""Figures of classes by how they are averaged over them."""
+"""Classification metrics with an explicit average over the classes."""
 CLASS_FIGURES = ("accuracy", "precision", "recall", "f1")
 ENTITY_FIGURES = tuple(f"{of}_{name}" for of in ("entity", "token_entity") for name in ("precision", "recall", "f1"))
 NUMBER_FIGURES = ("mse", "mae", "pearson", "spearman", "r2")
@@ -56,7 +56,7 @@ _GATE = re.compile(r"\s*(>=|<=|>|<)\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?
 
 
 def wrong(text: str) -> PydanticCustomError:
-    """An error whose text goes to the user unchanged."""
+    """An error whose text is shown to the user unchanged."""
     return PydanticCustomError("recipe", "{text}", {"text": text})
 
 
@@ -75,23 +75,23 @@ def freeze_names(value: Any) -> tuple[str, ...]:
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) and name for name in names):
         raise wrong("must be a name or a list of names")
     if not names:
-        raise wrong("must hold at least one name")
+        raise wrong("must have at least one name")
     _no_double(names)
     return tuple(names)
 
 
 def read_trained_dtype(value: Any) -> Any:
-    """Refuse float16 for trained weights, with the reason; the field checks the rest."""
+    """Reject float16 for trained weights, with the reason; the field checks the rest."""
     if value in ("float16", "fp16"):
         raise wrong(
-            "float16 weights cannot be trained: the gradient scaler of torch refuses gradients of float16, since "
-            "the small ones become zero; set float32, or bfloat16 on a GPU of sm_80 or later"
+            "float16 weights cannot be trained: torch's gradient scaler rejects float16 gradients, because small "
+            "ones underflow; set float32, or bfloat16 on a GPU of sm_80 or later"
         )
     return value
 
 
 def read_targets(value: Any) -> tuple[str, ...] | str | None:
-    """Read `adapter.target_modules`: the word all-linear or a list of names."""
+    """Read `adapter.target_modules`: all-linear or a list of names."""
     if value is None:
         return None
     if value == "all-linear":
@@ -121,16 +121,16 @@ def read_method(value: Any) -> str:
 
 
 def freeze_mapping(value: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Make a mapping that nobody changes."""
+    """Make a read-only copy of a mapping."""
     return MappingProxyType(dict(value))
 
 
 def read_template(value: Any) -> str:
     """Read a template and check its braces."""
     if isinstance(value, dict):
-        raise wrong("must be text; a template that starts with { must stand in quotes")
+        raise wrong("must be text; put a template that starts with { in quotes")
     if not isinstance(value, str):
-        raise wrong("must be text with {column} where a column goes")
+        raise wrong("must be text with {column} where a value goes")
     if not value:
         raise wrong("must not be empty")
     try:
@@ -141,7 +141,7 @@ def read_template(value: Any) -> str:
 
 
 def read_test_size(value: Any) -> float | int:
-    """Read `dataset.split.test_size`: a share below 1 or a number of rows; 0 for no test rows."""
+    """Read `dataset.split.test_size`: a share below 1, a number of rows, or 0 for no test rows."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         if value == 0:
             return 0
@@ -153,7 +153,7 @@ def read_test_size(value: Any) -> float | int:
 
 
 def read_tokens(value: Any) -> int | str:
-    """Read a count that may be left to the plan."""
+    """Read a count, or `auto`."""
     if value == "auto":
         return "auto"
     if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
@@ -172,30 +172,30 @@ def read_seconds(value: Any) -> float:
 
 
 def read_share(value: Any) -> float:
-    """Read a share of the rows; 0 and 1 may be written whole."""
+    """Read a share of the rows; 0 and 1 may be integers."""
     if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1:
         return float(value)
     raise wrong("must be a share between 0 and 1, such as 0.05")
 
 
 def read_delimiter(value: Any) -> str:
-    """Read the sign between two cells."""
+    """Read the delimiter of a CSV file."""
     if isinstance(value, str) and len(value) == 1 and value not in '\r\n"':
         return value
-    raise wrong('must be one sign in quotes, such as ";" or "\\t"')
+    raise wrong('must be one character in quotes, such as ";" or "\\t"')
 
 
 def read_quote(value: Any) -> str:
-    """Read the sign around a cell."""
+    """Read the quote character of a CSV file."""
     if isinstance(value, str) and (
         value == "none" or (len(value) == 1 and not value.isalnum() and value.isprintable())
     ):
         return value
-    raise wrong("must be none or one sign in quotes, such as '\"'")
+    raise wrong("must be none or one character in quotes, such as '\"'")
 
 
 def read_encoding(value: Any) -> str:
-    """Read the name of an encoding of text."""
+    """Read the name of a text encoding."""
     try:
         if isinstance(value, str) and codecs.lookup(value)._is_text_encoding:
             return value
@@ -205,18 +205,18 @@ def read_encoding(value: Any) -> str:
 
 
 def read_name(value: Any) -> str:
-    """Read the name of the run: it becomes a folder's name."""
+    """Read the name of the run, which is also a folder name."""
     if not isinstance(value, str):
         raise wrong("must be text")
     if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}", value):
-        raise wrong("must be made of letters, digits, '.', '_' and '-', and not start with a dot (it names a folder)")
+        raise wrong("must consist of letters, digits, '.', '_' and '-', and not start with a dot (it is a folder name)")
     return value
 
 
 def _no_double(names: Any) -> None:
     for index, name in enumerate(names):
         if name in names[:index]:
-            raise wrong(f"holds {name} twice")
+            raise wrong(f"has {name} twice")
 
 
 def parse_duration(text: str) -> float:
@@ -226,7 +226,7 @@ def parse_duration(text: str) -> float:
     (30600.0, 600.0, 5400.0)
 
     Raises:
-        ValueError: the text is no duration above zero, or its unit is missing.
+        ValueError: the text is not a positive duration, or its unit is missing.
     """
     bare = text.strip()
     if re.fullmatch(r"\d+(?:\.\d*)?|\.\d+", bare):
@@ -241,7 +241,7 @@ def parse_duration(text: str) -> float:
 
 
 def duration_text(seconds: float) -> str:
-    """Write seconds so that `parse_duration` reads the same number back.
+    """Format seconds so that `parse_duration` returns the same number.
 
     >>> duration_text(30600.0), duration_text(0.5)
     ('8h30m', '0.5s')
@@ -257,7 +257,7 @@ def duration_text(seconds: float) -> str:
 
 @dataclass(frozen=True)
 class Gate:
-    """A limit that a figure of the run must meet; otherwise the command ends with exit code 7."""
+    """A limit that a metric of the run must meet; otherwise the command exits with code 7."""
 
     name: str
     operator: str
@@ -265,7 +265,7 @@ class Gate:
 
     @property
     def text(self) -> str:
-        """The limit as the recipe writes it.
+        """The limit as written in a recipe.
 
         >>> Gate("exact_match", ">=", 0.8).text
         '>= 0.8'
@@ -274,7 +274,7 @@ class Gate:
         return f"{self.operator} {short if float(short) == self.limit else repr(self.limit)}"
 
     def met(self, value: float) -> bool:
-        """Whether a value meets the limit; nan meets none.
+        """Whether a value meets the limit; NaN never does.
 
         >>> Gate("loss", "<", 2.0).met(1.9), Gate("loss", "<", 2.0).met(float("nan"))
         (True, False)
@@ -287,7 +287,7 @@ class Gate:
 
 
 def parse_gate(name: str, text: str) -> Gate:
-    """Read a gate.
+    """Parse a gate.
 
     >>> parse_gate("loss", "<2")
     Gate(name='loss', operator='<', limit=2.0)

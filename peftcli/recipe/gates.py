@@ -1,4 +1,4 @@
-"""The `gates` section: names of figures, each with a limit."""
+"""The `gates` section: metrics with limits."""
 
 from peftcli.nearest import nearest
 from peftcli.recipe.earlier_names import RENAMED_KEYS
@@ -10,7 +10,7 @@ _SHORT = [name for name in GATE_NAMES if name not in AVERAGED_FIGURES]
 
 
 def read_gates(tree: Tree, problems: Problems) -> tuple[Gate, ...]:
-    """Read all gates; those that cannot be read become problems."""
+    """Parse all gates; those that cannot be parsed are added to the problems."""
     section = tree.get("gates")
     if section is None:
         return ()
@@ -24,8 +24,8 @@ def read_gates(tree: Tree, problems: Problems) -> tuple[Gate, ...]:
             continue
         if name not in GATE_NAMES:
             near = RENAMED_KEYS.get(f"gates.{name}", "").removeprefix("gates.") or nearest(name, GATE_NAMES)
-            fix = f"did you mean gates.{near}?" if near else f"the figures are {', '.join(_SHORT)}"
-            problems.add(where, f"gates.{printable(name)} is not a figure that a gate can watch; {fix}")
+            fix = f"did you mean gates.{near}?" if near else f"the metrics are {', '.join(_SHORT)}"
+            problems.add(where, f"gates.{printable(name)} is not a metric that a gate can check; {fix}")
             continue
         try:
             if not isinstance(text, str):

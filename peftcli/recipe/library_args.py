@@ -1,7 +1,7 @@
 """The arguments of the installed SFTConfig and PEFT configurations, read from their source.
 
-Nothing of trl, transformers or peft is imported. The class bodies are cut out of the files first: parsing all of
-training_args.py takes four times as long.
+trl, transformers and peft are not imported. Only the class bodies are parsed, because parsing all of training_args.py
+takes four times as long.
 """
 
 import ast
@@ -28,33 +28,33 @@ _HOMES = {
     "LycorisConfig": "tuners/lycoris_utils.py",
     "PromptLearningConfig": "config.py",
 }
-"""Files of the classes that a configuration may be made from; what PeftConfig itself holds is not for a recipe."""
+"""Files of base classes of the configurations; the fields of PeftConfig itself are not recipe keys."""
 CLOSED = {
     "fan_in_fan_out": "it is read from the model",
-    "inference_mode": "training needs it off and answering on",
+    "inference_mode": "it is off for training and on for inference",
     "task_type": "it follows model.task",
     "peft_type": "it follows adapter.method",
     "base_model_name_or_path": "it is model.name",
 }
-"""Arguments that no recipe sets, whatever the method."""
+"""Arguments that a recipe cannot set for any method."""
 SHARED = ("r", "target_modules", "modules_to_save", "use_rslora", "use_dora", "bias")
-"""Arguments that the schema has as keys."""
+"""Arguments that are keys of the schema."""
 
 
 @dataclass(frozen=True)
 class Argument:
-    """One argument of the installed SFTConfig."""
+    """One argument of an installed configuration class."""
 
     name: str
     kinds: frozenset[str]
-    """What may stand there: int, float, bool, str, dict, list, none; `any` where the source does not tell."""
+    """Allowed types: int, float, bool, str, dict, list, none; `any` if the source does not tell."""
     choices: tuple[str, ...] = ()
-    """The texts it takes; empty where any text will do."""
+    """Allowed strings; empty if any string is allowed."""
 
 
 @cache
 def installed_arguments() -> dict[str, Argument] | None:
-    """The arguments by name, or None when trl or transformers is not installed or reads in no known way."""
+    """The arguments by name, or None if trl or transformers is not installed or its source cannot be parsed."""
     folders = {package: package_folder(package) for package in ("transformers", "trl")}
     transformers = folders["transformers"]
     arguments: dict[str, Argument] = {}
@@ -84,7 +84,7 @@ def class_fields(path: Path, name: str) -> Iterator[ast.AnnAssign]:
 
 
 def class_arguments(package: str, file: str, name: str) -> dict[str, Argument]:
-    """The fields of a class of an installed package by name; empty where it is not there."""
+    """The fields of a class in an installed package by name; empty if there is no such class."""
     folder, transformers = package_folder(package), package_folder("transformers")
     if folder is None or transformers is None:
         return {}
@@ -94,7 +94,7 @@ def class_arguments(package: str, file: str, name: str) -> dict[str, Argument]:
 
 @cache
 def source_text(path: Path) -> str:
-    """The text of a source file; empty where it cannot be read."""
+    """The text of a source file; empty if it cannot be read."""
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
@@ -102,7 +102,7 @@ def source_text(path: Path) -> str:
 
 
 def class_body(path: Path, name: str) -> list[ast.stmt]:
-    """The statements of a class up to its first method; empty when the file or the class is not there."""
+    """The statements of a class up to its first method; empty if the file or the class does not exist."""
     head = re.search(rf"^class {name}\b.*?:\n", source_text(path), re.MULTILINE | re.DOTALL)
     if head is None:
         return []
@@ -176,7 +176,7 @@ def _metadata_choices(value: ast.expr | None) -> list[str]:
 
 @cache
 def method_arguments(name: str) -> dict[str, Argument] | None:
-    """What a method takes, under PEFT's names and ours; None where PEFT is not installed or reads in no known way."""
+    """The arguments of a method, PEFT's and ours; None if PEFT is not installed or its source cannot be parsed."""
     method = METHODS[name]
     own = {key: Argument(key, kinds, method.choices.get(key, ())) for key, kinds in method.arguments.items()}
     if method.peft_module is None:
@@ -185,7 +185,7 @@ def method_arguments(name: str) -> dict[str, Argument] | None:
     if folder is None:
         return None
     found = _arguments(folder, folder / "tuners" / method.peft_module / "config.py", method.config)
-    for key in found.keys() & method.choices.keys():  # words that PEFT's annotation lacks
+    for key in found.keys() & method.choices.keys():  # values that are missing in PEFT's annotation
         found[key] = replace(found[key], choices=(*found[key].choices, *method.choices[key]))
     return (
         {key: value for key, value in (found | own).items() if key not in method.unsupported_arguments}
@@ -195,10 +195,10 @@ def method_arguments(name: str) -> dict[str, Argument] | None:
 
 
 def recipe_arguments(name: str) -> list[str]:
-    """The arguments that a recipe may write beside the keys that many methods share."""
+    """The arguments that a recipe can set in addition to the keys shared by many methods."""
     method = METHODS[name]
-    aside = {*method.argument_names.values(), *CLOSED, *SHARED}
-    return [key for key in method_arguments(name) or () if key not in aside]
+    excluded = {*method.argument_names.values(), *CLOSED, *SHARED}
+    return [key for key in method_arguments(name) or () if key not in excluded]
 
 
 def homes_of(key: str) -> list[Method]:
@@ -232,7 +232,7 @@ def _peft_argument(name: str, annotation: ast.expr, path: Path) -> Argument:
         kind, words = _peft_kind(part, path)
         kinds.add(kind)
         choices += words
-    # A pattern such as pissa_niter_[number of iters] leaves its beginning, which every word that goes on from it fits.
+    # A pattern such as pissa_niter_[number of iters] is reduced to its prefix, which every matching value starts with.
     choices = [word.partition("[")[0] for word in choices]
     return Argument(name, frozenset(kinds), tuple(dict.fromkeys(choices)))
 

@@ -1,4 +1,4 @@
-"""From a recipe file to a checked, frozen `Recipe`: the door that everything below trusts."""
+"""Loads a recipe file into a validated, frozen `Recipe`."""
 
 import re
 from collections.abc import Sequence
@@ -21,20 +21,20 @@ from peftcli.recipe.trainer_args import read_trainer
 
 @dataclass(frozen=True)
 class Loaded:
-    """A recipe, what the user should know about how it was read, and the file it came from."""
+    """A recipe, notices for the user about how it was read, and its file."""
 
     recipe: Recipe
     notices: tuple[str, ...]
     path: Path
     of_run: bool = False
-    """Whether the file is the copy that a run folder holds."""
+    """Whether the file is the copy in a run folder."""
 
 
 def load_run_recipe(path: Path, overrides: Sequence[str] = ()) -> Loaded:
-    """Load the recipe of a run folder, whose keys may have the names of the version that wrote it.
+    """Load the recipe of a run folder, which may use the key names of an earlier version.
 
     Args:
-        overrides: as for `load_recipe`; their keys have the names of today.
+        overrides: as for `load_recipe`, with the current key names.
 
     Raises:
         RecipeError: as `load_recipe`.
@@ -43,14 +43,14 @@ def load_run_recipe(path: Path, overrides: Sequence[str] = ()) -> Loaded:
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Loaded:
-    """Load a recipe and check all of it.
+    """Load and validate a recipe.
 
     Args:
-        path: the YAML file; messages show it as it is given here.
-        overrides: `section.key=value` strings, laid over the file, to which paths in them are relative.
+        path: the YAML file; messages show it as given here.
+        overrides: `section.key=value` strings that override the file; paths in them are relative to the file.
 
     Raises:
-        RecipeError: at least one problem; the text lists every one with its place.
+        RecipeError: the recipe is not valid; the message lists all problems with their locations.
     """
     return _load(path, overrides, of_run=False)
 
@@ -81,7 +81,7 @@ def _load(path: Path, overrides: Sequence[str], *, of_run: bool) -> Loaded:
 
 
 def _default_name(path: Path) -> str:
-    """The file's name without its ending, with every sign that a run's name cannot have made a dash.
+    """The file name without its extension; characters that are not allowed in a run name become dashes.
 
     >>> _default_name(Path("my recipes/products v2.yaml"))
     'products-v2'

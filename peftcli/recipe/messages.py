@@ -1,4 +1,4 @@
-"""What pydantic found, said in the words of the recipe: the key, what is there, what may be, the mend."""
+"""Turns pydantic's errors into messages about the recipe: the key, its value, what is allowed, and the fix."""
 
 import types
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ from peftcli.recipe.schema import Recipe
 from peftcli.recipe.yaml import Tree
 
 MANY_CHOICES = 8
-"""From more choices than this only the nearest is named, where one is near."""
+"""With more choices than this, a message only names the closest one, if there is a close one."""
 
 _TYPES = {
     "int_type": "must be a whole number",
@@ -45,7 +45,7 @@ _BOUNDS = {
 
 
 def add_schema_problems(error: ValidationError, tree: Tree, problems: Problems) -> None:
-    """Add each finding of pydantic, at its line; nothing more about values that were refused, in whole or in part."""
+    """Add each error of pydantic with its line, except for values that were already rejected."""
     for item in error.errors(include_url=False):
         path: KeyPath = tuple(item["loc"])
         if any(path[:end] in tree.spoiled for end in range(1, len(path) + 1)):
@@ -60,10 +60,10 @@ def add_schema_problems(error: ValidationError, tree: Tree, problems: Problems) 
 
 
 def unknown_key(path: KeyPath, beside: Sequence[str] = ()) -> str:
-    """Say that a key is not one of the recipe, and which one was meant.
+    """A message for an unknown key, with the key that was probably meant.
 
     Args:
-        beside: keys of the section that the schema does not know.
+        beside: further valid keys of the section that are not in the schema.
 
     >>> unknown_key(("adapter", "lora_dropout"))
     'adapter.lora_dropout is not a recipe key; did you mean adapter.dropout?'
@@ -85,20 +85,19 @@ def _meant(section: tuple[str, ...], word: str, beside: Sequence[str]) -> str | 
     siblings = [*keys.get(own, []), *beside]
     if plain in siblings:
         return _join(own, plain)
-    # For a section inside a section only its own names can be meant: `split.text` is no hint at dataset.text.
-    foreign = NAME_ALIASES.get(plain)
-    if foreign is not None:
-        return foreign
-    homes = [home for home in keys if home != own and plain in keys[home]]
-    if len(homes) == 1:
-        return _join(homes[0], plain)
+    alias = NAME_ALIASES.get(plain)
+    if alias is not None:
+        return alias
+    others = [section for section in keys if section != own and plain in keys[section]]
+    if len(others) == 1:
+        return _join(others[0], plain)
     arguments = installed_arguments() or {}
     if plain in arguments and plain not in ("seed", "output_dir"):
         return f"trainer.{plain}"
     near = nearest(plain, siblings)
     if near is not None:
         return _join(own, near)
-    everywhere = {key: _join(home, key) for home in reversed(keys) for key in keys[home]}
+    everywhere = {key: _join(name, key) for name in reversed(keys) for key in keys[name]}
     everywhere |= {key: f"trainer.{key}" for key in arguments if key not in everywhere}
     near = nearest(plain, everywhere, least=0.8)
     return everywhere[near] if near is not None else None
@@ -110,11 +109,11 @@ def _join(section: str, key: str) -> str:
 
 @cache
 def _schema_keys() -> dict[str, list[str]]:
-    """The keys of each section, by the section's dotted name; the top has the empty name."""
+    """The keys of each section by dotted name; the top level has the empty name."""
     keys: dict[str, list[str]] = {}
 
     def walk(model: type[BaseModel], name: str) -> None:
-        # The arguments of a method stand beside the keys of their section.
+        # In a recipe, the arguments of a method are at the same level as the other keys.
         keys[name] = [key for key in model.model_fields if key != "arguments"]
         for key, info in model.model_fields.items():
             for section in _sections(info.annotation):
@@ -134,9 +133,9 @@ def _sections(annotation: Any) -> list[type[BaseModel]]:
 
 def _example(path: KeyPath) -> str:
     examples: dict[KeyPath, str] = {
-        ("model",): "; write at least model: {name: ...}",
-        ("model", "name"): "; give a Hub id, a local folder or tiny:llama",
-        ("dataset",): "; write at least dataset: {path: ...}",
+        ("model",): "; add at least model: {name: ...}",
+        ("model", "name"): "; set it to a Hub id, a local folder or tiny:llama",
+        ("dataset",): "; add at least dataset: {path: ...}",
     }
     return examples.get(path, "")
 
@@ -156,18 +155,18 @@ def _sentence(item: Any, path: KeyPath, tree: Tree) -> str:
         words, key = _BOUNDS[kind]
         text = f"{words} {context[key]:g}"
     else:
-        text = _TYPES.get(kind, "is not a value that this key takes") + type_hint(kind.removesuffix("_type"), value)
+        text = _TYPES.get(kind, "is not a valid value") + type_hint(kind.removesuffix("_type"), value)
     return f"{name} = {show(value)}: {text}"
 
 
 def _choices_of(expected: str, value: Any) -> str:
-    """Turn pydantic's `'a', 'b' or 'c'` into ours, with the nearest."""
+    """Convert pydantic's `'a', 'b' or 'c'` to our format, with the closest choice."""
     choices = [part.strip().strip("'") for part in expected.replace(" or ", ", ").split(", ")]
     return choices_text(choices, value)
 
 
 def choices_text(choices: list[str], value: Any) -> str:
-    """The end of a message for a value that is none of the choices.
+    """The end of a message for a value that is not one of the choices.
 
     >>> choices_text(["auto", "bfloat16", "float16"], "bf16")
     'must be auto, bfloat16 or float16; did you mean bfloat16?'
@@ -176,15 +175,15 @@ def choices_text(choices: list[str], value: Any) -> str:
     if value is False and "no" in choices:
         near = "no"
     elif isinstance(value, str):
-        foreign = VALUE_ALIASES.get(value.lower())
-        near = foreign if foreign in choices else nearest(value, choices)
+        alias = VALUE_ALIASES.get(value.lower())
+        near = alias if alias in choices else nearest(value, choices)
     if near is not None and len(choices) > MANY_CHOICES:
-        return f"is not one of the values it takes; did you mean {near}?"
+        return f"is not one of the allowed values; did you mean {near}?"
     return f"must be {choice_text(choices)}" + (f"; did you mean {near}?" if near else "")
 
 
 def type_hint(wanted: str, value: Any) -> str:
-    """What to write instead, where a value has the wrong type for a common reason.
+    """A hint for a common reason of a wrong type.
 
     >>> type_hint("bool", "yes")
     ' (YAML 1.2 reads yes as text)'

@@ -1,4 +1,4 @@
-"""Keys that need test rows, beside `dataset.split.test_size: 0`, which leaves none."""
+"""Finds keys that need test rows in a recipe with `dataset.split.test_size: 0`."""
 
 from typing import Any
 
@@ -6,23 +6,23 @@ from peftcli.recipe.problems import KeyPath, Problems, dotted
 from peftcli.recipe.yaml import Tree
 
 NOT_HELD_OUT = ("merge_", "forgetting_")
-"""Beginnings of the names of gates on figures that need no test rows."""
-NEEDED = "and dataset.split.test_size is 0; remove one of the two"
+"""Name prefixes of gates on metrics that need no test rows."""
+NEEDED = "but dataset.split.test_size is 0; remove one of the two"
 
 
 def find_untested(tree: Tree, problems: Problems) -> None:
-    """Add a problem for each key that can have no effect, or can never be met, without test rows."""
+    """Add a problem for each key that has no effect, or can never be met, without test rows."""
     size = tree.get("dataset", "split", "test_size")
     if isinstance(size, bool) or size != 0:
         return
     gates = tree.get("gates")
     for name in gates if isinstance(gates, dict) else ():
         if isinstance(name, str) and not name.startswith(NOT_HELD_OUT):
-            text = f"gates.{name} watches a figure of the test rows, {NEEDED}, or give test rows in dataset.test"
+            text = f"gates.{name} is measured on test rows, {NEEDED}, or add test rows with dataset.test"
             problems.add(tree.place(("gates", name)), text)
     for key in ("stratify", "group"):
         if tree.get("dataset", "split", key) is not None:
-            text = f"dataset.split.{key} says how test rows are drawn, {NEEDED}"
+            text = f"dataset.split.{key} controls how test rows are split off, {NEEDED}"
             problems.add(tree.place(("dataset", "split", key)), text)
     _check_trainer(("trainer",), tree.get("trainer"), tree, problems)
     stages = tree.get("stages")
@@ -36,5 +36,5 @@ def _check_trainer(path: KeyPath, trainer: Any, tree: Tree, problems: Problems) 
         return
     for key in ("eval_strategy", "evaluation_strategy", "do_eval", "load_best_model_at_end"):
         if trainer.get(key) not in (None, False, "no"):
-            text = f"{dotted((*path, key))} asks for evaluations on test rows, {NEEDED}"
+            text = f"{dotted((*path, key))} needs test rows, {NEEDED}"
             problems.add(tree.place((*path, key)), text)

@@ -1,4 +1,4 @@
-"""The optimizers of the installed transformers: what `optim_args` each one reads, and which cannot be used at all."""
+"""The optimizers of the installed transformers: the `optim_args` of each, and those that cannot be used."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -9,7 +9,7 @@ from peftcli.recipe.problems import KeyPath, choice_text, show
 
 _FLOAT, _WHOLE, _BOOL, _TRUE = "a number", "a whole number", "true or false", "true"
 _DTYPES = "float32, float64, bfloat16 or float16"
-_TEXT_VALUES = "transformers hands them to the optimizer as text, which it cannot compute with; remove optim_args"
+_TEXT_VALUES = "transformers passes them to the optimizer as strings, which fails; remove optim_args"
 _LOW_RANK = {"rank": _WHOLE, "update_proj_gap": _WHOLE, "scale": _FLOAT}
 _ADEMAMIX = {
     **dict.fromkeys(("beta1", "beta2", "beta3", "alpha", "eps"), _FLOAT),
@@ -39,15 +39,15 @@ OPTIMIZER_ARGUMENTS: Mapping[str, Mapping[str, str]] = {
         ("alpha_init", "lamb", "gamma", "grokking_signal_decay_rate", "gradient_clipping"), _FLOAT
     ),
     "schedule_free": dict.fromkeys(("weight_lr_power", "r"), _FLOAT),
-    # Any text is true to `bool`, with which transformers reads these.
+    # transformers converts these with `bool`, which is true for any string.
     "stable_adamw": {"max_lr": _FLOAT, "kahan_sum": _TRUE, "decouple_lr": _TRUE},
 }
-"""What `optim_args` may hold, by the beginning of the optimizer's name; the longest one counts.
+"""Valid `optim_args` by prefix of the optimizer's name; the longest prefix counts.
 
-Source: the handlers in transformers/trainer_optimizer.py, 5.23, but for `block_size` of torchao's optimizers and all
-arguments of bitsandbytes' RMSprop, which arrive there as text.
+Source: the handlers in transformers/trainer_optimizer.py, 5.23, except `block_size` of torchao's optimizers and all
+arguments of bitsandbytes' RMSprop, which are passed as strings.
 """
-_BACKWARD = "it changes weights during the backward pass, before the gradient of the whole step can be checked"
+_BACKWARD = "it updates weights during the backward pass, before the gradient of the step can be checked"
 IMPOSSIBLE: Mapping[str, str] = {
     "adamw_torch_xla": "it runs on TPUs, and peftcli trains on NVIDIA GPUs and CPUs",
     "adamw_torch_npu_fused": "it runs on Ascend NPUs, and peftcli trains on NVIDIA GPUs and CPUs",
@@ -61,9 +61,9 @@ IMPOSSIBLE: Mapping[str, str] = {
         _BACKWARD,
     ),
 }
-"""Optimizers that no machine can use here, and why."""
+"""Optimizers that peftcli does not support, and why."""
 TARGETED = ("galore_", "apollo_")
-"""Beginnings of the names of optimizers that need `optim_target_modules`; no other one reads it."""
+"""Name prefixes of the optimizers that need `optim_target_modules`; others ignore it."""
 _SHARES = {name: ((">=", 0), ("<", 1)) for name in ("beta1", "beta2", "beta3")}
 _POSITIVE = dict.fromkeys(
     ("rank", "update_proj_gap", "t_alpha", "t_beta3", "eps", "max_lr", "gradient_clipping"), ((">", 0),)
@@ -72,17 +72,17 @@ _LIMITS: Mapping[str, tuple[tuple[str, float], ...]] = {**_SHARES, **_POSITIVE}
 
 
 def optimizer_faults(arguments: Mapping[str, Any]) -> Iterator[tuple[KeyPath, str]]:
-    """What is wrong with the optimizer of some trainer arguments: the key, and the sentence."""
+    """Problems with the optimizer in the trainer arguments: the key, and the message."""
     name = str(arguments.get("optim", "adamw_torch_fused"))
     if name in IMPOSSIBLE:
-        yield ("optim",), f"trainer.optim: {name} cannot be used: {IMPOSSIBLE[name]}; take adamw_torch"
+        yield ("optim",), f"trainer.optim: {name} cannot be used: {IMPOSSIBLE[name]}; use adamw_torch"
         return
     targets = arguments.get("optim_target_modules")
     if name.startswith(TARGETED) and not targets:
         yield ("optim",), f"trainer.optim: {name} needs optim_target_modules; add optim_target_modules: all-linear"
     elif targets and not name.startswith(TARGETED):
-        said = f"trainer.optim_target_modules does nothing with optim: {name}; only galore_* and apollo_* read it"
-        yield ("optim_target_modules",), f"{said}; leave it out"
+        text = f"trainer.optim_target_modules has no effect with optim: {name}, only with galore_* and apollo_*"
+        yield ("optim_target_modules",), f"{text}; remove it"
     given = arguments.get("optim_args")
     if isinstance(given, str) and given.strip():
         for fault in _argument_faults(name, given):
@@ -115,14 +115,14 @@ def _argument_faults(optimizer: str, text: str) -> Iterator[str]:
 
 def _unknown(name: str, optimizer: str, takes: list[str]) -> str:
     if not takes:
-        return f"{optimizer} takes none; remove optim_args"
+        return f"{optimizer} has no arguments; remove optim_args"
     near = nearest(name, takes)
-    fix = f"did you mean {near}?" if near else f"it takes {choice_text(takes)}"
+    fix = f"did you mean {near}?" if near else f"use {choice_text(takes)}"
     return f"{name} is not an argument of {optimizer}; {fix}"
 
 
 def _reads(value: str, kind: str) -> bool:
-    """Whether text is of a kind as transformers reads it."""
+    """Whether transformers can convert a string to a type."""
     if kind in (_FLOAT, _WHOLE):
         try:
             float(value) if kind == _FLOAT else int(value)

@@ -1,4 +1,4 @@
-"""Problems of a recipe: collected with their places, told together, in plain words."""
+"""Collects the problems of a recipe with their locations, and reports them together."""
 
 import json
 import re
@@ -8,11 +8,11 @@ from typing import Any
 
 from peftcli.errors import RecipeError
 
-Where = int | str  # a line of the file, or the `--set section.key` that brought the value
+Where = int | str  # a line of the file, or the `--set section.key` that set the value
 KeyPath = tuple[str | int, ...]
 
 MOST_SHOWN = 10
-"""Problems that are written out; one mistake may be behind all of the others."""
+"""Maximum number of problems that are listed; further ones often have the same cause."""
 
 _SECRET = re.compile(
     r"(?<![A-Za-z0-9])(?:hf_[A-Za-z0-9]{20,}|sk-(?:[a-z]+[0-9]*-)*[A-Za-z0-9_]{20,}[A-Za-z0-9_-]*"
@@ -22,7 +22,7 @@ _SECRET = re.compile(
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong: where it stands and what to do about it."""
+    """One problem: its location, and a message with the fix."""
 
     where: Where
     text: str
@@ -30,25 +30,25 @@ class Problem:
 
 @dataclass
 class Problems:
-    """The problems and notices of one recipe, with the file's name as the user gave it."""
+    """The problems and notices of one recipe, with the file name as the user gave it."""
 
     file: str
     found: dict[Problem, None] = field(default_factory=dict)
-    "In the order in which they were found, each once."
+    "In the order in which they were found, without duplicates."
     noted: dict[Problem, None] = field(default_factory=dict)
     overrides: list[str] = field(default_factory=list)
-    "The places that are no lines, in the order they were given."
+    "The locations that are `--set` options, in the order they were given."
 
     def add(self, where: Where, text: str) -> None:
-        """Keep a problem; the same one twice is kept once."""
+        """Add a problem, unless it was added before."""
         self.found[Problem(where, text)] = None
 
     def note(self, where: Where, text: str) -> None:
-        """Keep a notice: nothing is wrong, but the user should know. The same one twice is kept once."""
+        """Add a notice, unless it was added before: not a problem, but the user should know."""
         self.noted[Problem(where, text)] = None
 
     def place(self, where: Where) -> str:
-        """The front of a message: `recipe.yaml:4`, or the `--set` as it is."""
+        """The beginning of a message: `recipe.yaml:4`, or the `--set` option."""
         return f"{self.file}:{where}" if isinstance(where, int) else where
 
     def notices(self) -> tuple[str, ...]:
@@ -56,7 +56,7 @@ class Problems:
         return tuple(self._lines(self.noted))
 
     def raise_if_any(self) -> None:
-        """Raise the problems as one error, in the order of the file, the first of them in full.
+        """Raise all problems as one error, in the order of the file.
 
         Raises:
             RecipeError: there is at least one problem.
@@ -80,7 +80,7 @@ class Problems:
 
 
 def dotted(path: Sequence[str | int]) -> str:
-    """Write a key path the way a user reads it.
+    """Format a key path for a message.
 
     >>> dotted(("dataset", "join", 0, "path"))
     'dataset.join[0].path'
@@ -95,7 +95,7 @@ def dotted(path: Sequence[str | int]) -> str:
 
 
 def printable(text: str, limit: int = 60) -> str:
-    """Shorten text and escape what a terminal would act on.
+    """Shorten text and escape control characters.
 
     >>> printable("a" + chr(27) + "[31mb")
     'a\\\\x1b[31mb'
@@ -105,7 +105,7 @@ def printable(text: str, limit: int = 60) -> str:
 
 
 def show(value: Any) -> str:
-    """Write a value as a recipe would hold it, on one line and short.
+    """Format a value as in a recipe, on one line and shortened.
 
     >>> show("eight"), show(1.5), show(None), show([1, True])
     ('"eight"', '1.5', 'null', '[1, true]')
@@ -116,7 +116,7 @@ def show(value: Any) -> str:
 
 
 def choice_text(choices: Sequence[str]) -> str:
-    """Join choices for a sentence.
+    """Join choices with commas and "or".
 
     >>> choice_text(["nf4", "fp4", "int4"])
     'nf4, fp4 or int4'
@@ -127,7 +127,7 @@ def choice_text(choices: Sequence[str]) -> str:
 
 
 def is_secret(text: str) -> bool:
-    """Whether the text holds what looks like an access token of a known service.
+    """Whether the text contains something that looks like an access token of a known service.
 
     >>> is_secret("hf_" + "a" * 34), is_secret("hf_models/llama")
     (True, False)
@@ -136,7 +136,7 @@ def is_secret(text: str) -> bool:
 
 
 def hide_secrets(text: str) -> str:
-    """Replace what looks like an access token by stars.
+    """Replace everything that looks like an access token by stars.
 
     >>> hide_secrets("hf_" + "a" * 34 + " is no recipe key")
     '*** is no recipe key'

@@ -1,4 +1,4 @@
-"""Rules between keys of a recipe: what excludes what, what needs what, and what a task has no use for."""
+"""Rules between recipe keys: keys that exclude or need each other, and keys that a task does not use."""
 
 import itertools
 import re
@@ -12,21 +12,21 @@ from peftcli.recipe.schema import Recipe
 from peftcli.recipe.template import template_columns
 from peftcli.recipe.yaml import Tree
 
-_ONE_PLACE = "rows come from files, from the Hub or from a database: keep one"
-_ONE_KIND = "a row is one text, or a prompt and a completion: keep one kind"
-_ONE_WAY = "a row is made by templates or taken from columns: keep one"
+_ONE_PLACE = "rows come from files, the Hub or a database; keep one"
+_ONE_KIND = "a row is either a text, or a prompt and a completion; keep one kind"
+_ONE_WAY = "rows are built from templates or from columns; keep one"
 _APART: tuple[tuple[str, str, str], ...] = (
     ("path", "name", _ONE_PLACE),
     ("path", "url", _ONE_PLACE),
     ("path", "url_env", _ONE_PLACE),
     ("name", "url", _ONE_PLACE),
     ("name", "url_env", _ONE_PLACE),
-    ("url", "url_env", "an address is written here or stands in the environment: keep one"),
-    ("table", "query", "rows come from a table or from a query: keep one"),
+    ("url", "url_env", "the URL is set in the recipe or in the environment; keep one"),
+    ("table", "query", "rows come from a table or from a query; keep one"),
     ("text", "prompt", _ONE_KIND),
     ("text", "completion", _ONE_KIND),
     *((key, "columns", _ONE_WAY) for key in ("text", "prompt", "completion")),
-    *((key, "format", "the recipe says how a row is made: keep one way") for key in ("text", "prompt", "columns")),
+    *((key, "format", "the recipe defines the row format twice; keep one") for key in ("text", "prompt", "columns")),
 )
 _OWN_SOURCE = ("path", "name", "url", "url_env", "config", "revision", "hub_split", "table", "query", "file_format")
 _OF_THE_SOURCES = (*_OWN_SOURCE, "encoding", "csv", "format", "text", "prompt", "completion", "columns")
@@ -44,35 +44,35 @@ _TASK_OF_COLUMN: dict[str, tuple[str, ...]] = {
     "tags": (TOKENS,),
     "image": (IMAGES,),
 }
-"""Tasks that read a column."""
+"""Tasks that use a column."""
 
-_ALONE = "rows are labelled one by one, each padded to the longest of its micro-batch"
-_LABELS = "the loss is on the labels of the rows, and on no token of their text"
-_WRITES = "no text is written, so nothing is drawn"
+_ALONE = "classification uses padded batches"
+_LABELS = "the loss is on the labels, not on tokens"
+_WRITES = "no text is generated"
 _NO_USE: dict[tuple[str, ...], str] = {
     **{("trainer", name): _ALONE for name in ("packing", "packing_strategy", "eval_packing", "padding_free")},
     **{("trainer", name): _LABELS for name in ("completion_only_loss", "assistant_only_loss", "loss_type")},
     ("trainer", "router_aux_loss_coef"): _LABELS,
-    ("trainer", "activation_offloading"): "it belongs to the trainer of language models; use activation_checkpointing",
+    ("trainer", "activation_offloading"): "it is for language models only; use activation_checkpointing",
     **{
-        ("trainer", name): "it belongs to the trainer of language models"
+        ("trainer", name): "it is for language models only"
         for name in (
             "pad_to_multiple_of",
             "shuffle_dataset",
             "use_liger_kernel",
         )
     },
-    ("model", "chat_template"): "a text is labelled as it stands; name its column or write dataset.text",
-    ("model", "eos_token"): "nothing is written that could end on it",
-    **{("dataset", name): "a row is a text with its label" for name in ("prompt", "completion")},
-    **{("dataset", "columns", name): "a row is a text with its label" for name in ("prompt", "completion", "messages")},
+    ("model", "chat_template"): "texts are classified without a template; name their column or set dataset.text",
+    ("model", "eos_token"): "no text is generated",
+    **{("dataset", name): "a row is a text with a label" for name in ("prompt", "completion")},
+    **{("dataset", "columns", name): "a row is a text with a label" for name in ("prompt", "completion", "messages")},
     **{("evaluation", name): _WRITES for name in ("max_new_tokens", "temperature", "top_p", "rows")},
     **{
-        ("gates", name): "it is no figure of labels; accuracy and f1 are"
+        ("gates", name): "it is not a classification metric; accuracy and f1 are"
         for name in ("perplexity", "token_accuracy", "exact_match", "chrf", "unfinished_answers")
     },
 }
-_FILES = "a row is an image file with its label"
+_FILES = "a row is an image file with a label"
 _NO_USE_OF_IMAGES: dict[tuple[str, ...], str] = {
     **{path: why for path, why in _NO_USE.items() if path[0] in ("trainer", "evaluation", "gates")},
     **{("model", name): "an image has no tokens" for name in ("chat_template", "eos_token")},
@@ -82,39 +82,39 @@ _NO_USE_OF_IMAGES: dict[tuple[str, ...], str] = {
     ("performance", "tokens_per_micro_batch"): "an image has no tokens",
 }
 _OF_LABELS: dict[tuple[str, ...], str] = {
-    ("dataset", "labels"): "only classes and tags have names",
-    ("evaluation", "positive_label"): "only classes have one",
+    ("dataset", "labels"): "only classification and tagging have labels",
+    ("evaluation", "positive_label"): "only classification has one",
     **{
-        ("gates", name): "it is a figure of labels"
+        ("gates", name): "it is a classification metric"
         for name in (*CLASS_FIGURES, *AVERAGED_FIGURES, *ENTITY_FIGURES, *NUMBER_FIGURES)
     },
 }
 
 ASKED = "performance.sharding: full"
-DIVIDED = ("lora",)
-"""Methods whose own weights stand beside those of the base and need none of them whole."""
-BESIDE = frozenset(
+SHARDABLE = ("lora",)
+"""Methods whose adapter weights do not need unsharded base weights."""
+SHARDABLE_KEYS = frozenset(
     [
         *("method", "r", "alpha", "dropout", "bias", "use_rslora", "target_modules", "layers", "init_from", "dtype"),
         *("alpha_pattern", "exclude_modules", "init_lora_weights", "loraplus_lr_ratio", "rank_pattern"),
     ]
 )
-"""Keys of the adapter section that ask nothing of whole weights."""
-PLAIN_STARTS = (True, False, "gaussian")
-"""Ways for LoRA to begin that look at no weight of the base."""
-_WHOLE = "it needs whole weights of the base"
+"""Keys of the adapter section that do not need unsharded base weights."""
+PLAIN_INITS = (True, False, "gaussian")
+"""Initializations of LoRA that do not use the base weights."""
+_UNSHARDED = "it needs unsharded base weights"
 _TRAINER = {
-    "activation_offloading": "it would move gathered weights too",
-    "deepspeed": "DeepSpeed divides the model in its own way",
-    "load_best_model_at_end": "it was not tried with it",
-    "torch_compile": "it was not tried with it",
-    "use_liger_kernel": "it was not tried with it",
+    "activation_offloading": "it would also offload gathered weights",
+    "deepspeed": "DeepSpeed shards the model itself",
+    "load_best_model_at_end": "the combination is untested",
+    "torch_compile": "the combination is untested",
+    "use_liger_kernel": "the combination is untested",
 }
-"""Arguments of the trainer, and why they cannot be had."""
+"""Trainer arguments that cannot be combined with sharding, and why."""
 
 
 def check_rules(tree: Tree, problems: Problems) -> None:
-    """Add a problem for keys that exclude each other, and for each key that lacks its partner."""
+    """Add a problem for keys that exclude each other, and for keys that need another key."""
     dataset = tree.get("dataset")
     if isinstance(dataset, dict):
         _check_dataset(dataset, tree, problems)
@@ -129,40 +129,42 @@ def check_rules(tree: Tree, problems: Problems) -> None:
 
 
 def _check_dtype(tree: Tree, problems: Problems) -> None:
-    """Report whole weights in bfloat16 beside a base that cannot hold them."""
+    """Report full training in bfloat16 with a base model in another dtype or quantized."""
     path: KeyPath = ("adapter", "dtype")
     if tree.get("adapter", "dtype") != "bfloat16" or path in tree.spoiled:
         return
     base = tree.get("model", "dtype")
     if base in ("float16", "float32"):
-        text = f"adapter.dtype: bfloat16 trains the model's own weights, and model.dtype is {base}; set it to bfloat16"
+        text = f"adapter.dtype: bfloat16 trains the model's own weights, but model.dtype is {base}; set it to bfloat16"
         problems.add(tree.place(path), text)
     if tree.get("quantization") is not None:
-        text = "adapter.dtype: bfloat16 would round the weights that are unpacked from the quantized base; remove one"
+        text = (
+            "adapter.dtype: bfloat16 would round the dequantized weights of the base model; remove it or quantization"
+        )
         problems.add(tree.place(path), text)
 
 
 def _check_dataset(dataset: dict[str, Any], tree: Tree, problems: Problems) -> None:
-    home: KeyPath = ("dataset",)
+    section: KeyPath = ("dataset",)
     sources = dataset.get("sources")
     if isinstance(sources, list):
         for index, source in enumerate(sources):
             if isinstance(source, dict):
-                _check_source((*home, "sources", index), source, tree, problems)
+                _check_source((*section, "sources", index), source, tree, problems)
         for key in _OF_THE_SOURCES:
             if dataset.get(key) is not None:
-                text = f"dataset.{key} stands beside dataset.sources; write it in each source that it belongs to"
-                problems.add(tree.place((*home, key)), text)
+                text = f"dataset.{key} cannot be combined with dataset.sources; set it in each source that needs it"
+                problems.add(tree.place((*section, key)), text)
     else:
-        _check_source(home, dataset, tree, problems)
+        _check_source(section, dataset, tree, problems)
     if dataset.get("split") is not None and dataset.get("test") is not None:
-        why = "test rows are split off or have their own file: keep one"
-        _apart((*home, "split"), (*home, "test"), why, tree, problems)
+        why = "test rows are split off or have their own source; keep one"
+        _apart((*section, "split"), (*section, "test"), why, tree, problems)
     _check_test(dataset, tree, problems)
     split = dataset.get("split")
     if isinstance(split, dict) and split.get("stratify") is not None and split.get("group") is not None:
-        why = "whole groups cannot keep the shares of the classes exactly: keep one"
-        _apart((*home, "split", "stratify"), (*home, "split", "group"), why, tree, problems)
+        why = "a split by groups cannot preserve the class distribution; keep one"
+        _apart((*section, "split", "stratify"), (*section, "split", "group"), why, tree, problems)
 
 
 def _check_test(dataset: dict[str, Any], tree: Tree, problems: Problems) -> None:
@@ -171,11 +173,11 @@ def _check_test(dataset: dict[str, Any], tree: Tree, problems: Problems) -> None
         return
     path: KeyPath = ("dataset", "test")
     if test.get("path") is not None and test.get("name") is not None:
-        _apart((*path, "path"), (*path, "name"), "test rows come from files or from the Hub: keep one", tree, problems)
+        _apart((*path, "path"), (*path, "name"), "test rows come from files or the Hub; keep one", tree, problems)
     if all(test.get(key) is None for key in ("path", "name", "table", "query")) and (
         test.get("hub_split") is None or dataset.get("name") is None
     ):
-        text = "dataset.test has no source; give dataset.test.path, or dataset.test.hub_split of a data set of the Hub"
+        text = "dataset.test has no source; set dataset.test.path, or dataset.test.hub_split for a Hub dataset"
         problems.add(tree.place(path), text)
 
 
@@ -191,46 +193,46 @@ def _check_source(path: KeyPath, source: dict[str, Any], tree: Tree, problems: P
         if given(first) and given(second) and not _text_with_label(first, second, source, task):
             _apart((*path, first), (*path, second), why, tree, problems)
     if not any(map(given, _PLACES)) and not any((*path, key) in tree.spoiled for key in _PLACES):
-        text = f"{name} has no source; give {name}.path (files) or {name}.name (a data set of the Hub)"
+        text = f"{name} has no source; set {name}.path (files) or {name}.name (a Hub dataset)"
         problems.add(tree.place(path), text)
     for key, partner in (("prompt", "completion"), ("completion", "prompt")):
         if given(key) and not given(partner) and not given("text") and (*path, partner) not in tree.spoiled:
-            text = f"{name}.{key} stands alone; give {name}.{partner} too, or one template in {name}.text"
+            text = f"{name}.{key} needs {name}.{partner}; add it, or use one template in {name}.text"
             problems.add(tree.place((*path, key)), text)
     for key in ("config", "revision", "hub_split"):
         if given(key) and not given("name"):
-            text = f"{name}.{key} belongs to a data set of the Hub; set {name}.name"
+            text = f"{name}.{key} is for Hub datasets; set {name}.name"
             problems.add(tree.place((*path, key)), text)
     if any(map(given, ("url", "url_env"))) and not any(map(given, ("table", "query"))):
-        text = f"{name}.url names a database; say which rows with {name}.table or {name}.query"
+        text = f"{name}.url needs {name}.table or {name}.query; add one of them"
         problems.add(tree.place((*path, "url" if given("url") else "url_env")), text)
     _check_columns((*path, "columns"), source.get("columns"), tree, problems)
     _check_task(path, source, task, tree, problems)
     for key in ("text", "completion"):
         if isinstance(source.get(key), str) and _is_constant(source[key]):
-            text = f"{name}.{key} names no column, so all rows are equal; write {{column}} where a column goes"
+            text = f"{name}.{key} has no column, so all rows would be equal; write {{column}} where a value goes"
             problems.add(tree.place((*path, key)), text)
 
 
 def _check_columns(path: KeyPath, columns: Any, tree: Tree, problems: Problems) -> None:
     name = dotted(path)
     if columns == {}:
-        problems.add(tree.place(path), f"{name} is empty; name a column in it, or remove the line")
+        problems.add(tree.place(path), f"{name} is empty; add a column, or remove the line")
     if not isinstance(columns, dict):
         return
     kinds = [kind for kind in (("text",), ("messages",), ("prompt", "completion")) if any(map(columns.get, kind))]
     for first, second in itertools.pairwise(kinds):
         one = next(key for key in first if columns.get(key))
         two = next(key for key in second if columns.get(key))
-        _apart((*path, one), (*path, two), "a row has one kind: keep one", tree, problems)
+        _apart((*path, one), (*path, two), "a row has one format; keep one", tree, problems)
     for key, partner in (("prompt", "completion"), ("completion", "prompt")):
         if columns.get(key) and not columns.get(partner) and len(kinds) == 1:
-            text = f"{name}.{key} stands alone; name the column of the {partner} too"
+            text = f"{name}.{key} needs {name}.{partner}; add it"
             problems.add(tree.place((*path, key)), text)
 
 
 def _text_with_label(first: str, second: str, source: dict[str, Any], task: Any) -> bool:
-    """Whether a template makes the text of a class, and the columns name the rest."""
+    """Whether a template builds the text to classify, and `columns` names the other columns."""
     columns = source.get("columns")
     return (
         (first, second) == ("text", "columns")
@@ -241,29 +243,27 @@ def _text_with_label(first: str, second: str, source: dict[str, Any], task: Any)
 
 
 def _check_task(path: KeyPath, source: dict[str, Any], task: Any, tree: Tree, problems: Problems) -> None:
-    """Columns and templates that the task of the recipe does not read."""
+    """Report columns and templates that the task of the recipe does not use."""
     columns = source.get("columns")
     columns = columns if isinstance(columns, dict) else {}
     for key, needed in _TASK_OF_COLUMN.items():
         if columns.get(key) and task in _TASKS and task not in needed:
-            text = f"{dotted((*path, 'columns', key))} belongs to model.task: {needed[0]}, and the task is {task}"
-            problems.add(tree.place((*path, "columns", key)), f"{text}; set the one or leave out the other")
+            text = f"{dotted((*path, 'columns', key))} is for model.task: {needed[0]}, but the task is {task}"
+            problems.add(tree.place((*path, "columns", key)), f"{text}; change the task or remove the column")
     if task in LABEL_TASKS and source.get("format") is not None:
-        text = (
-            f"{dotted((*path, 'format'))} says how text is learned, and model.task: {task} learns labels; leave it out"
-        )
+        text = f"{dotted((*path, 'format'))} is for language models, but model.task is {task}; remove it"
         problems.add(tree.place((*path, "format")), text)
     if task == TOKENS and source.get("text") is not None:
-        text = f"{dotted((*path, 'text'))} makes one text, and model.task: {task} reads words with their tags; "
-        problems.add(tree.place((*path, "text")), text + f"name them in {dotted((*path, 'columns'))}")
+        text = f"{dotted((*path, 'text'))} builds one text, but model.task: {task} needs words with tags; "
+        problems.add(tree.place((*path, "text")), text + f"name their columns in {dotted((*path, 'columns'))}")
 
 
 def _check_labels(tree: Tree, problems: Problems) -> None:
     if tree.get("model", "task") == SEQUENCE and tree.get("dataset", "too_long") == "split":
-        text = "dataset.too_long: split would give each piece of a text the class of the whole; truncate or drop"
+        text = "dataset.too_long: split would give every piece of a text the same label; use truncate or drop"
         problems.add(tree.place(("dataset", "too_long")), text)
     if tree.get("model", "problem_type") == "regression" and tree.get("dataset", "labels") is not None:
-        text = "dataset.labels names classes, and model.problem_type: regression has numbers; leave out one of the two"
+        text = "dataset.labels names classes, but model.problem_type: regression has numbers; remove one of the two"
         problems.add(tree.place(("dataset", "labels")), text)
 
 
@@ -274,18 +274,18 @@ def _check_model(tree: Tree, problems: Problems) -> None:
     if not isinstance(revision, str) or not re.fullmatch(r"[0-9a-f]{40}", revision):
         problems.add(
             tree.place(("model", "trust_remote_code")),
-            "model.trust_remote_code runs code from the repository, so model.revision must pin a commit "
+            "model.trust_remote_code runs code from the repository; set model.revision to a commit hash "
             "(40 characters of 0-9 and a-f)",
         )
 
 
 def _check_quantization(tree: Tree, problems: Problems) -> None:
-    """Report keys of 4 bits beside 8: what bitsandbytes stores in 8 bits has no code book and no block constants."""
+    """Report keys of 4-bit quantization with `bits: 8`: bitsandbytes has no data type or double quantization there."""
     if tree.get("quantization", "bits") != 8:
         return
     for key in ("type", "double_quant", "compute_dtype"):
         if tree.get("quantization", key) is not None and ("quantization", key) not in tree.spoiled:
-            text = f"quantization.{key} belongs to 4 bits, and quantization.bits is 8; remove one of the two"
+            text = f"quantization.{key} is for 4 bits, but quantization.bits is 8; remove one of the two"
             problems.add(tree.place(("quantization", key)), text)
 
 
@@ -301,17 +301,15 @@ def _check_forgetting(tree: Tree, problems: Problems) -> None:
     if path in tree.spoiled:
         return
     if tree.get("evaluation", "forgetting_tokens") is not None:
-        text = "evaluation.forgetting_tokens stands alone; name the text in evaluation.forgetting_text too"
+        text = "evaluation.forgetting_tokens needs a text; set evaluation.forgetting_text"
         problems.add(tree.place(("evaluation", "forgetting_tokens")), text)
     for name in ("forgetting_loss", "forgetting_change"):
         if tree.get("gates", name) is not None:
-            problems.add(
-                tree.place(("gates", name)), f"gates.{name} watches a text; name it in evaluation.forgetting_text"
-            )
+            problems.add(tree.place(("gates", name)), f"gates.{name} needs a text; set evaluation.forgetting_text")
 
 
 def _apart(first: KeyPath, second: KeyPath, why: str, tree: Tree, problems: Problems) -> None:
-    """Report at the later of the two, naming the place of the other."""
+    """Report the problem at the later key, with the location of the other."""
     places = {path: tree.place(path) for path in (first, second)}
     both_lines = all(isinstance(place, int) for place in places.values())
     if (both_lines and places[first] > places[second]) or isinstance(places[first], str):  # type: ignore[operator]
@@ -329,28 +327,28 @@ def _is_constant(template: str) -> bool:
 
 
 def check_unused_keys(tree: Tree, problems: Problems) -> None:
-    """Add a problem for each key that does nothing for the task of the recipe."""
+    """Add a problem for each key that has no effect for the task of the recipe."""
     task = tree.get("model", "task") or CAUSAL
     if task not in (CAUSAL, *LABEL_TASKS):
-        return  # the schema says which there are
-    idle = _OF_LABELS if task == CAUSAL else _NO_USE_OF_IMAGES if task == IMAGES else _NO_USE
-    for path, why in idle.items():
+        return  # the schema reports it
+    unused = _OF_LABELS if task == CAUSAL else _NO_USE_OF_IMAGES if task == IMAGES else _NO_USE
+    for path, why in unused.items():
         _refuse(path, task, why, tree, problems)
     if task not in (SEQUENCE, IMAGES) and tree.get("model", "problem_type") not in (None, "auto"):
-        _refuse(("model", "problem_type"), task, f"it belongs to {SEQUENCE}", tree, problems)
+        _refuse(("model", "problem_type"), task, f"it is for {SEQUENCE}", tree, problems)
     if task in (SEQUENCE, IMAGES):
         for name in ENTITY_FIGURES:
-            _refuse(("gates", name), task, "entities are found in tags", tree, problems)
+            _refuse(("gates", name), task, "only tagging has entities", tree, problems)
 
 
 def _refuse(path: KeyPath, task: str, why: str, tree: Tree, problems: Problems) -> None:
     if tree.get(*[str(part) for part in path]) not in (None, False, "auto"):
-        text = f"{dotted(path)} does nothing with model.task: {task}: {why}; leave it out"
+        text = f"{dotted(path)} has no effect with model.task: {task}: {why}; remove it"
         problems.add(tree.place(path), text)
 
 
 def check_sharding(tree: Tree, problems: Problems) -> None:
-    """Add a problem for each key that cannot stand beside `performance.sharding: full`."""
+    """Add a problem for each key that cannot be combined with `performance.sharding: full`."""
     if tree.get("performance", "sharding") != "full":
         return
     for path, why in undivided(tree.values):
@@ -359,17 +357,17 @@ def check_sharding(tree: Tree, problems: Problems) -> None:
 
 
 def undivided(sections: Mapping[str, Any]) -> Iterator[tuple[KeyPath, str]]:
-    """Keys that ask for what a base in parts cannot do, each with the reason.
+    """Keys that cannot be combined with a sharded base model, each with the reason.
 
     Args:
-        sections: of a recipe, as a YAML file has them.
+        sections: of a recipe, as in the YAML file.
     """
     if _section(sections, "model").get("task", CAUSAL) != CAUSAL:
-        yield ("model", "task"), "a head is trained whole, and only language models were tried"
+        yield ("model", "task"), "only language models are supported"
     if sections.get("stages"):
-        yield ("stages",), "the result of a stage is folded into whole weights"
+        yield ("stages",), "the result of a stage is merged into unsharded weights"
     if _section(sections, "quantization").get("bits") == 8:
-        yield ("quantization", "bits"), "8-bit weights were not tried in parts, 4-bit weights can be divided"
+        yield ("quantization", "bits"), "8-bit weights are not supported, 4-bit weights are"
     yield from _of_adapter(_section(sections, "adapter"))
     for name, why in _TRAINER.items():
         if _section(sections, "trainer").get(name):
@@ -378,22 +376,22 @@ def undivided(sections: Mapping[str, Any]) -> Iterator[tuple[KeyPath, str]]:
 
 def _of_adapter(adapter: Mapping[str, Any]) -> Iterator[tuple[KeyPath, str]]:
     method = adapter.get("method", "lora")
-    if method not in DIVIDED:
-        yield ("adapter", "method"), f"{method} was not tried with weights in parts, {', '.join(DIVIDED)} can be had"
+    if method not in SHARDABLE:
+        yield ("adapter", "method"), f"{method} is not supported with sharded weights, {', '.join(SHARDABLE)} is"
         return
     for key, value in adapter.items():
         if value is None or value is False:
             continue
-        if key not in BESIDE:
-            yield ("adapter", key), _WHOLE
+        if key not in SHARDABLE_KEYS:
+            yield ("adapter", key), _UNSHARDED
         elif isinstance(value, Mapping) and key in ("target_modules", "layers"):
-            yield ("adapter", key), "choosing by the gradient needs the gradients of whole weights"
-        elif key == "init_lora_weights" and value not in PLAIN_STARTS:
-            yield ("adapter", key), _WHOLE
+            yield ("adapter", key), "the selection by gradient needs gradients of unsharded weights"
+        elif key == "init_lora_weights" and value not in PLAIN_INITS:
+            yield ("adapter", key), _UNSHARDED
 
 
 def sections_of(recipe: Recipe) -> dict[str, Any]:
-    """The sections of a checked recipe that `undivided` reads, as a YAML file has them."""
+    """The sections of a validated recipe that `undivided` reads, in the form of the YAML file."""
     given = recipe.adapter.model_dump(exclude_none=True, exclude={"arguments"})
     return {
         "model": {"task": recipe.model.task},

@@ -1,4 +1,4 @@
-"""The learning rate schedulers of the installed transformers: the arguments that each one needs and takes."""
+"""The learning rate schedulers of the installed transformers, and their arguments."""
 
 import ast
 import re
@@ -15,22 +15,22 @@ from peftcli.recipe.signatures import parameters
 
 DEFAULT = "linear"
 LEARNING_RATE = 2e-4
-"""Of a recipe that names none."""
+"""Default learning rate of a recipe."""
 MEASURED = ("reduce_lr_on_plateau", "greedy")
-"""Schedulers that look at the evaluation loss during training."""
+"""Schedulers that depend on the evaluation loss during training."""
 _FILE = "optimization.py"
 _GIVEN = ("self", "optimizer", "num_warmup_steps", "num_training_steps", "last_epoch")
-"""Parameters that the trainer fills in."""
+"""Parameters that the trainer sets."""
 _BEHIND = {
     "get_reduce_on_plateau_schedule": ("torch", "optim/lr_scheduler.py", "ReduceLROnPlateau"),
     "get_greedy_schedule": ("transformers", _FILE, "GreedyLR"),
 }
-"""Classes that take the keyword arguments of a function."""
+"""Classes that get the keyword arguments of a function."""
 _SHAPES = ("linear", "cosine", "1-sqrt")
 _CHOICES = {
     "warmup_type": _SHAPES,
     "decay_type": _SHAPES,
-    "mode": ("min",),  # the loss is to fall
+    "mode": ("min",),  # a lower loss is better
     "threshold_mode": ("rel", "abs"),
 }
 _LIMITS: Mapping[str, tuple[tuple[str, float], ...]] = {
@@ -54,17 +54,17 @@ _LIMITS: Mapping[str, tuple[tuple[str, float], ...]] = {
     "lr_end": ((">=", 0),),
     "power": ((">", 0),),
 }
-"""What the functions compute with, or check themselves.
+"""Limits of the arguments, from the computations and checks in the functions.
 
 Source: transformers/optimization.py 5.23, torch/optim/lr_scheduler.py 2.13.
 """
 _ONE_OF = {"min_lr": ("min_lr", "min_lr_rate")}
-"""Of these a scheduler with the first one needs exactly one, unless it has a default; the same source."""
+"""A scheduler with the first argument needs exactly one of the group, unless it has a default; the same source."""
 
 
 @cache
 def scheduler_parameters(scheduler: str) -> dict[str, tuple[Argument, bool]] | None:
-    """What a scheduler takes in `lr_scheduler_kwargs`, each with whether it must be given; None where not known."""
+    """The arguments in `lr_scheduler_kwargs`, each with whether it is required; None if unknown."""
     function = _functions().get(scheduler)
     if function is None:
         return None
@@ -74,10 +74,10 @@ def scheduler_parameters(scheduler: str) -> dict[str, tuple[Argument, bool]] | N
 
 
 def scheduler_faults(arguments: Mapping[str, Any]) -> Iterator[tuple[KeyPath, str]]:
-    """What is wrong with the scheduler of some trainer arguments: the key, and the sentence.
+    """Problems with the scheduler in the trainer arguments: the key, and the message.
 
     Args:
-        arguments: under their installed names, each of the right type.
+        arguments: with their current names and valid types.
     """
     scheduler = arguments.get("lr_scheduler_type", DEFAULT)
     takes = scheduler_parameters(scheduler)
@@ -94,13 +94,13 @@ def scheduler_faults(arguments: Mapping[str, Any]) -> Iterator[tuple[KeyPath, st
     if scheduler == "polynomial":
         yield from _end_fault(arguments, given)
     if scheduler in MEASURED and arguments.get("eval_strategy", "no") == "no":
-        text = f"trainer.lr_scheduler_type: {scheduler} follows the evaluation loss; add eval_strategy: steps or epoch"
+        text = f"trainer.lr_scheduler_type: {scheduler} needs an evaluation loss; add eval_strategy: steps or epoch"
         yield ("lr_scheduler_type",), text
 
 
 @cache
 def _functions() -> dict[str, str]:
-    """The function behind each scheduler, by the scheduler's name."""
+    """The function of each scheduler, by the scheduler's name."""
     folder = package_folder("transformers")
     if folder is None:
         return {}
@@ -116,13 +116,13 @@ def _functions() -> dict[str, str]:
 
 
 def _unknown(name: str, scheduler: str, takes: list[str]) -> str:
-    said = f"trainer.lr_scheduler_kwargs.{name} is not an argument of {scheduler}"
+    problem = f"trainer.lr_scheduler_kwargs.{name} is not an argument of {scheduler}"
     if name == "num_warmup_steps":
-        return f"{said}; write trainer.warmup_steps"
+        return f"{problem}; set trainer.warmup_steps"
     if not takes:
-        return f"{said}, which takes none; remove it"
+        return f"{problem}, which has none; remove it"
     near = nearest(name, takes)
-    return f"{said}; did you mean {near}?" if near else f"{said}; it takes {', '.join(takes)}"
+    return f"{problem}; did you mean {near}?" if near else f"{problem}; use one of {', '.join(takes)}"
 
 
 def _value_fault(argument: Argument, value: Any) -> str | None:
@@ -130,7 +130,7 @@ def _value_fault(argument: Argument, value: Any) -> str | None:
     if choices is not None:
         return None if value in choices else choices_text([*choices], value)
     kinds = argument.kinds
-    if "float" in kinds:  # a list has a value for each group of parameters, whose number a recipe does not know
+    if "float" in kinds:  # a list has one value per parameter group, and their number is not known to a recipe
         kinds -= {"list"}
     fault = type_error(Argument(argument.name, kinds, argument.choices), value)
     return fault or limit_fault(value, _LIMITS.get(argument.name, ()))
@@ -141,15 +141,15 @@ def _missing(
 ) -> Iterator[tuple[KeyPath, str]]:
     needed: list[tuple[str, ...]] = [(name,) for name, (_, required) in takes.items() if required]
     needed += [group for first, group in _ONE_OF.items() if first in takes and "none" in takes[first][0].kinds]
-    place = "lr_scheduler_kwargs" if given else "lr_scheduler_type"
+    key = "lr_scheduler_kwargs" if given else "lr_scheduler_type"
     for group in needed:
-        there = [name for name in group if given.get(name) is not None]
-        if not there:
+        present = [name for name in group if given.get(name) is not None]
+        if not present:
             example = f"lr_scheduler_kwargs: {{{group[-1]}: {'0.1' if len(group) > 1 else '10'}}}"
             text = f"trainer.lr_scheduler_type: {scheduler} needs {choice_text(group)}; add {example}"
-            yield (place,), text
-        elif len(there) > 1:
-            text = f"trainer.lr_scheduler_kwargs holds {' and '.join(there)}, and {scheduler} takes one; remove one"
+            yield (key,), text
+        elif len(present) > 1:
+            text = f"trainer.lr_scheduler_kwargs has {' and '.join(present)}, but {scheduler} allows one; remove one"
             yield ("lr_scheduler_kwargs",), text
 
 

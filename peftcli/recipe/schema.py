@@ -1,6 +1,6 @@
-"""The schema of a recipe: every section and key with its type, bounds, default and meaning.
+"""The schema of a recipe: every section and key with its type, bounds, default and description.
 
-A default is written here and nowhere else. Rules between keys are in `rules.py`.
+Defaults are defined here only. Rules between keys are in `rules.py`.
 """
 
 import re
@@ -46,7 +46,7 @@ Text = Annotated[str, Field(min_length=1)]
 Seconds = Annotated[float, BeforeValidator(read_seconds)]
 Automatic = Annotated[int | Literal["auto"], BeforeValidator(read_tokens)]
 Optimization = Literal["fused_loss", "fused_lora", "skip_adapter_casts", "deferred_metrics"]
-"""What makes a step cheaper and leaves its loss as it is; each can be switched off alone."""
+"""Optimizations of the training step that do not change its loss; each can be disabled separately."""
 Tracker = Literal["wandb", "tensorboard", "mlflow", "trackio", "comet_ml", "swanlab"]
 
 Arguments = Annotated[Mapping[str, Any], PlainValidator(freeze_mapping), PlainSerializer(dict)]
@@ -59,7 +59,7 @@ MOST_BATCHES = 1000
 
 
 class Section(BaseModel):
-    """Nothing is guessed, nothing unknown is taken, nothing changes afterwards."""
+    """No type coercion, no unknown keys, no changes after validation."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -72,160 +72,160 @@ class ModelSection(Section):
     revision: Text | None = None
     """Branch, tag or commit of the Hub repository."""
     task: Literal["causal-lm", "sequence-classification", "token-classification", "image-classification"] = "causal-lm"
-    """What the model learns to do: write text, name the class of a text or an image, or tag the words of a text."""
+    """What the model is trained for: generating text, classifying texts or images, or tagging the words of a text."""
     problem_type: Literal["auto", "single-label", "multi-label", "regression"] = "auto"
-    """What a text or an image is given: one class, any number of them, or a number; `auto` is read
+    """What a classifier predicts for a text or an image: one class, any number of classes, or a number; `auto` decides
     from the labels."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """Number format of the computation and of weights that are not quantized; the plan decides `auto`."""
+    """Dtype of the computation and of weights that are not quantized; `auto` is decided by the plan."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3"] = "auto"
-    """Implementation of attention."""
+    """Attention implementation."""
     chat_template: Text | None = None
-    """File with a Jinja chat template that replaces the tokenizer's own; absolute once loaded."""
+    """File with a Jinja chat template that replaces the tokenizer's; absolute once loaded."""
     eos_token: Text | None = None
-    """Token on which an answer ends, where the tokenizer's own end token is not the one that the model knows."""
+    """Token that ends an answer, if the model uses another one than the tokenizer's end token."""
     trust_remote_code: bool = False
-    """Run Python code that the repository ships; only with `revision` pinned to a commit."""
+    """Run Python code from the model repository; requires `revision` to be a commit."""
 
 
 class QuantizationSection(Section):
-    """How the base weights are stored; without this section they are not quantized."""
+    """Quantization of the base weights; without this section they are not quantized."""
 
     bits: Literal[4, 8] = 4
-    """Bits per weight; the keys below belong to 4."""
+    """Bits per weight; the keys below apply to 4 bits only."""
     type: Literal["nf4", "fp4"] = "nf4"
-    """Code book of the 16 values."""
+    """4-bit data type."""
     double_quant: bool = True
-    """Quantize the block constants as well; saves about 0.4 bits per weight."""
+    """Quantize the quantization constants too; saves about 0.4 bits per weight."""
     compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """Format that weights are unpacked to for each product; `auto` follows the plan's dtype."""
+    """Dtype to which weights are dequantized for each matmul; `auto` is the plan's dtype."""
 
 
 class PerformanceSection(Section):
-    """How the work is done; none of it changes what is learned."""
+    """Settings of speed and memory that do not change what is learned."""
 
     batching: Literal["auto", "padding_free", "padded"] = "auto"
-    """Rows of a step concatenated without padding (`padding_free`), or padded micro-batches (`padded`)."""
+    """Rows concatenated without padding (`padding_free`), or padded micro-batches (`padded`)."""
     tokens_per_micro_batch: Automatic = "auto"
-    """Tokens that are run at once, in a line or padded; `auto` is what the padded micro-batch could hold."""
+    """Maximum tokens per micro-batch, padding included; `auto` is the size of the padded micro-batch."""
     sharding: Literal["auto", "none", "full"] = "auto"
-    """Every process holds the whole base (`none`), or a part of it (`full`: FSDP); `auto` is `none`, unless the
-    configuration of accelerate asks for FSDP."""
+    """Every process has the whole base model (`none`) or a shard of it (`full`: FSDP); `auto` is `none`, unless the
+    accelerate configuration enables FSDP."""
     disable: Annotated[tuple[Optimization, ...], BeforeValidator(freeze_rows)] = ()
-    """Optimizations that are switched off: the loss of trained tokens alone (`fused_loss`), LoRA added in one pass
-    (`fused_lora`), adapter inputs that are not cast where they need not be (`skip_adapter_casts`), metrics that are
-    fetched once a step (`deferred_metrics`)."""
+    """Optimizations to disable: logits and loss for trained tokens only (`fused_loss`), LoRA added in one pass
+    (`fused_lora`), no unnecessary casts of adapter inputs (`skip_adapter_casts`), metrics fetched from the GPU once per
+    step (`deferred_metrics`)."""
 
 
 class EvaluationSection(Section):
-    """How the base model and the adapter are measured."""
+    """Evaluation of the base model and the adapter."""
 
     batch_size: Automatic = "auto"
-    """Rows per forward."""
+    """Rows per forward pass."""
     max_new_tokens: Automatic = "auto"
-    """Longest generated answer, tokens; `auto` follows the longest reference."""
+    """Maximum length of a generated answer, tokens; `auto` follows the longest reference."""
     samples: Annotated[int, Field(ge=0, le=100)] = 5
-    """Rows shown before and after training."""
+    """Number of rows for which the report shows the answers before and after training."""
     rows: Annotated[int, Field(ge=1)] | None = None
-    """Test rows that are answered by generation; all when null. The loss is always over all of them."""
+    """Number of test rows for which answers are generated; null for all. The loss always covers all test rows."""
     temperature: Annotated[float, Field(ge=0)] = 0.0
-    """Softmax temperature of generation; 0 takes the likeliest token."""
+    """Sampling temperature of generation; 0 for greedy decoding."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Share of the probability that generation draws from."""
+    """Nucleus sampling: sample from the most likely tokens with this cumulative probability."""
     positive_label: Text | None = None
-    """Of two classes the one that precision, recall and F1 are of; the last one when null."""
+    """Positive class of a binary classification, for precision, recall and F1; null for the last class."""
     baseline: bool = True
-    """Measure the base model before the first step."""
+    """Evaluate the base model before the first step."""
     forgetting_text: Text | None = None
-    """Text on which forgetting is measured: file, folder or glob; absolute once loaded."""
+    """Text for measuring forgetting: file, folder or glob; absolute once loaded."""
     forgetting_tokens: Annotated[int, Field(ge=100)] = 50_000
-    """Tokens of that text to predict, from its beginning."""
+    """Number of tokens of that text to evaluate, from its beginning."""
 
 
 class BudgetSection(Section):
-    """How long a run may take; stored in seconds."""
+    """Time limits of a run; stored in seconds."""
 
     wall_clock: Seconds | None = None
-    """Stop with a checkpoint before this much time has passed, seconds."""
+    """Maximum time of the run, seconds; it stops with a checkpoint before that."""
     save_every: Seconds | None = None
     """Time between checkpoints, seconds."""
 
 
 class ReportSection(Section):
-    """Where progress is sent besides the run folder."""
+    """Where metrics are logged in addition to the run folder."""
 
     trackers: Annotated[tuple[Tracker, ...], BeforeValidator(freeze_rows)] = ()
     """Experiment trackers."""
 
 
 class SelectSection(Section):
-    """Modules or layers chosen by the gradient on training rows, before the first step."""
+    """Modules or layers selected by their gradient on training rows, before the first step."""
 
     select: Literal["gradient"]
-    """What is asked: the size of the loss's gradient by the weights."""
+    """Selection criterion: the norm of the gradient of the loss with respect to the weights."""
     batches: int = 8
-    """Training batches that it is a mean of."""
+    """Number of training batches to average over."""
     budget: float
-    """Share of the base's parameters that may become trainable, 0..1; a recipe may write 0.5%."""
+    """Maximum share of trainable parameters, relative to the base model, 0..1; can be written as 0.5%."""
 
 
 def read_target_modules(value: Any) -> Any:
-    """Read `adapter.target_modules`: names, all-linear, or a choice."""
+    """Read `adapter.target_modules`: names, all-linear, or a selection by gradient."""
     return read_select(value) if isinstance(value, Mapping | SelectSection) else read_targets(value)
 
 
 def read_layers(value: Any) -> Any:
-    """Read `adapter.layers`: numbers of layers, or a choice."""
+    """Read `adapter.layers`: layer indices, or a selection by gradient."""
     if value is None or isinstance(value, Mapping | SelectSection):
         return None if value is None else read_select(value)
     if not isinstance(value, list | tuple) or not value or not all(_is_whole(number) for number in value):
-        raise wrong(f"must be a list of layer numbers from 0 on, such as [0, 1], or {EXAMPLE}")
-    freeze_names([str(number) for number in value])  # none of them twice
+        raise wrong(f"must be a list of layer indices starting at 0, such as [0, 1], or {EXAMPLE}")
+    freeze_names([str(number) for number in value])  # checks for duplicates
     return tuple(value)
 
 
 class AdapterSection(Section):
-    """What is trained.
+    """The trained parameters.
 
-    A key that the recipe leaves out has the method's own default; one that means nothing to the method is None.
+    A key that the recipe does not set gets the method's default; a key that the method does not have is None.
     """
 
     method: Annotated[str, BeforeValidator(read_method)] = "lora"
-    """A method of `peftcli methods`."""
+    """PEFT method; `peftcli methods` lists them."""
     r: Annotated[int, Field(ge=1, le=4096)] | None = None
-    """Rank of the update; of AdaLoRA the mean rank at the end."""
+    """Rank of the update; for AdaLoRA the average final rank."""
     alpha: Annotated[float, Field(gt=0)] | None = None
-    """Numerator of the update's scale: alpha / r, or alpha / sqrt(r) with `use_rslora`."""
+    """Scaling of the update: alpha / r, or alpha / sqrt(r) with `use_rslora`."""
     dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
-    """Share of the adapter's inputs that a training step sets to zero."""
+    """Dropout probability of the adapter's inputs."""
     target_modules: Annotated[
         tuple[str, ...] | Literal["all-linear"] | SelectSection | None, BeforeValidator(read_target_modules)
     ] = None
-    """Module names that get an adapter, every linear layer except the output, or those that the gradient chooses; the
-    method's own choice when null."""
+    """Names of the modules that get an adapter, all linear layers except the output layer, or a selection by gradient;
+    null for the method's default."""
     layers: Annotated[tuple[int, ...] | SelectSection | None, BeforeValidator(read_layers)] = None
-    """Numbers of the layers that get an adapter, or those that the gradient chooses; all when null."""
+    """Indices of the layers that get an adapter, or a selection by gradient; null for all."""
     use_rslora: bool = False
-    """Scale by sqrt(r) in place of r."""
+    """Rank-stabilized LoRA: scale by alpha / sqrt(r)."""
     use_dora: bool = False
-    """Learn the magnitude of each weight column apart from its direction."""
+    """DoRA: learn the magnitude of each weight column separately from its direction."""
     modules_to_save: Annotated[tuple[str, ...], BeforeValidator(freeze_names)] | None = None
-    """Modules trained whole and stored with the adapter."""
+    """Modules that are fully trained and saved with the adapter."""
     init_from: Annotated[str, Field(min_length=1)] | None = None
-    """Run or adapter whose weights the training starts from; absolute once loaded."""
+    """Run or adapter whose weights initialize this adapter; absolute once loaded."""
     dtype: Annotated[Literal["float32", "bfloat16"], BeforeValidator(read_trained_dtype)] = "float32"
-    """Format of the trained weights, their gradients and, with torch's optimizers, their state; `bfloat16` trains whole
-    weights without a float32 copy, and loses updates that are small beside the weight."""
+    """Dtype of the trained weights, their gradients and, with torch's optimizers, the optimizer state; `bfloat16`
+    trains full weights without a float32 copy, and loses updates that are small relative to the weight."""
     bias: Literal["none"] = "none"
-    """Bias vectors are not trained: with them, switching the adapter off would not give the base back."""
+    """Biases are not trained, because then disabling the adapter would not restore the base model."""
     arguments: Annotated[Mapping[str, Any], PlainValidator(freeze_mapping), PlainSerializer(dict)] = Field(
         default_factory=lambda: MappingProxyType({})
     )
-    """Further arguments of the method, under PEFT's names; a recipe writes them beside the keys above."""
+    """Other arguments of the method, with PEFT's names; in a recipe they are at the same level as the keys above."""
 
     @model_validator(mode="after")
     def _fill(self) -> Self:
-        """Put the method's defaults where the recipe says nothing; they do not count as given."""
+        """Fill in the method's defaults; they do not count as set by the recipe."""
         row = METHODS[self.method]
         for key in ARGUMENT_NAMES:
             if getattr(self, key) is None and key in row.argument_names:
@@ -236,211 +236,212 @@ class AdapterSection(Section):
 
 
 class StageSection(Section):
-    """One of several trainings in a row; it starts from the result of the one before."""
+    """One of several training stages; it starts from the result of the previous one."""
 
     name: Annotated[str, BeforeValidator(read_name)]
-    """Names the folder of the stage."""
+    """Name of the stage and of its folder."""
     adapter: AdapterSection | None = None
-    """What this stage trains, in place of the recipe's own section."""
+    """What this stage trains; replaces the recipe's `adapter` section."""
     trainer: Arguments | None = None
-    """Arguments of the trainer, the recipe's own among them."""
+    """Trainer arguments of this stage, merged over the recipe's `trainer` section."""
 
 
 class CsvSection(Section):
-    """How the cells of a CSV or TSV file are written."""
+    """The format of a CSV or TSV file."""
 
     delimiter: Annotated[str, BeforeValidator(read_delimiter)] | None = None
-    """One sign between two cells; a tab in .tsv files and a comma elsewhere when null."""
+    """Delimiter between cells, one character; null for a tab in .tsv files and a comma elsewhere."""
     quote: Annotated[str, BeforeValidator(read_quote)] | None = None
-    """The sign that encloses a cell, or none where quotes are plain text; `"` when null."""
+    """Quote character of a cell, or none if quotes are plain text; null for `"`."""
     column_names: Names | None = None
-    """Names of the columns of a file that has no header line."""
+    """Column names of a file without a header line."""
 
 
 class FilesSection(Section):
-    """Where rows stand, and how they are written there."""
+    """Files with rows, and their format."""
 
     path: Text | None = None
     """File, folder or glob; absolute once loaded."""
     file_format: Literal["csv", "tsv", "json", "jsonl", "parquet", "arrow", "text", "conll", "sqlite"] | None = None
-    """What the files are, where their ending does not tell."""
+    """File format, if the file extension does not tell."""
     encoding: Annotated[str, BeforeValidator(read_encoding)] = "utf-8"
-    """How the letters of text files are stored."""
+    """Encoding of text files."""
     csv: CsvSection = CsvSection()
-    """How the cells of a CSV or TSV file are written."""
+    """The format of a CSV or TSV file."""
     table: Text | None = None
     """Table of a database."""
     query: Text | None = None
-    """SQL query of a database, in place of a table."""
+    """SQL query of a database, instead of a table."""
 
 
 class JoinSection(FilesSection):
-    """A second table whose columns are added to the rows."""
+    """A second table whose columns are joined to the rows."""
 
     path: Text
     """File; absolute once loaded."""
     on: Annotated[tuple[str, ...], BeforeValidator(freeze_names)]
-    """Columns that both tables share and that rows are matched by."""
+    """Key columns of the join, present in both tables."""
 
 
 class ColumnsSection(Section):
-    """Names of the columns to use where they differ from the usual ones."""
+    """The columns to use, if they do not have the usual names."""
 
     text: Text | None = None
-    """Column with the whole text of a row."""
+    """Column with the full text of a row."""
     prompt: Text | None = None
     """Column with the prompt."""
     completion: Text | None = None
-    """Column with the answer to learn."""
+    """Column with the completion to learn."""
     messages: Text | None = None
-    """Column with a list of chat turns."""
+    """Column with a list of chat messages."""
     text_pair: Text | None = None
-    """Column with a second text that the class belongs to as well."""
+    """Column with the second text of a text pair."""
     label: Text | None = None
-    """Column with the class of a text, with a list of classes, or with a number."""
+    """Column with the label: a class, a list of classes, or a number."""
     tokens: Text | None = None
     """Column with a list of words."""
     tags: Text | None = None
     """Column with a list of tags, one for each word."""
     image: Text | None = None
-    """Column with the name of an image file, relative to the file of the rows."""
+    """Column with the path of an image file, relative to the file with the rows."""
 
 
 class SourceSection(FilesSection):
-    """Where rows come from, and how each becomes an example."""
+    """The source of the rows, and how they become examples."""
 
     name: Text | None = None
-    """Id of a data set on the Hub."""
+    """Id of a dataset on the Hub."""
     config: Text | None = None
-    """Configuration of the Hub data set."""
+    """Configuration of the Hub dataset."""
     revision: Text | None = None
-    """Branch, tag or commit of the Hub data set."""
+    """Branch, tag or commit of the Hub dataset."""
     hub_split: Text | None = None
-    """Split of the Hub data set, also a slice such as train[:10%]; train when null."""
+    """Split of the Hub dataset, or a slice such as train[:10%]; null for train."""
     url: Text | None = None
-    """Address of a database, without a password."""
+    """URL of a database, without a password."""
     url_env: Text | None = None
-    """Name of the environment variable that holds the address of a database, password and all."""
+    """Name of the environment variable with the URL of a database, including the password."""
     format: Literal["text", "prompt_completion", "messages", "sharegpt", "alpaca", "question_answer"] | None = None
-    """What the columns mean, where several readings fit."""
+    """Row format, if the columns fit several formats."""
     text: Template | None = None
-    """Template of the whole text."""
+    """Template of the full text."""
     prompt: Template | None = None
     """Template of the prompt; no loss is taken on it."""
     completion: Template | None = None
-    """Template of the answer to learn."""
+    """Template of the completion to learn."""
     columns: ColumnsSection | None = None
-    """Columns to use as they are, in place of templates."""
+    """Columns to use directly, instead of templates."""
 
 
 class WeightedSection(SourceSection):
     """One of several sources."""
 
     weight: Annotated[float, Field(gt=0, le=100)] = 1.0
-    """How often a training row of this source is used in one pass; 0.5 takes a drawn half of them."""
+    """How often each training row of this source is used per epoch; 0.5 uses a random half of them."""
 
 
 class SplitSection(Section):
-    """How test rows are taken from the data."""
+    """How test rows are split off."""
 
     test_size: Annotated[float | int, BeforeValidator(read_test_size)] = 0.2
-    """Share of the rows when below 1, number of rows otherwise; 0 trains on all rows, and none are held out."""
+    """Share of the rows if below 1, otherwise a number of rows; 0 trains on all rows without a test split."""
     seed: Annotated[int, Field(ge=0)] | None = None
-    """Seed of the shuffle; the recipe's `seed` when null."""
+    """Seed of the split; null for the recipe's `seed`."""
     stratify: Text | None = None
-    """Column whose values keep their shares on both sides."""
+    """Column whose values have the same distribution in both splits."""
     group: Text | None = None
-    """Column whose equal values stay on one side, such as a customer's id."""
+    """Column whose equal values stay in the same split, such as a customer id."""
 
 
 class TestSection(FilesSection):
-    """Test rows with a source of their own."""
+    """Test rows from a separate source."""
 
-    __test__ = False  # not a test class, whatever pytest thinks of its name
+    __test__ = False  # pytest would take it for a test class because of its name
 
     name: Text | None = None
-    """Id of a data set on the Hub; that of the training rows when only `hub_split` is given."""
+    """Id of a dataset on the Hub; that of the training rows if only `hub_split` is set."""
     config: Text | None = None
-    """Configuration of the Hub data set."""
+    """Configuration of the Hub dataset."""
     revision: Text | None = None
-    """Branch, tag or commit of the Hub data set."""
+    """Branch, tag or commit of the Hub dataset."""
     hub_split: Text | None = None
-    """Split of the Hub data set, such as test; `test` when null."""
+    """Split of the Hub dataset; null for `test`."""
 
 
 class LimitsSection(Section):
-    """Where the data are so wrong that nothing is trained; shares in 0..1."""
+    """Data limits: if one is exceeded, training does not start; shares in 0..1."""
 
     max_dropped: Share = 0.05
-    """Largest share of rows that may be left out."""
+    """Maximum share of dropped rows."""
     max_truncated: Share = 0.05
-    """Largest share of rows that may be cut at `max_length`."""
+    """Maximum share of rows truncated at `max_length`."""
     max_leaked: Share = 0.01
-    """Largest share of test rows that may stand in the training rows too."""
+    """Maximum share of test rows that are also in the training split."""
     min_eos_trained: Share = 1.0
-    """Smallest share of training rows, those that are cut aside, whose end token must be trained."""
+    """Minimum share of training rows whose end token is trained, not counting truncated rows."""
 
 
 class DatasetSection(SourceSection):
     """The rows to learn from."""
 
     sources: Annotated[tuple[WeightedSection, ...], BeforeValidator(freeze_rows)] = ()
-    """Several sources, in place of one."""
+    """Several sources, instead of one."""
     join: Annotated[tuple[JoinSection, ...], BeforeValidator(freeze_rows)] = ()
     """Tables to join, in order."""
     labels: Annotated[Names, Field(min_length=1)] | None = None
-    """Names of the classes or tags in the order of their numbers; all that the rows hold, sorted, when null."""
+    """Names of the classes or tags in the order of their ids; null for all that occur in the rows, sorted."""
     deduplicate: bool = False
-    """Keep the first of equal rows only, case and white space aside."""
+    """Keep only the first of equal rows, ignoring case and white space."""
     split: SplitSection = SplitSection()
-    """How test rows are taken; not used when `test` is given."""
+    """How test rows are split off; not used if `test` is set."""
     test: TestSection | None = None
-    """Test rows with a source of their own."""
+    """Test rows from a separate source."""
     max_length: Annotated[int, Field(ge=2)] = 1024
-    """Longest row, tokens."""
+    """Maximum length of a row, tokens."""
     too_long: Literal["truncate", "drop", "split"] | None = None
-    """What happens to longer rows: split cuts a text into several; for text files split when null, else truncate."""
+    """What happens to longer rows: `split` cuts a text into several rows; null for `split` with text files and
+    `truncate` otherwise."""
     max_train_samples: Annotated[int, Field(ge=1)] | None = None
-    """Train on so many rows at most; all when null."""
+    """Maximum number of training rows; null for all."""
     limits: LimitsSection = LimitsSection()
-    """Where the data are so wrong that nothing is trained."""
+    """Data limits: if one is exceeded, training does not start."""
 
     @property
     def holds_out(self) -> bool:
-        """Whether there are test rows, so that figures on held-out rows can be had."""
+        """Whether there are test rows to evaluate on."""
         return self.test is not None or self.split.test_size != 0
 
 
 class Recipe(Section):
-    """What was asked, checked and frozen."""
+    """A validated, frozen recipe."""
 
     name: Annotated[str, BeforeValidator(read_name)]
-    """Name of the run; the file's name without its ending where the recipe gives none."""
+    """Name of the run; the file name without its extension by default."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     """Seed of everything random."""
     output_dir: Text | None = None
-    """The run folder, relative to the working directory; runs/NAME when null."""
+    """The run folder, relative to the working directory; null for runs/NAME."""
     model: ModelSection
     quantization: QuantizationSection | None = None
     adapter: AdapterSection = Field(default_factory=AdapterSection)
     stages: Annotated[tuple[StageSection, ...], BeforeValidator(freeze_rows)] = ()
-    """Trainings in a row, in place of one."""
+    """Several training stages, instead of one."""
     dataset: DatasetSection
     trainer: Arguments = Field(default_factory=lambda: MappingProxyType({}))  # pydantic before 2.10 copies a default
-    """Arguments of SFTConfig that the recipe sets, under the names of the installed version."""
+    """Arguments of SFTConfig, with the names of the installed version."""
     performance: PerformanceSection = PerformanceSection()
     evaluation: EvaluationSection = EvaluationSection()
     gates: tuple[Gate, ...] = ()
-    """Limits that the figures of the run must meet."""
+    """Limits that the metrics of the run must meet."""
     budget: BudgetSection = BudgetSection()
     report: ReportSection = ReportSection()
 
     _relative: frozenset[str] = PrivateAttr(default=frozenset())
-    """Keys whose path the recipe gave relative to itself; only the writing of the recipe asks."""
+    """Keys with a path that is relative to the recipe; only used to write the recipe."""
 
 
 def read_select(value: Any) -> SelectSection:
-    """Read a choice."""
+    """Read a selection by gradient."""
     if isinstance(value, SelectSection):
         return value
     for key in value:
@@ -448,12 +449,12 @@ def read_select(value: Any) -> SelectSection:
             near = nearest(str(key), SelectSection.model_fields)
             raise wrong(f"has no key {key}" + (f"; did you mean {near}?" if near else f"; write {EXAMPLE}"))
     if value.get("select") != "gradient":
-        raise wrong(f"must say `select: gradient`, as in {EXAMPLE}")
+        raise wrong(f"needs `select: gradient`, as in {EXAMPLE}")
     if "budget" not in value:
-        raise wrong(f"needs a budget, a share of the base's parameters, as in {EXAMPLE}")
+        raise wrong(f"needs a budget, a share of the base model's parameters, as in {EXAMPLE}")
     batches = value.get("batches", SelectSection.model_fields["batches"].default)
     if not _is_whole(batches) or not 1 <= batches <= MOST_BATCHES:
-        raise wrong(f"has batches {batches}; it must be a whole number from 1 to {MOST_BATCHES}")
+        raise wrong(f"has batches: {batches}; it must be a whole number from 1 to {MOST_BATCHES}")
     return SelectSection(select="gradient", batches=batches, budget=_read_budget(value["budget"]))
 
 
@@ -461,7 +462,7 @@ def _read_budget(value: Any) -> float:
     percent = re.fullmatch(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*%\s*", value) if isinstance(value, str) else None
     share = float(percent[1]) / 100 if percent else value
     if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
-        raise wrong(f"has budget {value}; it must be a share of the base's parameters, such as 0.5% or 0.005")
+        raise wrong(f"has budget: {value}; it must be a share of the base model's parameters, such as 0.5% or 0.005")
     return float(share)
 
 

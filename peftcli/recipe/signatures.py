@@ -1,4 +1,4 @@
-"""Parameters of functions of the installed libraries, read from their source: nothing is imported."""
+"""Parameters of functions in the installed libraries, read from their source without importing them."""
 
 import ast
 import re
@@ -13,28 +13,29 @@ _PLAIN = ("int", "float", "bool", "str", "dict", "list")
 
 @cache
 def parameters(package: str, file: str, name: str, owner: str = "") -> dict[str, tuple[Argument, bool]] | None:
-    """The parameters of a function by name, each with whether it must be given.
+    """The parameters of a function by name, each with whether it is required.
 
     Args:
         file: path inside the package.
-        owner: class whose method it is; empty for a function of the module.
+        owner: class of a method; empty for a module-level function.
 
     Returns:
-        None where the source is not there or reads in no known way; `**kwargs` are left out.
+        None if the source is missing or cannot be parsed; `**kwargs` are omitted.
     """
     folder = package_folder(package)
     node = None if folder is None else _definition(folder / file, name, owner)
     if node is None:
         return None
-    asked = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
-    positional = len(asked) - len(node.args.kwonlyargs)
+    declared = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+    positional = len(declared) - len(node.args.kwonlyargs)
     defaults: list[ast.expr | None] = [None] * (positional - len(node.args.defaults))
     defaults += [*node.args.defaults, *node.args.kw_defaults]
-    return {one.arg: (_argument(one, default), default is None) for one, default in zip(asked, defaults, strict=True)}
+    pairs = zip(declared, defaults, strict=True)
+    return {one.arg: (_argument(one, default), default is None) for one, default in pairs}
 
 
 def _definition(path: Path, name: str, owner: str) -> ast.FunctionDef | None:
-    """The head of a function without its body, which need not be parsed."""
+    """The signature of a function, parsed without its body."""
     text, indent = source_text(path), ""
     if owner:
         head = re.search(rf"^class {owner}\b", text, re.MULTILINE)
@@ -58,7 +59,7 @@ def _argument(node: ast.arg, default: ast.expr | None) -> Argument:
         kind, words = _kind(part)
         kinds.add(kind)
         choices += words
-    if not kinds:  # no annotation: the default tells
+    if not kinds:  # no annotation: infer it from the default
         value = default.value if isinstance(default, ast.Constant) else None
         kinds.add(type(value).__name__ if isinstance(value, bool | int | float | str) else "any")
     return Argument(node.arg, frozenset(kinds), tuple(choices))

@@ -1,6 +1,6 @@
-"""The recipe file: found, read as UTF-8, parsed, and overlaid with the `--set` values.
+"""Reads a recipe file as UTF-8, parses it, and applies the `--set` values.
 
-Local paths become absolute here, and access tokens are refused: the recipe is copied into every run folder.
+Local paths are made absolute here, and access tokens are rejected, because the recipe is copied into every run folder.
 """
 
 import os
@@ -39,7 +39,7 @@ def read_tree(path: Path, problems: Problems) -> Tree:
     """Read a recipe file.
 
     Raises:
-        RecipeError: the file cannot be read as YAML at all. Lesser faults are added to `problems`.
+        RecipeError: the file cannot be read as YAML. Other problems are added to `problems`.
     """
     value, tree = parse_yaml(_read_text(path, problems), problems)
     if value is None and not problems.found:
@@ -49,14 +49,14 @@ def read_tree(path: Path, problems: Problems) -> Tree:
         _stop(
             problems,
             1,
-            f"{kind} stands at the top; a recipe is a mapping of sections such as model: and dataset:",
+            f"the top level is {kind}; a recipe is a mapping of sections such as model: and dataset:",
         )
     tree.values = value
     return tree
 
 
 def apply_overrides(tree: Tree, overrides: Sequence[str], problems: Problems) -> None:
-    """Lay `section.key=value` strings over the tree; a section that is absent is made.
+    """Apply `section.key=value` strings to the tree; missing sections are created.
 
     Raises:
         RecipeError: a value is not YAML.
@@ -70,17 +70,17 @@ def apply_overrides(tree: Tree, overrides: Sequence[str], problems: Problems) ->
         if where not in problems.overrides:
             problems.overrides.append(where)
         if not equals or not all(parts):
-            problems.add(where, "is not of the form section.key=value")
+            problems.add(where, "must have the form section.key=value")
             continue
         if name in seen:
-            problems.add(where, "is given twice; give it once")
+            problems.add(where, "is given twice; remove one")
             continue
         seen.add(name)
         above = _scalar_above(tree, parts)
         if above is not None:
-            problems.add(where, f"{above} holds a single value, so nothing can be set below it")
+            problems.add(where, f"{above} is a single value, so it has no keys to set; set {above} itself")
             continue
-        # YAML keeps these first characters for itself, but `gates.exact_match=>= 0.8` means its text.
+        # YAML reserves these first characters, but `gates.exact_match=>= 0.8` is meant as text.
         value, part = (text, None) if text[:1] in tuple(">|%@`") else parse_yaml(text, problems, where)
         tree.put(parts, value, where)
         if part is not None:
@@ -100,7 +100,7 @@ def _scalar_above(tree: Tree, parts: tuple[str, ...]) -> str | None:
 def _read_text(path: Path, problems: Problems) -> str:
     try:
         if path.is_dir():
-            raise RecipeError(f"{problems.file}: this is a folder; name the recipe's YAML file in it")
+            raise RecipeError(f"{problems.file}: this is a folder; pass the recipe's YAML file in it")
         with path.open("rb") as stream:
             raw = stream.read(MAX_BYTES + 1)
     except FileNotFoundError:
@@ -110,7 +110,7 @@ def _read_text(path: Path, problems: Problems) -> str:
         raise RecipeError(f"{problems.file}: cannot be read: {reason}") from None
     if len(raw) > MAX_BYTES:
         raise RecipeError(
-            f"{problems.file}: larger than 1 MB; a recipe is a page of settings, data has files of its own"
+            f"{problems.file}: larger than 1 MB; a recipe only has settings, put data into separate files"
         )
     if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
         _stop(problems, 1, "the file is UTF-16; save it as UTF-8")
@@ -125,7 +125,7 @@ def _nearest_file(path: Path) -> str:
     try:
         names = [entry.name for entry in path.parent.iterdir() if entry.suffix in (".yaml", ".yml")]
     except (OSError, ValueError):
-        return f"; there is no folder {printable(str(path.parent), 300)} either"
+        return f"; the folder {printable(str(path.parent), 300)} does not exist either"
     near = nearest(path.name, sorted(names))
     return f"; did you mean {path.parent / near}?" if near else ""
 
@@ -140,7 +140,7 @@ def resolve_paths(tree: Tree, recipe: Path, problems: Problems) -> frozenset[str
     """Make the paths in the tree absolute, in place.
 
     Returns:
-        The dotted keys whose path was relative.
+        The dotted keys of the paths that were relative.
     """
     folder = os.path.abspath(recipe.parent)
     relative: set[str] = set()
@@ -160,15 +160,15 @@ def resolve_paths(tree: Tree, recipe: Path, problems: Problems) -> frozenset[str
         if holder is None or not isinstance(value, str) or not value:
             continue
         if path[-1] == "deepspeed" and value.startswith("{"):
-            continue  # the configuration itself
+            continue  # an inline configuration
         if path == ("model", "chat_template") and ("{%" in value or "{{" in value):
-            text = "model.chat_template is a template; it takes the path of a file that holds one"
+            text = "model.chat_template is a template; it must be the path of a template file"
             problems.add(tree.place(path), text)
             continue
         if "://" in value:
             text = (
-                f"{dotted(path)} is an address; it takes a local path (dataset.name takes a Hub id, dataset.url the "
-                "address of a database)"
+                f"{dotted(path)} is a URL; it must be a local path (use dataset.name for a Hub id, dataset.url for a "
+                "database)"
             )
             problems.add(tree.place(path), text)
             continue
@@ -199,7 +199,7 @@ def _holder(values: Any, path: KeyPath) -> dict[str | int, Any] | None:
 
 
 def check_secrets(tree: Tree, problems: Problems) -> None:
-    """Add a problem for each value that looks like a secret; the value itself is shown nowhere."""
+    """Add a problem for each value that looks like a secret; the value itself is never shown."""
     for path, value in _texts(tree.values, ()):
         key = next((part for part in reversed(path) if isinstance(part, str)), "")
         hex_key = _SECRET_KEY.search(key) is not None and _HEX_KEY.fullmatch(value) is not None

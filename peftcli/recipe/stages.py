@@ -1,4 +1,4 @@
-"""The `stages` section: trainings in a row, each on the result of the one before."""
+"""The `stages` section: several training stages, each starting from the result of the previous one."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,16 +11,16 @@ from peftcli.recipe.trainer_args import read_trainer
 from peftcli.recipe.yaml import Tree
 
 OWN = ("adapter", "trainer")
-"""Sections that a stage may have of its own."""
+"""Sections that a stage can have."""
 
 
 def read_stages(tree: Tree, trainer: Mapping[str, Any], problems: Problems) -> dict[str, Any]:
-    """Check the stages and return them under their name, for the schema to check further.
+    """Check the stages and return them under the key `stages`, for further checks by the schema.
 
-    What a stage says of the trainer is laid over the recipe's own section; an adapter of its own takes its place.
+    The `trainer` section of a stage is merged over the recipe's; its `adapter` section replaces the recipe's.
 
     Args:
-        trainer: the checked arguments of the recipe's own section.
+        trainer: the checked arguments of the recipe's `trainer` section.
     """
     stages = tree.values.get("stages")
     if "stages" not in tree.values or ("stages",) in tree.spoiled:
@@ -32,7 +32,7 @@ def read_stages(tree: Tree, trainer: Mapping[str, Any], problems: Problems) -> d
 
 
 def stage_recipes(recipe: Recipe) -> list[Recipe]:
-    """The recipe of each stage, without its neighbours; the recipe alone where it has no stages."""
+    """A recipe for each stage by itself; only the recipe if it has no stages."""
     if not recipe.stages:
         return [recipe]
     return [
@@ -58,12 +58,12 @@ def _stage(number: int, stage: Any, tree: Tree, trainer: Mapping[str, Any], prob
 
 
 def _tree_of(number: int, stage: Mapping[str, Any], tree: Tree) -> Tree:
-    """A recipe's tree with the sections of one stage in the place of its own, each key at its own line."""
-    home: KeyPath = ("stages", number)
+    """The recipe's tree with its sections replaced by those of one stage, with the line numbers of the stage."""
+    prefix: KeyPath = ("stages", number)
 
     def moved(path: KeyPath) -> KeyPath | None:
-        if path[: len(home)] == home:
-            return path[len(home) :]
+        if path[: len(prefix)] == prefix:
+            return path[len(prefix) :]
         return None if path[:1] in [(key,) for key in OWN] else path
 
     return Tree(
@@ -76,18 +76,19 @@ def _tree_of(number: int, stage: Mapping[str, Any], tree: Tree) -> Tree:
 
 def _check_together(stages: list[Any], tree: Tree, problems: Problems) -> None:
     if not stages:
-        problems.add(tree.place(("stages",)), "stages is empty; name the trainings in it, or remove the line")
+        problems.add(tree.place(("stages",)), "stages is empty; add stages, or remove the line")
     known = [stage for stage in stages if isinstance(stage, dict)]
     names = [stage.get("name") for stage in known]
     for number, name in enumerate(names):
         if name is not None and name in names[:number]:
-            problems.add(tree.place(("stages", number, "name")), f"stages holds {name} twice; each needs its own name")
+            text = f"two stages are named {name}; give each its own name"
+            problems.add(tree.place(("stages", number, "name")), text)
     if known and len(known) == len(stages) and tree.values.get("adapter") and all("adapter" in one for one in known):
-        text = "adapter is used by no stage, since each has one of its own; remove it here or there"
+        text = "adapter is unused because every stage defines its own; remove it"
         problems.add(tree.place(("adapter",)), text)
     for number, stage in enumerate(stages[:-1]):
         section = (stage.get("adapter") if isinstance(stage, dict) else None) or tree.values.get("adapter") or {}
         method = METHODS.get(str(section.get("method", "lora"))) if isinstance(section, dict) else None
         if method is not None and method.merge:
-            text = f"stages[{number}]: the next stage starts from its result, but {method.name} cannot be merged"
-            problems.add(tree.place(("stages", number)), f"{text} ({method.merge}); let it be the last stage")
+            text = f"stages[{number}]: the next stage starts from its merged result, but {method.name} cannot be merged"
+            problems.add(tree.place(("stages", number)), f"{text} ({method.merge}); make it the last stage")

@@ -1,6 +1,6 @@
-"""Templates over the columns of a row: `{column}` stands for its value, `{{` and `}}` for braces.
+"""Templates over the columns of a row: `{column}` is replaced by its value, `{{` and `}}` are literal braces.
 
-`{column.0.key}` reaches into a nested value: what follows a dot is a key or the position in a list.
+`{column.0.key}` accesses a nested value: each part after a dot is a key or a list index.
 """
 
 import re
@@ -9,54 +9,54 @@ from typing import Any
 
 _PIECE = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
 _LONGEST_POSITION = 9
-"""Digits of a list position; more are a key at best, and Python refuses to read thousands of them."""
+"""Maximum digits of a list index; Python refuses to parse integers with thousands of digits."""
 
 
 def template_columns(template: str) -> list[str]:
-    """The columns, or paths from a column on, that a template names, each once, in order.
+    """The columns, or paths into columns, that a template uses, without duplicates, in order.
 
     >>> template_columns("{question} {{literal}} {answers.0.text} {question}")
     ['question', 'answers.0.text']
 
     Raises:
-        ValueError: the template is not well formed; the text says what to write.
+        ValueError: the template is malformed; the message says how to fix it.
     """
     return list(dict.fromkeys(path for _, path in _pieces(template) if path is not None))
 
 
 def render(template: str, row: Mapping[str, Any]) -> str:
-    """Fill a template from a row; a value never acts as a template itself.
+    """Fill a template from a row; values are not interpreted as templates.
 
     >>> render("{name} costs {{{price}}}", {"name": "a {price}", "price": 3})
     'a {price} costs {3}'
 
     Raises:
-        KeyError: the row lacks a column that the template names.
-        ValueError: the template is not well formed.
+        KeyError: the row does not have a column of the template.
+        ValueError: the template is malformed.
     """
     return "".join(text if path is None else str(written(value_at(row, path))) for text, path in _pieces(template))
 
 
 def compile_template(template: str, paths: Sequence[str]) -> Callable[..., str]:
-    """A function that fills the template from the texts of `paths`, one argument for each, in that order.
+    """A function that fills the template from the values of `paths`, one argument each, in that order.
 
     >>> compile_template("{{{b}}} {a} {b}", ["a", "b"])("x", "{y}")
     '{{y}} x {y}'
 
     Raises:
-        ValueError: the template is not well formed, or names what is not in `paths`.
+        ValueError: the template is malformed, or uses a path that is not in `paths`.
     """
-    places = [
+    parts = [
         text.replace("{", "{{").replace("}", "}}") if path is None else f"{{{paths.index(path)}}}"
         for text, path in _pieces(template)
     ]
-    return "".join(places).format
+    return "".join(parts).format
 
 
 def split_path(path: str, columns: Collection[str]) -> tuple[str, tuple[str, ...]] | None:
-    """The column that a path begins with and the steps from there, or None where there is no such column.
+    """The column of a path and the steps into it, or None if there is no such column.
 
-    A column whose own name holds the dots wins.
+    A column name that contains dots takes precedence.
 
     >>> split_path("a.b.0", ["a", "a.b"]), split_path("No.", ["No."]), split_path("c.d", ["a"])
     (('a.b', ('0',)), ('No.', ()), None)
@@ -76,7 +76,7 @@ def reach(value: Any, steps: Sequence[str]) -> Any:
     'yes'
 
     Raises:
-        LookupError: there is no such key or position.
+        LookupError: there is no such key or index.
     """
     for step in steps:
         if isinstance(value, Mapping):
@@ -89,13 +89,13 @@ def reach(value: Any, steps: Sequence[str]) -> Any:
 
 
 def value_at(row: Mapping[str, Any], path: str) -> Any:
-    """The value of a column, or what stands at a path within it.
+    """The value of a column, or at a path within it.
 
     >>> value_at({"instances": [{"output": "yes"}]}, "instances.0.output")
     'yes'
 
     Raises:
-        KeyError: the row has nothing there.
+        KeyError: the row has no value there.
     """
     found = split_path(path, row)
     if found is None:
@@ -107,7 +107,7 @@ def value_at(row: Mapping[str, Any], path: str) -> Any:
 
 
 def written(value: Any) -> Any:
-    """A list of words as one text, with a space between them; any other value as it is.
+    """A list of strings joined with spaces; any other value unchanged.
 
     >>> written(["New", "York"]), written([1, 2]), written(3)
     ('New York', [1, 2], 3)
@@ -118,7 +118,7 @@ def written(value: Any) -> Any:
 
 
 def _pieces(template: str) -> list[tuple[str, str | None]]:
-    """The template cut into literal texts (with None) and paths (with an empty text)."""
+    """The template split into literal text (with None) and paths (with empty text)."""
     pieces: list[tuple[str, str | None]] = []
     end = 0
     for match in _PIECE.finditer(template):
@@ -129,7 +129,7 @@ def _pieces(template: str) -> list[tuple[str, str | None]]:
             pieces.append((piece[0], None))
         elif match.group(1) is None:
             raise ValueError(
-                f"a single {piece} at character {match.start() + 1}; write {piece * 2} for the brace itself"
+                f"a single {piece} at character {match.start() + 1}; write {piece * 2} for a literal brace"
             )
         else:
             pieces.append(("", _checked(match.group(1))))
@@ -139,12 +139,12 @@ def _pieces(template: str) -> list[tuple[str, str | None]]:
 
 def _checked(name: str) -> str:
     if not name.strip():
-        raise ValueError("{} names no column; write {column}, or {{}} for the braces themselves")
+        raise ValueError("{} has no column name; write {column}, or {{}} for literal braces")
     if "[" in name:
         dotted = re.sub(r"\[['\"]?([^\]'\"]*)['\"]?\]?", r".\1", name)
-        raise ValueError(f"{{{name}}} asks for an index; behind the column, write dots, such as {{{dotted}}}")
-    for sign, what in ((":", "a format"), ("!", "a conversion")):
-        if sign in name:
-            plain = name.partition(sign)[0] or "column"
-            raise ValueError(f"{{{name}}} asks for {what}; a template takes whole columns only, such as {{{plain}}}")
+        raise ValueError(f"{{{name}}} uses brackets; access nested values with dots, such as {{{dotted}}}")
+    for char, what in ((":", "a format"), ("!", "a conversion")):
+        if char in name:
+            plain = name.partition(char)[0] or "column"
+            raise ValueError(f"{{{name}}} has {what}, which templates do not support; write {{{plain}}}")
     return name

@@ -1,6 +1,6 @@
 """The `trainer` section: arguments of the installed SFTConfig, checked by name, type and bounds.
 
-Arguments that were renamed, removed, or that belong to another section are refused with the key to use.
+Arguments that were renamed or removed, or that belong to another section, are rejected with the key to use instead.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ from peftcli.recipe.trainer_values import read_json_text, value_fault
 from peftcli.recipe.yaml import Tree
 
 DROP = object()
-"""Stands for "nothing to set": the old value asked for what happens anyway."""
+"""Marks "nothing to set": the old value is the current default."""
 
 RENAMED_VALUES: Mapping[tuple[str, str], str] = {
     ("packing_strategy", "bfd-requeue"): "bfd_split",
@@ -27,32 +27,32 @@ RENAMED_VALUES: Mapping[tuple[str, str], str] = {
     ("loss_type", "chunked_nll"): "nll",
 }
 
-_WRITE_SPLIT = "trainer.accelerator_config takes split_batches and dispatch_batches now"
-_FSDP = "performance.sharding: full divides the base, block by block"
+_WRITE_SPLIT = "trainer.accelerator_config has split_batches and dispatch_batches now"
+_FSDP = "performance.sharding: full shards the base model block by block"
 
 _HUB = "peftcli pushes nothing to the Hub during training; remove it"
-_EVALUATION = "the evaluation section measures the model; remove it"
-_DTYPE = "write model.dtype"
-_ALWAYS = "peftcli decides it; remove it"
+_EVALUATION = "the evaluation section controls the metrics; remove it"
+_DTYPE = "set model.dtype"
+_ALWAYS = "peftcli sets it; remove it"
 
 OWNED: Mapping[str, str] = {
-    "output_dir": "write output_dir at the top of the recipe, or pass --output-dir",
-    "seed": "write seed at the top of the recipe",
-    "data_seed": "write seed at the top of the recipe, or dataset.split.seed for the split",
-    "report_to": "write report.trackers",
-    "run_name": "write name at the top of the recipe",
-    "logging_dir": "the run folder holds the logs; the variable TENSORBOARD_LOGGING_DIR moves them",
+    "output_dir": "set output_dir at the top level of the recipe, or pass --output-dir",
+    "seed": "set seed at the top level of the recipe",
+    "data_seed": "set seed at the top level of the recipe, or dataset.split.seed for the split",
+    "report_to": "set report.trackers",
+    "run_name": "set name at the top level of the recipe",
+    "logging_dir": "logs go to the run folder; to move them, set the environment variable TENSORBOARD_LOGGING_DIR",
     "resume_from_checkpoint": "pass --resume",
     "overwrite_output_dir": "pass --overwrite",
-    "enable_jit_checkpoint": "a stop by signal always leaves a whole checkpoint; remove it",
-    "save_only_model": "a checkpoint must be able to resume; remove it",
-    "save_on_each_node": "process 0 writes the run folder; remove it",
-    "ignore_data_skip": "a resumed run takes the rows it has not seen; remove it",
+    "enable_jit_checkpoint": "a stop by signal always writes a complete checkpoint; remove it",
+    "save_only_model": "checkpoints must be resumable; remove it",
+    "save_on_each_node": "only process 0 writes the run folder; remove it",
+    "ignore_data_skip": "a resumed run always continues with the remaining rows; remove it",
     "restore_callback_states_from_checkpoint": _ALWAYS,
-    "logging_nan_inf_filter": "a loss that is not finite must be seen; remove it",
-    "max_length": "write dataset.max_length",
-    "max_seq_length": "write dataset.max_length",
-    "dataset_text_field": "write dataset.text (a template) or dataset.columns.text (a column)",
+    "logging_nan_inf_filter": "a non-finite loss must not be hidden; remove it",
+    "max_length": "set dataset.max_length",
+    "max_seq_length": "set dataset.max_length",
+    "dataset_text_field": "set dataset.text (a template) or dataset.columns.text (a column)",
     "dataset_kwargs": "peftcli prepares the rows; remove it",
     "dataset_num_proc": "peftcli prepares the rows; remove it",
     "dataset_batch_size": "peftcli prepares the rows; remove it",
@@ -60,37 +60,37 @@ OWNED: Mapping[str, str] = {
     "remove_unused_columns": "peftcli prepares the rows; remove it",
     "label_names": "peftcli prepares the rows; remove it",
     "eos_token": "set model.eos_token; generation and the merged model use it too",
-    "truncation_mode": "peftcli cuts the rows, as dataset.too_long says; remove it",
+    "truncation_mode": "dataset.too_long controls truncation; remove it",
     "pad_token": "peftcli chooses the padding token; remove it",
-    "chat_template_path": "write model.chat_template",
-    "model_init_kwargs": "write the model section (dtype, attention, revision)",
-    "trust_remote_code": "write model.trust_remote_code",
+    "chat_template_path": "set model.chat_template",
+    "model_init_kwargs": "use the model section (dtype, attention, revision)",
+    "trust_remote_code": "set model.trust_remote_code",
     "bf16": _DTYPE,
     "fp16": _DTYPE,
     "bf16_full_eval": _DTYPE,
     "fp16_full_eval": _DTYPE,
-    "per_device_eval_batch_size": "write evaluation.batch_size",
-    "per_gpu_eval_batch_size": "write evaluation.batch_size",
+    "per_device_eval_batch_size": "set evaluation.batch_size",
+    "per_gpu_eval_batch_size": "set evaluation.batch_size",
     "compute_metrics": _EVALUATION,
     "include_for_metrics": _EVALUATION,
     "batch_eval_metrics": _EVALUATION,
     "prediction_loss_only": _EVALUATION,
-    "eval_on_start": "evaluation.baseline measures the base model before the first step",
-    "disable_tqdm": "peftcli shows the progress; remove it",
-    "log_level": "peftcli keeps the library's log; remove it",
-    "log_level_replica": "peftcli keeps the library's log; remove it",
-    "do_train": "the command says what is done; remove it",
-    "do_eval": "the command says what is done; remove it",
-    "do_predict": "the command says what is done; remove it",
+    "eval_on_start": "evaluation.baseline evaluates the base model before the first step",
+    "disable_tqdm": "peftcli shows the progress itself; remove it",
+    "log_level": "peftcli writes the libraries' messages to log.txt; remove it",
+    "log_level_replica": "peftcli writes the libraries' messages to log.txt; remove it",
+    "do_train": "the command determines what is done; remove it",
+    "do_eval": "the command determines what is done; remove it",
+    "do_predict": "the command determines what is done; remove it",
     "local_rank": "the launcher sets it; remove it",
     "tokenizer": "the model's own tokenizer is used; remove it",
     "processing_class": "the model's own tokenizer is used; remove it",
-    "model_init": "the model section says what is trained",
-    "quantization_config": "write the quantization section",
-    "peft_config": "write the adapter section",
-    "fsdp": "performance.sharding: full divides the base; remove it here",
-    "fsdp_config": "performance.sharding: full divides the base; remove it here",
-    "parallelism_config": "give it to accelerate (accelerate config); remove it here",
+    "model_init": "use the model section",
+    "quantization_config": "use the quantization section",
+    "peft_config": "use the adapter section",
+    "fsdp": "set performance.sharding: full, and remove it here",
+    "fsdp_config": "set performance.sharding: full, and remove it here",
+    "parallelism_config": "configure it with `accelerate config`, and remove it here",
     **dict.fromkeys(
         (
             "push_to_hub",
@@ -119,14 +119,14 @@ MOVED: Mapping[str, tuple[str, ...]] = {
     "per_device_eval_batch_size": ("evaluation", "batch_size"),
     "per_gpu_eval_batch_size": ("evaluation", "batch_size"),
 }
-"""Arguments with the same meaning as one key of the recipe, which takes their value over.
+"""Arguments with the same meaning as a recipe key; their value is moved there.
 
-Not among them are those that mean something else there: a relative `chat_template_path` starts at another folder and
-may be a tokenizer, `dataset_text_field` is ignored for chats, `data_seed` shuffles epochs and not the split, and
-`eval_on_start` is off by default. `trust_remote_code` must be read beside the model that it trusts.
+Arguments with a slightly different meaning are not moved: a relative `chat_template_path` is relative to another folder
+and may be a tokenizer, `dataset_text_field` is ignored for chats, `data_seed` shuffles epochs and not the split, and
+`eval_on_start` is off by default. `trust_remote_code` should be visible next to the model that is trusted.
 """
 PRECISION: Mapping[str, str] = {"bf16": "bfloat16", "fp16": "float16"}
-"""Switches that choose `model.dtype` when they are on."""
+"""Switches that set `model.dtype` when they are true."""
 
 _NOT_GIVEN = (None, False)
 IDLE: Mapping[str, tuple[Any, ...]] = {
@@ -143,7 +143,7 @@ IDLE: Mapping[str, tuple[Any, ...]] = {
     "fsdp": (None, False, "", []),
     "fsdp_config": (None,),
 }
-"""Values of arguments that belong to other sections which ask for what happens anyway."""
+"""Values of arguments from other sections that have no effect, because they are the default."""
 
 BOUNDS: Mapping[str, tuple[tuple[str, float], ...]] = {
     "learning_rate": ((">", 0),),
@@ -173,24 +173,24 @@ BOUNDS: Mapping[str, tuple[tuple[str, float], ...]] = {
 }
 
 WHOLE_FROM_ONE = ("save_steps", "logging_steps", "eval_steps", "warmup_steps")
-"""A share of all steps below 1, a number of steps from 1 on."""
+"""Arguments that are a share of all steps below 1, and a number of steps from 1."""
 
 
 def read_trainer(tree: Tree, problems: Problems, under: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Check the section and return its arguments under the installed names.
+    """Check the section and return its arguments with the names of the installed version.
 
-    An argument that is a key of another section moves there, in the tree.
+    An argument that is a key of another section is moved there, in the tree.
 
     Args:
-        under: for a stage, the checked arguments of the recipe's own section, over which its own are laid. Nothing of a
-            stage may move to what all stages share.
+        under: for a stage, the checked arguments of the recipe's `trainer` section, over which those of the stage are
+            merged. Arguments of a stage are not moved to sections that all stages share.
     """
     section = tree.values.get("trainer")
     if "trainer" not in tree.values or ("trainer",) in tree.spoiled:
         return {}
     if not isinstance(section, dict):
         empty = ("trainer",) in tree.empty
-        text = "trainer is empty; give it arguments, or remove the line"
+        text = "trainer is empty; add arguments, or remove the line"
         problems.add(
             tree.place(("trainer",)),
             text if empty else f"trainer must be a section of keys, not {show(section)}",
@@ -200,7 +200,7 @@ def read_trainer(tree: Tree, problems: Problems, under: Mapping[str, Any] | None
 
 
 class _Section:
-    """One walk over the section: where each argument went, and from which line."""
+    """Processes the section: collects the arguments, and the name that the recipe uses for each."""
 
     def __init__(self, tree: Tree, problems: Problems, under: Mapping[str, Any] | None) -> None:
         self.tree, self.problems, self.under = tree, problems, under
@@ -212,7 +212,7 @@ class _Section:
 
     def read(self, section: dict[str, Any]) -> dict[str, Any]:
         if self.installed is None and section:
-            text = "trainer is not checked, because trl and transformers are not both installed here"
+            text = "trainer is not checked, because trl or transformers is not installed"
             self.problems.note(self._where(), text)
         for name, value in section.items():
             if ("trainer", name) not in self.tree.spoiled:
@@ -227,7 +227,7 @@ class _Section:
         return self.tree.place(("trainer", *name))
 
     def _place(self, path: KeyPath) -> Where:
-        """Where a key stands, or the nearest one above it, under the name that the recipe gave it."""
+        """The location of a key, or of its closest ancestor, under the name that the recipe uses."""
         name = str(path[0])
         return self.tree.place(("trainer", self.source.get(name, name), *path[1:]))
 
@@ -246,42 +246,44 @@ class _Section:
             self.problems.add(self._where(name), self._unknown(name, self.installed))
 
     def _take_owned(self, name: str, value: Any) -> None:
-        """Take an argument that another section has: moved there, dropped, or refused."""
+        """Process an argument that belongs to another section: move, drop or reject it."""
         if _is_one_of(value, IDLE.get(name, ())):
-            text = f"trainer.{name}: {show(value)} is dropped: it asks for what happens anyway"
+            text = f"trainer.{name}: {show(value)} is ignored, because it is the default"
             self.problems.note(self._where(name), text)
         elif self.of_stage and (name in MOVED or name in PRECISION):
-            text = f"trainer.{name} is not set in a stage, since all stages share it: {OWNED[name]}"
+            text = f"trainer.{name} cannot be set in a stage, because all stages share it: {OWNED[name]}"
             self.problems.add(self._where(name), text)
         elif name == "report_to" and value == "all":
-            self._refuse(name, ", which takes the names of the trackers")
+            self._refuse(name, " to the names of the trackers")
         elif name in MOVED:
             self._move(name, MOVED[name], _trackers(value) if name == "report_to" else value)
         elif name not in PRECISION:
             self._refuse(name)
 
     def _refuse(self, name: str, more: str = "") -> None:
-        self.problems.add(self._where(name), f"trainer.{name} is not set here: {OWNED[name]}{more}")
+        self.problems.add(self._where(name), f"trainer.{name} cannot be set here: {OWNED[name]}{more}")
 
-    def _move(self, name: str, home: tuple[str, ...], value: Any) -> None:
-        """Move a value to the key that has its meaning, unless that key says something else."""
+    def _move(self, name: str, target: tuple[str, ...], value: Any) -> None:
+        """Move a value to the recipe key with the same meaning, unless that key has another value."""
         where = self._where(name)
-        section = self.tree.get(*home[:-1])
-        missing = section is None and home[0] in ("model", "dataset")
-        if home in self.tree.spoiled or missing or (section is not None and not isinstance(section, dict)):
-            return  # what is wrong there is reported there
-        key, there = dotted(home), self.tree.get(*home)
-        if home not in self.tree.places:
-            self.tree.put(home, value, where)
-            self.problems.note(where, f"trainer.{name} is taken as {key}: {show(value)}")
-        elif there == value:
-            self.problems.note(where, f"trainer.{name} repeats {key} ({self._at(home)}) and is dropped")
+        section = self.tree.get(*target[:-1])
+        missing = section is None and target[0] in ("model", "dataset")
+        if target in self.tree.spoiled or missing or (section is not None and not isinstance(section, dict)):
+            return  # the problem is reported for that section
+        key, present = dotted(target), self.tree.get(*target)
+        if target not in self.tree.places:
+            self.tree.put(target, value, where)
+            self.problems.note(where, f"trainer.{name} is used as {key}: {show(value)}")
+        elif present == value:
+            self.problems.note(where, f"trainer.{name} repeats {key} ({self._at(target)}) and is ignored")
         else:
-            text = f"trainer.{name} = {show(value)} contradicts {key} = {show(there)} ({self._at(home)}); keep {key}"
+            text = (
+                f"trainer.{name} = {show(value)} contradicts {key} = {show(present)} ({self._at(target)}); keep {key}"
+            )
             self.problems.add(where, text)
 
     def _move_precision(self, given: dict[str, Any]) -> None:
-        """Move `bf16` or `fp16`; one that is off needs a dtype chosen elsewhere: `auto` might take just that."""
+        """Move `bf16` or `fp16`; if one is false, another dtype must be set, because `auto` might choose it."""
         for name, value in given.items():
             if not isinstance(value, bool):
                 text = f"must be true or false{type_hint('bool', value)}; or {OWNED[name]}"
@@ -298,7 +300,7 @@ class _Section:
                 others = [dtype for dtype in (*PRECISION.values(), "float32") if dtype != PRECISION[name]]
                 self._refuse(name, f": {choice_text(others)}")
             else:
-                self.problems.note(self._where(name), f"trainer.{name}: false is dropped: model.dtype is {chosen}")
+                self.problems.note(self._where(name), f"trainer.{name}: false is ignored: model.dtype is {chosen}")
 
     def _rename(self, name: str, value: Any) -> None:
         rule = RENAMED[name]
@@ -311,10 +313,10 @@ class _Section:
                 return
             value = rule.values[value]
         if value is DROP or (name == "torchdynamo" and value is None):
-            self.problems.note(where, f"trainer.{name} is gone and is dropped: it asks for what happens anyway")
+            self.problems.note(where, f"trainer.{name} was removed and is ignored: its value is the default")
             return
         if name == "warmup_ratio" and isinstance(value, int | float) and not isinstance(value, bool) and value >= 1:
-            text = f"trainer.warmup_ratio = {show(value)}: must be less than 1; write steps as warmup_steps"
+            text = f"trainer.warmup_ratio = {show(value)}: must be less than 1; for a number of steps use warmup_steps"
             self.problems.add(where, text)
             return
         if self._set(new, value, name):
@@ -323,12 +325,12 @@ class _Section:
     def _drop(self, name: str, value: Any) -> None:
         rule = REMOVED[name]
         if _is_one_of(value, rule.harmless):
-            self.problems.note(self._where(name), f"trainer.{name} is gone and is dropped: {rule.fix}")
+            self.problems.note(self._where(name), f"trainer.{name} was removed and is ignored: {rule.fix}")
         else:
-            self.problems.add(self._where(name), f"trainer.{name} = {show(value)} is gone: {rule.fix}")
+            self.problems.add(self._where(name), f"trainer.{name} = {show(value)} was removed: {rule.fix}")
 
     def _set(self, name: str, value: Any, given: str) -> bool:
-        """Check a value and keep it under its installed name; `given` is the name that the recipe wrote."""
+        """Check a value and store it under its current name; `given` is the name in the recipe."""
         where = self._where(given)
         if name in self.source:
             self._report_both(name, given)
@@ -371,32 +373,32 @@ class _Section:
             meant = None if near is None else near
             if meant is not None:
                 return f"trainer.{dotted((name,))} is not a training argument; for {meant}: {OWNED[meant]}"
-        mend = f"did you mean {meant}?" if meant else "its names are those of trl.SFTConfig"
-        return f"trainer.{dotted((name,))} is not a training argument of the installed trl; {mend}"
+        fix = f"did you mean {meant}?" if meant else "use an argument of trl.SFTConfig"
+        return f"trainer.{dotted((name,))} is not a training argument of the installed trl; {fix}"
 
     def _check_together(self) -> None:
         if self.installed is None:
             return
-        below = self.under or {}
-        self.arguments |= implied({**below, **self.arguments})
-        asked = {**below, **self.arguments}
+        inherited = self.under or {}
+        self.arguments |= implied({**inherited, **self.arguments})
+        effective = {**inherited, **self.arguments}
         if self.under is not None or not _all_stages_have_their_own(self.tree):
-            for path, text in together_faults(asked):
-                if not any(name in text for name in self.refused):  # whose value it cannot know
+            for path, text in together_faults(effective):
+                if not any(name in text for name in self.refused):  # their values are invalid and not known here
                     self.problems.add(self._place(path), text)
         for path, text in deprecations(self.arguments, self.tree.get("model", "task") or CAUSAL):
             self.problems.note(self._place(path), text)
         warmup = self.arguments.get("warmup_steps", 0)
-        if asked.get("lr_scheduler_type") == "constant" and warmup:
+        if effective.get("lr_scheduler_type") == "constant" and warmup:
             self.problems.note(
                 self._where(self.source["warmup_steps"]),
-                "trainer.lr_scheduler_type: constant has no warm-up, so warmup_steps does nothing; "
-                "constant_with_warmup has one",
+                "trainer.lr_scheduler_type: constant has no warmup, so warmup_steps has no effect; "
+                "use constant_with_warmup",
             )
 
 
 def _trackers(value: Any) -> Any:
-    """The value of `report_to` as the list that `report.trackers` takes."""
+    """The value of `report_to` as a list for `report.trackers`."""
     names = [value] if isinstance(value, str) else [] if value is None else value
     return [name for name in names if name != "none"] if isinstance(names, list) else names
 
@@ -425,27 +427,27 @@ def _bound_fault(name: str, value: Any) -> str | None:
 
 
 def _all_stages_have_their_own(tree: Tree) -> bool:
-    """Whether no stage trains with the recipe's own section alone, so that it need not be whole."""
+    """Whether every stage has a `trainer` section, so that the recipe's own section need not be complete."""
     stages = tree.get("stages")
     return isinstance(stages, list) and all(isinstance(one, dict) and "trainer" in one for one in stages)
 
 
 @dataclass(frozen=True)
 class Renamed:
-    """The new name of an argument, and its values where these changed too."""
+    """The new name of an argument, and its new values if these changed too."""
 
     new: str
     values: Mapping[Any, Any] | None = None
-    """Old value -> new value; None where values stay as they are."""
+    """Old value -> new value; None if the values did not change."""
     remark: str = ""
 
 
 @dataclass(frozen=True)
 class Removed:
-    """An argument with nothing in its place."""
+    """An argument without a replacement."""
 
     harmless: tuple[Any, ...]
-    """Values that ask for what happens anyway; any other value is an error."""
+    """Values without an effect; any other value is an error."""
     fix: str
 
 
@@ -465,26 +467,28 @@ RENAMED: Mapping[str, Renamed] = {
 
 REMOVED: Mapping[str, Removed] = {
     "save_safetensors": Removed((True,), "weights are always stored as safetensors"),
-    "half_precision_backend": Removed(("auto", "cuda_amp"), "torch's own autocast is the only one left"),
-    "fp16_backend": Removed(("auto", "amp", "cuda_amp"), "torch's own autocast is the only one left"),
-    "fp16_opt_level": Removed(("O1",), "apex is no longer used; model.dtype chooses the number format"),
-    "use_mps_device": Removed((True, False), "an Apple GPU is found by itself; trainer.use_cpu: true keeps off it"),
-    "tpu_num_cores": Removed((None,), "TPUs are started by accelerate"),
-    "tpu_metrics_debug": Removed((False,), "trainer.debug: tpu_metrics_debug does it now"),
+    "half_precision_backend": Removed(("auto", "cuda_amp"), "only torch's autocast is left"),
+    "fp16_backend": Removed(("auto", "amp", "cuda_amp"), "only torch's autocast is left"),
+    "fp16_opt_level": Removed(("O1",), "apex is no longer used; set model.dtype"),
+    "use_mps_device": Removed(
+        (True, False), "an Apple GPU is detected automatically; trainer.use_cpu: true disables it"
+    ),
+    "tpu_num_cores": Removed((None,), "accelerate starts TPU processes"),
+    "tpu_metrics_debug": Removed((False,), "use trainer.debug: tpu_metrics_debug"),
     "past_index": Removed((-1,), "no model uses it"),
-    "jit_mode_eval": Removed((False,), "torch.jit is no longer used; see trainer.torch_compile"),
+    "jit_mode_eval": Removed((False,), "torch.jit is no longer used; use trainer.torch_compile"),
     "use_ipex": Removed((False,), "the extension is no longer used"),
-    "ray_scope": Removed(("last",), "there is no hyperparameter search here"),
-    "mp_parameters": Removed(("",), "SageMaker model parallelism is gone"),
-    "sharded_ddp": Removed(("", False), "performance.sharding: full divides the base now"),
+    "ray_scope": Removed(("last",), "peftcli has no hyperparameter search"),
+    "mp_parameters": Removed(("",), "SageMaker model parallelism was removed"),
+    "sharded_ddp": Removed(("", False), "use performance.sharding: full"),
     "include_tokens_per_second": Removed((True, False), "tokens per second are always measured"),
     "include_inputs_for_metrics": Removed((False,), "metrics come from the evaluation section"),
     "dispatch_batches": Removed((None,), _WRITE_SPLIT),
     "split_batches": Removed((None, False), _WRITE_SPLIT),
     "fsdp_min_num_params": Removed((0,), _FSDP),
     "fsdp_transformer_layer_cls_to_wrap": Removed((None,), _FSDP),
-    "use_legacy_prediction_loop": Removed((False,), "the loop is gone"),
-    "num_of_sequences": Removed((1024,), "rows are tokenized whole; trainer.packing packs them"),
+    "use_legacy_prediction_loop": Removed((False,), "there is only one prediction loop"),
+    "num_of_sequences": Removed((1024,), "all rows are tokenized first; trainer.packing packs them"),
     "chars_per_token": Removed((3.6,), "tokens are counted, not estimated"),
     "eval_use_gather_object": Removed((False,), "metrics come from the evaluation section"),
 }

@@ -1,4 +1,4 @@
-"""Values of trainer arguments whose type in the libraries' source says less than what they really take."""
+"""Checks of trainer arguments that accept fewer values than their type annotation says."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -12,13 +12,13 @@ from peftcli.recipe.messages import choices_text
 from peftcli.recipe.problems import KeyPath, choice_text, show
 
 LARGEST = 2**31 - 1
-"""Of whole numbers: counts of rows, steps and seconds stay far below, and the libraries keep some in 32 bits."""
+"""Maximum whole number: counts of rows, steps and seconds are far smaller, and the libraries store some in 32 bits."""
 COMPILERS = ("inductor", "cudagraphs", "eager", "aot_eager", "tvm")
-"""Backends that accelerate's DynamoBackend and torch._dynamo.list_backends both know, but for those of TPUs."""
+"""Backends in both accelerate's DynamoBackend and torch._dynamo.list_backends, without those for TPUs."""
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs", "lite")
 """Source: torch._inductor.list_mode_options, torch 2.13."""
 LOSS_NAMES = ("loss", "eval_loss")
-"""What an evaluation during training measures."""
+"""Metrics of an evaluation during training."""
 _CHECKPOINTING = {
     "every_n_layers": Argument("every_n_layers", frozenset({"int"})),
     "offload": Argument("offload", frozenset({"bool"})),
@@ -28,26 +28,26 @@ _CHECKPOINTING = {
     "debug": Argument("debug", frozenset({"bool"})),
     "early_stop": Argument("early_stop", frozenset({"bool"})),
 }
-"""Keys of `activation_checkpointing_kwargs` that a recipe can write.
+"""Keys of `activation_checkpointing_kwargs` that a recipe can set.
 
 Source: transformers/trainer.py 5.23 (the first two) and torch.utils.checkpoint.checkpoint, torch 2.13.
 """
 _NOT_HERE = {
-    ("activation_checkpointing_kwargs", "selective"): "TRL's selective checkpointing does not reach a PEFT model",
-    ("activation_checkpointing_kwargs", "context_fn"): "it takes a function of Python",
-    ("accelerator_config", "use_configured_state"): "peftcli sets accelerate up itself",
+    ("activation_checkpointing_kwargs", "selective"): "TRL's selective checkpointing does not work with PEFT models",
+    ("activation_checkpointing_kwargs", "context_fn"): "it is a Python function",
+    ("accelerator_config", "use_configured_state"): "peftcli configures accelerate itself",
     ("accelerator_config", "gradient_accumulation_kwargs"): (
-        "peftcli runs the micro-batches of a step itself, as gradient_accumulation_steps says"
+        "peftcli runs the micro-batches of a step itself; use gradient_accumulation_steps"
     ),
-    ("liger_kernel_config", "fused_linear_cross_entropy"): "TRL computes the loss itself and refuses it",
+    ("liger_kernel_config", "fused_linear_cross_entropy"): "TRL computes the loss itself and rejects it",
 }
-"""Keys inside of an argument that cannot be switched on, and why."""
+"""Keys of mapping arguments that cannot be set, and why."""
 JSON_TEXTS = ("accelerator_config", "activation_checkpointing_kwargs", "deepspeed", "lr_scheduler_kwargs")
-"""Mappings that the command line of transformers takes as JSON."""
+"""Mapping arguments that can be JSON strings on the command line of transformers."""
 
 
 def read_json_text(name: str, value: Any) -> Any:
-    """The mapping that a text of JSON holds, as transformers reads it; any other value as it is."""
+    """Parse a JSON string as transformers does; return any other value unchanged."""
     if name not in JSON_TEXTS or not isinstance(value, str) or not value.startswith("{"):
         return value
     try:
@@ -61,12 +61,12 @@ def value_fault(name: str, value: Any) -> str | None:
     if isinstance(value, int) and abs(value) > LARGEST:
         return f"must be at most {LARGEST}"
     if isinstance(value, str) and name in JSON_TEXTS and name != "deepspeed":
-        return "must be a mapping; write its keys here"
+        return "must be a mapping; write its keys in the recipe"
     return _CHECKS[name](value) if name in _CHECKS and value is not None else None
 
 
 def inner_faults(arguments: Mapping[str, Any]) -> Iterator[tuple[KeyPath, str]]:
-    """What is wrong inside of arguments that are mappings: the key, and the sentence."""
+    """Problems inside arguments that are mappings: the key, and the message."""
     for name, takes in (
         ("activation_checkpointing_kwargs", _CHECKPOINTING),
         ("accelerator_config", _accelerator_config()),
@@ -89,8 +89,8 @@ def _inner_fault(name: str, key: str, value: Any, takes: Mapping[str, Argument])
         return
     if key not in takes:
         near = nearest(key, takes)
-        fix = f"did you mean {near}?" if near else f"they are {', '.join(takes)}"
-        yield path, f"trainer.{name}.{key} is not one of its keys; {fix}"
+        fix = f"did you mean {near}?" if near else f"use one of {', '.join(takes)}"
+        yield path, f"trainer.{name}.{key} is not a valid key; {fix}"
         return
     fault = type_error(takes[key], value)
     fault = fault or (limit_fault(value, ((">=", 1),)) if key == "every_n_layers" else None)
@@ -123,15 +123,15 @@ def _pad(value: Any) -> str | None:
 def _metric(value: str) -> str | None:
     if value in LOSS_NAMES:
         return None
-    return f"must be {choice_text(LOSS_NAMES)}, which is all that an evaluation during training measures"
+    return f"must be {choice_text(LOSS_NAMES)}, the only metrics of an evaluation during training"
 
 
 def _higher(value: bool) -> str | None:
-    return "would take the highest loss for the best; remove it" if value else None
+    return "would treat the highest loss as the best; remove it" if value else None
 
 
 def _one_of(*choices: str) -> Callable[[Any], str | None]:
-    """A check that a text is one of some; other values have been checked by their type."""
+    """A check that a string is one of the choices; other types are checked elsewhere."""
 
     def check(value: Any) -> str | None:
         return None if not isinstance(value, str) or value in choices else choices_text([*choices], value)

@@ -1,7 +1,7 @@
-"""YAML 1.2 text to plain values, each with its line; refuses what a recipe never needs.
+"""Parses YAML 1.2 to plain values with their line numbers; rejects features that a recipe does not need.
 
-PyYAML only splits the text into events. Its own reading of scalars (YAML 1.1: `2e-4` is text, `no` is false), of
-duplicate keys (the last wins), of tags and of aliases is not used.
+PyYAML is only used to split the text into events. Its resolution of scalars (YAML 1.1: `2e-4` is text, `no` is false),
+duplicate keys (the last wins), tags and aliases is not used.
 """
 
 import re
@@ -16,9 +16,9 @@ from peftcli.recipe.problems import MOST_SHOWN, KeyPath, Problems, Where, dotted
 MAX_DEPTH = 50
 MAX_DIGITS = 18
 MAX_ADDED = 1_000_000
-"""Characters that aliases may add to a recipe, as many as its file may have."""
+"""Maximum characters that aliases may add to a recipe, the same as the maximum file size."""
 VALUE_SIZE = 16
-"""Characters that a value counts for besides its own, so that many empty values have a limit too."""
+"""Characters that each value counts in addition to its own, so that many empty values are limited too."""
 MERGE = "<<"
 
 _INT = re.compile(r"[-+]?[0-9]+")
@@ -35,36 +35,36 @@ _WORDS: dict[str, Any] = {
 
 
 class RecipeLoader(yaml.SafeLoader):
-    """Our own loader class; only its event stream is used, so nothing of PyYAML is patched."""
+    """Our own loader class; only its event stream is used, and PyYAML's own classes are not patched."""
 
 
 @dataclass
 class Tree:
-    """The values of a recipe file and the place of every key and item."""
+    """The values of a recipe file, and the location of every key and item."""
 
     values: dict[str, Any] = field(default_factory=dict)
     places: dict[KeyPath, Where] = field(default_factory=dict)
     empty: set[KeyPath] = field(default_factory=set)
-    "Keys with nothing after the colon: read as null, but a section so written deserves a question."
+    "Keys with nothing after the colon: read as null, which is probably a mistake for a section."
     spoiled: set[KeyPath] = field(default_factory=set)
-    "Values already refused (a tag, an unknown alias, a secret): nothing more is said about them."
+    "Values that were already rejected (a tag, an unknown alias, a secret); they get no further messages."
 
     def place(self, path: KeyPath) -> Where:
-        """The place of a key, or of the nearest key above it that the recipe holds."""
+        """The location of a key, or of its closest ancestor that is in the recipe."""
         for end in range(len(path), 0, -1):
             if path[:end] in self.places:
                 return self.places[path[:end]]
         return 1
 
     def get(self, *path: str) -> Any:
-        """The value at a path of keys, or None where the recipe has none."""
+        """The value at a key path, or None if the recipe does not have it."""
         value: Any = self.values
         for part in path:
             value = value.get(part) if isinstance(value, dict) else None
         return value
 
     def put(self, path: tuple[str, ...], value: Any, where: Where) -> None:
-        """Set a value and its place; what stood there is gone. All above must be mappings or absent."""
+        """Set a value and its location, replacing an existing value. All ancestors must be mappings or absent."""
         target = self.values
         for end, part in enumerate(path[:-1], start=1):
             if not isinstance(target.get(part), dict):
@@ -77,11 +77,11 @@ class Tree:
         self.places[path] = where
 
     def rename(self, path: tuple[str, ...], name: str) -> None:
-        """Give a key that is there another name, at its place among the others."""
-        holder = self.get(*path[:-1])
-        items = [(name if key == path[-1] else key, value) for key, value in holder.items()]
-        holder.clear()
-        holder.update(items)
+        """Rename an existing key, keeping its position in the section."""
+        section = self.get(*path[:-1])
+        items = [(name if key == path[-1] else key, value) for key, value in section.items()]
+        section.clear()
+        section.update(items)
         end = len(path)
         renamed = (*path[:-1], name)
 
@@ -92,7 +92,7 @@ class Tree:
         self.empty, self.spoiled = set(map(moved, self.empty)), set(map(moved, self.spoiled))
 
     def drop(self, path: tuple[str, ...]) -> None:
-        """Remove a key and the places below it."""
+        """Remove a key and the locations below it."""
         for known in [known for known in self.places if known[: len(path)] == path]:
             del self.places[known]
         self.empty = {known for known in self.empty if known[: len(path)] != path}
@@ -102,34 +102,34 @@ class Tree:
 
 
 def read_scalar(text: str) -> Any:
-    """Read a plain scalar by the core schema of YAML 1.2.
+    """Resolve a plain scalar with the core schema of YAML 1.2.
 
     >>> [read_scalar(t) for t in ("2e-4", ".5", "no", "010", "1:30", "0x10", "null", "true")]
     [0.0002, 0.5, 'no', 10, '1:30', 16, None, True]
 
     Raises:
-        ValueError: a whole number with more digits than any recipe means.
+        ValueError: a whole number has too many digits.
     """
     if text in _WORDS:
         return _WORDS[text]
     if _INT.fullmatch(text) or _INT_BASE.fullmatch(text):
         if len(text) > MAX_DIGITS:
-            raise ValueError(f"a number of {len(text)} digits; put it in quotes where it is text")
+            raise ValueError(f"a number of {len(text)} digits; put it in quotes if it is text")
         return int(text, 0) if _INT_BASE.fullmatch(text) else int(text)
     return float(text) if _FLOAT.fullmatch(text) else text
 
 
 def parse_yaml(text: str, problems: Problems, where: str | None = None) -> tuple[Any, Tree]:
-    """Read one YAML document.
+    """Parse one YAML document.
 
     Args:
-        where: the place to name in every problem; None for a file, where it is the line.
+        where: the location for all problems; None for a file, whose locations are lines.
 
     Returns:
-        The value (None for an empty document), and a tree that holds its places only.
+        The value (None for an empty document), and a tree with the locations only.
 
     Raises:
-        RecipeError: the text is not YAML. Lesser faults are added to `problems`.
+        RecipeError: the text is not YAML. Other problems are added to `problems`.
     """
     builder = _Builder(problems, where)
     try:
@@ -137,7 +137,7 @@ def parse_yaml(text: str, problems: Problems, where: str | None = None) -> tuple
             builder.take(event)
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
-        problems.add(where or line, f"character {error.character:#x} is no text; remove it")
+        problems.add(where or line, f"character {error.character:#x} is not allowed in YAML; remove it")
         problems.raise_if_any()
     except yaml.MarkedYAMLError as error:
         at_end = "unexpected end of stream" in (error.problem or "")
@@ -149,22 +149,22 @@ def parse_yaml(text: str, problems: Problems, where: str | None = None) -> tuple
 
 @dataclass(eq=False)
 class _Node:
-    """A value of the text with the place of each part; an alias is its anchor's node once more."""
+    """A parsed value with the locations of its parts; an alias reuses the node of its anchor."""
 
     value: Any = None
-    "Of a scalar."
+    "For a scalar."
     parts: "dict[str, tuple[Where, _Node]] | list[tuple[Where, _Node]] | None" = None
-    "Of a mapping by key, or of a list, each with its place; None for a scalar."
+    "For a mapping by key, or for a list, each with its location; None for a scalar."
     size: int = VALUE_SIZE
-    "Characters, with those that aliases add."
+    "Characters, including those that aliases add."
     height: int = 0
-    "Levels of mappings and lists."
+    "Nesting depth of mappings and lists."
     open: bool = False
-    "Its end is not read yet, so an alias here would make it hold itself."
+    "The end is not parsed yet, so an alias to it would be recursive."
     empty: bool = False
     spoiled: bool = False
     refused: set[str] = field(default_factory=set)
-    "Keys that were set twice or have a tag."
+    "Keys that are set twice or have a tag."
 
 
 @dataclass
@@ -177,12 +177,12 @@ class _Frame:
     merges: bool = False
     "The key is <<."
     lines: dict[str, int] = field(default_factory=dict)
-    "Of each key that was read."
+    "Line of each parsed key."
     merged: list[_Node] = field(default_factory=list)
 
 
 class _Builder:
-    """Builds nodes from YAML events with a stack of its own, and values from nodes that are known to be small."""
+    """Builds nodes from YAML events with an explicit stack, and values from nodes whose size was checked."""
 
     def __init__(self, problems: Problems, where: str | None) -> None:
         self.problems, self.where = problems, where
@@ -194,7 +194,7 @@ class _Builder:
         self.documents = 0
 
     def finish(self) -> tuple[Any, Tree]:
-        """The value of the document, and a tree that holds its places only."""
+        """The value of the document, and a tree with the locations only."""
         return None if self.root is None else self._expand(self.root, ()), self.tree
 
     def take(self, event: Any) -> None:
@@ -228,10 +228,10 @@ class _Builder:
 
     def _take_key(self, event: Any, line: Where, frame: _Frame) -> None:
         if not isinstance(event, yaml.ScalarEvent):
-            self._stop(line, "a key must be one word; put text that starts with { or [ in quotes")
+            self._stop(line, "a key must be a scalar; put text that starts with { or [ in quotes")
         key = event.value
         if event.anchor is not None:
-            text = f"&{event.anchor} names a key; put the anchor behind the colon, where it names the value"
+            text = f"&{event.anchor} is an anchor on a key; put it after the colon, on the value"
             self.problems.add(line, printable(text, 120))
         if event.tag is not None:
             frame.node.refused.add(key)
@@ -246,26 +246,26 @@ class _Builder:
             self.problems.add(line, f"{name} is set twice{fix}")
         else:
             self._check_text(key, line, name)
-            assert event.start_mark is not None  # a parsed event has one; its type is that of an emitted one too
+            assert event.start_mark is not None  # parsed events have one; the type also covers emitted events
             frame.lines[key] = event.start_mark.line + 1
 
     def _alias(self, event: Any, line: Where) -> _Node:
         node = self.anchors.get(event.anchor)
         if node is None:
-            # Only for what is shown: of many anchors and many unknown aliases each would be compared with each.
+            # Only for problems that are shown, because comparing many anchors with many unknown aliases is slow.
             near = nearest(event.anchor, self.anchors) if len(self.problems.found) < MOST_SHOWN else None
-            fix = f"did you mean *{near}?" if near else f"write &{event.anchor} before the value that it stands for"
-            return self._spoilt(line, f"*{event.anchor} names no anchor above it; {fix}")
+            fix = f"did you mean *{near}?" if near else f"write &{event.anchor} before the value that it refers to"
+            return self._spoilt(line, f"*{event.anchor} refers to an anchor that is not defined above it; {fix}")
         if node.open:
-            return self._spoilt(line, f"*{event.anchor} stands inside the value that it repeats; write that value out")
+            return self._spoilt(line, f"*{event.anchor} is inside the value that it refers to; write the value out")
         self._check_depth(node.height, line)
         self.added += node.size
         if self.added > MAX_ADDED:
-            self._stop(line, f"aliases make the recipe longer than {MAX_ADDED:,} characters; repeat less")
+            self._stop(line, f"aliases expand the recipe to more than {MAX_ADDED:,} characters; use fewer of them")
         return node
 
     def _attach(self, node: _Node, line: Where) -> None:
-        """Put a complete node where it belongs."""
+        """Add a complete node to its parent."""
         if not self.stack:
             self.root = node
             return
@@ -289,14 +289,14 @@ class _Builder:
     def _merge_sources(self, node: _Node, line: Where) -> list[_Node]:
         sources = [part for _, part in node.parts] if isinstance(node.parts, list) else [node]
         if not all(isinstance(source.parts, dict) or source.spoiled for source in sources):
-            self.problems.add(line, "<< takes a mapping, such as *name, or a list of mappings")
+            self.problems.add(line, "<< must be a mapping, such as *name, or a list of mappings")
         return [source for source in sources if isinstance(source.parts, dict)]
 
     def _close(self, frame: _Frame) -> None:
-        """End a mapping or a list; a mapping takes the keys that it does not set itself from those it merges."""
+        """End a mapping or a list; a mapping gets the keys that it does not set itself from the merged mappings."""
         node = frame.node
         node.open = False
-        for source in frame.merged:  # of two that set the same key the first counts
+        for source in frame.merged:  # the first mapping that sets a key wins
             assert isinstance(source.parts, dict) and isinstance(node.parts, dict)
             for key, part in source.parts.items():
                 node.parts.setdefault(key, part)
@@ -326,11 +326,13 @@ class _Builder:
         except ValueError as error:
             return self._spoilt(line, f"{dotted(path)} is {error}")
         if isinstance(value, int) and not isinstance(value, bool) and re.match(r"[-+]?0[0-9]", text):
-            self.problems.note(line, f"{dotted(path)} = {text} is read as {value}: YAML 1.2 takes no octal from a 0")
+            self.problems.note(
+                line, f"{dotted(path)} = {text} is read as {value}: in YAML 1.2 a leading 0 is not octal"
+            )
         return _Node(value, size=size, empty=text == "")
 
     def _expand(self, node: _Node, path: KeyPath) -> Any:
-        """The value of a node with all aliases written out, so that no two places share a part of it."""
+        """The value of a node with all aliases expanded, so that no two keys share an object."""
         self.tree.spoiled |= {(*path, key) for key in node.refused} | ({path} if node.spoiled else set())
         if node.empty:
             self.tree.empty.add(path)
@@ -350,11 +352,11 @@ class _Builder:
 
     def _refuse_tag(self, tag: str, line: Where) -> None:
         shown = printable(tag.replace("tag:yaml.org,2002:", "!!"))
-        self.problems.add(line, f"the tag {shown} is not read in a recipe; remove it")
+        self.problems.add(line, f"the tag {shown} is not allowed in a recipe; remove it")
 
     def _check_text(self, text: str, line: Where, name: str) -> None:
         if "\0" in text or any("\ud800" <= c <= "\udfff" for c in text):
-            self._stop(line, f"{name} holds a character that is no text (NUL or half a surrogate pair)")
+            self._stop(line, f"{name} contains an invalid character (NUL or a lone surrogate); remove it")
 
     def _path(self, frame: _Frame | None) -> KeyPath:
         if frame is None:
@@ -372,26 +374,26 @@ class _Builder:
 
 
 def _syntax_text(error: yaml.MarkedYAMLError, *, one_line: bool) -> str:
-    """Say a syntax error of PyYAML in the words of somebody who writes recipes."""
+    """A message for a syntax error of PyYAML that helps the author of a recipe."""
     problem = error.problem or ""
     opened = f" on line {error.context_mark.line + 1}" if error.context_mark and not one_line else ""
     if "'\\t'" in problem:
-        return "a tab stands where YAML wants spaces; indent with spaces"
+        return "a tab is used for indentation; indent with spaces"
     for part, text in (
         (
             "mapping values are not allowed",
-            "a colon stands where none can be; check the indentation, or quote the text",
+            "a colon is not allowed here; check the indentation, or quote the text",
         ),
-        ("expected <block end>", "the indentation does not fit the lines above"),
-        ("could not find expected ':'", "a key without its colon"),
+        ("expected <block end>", "the indentation does not match the lines above; indent it like its neighbors"),
+        ("could not find expected ':'", "a key without a colon; add it"),
         ("unexpected end of stream", "the quote opened here is never closed"),
         ("expected ',' or ']'", f"the list opened with [{opened} is never closed with ]"),
         ("expected ',' or '}'", f"the mapping opened with {{{opened} is never closed with }}"),
         (
             "unknown escape character",
-            "a backslash in double quotes that YAML does not know; use single quotes",
+            "an unknown escape sequence in double quotes; use single quotes",
         ),
-        ("that cannot start any token", "text that starts with this character must stand in quotes"),
+        ("that cannot start any token", "text that starts with this character must be in quotes"),
     ):
         if part in problem:
             return text

@@ -337,13 +337,13 @@ def test_a_rehearsal_of_a_model_that_is_not_here_runs_to_the_end(label_recipe: W
 @pytest.mark.parametrize(
     ("sections", "said"),
     [
-        ({"trainer": {"packing": True}}, "trainer.packing does nothing with model.task: sequence-classification"),
+        ({"trainer": {"packing": True}}, "trainer.packing has no effect with model.task: sequence-classification"),
         ({"evaluation": {"max_new_tokens": 5}}, "evaluation.max_new_tokens does nothing"),
         ({"gates": {"exact_match": ">= 0.5"}}, "gates.exact_match does nothing"),
-        ({"gates": {"entity_f1": ">= 0.5"}}, "entities are found in tags"),
+        ({"gates": {"entity_f1": ">= 0.5"}}, "only tagging has entities"),
         (
             {"model": {"name": "tiny:llama"}, "gates": {"f1": ">= 0.5"}},
-            "gates.f1 does nothing with model.task: causal-lm",
+            "gates.f1 has no effect with model.task: causal-lm",
         ),
     ],
 )

@@ -459,8 +459,8 @@ def test_a_merged_model_of_tied_ends_that_were_trained_together_stays_tied(tmp_p
     ("adapter", "said"),
     [
         ({"method": "full", "r": None}, "adapter.method full does not work on 4-bit weights"),
-        ({"method": "freeze", "r": 8}, "adapter.r does nothing with freeze, which has no rank"),
-        ({"method": "freeze", "r": None, "target_modules": ["q_proj"]}, "does nothing with freeze"),
+        ({"method": "freeze", "r": 8}, "adapter.r has no effect with freeze, which has no rank"),
+        ({"method": "freeze", "r": None, "target_modules": ["q_proj"]}, "has no effect with freeze"),
         ({"method": "freeze", "r": None, "last_layer": 2}, "did you mean adapter.last_layers?"),
         ({"method": "bottleneck", "r": None, "placement": "houlsbi"}, "did you mean houlsby?"),
         ({"method": "bottleneck", "r": None, "non_linearity": "rely"}, "did you mean relu?"),

@@ -291,7 +291,7 @@ def test_shares_in_step_are_equally_long_and_give_back_every_row_once(
 def test_trainer_fsdp_is_written_as_sharding(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
     path.write_text("model: {name: org/m}\ndataset: {path: a.csv, text: '{a}'}\ntrainer: {fsdp: true}\n")
-    with pytest.raises(RecipeError, match=r"trainer.fsdp is not set here: performance.sharding: full"):
+    with pytest.raises(RecipeError, match=r"trainer.fsdp cannot be set here: set performance.sharding: full"):
         load_recipe(path)
 
 

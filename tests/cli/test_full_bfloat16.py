@@ -167,7 +167,7 @@ def test_a_base_that_is_not_bfloat16_cannot_be_trained_as_it_is(tmp_path: Path) 
     ("sections", "said"),
     [
         ({"adapter": {"method": "full", "dtype": "float16"}}, "float16 weights cannot be trained"),
-        ({"adapter": {"method": "lora", "dtype": "bfloat16"}}, "lora adds few of its own"),
+        ({"adapter": {"method": "lora", "dtype": "bfloat16"}}, "few weights of lora are cheap"),
         ({"adapter": PURE, "model": {"dtype": "float32"}}, "model.dtype is float32; set it to bfloat16"),
         ({"adapter": {"method": "freeze", "dtype": "bfloat16"}, "quantization": {"bits": 4}}, "quantized base"),
         ({"adapter": {"method": "full", "dtype": "bf16"}}, "bfloat16"),

@@ -384,7 +384,7 @@ def test_keys_that_say_nothing_of_images_are_refused(
     said = capfd.readouterr().err
     for key in ("dataset.max_length", "dataset.columns.text", "trainer.packing", "evaluation.temperature"):
         assert key in said
-    assert "gates.entity_f1" in said and "gates.accuracy" not in said and "cannot be learned with" in said
+    assert "gates.entity_f1" in said and "gates.accuracy" not in said and "is not supported by" in said
 
 
 def test_without_pillow_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -404,10 +404,10 @@ def read(tmp_path: Path, more: str) -> Any:
     [
         (
             "quantization: {bits: 8, type: nf4}",
-            ":4: quantization.type belongs to 4 bits, and quantization.bits is 8; re",
+            ":4: quantization.type is for 4 bits, but quantization.bits is 8; re",
         ),
-        ("quantization: {bits: 8, double_quant: false}", "quantization.double_quant belongs to 4 bits"),
-        ("quantization: {bits: 8, compute_dtype: auto}", "quantization.compute_dtype belongs to 4 bits"),
+        ("quantization: {bits: 8, double_quant: false}", "quantization.double_quant is for 4 bits"),
+        ("quantization: {bits: 8, compute_dtype: auto}", "quantization.compute_dtype is for 4 bits"),
         ("quantization: {bits: 5}", "quantization.bits = 5: must be 4 or 8"),
         ("load_in_8bit: true", "did you mean quantization.bits: 8?"),
         (

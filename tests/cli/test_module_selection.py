@@ -280,12 +280,12 @@ def test_a_run_that_goes_on_keeps_its_choice(write_recipe: Write, run_cli: Cli, 
         ({"target_modules": SELECT | {"budget": 20}}, "has budget 20; it must be a share"),
         ({"layers": SELECT | {"batches": 0}}, "has batches 0; it must be a whole number"),
         ({"layers": SELECT | {"batch": 4}}, "has no key batch; did you mean batches?"),
-        ({"layers": SELECT | {"select": "random"}}, "must say `select: gradient`"),
-        ({"layers": [0, -1]}, "must be a list of layer numbers"),
-        ({"layers": SELECT, "target_modules": dict(SELECT)}, "both leave the choice to the gradient; keep one"),
-        ({"method": "ia3", "target_modules": SELECT}, "the gradient chooses among linear layers, where ia3"),
-        ({"method": "prompt", "layers": [0]}, "adapter.layers does nothing with prompt"),
-        ({"method": "full", "layers": [0]}, "adapter.layers does nothing with full"),
+        ({"layers": SELECT | {"select": "random"}}, "needs `select: gradient`"),
+        ({"layers": [0, -1]}, "must be a list of layer indices"),
+        ({"layers": SELECT, "target_modules": dict(SELECT)}, "only one of them can be selected by gradient; keep one"),
+        ({"method": "ia3", "target_modules": SELECT}, "only linear layers can be selected by gradient, and ia3"),
+        ({"method": "prompt", "layers": [0]}, "adapter.layers has no effect with prompt"),
+        ({"method": "full", "layers": [0]}, "adapter.layers has no effect with full"),
     ],
 )
 def test_a_choice_that_cannot_be_made_is_refused_before_anything_is_loaded(
@@ -408,7 +408,7 @@ def test_shira_takes_the_entries_with_the_largest_gradient() -> None:
 @pytest.mark.parametrize(
     ("adapter", "said"),
     [
-        ({"gradient_batches": 4}, "does nothing without `mask: gradient` or lora_ga"),
+        ({"gradient_batches": 4}, "has no effect without `mask: gradient` or lora_ga"),
         ({"init_lora_weights": "lora_ga", "gradient_batches": 0}, "must be at least 1"),
         ({"init_lora_weights": "lora_ga", "use_dora": True}, "excludes adapter.use_dora"),
         ({"method": "shira", "mask": "largest"}, "must be random or gradient"),

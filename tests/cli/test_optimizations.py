@@ -354,4 +354,4 @@ def test_an_optimizer_without_its_package_is_refused_before_anything_is_loaded(
 def test_a_template_in_the_place_of_its_file_is_refused(write_recipe: Write, run_cli: Cli, capfd: Any) -> None:
     recipe = write_recipe(model={"chat_template": "{% for m in messages %}{{ m.content }}{% endfor %}"})
     assert run_cli("validate", recipe) == 2
-    assert "model.chat_template is a template; it takes the path of a file" in capfd.readouterr().err
+    assert "model.chat_template is a template; it must be the path of a" in capfd.readouterr().err

@@ -100,7 +100,7 @@ def test_a_recipe_with_stages_is_written_back_the_same(write_recipe: Any, tmp_pa
         ([{"adapter": {"r": 4}}], None, "stages[0].name is missing"),
         ([{"name": "a", "adapter": {"rr": 4}}], None, "adapter.rr is not a recipe key; did you mean adapter.r?"),
         ([{"name": "a", "trainer": {"max_step": 4}}], None, "did you mean trainer.max_steps?"),
-        ([{"name": "a", "adapter": {"r": 4}}], {"r": 8}, "adapter is used by no stage"),
+        ([{"name": "a", "adapter": {"r": 4}}], {"r": 8}, "adapter is unused because every stage"),
         ([{"name": "a", "adapter": {"method": "prompt"}}, {"name": "b"}], None, "but prompt cannot be merged"),
     ],
 )

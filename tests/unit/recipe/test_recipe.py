@@ -164,12 +164,12 @@ def test_a_missing_file_names_the_nearest(tmp_path: Path) -> None:
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"no such file; there is no folder .*nowhere either"):
+    with pytest.raises(RecipeError, match=r"no such file; the folder .*nowhere does not exist either"):
         load_recipe(tmp_path / "nowhere" / "r.yaml")
 
 
 def test_a_folder_is_no_recipe(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="this is a folder; name the recipe's YAML file in it"):
+    with pytest.raises(RecipeError, match="this is a folder; pass the recipe's YAML file in it"):
         load_recipe(tmp_path)
 
 
@@ -326,24 +326,25 @@ def test_overrides_lay_over_the_file_and_make_sections(tmp_path: Path) -> None:
             "adapter.lora_r=8",
             "--set adapter.lora_r: adapter.lora_r is not a recipe key; did you mean adapter.r?",
         ),
-        ("adapter.r", "--set adapter.r: is not of the form section.key=value"),
-        ("=3", "--set : is not of the form section.key=value"),
-        ("adapter..r=3", "--set adapter..r: is not of the form section.key=value"),
-        ("seed.x=3", "--set seed.x: seed holds a single value, so nothing can be set below it"),
+        ("adapter.r", "--set adapter.r: must have the form section.key=value"),
+        ("=3", "--set : must have the form section.key=value"),
+        ("adapter..r=3", "--set adapter..r: must have the form section.key=value"),
+        ("seed.x=3", "--set seed.x: seed is a single value, so it has no keys to set; set seed itself"),
         ("adapter.r=[1", "--set adapter.r: the list opened with [ is never closed with ]"),
         (
             "adapter.r=*x",
-            "--set adapter.r: *x names no anchor above it; write &x before the value that it stands for",
+            "--set adapter.r: *x refers to an anchor that is not defined above it; write &x before the value that it "
+            "refers to",
         ),
         (
             "trainer.save_only_model=true",
-            "--set trainer.save_only_model: trainer.save_only_model is not set here: a checkpoint must be able to "
-            "resume; remove it",
+            "--set trainer.save_only_model: trainer.save_only_model cannot be set here: checkpoints must be "
+            "resumable; remove it",
         ),
         (
             "dataset.name=a/b",
             "--set dataset.name: dataset.name excludes dataset.path (line 2); "
-            "rows come from files, from the Hub or from a database: keep one",
+            "rows come from files, the Hub or a database; keep one",
         ),
     ],
 )
@@ -352,7 +353,7 @@ def test_a_faulty_override_is_named_as_such(tmp_path: Path, override: str, messa
 
 
 def test_an_override_given_twice_is_refused(tmp_path: Path) -> None:
-    assert refused(tmp_path, SMALL, "seed=1", "seed=2") == "--set seed: is given twice; give it once"
+    assert refused(tmp_path, SMALL, "seed=1", "seed=2") == "--set seed: is given twice; remove one"
 
 
 def test_an_override_mends_a_fault_of_the_file(tmp_path: Path) -> None:
@@ -426,14 +427,14 @@ def test_ordinary_names_are_no_secrets(tmp_path: Path, text: str) -> None:
         ),
         ("no_cuda: true", {"use_cpu": True}, "no_cuda is now use_cpu; true is used"),
         ("adafactor: true", {"optim": "adafactor"}, "adafactor is now optim"),
-        ("adafactor: false", {}, "is dropped"),
+        ("adafactor: false", {}, "was removed and is ignored"),
         (
             "per_gpu_train_batch_size: 4",
             {"per_device_train_batch_size": 4},
             "is now per_device_train_batch_size",
         ),
-        ("save_safetensors: true", {}, "save_safetensors is gone and is dropped"),
-        ("use_mps_device: true", {}, "use_mps_device is gone and is dropped"),
+        ("save_safetensors: true", {}, "save_safetensors was removed and is ignored"),
+        ("use_mps_device: true", {}, "use_mps_device was removed and is ignored"),
         ("packing_strategy: bfd-requeue", {"packing_strategy": "bfd_split"}, "is now bfd_split"),
         ("loss_type: chunked_nll", {"loss_type": "nll"}, "is now nll"),
     ],
@@ -450,7 +451,7 @@ def test_a_renamed_argument_is_translated_and_told(
 
 def test_a_constant_schedule_with_a_warm_up_is_noted(tmp_path: Path) -> None:
     loaded = load(tmp_path, SMALL + "trainer:\n  lr_scheduler_type: constant\n  warmup_ratio: 0.1\n")
-    assert "constant_with_warmup has one" in loaded.notices[-1]
+    assert "use constant_with_warmup" in loaded.notices[-1]
 
 
 def test_the_arguments_read_from_source_are_those_of_sftconfig() -> None:
@@ -526,7 +527,7 @@ def test_template_values_are_never_templates() -> None:
 
 @pytest.mark.parametrize("template", ["{", "}", "{a", "a}", "{}", "{ }", "{a[0]}", "{a!r}", "{a:>3}", "{{{a"])
 def test_a_template_with_more_than_plain_columns_is_refused(template: str) -> None:
-    with pytest.raises(ValueError, match=r"character|column"):
+    with pytest.raises(ValueError, match=r"character|column|brackets|templates do not support"):
         template_columns(template)
 
 
@@ -611,7 +612,7 @@ def test_a_mutated_recipe_loads_or_is_refused_and_nothing_else(
         loaded = load_recipe(path)
     except RecipeError as error:
         assert "Input should" not in str(error) and "pydantic" not in str(error)
-        assert "is not a value that this key takes" not in str(error)
+        assert "is not a valid value" not in str(error)
         return
     path.write_text(dump_recipe(loaded.recipe, path), encoding="utf-8")
     assert load_recipe(path).recipe == loaded.recipe

@@ -56,7 +56,7 @@ def test_a_value_moves_to_the_key_that_has_its_meaning(tmp_path: Path, name: str
     assert attrgetter(home)(loaded.recipe) == kept
     assert dict(loaded.recipe.trainer) == {"max_steps": 5}
     (notice,) = loaded.notices
-    assert notice.startswith(f"{loaded.path}:5: trainer.{name} is taken as {home}: ")
+    assert notice.startswith(f"{loaded.path}:5: trainer.{name} is used as {home}: ")
     stored = tmp_path / "stored.yaml"
     stored.write_text(dump_recipe(loaded.recipe, stored), encoding="utf-8")
     again = load_recipe(stored)
@@ -71,7 +71,7 @@ def test_the_same_value_in_both_places_is_noted_and_another_one_refused(tmp_path
     section = f"trainer: {{max_steps: 5, {name}: '{pasted}'}}\n" if isinstance(kept, str) else ""
     section = section if section and name not in PRECISION else f"trainer: {{max_steps: 5, {name}: {pasted}}}\n"
     loaded = load(tmp_path, section, f"{home}={same}")
-    assert loaded.notices == (f"{loaded.path}:3: trainer.{name} repeats {home} (--set {home}) and is dropped",)
+    assert loaded.notices == (f"{loaded.path}:3: trainer.{name} repeats {home} (--set {home}) and is ignored",)
     assert attrgetter(home)(loaded.recipe) == kept
     said = refused(tmp_path, section, f"{home}={other}")
     assert said.startswith(f"FILE:3: trainer.{name} = ") and said.endswith(f"(--set {home}); keep {home}")
@@ -112,10 +112,10 @@ def test_of_two_precisions_the_one_that_is_on_counts(tmp_path: Path, section: st
 def test_a_precision_that_is_off_is_dropped_only_where_another_dtype_is_chosen(tmp_path: Path) -> None:
     loaded = load(tmp_path, "trainer: {bf16: false}\n", "model.dtype=float32")
     assert loaded.recipe.model.dtype == "float32"
-    assert loaded.notices[0].endswith("trainer.bf16: false is dropped: model.dtype is float32")
+    assert loaded.notices[0].endswith("trainer.bf16: false is ignored: model.dtype is float32")
     for dtype in ("auto", "bfloat16"):
         said = refused(tmp_path, "trainer: {bf16: false}\n", f"model.dtype={dtype}")
-        assert said == "FILE:3: trainer.bf16 is not set here: write model.dtype: float16 or float32"
+        assert said == "FILE:3: trainer.bf16 cannot be set here: set model.dtype: float16 or float32"
 
 
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in IDLE.items() for value in values])
@@ -124,7 +124,7 @@ def test_a_value_that_asks_for_nothing_is_dropped_and_said(tmp_path: Path, name:
     loaded = load(tmp_path, f"trainer: {{max_steps: 5, {name}: {written}}}\n")
     assert dict(loaded.recipe.trainer) == {"max_steps": 5}
     assert loaded.recipe == load(tmp_path, "trainer: {max_steps: 5}\n").recipe
-    assert "is dropped: it asks for what happens anyway" in loaded.notices[0]
+    assert "is ignored, because it is the default" in loaded.notices[0]
 
 
 OTHERS = sorted(OWNED.keys() - HOMES.keys())
@@ -132,7 +132,9 @@ OTHERS = sorted(OWNED.keys() - HOMES.keys())
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_what_no_key_means_is_refused_with_the_place_to_write_it(tmp_path: Path, name: str) -> None:
-    assert refused(tmp_path, f"trainer: {{{name}: 3.5}}\n") == f"FILE:3: trainer.{name} is not set here: {OWNED[name]}"
+    assert (
+        refused(tmp_path, f"trainer: {{{name}: 3.5}}\n") == f"FILE:3: trainer.{name} cannot be set here: {OWNED[name]}"
+    )
 
 
 def test_a_section_that_is_missing_or_no_section_is_reported_once(tmp_path: Path) -> None:
@@ -140,7 +142,7 @@ def test_a_section_that_is_missing_or_no_section_is_reported_once(tmp_path: Path
     assert said == "FILE:3: evaluation must be a section of keys, not 3"
     path = tmp_path / "none.yaml"
     path.write_text("model: {name: m}\ntrainer: {max_length: 8}\n", encoding="utf-8")
-    with pytest.raises(RecipeError, match=r":1: dataset is missing; write at least dataset: \{path: \.\.\.\}$"):
+    with pytest.raises(RecipeError, match=r":1: dataset is missing; add at least dataset: \{path: \.\.\.\}$"):
         load_recipe(path)
 
 
@@ -150,6 +152,6 @@ def test_a_stage_cannot_change_what_all_stages_share(tmp_path: Path) -> None:
         for number, (name, values) in enumerate(VALUES.items())
     )
     lines = refused(tmp_path, stages.split("  - {name: s9")[0]).split("\n  ")[1:]
-    assert [line.split(" is not set in a stage")[0] for line in lines] == [
+    assert [line.split(" cannot be set in a stage")[0] for line in lines] == [
         f"FILE:{number}: trainer.{name}" for number, name in enumerate([*VALUES][:9], start=4)
     ]

@@ -118,7 +118,9 @@ def test_aliases_of_an_override_stay_in_it(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(START, encoding="utf-8")
     assert load_recipe(path, ["adapter={r: &n 4, alpha: *n}"]).recipe.adapter.alpha == 4
-    with pytest.raises(RecipeError, match=r"--set adapter\.alpha: \*n names no anchor above it"):
+    with pytest.raises(
+        RecipeError, match=r"--set adapter\.alpha: \*n refers to an anchor that is not defined above it"
+    ):
         load_recipe(path, ["adapter.r=&n 4", "adapter.alpha=*n"])
 
 
@@ -131,14 +133,14 @@ def levels(first: str, template: str, count: int) -> str:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (levels("[x]", "[X,X,X,X,X,X,X,X,X]", 10), "longer than 1,000,000 characters"),
-        (levels("{x: 1}", "{a: X, b: X, c: X, d: X, e: X, f: X, g: X, h: X, i: X}", 10), "longer than"),
-        (levels("{x: 1}", "{<<: X, y: [X, X, X, X, X, X, X, X, X]}", 10), "longer than"),
-        ("a: &a " + "x" * 200_000 + "\nb: [*a, *a, *a, *a, *a, *a]\n", "longer than"),
-        ("a: &a\nb: [" + "*a," * (MAX_ADDED // VALUE_SIZE + 1) + "]\n", "longer than"),
+        (levels("[x]", "[X,X,X,X,X,X,X,X,X]", 10), "more than 1,000,000 characters"),
+        (levels("{x: 1}", "{a: X, b: X, c: X, d: X, e: X, f: X, g: X, h: X, i: X}", 10), "more than"),
+        (levels("{x: 1}", "{<<: X, y: [X, X, X, X, X, X, X, X, X]}", 10), "more than"),
+        ("a: &a " + "x" * 200_000 + "\nb: [*a, *a, *a, *a, *a, *a]\n", "more than"),
+        ("a: &a\nb: [" + "*a," * (MAX_ADDED // VALUE_SIZE + 1) + "]\n", "more than"),
         (levels("[x]", "[X]", MAX_DEPTH + 1), "nested more than 50 levels deep"),
-        ("a: &a [*a]\n", "*a stands inside the value that it repeats"),
-        ("a: &a {b: {<<: *a}}\n", "*a stands inside the value that it repeats"),
+        ("a: &a [*a]\n", "*a is inside the value that it refers to"),
+        ("a: &a {b: {<<: *a}}\n", "*a is inside the value that it refers to"),
     ],
     ids=["lists", "mappings", "merges", "long text", "many", "depth", "cycle", "cycle of a merge"],
 )
