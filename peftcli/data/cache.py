@@ -1,4 +1,4 @@
-"""The token cache: prepared rows on disk under a hash of everything they depend on."""
+"""The token cache: prepared rows on disk, keyed by a hash of everything they depend on."""
 
 import hashlib
 import json
@@ -21,68 +21,68 @@ from peftcli.progress import Progress
 from peftcli.recipe.schema import SourceSection
 
 CACHE_BYTES = 20 * 2**30
-"""Prepared data beyond this are removed from the cache, the oldest first."""
+"""Maximum size of the cache; the least recently used data are removed first."""
 PRIVATE = 0o700
-"""Of the folder: what people train on is nobody else's business on a shared machine."""
-VERSION = 1
-"""Raised with every change that makes other rows of the same sources."""
+"""Permissions of the folder: training data are private on a shared machine."""
+VERSION = 2
+"""Increase it with every change that gives different rows, reasons or warnings for the same sources."""
 
 
 def load_or_tokenize(
     sources: Sequence[tuple[Source, SourceSection]],
     tokenizer: PreTrainedTokenizerBase,
-    asked: DataRequest,
+    request: DataRequest,
     progress: Progress,
 ) -> tuple[Store, bool]:
-    """The rows of some sources, tokenized, from the cache or made now; and whether they were made."""
+    """The tokenized rows of some sources, from the cache or built now, and whether they were built."""
     join_sources = [
-        (open_source(join, key=f"dataset.join[{number}]"), join) for number, join in enumerate(asked.dataset.join)
+        (open_source(join, key=f"dataset.join[{number}]"), join) for number, join in enumerate(request.dataset.join)
     ]
-    key = _key(sources, join_sources, tokenizer, asked)
+    key = _key(sources, join_sources, tokenizer, request)
     root = cache_root(None) / "data"
-    made = not (root / key).is_dir()
+    built = not (root / key).is_dir()
 
     def build(folder: Path) -> None:
         joins = [Join(source, section.on) for source, section in join_sources]
-        run_pipeline(folder, sources, joins, tokenizer, asked, progress)
+        run_pipeline(folder, sources, joins, tokenizer, request, progress)
 
-    if made and root.is_dir():
+    if built and root.is_dir():
         forget_unused(root, CACHE_BYTES)
     folder = built_once(root, key, build, mode=PRIVATE)
     mark_used(folder)
-    return Store.open(folder), made
+    return Store.open(folder), built
 
 
 def _key(
     sources: Sequence[tuple[Source, SourceSection]],
     joins: Sequence[tuple[Source, Any]],
     tokenizer: PreTrainedTokenizerBase,
-    asked: DataRequest,
+    request: DataRequest,
 ) -> str:
-    """Hexadecimal name of what one pass makes: all that it depends on, hashed."""
-    reading = ("format", "text", "prompt", "completion", "columns", "weight")
+    """Hexadecimal hash of everything that the result of one pass depends on."""
+    keys = ("format", "text", "prompt", "completion", "columns", "weight")
     parts = {
         "version": [VERSION, transformers.__version__, tokenizers.__version__],
         "sources": [
-            [source.fingerprint(), source.name, section.model_dump(include=set(reading))] for source, section in sources
+            [source.fingerprint(), source.name, section.model_dump(include=set(keys))] for source, section in sources
         ],
         "joins": [[source.fingerprint(), source.name, list(section.on)] for source, section in joins],
-        "split": [asked.dataset.split.stratify, asked.dataset.split.group],
-        "rule": [asked.rule.completion_only, asked.rule.assistant_only, asked.rule.max_length],
-        "too_long": asked.dataset.too_long,
-        "task": [asked.rule.task, asked.rule.problem_type, asked.dataset.labels],
-        "limit": asked.limit,
+        "split": [request.dataset.split.stratify, request.dataset.split.group],
+        "rule": [request.rule.completion_only, request.rule.assistant_only, request.rule.max_length],
+        "too_long": request.dataset.too_long,
+        "task": [request.rule.task, request.rule.problem_type, request.dataset.labels],
+        "limit": request.limit,
         "tokenizer": tokenizer_fingerprint(tokenizer),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 over all of a tokenizer that decides which ids a text gets."""
+    """SHA-256 over everything in a tokenizer that affects the ids of a text."""
     if isinstance(tokenizer, ImageProcessor):
         return tokenizer.fingerprint()
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:  # a cut or a padding that an earlier call has set is no property of the tokenizer
+    if backend is not None:  # truncation and padding set by an earlier call are not properties of the tokenizer
         backend.no_truncation()
         backend.no_padding()
     parts = [

@@ -1,4 +1,4 @@
-"""Normalizes the messages of a chat; its format is detected message by message from the keys."""
+"""Normalizes the messages of a chat; the format is detected from the keys of each message."""
 
 import itertools
 import json
@@ -9,10 +9,10 @@ from peftcli.data.values import SkipRow, parsed_list
 from peftcli.recipe.problems import printable
 
 Turn: TypeAlias = dict[str, Any]
-"""`role` (system, user, assistant or tool) and `content` (text); where the row has them also `tool_calls`, `name`,
-`tool_call_id`, and `train`, which is False on an assistant's turn that is not to be learned."""
+"""`role` (system, user, assistant or tool) and `content` (text); optionally `tool_calls`, `name`, `tool_call_id`, and
+`train`, which is False for an assistant message that is not trained."""
 
-_NO_LIST = "with messages that are no list"
+_NO_LIST = "with messages that are not a list"
 _BAD_CALL = "with a tool call that is not JSON with a name and arguments"
 _ROLES = {
     "system": "system",
@@ -33,10 +33,10 @@ _ROLES = {
 
 
 def chat_example(turns: list[Turn], tools: list[Any]) -> tuple[str, str, str]:
-    """The columns `messages` and `tools` of an example, and the user's own words.
+    """The columns `messages` and `tools` of an example, and its text.
 
     Raises:
-        Unused: the turns do not follow each other as those of a chat do, or none can be learned.
+        SkipRow: the order of the messages is not valid, or none of them can be trained.
     """
     _check_order(turns)
     content = "\n".join(turn["content"] for turn in turns if turn["role"] != "system")
@@ -45,14 +45,14 @@ def chat_example(turns: list[Turn], tools: list[Any]) -> tuple[str, str, str]:
 
 
 def normalize_messages(value: Any, *, train: bool = True) -> list[Turn]:
-    """The turns of a list, or of a JSON text that holds one.
+    """The messages of a list, or of a JSON string with one.
 
     Args:
-        value: what stands in the column.
-        train: False marks the assistant's turns as not to be learned.
+        value: the value of the column.
+        train: False excludes the assistant messages from training.
 
     Raises:
-        Unused: a turn has no role that is known, or no text.
+        SkipRow: a message has no known role, or no text.
     """
     given = parsed_list(value, _NO_LIST)
     if not given:
@@ -66,17 +66,17 @@ def normalize_messages(value: Any, *, train: bool = True) -> list[Turn]:
 
 
 def normalize_tools(tools: Any, functions: Any) -> list[Any]:
-    """The tools of a row in the form that chat templates read, from `tools` or from OpenAI's older `functions`.
+    """The tools of a row in the format of chat templates, from `tools` or OpenAI's older `functions`.
 
     Raises:
-        Unused: they are no list, or one of them has no name.
+        SkipRow: they are not a list, or one of them has no name.
     """
-    reason = "with tools that are no list"
+    reason = "with tools that are not a list"
     return [_normalize_tool(tool) for tool in parsed_list(tools, reason) or parsed_list(functions, reason)]
 
 
 def is_chat(value: Any) -> bool:
-    """Whether a value is a list of turns in a dialect that is known.
+    """Whether a value is a list of messages in a known format.
 
     >>> is_chat([{"from": "human", "value": "Hi"}]), is_chat([{"id": 1}]), is_chat("Hi")
     (True, False, False)
@@ -85,7 +85,7 @@ def is_chat(value: Any) -> bool:
 
 
 def is_sharegpt(value: Any) -> bool:
-    """Whether the first turn of a list, or of a JSON text that holds one, is written with from and value.
+    """Whether the first message of a list, or of a JSON string with one, has the keys from and value.
 
     >>> is_sharegpt('[{"from": "human", "value": "Hi"}]'), is_sharegpt([{"role": "user", "content": "Hi"}])
     (True, False)
@@ -102,16 +102,16 @@ def _has_speaker(turn: Any) -> bool:
 
 
 def _normalize_message(turn: Any) -> Turn:
-    # Arrow gives every turn of a file the same keys, so a key may be there and null.
-    speaker = _first(turn, "role", "from") if isinstance(turn, dict) else None
-    if not isinstance(speaker, str):
+    # In Arrow files every message has the same keys, so a key may be present and null.
+    name = _first(turn, "role", "from") if isinstance(turn, dict) else None
+    if not isinstance(name, str):
         raise SkipRow("with a message without a role")
-    role = _ROLES.get(speaker) or _ROLES.get(speaker.strip().lower())
+    role = _ROLES.get(name) or _ROLES.get(name.strip().lower())
     if role is None:
-        raise SkipRow(f"with the unknown role {printable(speaker, 20)}")
+        raise SkipRow(f"with the unknown role {printable(name, 20)}")
     content = _first(turn, "content", "value")
-    if speaker == "function_call":
-        calls = _spoken_calls(content)
+    if name == "function_call":
+        calls = _sharegpt_calls(content)
         content = ""
     else:
         calls = _calls(turn) if role == "assistant" else []
@@ -125,7 +125,7 @@ def _normalize_message(turn: Any) -> Turn:
 
 
 _PASSED_ON = ("name", "tool_call_id", "reasoning_content", "thinking")
-"""Further texts of a turn that chat templates know; one that a template does not write is not trained."""
+"""Further text keys of a message for chat templates; they are only trained if the template renders them."""
 
 
 def _first(turn: Turn, key: str, other: str) -> Any:
@@ -155,20 +155,20 @@ def _part_text(part: Any) -> str:
 def _is_untrained(turn: Turn) -> bool:
     weight = turn.get("weight")
     if weight is not None and weight not in (0, 1):
-        raise SkipRow("with a weight of a turn that is neither 0 nor 1")
+        raise SkipRow("with a message weight that is neither 0 nor 1")
     return weight == 0 or turn.get("train") is False
 
 
 def _calls(turn: Turn) -> list[Turn]:
-    """The tool calls of an assistant's turn, OpenAI's older `function_call` among them."""
+    """The tool calls of an assistant message, including OpenAI's older `function_call`."""
     given = list(parsed_list(turn.get("tool_calls"), _BAD_CALL))
     if not given and turn.get("function_call") is not None:
         given = [turn["function_call"]]
     return [_call(call) for call in given]
 
 
-def _spoken_calls(value: Any) -> list[Turn]:
-    """The tool calls that ShareGPT rows write as the words of the speaker function_call."""
+def _sharegpt_calls(value: Any) -> list[Turn]:
+    """The tool calls in ShareGPT rows, which are the content of a message from function_call."""
     try:
         calls = json.loads(value) if isinstance(value, str) else value
     except (ValueError, RecursionError):
@@ -180,7 +180,7 @@ def _spoken_calls(value: Any) -> list[Turn]:
 
 
 def _call(call: Any) -> Turn:
-    """One call, its arguments as an object: templates write them as JSON themselves."""
+    """One call, with its arguments as an object: templates serialize them as JSON themselves."""
     function = call.get("function") if isinstance(call, dict) and call.get("function") is not None else call
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise SkipRow(_BAD_CALL)
@@ -207,18 +207,18 @@ def _normalize_tool(tool: Any) -> Any:
 def _check_order(turns: Sequence[Turn]) -> None:
     roles = [turn["role"] for turn in turns]
     if "system" in roles[1:]:
-        raise SkipRow("with a system turn after the beginning")
+        raise SkipRow("with a system message after the beginning")
     for role in ("user", "assistant"):
         if any(one == two == role for one, two in itertools.pairwise(roles)):
-            raise SkipRow(f"with two {role} turns in a row")
+            raise SkipRow(f"with two consecutive {role} messages")
     answers = [
         number
         for number, turn in enumerate(turns)
         if turn["role"] == "assistant" and (turn["content"].strip() or "tool_calls" in turn)
     ]
     if not answers:
-        raise SkipRow("without an assistant turn")
+        raise SkipRow("without an assistant message")
     if not any("train" not in turns[number] for number in answers):
-        raise SkipRow("with no assistant turn to train")
+        raise SkipRow("without an assistant message to train")
     if set(roles[: answers[-1]]) <= {"system"}:
-        raise SkipRow("with an answer and nothing before it")
+        raise SkipRow("with no user message before the assistant message")

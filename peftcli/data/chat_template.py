@@ -1,4 +1,4 @@
-"""Tokenizes chats and marks the assistant tokens: by the chat template, or by rendering prefixes."""
+"""Tokenizes chats and computes the assistant mask, from the chat template or by rendering prefixes."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -15,45 +15,45 @@ from peftcli.errors import DataError
 
 Chat: TypeAlias = list[dict[str, Any]]
 MaskedChat: TypeAlias = tuple[list[int], list[int]]
-"""Ids of a chat, and a 1 for each that is trained."""
+"""Token ids of a chat, and the loss mask (1 for trained tokens)."""
 
-_REFUSED = (TemplateError, ValueError, TypeError)
-"""What templates and tokenizers raise on a chat that they do not take."""
+_REJECTED = (TemplateError, ValueError, TypeError)
+"""Errors of templates and tokenizers for a chat that they do not support."""
 
 
 def read_chats(columns: Mapping[str, Sequence[str]]) -> tuple[list[Chat], list[Any]]:
-    """The chats of a batch of examples and, for each, its tools or None."""
+    """The chats of a batch of examples, and the tools of each or None."""
     tools = columns.get("tools") or [""] * len(columns["messages"])
     return [json.loads(text) for text in columns["messages"]], [json.loads(text) if text else None for text in tools]
 
 
 def render(chat: Chat, tools: Any, tokenizer: PreTrainedTokenizerBase, *, prompt: bool = False) -> str:
-    """A chat as the template writes it; with `prompt`, up to where the assistant begins to speak.
+    """Render a chat with the template; with `prompt`, add the generation prompt.
 
     Raises:
-        TemplateError: the template refuses the chat.
+        TemplateError: the template rejects the chat.
     """
     return str(tokenizer.apply_chat_template(_plain(chat), tools=tools, tokenize=False, add_generation_prompt=prompt))
 
 
 def training_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """A template that marks the assistant's turns: the tokenizer's own, TRL's for a known family, or None."""
+    """A template with generation markers: the tokenizer's own, TRL's for a known family, or None."""
     if has_generation_markers(tokenizer.chat_template):
         return str(tokenizer.chat_template)
     try:
         return str(get_training_chat_template(tokenizer))
-    except ValueError:  # TRL's way to say that it does not know this family
+    except ValueError:  # TRL does not know this family
         return None
 
 
 def last_answer(chat: Chat) -> int:
-    """Number of the assistant's last turn that says something, from 0."""
-    said = [number for number, turn in enumerate(chat) if turn["role"] == "assistant" and turn["content"].strip()]
-    return said[-1] if said else max(number for number, turn in enumerate(chat) if turn["role"] == "assistant")
+    """Index of the last assistant message with content."""
+    answers = [index for index, turn in enumerate(chat) if turn["role"] == "assistant" and turn["content"].strip()]
+    return answers[-1] if answers else max(index for index, turn in enumerate(chat) if turn["role"] == "assistant")
 
 
 class ChatEncoder:
-    """Turns chats into ids and marks, with one template for all of them."""
+    """Encodes chats to token ids and loss masks."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, assistant_only: bool) -> None:
         """
@@ -62,23 +62,23 @@ class ChatEncoder:
         """
         if not tokenizer.chat_template:
             raise DataError(
-                "the tokenizer has no chat template, and the data are chats; set model.chat_template to a Jinja file, "
-                "or make texts of the chats with dataset.prompt and dataset.completion"
+                "the tokenizer has no chat template, but the data format is messages; set model.chat_template to a "
+                "Jinja file, or use dataset.prompt and dataset.completion"
             )
         self._tokenizer = tokenizer
         self._assistant_only = assistant_only
         self._template = training_template(tokenizer) if assistant_only else None
-        self._aside = BackgroundEncoder(tokenizer)
+        self._background = BackgroundEncoder(tokenizer)
 
     def start(self, chats: Sequence[Chat], tools: Sequence[Any]) -> Callable[[], list[MaskedChat | str]]:
-        """Render chats, and encode them aside.
+        """Render chats, and encode them in the background.
 
         Returns:
-            What waits for the ids and marks of each chat, or the reason why the template takes it not.
+            A function that waits and returns the ids and mask of each chat, or the reason why the template rejects it.
 
         Raises:
-            DataError: the assistant's turns cannot be told apart with certainty, or the template does not end its
-                work; also from what is returned.
+            DataError: the assistant mask is ambiguous, or the template exceeds the time limit; also raised by the
+                returned function.
         """
         plain = [
             row for row, chat in enumerate(chats) if not tools[row] and all(turn.get("train", True) for turn in chat)
@@ -90,7 +90,7 @@ class ChatEncoder:
             if plain:
                 with template_time_limit(BATCH_SECONDS):
                     together = self._together([chats[row] for row in plain])
-        except _REFUSED:  # one of them; which is found out one by one
+        except _REJECTED:  # at least one chat is rejected; find it by rendering them one by one
             plain = []
 
         def finish() -> list[MaskedChat | str]:
@@ -98,7 +98,7 @@ class ChatEncoder:
             try:
                 for row, marked in zip(plain, together(), strict=True):
                     found[row] = marked
-            except _REFUSED:  # a text that the tokenizer takes not
+            except _REJECTED:  # the tokenizer rejects a text
                 found = [None] * len(chats)
             with template_time_limit(BATCH_SECONDS):
                 return [
@@ -108,7 +108,7 @@ class ChatEncoder:
         return finish
 
     def _together(self, chats: Sequence[Chat]) -> Callable[[], list[MaskedChat]]:
-        """Render chats as `apply_chat_template` does; what is returned waits for their ids and marks."""
+        """Render chats like `apply_chat_template`; the returned function waits for their ids and masks."""
         if rust_core(self._tokenizer) is None:
             marked = self._by_template(chats, None)
             return lambda: marked
@@ -118,7 +118,7 @@ class ChatEncoder:
             return_assistant_tokens_mask=self._assistant_only,
             **self._tokenizer.special_tokens_map,
         )
-        return self._aside.start(_masked_texts, texts, spans if self._assistant_only else None, self._tokenizer)
+        return self._background.start(_masked_texts, texts, spans if self._assistant_only else None, self._tokenizer)
 
     def _one(self, chat: Chat, tools: Any) -> MaskedChat | str:
         partly = any(not turn.get("train", True) for turn in chat)
@@ -126,8 +126,8 @@ class ChatEncoder:
             if self._assistant_only and (self._template is None or partly):
                 return assistant_mask_by_prefix(chat, tools, self._tokenizer)
             return self._by_template([chat], tools)[0]
-        except _REFUSED as problem:
-            return f"refused by the chat template ({' '.join(str(problem).split())[:100]})"
+        except _REJECTED as problem:
+            return f"rejected by the chat template ({' '.join(str(problem).split())[:100]})"
 
     def _by_template(self, chats: Sequence[Chat], tools: Any) -> list[MaskedChat]:
         encoded = self._tokenizer.apply_chat_template(
@@ -147,33 +147,33 @@ class ChatEncoder:
 def _masked_texts(
     texts: Sequence[str], spans: Sequence[Sequence[tuple[int, int]]] | None, tokenizer: PreTrainedTokenizerBase
 ) -> list[MaskedChat]:
-    """Ids of rendered chats, and marks on the characters of the spans; on all where there are none.
+    """Ids of rendered chats, and masks of the character spans; all tokens if `spans` is None.
 
-    Source: the mask of `PreTrainedTokenizerBase.apply_chat_template`, which takes the texts twice as long.
+    Source: the mask of `PreTrainedTokenizerBase.apply_chat_template`, which takes twice as long.
     """
     if spans is None:
         return [(ids, [1] * len(ids)) for ids in encode(texts, tokenizer, special=False)]
     encoded = rust_core(tokenizer).encode_batch(list(texts), add_special_tokens=False)
-    return [(one.ids, _marks(one, inside)) for one, inside in zip(encoded, spans, strict=True)]
+    return [(one.ids, _mask(one, inside)) for one, inside in zip(encoded, spans, strict=True)]
 
 
-def _marks(encoded: Any, spans: Sequence[tuple[int, int]]) -> list[int]:
-    marks = [0] * len(encoded)
+def _mask(encoded: Any, spans: Sequence[tuple[int, int]]) -> list[int]:
+    mask = [0] * len(encoded)
     for start, end in spans:
         first, last = encoded.char_to_token(start), encoded.char_to_token(end - 1)
         if first is None:
             break
-        stop = last + 1 if last else len(marks)
-        marks[first:stop] = [1] * (stop - first)
-    return marks
+        stop = last + 1 if last else len(mask)
+        mask[first:stop] = [1] * (stop - first)
+    return mask
 
 
 def assistant_mask_by_prefix(chat: Chat, tools: Any, tokenizer: PreTrainedTokenizerBase) -> MaskedChat:
-    """Find the assistant's turns of a template without marks by rendering the chat up to each of them.
+    """The assistant mask of a template without generation markers, found by rendering each prefix of the chat.
 
     Raises:
-        DataError: a shorter chat does not render as the beginning of the longer one, so the turns cannot be told.
-        TemplateError: the template refuses the chat.
+        DataError: a prefix of the chat does not render as a prefix of the text, so the mask is ambiguous.
+        TemplateError: the template rejects the chat.
     """
     whole = render(chat, tools, tokenizer)
     spans = []
@@ -184,8 +184,8 @@ def assistant_mask_by_prefix(chat: Chat, tools: Any, tokenizer: PreTrainedTokeni
         after = render(chat[: number + 1], tools, tokenizer)
         if not (whole.startswith(after) and after.startswith(before)):
             raise DataError(
-                "the chat template renders earlier turns differently in a longer chat, so the assistant's turns cannot "
-                "be told apart with certainty; give model.chat_template a template with {% generation %} marks, or set "
+                "the chat template renders earlier turns differently in a longer chat, so the assistant mask is "
+                "ambiguous; set model.chat_template to a template with {% generation %} markers, or set "
                 "trainer.assistant_only_loss: false"
             )
         spans.append((len(before), len(after)))
@@ -193,13 +193,13 @@ def assistant_mask_by_prefix(chat: Chat, tools: Any, tokenizer: PreTrainedTokeni
 
 
 def _mask_spans(text: str, spans: list[tuple[int, int]], tokenizer: PreTrainedTokenizerBase) -> MaskedChat:
-    """Ids of a text, and marks on the characters of the spans and no other.
+    """Ids of a text, and a mask of exactly the character spans.
 
-    A token that reaches over the edge of a span would train a part of the prompt, or leave out a part of the answer.
-    Then the pieces are encoded apart, which is also what generation sees: a prompt that ends at that edge.
+    A token that crosses the boundary of a span would train a part of the prompt, or miss a part of the answer. In this
+    case the pieces are encoded separately, as in generation, where the prompt also ends at that boundary.
 
     Raises:
-        DataError: the pieces do not add up to the text.
+        DataError: the separately encoded pieces decode to another text.
     """
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids: list[int] = encoded["input_ids"]
@@ -210,19 +210,19 @@ def _mask_spans(text: str, spans: list[tuple[int, int]], tokenizer: PreTrainedTo
         return ids, [int(bit and right > left) for bit, (left, right) in zip(inside, offsets, strict=True)]
     cuts = [0, *sorted(edges - {0, len(text)}), len(text)]
     pieces: list[int] = []
-    marks: list[int] = []
+    mask: list[int] = []
     for start, end in pairwise(cuts):
         piece = tokenizer(text[start:end], add_special_tokens=False)["input_ids"]
         pieces += piece
-        marks += [int((start, end) in spans)] * len(piece)
+        mask += [int((start, end) in spans)] * len(piece)
     if tokenizer.decode(pieces) != tokenizer.decode(ids):
         raise DataError(
-            "a token reaches over the edge of an assistant's turn and the tokenizer cannot encode the turns apart; end "
-            "the generation prompt of the chat template on a special token or a line break"
+            "a token crosses the boundary of an assistant turn, and the tokenizer cannot encode the turns separately; "
+            "end the generation prompt of the chat template with a special token or a line break"
         )
-    return pieces, marks
+    return pieces, mask
 
 
 def _plain(chat: Chat) -> Chat:
-    """The chat without our own word on whether a turn is trained, and without keys that hold nothing."""
+    """The chat without our `train` flags and without null values."""
     return [{key: value for key, value in turn.items() if key != "train" and value is not None} for turn in chat]

@@ -1,4 +1,4 @@
-"""Questions to a tokenizer and its embeddings whose wrong answers let a run learn nothing, or never stop."""
+"""Checks of the tokenizer, the chat template and the embeddings that catch runs which learn nothing or never stop."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -18,18 +18,19 @@ Floats = NDArray[np.floating[Any]]
 
 PROBE = "Name 2 fruits, e.g. Äpfel."
 ANSWER = "Apples & pears."
-TWINS, TWIN_DISTANCE, MEAN_DISTANCE = 2, 0.1, 0.3
-"""Rows nearly equal to one that was never trained; how near, of its norm; and how near the mean, of the usual way."""
+COPIES, COPY_DISTANCE, MEAN_DISTANCE = 2, 0.1, 0.3
+"""Near copies of an untrained embedding row: their number, and their distance relative to its norm; and the distance of
+an untrained row from the mean, relative to the median distance."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """The answer to one question.
+    """The result of one check.
 
     Attributes:
-        name: the question, in a few words.
-        result: `ok`, `warn` (go on, knowing this), `fail` (stop here) or `skip` (does not apply).
-        said: one sentence; of `warn` and `fail` also the mend.
+        name: what was checked, in a few words.
+        result: `ok`, `warn` (continue, but the user should know), `fail` (stop) or `skip` (does not apply).
+        said: one sentence; for `warn` and `fail` with the fix.
     """
 
     name: str
@@ -39,12 +40,12 @@ class Check:
 
 @dataclass(frozen=True)
 class EmbeddingRows:
-    """Rows of the matrix that writes tokens: the output embedding, which often is the input embedding too.
+    """Rows of the output embedding, which is often tied to the input embedding.
 
     Attributes:
-        ids: the end ids, and the added tokens that the rows or the template use.
+        ids: the end tokens, and the added tokens that the rows or the template use.
         rows: (n, h), float32 or float64; one for each of `ids`.
-        sample: (m, h); rows of other ids, drawn evenly, about 1000 or all there are.
+        sample: (m, h); evenly spaced rows of other ids, about 1000 or all.
     """
 
     ids: list[int]
@@ -55,12 +56,12 @@ class EmbeddingRows:
 def check_tokenizer(
     tokenizer: PreTrainedTokenizerBase, kind: str, *, sample_chats: Sequence[Chat], assistant_only: bool
 ) -> list[Check]:
-    """Ask a tokenizer what a run relies on.
+    """Check the tokenizer and its chat template.
 
     Args:
-        tokenizer: with the chat template that is used.
-        kind: format of the data: `messages`, `prompt_completion`, `text`, or one with labels, which writes nothing.
-        sample_chats: some chats of the data; used where `kind` is `messages`.
+        tokenizer: with the chat template of the run.
+        kind: format of the data: `messages`, `prompt_completion`, `text`, or one with labels, which generates no text.
+        sample_chats: some chats of the data; used if `kind` is `messages`.
         assistant_only: only the assistant's turns are trained.
     """
     if kind == "images":
@@ -71,13 +72,13 @@ def check_tokenizer(
     if kind != "messages":
         return [*checks, _single_start(tokenizer(PROBE)["input_ids"], tokenizer), _round_trip([PROBE], tokenizer)]
     if not tokenizer.chat_template:
-        fix = "set model.chat_template to a Jinja file, or take the tokenizer of the chat model"
-        return [*checks, Check("chat template", "fail", f"The tokenizer has none, and the data are messages; {fix}.")]
+        fix = "set model.chat_template to a Jinja file, or use the chat version of the model"
+        return [*checks, Check("chat template", "fail", f"The tokenizer has none, but the data are messages; {fix}.")]
     probe = [{"role": "user", "content": PROBE}, {"role": "assistant", "content": ANSWER}]
     taken, refusals = _rendered([probe, *sample_chats], tokenizer)
     if not taken or taken[0][0] is not probe or (sample_chats and len(taken) == 1):
-        said = f"It refuses chats ({refusals[0]}); set model.chat_template to one that takes them, or mend the rows."
-        return [*checks, Check("chat template", "fail", said)]
+        fix = "set model.chat_template to one that supports them, or fix the rows"
+        return [*checks, Check("chat template", "fail", f"It rejects chats ({refusals[0]}); {fix}.")]
     texts = [text for _, text in taken]
     return [
         *checks,
@@ -94,21 +95,22 @@ def check_tokenizer(
 def check_embeddings(
     found: EmbeddingRows, tokenizer: PreTrainedTokenizerBase, *, embeddings_trained: bool, ends: Collection[int]
 ) -> list[Check]:
-    """Ask whether the base model ever learned the end tokens and the added tokens that the rows use.
+    """Check whether the base model has trained embeddings of the end tokens and the added tokens in the rows.
 
     Args:
         found: their rows, and a sample of other rows.
         tokenizer: for the names of the tokens.
         embeddings_trained: the run trains the embeddings, or these rows of them.
-        ends: ids on which an answer ends.
+        ends: ids that end an answer.
     """
-    flat = [id_ for id_, bad in zip(found.ids, untrained_rows(found.rows, found.sample), strict=True) if bad]
+    untrained = [id_ for id_, bad in zip(found.ids, untrained_rows(found.rows, found.sample), strict=True) if bad]
+    end_ids = [id_ for id_ in found.ids if id_ in ends]
     return [
-        _learned("end token learned", [id_ for id_ in found.ids if id_ in ends], flat, tokenizer, embeddings_trained),
+        _learned("end token learned", end_ids, untrained, tokenizer, embeddings_trained),
         _learned(
             "added tokens learned",
             [id_ for id_ in found.ids if id_ not in ends],
-            flat,
+            untrained,
             tokenizer,
             embeddings_trained,
         ),
@@ -116,18 +118,18 @@ def check_embeddings(
 
 
 def untrained_rows(rows: Floats, sample: Floats) -> list[bool]:
-    """Tell which rows of an embedding were hardly ever trained.
+    """Which rows of an embedding were hardly trained.
 
-    Two traces are looked for. Output rows of tokens that never occurred are all pushed the same way, so each has
-    near copies: two or more other rows within a tenth of its norm. Rows that are still as they were set up - zero,
-    small noise, or the mean of the others, as vocabularies are grown - lie much nearer to the mean than rows
-    usually do. A token that was set up with noise as wide as trained rows leaves no trace and is not found.
+    There are two criteria. Output rows of tokens that never occurred all get the same gradient, so each has near
+    copies: two or more other rows within a tenth of its norm. Rows that still have their initial value - zero, small
+    noise, or the mean of the others - are much closer to the mean than usual. A row that was initialized with noise as
+    large as trained rows is not detected.
 
     Args:
-        rows: (n, h); the rows in question.
-        sample: (m, h); other rows of the same matrix, drawn evenly; with m = 0 only `rows` are compared.
+        rows: (n, h); the rows to check.
+        sample: (m, h); evenly spaced other rows of the same matrix; with m = 0 only `rows` are compared.
 
-    Source: after Land and Bartolo 2024, arXiv:2405.05417, who find such tokens by the same two kinds of distance.
+    Source: after Land and Bartolo 2024, arXiv:2405.05417, who find such tokens with the same two distances.
 
     >>> noise = np.random.default_rng(0).normal(size=(200, 16))
     >>> copies = np.ones((3, 16))
@@ -138,21 +140,21 @@ def untrained_rows(rows: Floats, sample: Floats) -> list[bool]:
     others = np.concatenate([rows, sample])
     norms = np.linalg.norm(rows, axis=1)
     copies = [
-        int((np.linalg.norm(others - row, axis=1) <= TWIN_DISTANCE * norm).sum()) - 1
+        int((np.linalg.norm(others - row, axis=1) <= COPY_DISTANCE * norm).sum()) - 1
         for row, norm in zip(rows, norms, strict=True)
     ]
     mean = (sample if len(sample) else rows).mean(axis=0)
     usual = np.median(np.linalg.norm((sample if len(sample) else rows) - mean, axis=1))
     near = np.linalg.norm(rows - mean, axis=1) <= MEAN_DISTANCE * usual
-    return [bool(close or twins >= TWINS or norm == 0) for close, twins, norm in zip(near, copies, norms, strict=True)]
+    return [bool(close or count >= COPIES or norm == 0) for close, count, norm in zip(near, copies, norms, strict=True)]
 
 
 def _learned(
-    name: str, ids: list[int], flat: list[int], tokenizer: PreTrainedTokenizerBase, embeddings_trained: bool
+    name: str, ids: list[int], untrained: list[int], tokenizer: PreTrainedTokenizerBase, embeddings_trained: bool
 ) -> Check:
-    bad = [id_ for id_ in ids if id_ in flat]
+    bad = [id_ for id_ in ids if id_ in untrained]
     if not ids:
-        return Check(name, "skip", "There is none to look at.")
+        return Check(name, "skip", "There are none.")
     if not bad:
         return Check(name, "ok", f"The base model has learned {_names(ids, tokenizer)}.")
     seen = f"The base model has never learned {_names(bad, tokenizer)}"
@@ -163,7 +165,7 @@ def _learned(
         fix = f"set model.eos_token to an end token that it knows, or {train}"
         return Check(name, "warn", f"{seen} and the embeddings are frozen, so answers may never stop; {fix}.")
     fix = f"{train}, or set model.chat_template to one without them"
-    return Check(name, "warn", f"{seen} and the embeddings are frozen, so turns are hard to tell apart; {fix}.")
+    return Check(name, "warn", f"{seen} and the embeddings are frozen, so turns are hard to distinguish; {fix}.")
 
 
 def _names(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, most: int = 6) -> str:
@@ -173,7 +175,7 @@ def _names(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, most: int = 6
 
 def _end_token(tokenizer: PreTrainedTokenizerBase) -> Check:
     if tokenizer.eos_token_id is None:
-        said = "The tokenizer has none, so no answer learns to stop; set model.eos_token to a token that ends a text."
+        said = "The tokenizer has none, so the model does not learn to stop; set model.eos_token to an end token."
         return Check("end token", "fail", said)
     return Check("end token", "ok", f"{_names([tokenizer.eos_token_id], tokenizer)} ends a row.")
 
@@ -181,22 +183,22 @@ def _end_token(tokenizer: PreTrainedTokenizerBase) -> Check:
 def _pad_token(tokenizer: PreTrainedTokenizerBase) -> Check:
     pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
     if pad is None:
-        known = "the end token fills short rows" if end is not None else "one of the vocabulary fills short rows"
-        return Check("pad token", "ok", f"The tokenizer has none; {known}, where it is masked and not trained.")
+        used = "the end token" if end is not None else "another token"
+        return Check("pad token", "ok", f"The tokenizer has none; {used} is used for padding, masked and not trained.")
     if pad == end:
-        said = "It is the end token; labels are masked by position and not by id, so end tokens are still trained."
+        said = "It is the end token; padding is masked by position and not by id, so end tokens are still trained."
         return Check("pad token", "ok", said)
-    return Check("pad token", "ok", f"{_names([pad], tokenizer)} fills short rows and is not trained.")
+    return Check("pad token", "ok", f"{_names([pad], tokenizer)} is used for padding and is not trained.")
 
 
 def _pad_of_labelled(tokenizer: PreTrainedTokenizerBase) -> Check:
     pad = tokenizer.pad_token_id
-    name = "A token of the vocabulary" if pad is None else _names([pad], tokenizer)
-    return Check("pad token", "ok", f"{name} fills short rows and is masked.")
+    name = "Another token" if pad is None else _names([pad], tokenizer)
+    return Check("pad token", "ok", f"{name} is used for padding and is masked.")
 
 
 def _rendered(chats: Sequence[Chat], tokenizer: PreTrainedTokenizerBase) -> tuple[list[tuple[Chat, str]], list[str]]:
-    """The chats that the template takes, with their texts, and the reasons why it refuses the others."""
+    """The chats that the template renders, with their texts, and the reasons why it rejects the others."""
     taken, refusals = [], []
     for chat in chats:
         try:
@@ -208,10 +210,10 @@ def _rendered(chats: Sequence[Chat], tokenizer: PreTrainedTokenizerBase) -> tupl
 
 def _template(chats: int, refusals: Sequence[str]) -> Check:
     if refusals:
-        fix = "set model.chat_template to one that takes them, or mend the rows"
-        said = f"It refuses {len(refusals)} of {chats} chats looked at ({refusals[0]}); {fix}."
+        fix = "set model.chat_template to one that supports them, or fix the rows"
+        said = f"It rejects {len(refusals)} of {chats} sampled chats ({refusals[0]}); {fix}."
         return Check("chat template", "warn", said)
-    return Check("chat template", "ok", f"It renders a probe and all chats looked at ({chats}).")
+    return Check("chat template", "ok", f"It renders a test chat and all sampled chats ({chats}).")
 
 
 def _single_start(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> Check:
@@ -220,10 +222,10 @@ def _single_start(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> Che
         return Check("start token", "skip", "The tokenizer has none.")
     if list(ids[:2]) == [start, start]:
         name = tokenizer.bos_token
-        fix = f"take one {name} out of the chat template or the templates of the recipe"
-        return Check("start token", "warn", f"Rows begin with {name} twice, which no model has seen; {fix}.")
-    times = "once" if start in ids[:1] else "not"
-    return Check("start token", "ok", f"{tokenizer.bos_token} is written {times}.")
+        fix = f"remove one {name} from the chat template or the templates of the recipe"
+        return Check("start token", "warn", f"Rows start with {name} twice, unlike in pretraining; {fix}.")
+    position = "at the start of a row" if start in ids[:1] else "not used"
+    return Check("start token", "ok", f"{tokenizer.bos_token} is {position}.")
 
 
 def _round_trip(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Check:
@@ -233,47 +235,50 @@ def _round_trip(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Che
         if "".join(back.split()) != "".join(text.split()):
             first, second = _difference(" ".join(text.split()), " ".join(back.split()))
             said = (
-                f"The tokenizer changes text ({first!r} comes back as {second!r}), so answers are learned in that "
-                "form; clean the rows, or take a tokenizer that keeps every letter."
+                f"The tokenizer changes text ({first!r} decodes to {second!r}), so answers are learned in this form; "
+                "clean the rows, or use a lossless tokenizer."
             )
-            return Check("text kept", "warn", said)
-    return Check("text kept", "ok", "Encoded and decoded text is the same, white space aside.")
+            return Check("round trip", "warn", said)
+    return Check("round trip", "ok", "Decoded text equals the original, except for white space.")
 
 
 def _difference(text: str, back: str, around: int = 12) -> tuple[str, str]:
     pairs = zip(text, back, strict=False)
-    place = next((at for at, (one, other) in enumerate(pairs) if one != other), min(len(text), len(back)))
-    start = max(0, place - around // 2)
+    position = next((at for at, (one, other) in enumerate(pairs) if one != other), min(len(text), len(back)))
+    start = max(0, position - around // 2)
     return text[start : start + around], back[start : start + around]
 
 
 def _turns(chats: Sequence[Chat], tokenizer: PreTrainedTokenizerBase, *, assistant_only: bool) -> Check:
     name = "assistant's turns"
     if not assistant_only:
-        return Check(name, "skip", "All turns are trained, as the recipe says.")
+        return Check(name, "skip", "All turns are trained, as set in the recipe.")
     if training_template(tokenizer) is not None:
-        return Check(name, "ok", "The template marks them, or is that of a family whose marks are known.")
+        return Check(name, "ok", "The template has generation markers, or TRL has a training template for it.")
     try:
         for chat in chats:
             assistant_mask_by_prefix(chat, None, tokenizer)
     except DataError as problem:
-        said = str(problem)
-        return Check(name, "fail", f"{said[0].upper()}{said[1:]}.")
-    return Check(name, "ok", "The template has no marks; they are told apart by rendering each chat in steps.")
+        text = str(problem)
+        return Check(name, "fail", f"{text[0].upper()}{text[1:]}.")
+    return Check(name, "ok", "The template has no generation markers; the mask is found by rendering prefixes.")
 
 
 def _turn_end(rendered: str, tokenizer: PreTrainedTokenizerBase) -> Check:
     if ANSWER not in rendered:
-        said = "The template leaves the text of an answer out; set model.chat_template to one that writes it."
+        said = "The template omits the text of answers; set model.chat_template to one that renders it."
         return Check("end of a turn", "fail", said)
-    behind = rendered[rendered.rfind(ANSWER) + len(ANSWER) :].strip()
-    ids = tokenizer(behind, add_special_tokens=False)["input_ids"] if behind else []
+    after = rendered[rendered.rfind(ANSWER) + len(ANSWER) :].strip()
+    ids = tokenizer(after, add_special_tokens=False)["input_ids"] if after else []
     ends = stop_ids(tokenizer)
     if ids and ids[0] in ends:
-        return Check("end of a turn", "ok", f"An answer ends on {_names(ids[:1], tokenizer)}, where generation stops.")
-    wrote = f"{behind[:20]!r}" if behind else "nothing"
-    fix = "give model.chat_template one that ends the assistant's turn with the end token, or set model.eos_token"
-    return Check("end of a turn", "warn", f"The template writes {wrote} behind an answer, no end token; {fix}.")
+        return Check(
+            "end of a turn", "ok", f"An answer ends with {_names(ids[:1], tokenizer)}, where generation stops."
+        )
+    ending = f"{after[:20]!r}" if after else "nothing"
+    fix = "set model.chat_template to one that ends assistant turns with the end token, or set model.eos_token"
+    said = f"The chat template ends assistant turns with {ending} instead of an end token; {fix}."
+    return Check("end of a turn", "warn", said)
 
 
 def _system_role(probe: Chat, chats: Sequence[Chat], tokenizer: PreTrainedTokenizerBase) -> Check:
@@ -281,19 +286,19 @@ def _system_role(probe: Chat, chats: Sequence[Chat], tokenizer: PreTrainedTokeni
     taken, _ = _rendered([[{"role": "system", "content": "Xyzzy."}, *probe]], tokenizer)
     kept = bool(taken) and "Xyzzy." in taken[0][1]
     if kept:
-        return Check("system turns", "ok", "The template writes them.")
+        return Check("system turns", "ok", "The template renders them.")
     if used:
-        fix = "set model.chat_template to one that writes them, or put their text into the first user turn"
-        return Check("system turns", "warn", f"The template leaves them out, and the data hold some; {fix}.")
-    return Check("system turns", "ok", "The template has none, and the chats looked at hold none.")
+        fix = "set model.chat_template to one that renders them, or put their text into the first user turn"
+        return Check("system turns", "warn", f"The template omits them, but the data have some; {fix}.")
+    return Check("system turns", "ok", "The template does not support them, and the sampled chats have none.")
 
 
 def _generation_prompt(user: Chat, tokenizer: PreTrainedTokenizerBase) -> Check:
     name = "start of an answer"
     if render(user, None, tokenizer, prompt=True) != render(user, None, tokenizer):
-        return Check(name, "ok", "The template begins the assistant's turn when it is asked to.")
+        return Check(name, "ok", "The template supports add_generation_prompt.")
     said = (
-        "The template ignores add_generation_prompt, so the model may write the user's next turn; add the "
-        "assistant's opening to model.chat_template."
+        "The template ignores add_generation_prompt, so the model may generate the user's next turn; set "
+        "model.chat_template to one that supports it."
     )
     return Check(name, "warn", said)

@@ -1,4 +1,4 @@
-"""Reads a label column: one class, several, or a number; and the names of the classes."""
+"""Reads a label column (one class, several classes, or a number) and the class names."""
 
 import json
 import re
@@ -12,11 +12,11 @@ from peftcli.errors import DataError
 from peftcli.metrics.tagging import OUTSIDE
 
 SMALL_RANGE = 20
-"""Whole numbers that span no more than this are taken for classes; of others the recipe must say what they are."""
+"""Whole numbers within a smaller range than this are classes; for others the recipe must set the problem type."""
 LARGEST = 3.4e38
-"""Of float32, in which numbers are learned."""
+"""Maximum of float32, the dtype of regression labels."""
 MOSTLY = 0.9
-"""Labels of which so many are numbers, some with decimals, are amounts; the others are left out."""
+"""Share of numeric labels, some with decimals, from which on the problem is regression; other labels are dropped."""
 SEPARATORS = ("|", ";", ",")
 _WHOLE = re.compile(r"[+-]?\d+")
 
@@ -30,10 +30,10 @@ class LabelColumn:
     Attributes:
         name: of the column.
         problem_type: single-label, multi-label or regression.
-        names: of the classes by number, where the recipe or the data set gives them.
-        separator: between the classes of a text such as `toxic|insult`.
-        switches: each list holds a 0 or a 1 for each class, in place of the classes.
-        unlabelled: -1 stands for no label, as in data sets of the Hub.
+        names: class names by id, if the recipe or the dataset has them.
+        separator: between classes in a string such as `toxic|insult`.
+        switches: the lists are multi-hot (0 or 1 for each class) instead of class names.
+        unlabelled: -1 means no label, as in Hub datasets.
     """
 
     name: str
@@ -44,11 +44,11 @@ class LabelColumn:
     unlabelled: bool = False
 
     def text(self, value: Any) -> str:
-        """The label of a row as it is stored: a class, a JSON list of classes, or a number.
+        """The label of a row as stored: a class, a JSON list of classes, or a number.
 
         Raises:
-            Unused: the row has no label.
-            Wrong: a class is none of the names.
+            SkipRow: the row has no label.
+            InvalidValue: a class is not one of the names.
         """
         if self.problem_type == "regression":
             return _number_text(value, self.name)
@@ -59,7 +59,7 @@ class LabelColumn:
     def one(self, value: Any) -> str:
         """The name of one class."""
         if isinstance(value, list | tuple | dict):
-            raise SkipRow(f"with {self.name} not one class (a {type_name(type(value))})")
+            raise SkipRow(f"with {self.name} not a single class (a {type_name(type(value))})")
         plain = class_text(value, self.name)
         if self.unlabelled and plain == "-1":
             raise SkipRow(f"with no {self.name} (-1)")
@@ -81,19 +81,19 @@ class LabelColumn:
         if (wanted is not None and len(value) != wanted) or any(
             class_text(one, self.name) not in "01" for one in value
         ):
-            raise SkipRow(f"with {self.name} not a 0 or a 1 for each class")
+            raise SkipRow(f"with {self.name} not a 0 or 1 for each class")
         names = self.names or tuple(str(number) for number in range(len(value)))
         return [name for name, one in zip(names, value, strict=True) if class_text(one, self.name) == "1"]
 
 
 def class_text(value: Any, name: str) -> str:
-    """The name of a class that a value writes: text as it is, outer space aside, and whole numbers without decimals.
+    """The class name of a value: stripped text, and whole numbers without decimals.
 
     >>> class_text(" spam ", "label"), class_text(2.0, "label"), class_text(True, "label")
     ('spam', '2', 'true')
 
     Raises:
-        Unused: nothing stands there.
+        SkipRow: the value is null or empty.
     """
     if is_null(value):
         raise SkipRow(f"with {name} null")
@@ -108,23 +108,23 @@ def class_text(value: Any, name: str) -> str:
 
 
 def read_labels(
-    values: Sequence[Any], name: str, asked: str, names: Names | None, where: str, *, unlabelled: bool = False
+    values: Sequence[Any], name: str, problem_type: str, names: Names | None, where: str, *, unlabelled: bool = False
 ) -> LabelColumn:
-    """How a column of labels is read, from its first values.
+    """Decide how to read a label column from its first values.
 
     Args:
         values: of the first rows.
         name: of the column.
-        asked: `model.problem_type`; `auto` decides.
-        names: of the classes, where they are given.
+        problem_type: `model.problem_type`; `auto` to detect it.
+        names: class names, if given.
         where: file, for messages.
-        unlabelled: -1 stands for no label.
+        unlabelled: -1 means no label.
 
     Raises:
-        DataError: the values can be read in two ways.
+        DataError: the values are ambiguous.
     """
     present = [value for value in values if not is_null(value) and value != ""]
-    problem_type = _problem(present, name, names, where) if asked == "auto" else asked
+    problem_type = _detect_problem(present, name, names, where) if problem_type == "auto" else problem_type
     if problem_type != "multi-label":
         return LabelColumn(name, problem_type, names, unlabelled=unlabelled and problem_type == "single-label")
     texts = [value for value in present if isinstance(value, str) and not value.lstrip().startswith("[")]
@@ -134,7 +134,7 @@ def read_labels(
 
 
 def label_said(label: str, problem_type: str) -> str:
-    """A stored label as people read it.
+    """A stored label for display.
 
     >>> label_said("spam", "single-label"), label_said('["toxic", "insult"]', "multi-label")
     ('spam', 'toxic, insult')
@@ -143,7 +143,7 @@ def label_said(label: str, problem_type: str) -> str:
 
 
 def sorted_names(names: Sequence[str]) -> Names:
-    """Names of classes in their order: whole numbers by size, then text by letters; O before all other tags.
+    """Class names in order: whole numbers numerically, then text alphabetically; O before all other tags.
 
     >>> sorted_names(["10", "9"]), sorted_names(["spam", "ham"]), sorted_names(["I-PER", "O", "B-PER"])
     (('9', '10'), ('ham', 'spam'), ('O', 'B-PER', 'I-PER'))
@@ -156,7 +156,7 @@ def sorted_names(names: Sequence[str]) -> Names:
     return tuple(sorted(set(names), key=key))
 
 
-def _problem(present: Sequence[Any], name: str, names: Names | None, where: str) -> str:
+def _detect_problem(present: Sequence[Any], name: str, names: Names | None, where: str) -> str:
     if any(isinstance(value, list | tuple) for value in present):
         return "multi-label"
     if any(isinstance(value, str) and value.lstrip().startswith("[") and _is_list(value) for value in present):
@@ -173,13 +173,13 @@ def _problem(present: Sequence[Any], name: str, names: Names | None, where: str)
     if high - low < SMALL_RANGE:
         return "single-label"
     raise DataError(
-        f"{where}: {name} holds whole numbers from {low:.0f} to {high:.0f}, which may be classes or amounts; "
+        f"{where}: {name} has whole numbers from {low:.0f} to {high:.0f}, which may be classes or quantities; "
         "set model.problem_type: single-label or model.problem_type: regression"
     )
 
 
 def _separator(texts: Sequence[str], name: str, names: Names | None, where: str) -> str | None:
-    """The sign between the classes of texts that are no JSON lists; None where there are no such texts."""
+    """The separator of classes in strings that are not JSON lists; None if there are no such strings."""
     if not texts:
         return None
     found = [sign for sign in SEPARATORS if any(sign in text for text in texts)]
@@ -189,13 +189,13 @@ def _separator(texts: Sequence[str], name: str, names: Names | None, where: str)
     if len(found) > 1:
         signs = " and ".join(found)
         raise DataError(
-            f"{where}: {name} holds {signs}, which may both part classes; name the classes in dataset.labels"
+            f"{where}: {name} has {signs}, which could both separate classes; name the classes in dataset.labels"
         )
     return found[0] if found else SEPARATORS[0]
 
 
 def _are_switches(lists: Sequence[Any]) -> bool:
-    """Whether lists hold a 0 or a 1 for each class: all of one length, and some with the same number twice."""
+    """Whether the lists are multi-hot: all of the same length, only 0 and 1, and some with a repeated number."""
     given = [value for value in lists if isinstance(value, list | tuple)]
     if len({len(value) for value in given}) != 1 or any(not isinstance(one, int) for value in given for one in value):
         return False
@@ -206,7 +206,7 @@ def _parsed(text: str, separator: str | None) -> Any:
     if text.lstrip().startswith("["):
         try:
             return json.loads(text)
-        except (ValueError, RecursionError):  # RecursionError: brackets within brackets, thousands deep
+        except (ValueError, RecursionError):  # RecursionError: thousands of nested brackets
             return text
     return [part for part in text.split(separator or SEPARATORS[0]) if part.strip()]
 
@@ -216,14 +216,14 @@ def _is_list(text: str) -> bool:
 
 
 def _as_number(value: Any) -> float | None:
-    """The number that a value is or writes; None for true, false and other text."""
+    """The numeric value of a number or a string; None for booleans and other text."""
     if isinstance(value, bool):
         return None
     try:
         number = float(value)
     except (TypeError, ValueError):
         return None
-    return number if abs(number) <= LARGEST else None  # no number is neither
+    return number if abs(number) <= LARGEST else None  # also None for NaN
 
 
 def _number_text(value: Any, name: str) -> str:
@@ -231,23 +231,23 @@ def _number_text(value: Any, name: str) -> str:
         raise SkipRow(f"with {name} null")
     number = _as_number(value)
     if number is None:
-        raise SkipRow(f"with {name} no number")
+        raise SkipRow(f"with {name} not a number")
     return repr(number)
 
 
 def _named(plain: str, names: Names, column: str) -> str:
     if plain in names:
         return plain
-    # Numbers stand for the names in their order, unless the names are numbers themselves.
+    # Numbers are class ids, unless the names are numbers themselves.
     if plain.isascii() and plain.isdecimal() and int(plain) < len(names) and not any(map(_WHOLE.fullmatch, names)):
         return names[int(plain)]
     raise InvalidValue(
-        f"{column} is {plain[:80]}, none of the {len(names)} classes ({listed(names)}); add it to dataset.labels"
+        f"{column} is {plain[:80]}, not one of the {len(names)} classes ({listed(names)}); add it to dataset.labels"
     )
 
 
 def tag_names(names: Names | None, column: str) -> Callable[[Any], str]:
-    """A reader of single tags, each a name or the number of one of the names."""
+    """A reader of single tags, each a name or an id."""
     read = LabelColumn(column, "single-label", names)
 
     def tag(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Finds equal and nearly equal rows by short fingerprints that are stored with each row (MinHash)."""
+"""Finds duplicate and near-duplicate rows with hashes and MinHash signatures that are stored with each row."""
 
 import hashlib
 from collections.abc import Sequence
@@ -9,22 +9,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 SHINGLE_BYTES = 8
-"""Length of the pieces of text that two rows have in common or not."""
+"""Length of a shingle."""
 COMPARED_BYTES = 4096
-"""Of each row, so that long ones cost no more than they tell."""
+"""Maximum bytes of a row that are compared."""
 BANDS, BAND_ROWS = 6, 4
-"""A pair that shares 80 % of its pieces meets in one of 6 bands of 4 hashes with a chance of 96 %, one that shares
-50 % of them with 32 %."""
+"""With 6 bands of 4 hashes, a pair with a Jaccard index of 0.8 matches in a band with probability 96 %, one with 0.5
+with 32 %."""
 SIMILAR = 0.8
-"""Share of the pieces (Jaccard index, estimated) from which on two rows are nearly equal."""
+"""Minimum estimated Jaccard index of near duplicates."""
 
 HASHES = BANDS * BAND_ROWS
-"""Entries of a signature."""
+"""Length of a signature."""
 _ODD = np.random.default_rng(20_240_229).integers(1, 2**63, size=HASHES, dtype=np.uint64) | np.uint64(1)
 
 
 def normalize(text: str) -> str:
-    """Text without what two rows may differ in and still be equal: case and white space.
+    """Remove differences that do not count: case and white space.
 
     >>> normalize("  The  Cat\\n")
     'the cat'
@@ -33,16 +33,16 @@ def normalize(text: str) -> str:
 
 
 def digest(text: str) -> int:
-    """64 bits of a text."""
+    """64-bit hash of a text."""
     data = text.encode("utf-8", "surrogatepass")
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
 def signatures(texts: Sequence[str]) -> NDArray[np.uint32]:
-    """MinHash signatures over pieces of 8 bytes; equal entries of two rows estimate their Jaccard index.
+    """MinHash signatures over shingles of 8 bytes; the share of equal entries estimates the Jaccard index of two rows.
 
     Args:
-        texts: n plain texts.
+        texts: n normalized texts.
 
     Returns:
         (n, 24), uint32.
@@ -60,7 +60,7 @@ def signatures(texts: Sequence[str]) -> NDArray[np.uint32]:
     pieces ^= pieces >> np.uint64(31)
     ends = np.cumsum([len(row) for row in rows])
     starts = ends - [len(row) for row in rows]
-    # Pieces that reach over the end of a row belong to no row: reduce over [start, end - 7) and leave the rest out.
+    # Shingles that cross the end of a row do not count: reduce over [start, end - 7) and ignore the rest.
     edges = np.stack([starts, np.minimum(ends - SHINGLE_BYTES + 1, count)], 1).ravel()
     found = np.empty((len(rows), HASHES), np.uint32)
     padded = np.append(pieces, np.uint64(0))
@@ -71,7 +71,7 @@ def signatures(texts: Sequence[str]) -> NDArray[np.uint32]:
 
 
 def first_occurrence(hashes: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """For each row the first row of equal hash, itself where it is the first.
+    """For each row, the first row with the same hash, which may be the row itself.
 
     >>> first_occurrence(np.array([7, 5, 7, 7], np.uint64))
     array([0, 1, 0, 0])
@@ -82,7 +82,7 @@ def first_occurrence(hashes: NDArray[np.uint64]) -> NDArray[np.int64]:
 
 
 def match_exact(left: NDArray[np.uint64], right: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """For each hash of the left the first place of it on the right, or -1.
+    """For each hash on the left, the first index of the same hash on the right, or -1.
 
     >>> match_exact(np.array([3, 9], np.uint64), np.array([9, 9, 4], np.uint64))
     array([-1,  0])
@@ -90,20 +90,20 @@ def match_exact(left: NDArray[np.uint64], right: NDArray[np.uint64]) -> NDArray[
     if not len(right):
         return np.full(len(left), -1, np.int64)
     values, first = np.unique(right, return_index=True)
-    place = np.minimum(np.searchsorted(values, left), len(values) - 1)
-    found: NDArray[np.int64] = np.where(values[place] == left, first[place], -1)
+    index = np.minimum(np.searchsorted(values, left), len(values) - 1)
+    found: NDArray[np.int64] = np.where(values[index] == left, first[index], -1)
     return found
 
 
 class Signatures(Protocol):
-    """Signatures of rows, wherever they are kept."""
+    """Signatures of rows, in memory or on disk."""
 
     def __len__(self) -> int:
         """Number of rows."""
         ...
 
     def band(self, number: int) -> NDArray[np.uint64]:
-        """(rows,), one hash of the entries of a band."""
+        """(rows,), a hash of one band of each signature."""
         ...
 
     def take(self, rows: NDArray[np.int64]) -> NDArray[np.uint32]:
@@ -121,7 +121,7 @@ class Matrix:
         return len(self.entries)
 
     def band(self, number: int) -> NDArray[np.uint64]:
-        """(rows,), one hash of the entries of a band."""
+        """(rows,), a hash of one band of each signature."""
         return band_of(self.entries, number)
 
     def take(self, rows: NDArray[np.int64]) -> NDArray[np.uint32]:
@@ -130,24 +130,24 @@ class Matrix:
 
 
 def match_near_duplicates(left: Signatures, right: Signatures | None) -> NDArray[np.int64]:
-    """For each row of the left a row that is nearly equal, or -1.
+    """For each row on the left, a near duplicate, or -1.
 
-    One band is looked at after the other, so that memory holds 8 bytes of a row at once and not its signature.
+    The bands are processed one by one, so that memory needs 8 bytes per row instead of the whole signature.
 
     Args:
-        right: to look among; None to look among the earlier rows of the left.
+        right: rows to search; None to search the earlier rows of the left.
 
     Returns:
-        (n,), row of the right (of the left where right is None).
+        (n,), row indices of the right (of the left if right is None).
     """
     found = np.full(len(left), -1, np.int64)
     for number in range(BANDS):
-        mine = left.band(number)
+        band = left.band(number)
         if right is None:
-            other = first_occurrence(mine)
-            other[other == np.arange(len(mine))] = -1
+            other = first_occurrence(band)
+            other[other == np.arange(len(band))] = -1
         else:
-            other = match_exact(mine, right.band(number))
+            other = match_exact(band, right.band(number))
         rows = np.flatnonzero((other >= 0) & (found < 0))
         for start in range(0, len(rows), 65536):
             part = rows[start : start + 65536]
@@ -158,12 +158,12 @@ def match_near_duplicates(left: Signatures, right: Signatures | None) -> NDArray
 
 
 def band_of(entries: NDArray[np.uint32], number: int) -> NDArray[np.uint64]:
-    """(rows,), one hash of the entries of a band of some signatures (rows, 24)."""
+    """(rows,), a hash of one band of signatures (rows, 24)."""
     return _band(entries[:, number * BAND_ROWS : (number + 1) * BAND_ROWS])
 
 
 def _band(columns: NDArray[np.uint32]) -> NDArray[np.uint64]:
-    """One hash of the entries of a band."""
+    """A hash of the entries of each row."""
     mixed = np.zeros(len(columns), np.uint64)
     for number in range(columns.shape[1]):
         mixed = (mixed ^ columns[:, number].astype(np.uint64)) * np.uint64(0x9E3779B97F4A7C15)

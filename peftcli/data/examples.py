@@ -1,7 +1,7 @@
 """Builds the texts of one example from the values of a row: templates, columns, instructions, questions.
 
-A maker takes the values of the columns that are read, in order, and gives the columns of the example and, last, the
-user's own words.
+A maker gets the values of the columns that it reads, in order, and returns the columns of the example and, last, the
+text without templates.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,34 +20,34 @@ from peftcli.data.values import (
 from peftcli.recipe.template import compile_template, reach
 
 Maker: TypeAlias = Callable[[tuple[Any, ...]], tuple[str, ...]]
-"""Raises Unused where a row makes no example."""
+"""Raises SkipRow if a row is not usable."""
 
-_BAD_HISTORY = "with history that is no list of pairs of texts"
+_BAD_HISTORY = "with a history that is not a list of text pairs"
 
 
 def from_templates(templates: Sequence[str], paths: Sequence[str], steps: Sequence[tuple[str, ...]]) -> Maker:
-    """A maker that fills templates; each value read is the column that a path begins with.
+    """A maker that fills templates; the values are the columns at the start of each path.
 
     Args:
         templates: one for each column of the example.
-        paths: all that the templates name.
-        steps: for each path what follows its column.
+        paths: all paths in the templates.
+        steps: for each path, the steps after its column.
     """
-    writers = [compile_template(template, paths) for template in templates]
-    ways = list(zip(paths, steps, strict=True))
+    fill = [compile_template(template, paths) for template in templates]
+    targets = list(zip(paths, steps, strict=True))
 
     def make(values: tuple[Any, ...]) -> tuple[str, ...]:
         texts = []
-        for value, (path, way) in zip(values, ways, strict=True):
-            found = _reach(value, way, path) if way else value
+        for value, (path, rest) in zip(values, targets, strict=True):
+            found = _reach(value, rest, path) if rest else value
             texts.append(found if type(found) is str else template_text(found, path))
-        return _with_content([write(*texts) for write in writers], "\n".join(texts))
+        return _with_content([one(*texts) for one in fill], "\n".join(texts))
 
     return make
 
 
 def from_columns(names: Sequence[str]) -> Maker:
-    """A maker that takes columns of text as they are: one, or a prompt and a completion."""
+    """A maker that uses text columns without templates: one, or a prompt and a completion."""
 
     def make(values: tuple[Any, ...]) -> tuple[str, ...]:
         texts = [
@@ -59,15 +59,15 @@ def from_columns(names: Sequence[str]) -> Maker:
 
 
 def from_chats(values: tuple[Any, ...]) -> tuple[str, ...]:
-    """The example of a list of turns, read from: turns, system, tools, functions."""
+    """The example of a list of messages, from the columns: messages, system, tools, functions."""
     turns, system, tools, functions = values
     return chat_example(_system(system) + normalize_messages(turns), normalize_tools(tools, functions))
 
 
 def from_chat_pairs(values: tuple[Any, ...]) -> tuple[str, ...]:
-    """The example of a prompt and a completion that are lists of turns, read from: prompt, completion, tools.
+    """The example of a prompt and a completion that are lists of messages, from the columns: prompt, completion, tools.
 
-    The assistant's turns of the prompt are not learned.
+    The assistant messages of the prompt are not trained.
     """
     prompt, completion, tools = values
     turns = normalize_messages(prompt, train=False) + normalize_messages(completion)
@@ -75,36 +75,36 @@ def from_chat_pairs(values: tuple[Any, ...]) -> tuple[str, ...]:
 
 
 def from_instructions(names: Sequence[str], *, chats: bool) -> Maker:
-    """A maker for rows that are read from: instruction, input, output, system, history.
+    """A maker for rows with the columns: instruction, input, output, system, history.
 
     Args:
-        names: the columns' names, for the reasons.
-        chats: make turns; else a prompt under the headings of Stanford's Alpaca, without its opening sentence.
+        names: of the columns, for the reasons.
+        chats: build messages; otherwise a prompt with the headings of Stanford Alpaca, without its opening sentence.
     """
 
     def make(values: tuple[Any, ...]) -> tuple[str, ...]:
         instruction, more = whole_text(values[0], names[0]), optional_text(values[1], names[1])
-        asked = [text for text in (instruction, more) if text.strip()]
+        prompt = [text for text in (instruction, more) if text.strip()]
         answer = whole_text(values[2], names[2])
         history = [_pair(pair) for pair in parsed_list(values[4], _BAD_HISTORY)]
         if chats:
-            return _turns(_system(values[3]) + _talk(history), "\n\n".join(asked), answer)
+            return _messages(_system(values[3]) + _history(history), "\n\n".join(prompt), answer)
         if history:
-            raise SkipRow("with history, which takes a chat template")
-        _check(bool(asked), answer)
-        content = "\n".join([*asked, answer])
+            raise SkipRow("with a history, which needs a chat template")
+        _check(bool(prompt), answer)
+        content = "\n".join([*prompt, answer])
         return _headed(instruction, more, optional_text(values[3], names[3])), answer, content
 
     return make
 
 
 def from_questions(names: Sequence[str], *, chats: bool) -> Maker:
-    """A maker for rows that are read from: question, answer."""
+    """A maker for rows with the columns: question, answer."""
 
     def make(values: tuple[Any, ...]) -> tuple[str, ...]:
         question, answer = (whole_text(value, name) for value, name in zip(values, names, strict=True))
         if chats:
-            return _turns([], question, answer)
+            return _messages([], question, answer)
         _check(bool(question.strip()), answer)
         return f"Question: {question}\nAnswer:", f" {answer}", f"{question}\n{answer}"
 
@@ -112,15 +112,15 @@ def from_questions(names: Sequence[str], *, chats: bool) -> Maker:
 
 
 def _with_content(texts: list[str], content: str) -> tuple[str, ...]:
-    """Texts of which the last is learned and the first, where there are two, is the prompt."""
+    """Check and complete texts; the last is trained, and the first of two is the prompt."""
     _check(len(texts) == 1 or bool(texts[0].strip()), texts[-1])
     return (*texts, content)
 
 
-def _check(asked: bool, learned: str) -> None:
+def _check(has_prompt: bool, learned: str) -> None:
     if not learned or learned.isspace():
         raise SkipRow(EMPTY)
-    if not asked:
+    if not has_prompt:
         raise SkipRow(EMPTY_PROMPT)
 
 
@@ -131,9 +131,9 @@ def _reach(value: Any, steps: tuple[str, ...], path: str) -> Any:
         raise SkipRow(f"without {path}") from None
 
 
-def _turns(before: list[Turn], asked: str, answer: str) -> tuple[str, ...]:
-    _check(bool(asked.strip()), answer)
-    return chat_example([*before, {"role": "user", "content": asked}, {"role": "assistant", "content": answer}], [])
+def _messages(before: list[Turn], prompt: str, answer: str) -> tuple[str, ...]:
+    _check(bool(prompt.strip()), answer)
+    return chat_example([*before, {"role": "user", "content": prompt}, {"role": "assistant", "content": answer}], [])
 
 
 def _system(value: Any) -> list[Turn]:
@@ -141,7 +141,7 @@ def _system(value: Any) -> list[Turn]:
     return [{"role": "system", "content": text}] if text else []
 
 
-def _talk(history: list[tuple[str, str]]) -> list[Turn]:
+def _history(history: list[tuple[str, str]]) -> list[Turn]:
     roles = ("user", "assistant")
     return [{"role": role, "content": text} for pair in history for role, text in zip(roles, pair, strict=True)]
 

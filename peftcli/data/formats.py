@@ -1,6 +1,6 @@
-"""Row formats: detects what the columns of a source mean and builds examples from them.
+"""Row formats: detects the format of a source from its columns, and builds examples.
 
-Where the column names leave a doubt, the recipe must say it.
+If the columns are ambiguous, the recipe must name the format.
 """
 
 import re
@@ -34,28 +34,28 @@ KINDS = {
     "tagging": ("tokens", "tags"),
     "images": ("image", "name", "pixels", "label"),
 }
-"""The columns of the examples of each kind; of `LABELLED` kinds the last is the label, as text or as JSON."""
+"""The columns of the examples of each kind; for `LABELLED` kinds the last is the label, as text or JSON."""
 LABELLED = ("classification", "tagging", "images")
 
-_HALF_CHARACTER = "with half a character (a lone surrogate)"
+_LONE_SURROGATE = "with a lone surrogate (half a character)"
 _TAGS = ("tags", "ner_tags", "pos_tags", "labels")
 _LABELLED = ("text", "sentence")
-_BESIDE_A_QUESTION = ("context", "passage", "choices", "options", "system", "system_prompt")
+_QUESTION_CONTEXT = ("context", "passage", "choices", "options", "system", "system_prompt")
 _LEARNED = re.compile(r"answer|response|output|completion|reply|target|label|summary|translation", re.IGNORECASE)
 _SENTENCE = re.compile(r"\S\s+\S+\s+\S+\s+\S|\S\s.*[.?!]\s*$", re.DOTALL)
 _NO_EXAMPLE = re.compile(r"(^|_)(id|index|idx)$|^\s*$|[{}\[\]:!]", re.IGNORECASE)
-"""Columns that an example in a message leaves out: numbers of rows, and names that a template cannot hold."""
+"""Columns that are not used for the example in a message: row numbers, and names that a template cannot contain."""
 
 
 @dataclass(frozen=True)
 class Examples:
-    """Examples of one kind made from one batch of rows.
+    """Examples built from one batch of rows.
 
     Attributes:
-        columns: the names of KINDS[kind]; messages and tools are JSON, tools and text_pair empty where a row has none.
-        kept: for each example the row of the batch that it was made from.
-        dropped: rows of the batch that make no example, with the reason.
-        content: for each example the user's own words, without templates and system turns.
+        columns: named as in KINDS[kind]; messages and tools are JSON, tools and text_pair are empty if a row has none.
+        kept: the row in the batch of each example.
+        dropped: dropped rows of the batch, with the reason.
+        content: the text of each example without templates and system messages.
     """
 
     columns: dict[str, list[str]]
@@ -66,18 +66,18 @@ class Examples:
 
 @dataclass(frozen=True)
 class RowFormat:
-    """What the columns of a source mean.
+    """How the columns of a source become examples.
 
     Attributes:
         kind: a key of KINDS.
-        name: templates, columns, or the dialect that was recognised.
-        said: one short sentence for the data report.
-        columns: columns of the first rows that are used.
-        prompt: template that new prompts are written in; None for chats and for plain text.
-        reads: columns whose values `make` takes, in its order; later rows may have some that the first lack.
-        make: makes the example of one row.
-        problem_type: of a classification: single-label, multi-label or regression.
-        names: of the classes or tags in their order, where they are given.
+        name: templates, columns, or the detected format.
+        said: description for the data report.
+        columns: the used columns of the first rows.
+        prompt: template for new prompts; None for chats and plain text.
+        reads: columns that are passed to `make`, in order; some may be missing in the first rows.
+        make: builds the example of one row.
+        problem_type: for classification: single-label, multi-label or regression.
+        names: names of the classes or tags in order, if they are given.
     """
 
     kind: str
@@ -91,12 +91,12 @@ class RowFormat:
     names: tuple[str, ...] | None = None
 
     def examples(self, rows: Rows) -> Examples:
-        """The examples of a batch; each row is either kept or dropped with a reason."""
-        nothing = [None] * len(rows)
+        """The examples of a batch; every row is kept, or dropped with a reason."""
+        missing = [None] * len(rows)
         made: list[tuple[str, ...]] = []
         kept: list[int] = []
         dropped: list[tuple[int, str]] = []
-        for number, values in enumerate(zip(*(rows.columns.get(name, nothing) for name in self.reads), strict=True)):
+        for number, values in enumerate(zip(*(rows.columns.get(name, missing) for name in self.reads), strict=True)):
             try:
                 made.append(self.make(values))
             except SkipRow as reason:
@@ -105,26 +105,26 @@ class RowFormat:
                 raise DataError(f"{rows.place(number)}: {problem}") from problem
             else:
                 kept.append(number)
-        halves = _half_characters(made)
-        if halves:
-            dropped = sorted([*dropped, *((kept[number], _HALF_CHARACTER) for number in halves)])
-            kept = [row for number, row in enumerate(kept) if number not in halves]
-            made = [texts for number, texts in enumerate(made) if number not in halves]
+        invalid = _lone_surrogates(made)
+        if invalid:
+            dropped = sorted([*dropped, *((kept[number], _LONE_SURROGATE) for number in invalid)])
+            kept = [row for number, row in enumerate(kept) if number not in invalid]
+            made = [texts for number, texts in enumerate(made) if number not in invalid]
         names = KINDS[self.kind]
         *columns, content = [list(column) for column in zip(*made, strict=True)] or [[] for _ in (*names, "content")]
         return Examples(dict(zip(names, columns, strict=True)), kept, dropped, content)
 
 
 def choose_format(first: Rows, section: SourceSection, *, chats: bool) -> RowFormat:
-    """The reading that the recipe asks for, or the only one that the columns fit.
+    """The format that the recipe defines, or the only one that the columns fit.
 
     Args:
-        first: the first rows of the source, joins included; their columns and values decide.
+        first: the first rows of the source after joins; their columns and values decide.
         section: the source in the recipe.
-        chats: the tokenizer has a chat template, so that instructions and questions become chats.
+        chats: the tokenizer has a chat template, so instructions and questions become chats.
 
     Raises:
-        DataError: a column is missing, no reading fits, or more than one.
+        DataError: a column is missing, or no format or more than one fits.
     """
     if section.text is not None:
         return _by_templates(first, section, "text", {"text": section.text})
@@ -133,14 +133,14 @@ def choose_format(first: Rows, section: SourceSection, *, chats: bool) -> RowFor
         return _by_templates(first, section, "prompt_completion", templates)
     if section.columns is not None:
         return _by_columns(first, section, section.columns)
-    dialect = detect_format(first, section)
-    if dialect.format in ("messages", "sharegpt"):
-        return _chats(first, dialect.needs[0], None)
-    if dialect.format == "alpaca":
-        return _instructions(first, dialect, chats)
-    if dialect.format == "question_answer":
-        return _questions(dialect, chats)
-    return _plain(first, dialect.needs, dialect.name, "")
+    found = detect_format(first, section)
+    if found.format in ("messages", "sharegpt"):
+        return _chats(first, found.needs[0], None)
+    if found.format == "alpaca":
+        return _instructions(first, found, chats)
+    if found.format == "question_answer":
+        return _questions(found, chats)
+    return _plain(first, found.needs, found.name, "")
 
 
 def _by_templates(first: Rows, section: SourceSection, kind: str, templates: dict[str, str]) -> RowFormat:
@@ -149,7 +149,7 @@ def _by_templates(first: Rows, section: SourceSection, kind: str, templates: dic
     found = [way for way in ways if way is not None]
     learned = "text" if kind == "text" else "completion"
     if not template_columns(templates[learned]):
-        text = f"dataset.{learned} names no column, so all rows are equal; write {{column}} where a column goes"
+        text = f"dataset.{learned} has no column, so all rows would be equal; write {{column}} where a value goes"
         raise DataError(f"{first.file}: {text}")
     if len(found) < len(paths):
         missing = [path for path, way in zip(paths, ways, strict=True) if way is None]
@@ -160,7 +160,7 @@ def _by_templates(first: Rows, section: SourceSection, kind: str, templates: dic
     return RowFormat(
         kind=kind,
         name="templates",
-        said=f"templates of the recipe over {joined(paths)}",
+        said=f"the recipe's templates with {joined(paths)}",
         columns=columns,
         prompt=templates.get("prompt"),
         reads=reads,
@@ -177,41 +177,41 @@ def _by_columns(first: Rows, section: SourceSection, named: ColumnsSection) -> R
     if named.messages is not None:
         return _chats(first, named.messages, "columns")
     kind = "text" if named.text is not None else "prompt_completion"
-    return _plain(first, [chosen[column] for column in KINDS[kind]], "columns", ", as dataset.columns says")
+    return _plain(first, [chosen[column] for column in KINDS[kind]], "columns", ", from dataset.columns")
 
 
 def _plain(first: Rows, names: Sequence[str], name: str, why: str) -> RowFormat:
-    """Columns as they are: a text, or a prompt and a completion, which may be lists of turns."""
+    """Columns without templates: a text, or a prompt and a completion, which may be lists of messages."""
     if len(names) == 2 and all(is_chat(first_value(first, column)) for column in names):
         reads = (*names, "tools")
-        said = f"chats: the turns of {names[0]}, then those of {names[1]}, which alone are learned{why}"
+        said = f"chats: the messages of {names[0]}, then those of {names[1]}, which are trained{why}"
         return RowFormat("messages", name, said, _present(first, reads), None, reads, from_chat_pairs)
     kind = "text" if len(names) == 1 else "prompt_completion"
     prompt = "{prompt}" if kind == "prompt_completion" else None
-    said = f"{joined(names)} as {'it is' if kind == 'text' else 'they are'}{why}"
+    said = f"{joined(names)}{why}"
     return RowFormat(kind, name, said, tuple(names), prompt, tuple(names), from_columns(names))
 
 
 def _chats(first: Rows, column: str, name: str | None) -> RowFormat:
-    spoken = is_sharegpt(first_value(first, column))
-    said = f"chats in {column} ({'from, value' if spoken else 'role, content'})"
+    sharegpt = is_sharegpt(first_value(first, column))
+    said = f"chats in {column} ({'from, value' if sharegpt else 'role, content'})"
     if "system" in first.columns:
-        said += ", system as their first turn"
+        said += ", with system as the first message"
     tools = next((tools for tools in ("tools", "functions") if tools in first.columns), None)
     said += f", with the tools in {tools}" if tools is not None else ""
-    name = name or ("sharegpt" if spoken else "messages")
+    name = name or ("sharegpt" if sharegpt else "messages")
     reads = (column, "system", "tools", "functions")
     return RowFormat("messages", name, said, _present(first, reads), None, reads, from_chats)
 
 
 @dataclass(frozen=True)
 class ColumnFormat:
-    """Columns that together mean something.
+    """A format that is detected by its columns.
 
     Attributes:
-        name: of the reading.
-        format: value of `dataset.format` that chooses it.
-        needs: columns that it cannot do without.
+        name: of the format.
+        format: value of `dataset.format` that selects it.
+        needs: required columns.
     """
 
     name: str
@@ -219,50 +219,50 @@ class ColumnFormat:
     needs: tuple[str, ...]
 
 
-def _instructions(first: Rows, dialect: ColumnFormat, chats: bool) -> RowFormat:
-    asked, answer = dialect.needs
-    more = "context" if dialect.name == "dolly" else "input"
-    reads = (asked, more, answer, "system", "history")
+def _instructions(first: Rows, found: ColumnFormat, chats: bool) -> RowFormat:
+    instruction, answer = found.needs
+    more = "context" if found.name == "dolly" else "input"
+    reads = (instruction, more, answer, "system", "history")
     used = _present(first, reads)
     make = from_instructions(reads, chats=chats)
-    said = f"{dialect.name} rows ({', '.join(used)}) "
+    said = f"{found.name} rows ({', '.join(used)}) "
     if chats:
-        both = joined([name for name in (asked, more) if name in used])
-        said += f"as chats: the user says {both}, the assistant {answer}"
-        return RowFormat("messages", dialect.name, said, used, None, reads, make)
-    said += 'under the headings "### Instruction:", "### Input:" (where there is one) and "### Response:"'
-    prompt = f"### Instruction:\n{{{asked}}}\n\n### Response:\n"
-    return RowFormat("prompt_completion", dialect.name, said, used, prompt, reads, make)
+        both = joined([name for name in (instruction, more) if name in used])
+        said += f"as chats: {both} from the user, {answer} from the assistant"
+        return RowFormat("messages", found.name, said, used, None, reads, make)
+    said += 'with the headings "### Instruction:", "### Input:" (if there is one) and "### Response:"'
+    prompt = f"### Instruction:\n{{{instruction}}}\n\n### Response:\n"
+    return RowFormat("prompt_completion", found.name, said, used, prompt, reads, make)
 
 
-def _questions(dialect: ColumnFormat, chats: bool) -> RowFormat:
-    question, answer = dialect.needs
-    make = from_questions(dialect.needs, chats=chats)
+def _questions(found: ColumnFormat, chats: bool) -> RowFormat:
+    question, answer = found.needs
+    make = from_questions(found.needs, chats=chats)
     if chats:
-        said = f"{question} and {answer} as chats: the user says {question}, the assistant {answer}"
-        return RowFormat("messages", dialect.name, said, dialect.needs, None, dialect.needs, make)
+        said = f"{question} and {answer} as chats: {question} from the user, {answer} from the assistant"
+        return RowFormat("messages", found.name, said, found.needs, None, found.needs, make)
     prompt = f"Question: {{{question}}}\nAnswer:"
-    said = f'{question} and {answer} as "Question: {{{question}}}", then on a new line "Answer: {{{answer}}}"'
-    return RowFormat("prompt_completion", dialect.name, said, dialect.needs, prompt, dialect.needs, make)
+    said = f'{question} and {answer} as "Question: {{{question}}}", and on a new line "Answer: {{{answer}}}"'
+    return RowFormat("prompt_completion", found.name, said, found.needs, prompt, found.needs, make)
 
 
 def _present(first: Rows, reads: Sequence[str]) -> tuple[str, ...]:
     return tuple(column for column in reads if column in first.columns)
 
 
-def _half_characters(made: list[tuple[str, ...]]) -> set[int]:
-    """Examples with half of a pair that UTF-16 writes one character with: JSON can hold it, UTF-8 cannot."""
+def _lone_surrogates(made: list[tuple[str, ...]]) -> set[int]:
+    """Examples with a lone surrogate, which JSON can represent but UTF-8 cannot."""
 
-    def is_whole(texts: Iterable[str]) -> bool:
+    def is_valid(texts: Iterable[str]) -> bool:
         try:
             "".join(texts).encode()
         except UnicodeEncodeError:
             return False
         return True
 
-    if is_whole(map("".join, made)):
+    if is_valid(map("".join, made)):
         return set()
-    return {number for number, texts in enumerate(made) if not is_whole(texts)}
+    return {number for number, texts in enumerate(made) if not is_valid(texts)}
 
 
 COLUMN_FORMATS = (
@@ -279,33 +279,33 @@ COLUMN_FORMATS = (
 
 
 def detect_format(first: Rows, section: SourceSection) -> ColumnFormat:
-    """The dialect that the recipe names, or the only one that the columns fit.
+    """The format that the recipe names, or the only one that the columns fit.
 
     Raises:
-        DataError: none fits, or more than one.
+        DataError: no format or more than one fits.
     """
     if section.format is not None:
         return _named(first, section.format)
-    fits = [dialect for dialect in COLUMN_FORMATS if set(dialect.needs) <= set(first.columns)]
+    fits = [one for one in COLUMN_FORMATS if set(one.needs) <= set(first.columns)]
     _refuse_other_tasks(first)
     if len(fits) > 1:
         raise DataError(_several(first, fits))
     if not fits:
         raise DataError(_unknown(first, section))
-    beside = [name for name in _BESIDE_A_QUESTION if name in first.columns]
-    if fits[0].name == "question_answer" and beside:
-        raise DataError(_beside_a_question(first, fits[0], beside[0]))
+    context = [name for name in _QUESTION_CONTEXT if name in first.columns]
+    if fits[0].name == "question_answer" and context:
+        raise DataError(_unused_context(first, fits[0], context[0]))
     return fits[0]
 
 
 def missing_columns(first: Rows, missing: Sequence[str], wanted: int, key: str, section: SourceSection) -> DataError:
-    """The error for columns that the recipe names and the rows do not have.
+    """The error for columns in the recipe that the rows do not have.
 
     Args:
         first: the first rows.
-        missing: the names.
-        wanted: how many columns the recipe names in all.
-        key: the recipe key that names them.
+        missing: names of the missing columns.
+        wanted: total number of columns in the recipe.
+        key: the recipe key with these columns.
         section: the source.
     """
     near = [
@@ -316,36 +316,36 @@ def missing_columns(first: Rows, missing: Sequence[str], wanted: int, key: str, 
     fix = (
         f"did you mean {choice_text([shown(name) for name in dict.fromkeys(near)])}?"
         if near
-        else f"name one of these in {key}"
+        else f"set {key} to one of these"
     )
     hint = (_header_hint(first, section) if len(missing) == wanted else "") or _edge_hint(first)
     return DataError(f"{first.file}: no column {listed(missing)}; it has {listed(first.columns)}; {fix}{hint}")
 
 
 def first_value(first: Rows, name: str) -> Any:
-    """The first value of a column that is not null."""
+    """The first non-null value of a column."""
     return next((value for value in first.columns.get(name, ()) if value is not None), None)
 
 
 def joined(names: Sequence[str]) -> str:
-    """Names for a sentence: a, b and c."""
+    """Join names for a sentence: a, b and c."""
     return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]])) if names else ""
 
 
 def _named(first: Rows, format_: str) -> ColumnFormat:
-    # A list of turns is read the same way under either name, so each may stand for the other.
-    ways = {"messages": ("messages", "sharegpt"), "sharegpt": ("sharegpt", "messages")}.get(format_)
-    if ways is not None:
-        chats = [dialect for way in ways for dialect in COLUMN_FORMATS if dialect.name == way]
-        fits = [dialect for dialect in chats if dialect.needs[0] in first.columns][:1]
+    # Both chat formats are read in the same way, so either name works for both.
+    names = {"messages": ("messages", "sharegpt"), "sharegpt": ("sharegpt", "messages")}.get(format_)
+    if names is not None:
+        formats = [one for name in names for one in COLUMN_FORMATS if one.name == name]
+        fits = [one for one in formats if one.needs[0] in first.columns][:1]
     else:
-        chats = [dialect for dialect in COLUMN_FORMATS if dialect.format == format_]
-        fits = [dialect for dialect in chats if set(dialect.needs) <= set(first.columns)]
+        formats = [one for one in COLUMN_FORMATS if one.format == format_]
+        fits = [one for one in formats if set(one.needs) <= set(first.columns)]
     if not fits:
-        needs = choice_text([" with ".join(dialect.needs) for dialect in chats])
+        needs = choice_text([" with ".join(one.needs) for one in formats])
         raise DataError(
-            f"{first.file}: dataset.format: {format_} takes the columns {needs}; it has {listed(first.columns)}; "
-            "name the columns in templates (dataset.prompt and dataset.completion) or in dataset.columns"
+            f"{first.file}: dataset.format: {format_} needs the columns {needs}; it has {listed(first.columns)}; "
+            "use templates (dataset.prompt and dataset.completion) or dataset.columns"
         )
     if len(fits) > 1:
         raise DataError(_several(first, fits))
@@ -353,21 +353,21 @@ def _named(first: Rows, format_: str) -> ColumnFormat:
 
 
 def _several(first: Rows, fits: Sequence[ColumnFormat]) -> str:
-    shown = joined([f"{dialect.format} ({', '.join(dialect.needs)})" for dialect in fits])
-    formats = list(dict.fromkeys(dialect.format for dialect in fits))
+    shown = joined([f"{one.format} ({', '.join(one.needs)})" for one in fits])
+    formats = list(dict.fromkeys(one.format for one in fits))
     if len(formats) == len(fits):
         fix = f"set dataset.format: {choice_text(formats)}"
     else:
-        fix = f"say which columns with templates, such as {_pair(*fits[0].needs)}"
-    return f"{first.file}: its columns ({listed(first.columns)}) can be read in {len(fits)} ways: {shown}; {fix}"
+        fix = f"choose the columns with templates, such as {_pair(*fits[0].needs)}"
+    return f"{first.file}: its columns ({listed(first.columns)}) fit {len(fits)} formats: {shown}; {fix}"
 
 
-def _beside_a_question(first: Rows, dialect: ColumnFormat, beside: str) -> str:
-    question, answer = dialect.needs
+def _unused_context(first: Rows, found: ColumnFormat, context: str) -> str:
+    question, answer = found.needs
     return (
-        f"{first.file}: the column {beside} beside {question} and {answer} may belong into the prompt; say it with "
-        f'templates, such as prompt: "{{{beside}}}\\n\\n{{{question}}}\\n", completion: "{{{answer}}}", or leave it '
-        "out with dataset.format: question_answer"
+        f"{first.file}: the column {context} may belong in the prompt together with {question}; use templates, such as "
+        f'prompt: "{{{context}}}\\n\\n{{{question}}}\\n", completion: "{{{answer}}}", or ignore it with '
+        "dataset.format: question_answer"
     )
 
 
@@ -376,55 +376,55 @@ def _unknown(first: Rows, section: SourceSection) -> str:
     chat = next((name for name in first.columns if is_chat(first_value(first, name))), None)
     texts = [name for name in names if isinstance(first_value(first, name), str | int | float)] or names
     learned = next((name for name in texts if _LEARNED.search(name)), texts[-1])
-    asked = next((name for name in texts if name != learned), None)
+    prompt = next((name for name in texts if name != learned), None)
     if chat is not None:
         example = f"columns: {{messages: {chat}}}"
-    elif asked is not None:
-        example = f'{{prompt: "{{{asked}}} ->", completion: " {{{learned}}}"}}'
+    elif prompt is not None:
+        example = f'{{prompt: "{{{prompt}}} ->", completion: " {{{learned}}}"}}'
     else:
         example = f'{{text: "{{{learned}}}"}}'
     hint = _header_hint(first, section) if any(map(_is_like_a_cell, first.columns)) else _edge_hint(first)
     if hint:
-        return f"{first.file}: its columns ({listed(first.columns)}) are no known format{hint}"
+        return f"{first.file}: its columns ({listed(first.columns)}) do not match a known format{hint}"
     return (
-        f"{first.file}: its columns ({listed(first.columns)}) are no known format; known are text, prompt with "
+        f"{first.file}: its columns ({listed(first.columns)}) do not match a known format; known are text, prompt with "
         "completion, messages, conversations, instruction with output or response, and question with answer;\n  set "
-        "dataset.prompt and dataset.completion (or dataset.text) to templates over the columns, or name them in "
+        "dataset.prompt and dataset.completion (or dataset.text) to templates with these columns, or set "
         f"dataset.columns, for example\n  dataset: {example}"
     )
 
 
 def _is_like_a_cell(name: str) -> bool:
-    """Whether a column name is rather a number or a sentence out of the first row."""
+    """Whether a column name looks like a number or a sentence from the first row."""
     return len(name) > LONG_NAME or name.replace(".", "", 1).isdecimal() or _SENTENCE.search(name) is not None
 
 
 def _refuse_other_tasks(first: Rows) -> None:
-    """Raise for data made for another kind of training, with what they can teach here."""
+    """Raise an error for data of another kind of training, with a way to use it."""
     names = set(first.columns)
     tags = next((name for name in _TAGS if name in names), None)
     labelled = next((name for name in _LABELLED if name in names), None)
     if {"chosen", "rejected"} <= names:
-        what = "a chosen and a rejected answer in each row (preference data)"
-        fix = f"to learn the chosen ones, set {_chosen(first)}"
+        what = "chosen and rejected answers (preference data)"
+        fix = f"to train on the chosen ones, set {_chosen(first)}"
     elif {"prompt", "completion", "label"} <= names and _is_true_or_false(first_value(first, "label")):
-        what = "completions labelled as good or bad (KTO data)"
+        what = "completions labeled as good or bad (KTO data)"
         fix = (
-            "every completion would be learned as good; keep the rows whose label is true, and set "
+            "all completions would be trained as good ones; keep only the rows whose label is true, and set "
             "dataset.format: prompt_completion"
         )
     elif "tokens" in names and tags is not None:
         what = f"a tag for each word ({tags}; token classification)"
-        fix = f"set model.task: token-classification, or, to learn the tags as text, {_pair('tokens', tags)}"
+        fix = f"set model.task: token-classification, or, to train on the tags as text, {_pair('tokens', tags)}"
         if isinstance(first_value(first, tags), list) and not all(isinstance(v, str) for v in first_value(first, tags)):
-            fix += f", with the tags' names in {tags} in place of numbers"
+            fix += f", with names instead of numbers in {tags}"
     elif labelled is not None and "label" in names and not {"prompt", "completion"} <= names:
         what = f"a label for each {labelled} (classification)"
-        fix = f"set model.task: sequence-classification, or, to learn the label as text, {_pair(labelled, 'label')}"
-        fix += "; to learn the text alone, dataset.format: text" if labelled == "text" else ""
+        fix = f"set model.task: sequence-classification, or, to train on the label as text, {_pair(labelled, 'label')}"
+        fix += "; to train on the text only, dataset.format: text" if labelled == "text" else ""
     else:
         return
-    raise DataError(f"{first.file}: its columns ({listed(first.columns)}) hold {what}; {fix}")
+    raise DataError(f"{first.file}: its columns ({listed(first.columns)}) have {what}; {fix}")
 
 
 def _chosen(first: Rows) -> str:
@@ -439,17 +439,17 @@ def _is_true_or_false(value: Any) -> bool:
     return isinstance(value, bool) or (isinstance(value, str) and value.strip().lower() in ("true", "false"))
 
 
-def _pair(asked: str, learned: str) -> str:
-    return f'dataset: {{prompt: "{{{asked}}}\\n{learned}:", completion: " {{{learned}}}"}}'
+def _pair(prompt: str, learned: str) -> str:
+    return f'dataset: {{prompt: "{{{prompt}}}\\n{learned}:", completion: " {{{learned}}}"}}'
 
 
 def _edge_hint(first: Rows) -> str:
-    return "" if all(name == name.strip() for name in first.columns) else "; write the names without white space around"
+    return "" if all(name == name.strip() for name in first.columns) else "; remove white space around the names"
 
 
 def _header_hint(first: Rows, section: SourceSection) -> str:
-    """What to do where the first row of a CSV file was taken for its header."""
+    """A hint if the first row of a CSV file was probably read as its header."""
     is_csv = section.file_format in ("csv", "tsv") or re.search(r"\.[ct]sv(\.|$)", first.file.lower()) is not None
     if not is_csv or section.csv.column_names is not None:
         return ""
-    return "; if its first line is a row and no header, name the columns in dataset.csv.column_names"
+    return "; if the first line is not a header, name the columns in dataset.csv.column_names"

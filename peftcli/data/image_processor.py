@@ -1,4 +1,4 @@
-"""Decodes untrusted image files to RGB pixels, or refuses them with a reason; the image counterpart of a tokenizer."""
+"""Decodes untrusted image files to RGB pixels, or rejects them with a reason; takes the role of a tokenizer."""
 
 import hashlib
 import json
@@ -15,21 +15,21 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
-"""What Pillow is let read; other decoders, such as those that start a program, never see a file."""
+"""Formats that Pillow may read; other decoders, such as those that start a program, are not used."""
 MOST_PIXELS = 2**26
-"""An image that says it has more is not unpacked: a few bytes can stand for gigabytes."""
-NO_IMAGE = "with a file that is no image (JPEG, PNG, WebP, BMP and GIF are read)"
-MISSING = "with an image that is not there"
+"""Larger images are not decoded: a few bytes can decompress to gigabytes."""
+NO_IMAGE = "with a file that is not an image (JPEG, PNG, WebP, BMP and GIF are supported)"
+MISSING = "with a missing image"
 EMPTY = "with an empty file"
 HUGE = f"with an image of more than {MOST_PIXELS:,} pixels"
 DAMAGED = "with a damaged or truncated image"
 
 
 def read_image(path: Path) -> "Image":
-    """The pixels of an image file: its first frame, turned as its camera was held, in RGB.
+    """The first frame of an image file in RGB, rotated according to its EXIF orientation.
 
     Raises:
-        Unused: there is no such image, or it cannot be read whole.
+        SkipRow: the image does not exist or cannot be decoded completely.
         MachineError: Pillow is not installed.
     """
     need_pillow()
@@ -42,7 +42,7 @@ def read_image(path: Path) -> "Image":
         if not path.stat().st_size:
             raise SkipRow(EMPTY)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of Pillow: of odd metadata, and of sizes, which are looked at here
+            warnings.simplefilter("ignore")  # Pillow's warnings about metadata, and about sizes, which are checked here
             with open_image(path, formats=FORMATS) as image:
                 if image.width * image.height > MOST_PIXELS:
                     raise SkipRow(HUGE)
@@ -52,7 +52,7 @@ def read_image(path: Path) -> "Image":
         raise
     except UnidentifiedImageError as problem:
         raise SkipRow(NO_IMAGE) from problem
-    except Exception as problem:  # decoders raise errors of every kind on bytes that somebody made up
+    except Exception as problem:  # decoders can raise anything for malformed files
         raise SkipRow(HUGE if "bomb" in type(problem).__name__.lower() else DAMAGED) from problem
 
 
@@ -60,7 +60,7 @@ def _upright_rgb(image: "Image") -> "Image":
     from PIL import Image as images
     from PIL import ImageOps
 
-    if image.mode.startswith("I;16"):  # RGB would hold the lowest of its bits alone
+    if image.mode.startswith("I;16"):  # a plain conversion to RGB would only keep the lowest bits
         import numpy as np
 
         image = images.fromarray((np.asarray(image).astype(np.uint32) // 257).astype(np.uint8))
@@ -69,16 +69,16 @@ def _upright_rgb(image: "Image") -> "Image":
 
 
 def pixel_hash(image: "Image") -> str:
-    """Hexadecimal digest of the size and the pixels of an image, whatever file they stand in."""
+    """Hexadecimal hash of the size and the pixels of an image, independent of the file format."""
     digest = hashlib.sha256(f"{image.width} {image.height} ".encode() + image.tobytes())
     return digest.hexdigest()[:32]
 
 
 def need_pillow() -> None:
-    """Say how to get Pillow where it is not installed.
+    """Check that Pillow is installed.
 
     Raises:
-        MachineError: it is not.
+        MachineError: it is not, with the command that installs it.
     """
     try:
         import PIL.Image  # noqa: F401
@@ -87,12 +87,12 @@ def need_pillow() -> None:
 
 
 class ImageProcessor:
-    """The image processor of a base model, where a tokenizer stands for text.
+    """The image processor of a base model, with the interface of a tokenizer.
 
-    It has those attributes of a tokenizer that a task with labels asks for; each image counts as one token, with id 0.
+    It has the tokenizer attributes that tasks with labels use; each image counts as one token with id 0.
 
     Attributes:
-        processor: of transformers: sizes, cuts and scales an image as the base was trained.
+        processor: from transformers; resizes, crops and normalizes an image as in pretraining.
     """
 
     chat_template = bos_token = eos_token = unk_token = unk_token_id = sep_token_id = None
@@ -105,10 +105,10 @@ class ImageProcessor:
         self.processor = processor
 
     def pixels(self, paths: Sequence[str]) -> "Tensor":
-        """(B, 3, H, W) float32, the images of some files, in their order.
+        """(B, 3, H, W) float32, the images of some files, in order.
 
         Raises:
-            Unused: an image cannot be read any more.
+            SkipRow: an image can no longer be read.
         """
         made: Tensor = self.processor(images=[read_image(Path(path)) for path in paths], return_tensors="pt")[
             "pixel_values"
@@ -116,12 +116,12 @@ class ImageProcessor:
         return made
 
     def fingerprint(self) -> str:
-        """SHA-256 over all that decides which numbers an image becomes."""
+        """SHA-256 over all settings that affect the pixel values."""
         settings = {name: value for name, value in self.processor.to_dict().items() if not name.startswith("_")}
         return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
 
     def get_vocab(self) -> dict[str, int]:
-        """Nothing: no token has a row in an embedding."""
+        """Empty: there is no embedding."""
         return {}
 
     def save_pretrained(self, folder: str) -> None:

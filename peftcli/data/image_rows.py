@@ -1,4 +1,4 @@
-"""How rows with images are read: a file and its class, from folders or from the columns of a table."""
+"""Row format of images: a file and its class, from folders or from the columns of a table."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,33 +18,33 @@ from peftcli.data.values import SkipRow, is_null
 from peftcli.recipe.schema import SourceSection
 
 IMAGES = ("image", "file", "file_name", "filename", "path", "image_path", "img")
-NO_CLASS = "beside the folders of the classes"
-BELOW = "in a folder below that of a class"
-NOTHING_IN = "with no image in the folder of a class"
+NO_CLASS = "outside the class folders"
+BELOW = "in a subfolder of a class folder"
+NOTHING_IN = "with an empty class folder"
 
 
 def choose_images(first: Rows, section: SourceSection, given: Given) -> RowFormat:
-    """The reading of rows that name an image and its class.
+    """The format of rows with an image and its class.
 
     Args:
         first: the first rows of the source.
         section: the source in the recipe.
-        given: what is known of the labels, and the folder that the names of the images are relative to.
+        given: what is known about the labels, and the base folder of relative image paths.
 
     Raises:
-        DataError: a column is missing, or the columns fit no reading.
+        DataError: a column is missing, or no format fits.
     """
     check_named(first, section)
     named = section.columns
     image = (named.image if named else None) or only_column(first, IMAGES, "image", "the image", ())
-    asked = "single-label" if first.is_folder and given.rule.problem_type == "auto" else None
-    column, names = choose_label(first, section, given, (image,), asked)
-    said = f"the images of {image} with the {LABEL_WORDS[column.problem_type]} in {column.name}"
+    problem_type = "single-label" if first.is_folder and given.rule.problem_type == "auto" else None
+    column, names = choose_label(first, section, given, (image,), problem_type)
+    said = f"the images in {image} with the {LABEL_WORDS[column.problem_type]} in {column.name}"
     return RowFormat(
         kind="images",
         name="images",
-        said="images, each in the folder of its class" if first.is_folder else said,
-        columns=(column.name,),  # a number in the name of a file is nobody's telephone
+        said="images in one folder per class" if first.is_folder else said,
+        columns=(column.name,),  # file names are not scanned for personal data: numbers in them are not phone numbers
         prompt=None,
         reads=(image, column.name),
         make=_from_files(given.folder or Path(), column, folders=first.is_folder),
@@ -54,12 +54,12 @@ def choose_images(first: Rows, section: SourceSection, given: Given) -> RowForma
 
 
 def _from_files(folder: Path, column: LabelColumn, *, folders: bool) -> Maker:
-    """A maker of: path, name as it was given, digest of the pixels, label, and the digest again."""
+    """A maker of: path, name as given, hash of the pixels, label, and the hash again."""
 
     def make(values: tuple[Any, ...]) -> tuple[str, ...]:
         name = _file_name(values[0])
         if folders:
-            _check_place(name)
+            _check_location(name)
         label = column.text(values[1])
         pixels = pixel_hash(read_image(folder / name))
         return str(folder / name), name, pixels, label, pixels
@@ -69,17 +69,17 @@ def _from_files(folder: Path, column: LabelColumn, *, folders: bool) -> Maker:
 
 def _file_name(value: Any) -> str:
     if is_null(value) or value == "":
-        raise SkipRow("with no image named")
+        raise SkipRow("without an image name")
     if not isinstance(value, str):
-        raise SkipRow("with an image that is not the name of a file")
+        raise SkipRow("with an image that is not a file name")
     if "://" in value:
-        raise SkipRow("with an address in place of a file")
+        raise SkipRow("with a URL instead of a file")
     if "\0" in value:
-        raise SkipRow("with a zero byte in the name of its image")
+        raise SkipRow("with a NUL byte in the image name")
     return value
 
 
-def _check_place(name: str) -> None:
+def _check_location(name: str) -> None:
     depth = name.rstrip("/").count("/") + name.endswith("/")
     if name.endswith("/"):
         raise SkipRow(NOTHING_IN)
@@ -88,7 +88,7 @@ def _check_place(name: str) -> None:
 
 
 class ImageClasses(TextClasses):
-    """Numbers the classes of images, each of which counts as one token."""
+    """Maps the classes of images to ids; each image counts as one token."""
 
     def batch(
         self, columns: Mapping[str, Sequence[str]], ends: Sequence[bool] | None, too_long: str | None

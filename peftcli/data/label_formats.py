@@ -1,4 +1,4 @@
-"""Row formats with labels: a text and its class, or words and their tags."""
+"""Row formats with labels: texts with classes, or words with tags."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -34,13 +34,13 @@ LABEL_WORDS = {"single-label": "class", "multi-label": "classes", "regression": 
 
 @dataclass(frozen=True)
 class Given:
-    """What is known of the labels beside the rows.
+    """What is known about the labels from outside the rows.
 
     Attributes:
-        rule: the task and, where it is known, the problem type.
+        rule: the task and, if known, the problem type.
         names: `dataset.labels`.
-        of_columns: names of classes by column, as data sets of the Hub keep them.
-        folder: that the names of images are relative to.
+        of_columns: class names by column, from the metadata of the dataset.
+        folder: base folder of relative image paths.
     """
 
     rule: LossMask
@@ -50,15 +50,15 @@ class Given:
 
 
 def choose_label_format(first: Rows, section: SourceSection, given: Given) -> RowFormat:
-    """The reading of rows with labels that the recipe asks for, or the only one that the columns fit.
+    """The format that the recipe defines, or the only one that the columns fit.
 
     Args:
-        first: the first rows of the source, joins included.
+        first: the first rows of the source after joins.
         section: the source in the recipe.
-        given: what else is known of the labels.
+        given: what else is known about the labels.
 
     Raises:
-        DataError: a column is missing, or the columns fit no reading, or more than one.
+        DataError: a column is missing, or no format or more than one fits.
     """
     check_named(first, section)
     if given.rule.task == "token-classification":
@@ -67,7 +67,7 @@ def choose_label_format(first: Rows, section: SourceSection, given: Given) -> Ro
 
 
 def check_named(first: Rows, section: SourceSection) -> None:
-    """Refuse columns of the recipe that the rows lack."""
+    """Reject columns of the recipe that the rows do not have."""
     chosen = section.columns.model_dump(exclude_none=True) if section.columns is not None else {}
     missing = [name for name in chosen.values() if name not in first.columns]
     if missing:
@@ -80,7 +80,7 @@ def _tagging(first: Rows, section: SourceSection, given: Given) -> RowFormat:
     words = (named.tokens if named else None) or only_column(first, WORDS, "tokens", "the words", ())
     tags = (named.tags if named else None) or only_column(first, TAGS, "tags", "their tags", ())
     names = given.names or given.of_columns.get(tags)
-    said = f"the words of {words} with the tags of {tags}{_as_said(named)}"
+    said = f"the words in {words} with the tags in {tags}{_source_of(named)}"
     reads = (words, tags)
     return RowFormat("tagging", "tags", said, reads, None, reads, _from_words(words, tags, names), names=names)
 
@@ -93,7 +93,7 @@ def _classification(first: Rows, section: SourceSection, given: Given) -> RowFor
     return RowFormat(
         kind="classification",
         name="labels",
-        said=f"{texts.said} with the {LABEL_WORDS[column.problem_type]} in {label}{_as_said(named)}",
+        said=f"{texts.said} with the {LABEL_WORDS[column.problem_type]} in {label}{_source_of(named)}",
         columns=tuple(dict.fromkeys([*texts.reads, label])),
         prompt=section.text,
         reads=(*texts.reads, label),
@@ -104,36 +104,36 @@ def _classification(first: Rows, section: SourceSection, given: Given) -> RowFor
 
 
 def choose_label(
-    first: Rows, section: SourceSection, given: Given, taken: Sequence[str], asked: str | None = None
+    first: Rows, section: SourceSection, given: Given, taken: Sequence[str], problem_type: str | None = None
 ) -> tuple[LabelColumn, Names | None]:
-    """The column of the labels, and the names of the classes where they are given.
+    """The label column, and the class names if they are given.
 
     Args:
-        taken: columns that are used for something else.
-        asked: the problem type, in place of that of the recipe.
+        taken: columns that have another use.
+        problem_type: overrides that of the recipe.
 
     Raises:
-        DataError: no column, or more than one, may hold the labels, or they can be read in two ways.
+        DataError: no column or more than one could be the label, or the labels are ambiguous.
     """
     named = section.columns
     label = (named.label if named else None) or only_column(first, LABELS, "label", "the label", taken)
     if label in taken:
-        raise DataError(f"{first.file}: the column {label} is the label and stands in the text too; leave it out there")
+        raise DataError(f"{first.file}: the column {label} is the label and also part of the text; remove it there")
     names = given.names or given.of_columns.get(label)
     of_hub = given.names is None and names is not None
-    problem_type = asked or given.rule.problem_type
+    problem_type = problem_type or given.rule.problem_type
     return read_labels(first.columns[label], label, problem_type, names, first.file, unlabelled=of_hub), names
 
 
 @dataclass(frozen=True)
 class _Texts:
-    """Where the text of a row stands, or its two texts.
+    """How the text of a row, or its text pair, is built.
 
     Attributes:
-        reads: columns whose values are taken.
-        said: the columns for a sentence.
-        fill: makes the text that a template says, from all values but that of `pair`; None where a column is the text.
-        pair: the last column is a second text.
+        reads: columns that are read.
+        said: description of the columns.
+        fill: fills the template from all values except that of `pair`; None if a column is the text.
+        pair: the last column is the second text of a pair.
     """
 
     reads: tuple[str, ...]
@@ -157,37 +157,37 @@ class _Texts:
 def _texts(first: Rows, section: SourceSection) -> _Texts:
     named = section.columns
     pair = named.text_pair if named is not None else None
-    beside = () if pair is None else (pair,)
+    second = () if pair is None else (pair,)
     if section.text is not None:
         paths = template_columns(section.text)
-        ways = [split_path(path, first.columns) for path in paths]
-        missing = [path for path, way in zip(paths, ways, strict=True) if way is None]
+        targets = [split_path(path, first.columns) for path in paths]
+        missing = [path for path, target in zip(paths, targets, strict=True) if target is None]
         if missing:
             raise missing_columns(first, missing, len(paths), "dataset.text", section)
-        found = [way for way in ways if way is not None]
+        found = [target for target in targets if target is not None]
         fill = from_templates([section.text], paths, [steps for _, steps in found])
-        said = f"the template of the recipe over {joined([*paths, *beside])}"
-        return _Texts((*(column for column, _ in found), *beside), said, fill, pair is not None)
+        said = f"the recipe's template with {joined([*paths, *second])}"
+        return _Texts((*(column for column, _ in found), *second), said, fill, pair is not None)
     own = named.text if named is not None else None
     if own is None and pair is None and (both := _pair(first)) is not None:
         return _Texts(both, joined(both), None, True)
-    reads = (own or only_column(first, TEXTS, "text", "the text", beside), *beside)
+    reads = (own or only_column(first, TEXTS, "text", "the text", second), *second)
     return _Texts(reads, joined(reads), None, pair is not None)
 
 
 def _pair(first: Rows) -> tuple[str, str] | None:
-    """The two texts of a row, where its columns have the names of one kind of pairs."""
+    """The columns of a text pair, if they have usual names."""
     fits = [pair for pair in PAIRS if set(pair) <= set(first.columns)]
     if len(fits) > 1:
         raise DataError(
-            f"{first.file}: the two texts of a row may stand in {joined([' and '.join(pair) for pair in fits])}; "
-            "name them in dataset.columns.text and dataset.columns.text_pair"
+            f"{first.file}: the text pair could be in {joined([' and '.join(pair) for pair in fits])}; "
+            "set dataset.columns.text and dataset.columns.text_pair"
         )
     return fits[0] if fits else None
 
 
 def only_column(first: Rows, usual: Sequence[str], key: str, what: str, taken: Sequence[str]) -> str:
-    """The only column with a usual name, whatever its case.
+    """The only column with a usual name, ignoring case.
 
     Raises:
         DataError: there is none, or more than one.
@@ -195,17 +195,17 @@ def only_column(first: Rows, usual: Sequence[str], key: str, what: str, taken: S
     found = [name for name in first.columns if name.strip().lower() in usual and name not in taken]
     if len(found) == 1:
         return found[0]
-    problem = f"{what} may stand in {joined(found)}" if found else f"no column is known to hold {what}"
+    problem = f"{what} could be in {joined(found)}" if found else f"no column has a usual name for {what}"
     it_has = "" if found else f"; it has {listed(first.columns)}"
-    raise DataError(f"{first.file}: {problem}{it_has}; name it in dataset.columns.{key}")
+    raise DataError(f"{first.file}: {problem}{it_has}; set dataset.columns.{key}")
 
 
-def _as_said(named: Any) -> str:
-    return ", as dataset.columns says" if named is not None else ""
+def _source_of(named: Any) -> str:
+    return ", from dataset.columns" if named is not None else ""
 
 
 def _from_texts(texts: _Texts, column: LabelColumn) -> Maker:
-    """A maker of: text, second text or nothing, label, and the texts as the user's own words."""
+    """A maker of: text, second text or an empty string, label, and the texts."""
 
     def make(values: tuple[Any, ...]) -> tuple[str, ...]:
         made = texts.of(values[:-1])
@@ -216,23 +216,23 @@ def _from_texts(texts: _Texts, column: LabelColumn) -> Maker:
 
 
 def _from_words(words_name: str, tags_name: str, names: Names | None) -> Maker:
-    """A maker of: words and tags, both as JSON lists, and the words as the user's own."""
+    """A maker of: words and tags, both as JSON lists, and the words as text."""
     read_tag = tag_names(names, tags_name)
 
     def make(values: tuple[Any, ...]) -> tuple[str, ...]:
         words = [_word(word, words_name) for word in _items(values[0], words_name)]
         tags = [read_tag(tag) for tag in _items(values[1], tags_name)]
         if not words:
-            raise SkipRow(f"with no word in {words_name}")
+            raise SkipRow(f"without words in {words_name}")
         if len(words) != len(tags):
-            raise SkipRow(f"with another number of {tags_name} than of {words_name}")
+            raise SkipRow(f"with different numbers of {tags_name} and {words_name}")
         return json.dumps(words, ensure_ascii=False), json.dumps(tags, ensure_ascii=False), " ".join(words)
 
     return make
 
 
 def _items(value: Any, name: str) -> Sequence[Any]:
-    """A list, the list that a JSON text holds, or the words of a plain text."""
+    """A list, a list in a JSON string, or the words of a plain string."""
     if isinstance(value, str) and not value.lstrip().startswith("["):
         return value.split()
     if is_null(value):
@@ -242,5 +242,5 @@ def _items(value: Any, name: str) -> Sequence[Any]:
 
 def _word(value: Any, name: str) -> str:
     if is_null(value):
-        raise SkipRow(f"with a word of {name} null")
+        raise SkipRow(f"with a null word in {name}")
     return template_text(value, name)

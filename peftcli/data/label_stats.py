@@ -1,4 +1,4 @@
-"""Statistics of labels after the split: classes, numbers, entities, contradictions; a part of `data.json`."""
+"""Statistics of labels after the split: classes, numbers, entities, conflicts; a part of `data.json`."""
 
 import json
 from collections import Counter
@@ -21,20 +21,16 @@ from peftcli.errors import DataError
 from peftcli.metrics.tagging import entities_of, span_tags
 
 MANY_CLASSES = 20
-"""With more classes than this, and more than one for every two rows, a column holds no classes."""
+"""A column with more distinct values than this, and more than half as many as rows, is not a class column."""
 LOPSIDED = 0.95
-"""Share of one class above which accuracy says little."""
+"""Share of the most common class above which accuracy says little."""
 
 _INSIDE = ("I", "E", "L")
-"""Prefixes of tags that go on with an entity."""
+"""Prefixes of tags that continue an entity."""
 
 
 def class_names(stores: Sequence[Store]) -> Names:
-    """The classes of all stores in their order: that which is given, or sorted.
-
-    Raises:
-        DataError: the column can hold no classes.
-    """
+    """The classes of all stores, in the given order or sorted."""
     names = list(dict.fromkeys(name for store in stores for name in store.facts["classes"]))
     if stores[0].facts["problem"] == "regression":
         return ()
@@ -42,108 +38,111 @@ def class_names(stores: Sequence[Store]) -> Names:
 
 
 def check_classes(names: Names, store: Store) -> None:
-    """Refuse a column in which nothing can be learned.
+    """Reject a label column that cannot be learned.
 
     Raises:
-        DataError: all rows have one class, or nearly each row has its own.
+        DataError: all rows have the same class, or nearly every row has its own.
     """
     if store.facts["problem"] == "regression":
         return
     column, source = store.facts["label_column"], store.facts["sources"][0]["path"]
     if len(names) < 2:
         raise DataError(
-            f"{source}: all rows have the same {column} ({listed(names)}), so nothing can be told apart; "
-            "name another column, or take all of the rows"
+            f"{source}: all rows have the same {column} ({listed(names)}), so there is nothing to learn; "
+            "set dataset.columns.label to another column, or use more rows"
         )
     if store.facts["problem"] == "single-label" and not store.facts["named"]:
         many = len(store.facts["classes"])
         if many > MANY_CLASSES and many > store.rows / 2:
             raise DataError(
-                f"{source}: {column} has {many:,} different values in {store.rows:,} rows, too many for classes; name "
-                "another column in dataset.columns.label, or set model.task: causal-lm to learn it as text"
+                f"{source}: {column} has {many:,} distinct values in {store.rows:,} rows, too many for classes; set "
+                "dataset.columns.label to another column, or model.task: causal-lm to train on it as text"
             )
 
 
 def label_stats(train: Split, test: Split) -> dict[str, Any]:
-    """How labels are spread over both sides, and which rows contradict others.
+    """The distribution of labels over the splits, and rows with conflicting labels.
 
     Args:
-        train, test: of stores with the same classes; the test side may be empty, and is left out then.
+        train, test: of stores with the same classes; an empty test split is omitted.
     """
     stored, names = train.store.facts, train.store.classes
-    sides = {"train": train} | ({"test": test} if len(test.rows) else {})
+    splits = {"train": train} | ({"test": test} if len(test.rows) else {})
     facts: dict[str, Any] = {"problem": stored["problem"], "classes": [_shown(name) for name in names]}
     facts |= _conflicts(train)
     if stored["problem"] == "regression":
-        spread = {key: _spread(side) for key, side in sides.items()}
+        spread = {key: _spread(split) for key, split in splits.items()}
         return facts | {"labels": None, "numbers": {"of": stored["label_column"], **spread}}
-    counts = {key: class_counts(side, len(names)) for key, side in sides.items()}
+    counts = {key: class_counts(split, len(names)) for key, split in splits.items()}
     order = np.argsort(-counts["train"], kind="stable")[:SHOWN_LABELS]
     facts["labels"] = {"of": stored["label_column"], "distinct": len(names)} | {
         key: {_shown(names[label]): int(found[label]) for label in order} for key, found in counts.items()
     }
-    if stored["problem"] is None:  # words, and not rows, have tags
+    if stored["problem"] is None:  # tags belong to words, not rows
         facts["labels"]["total"] = {key: int(found.sum()) for key, found in counts.items()}
     facts["absent_classes"] = {
         key: [_shown(names[label]) for label in np.flatnonzero(found == 0)] for key, found in counts.items()
     }
     if stored["problem"] == "multi-label":
-        facts["rows_without_class"] = {key: _without(side) for key, side in sides.items()}
+        facts["rows_without_class"] = {key: _without(split) for key, split in splits.items()}
     if stored["problem"] == "single-label":
         facts["majority_share"] = {key: float(found.max() / found.sum()) for key, found in counts.items()}
     return facts | (_words([train, test]) if "words" in stored else {})
 
 
-def class_counts(side: Split, classes: int) -> NDArray[np.int64]:
-    """(classes,), how often each class or tag stands on a side."""
-    values = _values(side)
+def class_counts(split: Split, classes: int) -> NDArray[np.int64]:
+    """(classes,), how often each class or tag occurs in a split."""
+    values = _values(split)
     found: NDArray[np.int64] = np.bincount(values[values >= 0], minlength=classes)
     return found
 
 
 def label_warnings(facts: Mapping[str, Any]) -> list[str]:
-    """What a person should know of the labels before the first step, as sentences."""
-    said = [
+    """Warnings about the labels, as sentences."""
+    warnings = [
         _absent(facts, "train", "training", "it cannot be learned"),
-        _absent(facts, "test", "test", "it is not scored"),
+        _absent(facts, "test", "test", "it is not evaluated"),
     ]
     if facts["conflicting_rows"]:
         pair = facts["conflicting_examples"][0]
         rows = counted(facts["conflicting_rows"], "training row has", "training rows have")
         what = "pixels" if facts.get("format") == "images" else "text"
-        said.append(f"{rows} the {what} of an earlier one and another label ({pair['row']} and {pair['first']})")
-    alike = _alike(facts["classes"])
-    if alike:
-        said.append(f"classes differ in case or white space only ({'; '.join(alike[:3])}); write each in one way")
+        warnings.append(
+            f"{rows} the same {what} as an earlier one but another label ({pair['row']} and {pair['first']})"
+        )
+    similar = _similar(facts["classes"])
+    if similar:
+        warnings.append(f"classes differ only in case or white space ({'; '.join(similar[:3])}); use one spelling")
     without = sum((facts.get("rows_without_class") or {}).values())
     if without:
-        said.append(f"{counted(without, 'row has', 'rows have')} no class at all, which is learned as such")
+        rows = counted(without, "row has", "rows have")
+        warnings.append(f"{rows} no class; the model learns to predict none for them")
     share = (facts.get("majority_share") or {}).get("test", 0)
     if share >= LOPSIDED:
-        said.append(f"{share:.1%} of the test rows have one class, which accuracy alone would reward; look at F1")
-    return [one for one in [*said, *_say_words(facts.get("words"))] if one]
+        warnings.append(f"{share:.1%} of the test rows have the same class, so accuracy is misleading; use F1")
+    return [one for one in [*warnings, *_word_warnings(facts.get("words"))] if one]
 
 
-def _say_words(words: Mapping[str, Any] | None) -> list[str]:
+def _word_warnings(words: Mapping[str, Any] | None) -> list[str]:
     if words is None:
         return []
-    said = []
+    warnings = []
     if words["cut"]:
         cut = counted(words["cut"], "word is", "words are")
-        said.append(f"{cut} cut off at max_length, {words['cut_tagged']:,} with a tag; set dataset.too_long: split")
-    if words["silent"]:
-        said.append(f"{counted(words['silent'], 'word gets', 'words get')} no token, so no tag is learned for it")
-    if words["odd_tags"]:
-        odd = counted(words["odd_tags"], "tag goes", "tags go")
-        said.append(
-            f"{odd} on with an entity that has not begun, as I-X behind O (first {words['odd_tag_examples'][0]})"
+        warnings.append(
+            f"{cut} truncated at max_length, {words['cut_tagged']:,} with a tag; set dataset.too_long: split"
         )
-    return said
+    if words["silent"]:
+        warnings.append(f"{counted(words['silent'], 'word has', 'words have')} no token, so no tag is learned for it")
+    if words["odd_tags"]:
+        odd = counted(words["odd_tags"], "tag continues", "tags continue")
+        warnings.append(f"{odd} an entity that has not started, as in O I-X (first {words['odd_tag_examples'][0]})")
+    return warnings
 
 
-def _words(sides: Sequence[Split]) -> dict[str, Any]:
-    """Words, tags and entities of the rows that were read, of both sides together."""
-    stores = list({id(side.store): side.store.facts for side in sides}.values())
+def _words(splits: Sequence[Split]) -> dict[str, Any]:
+    """Words, tags and entities of both splits together."""
+    stores = list({id(split.store): split.store.facts for split in splits}.values())
     words: Counter[str] = Counter()
     entities: Counter[str] = Counter()
     for facts in stores:
@@ -157,10 +156,10 @@ def _words(sides: Sequence[Split]) -> dict[str, Any]:
 
 
 def _conflicts(train: Split) -> dict[str, Any]:
-    """Rows with the text of an earlier one, and another label."""
+    """Rows with the same text as an earlier one but another label."""
     first = first_occurrence(train.column("prompt"))
-    whole = train.column("plain")
-    rows = np.flatnonzero((first != np.arange(len(first))) & (whole != whole[first]))
+    full = train.column("plain")
+    rows = np.flatnonzero((first != np.arange(len(first))) & (full != full[first]))
     pairs = zip(train.places(rows[:FIRST_PLACES]), train.places(first[rows[:FIRST_PLACES]]), strict=True)
     return {
         "conflicting_rows": len(rows),
@@ -168,33 +167,33 @@ def _conflicts(train: Split) -> dict[str, Any]:
     }
 
 
-def _spread(side: Split) -> dict[str, float]:
-    values = _values(side).astype(np.float64)
+def _spread(split: Split) -> dict[str, float]:
+    values = _values(split).astype(np.float64)
     figures = {"min": values.min(), "median": np.median(values), "max": values.max(), "mean": values.mean()}
     return {name: float(value) for name, value in (figures | {"deviation": values.std()}).items()}
 
 
-def _without(side: Split) -> int:
-    lists = side.store.examples.column("labels").take(pa.array(side.rows, pa.int64()))
+def _without(split: Split) -> int:
+    lists = split.store.examples.column("labels").take(pa.array(split.rows, pa.int64()))
     return int(pc.sum(pc.equal(pc.list_value_length(lists), 0)).as_py() or 0)
 
 
-def _values(side: Split) -> NDArray[Any]:
-    lists = side.store.examples.column("labels").take(pa.array(side.rows, pa.int64()))
+def _values(split: Split) -> NDArray[Any]:
+    lists = split.store.examples.column("labels").take(pa.array(split.rows, pa.int64()))
     values: NDArray[Any] = pc.list_flatten(lists).to_numpy()
     return values
 
 
-def _absent(facts: Mapping[str, Any], side: str, word: str, so: str) -> str | None:
-    names = (facts.get("absent_classes") or {}).get(side) or []
+def _absent(facts: Mapping[str, Any], key: str, split: str, effect: str) -> str | None:
+    names = (facts.get("absent_classes") or {}).get(key) or []
     if not names:
         return None
     has = "no row of the class" if len(names) == 1 else f"no row of {len(names)} classes, such as"
-    return f"the {word} side has {has} {listed(names[:3])}, so {so}"
+    return f"the {split} split has {has} {listed(names[:3])}, so {effect}"
 
 
-def _alike(names: Sequence[str]) -> list[str]:
-    """Classes that only case or white space tells apart."""
+def _similar(names: Sequence[str]) -> list[str]:
+    """Classes that differ only in case or white space."""
     groups: dict[str, list[str]] = {}
     for name in names:
         groups.setdefault(" ".join(name.casefold().split()), []).append(name)
@@ -206,7 +205,7 @@ def _shown(name: str) -> str:
 
 
 class TagCounts:
-    """Counts entities by type, and tags that go on with an entity which has not begun."""
+    """Counts entities by type, and tags that continue an entity that has not started."""
 
     def __init__(self) -> None:
         self._entities: Counter[str] = Counter()
@@ -222,7 +221,7 @@ class TagCounts:
             self._odd.add(rows, [(row, "odd")] * _odd_tags(tags))
 
     def facts(self) -> dict[str, Any]:
-        """Entities by type, and the odd tags; none of these where no tag says that an entity begins."""
+        """Entities by type, and the odd tags; no odd tags if no tag marks the start of an entity."""
         begins = any(tag.startswith("B-") for tag in self._seen)
         spans = begins or any(tag.startswith("I-") for tag in self._seen) or "O" in self._seen
         return {
@@ -233,7 +232,7 @@ class TagCounts:
 
 
 def _odd_tags(tags: list[str]) -> int:
-    """Tags that go on with an entity that the tag before is no part of.
+    """Number of tags that continue an entity without a preceding tag of the same entity.
 
     >>> _odd_tags(["O", "I-PER", "I-PER", "B-LOC", "I-PER"])
     2

@@ -1,4 +1,4 @@
-"""Examples with labels to token ids and class ids; aligns words with tokens for tagging."""
+"""Tokenizes examples with labels to token ids and class ids; aligns words with tokens for tagging."""
 
 import json
 from collections import Counter
@@ -17,14 +17,14 @@ from peftcli.errors import DataError
 from peftcli.metrics.tagging import OUTSIDE
 from peftcli.plan.plan import LossMask
 
-NO_WORD = "with no word that gets a token"
+NO_WORD = "with no word that has a token"
 
 _PROBE = ["New", "York", "in", "a", "day"]
 
 
 @dataclass
 class Classes:
-    """Numbers of class names, given out as they come."""
+    """Class ids, assigned in the order of appearance."""
 
     numbers: dict[str, int] = field(default_factory=dict)
 
@@ -37,7 +37,7 @@ class Classes:
 
 
 class TextClasses:
-    """Tokenizes texts as the tokenizer does by default, and numbers their classes."""
+    """Tokenizes texts with the tokenizer's defaults, and maps their classes to ids."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, rule: LossMask, problem_type: str, classes: Classes) -> None:
         self._tokenizer = tokenizer
@@ -48,10 +48,10 @@ class TextClasses:
     def batch(
         self, columns: Mapping[str, Sequence[str]], ends: Sequence[bool] | None, too_long: str | None
     ) -> TokenizedBatch:
-        """Token ids and labels of a batch; `too_long` is `drop`, or anything else for a cut.
+        """Token ids and labels of a batch; rows are truncated unless `too_long` is `drop`.
 
         Raises:
-            DataError: a row that is to be cut would keep nothing of its text.
+            DataError: the maximum length has no space for text.
         """
         texts = list(zip(columns["text"], columns["text_pair"], strict=True))
         rows = self._encode(texts)
@@ -78,7 +78,7 @@ class TextClasses:
         )
 
     def numbers(self, columns: Mapping[str, Sequence[str]]) -> list[int]:
-        """The number of the one class of each example; -1 where it may have several, or is a number."""
+        """The class id of each example; -1 for multi-label and regression."""
         if self._problem_type != "single-label":
             return [-1] * len(columns["label"])
         return [self._classes.number(name) for name in columns["label"]]
@@ -89,11 +89,11 @@ class TextClasses:
         return encode(texts, self._tokenizer)
 
     def _cut(self, texts: Sequence[tuple[str, str]], rows: Sequence[list[int]]) -> list[list[int]]:
-        """The ids of rows that are too long, cut as the tokenizer cuts them: it keeps its special tokens."""
+        """Truncate rows like the tokenizer, which keeps its special tokens."""
         paired = bool(texts and texts[0][1])
         if texts and self._limit <= self._tokenizer.num_special_tokens_to_add(pair=paired):
-            raise DataError(f"dataset.max_length {self._limit} has room for special tokens alone; raise it")
-        if texts and not paired and self._tail is not None:  # the same, without encoding all of them again
+            raise DataError(f"dataset.max_length {self._limit} only has space for special tokens; raise it")
+        if texts and not paired and self._tail is not None:  # the same result without encoding all rows again
             kept = self._limit - self._tail
             return [ids[:kept] + ids[len(ids) - self._tail :] for ids in rows]
         pairs = [pair for _, pair in texts] if paired else None
@@ -103,7 +103,7 @@ class TextClasses:
 
     @cached_property
     def _tail(self) -> int | None:
-        """Special tokens at the end of a single text; None where the tokenizer cuts in a way of its own."""
+        """Number of special tokens at the end of a single text; None if the tokenizer truncates differently."""
         backend = getattr(self._tokenizer, "backend_tokenizer", None)
         if backend is None or self._tokenizer.truncation_side != "right":
             return None
@@ -125,12 +125,12 @@ class TextClasses:
 
 @dataclass(frozen=True)
 class AlignedWords:
-    """A row of words as tokens.
+    """The tokens of a row of words.
 
     Attributes:
-        ids: with the tokenizer's own beginning and end.
-        words: for each token the number of the word that it begins, None for all others; a word begins in one token.
-        lead, tail: special tokens at the beginning and at the end.
+        ids: with the tokenizer's special tokens.
+        words: for the first token of each word the index of the word, None for all other tokens.
+        lead, tail: number of special tokens at the beginning and at the end.
     """
 
     ids: list[int]
@@ -139,7 +139,7 @@ class AlignedWords:
     tail: int
 
     def cut(self, limit: int) -> "AlignedWords":
-        """The row with at most `limit` tokens; the special tokens at its end stay.
+        """The row truncated to `limit` tokens, keeping the special tokens at its end.
 
         >>> AlignedWords([1, 7, 8, 9, 2], [None, 0, None, 1, None], 1, 1).cut(4)
         AlignedWords(ids=[1, 7, 8, 2], words=[None, 0, None, None], lead=1, tail=1)
@@ -152,11 +152,11 @@ class AlignedWords:
 
 
 class WordTags:
-    """Tokenizes words and gives the first token of each word the number of its tag.
+    """Tokenizes words, and labels the first token of each word with the id of its tag.
 
     Attributes:
-        counts: words; `tagged`, those with another tag than O; `silent`, those without a token of their own; `cut` and
-            `cut_tagged`, those lost at max_length.
+        counts: numbers of `words`; `tagged`, words with another tag than O; `silent`, words without a token; `cut` and
+            `cut_tagged`, words truncated at max_length.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, rule: LossMask, classes: Classes) -> None:
@@ -168,14 +168,14 @@ class WordTags:
     def batch(
         self, columns: Mapping[str, Sequence[str]], ends: Sequence[bool] | None, too_long: str | None
     ) -> TokenizedBatch:
-        """Token ids and tag numbers of a batch.
+        """Token ids and tag ids of a batch.
 
         Args:
             columns: `tokens` and `tags`, JSON lists.
-            too_long: `truncate`, `drop`, or `split`, which cuts between words; None for truncate.
+            too_long: `truncate`, `drop`, or `split` (between words); None for truncate.
 
         Raises:
-            DataError: the tokenizer does not tell where its tokens stand.
+            DataError: the tokenizer cannot map its tokens to words.
         """
         words = [json.loads(one) for one in columns["tokens"]]
         tags = [json.loads(one) for one in columns["tags"]]
@@ -194,7 +194,7 @@ class WordTags:
         return self._finish(pieces, dropped)
 
     def numbers(self, columns: Mapping[str, Sequence[str]]) -> list[int]:
-        """-1 for each example, since it has many tags."""
+        """-1 for each example, since tagging has no class per row."""
         return [-1] * len(columns["tags"])
 
     def _pieces(self, row: int, aligned: AlignedWords, tags: Sequence[str], *, split: bool) -> "Iterable[_Piece]":
@@ -206,13 +206,13 @@ class WordTags:
             yield _Piece(row, part.ids, labels, uncut, not split and length > self._limit)
 
     def _count(self, aligned: AlignedWords, tags: Sequence[str], pieces: Sequence["_Piece"]) -> None:
-        carried = [word for word in aligned.words if word is not None]
+        with_token = [word for word in aligned.words if word is not None]
         kept = sum(piece.tagged for piece in pieces)
-        tagged = [tags[word] != OUTSIDE for word in carried]
+        tagged = [tags[word] != OUTSIDE for word in with_token]
         self.counts["words"] += len(tags)
         self.counts["tagged"] += sum(tag != OUTSIDE for tag in tags)
-        self.counts["silent"] += len(tags) - len(carried)
-        self.counts["cut"] += len(carried) - kept
+        self.counts["silent"] += len(tags) - len(with_token)
+        self.counts["cut"] += len(with_token) - kept
         self.counts["cut_tagged"] += sum(tagged[kept:])
 
     def _finish(self, pieces: Sequence["_Piece"], dropped: list[tuple[int, str]]) -> TokenizedBatch:
@@ -234,7 +234,7 @@ class WordTags:
 
 @dataclass(frozen=True)
 class _Piece:
-    """A row of tokens; `labels` are tag numbers, IGNORED for tokens that begin no word."""
+    """A row of tokens; `labels` are tag ids, IGNORED for tokens that are not the first of a word."""
 
     row: int
     ids: list[int]
@@ -244,18 +244,18 @@ class _Piece:
 
     @property
     def tagged(self) -> int:
-        """Words that carry a tag."""
+        """Number of labeled words."""
         return sum(label != IGNORED for label in self.labels)
 
 
 def _split(aligned: AlignedWords, limit: int) -> Iterable[AlignedWords]:
-    """Pieces of at most `limit` tokens, each with the special tokens at both ends; words stay whole if possible."""
+    """Split into pieces of at most `limit` tokens with special tokens at both ends, between words if possible."""
     lead, tail = aligned.lead, aligned.tail
     end = len(aligned.ids) - tail
-    at, room = lead, limit - lead - tail
-    while room > 0 and at < end:
-        stop = min(at + room, end)
-        starts = [place for place in range(at + 1, stop + 1) if place == end or aligned.words[place] is not None]
+    at, size = lead, limit - lead - tail
+    while size > 0 and at < end:
+        stop = min(at + size, end)
+        starts = [index for index in range(at + 1, stop + 1) if index == end or aligned.words[index] is not None]
         stop = stop if stop == end or not starts else starts[-1]
         ids = aligned.ids[:lead] + aligned.ids[at:stop] + aligned.ids[end:]
         yield AlignedWords(ids, aligned.words[:lead] + aligned.words[at:stop] + aligned.words[end:], lead, tail)
@@ -263,7 +263,7 @@ def _split(aligned: AlignedWords, limit: int) -> Iterable[AlignedWords]:
 
 
 def label_flags(flat: Ids, lengths: Counts, truncated: Flags, tokenizer: PreTrainedTokenizerBase) -> dict[str, Flags]:
-    """The flags of rows with labels, which have no end token to train and no prompt."""
+    """The flags of rows with labels, which have no prompt and no trained end token."""
     none = np.zeros(len(lengths), bool)
     unknown = none
     if tokenizer.unk_token_id is not None:
@@ -272,22 +272,21 @@ def label_flags(flat: Ids, lengths: Counts, truncated: Flags, tokenizer: PreTrai
 
 
 def align_words(rows: Sequence[Sequence[str]], tokenizer: PreTrainedTokenizerBase) -> list[AlignedWords]:
-    """The tokens of rows of words, as the tokenizer writes the words with a space between them.
+    """The tokens of rows of words, encoded like the words joined with spaces.
 
-    A tokenizer that writes the same ids for a list of words as for their text is given the list. One that would write
-    the words without spaces between them, as those on bytes do, is given the text, and the places of its tokens in the
-    text tell the words.
+    If the tokenizer gives the same ids for a list of words as for their text, it gets the list. Otherwise (byte-level
+    tokenizers would omit the spaces) it gets the text, and character offsets map tokens to words.
 
     Args:
-        rows: words, in their order; none of them may be left out.
+        rows: the words of each row, complete and in order.
 
     Raises:
-        DataError: the tokenizer does not tell where its tokens stand.
+        DataError: the tokenizer cannot map its tokens to words.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise DataError(
-            f"{type(tokenizer).__name__} does not tell which word a token is of, so words cannot be tagged; "
+            f"{type(tokenizer).__name__} cannot map tokens to words, so tagging is not possible; "
             "set model.name to a model with a tokenizer.json"
         )
     backend.no_truncation()
@@ -304,7 +303,7 @@ def align_words(rows: Sequence[Sequence[str]], tokenizer: PreTrainedTokenizerBas
 
 
 def takes_words(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the tokenizer writes the same ids for a list of words as for their text."""
+    """Whether the tokenizer gives the same ids for a list of words as for their text."""
     backend: Any = tokenizer.backend_tokenizer
     words = backend.encode(list(_PROBE), is_pretokenized=True, add_special_tokens=True).ids
     return bool(words == encode([" ".join(_PROBE)], tokenizer)[0])
@@ -318,7 +317,7 @@ def _of_encoding(encoding: Any, words: list[int | None]) -> AlignedWords:
 
 
 def _first_of(words: Sequence[int | None]) -> list[int | None]:
-    """Each word's number at its first token only.
+    """Keep the index of each word only at its first token.
 
     >>> _first_of([None, 0, 0, 1, None])
     [None, 0, None, 1, None]
@@ -333,7 +332,7 @@ def _first_of(words: Sequence[int | None]) -> list[int | None]:
 
 
 def _spans(words: Sequence[str]) -> list[tuple[int, int]]:
-    """Where each word stands in the text that spaces join."""
+    """Character spans of the words in the text joined with spaces."""
     spans, start = [], 0
     for word in words:
         spans.append((start, start + len(word)))
@@ -344,7 +343,7 @@ def _spans(words: Sequence[str]) -> list[tuple[int, int]]:
 def _first_in(
     offsets: Sequence[tuple[int, int]], special: Sequence[int], spans: Sequence[tuple[int, int]]
 ) -> list[int | None]:
-    """Each word's number at the first token that reaches into it.
+    """The index of each word at the first token that overlaps it.
 
     >>> _first_in([(0, 3), (3, 8), (8, 9)], [0, 0, 0], [(0, 3), (4, 9)])
     [0, 1, None]
@@ -356,7 +355,7 @@ def _first_in(
             continue
         while word < len(spans) and (spans[word][1] <= start or spans[word][0] == spans[word][1]):
             word += 1
-        # A token that reaches into two words carries the tag of the first.
+        # A token that overlaps two words gets the tag of the first.
         if word < len(spans) and end > spans[word][0] and start < spans[word][1]:
             found[at] = word
             word += 1

@@ -1,4 +1,4 @@
-"""The one pass over the sources: read, join, build examples, tokenize, count, and store the rows on disk."""
+"""One pass over the sources: read, join, build examples, tokenize, collect statistics, and store the rows on disk."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -28,17 +28,17 @@ from peftcli.recipe.rules import IMAGES
 from peftcli.recipe.schema import DatasetSection, SourceSection
 
 MANY_LABELS = 5000
-"""With more different answers than this, answers are no labels and their balance is not counted."""
+"""With more distinct completions than this, they are not treated as labels and their distribution is not counted."""
 
 
 @dataclass(frozen=True)
 class DataRequest:
-    """What one pass needs to know besides its sources.
+    """The settings of one pass.
 
     Attributes:
         dataset: section of the recipe.
         rule: which tokens are trained.
-        limit: rows to read at most, of each source; None for all.
+        limit: maximum number of rows per source; None for all.
     """
 
     dataset: DatasetSection
@@ -51,20 +51,20 @@ def run_pipeline(
     sources: Sequence[tuple[Source, SourceSection]],
     joins: Sequence[Join],
     tokenizer: PreTrainedTokenizerBase,
-    asked: DataRequest,
+    request: DataRequest,
     progress: Progress,
 ) -> None:
     """Read all sources into a store.
 
     Args:
-        folder: empty; receives the store.
-        sources: with the sections that say how their rows become examples.
+        folder: an empty folder for the store.
+        sources: with their sections, which define how rows become examples.
         joins: applied to every source, in order.
 
     Raises:
-        DataError: a source cannot be read, the sources hold different kinds, or no row is usable.
+        DataError: a source cannot be read, the sources have different formats, or no row is usable.
     """
-    TokenizePipeline(folder, sources, joins, tokenizer, asked, progress).run()
+    TokenizePipeline(folder, sources, joins, tokenizer, request, progress).run()
 
 
 @dataclass
@@ -75,11 +75,11 @@ class TokenizePipeline:
     sources: Sequence[tuple[Source, SourceSection]]
     joins: Sequence[Join]
     tokenizer: PreTrainedTokenizerBase
-    asked: DataRequest
+    request: DataRequest
     progress: Progress
 
     def __post_init__(self) -> None:
-        self._reading: RowFormat | None = None
+        self._format: RowFormat | None = None
         self._tokens: TokenizeStep | TextClasses | WordTags | None = None
         self._classes = Classes()
         self._tags = TagCounts()
@@ -97,28 +97,28 @@ class TokenizePipeline:
         self.progress.start("reading rows", 0)
         try:
             for number, (source, section) in enumerate(self.sources):
-                reading, scan, before = None, None, self._read
+                row_format, scan, before = None, None, self._read
                 finish: Callable[[], None] = _nothing
                 for rows in self._limited(source):
                     self._dropped.add_unread(rows)
                     rows = self._join(rows)
                     if not rows.numbers:
                         continue
-                    if reading is None:
-                        reading = self._choose(rows, source, section)
-                        scan = ColumnScan(source.name, reading.columns)
+                    if row_format is None:
+                        row_format = self._choose(rows, source, section)
+                        scan = ColumnScan(source.name, row_format.columns)
                     writer = writer or Writer(
-                        self.folder, KINDS[reading.kind], numbers=reading.problem_type == "regression"
+                        self.folder, KINDS[row_format.kind], numbers=row_format.problem_type == "regression"
                     )
-                    assert scan is not None  # made with the reading
+                    assert scan is not None  # created with the format
                     scan.add(rows)
-                    begun = self._start(writer, number, rows, reading.examples(rows))
-                    finish()  # the batch before, which was encoded while this one was read
-                    finish = begun
+                    started = self._start(writer, number, rows, row_format.examples(rows))
+                    finish()  # the previous batch, which was encoded while this one was read
+                    finish = started
                 finish()
                 if self._read == before:
                     raise DataError(f"{source.name}: no rows")
-                facts.append(self._source_facts(source, section, reading, self._read - before))
+                facts.append(self._source_facts(source, section, row_format, self._read - before))
                 if scan is not None:
                     columns += scan.facts()
                     warnings += scan.warnings()
@@ -132,9 +132,9 @@ class TokenizePipeline:
         writer.write_facts(self._facts() | {"sources": facts, "columns": columns, "warnings": warnings})
 
     def _limited(self, source: Source) -> Any:
-        """The batches of a source, ended where the limit is reached; every row that was seen is counted."""
+        """The batches of a source up to the limit; counts the rows that were read."""
         seen = 0
-        limit = self.asked.limit
+        limit = self.request.limit
         for rows in source.batches():
             if limit is not None and seen + len(rows) > limit:
                 rows = _head(rows, limit - seen)
@@ -153,49 +153,49 @@ class TokenizePipeline:
         return rows
 
     def _choose(self, rows: Rows, source: Source, section: SourceSection) -> RowFormat:
-        reading = self._read_as(rows, source, section)
-        if self._reading is not None and self._reading.kind != reading.kind:
+        row_format = self._detect(rows, source, section)
+        if self._format is not None and self._format.kind != row_format.kind:
             raise DataError(
-                f"{source.name}: holds {reading.kind} ({reading.name}), the source before it {self._reading.kind} "
-                f"({self._reading.name}); give the sources templates or columns that make one kind of them"
+                f"{source.name}: its format is {row_format.kind} ({row_format.name}), but the previous source is "
+                f"{self._format.kind} ({self._format.name}); give the sources templates or columns of one format"
             )
-        if self._reading is None:
-            self._reading = reading
-            self._tokens = self._tokenizing(reading)
-        return reading
+        if self._format is None:
+            self._format = row_format
+            self._tokens = self._tokenize_step(row_format)
+        return row_format
 
-    def _read_as(self, rows: Rows, source: Source, section: SourceSection) -> RowFormat:
-        rule = self.asked.rule
+    def _detect(self, rows: Rows, source: Source, section: SourceSection) -> RowFormat:
+        rule = self.request.rule
         if rule.task == "causal-lm":
             return choose_format(rows, section, chats=bool(self.tokenizer.chat_template))
-        if self._reading is not None and self._reading.problem_type is not None:
-            rule = replace(rule, problem_type=self._reading.problem_type)
+        if self._format is not None and self._format.problem_type is not None:
+            rule = replace(rule, problem_type=self._format.problem_type)
         folder = getattr(source, "folder", None)
-        given = Given(rule, self.asked.dataset.labels, getattr(source, "class_names", {}), folder)
+        given = Given(rule, self.request.dataset.labels, getattr(source, "class_names", {}), folder)
         if rule.task == IMAGES:
             return choose_images(rows, section, given)
         return choose_label_format(rows, section, given)
 
-    def _tokenizing(self, reading: RowFormat) -> TokenizeStep | TextClasses | WordTags:
-        for name in reading.names or ():
+    def _tokenize_step(self, row_format: RowFormat) -> TokenizeStep | TextClasses | WordTags:
+        for name in row_format.names or ():
             self._classes.number(name)
-        if reading.kind == "tagging":
-            return WordTags(self.tokenizer, self.asked.rule, self._classes)
-        if reading.problem_type is not None:
-            make = ImageClasses if reading.kind == "images" else TextClasses
-            return make(self.tokenizer, self.asked.rule, reading.problem_type, self._classes)
-        return TokenizeStep(reading.kind, self.tokenizer, self.asked.rule)
+        if row_format.kind == "tagging":
+            return WordTags(self.tokenizer, self.request.rule, self._classes)
+        if row_format.problem_type is not None:
+            make = ImageClasses if row_format.kind == "images" else TextClasses
+            return make(self.tokenizer, self.request.rule, row_format.problem_type, self._classes)
+        return TokenizeStep(row_format.kind, self.tokenizer, self.request.rule)
 
     def _start(self, writer: Writer, source: int, rows: Rows, examples: Examples) -> Callable[[], None]:
-        """Begin to encode a batch; what is returned waits for it, counts it and writes it."""
-        assert self._tokens is not None and self._reading is not None  # chosen before the first batch
+        """Start to encode a batch; the returned function waits for it, counts it and writes it."""
+        assert self._tokens is not None and self._format is not None  # chosen before the first batch
         if not examples.kept:
             return lambda: self._dropped.add(rows, examples.dropped)
         ends = None if rows.ends is None else [rows.ends[row] for row in examples.kept]
-        given = examples.columns, ends, self.asked.dataset.too_long
-        # Classes are numbered in the order of the rows, so their batches are made one after the other.
+        arguments = examples.columns, ends, self.request.dataset.too_long
+        # Class ids are assigned in the order of the rows, so batches with labels are processed one after the other.
         tokens = self._tokens
-        batch = tokens.start(*given) if isinstance(tokens, TokenizeStep) else partial(tokens.batch, *given)
+        batch = tokens.start(*arguments) if isinstance(tokens, TokenizeStep) else partial(tokens.batch, *arguments)
 
         def finish() -> None:
             self._dropped.add(rows, examples.dropped)
@@ -208,62 +208,62 @@ class TokenizePipeline:
         if isinstance(self._tokens, WordTags):
             self._tags.add(rows, examples)
         self._special.add(rows, examples)
-        known = row_hashes(rows, examples, batch, self.asked.dataset)
+        known = row_hashes(rows, examples, batch, self.request.dataset)
         known["source"] = np.full(len(batch.of), source, np.int32)
         known["file"] = np.full(len(batch.of), self._files.setdefault(rows.file, len(self._files)), np.int32)
         known["label"] = np.array(self._label_numbers(examples), np.int32)[batch.of]
         writer.add(examples.columns, batch, known, signatures_of(examples, batch))
 
     def _label_numbers(self, examples: Examples) -> list[int]:
-        """A number for each different answer, as long as there are few enough to be labels."""
+        """An id for each distinct completion, as long as there are few enough to be labels."""
         if not isinstance(self._tokens, TokenizeStep):
             assert self._tokens is not None  # chosen before the first batch
             return self._tokens.numbers(examples.columns)
-        answers = examples.columns.get("completion")
-        if answers is None or self._labels is None:
+        completions = examples.columns.get("completion")
+        if completions is None or self._labels is None:
             self._labels = None
             return [-1] * len(examples.kept)
         labels = self._labels
-        numbers = [labels.setdefault(answer.strip(), len(labels)) for answer in answers]
+        numbers = [labels.setdefault(completion.strip(), len(labels)) for completion in completions]
         if len(labels) > MANY_LABELS:
             self._labels = None
         return numbers
 
     def _source_facts(
-        self, source: Source, section: SourceSection, reading: RowFormat | None, rows: int
+        self, source: Source, section: SourceSection, row_format: RowFormat | None, rows: int
     ) -> dict[str, Any]:
         return {
             "path": source.name,
             "rows": rows,
-            "read_as": reading.said if reading is not None else None,
+            "read_as": row_format.said if row_format is not None else None,
             "weight": getattr(section, "weight", 1.0),
         }
 
     def _facts(self) -> dict[str, Any]:
-        assert self._reading is not None
+        assert self._format is not None
         labels = self._labels or {}
         few = 1 < len(labels) <= max(2, self._read // 5)
         return {
-            "kind": self._reading.kind,
-            "prompt": self._reading.prompt,
+            "kind": self._format.kind,
+            "prompt": self._format.prompt,
             "rows": self._read,
             "joins": [asdict(join.facts()) for join in self.joins],
             "files": list(self._files),
             "dropped": dict(self._dropped.counts),
             "dropped_examples": self._dropped.places,
             "labels": list(labels) if few else None,
-            **self._label_facts(self._reading),
+            **self._label_facts(self._format),
         }
 
-    def _label_facts(self, reading: RowFormat) -> dict[str, Any]:
+    def _label_facts(self, row_format: RowFormat) -> dict[str, Any]:
         if isinstance(self._tokens, TokenizeStep):
             return {}
         words = {"words": dict(self._tokens.counts), **self._tags.facts()} if isinstance(self._tokens, WordTags) else {}
         return {
-            "problem": reading.problem_type,
-            "label_column": reading.reads[-1],
+            "problem": row_format.problem_type,
+            "label_column": row_format.reads[-1],
             "classes": self._classes.names,
-            "named": reading.names is not None,
+            "named": row_format.names is not None,
             **words,
         }
 
@@ -275,11 +275,13 @@ class TokenizePipeline:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in self._dropped.counts.most_common(6))
         first = next(iter(self._dropped.places.values()), [""])[0]
         fix = "; raise dataset.max_length" if any("max_length" in reason for reason in self._dropped.counts) else ""
-        return f"{names}: no usable row of {self._read:,}: {reasons}" + (f" (first {first})" if first else "") + fix
+        return (
+            f"{names}: none of {self._read:,} rows is usable: {reasons}" + (f" (first {first})" if first else "") + fix
+        )
 
 
 def _nothing() -> None:
-    """What there is to finish before the first batch."""
+    """Nothing to finish before the first batch."""
 
 
 def _head(rows: Rows, count: int) -> Rows:

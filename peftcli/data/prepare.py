@@ -1,4 +1,4 @@
-"""From the dataset section to the rows that the trainer and the evaluation get, and to `data.json`."""
+"""Prepares the rows for training and evaluation from the dataset section, and the content of `data.json`."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -41,27 +41,27 @@ from peftcli.recipe.rules import IMAGES
 from peftcli.recipe.schema import DatasetSection, SourceSection, TestSection
 
 SMOKE_ROWS = 48
-"""Rows that a smoke run takes from the head of each source."""
+"""Number of rows that a smoke run reads from each source."""
 
 LONGEST_OPENING = 64
-"""Tokens of a text that the model goes on from, to show what it has learned."""
+"""Maximum tokens of a text that are used as a prompt in the samples."""
 
 
 @dataclass(frozen=True)
 class PreparedData:
-    """What is trained and tested.
+    """The training and test rows.
 
     Attributes:
-        train: the training rows; a row with a weight above 1 stands there several times.
-        test_split: the test rows; none where the recipe trains on all rows.
+        train: the training rows; rows of a source with a weight above 1 are repeated.
+        test_split: the test rows; empty if the recipe trains on all rows.
         format: `prompt_completion`, `messages`, `text`, `classification`, `tagging` or `images`.
-        stop_ids: token ids on which an answer ends; none where rows have labels.
-        prompt: template that new prompts are written in; None for chats and for plain text.
+        stop_ids: token ids that end an answer; empty for rows with labels.
+        prompt: template for new prompts; None for chats and plain text.
         facts: the content of `data.json`.
-        crossed: one sentence for each limit of the recipe that the data cross.
-        too_long: what was done with rows longer than the limit, None for what fits the source.
-        labels: names of the classes or tags by number; none where rows have no labels, or numbers.
-        problem_type: of a classification: `single-label`, `multi-label` or `regression`.
+        crossed: one sentence for each exceeded data limit.
+        too_long: `dataset.too_long` of the recipe.
+        labels: names of the classes or tags by id; empty for rows without labels and for regression.
+        problem_type: for classification: `single-label`, `multi-label` or `regression`.
     """
 
     train: Split
@@ -83,46 +83,48 @@ class PreparedData:
 
     @cached_property
     def test(self) -> pa.Table:
-        """The test rows: `input_ids`, `labels`, `prompt_ids`, `prompt`, `reference`; some also `words` or `image`.
+        """The test rows: `input_ids`, `labels`, `prompt_ids`, `prompt`, `reference`; `words` or `image` for some tasks.
 
-        Only where `holds_out`.
+        Requires `holds_out`.
         """
         return held_out_table(self.test_split, self.format, self.tokenizer)
 
     def comparable(self, rows: int) -> pa.Table:
-        """The first rows on which two models are compared, as in `test`: test rows, or training rows where none are.
+        """Rows for comparing two models, like `test`: the first test rows, or training rows if there are none.
 
         Args:
-            rows: at most.
+            rows: maximum number.
         """
         if self.holds_out:
             return self.test.slice(0, rows)
         return held_out_table(replace(self.train, rows=self.train.rows[:rows]), self.format, self.tokenizer)
 
     def sample_chats(self, count: int = 8) -> list[Chat]:
-        """The first chats of the training rows; none where the rows are no chats."""
+        """The first chats of the training rows; empty for other formats."""
         if self.format != "messages":
             return []
         rows = self.train.store.examples.select(["messages"]).slice(0, count)
         return read_chats(rows.to_pydict())[0]
 
     def used_ids(self, count: int = BATCH_ROWS) -> set[int]:
-        """Token ids that stand in the first training rows."""
+        """Token ids that occur in the first training rows."""
         ids = self.train.store.examples.column("input_ids").slice(0, count)
         return set(pc.unique(pc.list_flatten(ids)).to_pylist())
 
     def raise_if_crossed(self, shown_by: str) -> None:
-        """Stop where a limit is crossed.
+        """Raise an error if a data limit is exceeded.
 
         Args:
             shown_by: the command that shows the rows.
 
         Raises:
-            DataError: with every limit that is crossed.
+            DataError: lists every exceeded limit.
         """
         if self.crossed:
             lines = "".join(f"\n  {line}" for line in self.crossed)
-            raise DataError(f"the data cross a limit; `{shown_by}` shows the rows, the key named lifts it{lines}")
+            raise DataError(
+                f"a data limit was exceeded; run `{shown_by}` to see the rows, or raise the key shown{lines}"
+            )
 
 
 def prepare(
@@ -135,53 +137,53 @@ def prepare(
     smoke: bool = False,
     own_tokenizer: bool = True,
 ) -> PreparedData:
-    """Read, join, tokenize and split the data of a recipe; what was prepared before is taken from the cache.
+    """Read, join, tokenize and split the data of a recipe, using the cache.
 
     Args:
-        dataset: section of the recipe; its paths are absolute.
+        dataset: section of the recipe, with absolute paths.
         rule: which tokens are trained.
-        seed: of the split where `dataset.split.seed` is not given, and of every other draw.
-        smoke: take a few rows only, and rows made up here where the source is a Hub data set.
-        own_tokenizer: the tokenizer is the model's own, so that what it finds in a smoke run holds for the real one.
+        seed: for the split if `dataset.split.seed` is not set, and for all other sampling.
+        smoke: use only a few rows, and synthetic rows for a Hub dataset or a database.
+        own_tokenizer: the tokenizer is the model's own, so the checks of a smoke run also apply to the real run.
 
     Raises:
-        DataError: a source cannot be read or holds nothing usable, or a side of the split is empty.
+        DataError: a source cannot be read or has no usable rows, or a split is empty.
     """
-    asked = DataRequest(dataset, rule, SMOKE_ROWS if smoke else None)
+    request = DataRequest(dataset, rule, SMOKE_ROWS if smoke else None)
     sections: Sequence[SourceSection] = dataset.sources or (dataset,)
-    made_up = partial(
+    synthetic = partial(
         SyntheticSource, rows=SMOKE_ROWS, task=rule.task, problem_type=rule.problem_type, labels=dataset.labels
     )
-    open_ = partial(_open, made_up=made_up if smoke else None, images=rule.task == IMAGES)
+    open_ = partial(_open, synthetic=synthetic if smoke else None, images=rule.task == IMAGES)
     test_section = _test_section(dataset)
     test_source = None
     if test_section is not None:
-        like = partial(made_up, like=sections[0])
-        test_source = _open(test_section, "dataset.test", made_up=like if smoke else None, images=rule.task == IMAGES)
-    apart = frozenset(getattr(test_source, "files", ()))
+        like = partial(synthetic, like=sections[0])
+        test_source = _open(test_section, "dataset.test", synthetic=like if smoke else None, images=rule.task == IMAGES)
+    test_files = frozenset(getattr(test_source, "files", ()))
     keys = [f"dataset.sources[{number}]" for number in range(len(dataset.sources))] or ["dataset"]
-    sources = [(open_(section, key, without=apart), section) for key, section in zip(keys, sections, strict=True)]
-    store, made = load_or_tokenize(sources, tokenizer, asked, progress)
+    sources = [(open_(section, key, without=test_files), section) for key, section in zip(keys, sections, strict=True)]
+    store, built = load_or_tokenize(sources, tokenizer, request, progress)
     _check_rule(rule, store.facts["kind"])
     test_store = None
     if test_source is not None:
-        asked = replace(asked, rule=replace(rule, problem_type=store.facts.get("problem") or rule.problem_type))
-        test_store, _ = load_or_tokenize([(test_source, sections[0])], tokenizer, asked, progress)
+        request = replace(request, rule=replace(rule, problem_type=store.facts.get("problem") or rule.problem_type))
+        test_store, _ = load_or_tokenize([(test_source, sections[0])], tokenizer, request, progress)
         if test_store.facts["kind"] != store.facts["kind"]:
             raise DataError(
-                f"{test_source.name}: holds {test_store.facts['kind']}, the training rows are {store.facts['kind']}; "
-                "test rows need the columns of the training rows"
+                f"{test_source.name}: the test rows are {test_store.facts['kind']}, but the training rows are "
+                f"{store.facts['kind']}; give the test rows the same columns as the training rows"
             )
     labels: tuple[str, ...] = ()
     if store.facts["kind"] in LABELLED:
         store, test_store, labels = _with_classes(store, test_store, smoke=smoke)
-    rows, equal, equal_places = drop_duplicates_of_test(dataset, store)
+    rows, duplicates, duplicate_places = drop_duplicates_of_test(dataset, store)
     scaled = None
     if smoke and test_store is None:
         dataset, scaled = rehearsed_split(dataset, store, rows)
     train, test, split = split_rows(dataset, store, test_store, rows, seed)
-    facts = _facts(store, test_store, train, test, tokenizer, rule, equal, equal_places)
-    facts |= {"split": split, "cache": "made" if made else "reused"}
+    facts = _facts(store, test_store, train, test, tokenizer, rule, duplicates, duplicate_places)
+    facts |= {"split": split, "cache": "made" if built else "reused"}
     crossed = crossed_limits(facts, dataset.limits)
     if smoke:
         crossed, notes = _rehearsed(sources, dataset, facts, crossed, own_tokenizer=own_tokenizer)
@@ -212,14 +214,14 @@ def _rehearsed(
     *,
     own_tokenizer: bool,
 ) -> tuple[list[str], list[str]]:
-    """What stops a smoke run, and what it says of its rows.
+    """The limits that stop a smoke run, and its notes about the rows.
 
-    A share of a few rows says little about all of them, so the limits are only told, but for the end token: where the
-    recipe wants it trained in every row, one row without it is enough.
+    Shares of a few rows say little about all rows, so exceeded limits are only reported. The exception is the end
+    token: if the recipe requires it in every row, a single row without it is enough.
     """
-    made_up = [source.section.name or "a database" for source, _ in sources if isinstance(source, SyntheticSource)]
-    notes = [f"smoke: the rows of {name} are made up, since a smoke run asks no network" for name in made_up]
-    if made_up or not own_tokenizer:
+    synthetic = [source.section.name or "a database" for source, _ in sources if isinstance(source, SyntheticSource)]
+    notes = [f"smoke: synthetic rows instead of {name}, because a smoke run uses no network" for name in synthetic]
+    if synthetic or not own_tokenizer:
         return [], notes
     missed = facts.get("eos_trained_rows", 0) < facts.get("eos_expected_rows", 0)
     if dataset.limits.min_eos_trained == 1 and missed:
@@ -227,17 +229,17 @@ def _rehearsed(
         crossed = [line for line in crossed if line not in ends]
     else:
         ends = []
-    return ends, [*notes, *(f"smoke: all rows together may cross a limit: {line}" for line in crossed)]
+    return ends, [*notes, *(f"smoke: the full data may exceed a limit: {line}" for line in crossed)]
 
 
 def _with_classes(
     store: Store, test_store: Store | None, *, smoke: bool
 ) -> tuple[Store, Store | None, tuple[str, ...]]:
-    """The stores with one order of classes, and their names."""
+    """The stores with a common order of classes, and the class names."""
     labels = class_names([store] if test_store is None else [store, test_store])
     if not smoke:
         check_classes(labels, store)
-    elif labels and len(labels) < 2:  # the first rows of a sorted file have one class; a rehearsal goes on
+    elif labels and len(labels) < 2:  # the first rows of a sorted file may have only one class
         labels = (*labels, "other")
     return replace(store, classes=labels), test_store and replace(test_store, classes=labels), labels
 
@@ -246,31 +248,31 @@ def _open(
     section: Any,
     key: str,
     *,
-    made_up: Callable[[Any], Source] | None,
+    synthetic: Callable[[Any], Source] | None,
     images: bool,
     without: frozenset[Path] = frozenset(),
 ) -> Source:
-    """The source of a section; made-up rows in a smoke run, where it is not a file."""
-    far = section.name is not None or getattr(section, "url", None) or getattr(section, "url_env", None)
-    if made_up is not None and far:
-        return made_up(section)
+    """The source of a section; synthetic rows in a smoke run, if it is not a file."""
+    remote = section.name is not None or getattr(section, "url", None) or getattr(section, "url_env", None)
+    if synthetic is not None and remote:
+        return synthetic(section)
     open_ = open_images if images else open_source
     return open_(section, without=without, key=key)
 
 
 def _test_section(dataset: DatasetSection) -> TestSection | None:
-    """The section of the test rows, with what it takes over from a Hub data set."""
+    """The section of the test rows, with the Hub dataset of the training rows if it names none."""
     test = dataset.test
     if test is None or test.path is not None:
         return test
-    taken = {name: getattr(dataset, name) for name in ("name", "config", "revision")} if test.name is None else {}
-    return test.model_copy(update={**taken, "hub_split": test.hub_split or "test"})
+    inherited = {name: getattr(dataset, name) for name in ("name", "config", "revision")} if test.name is None else {}
+    return test.model_copy(update={**inherited, "hub_split": test.hub_split or "test"})
 
 
 def _check_rule(rule: LossMask, kind: str) -> None:
     for name, needed in (("assistant_only_loss", "messages"), ("completion_only_loss", "prompt_completion")):
         if name in rule.asked and kind != needed:
-            raise DataError(f"trainer.{name} is set, but the data are {kind}, not {needed}; leave it out")
+            raise DataError(f"trainer.{name} is set, but the data format is {kind}, not {needed}; remove it")
 
 
 def _facts(
@@ -280,8 +282,8 @@ def _facts(
     test: Split,
     tokenizer: PreTrainedTokenizerBase,
     rule: LossMask,
-    equal: int,
-    equal_places: list[str],
+    duplicates: int,
+    duplicate_places: list[str],
 ) -> dict[str, Any]:
     stores = [store] if test_store is None else [store, test_store]
     dropped = dict(store.facts["dropped"])
@@ -291,8 +293,8 @@ def _facts(
         places |= {
             f"of the test rows {reason}": found for reason, found in test_store.facts["dropped_examples"].items()
         }
-    if equal:
-        dropped[EQUAL], places[EQUAL] = equal, equal_places
+    if duplicates:
+        dropped[EQUAL], places[EQUAL] = duplicates, duplicate_places
     facts: dict[str, Any] = {
         "schema": 1,
         "format": store.facts["kind"],
@@ -316,20 +318,20 @@ def _facts(
     return facts | {"warnings": [*data_warnings(facts, train, tokenizer), *warnings]}
 
 
-def held_out_table(side: Split, kind: str, tokenizer: PreTrainedTokenizerBase) -> pa.Table:
-    """`input_ids`, `labels`, `prompt_ids` (what generation starts from), `prompt` and `reference` of the test rows.
+def held_out_table(split: Split, kind: str, tokenizer: PreTrainedTokenizerBase) -> pa.Table:
+    """`input_ids`, `labels`, `prompt_ids` (the start of generation), `prompt` and `reference` of the test rows.
 
-    Of rows with labels, `prompt_ids` are the whole text and `reference` is the label as text; tagged rows also have
-    `words`, images their path in `image`.
+    For rows with labels, `prompt_ids` is the full text and `reference` the label as text; tagged rows also have
+    `words`, and images their path in `image`.
     """
-    whole = side.store.examples.take(pa.array(side.rows, pa.int64()))
-    batches = whole.to_batches(max_chunksize=BATCH_ROWS)
-    problem_type = str(side.store.facts.get("problem"))
+    examples = split.store.examples.take(pa.array(split.rows, pa.int64()))
+    batches = examples.to_batches(max_chunksize=BATCH_ROWS)
+    problem_type = str(split.store.facts.get("problem"))
     parts = [
         _labelled(part, kind, problem_type) if kind in LABELLED else _prompts(part, kind, tokenizer) for part in batches
     ]
     prompts = pa.concat_tables(parts)
-    table = whole.select(["input_ids", "labels"])
+    table = examples.select(["input_ids", "labels"])
     for name in prompts.column_names:
         table = table.append_column(name, prompts.column(name))
     return table

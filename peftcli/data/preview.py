@@ -1,4 +1,4 @@
-"""A preview of training rows: what the trainer does with each token, and the labels."""
+"""A preview of training rows: which tokens are trained, and the labels."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -23,21 +23,21 @@ if TYPE_CHECKING:
 
 
 UNCUT = 2**40
-"""Longer than any row, tokens."""
+"""More tokens than any row has."""
 
 
 def sample_rows(
     train: Split, tokenizer: PreTrainedTokenizerBase, rule: LossMask, too_long: str | None, count: int
 ) -> list[dict[str, Any]]:
-    """The preview of some training rows, from the batch that TRL's own collator makes of them, or with their labels.
+    """A preview of some training rows, from a batch of TRL's collator, or with their labels.
 
     Args:
-        train: the training side.
-        too_long: of the recipe; of a text that is split nothing is cut off.
-        count: number of rows; one that is cut takes the place of the last, where there is one.
+        train: the training split.
+        too_long: of the recipe; with `split` no tokens are truncated.
+        count: number of rows; the last one is replaced by a truncated row, if there is one.
 
     Returns:
-        `place`, `tokens` (None for an image), `trained` (None where a row has a class) and `parts` (`kind` and `text`)
+        `place`, `tokens` (None for an image), `trained` (None for rows with a class) and `parts` (`kind` and `text`)
         of each row.
     """
     chosen = _choose(train, count)
@@ -49,7 +49,7 @@ def sample_rows(
         parts = label_parts(rows, train.store.facts["problem"], train.store.classes, tokenizer)
     else:
         parts = _trained_parts(train, rows, tokenizer, rule, too_long)
-    # A class belongs to a row, and to none of its tokens.
+    # A class belongs to the row, not to its tokens.
     trained = [None] * len(chosen) if train.store.facts.get("problem") else train.column("trained")[chosen].tolist()
     return [
         {
@@ -65,17 +65,17 @@ def sample_rows(
 def _trained_parts(
     train: Split, rows: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, rule: LossMask, too_long: str | None
 ) -> list[list[Part]]:
-    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling  # seconds; the light commands stay without
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling  # takes seconds to import
 
     features = [
         {"input_ids": ids, "labels": labels} for ids, labels in zip(rows["input_ids"], rows["labels"], strict=True)
     ]
     batch = DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id or 0)(features)
-    return preview_rows(batch, _whole(train, rows, tokenizer, rule, too_long), tokenizer)
+    return preview_rows(batch, _untruncated(train, rows, tokenizer, rule, too_long), tokenizer)
 
 
 def _fit(parts: Sequence[Part]) -> list[Part]:
-    """The parts as short as a screen needs them, and without access keys: what is shown is also written to the run."""
+    """The parts shortened for display and without access keys, because the preview is saved in the run folder."""
     texts = hide_keys([part.text for part in parts])
     return shorten([replace(part, text=text) for part, text in zip(parts, texts, strict=True)])
 
@@ -88,10 +88,10 @@ def _choose(train: Split, count: int) -> Indices:
     return chosen
 
 
-def _whole(
+def _untruncated(
     train: Split, rows: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, rule: LossMask, too_long: str | None
 ) -> list[list[int]]:
-    """The ids of the rows before the cut."""
+    """The ids of the rows before truncation."""
     kept: list[list[int]] = rows["input_ids"]
     if too_long == "split" or not any(train.flag("truncated")):
         return kept
@@ -109,30 +109,30 @@ def _whole(
 def label_parts(
     rows: dict[str, list[Any]], problem_type: str | None, names: Names, tokenizer: PreTrainedTokenizerBase
 ) -> list[list[Part]]:
-    """The parts of some rows: what is read, and the label or the tags that are learned.
+    """The parts of some rows: the input, and the label or the tags.
 
     Args:
-        rows: of the store, `uncut` and `length` among them.
-        problem_type: of a classification; None for tags.
-        names: of the classes or tags by number.
+        rows: of the store, including `uncut` and `length`.
+        problem_type: for classification; None for tagging.
+        names: class or tag names by id.
     """
     made = []
     for number, ids in enumerate(rows["input_ids"]):
         if problem_type is None:
             parts = tag_parts(ids, rows["labels"][number], names, tokenizer)
         else:
-            said = _label_text(rows["labels"][number], names)
-            read = rows["name"][number] if "pixels" in rows else _decode(ids, tokenizer)
-            parts = [Part(PROMPT, read), Part(TRAINED, f" -> {said}")]
+            label = _label_text(rows["labels"][number], names)
+            text = rows["name"][number] if "pixels" in rows else _decode(ids, tokenizer)
+            parts = [Part(PROMPT, text), Part(TRAINED, f" -> {label}")]
         lost = rows["uncut"][number] - rows["length"][number]
-        made.append([*parts, Part(DROPPED, f" {lost:,} tokens cut off")] if lost > 0 else parts)
+        made.append([*parts, Part(DROPPED, f" {lost:,} tokens truncated")] if lost > 0 else parts)
     return made
 
 
 def tag_parts(
     ids: Sequence[int], labels: Sequence[int], names: Names, tokenizer: PreTrainedTokenizerBase
 ) -> list[Part]:
-    """The words of a row, those with another tag than O followed by it: `Empire/B-location`."""
+    """The words of a row, each with its tag unless that is O: `Empire/B-location`."""
     words: list[tuple[str | None, list[int]]] = []
     for token, label in zip(ids, labels, strict=True):
         special = token in tokenizer.all_special_ids
@@ -141,8 +141,8 @@ def tag_parts(
         else:
             words[-1][1].append(token)
     parts: list[Part] = []
-    for tagged, stretch in groupby(words, key=lambda word: word[0] not in (None, OUTSIDE)):
-        texts = [_decode(tokens, tokenizer).strip() + (f"/{tag}" if tagged else "") for tag, tokens in stretch]
+    for tagged, group in groupby(words, key=lambda word: word[0] not in (None, OUTSIDE)):
+        texts = [_decode(tokens, tokenizer).strip() + (f"/{tag}" if tagged else "") for tag, tokens in group]
         parts.append(Part(TRAINED if tagged else PROMPT, " ".join(texts)))
     spaced = [Part(part.kind, f" {part.text}") for part in parts[1:]]
     return [*parts[:1], *spaced]
@@ -161,25 +161,25 @@ def _decode(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
 def preview_rows(
     batch: Mapping[str, "Tensor"], whole: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase
 ) -> list[list[Part]]:
-    """Tell what the trainer will do with each token of a collated batch.
+    """Split the rows of a collated batch into prompt, trained and truncated parts.
 
-    The texts of a row's parts add up to the decoded row. A letter whose bytes are spread over tokens of two kinds
-    stands whole in the second of the two parts.
+    The concatenated texts of a row's parts are the decoded row. A character whose bytes are in tokens of two kinds is
+    in the second of the two parts.
 
     Args:
-        batch: `input_ids` and `labels`, (B, T), int64, padded on either side, not packed; `attention_mask` where
-            the collator made one.
-        whole: the ids of each row before any cut.
+        batch: `input_ids` and `labels`, (B, T), int64, padded on either side, not packed; `attention_mask` if the
+            collator returns one.
+        whole: the ids of each row before truncation.
 
     Raises:
-        ValueError: a row of the batch is neither the beginning nor the end of its whole.
+        ValueError: a row of the batch is neither the beginning nor the end of the full row.
     """
     kinds = token_kinds(batch, whole)
     return [_parts(row, list(ids), tokenizer) for row, ids in zip(kinds, whole, strict=True)]
 
 
 def token_kinds(batch: Mapping[str, "Tensor"], whole: Sequence[Sequence[int]]) -> list[list[str]]:
-    """The kind of each token of each whole row; arguments and errors as for `preview_rows`."""
+    """The kind of each token of each full row; arguments and errors as for `preview_rows`."""
     masks = batch.get("attention_mask")
     rows = []
     for number, ids in enumerate(whole):
@@ -191,9 +191,9 @@ def token_kinds(batch: Mapping[str, "Tensor"], whole: Sequence[Sequence[int]]) -
 
 
 def _kinds(tokens: list[int], labels: list[int], mask: list[int] | None, whole: list[int]) -> list[str]:
-    start, length = _kept(tokens, mask, whole)
+    start, length = _position(tokens, mask, whole)
     kept = tokens[start : start + length]
-    # The label of a row's very first position is never predicted: the loss compares logits with the next label.
+    # The first token of a row is never predicted: the loss compares logits with the next label.
     kinds = [TRAINED if at > 0 and labels[at] != IGNORED else PROMPT for at in range(start, start + length)]
     beyond = [DROPPED] * (len(whole) - length)
     if whole[:length] == kept:
@@ -203,12 +203,12 @@ def _kinds(tokens: list[int], labels: list[int], mask: list[int] | None, whole: 
     raise ValueError(f"a row of {length} tokens is neither the beginning nor the end of its {len(whole)} tokens")
 
 
-def _kept(tokens: list[int], mask: list[int] | None, whole: list[int]) -> tuple[int, int]:
-    """Where the row stands in its padded line, and its length."""
+def _position(tokens: list[int], mask: list[int] | None, whole: list[int]) -> tuple[int, int]:
+    """Start and length of the row within its padded sequence."""
     if mask is not None:
         return (mask.index(1), sum(mask)) if 1 in mask else (0, 0)
-    # Without a mask either end may be padding, with any id: the reading that keeps more of the row is the right one.
-    right = _shared(tokens, whole)
+    # Without a mask either end may be padding, with any id; the alignment that matches more of the row is correct.
+    right = _common_prefix(tokens, whole)
     starts = (start for start in range(len(tokens)) if tokens[start:] == whole[: len(tokens) - start])
     start = next(starts, len(tokens))
     left = len(tokens) - start
@@ -219,17 +219,17 @@ def _parts(kinds: list[str], ids: list[int], tokenizer: PreTrainedTokenizerBase)
     text = _decode(ids, tokenizer)
     parts: list[Part] = []
     end = written = 0
-    for kind, stretch in groupby(kinds):
-        end += len(list(stretch))
-        # Half a letter decodes to a replacement character, the whole text has the letter: it goes to the next part.
-        place = len(text) if end == len(ids) else _shared(_decode(ids[:end], tokenizer), text)
-        if place > written:
-            parts.append(Part(kind, text[written:place]))
-            written = place
+    for kind, group in groupby(kinds):
+        end += len(list(group))
+        # An incomplete character decodes to a replacement character, so it goes to the next part.
+        position = len(text) if end == len(ids) else _common_prefix(_decode(ids[:end], tokenizer), text)
+        if position > written:
+            parts.append(Part(kind, text[written:position]))
+            written = position
     return parts
 
 
-def _shared(first: Sequence[int] | str, second: Sequence[int] | str) -> int:
-    """How many tokens or letters both begin with."""
+def _common_prefix(first: Sequence[int] | str, second: Sequence[int] | str) -> int:
+    """Length of the common prefix."""
     pairs = enumerate(zip(first, second, strict=False))
     return next((at for at, (one, other) in pairs if one != other), min(len(first), len(second)))

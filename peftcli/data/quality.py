@@ -1,7 +1,7 @@
-"""Data quality of the columns: types, gaps, damaged text, personal data and secrets; never the values.
+"""Scans the columns for mixed types, missing values, damaged text, personal data and secrets; never stores the values.
 
-Every search takes time linear in the length of the text: the patterns begin with a literal or a small set of characters
-and look at a bounded number of characters after it.
+Every search takes linear time: the patterns start with a literal or a small set of characters, followed by a bounded
+number of characters.
 """
 
 import re
@@ -17,23 +17,23 @@ from peftcli.data.values import type_name
 from peftcli.recipe.problems import printable
 
 PERSONAL_SHARE = 0.01
-"""Share of the rows with an e-mail address or a telephone number above which a warning is due."""
+"""Share of rows with an e-mail address or a phone number above which there is a warning."""
 PERSONAL_ROWS = 3
-"""Rows with such a trace below which none is due."""
+"""Minimum number of such rows for a warning."""
 
 _WARNINGS = {
-    "key": ("what looks like an access key", "take it out and revoke it; a model can repeat what it learned"),
-    "email": ("an e-mail address", "a model can repeat what it learned; replace the addresses if they are private"),
-    "phone": ("a telephone number", "a model can repeat what it learned; replace the numbers if they are private"),
-    "control_characters": ("control characters", "the model learns to write them; take them out"),
+    "key": ("what looks like an access key", "remove and revoke it; a model can reproduce its training data"),
+    "email": ("an e-mail address", "a model can reproduce its training data; replace private addresses"),
+    "phone": ("a phone number", "a model can reproduce its training data; replace private numbers"),
+    "control_characters": ("control characters", "the model learns to write them; remove them"),
     "replacement_characters": (
-        "letters that were decoded wrongly",
-        "the model learns to write them; set dataset.encoding, or mend the file",
+        "wrongly decoded characters",
+        "the model learns to write them; set dataset.encoding, or fix the file",
     ),
 }
 
 Search: TypeAlias = Callable[[str], Iterator[int]]
-"""Gives the positions of what it finds, from left to right; nothing found reaches over a line break."""
+"""Yields the positions of matches from left to right; no match crosses a line break."""
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 _MOJIBAKE = re.compile("\ufffd|â€|Ã[\x80-\xbf]|Â[\xa0-\xbf]|ï»¿|ðŸ")
@@ -44,7 +44,7 @@ _DOTTED = re.compile(r"\.(?<=[0-9]{3}\.)(?<![0-9.][0-9]{3}\.)[0-9]{3}\.[0-9]{4}(
 _IN_BRACKETS = re.compile(r"\([0-9]{3}\) ?[0-9]{3}[ .-][0-9]{4}(?![0-9])")
 _KEY_STARTS = ("hf_", "sk-", "gho_", "ghp_", "ghs_", "ghu_", "github_pat_", "AKIA", "xox", "-----BEGIN ", "eyJ")
 _KEY = re.compile(
-    # What a recipe may not hold either (recipe/problems.py), with bounds, since a row may be a whole book.
+    # The same keys as in recipe/problems.py, but with bounds, since a row may be as long as a book.
     r"(?<![A-Za-z0-9])(?:hf_[A-Za-z0-9]{20}|sk-(?:[a-z]{1,12}[0-9]{0,4}-){0,4}[A-Za-z0-9_]{20}"
     r"|gh[opsu]_[A-Za-z0-9]{20}|AKIA[0-9A-Z]{16}|github_pat_[A-Za-z0-9_]{20}|xox[bp]-[A-Za-z0-9-]{20})"
     r"|-----BEGIN [A-Z ]{0,30}PRIVATE KEY-----"
@@ -69,14 +69,14 @@ class _Column:
 
 
 class ColumnScan:
-    """Counts what stands in the used columns of a source, batch by batch."""
+    """Collects statistics of the used columns of a source, batch by batch."""
 
     def __init__(self, source: str, columns: Sequence[str]) -> None:
-        """Begin with no rows.
+        """Start without rows.
 
         Args:
             source: its name in the data report.
-            columns: columns to look at; one that no row has stands in no fact.
+            columns: columns to scan; a column that no row has is not reported.
         """
         self.source = source
         self._columns = {name: _Column() for name in columns}
@@ -90,7 +90,7 @@ class ColumnScan:
             _add(column, [None] * len(rows) if values is None else values, rows)
 
     def facts(self) -> list[dict[str, Any]]:
-        """One object for each column: rows by type, null, empty, and by trace, with the first places."""
+        """One object per column: counts of types, null and empty values, and findings, with the first locations."""
         return [
             {
                 "source": self.source,
@@ -107,7 +107,7 @@ class ColumnScan:
         ]
 
     def warnings(self) -> list[str]:
-        """Sentences for the terminal, each with a count and the first place."""
+        """Sentences with a count and the first location."""
         return [text for name, column in self._columns.items() for text in self._column_warnings(name, column)]
 
     def _column_warnings(self, name: str, column: _Column) -> Iterator[str]:
@@ -115,20 +115,20 @@ class ColumnScan:
         if len(column.types) > 1:
             (most, many), *others = column.types.most_common()
             rest = ", ".join(f"{count} {kind} (first {column.of_type[kind][0]})" for kind, count in others)
-            yield f"{where} mixes types: {many} rows hold {most}, {rest}; write all of them as one type"
+            yield f"{where} has mixed types: {many} rows are {most}, {rest}; use one type"
         for trace, (what, fix) in _WARNINGS.items():
             count = column.traces[trace]
             if trace in ("email", "phone") and (count < PERSONAL_ROWS or count <= PERSONAL_SHARE * column.rows):
                 continue
             if count:
-                rows = f"{count} row{'s hold' if count > 1 else ' holds'}"
+                rows = f"{count} row{'s have' if count > 1 else ' has'}"
                 yield f"{where}: {rows} {what} (first {column.first[trace][0]}); {fix}"
 
 
 def _add(column: _Column, values: Sequence[Any], rows: Rows) -> None:
     column.rows += len(values)
     is_text = set(map(type, values)) == {str}
-    # A float that is no number is the only value that differs from itself.
+    # NaN is the only value that is not equal to itself.
     nulls = [] if is_text else [row for row, value in enumerate(values) if value is None or value != value]
     texts = values if is_text else [_nested_text(value) for value in values]
     column.null += len(nulls)
@@ -161,7 +161,7 @@ def _add_types(column: _Column, values: Sequence[Any], nulls: set[int], rows: Ro
 
 
 def _keep(first: dict[str, list[str]], what: str, found: Iterable[int], rows: Rows) -> None:
-    """Keep the places of the first few."""
+    """Store the first few locations."""
     for row in found:
         places = first.setdefault(what, [])
         if len(places) == FIRST_PLACES:
@@ -170,7 +170,7 @@ def _keep(first: dict[str, list[str]], what: str, found: Iterable[int], rows: Ro
 
 
 def _nested_text(value: Any) -> str:
-    """All texts within a value, a line for each."""
+    """All strings inside a value, one per line."""
     texts: list[str] = []
     open_values = [value]
     while open_values:
@@ -185,7 +185,7 @@ def _nested_text(value: Any) -> str:
 
 
 def hide_keys(texts: Sequence[str]) -> list[str]:
-    """Consecutive stretches of one text with *** for each key, also for one that reaches over an edge.
+    """Replace keys by *** in consecutive parts of one text, including keys that cross the boundary of parts.
 
     >>> hide_keys(["is hf_" + "a" * 10, "a" * 24 + " it?"])
     ['is ***', ' it?']
@@ -205,22 +205,22 @@ def hide_keys(texts: Sequence[str]) -> list[str]:
 
 
 def control_characters(text: str) -> Iterator[int]:
-    """Characters that act on a terminal and mean nothing in a text; line breaks and tabs aside."""
+    """Control characters except line breaks and tabs."""
     return (match.start() for match in _CONTROL.finditer(text))
 
 
 def replacement_characters(text: str) -> Iterator[int]:
-    """The sign for a lost letter, and UTF-8 that was read as Latin-1, such as `Ã©` where `é` should stand."""
+    """Replacement characters, and UTF-8 that was decoded as Latin-1, such as `Ã©` instead of `é`."""
     return iter(()) if text.isascii() else (match.start() for match in _MOJIBAKE.finditer(text))
 
 
 def emails(text: str) -> Iterator[int]:
-    """Addresses of e-mail; the position is that of the @."""
+    """E-mail addresses; the position is that of the @."""
     return (match.start() for match in _EMAIL.finditer(text))
 
 
 def phones(text: str) -> Iterator[int]:
-    """Telephone numbers that can hardly be anything else: +44 20 7946 0958, 555-010-1234, (555) 010-1234."""
+    """Unambiguous phone numbers: +44 20 7946 0958, 555-010-1234, (555) 010-1234."""
     yield from sorted(
         [
             *(match.start() for match in _INTERNATIONAL.finditer(text) if _is_dialled(match.group())),
@@ -247,13 +247,13 @@ SEARCHES: dict[str, Search] = {
 
 
 def _is_dialled(number: str) -> bool:
-    """Whether the digits stand in groups as they are dialled, not as a decimal fraction or a row of figures."""
+    """Whether the digits are grouped like a phone number, not like a decimal fraction or a list of numbers."""
     groups = re.findall(r"[0-9]+", number)
     is_fraction = number.count(".") == 1 and len(groups) == 2
     return not is_fraction and len(groups) <= 6 and sum(len(group) == 1 for group in groups[1:]) <= 1
 
 
 def _begins_a_number(text: str, start: int) -> bool:
-    """Whether only the 1 of North America may stand before: 1-555-010-1234, but not the parts of an ISBN."""
+    """Whether nothing but the North American prefix 1- precedes: 1-555-010-1234, but not the parts of an ISBN."""
     before = text[max(0, start - 3) : start]
     return not before.endswith(("-", "+", "/")) or re.fullmatch(r"(.*[^0-9-])?1-", before, re.DOTALL) is not None

@@ -1,4 +1,4 @@
-"""The text on which forgetting is measured, as windows of token ids."""
+"""The text for measuring forgetting, as windows of token ids."""
 
 import hashlib
 from collections.abc import Iterator
@@ -17,18 +17,18 @@ from peftcli.recipe.schema import FilesSection
 
 KEY = "evaluation.forgetting_text"
 ENCODED_AT_ONCE = 64
-"""Texts that go through the tokenizer together; more would be read in vain where few tokens are asked for."""
+"""Texts per tokenizer batch; larger batches would be wasted if few tokens are needed."""
 
 
 @dataclass
 class RetentionText:
-    """Windows of a text of the user's choice, without overlap.
+    """Non-overlapping windows of a text.
 
     Attributes:
-        name: of the file or folder; no folder of this machine.
-        windows: ids of each window; every one but its first is predicted and counts.
-        tokens: that count.
-        dropped: rows that hold no text, by reason.
+        name: of the file or folder, without its path.
+        windows: ids of each window; all but the first are predicted.
+        tokens: number of predicted tokens.
+        dropped: rows without text, by reason.
     """
 
     name: str
@@ -37,33 +37,33 @@ class RetentionText:
     dropped: Dropped = field(default_factory=Dropped)
 
     def table(self) -> pa.Table:
-        """The windows as rows that are scored: `input_ids` and `labels`, which are the same."""
+        """The windows as rows for the evaluation, with `input_ids` equal to `labels`."""
         return pa.table({"input_ids": self.windows, "labels": self.windows})
 
     def digest(self) -> str:
-        """SHA-256 of the ids, which says whether two losses are of the same text."""
+        """SHA-256 of the ids, which tells whether two losses are comparable."""
         return hashlib.sha256(repr(self.windows).encode()).hexdigest()
 
     def add(self, ids: list[int], length: int, most: int) -> None:
-        """Cut a text into windows, as far as tokens are still wanted."""
+        """Cut a text into windows, until there are enough tokens."""
         for start in range(0, len(ids), length):
             window = ids[start : start + min(length, most - self.tokens + 1)]
-            if len(window) < 2 or self.tokens >= most:  # the first token of a window is predicted by nothing
+            if len(window) < 2 or self.tokens >= most:  # the first token of a window is not predicted
                 continue
             self.windows.append(window)
             self.tokens += len(window) - 1
 
 
 def read_retention(path: Path, tokenizer: PreTrainedTokenizerBase, *, length: int, tokens: int) -> RetentionText:
-    """Read the head of a text: documents as the tokenizer begins them, each cut into windows.
+    """Read the beginning of a text: documents with the tokenizer's start token, cut into windows.
 
     Args:
         path: a file, a folder or a glob of texts, or of rows with a column `text`.
-        length: tokens of a window at most.
-        tokens: that count at most.
+        length: maximum tokens of a window.
+        tokens: maximum number of predicted tokens.
 
     Raises:
-        DataError: the text cannot be read, or holds nothing that can be predicted.
+        DataError: the text cannot be read, or has no tokens to predict.
     """
     source = open_source(_section(path), key=KEY)
     found = RetentionText(source.name)
@@ -73,7 +73,7 @@ def read_retention(path: Path, tokenizer: PreTrainedTokenizerBase, *, length: in
         if found.tokens >= tokens:
             break
     if not found.windows:
-        raise DataError(f"{path}: no text that could be predicted; name another text in {KEY}")
+        raise DataError(f"{path}: no text to evaluate; set {KEY} to another text")
     return found
 
 
@@ -83,14 +83,14 @@ def _section(path: Path) -> FilesSection:
         bare = next((name.removesuffix(packed) for packed in PACKED if name.endswith(packed)), name)
         if not bare.endswith(tuple(ENDINGS)):
             raise DataError(
-                f"{file}: the ending is not known; {KEY} takes a text with the ending .txt, or rows with a column text "
-                "such as .jsonl, .csv or .parquet"
+                f"{file}: unknown file extension; {KEY} needs a text file (.txt), or rows with a column text "
+                "(such as .jsonl, .csv or .parquet)"
             )
     return FilesSection(path=str(path))
 
 
 def _documents(batches: Iterator[Rows], dropped: Dropped) -> Iterator[tuple[list[str], bool]]:
-    """Texts to encode, and whether they begin a document; a text file comes in pieces, of which only the first does."""
+    """Texts to encode, and whether they start a document; only the first piece of a text file does."""
     begins = True
     for rows in batches:
         dropped.add_unread(rows)
@@ -110,10 +110,10 @@ def _is_text(value: object) -> bool:
 
 
 def _texts(rows: Rows) -> list[str]:
-    """The column of texts: `text`, or the only one that there is."""
+    """The text column: `text`, or the only column."""
     name = "text" if "text" in rows.columns else next(iter(rows.columns)) if len(rows.columns) == 1 else None
     if name is None:
         raise DataError(
-            f"{rows.file}: its columns are {listed(rows.columns)}; {KEY} takes a text file, or rows with a column text"
+            f"{rows.file}: its columns are {listed(rows.columns)}; {KEY} needs a text file, or rows with a column text"
         )
     return rows.columns[name]

@@ -1,4 +1,4 @@
-"""Rows as the readers yield them: plain Python values with their location; and counts of dropped rows."""
+"""Rows from the readers (plain Python values with their location), and counts of dropped rows."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -8,16 +8,16 @@ from typing import Any, Protocol
 from peftcli.recipe.problems import printable
 
 BATCH_ROWS = 2000
-"""Rows that are handled at once, so that a million of them take no more memory than a few thousand."""
+"""Rows per batch, so that memory does not depend on the number of rows."""
 BATCH_CHARACTERS = 4_000_000
-"""A reader ends a batch before its rows together are much longer than this."""
+"""Approximate maximum number of characters in a batch."""
 FIRST_PLACES = 5
-"""Rows that are named for each thing that is wrong."""
+"""Number of rows to list for each problem."""
 
 MOST_NAMES = 20
-"""Columns that a message names."""
+"""Maximum number of columns in a message."""
 LONG_NAME = 40
-"""A column name longer than this looks like a cell; letters."""
+"""A longer column name is probably the value of a cell, characters."""
 
 
 @dataclass(frozen=True)
@@ -25,12 +25,11 @@ class Rows:
     """Some consecutive rows of one file.
 
     Attributes:
-        file: name of the file, as messages show it; one that ends in / is a folder, whose rows are files by the
-            names of the column `image`.
-        numbers: where each row begins: the 1-based line of a text file, the 1-based row of any other.
-        columns: a list of one value for each row; None where a row lacks the column.
-        unread: rows of this stretch that could not be read, with the reason; they are not in the columns.
-        ends: False for a piece of a text that goes on in the next row; None where every row is whole.
+        file: name of the file in messages; ends with / for a folder, whose rows are the files in the column `image`.
+        numbers: location of each row: the 1-based line in a text file, the 1-based row in other files.
+        columns: a list with one value per row; None if a row does not have the column.
+        unread: rows that could not be read, with the reason; they are not in the columns.
+        ends: False for a piece of a text that continues in the next row; None if every row is complete.
     """
 
     file: str
@@ -43,14 +42,14 @@ class Rows:
         return len(self.numbers)
 
     def place(self, row: int) -> str:
-        """File and line of a row, or the file that it is.
+        """File and line of a row, or the file name of an image.
 
         >>> Rows("a.csv", [2, 3], {"x": ["p", "q"]}).place(1)
         'a.csv:3'
         """
         if not self.is_folder:
             return f"{self.file}:{self.numbers[row]}"
-        # A name may hold bytes that are no text, which no report could be written with.
+        # A file name may have bytes that are not valid UTF-8, which could not be written to a report.
         return self.file + str(self.columns["image"][row]).encode("utf-8", "replace").decode()
 
     @property
@@ -60,28 +59,28 @@ class Rows:
 
 
 class Source(Protocol):
-    """Something that rows can be read from, in batches, as often as one likes."""
+    """A source of rows that can be read in batches, repeatedly."""
 
     @property
     def name(self) -> str:
-        """As the data report shows it; no folder of this machine."""
+        """Name in the data report, without local paths."""
         ...
 
     def fingerprint(self) -> str:
-        """Hexadecimal digest that changes when any row may have changed."""
+        """Hexadecimal hash that changes whenever rows may have changed."""
         ...
 
     def batches(self) -> Iterator[Rows]:
-        """The rows from the first on.
+        """All rows from the beginning.
 
         Raises:
-            DataError: the source cannot be read; the text names the place.
+            DataError: the source cannot be read; the message has the location.
         """
         ...
 
 
 def shown(name: str) -> str:
-    """A name without what a terminal would act on; in quotes where white space at its edge would not be seen.
+    """A name with control characters escaped; in quotes if it has leading or trailing white space.
 
     >>> shown("price"), shown(" price"), shown("")
     ('price', '" price"', '""')
@@ -91,7 +90,7 @@ def shown(name: str) -> str:
 
 
 def listed(names: Iterable[str]) -> str:
-    """The first names, and how many more there are.
+    """The first names, and the number of the others.
 
     >>> listed(["a", "b "]), listed(map(str, range(22)))[-14:]
     ('a, "b "', '19, and 2 more')
@@ -103,18 +102,18 @@ def listed(names: Iterable[str]) -> str:
 
 @dataclass
 class Dropped:
-    """Rows that are left out: how many by reason, and where the first stand."""
+    """Dropped rows: counts and the first locations, by reason."""
 
     counts: Counter[str] = field(default_factory=Counter)
     places: dict[str, list[str]] = field(default_factory=dict)
 
-    def add(self, rows: Rows, left_out: Sequence[tuple[int, str]]) -> None:
-        """Count rows of a batch by their number in it."""
-        for row, reason in left_out:
+    def add(self, rows: Rows, dropped: Sequence[tuple[int, str]]) -> None:
+        """Count dropped rows of a batch, by index."""
+        for row, reason in dropped:
             self._add(reason, rows.place(row))
 
     def add_unread(self, rows: Rows) -> None:
-        """Count rows that could not be read, by their line."""
+        """Count rows that could not be read."""
         for line, reason in rows.unread:
             self._add(reason, f"{rows.file}:{line}")
 

@@ -1,20 +1,20 @@
-"""Spans of a row by what the trainer does with them; imports nothing heavy, so that every view may use it."""
+"""Spans of a row by their role in training; imports nothing heavy."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 PROMPT, TRAINED, DROPPED = "prompt", "trained", "dropped"
 SHORTEST_CUT = 40
-"""Characters that a part keeps at least, however many parts a row has."""
+"""Minimum length of a shortened part, characters."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """A stretch of a row.
+    """A part of a row.
 
     Attributes:
-        kind: `prompt` (read, not trained), `trained`, or `dropped` (cut off, so neither).
-        text: as the tokenizer writes it, special tokens by name.
+        kind: `prompt` (input only), `trained`, or `dropped` (truncated).
+        text: decoded, including special tokens.
     """
 
     kind: str
@@ -22,11 +22,11 @@ class Part:
 
 
 def shorten(parts: Sequence[Part], limit: int = 600) -> list[Part]:
-    """Cut the middle out of long parts until a row fits on a screen; each part keeps both of its ends.
+    """Remove the middle of long parts so that a row fits on a screen.
 
     Args:
         parts: of one row.
-        limit: characters that the row may take, what stands for the cuts aside.
+        limit: maximum characters of the row, not counting the replacement text.
 
     >>> shorten([Part("prompt", "a" * 300 + "z" * 700), Part("trained", "yes")], limit=83)
     [Part(kind='prompt', text='aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa ... 920 characters ... \
@@ -37,11 +37,11 @@ zzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzz'), Part(kind='trained', text='yes')]
 
 
 def _share(lengths: list[int], limit: int) -> int:
-    """Characters that each part may keep, so that short ones leave their room to long ones."""
-    left, room = sorted(lengths), limit
-    while left and left[0] <= room // len(left):
-        room -= left.pop(0)
-    return room // len(left) if left else limit
+    """Maximum characters per part; what short parts do not use goes to the long ones."""
+    left, budget = sorted(lengths), limit
+    while left and left[0] <= budget // len(left):
+        budget -= left.pop(0)
+    return budget // len(left) if left else limit
 
 
 def _cut(text: str, length: int) -> str:

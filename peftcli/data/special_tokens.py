@@ -1,4 +1,4 @@
-"""Finds rows whose text contains the text of a special token, which the tokenizer takes for that token."""
+"""Finds rows whose text contains a special token, which the tokenizer would encode as that token."""
 
 import re
 
@@ -10,7 +10,7 @@ from peftcli.data.stats import counted
 
 
 class SpecialTexts:
-    """Counts them, batch by batch."""
+    """Counts such rows, batch by batch."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         tokens = [token for token in tokenizer.all_special_tokens if len(token) > 2]
@@ -34,8 +34,8 @@ class SpecialTexts:
         count = self._found.counts["special"]
         if not count:
             return []
-        holds = counted(count, "row holds", "rows hold")
+        rows = counted(count, "row contains", "rows contain")
         return [
-            f"{holds} the text of a special token such as {self._example}, which becomes that token "
+            f"{rows} the text of a special token such as {self._example}, which is encoded as that token "
             f"(first {self._found.places['special'][0]})"
         ]

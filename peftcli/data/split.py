@@ -1,4 +1,4 @@
-"""Splits the rows into train and test: at random, by class, by group, or by a test set of its own."""
+"""Splits the rows into train and test: at random, stratified by class, by group, or with a separate test set."""
 
 import math
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from peftcli.recipe.schema import DatasetSection
 
 
 def drop_duplicates_of_test(dataset: DatasetSection, store: Store) -> tuple[Indices, int, list[str]]:
-    """The rows that are used; how many are left out as equal to an earlier one, and where the first of those stand."""
+    """The rows to use, the number of dropped duplicates, and the locations of the first duplicates."""
     rows = np.arange(store.rows)
     if not dataset.deduplicate:
         return rows, 0, []
@@ -26,46 +26,46 @@ def drop_duplicates_of_test(dataset: DatasetSection, store: Store) -> tuple[Indi
 
 
 def rehearsed_split(dataset: DatasetSection, store: Store, rows: Indices) -> tuple[DatasetSection, str | None]:
-    """A split that leaves training rows among the few rows of a smoke run, and what it changes, for people.
+    """A split that leaves training rows among the few rows of a smoke run, and a note about the changes.
 
     Args:
-        rows: those that are used.
+        rows: the rows to use.
     """
-    split, said = dataset.split, []
+    split, changes = dataset.split, []
     update: dict[str, Any] = {}
     most = len(rows) // 4
     if isinstance(split.test_size, int) and split.test_size > most:
         update["test_size"] = most
-        said.append(f"{most} test rows, dataset.split.test_size is {split.test_size:,}")
+        changes.append(f"{most} test rows instead of dataset.split.test_size: {split.test_size:,}")
     if split.group is not None and len(np.unique(store.column("group")[rows])) < 2:
         update["group"] = None
-        said.append(f"one value of dataset.split.group {split.group} among them, so it is left out")
+        changes.append(f"dataset.split.group is ignored, because {split.group} has one value")
     if not update:
         return dataset, None
-    note = f"smoke: of {len(rows)} rows {' and '.join(said)}"
+    note = f"smoke: with {len(rows)} rows: {', and '.join(changes)}"
     return dataset.model_copy(update={"split": split.model_copy(update=update)}), note
 
 
 def split_rows(
     dataset: DatasetSection, store: Store, test_store: Store | None, rows: Indices, seed: int
 ) -> tuple[Split, Split, dict[str, Any]]:
-    """Both sides, and how they were drawn; the test side is empty where the recipe holds no rows out."""
+    """Both splits, and how they were made; the test split is empty if the recipe holds no rows out."""
     drawn = dataset.split.seed if dataset.split.seed is not None else seed
     split: dict[str, Any] = {}
     if test_store is not None:
         train, test = rows, np.arange(test_store.rows)
     else:
         split = {"test_size": dataset.split.test_size, "seed": drawn}
-        sides = _draw(dataset, store, rows, drawn)
-        train, test = rows[sides[0]], rows[sides[1]]
+        indices = _draw(dataset, store, rows, drawn)
+        train, test = rows[indices[0]], rows[indices[1]]
         split |= {key: getattr(dataset.split, key) for key in ("stratify", "group") if getattr(dataset.split, key)}
     if dataset.max_train_samples is not None and len(train) > dataset.max_train_samples:
         order = np.random.default_rng(seed).permutation(len(train))[: dataset.max_train_samples]
         train = train[np.sort(order)]
         split["max_train_samples"] = dataset.max_train_samples
-    for side, count in (("training", len(train)), ("test", len(test))):
-        if count == 0 and (side == "training" or dataset.holds_out):
-            raise DataError(f"the {side} side is empty ({len(rows)} usable rows); change dataset.split")
+    for name, count in (("training", len(train)), ("test", len(test))):
+        if count == 0 and (name == "training" or dataset.holds_out):
+            raise DataError(f"the {name} split is empty ({len(rows)} usable rows); change dataset.split")
     return Split(store, train), Split(test_store or store, test), split
 
 
@@ -82,12 +82,12 @@ def _draw(dataset: DatasetSection, store: Store, rows: Indices, seed: int) -> tu
 
 
 def split_indices(rows: int, test_size: float | int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Draw the test rows; both sides keep the order of the source.
+    """Draw the test rows at random; both splits keep the order of the source.
 
     Args:
         rows: number of rows to split.
         test_size: share in 0..1 (rounded up) or a number of rows.
-        seed: of the draw; the same seed and number of rows give the same split.
+        seed: the same seed and number of rows give the same split.
 
     Returns:
         Indices of the train rows and of the test rows, each ascending.
@@ -104,12 +104,12 @@ def split_indices(rows: int, test_size: float | int, seed: int) -> tuple[NDArray
 def split_by_class(
     classes: NDArray[np.uint64], test_size: float | int, seed: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Draw test rows so that each class has the same share on both sides, to the nearest row.
+    """Draw test rows so that each class has the same share in both splits, up to rounding.
 
-    What remains after rounding down goes to the classes that lost most by it.
+    The remainder after rounding down goes to the classes with the largest fraction.
 
     Args:
-        classes: (rows,), equal for rows of one class.
+        classes: (rows,), a hash of each row's class.
 
     >>> train, test = split_by_class(np.array([1, 1, 1, 1, 2, 2, 2, 2], np.uint64), 0.25, seed=0)
     >>> len(test), sorted(int(n) // 4 for n in test)
@@ -125,18 +125,18 @@ def split_by_class(
     by_class = drawn[np.argsort(inverse[drawn], kind="stable")]
     starts = np.cumsum(counts) - counts
     test = np.concatenate([by_class[start : start + share] for start, share in zip(starts, shares, strict=True)])
-    return _sides(test, len(classes))
+    return _indices(test, len(classes))
 
 
 def split_by_group(
     groups: NDArray[np.uint64], test_size: float | int, seed: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Draw whole groups for the test side, until it has at least the rows that were asked for.
+    """Draw whole groups for the test split, up to the requested number of rows.
 
-    A group that would overshoot is passed over while a later one fits; only where none fits the smallest is taken.
+    Groups that would exceed it are skipped; if no group fits, the smallest is used.
 
     Args:
-        groups: (rows,), equal for rows of one group.
+        groups: (rows,), a hash of each row's group.
 
     >>> train, test = split_by_group(np.array([5, 5, 6, 7], np.uint64), 0.25, seed=0)
     >>> len(test)
@@ -145,19 +145,19 @@ def split_by_group(
     values, inverse, counts = np.unique(groups, return_inverse=True, return_counts=True)
     wanted = min(wanted_rows(len(groups), test_size), len(groups))
     taken = np.zeros(len(values), bool)
-    room = wanted
+    left = wanted
     order = np.random.default_rng(seed).permutation(len(values))
     for group in order:
-        if counts[group] <= room:
+        if counts[group] <= left:
             taken[group] = True
-            room -= int(counts[group])
+            left -= int(counts[group])
     if not taken.any():
         taken[order[np.argmin(counts[order])]] = True
-    return _sides(np.flatnonzero(taken[inverse]), len(groups))
+    return _indices(np.flatnonzero(taken[inverse]), len(groups))
 
 
 def weighted(rows: NDArray[np.int64], weights: Sequence[float], of: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
-    """Repeat the rows of each source as often as its weight says; the part behind the point is drawn.
+    """Repeat the rows of each source according to its weight; for the fractional part rows are sampled.
 
     Args:
         rows: indices of training rows.
@@ -181,7 +181,7 @@ def weighted(rows: NDArray[np.int64], weights: Sequence[float], of: NDArray[np.i
 
 
 def wanted_rows(rows: int, test_size: float | int) -> int:
-    """Number of test rows that a size asks for.
+    """Number of test rows for a test size.
 
     >>> wanted_rows(49_688, 0.2), wanted_rows(100, 7)
     (9938, 7)
@@ -189,7 +189,7 @@ def wanted_rows(rows: int, test_size: float | int) -> int:
     return math.ceil(rows * test_size) if isinstance(test_size, float) else test_size
 
 
-def _sides(test: NDArray[np.int64], rows: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _indices(test: NDArray[np.int64], rows: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     inside = np.zeros(rows, bool)
     inside[test] = True
     return np.flatnonzero(~inside), np.flatnonzero(inside)

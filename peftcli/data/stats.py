@@ -1,4 +1,4 @@
-"""Statistics of the data after the split (`data.json`), and the limits beyond which nothing is trained."""
+"""Statistics of the data after the split (`data.json`), and the data limits."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -24,23 +24,23 @@ HISTOGRAM_BINS = 24
 SHOWN_LABELS = 50
 
 EQUAL = "equal to an earlier row"
-"""The reason of rows that the recipe itself asks to leave out; no limit counts them."""
+"""Reason of rows dropped by `dataset.deduplicate`; they do not count for a limit."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """Some rows of a store: the training side or the test side."""
+    """Some rows of a store: the training or the test split."""
 
     store: Store
     rows: Indices
 
     def column(self, name: str) -> NDArray[Any]:
-        """(rows,), what is known of each row."""
+        """(rows,), a column of the store."""
         found: NDArray[Any] = self.store.column(name)[self.rows]
         return found
 
     def signatures(self) -> StoredSignatures:
-        """What near duplicates are found by."""
+        """MinHash signatures for finding near duplicates."""
         return StoredSignatures(self.store.signatures, self.rows)
 
     def flag(self, name: str) -> NDArray[np.bool_]:
@@ -48,20 +48,20 @@ class Split:
         return found
 
     def places(self, rows: Sequence[int] | Indices) -> list[str]:
-        """File and line of rows of this side, by their number in it."""
+        """File and line of rows, by their index in this split."""
         return self.store.places(self.rows[np.asarray(rows, np.int64)])
 
 
 def count_rows(train: Split, test: Split, rule: LossMask) -> dict[str, Any]:
-    """Rows, tokens and lengths of both sides.
+    """Rows, tokens and lengths of both splits.
 
     Args:
         train: not empty.
-        test: empty where no rows are held out.
+        test: empty if no rows are held out.
     """
     lengths = train.column("uncut")
     trained, tested = train.column("trained"), test.column("trained")
-    truncated = [side.flag("truncated") for side in (train, test)]
+    truncated = [split.flag("truncated") for split in (train, test)]
     cut = [*train.places(np.flatnonzero(truncated[0])[:FIRST_PLACES])]
     cut += test.places(np.flatnonzero(truncated[1])[:FIRST_PLACES])
     return {
@@ -92,7 +92,7 @@ def count_rows(train: Split, test: Split, rule: LossMask) -> dict[str, Any]:
 
 
 def count_ends(train: Split, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """In how many training rows the end token is trained; those that are cut, or go on in the next row, are apart."""
+    """Number of training rows whose end token is trained, not counting truncated and continued rows."""
     expected, trained = train.flag("ends"), train.flag("end_trained")
     lacking = np.flatnonzero(expected & ~trained)
     return {
@@ -109,30 +109,30 @@ def _ends_with(train: Split, row: int, tokenizer: PreTrainedTokenizerBase) -> st
     stops = ", ".join(repr(tokenizer.convert_ids_to_tokens(stop)) for stop in sorted(stop_ids(tokenizer)))
     if not stops:
         return "the tokenizer has no end token; set model.eos_token to one that the model knows"
-    fix = "write it behind the answer"
+    fix = "add it after the answer"
     if train.store.facts["kind"] == "messages":
-        fix = "let the chat template (model.chat_template) end the assistant's turn with {{ eos_token }}"
-    return f"an answer ends with {tokenizer.convert_ids_to_tokens(last)!r}, and generation stops on {stops}: {fix}"
+        fix = "set model.chat_template to a template that ends assistant turns with {{ eos_token }}"
+    return f"an answer ends with {tokenizer.convert_ids_to_tokens(last)!r}, but generation stops on {stops}: {fix}"
 
 
 def compare_rows(train: Split, test: Split) -> dict[str, Any]:
-    """Equal and nearly equal rows within the training side, and between the two sides.
+    """Duplicates and near duplicates within the training split and between the splits.
 
     Args:
-        test: empty where no rows are held out; what is asked of it is null then.
+        test: empty if no rows are held out; its values are null then.
     """
     hashes, test_hashes = train.column("plain"), test.column("plain")
     first = first_occurrence(hashes)
-    double = np.flatnonzero(first != np.arange(len(first)))
+    duplicate = np.flatnonzero(first != np.arange(len(first)))
     leak = match_exact(test_hashes, hashes)
     leaked = np.flatnonzero(leak >= 0)
     signatures, test_signatures = train.signatures(), test.signatures()
     near = match_near_duplicates(signatures, None)
-    near[double] = -1
-    alike = np.flatnonzero(near >= 0)
+    near[duplicate] = -1
+    near_duplicate = np.flatnonzero(near >= 0)
     near_leak = match_near_duplicates(test_signatures, signatures)
     near_leak[leaked] = -1
-    close = np.flatnonzero(near_leak >= 0)
+    near_leaked = np.flatnonzero(near_leak >= 0)
     prompts = train.store.facts["kind"] in ("prompt_completion", *LABELLED)
     held_out = len(test.rows) > 0
     return {
@@ -141,17 +141,17 @@ def compare_rows(train: Split, test: Split) -> dict[str, Any]:
         "leaked_prompts": int((match_exact(test.column("prompt"), train.column("prompt")) >= 0).sum())
         if prompts and held_out
         else None,
-        "duplicate_rows": len(double),
-        "duplicate_examples": _pairs(train, train, double, first, ("row", "first")),
-        "near_duplicate_rows": len(alike),
-        "near_duplicate_examples": _pairs(train, train, alike, near, ("row", "first")),
-        "near_leaked_rows": len(close) if held_out else None,
-        "near_leaked_examples": _pairs(test, train, close, near_leak, ("test", "train")),
+        "duplicate_rows": len(duplicate),
+        "duplicate_examples": _pairs(train, train, duplicate, first, ("row", "first")),
+        "near_duplicate_rows": len(near_duplicate),
+        "near_duplicate_examples": _pairs(train, train, near_duplicate, near, ("row", "first")),
+        "near_leaked_rows": len(near_leaked) if held_out else None,
+        "near_leaked_examples": _pairs(test, train, near_leaked, near_leak, ("test", "train")),
     }
 
 
 def balance(train: Split, test: Split) -> dict[str, Any] | None:
-    """How often each answer stands on either side, where the answers are few enough to be labels."""
+    """How often each completion occurs in each split, if there are few enough to be labels."""
     names = train.store.facts["labels"]
     if names is None:
         return None
@@ -167,7 +167,7 @@ def balance(train: Split, test: Split) -> dict[str, Any] | None:
 
 
 def odd_labels(train: Split) -> list[int]:
-    """Training rows whose answer stands nowhere else, where nearly all others share a few: shifted columns, perhaps."""
+    """Training rows with a unique completion, if nearly all others share a few: possibly shifted columns."""
     names = train.store.facts["labels"]
     if names is None or len(train.rows) < 40:
         return []
@@ -181,41 +181,41 @@ def odd_labels(train: Split) -> list[int]:
 
 
 def data_warnings(facts: Mapping[str, Any], train: Split, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """What a person should know of the rows before the first step, as sentences."""
+    """Warnings about the rows, as sentences."""
     begin, unknown = tokenizer.bos_token, tokenizer.unk_token
     before = ", before the end token" if "eos_expected_rows" in facts else ""
-    said = []
+    warnings = []
     for key, one, many, rest in (
-        ("truncated_rows", "row is", "rows are", f"cut at {facts['max_length']} tokens{before}"),
-        ("leaked_rows", "test row stands", "test rows stand", "in the training rows too"),
+        ("truncated_rows", "row is", "rows are", f"truncated at {facts['max_length']} tokens{before}"),
+        ("leaked_rows", "test row is", "test rows are", "also in the training split"),
         ("near_leaked_rows", "test row is", "test rows are", "nearly equal to a training row"),
         ("duplicate_rows", "training row is", "training rows are", "equal to an earlier one"),
         ("near_duplicate_rows", "training row is", "training rows are", "nearly equal to an earlier one"),
         (
             "doubled_bos_rows",
-            "training row begins",
-            "training rows begin",
-            f"with {begin} twice: the text writes it too",
+            "training row starts",
+            "training rows start",
+            f"with {begin} twice, because the text contains it too",
         ),
-        ("merged_boundary_rows", "row has", "rows have", "a token that reaches from the prompt into the completion"),
-        ("unknown_token_rows", "row holds", "rows hold", f"text that the tokenizer knows only as {unknown}"),
+        ("merged_boundary_rows", "row has", "rows have", "a token that spans the end of the prompt and the completion"),
+        ("unknown_token_rows", "row has", "rows have", f"text that the tokenizer encodes as {unknown}"),
     ):
         if facts[key]:
-            said.append(f"{counted(facts[key], one, many)} {rest}{_where(facts, key)}")
+            warnings.append(f"{counted(facts[key], one, many)} {rest}{_where(facts, key)}")
     for reason, count in facts["dropped"].items():
         where = _place(facts["dropped_examples"].get(reason))
-        said.append(f"{counted(count, 'row is', 'rows are')} left out {reason}{where}")
+        warnings.append(f"{counted(count, 'row is', 'rows are')} dropped: {reason}{where}")
     odd = odd_labels(train)
     if odd:
-        said.append(
-            f"{counted(len(odd), 'training row has', 'training rows have')} an answer that no other row has, while the "
-            f"others share a few: are columns shifted there?{_place(train.places(odd[:1]))}"
+        warnings.append(
+            f"{counted(len(odd), 'training row has', 'training rows have')} a unique answer, while all others share a "
+            f"few; check for shifted columns{_place(train.places(odd[:1]))}"
         )
-    return said
+    return warnings
 
 
 def counted(count: int, one: str, many: str) -> str:
-    """A number with the words that fit it.
+    """A number with the singular or plural form.
 
     >>> counted(1, "row is", "rows are"), counted(1200, "row is", "rows are")
     ('1 row is', '1,200 rows are')
@@ -242,7 +242,7 @@ def _pairs(left: Split, right: Split, rows: Indices, partner: Indices, names: tu
 
 
 def _histogram(lengths: NDArray[Any], max_length: int) -> dict[str, list[int]]:
-    """Rows by tokens in steps of equal size; the last step holds all that is longer than twice the limit."""
+    """Histogram of row lengths in bins of equal size; the last bin has all rows longer than twice the limit."""
     longest = int(lengths.max())
     step = max(1, -(-min(longest, 2 * max_length) // HISTOGRAM_BINS))
     edges = list(range(0, min(longest, 2 * max_length) + step, step))
@@ -250,20 +250,20 @@ def _histogram(lengths: NDArray[Any], max_length: int) -> dict[str, list[int]]:
     return {"edges": edges, "counts": np.histogram(lengths, edges)[0].tolist()}
 
 
-def _fingerprint(side: Split) -> str:
-    """SHA-256 over 64 bits of each row, in their order, independent of how they are stored."""
-    return hashlib.sha256(np.ascontiguousarray(side.column("exact"), "<u8").tobytes()).hexdigest()
+def _fingerprint(split: Split) -> str:
+    """SHA-256 over the 64-bit hashes of the rows, in order."""
+    return hashlib.sha256(np.ascontiguousarray(split.column("exact"), "<u8").tobytes()).hexdigest()
 
 
 def crossed_limits(facts: Mapping[str, Any], limits: LimitsSection) -> list[str]:
-    """One sentence for each limit that the facts of the data cross.
+    """One sentence for each exceeded data limit.
 
     Args:
         facts: the content of `data.json`.
         limits: shares in 0..1.
 
     Returns:
-        What is there against what may be, where the first rows stand, and the mend with the key that lifts the limit.
+        The measured and the allowed share, the location of the first rows, and the fix with the key of the limit.
     """
     found = []
     rows, kept = facts["rows"], facts["train_rows"] + facts["test_rows"]
@@ -271,20 +271,24 @@ def crossed_limits(facts: Mapping[str, Any], limits: LimitsSection) -> list[str]
     if _above(dropped, rows, limits.max_dropped):
         reasons = sorted(_counted(facts), key=lambda item: -item[1])[:3]
         named = "; ".join(f"{count:,} {reason}{_first(facts, reason)}" for reason, count in reasons)
-        found.append(_sentence("max_dropped", dropped, rows, "rows are left out", limits.max_dropped) + f": {named}")
+        found.append(_sentence("max_dropped", dropped, rows, "rows are dropped", limits.max_dropped) + f": {named}")
     if _above(facts["truncated_rows"], kept, limits.max_truncated):
         longest = facts["length"]["max"]
         found.append(
-            _sentence("max_truncated", facts["truncated_rows"], kept, "rows are cut", limits.max_truncated)
+            _sentence("max_truncated", facts["truncated_rows"], kept, "rows are truncated", limits.max_truncated)
             + f" at dataset.max_length {facts['max_length']}, so their end is not {_use(facts)}; the longest has "
             f"{longest} tokens: raise it, or set dataset.too_long: drop"
         )
     if _above(facts["leaked_rows"], facts["test_rows"], limits.max_leaked):
         pair = next(iter(facts["leaked_examples"]), None)
-        where = f" ({pair['test']} is {pair['train']})" if pair else ""
+        where = f" ({pair['test']} equals {pair['train']})" if pair else ""
         found.append(
             _sentence(
-                "max_leaked", facts["leaked_rows"], facts["test_rows"], "test rows stand in training", limits.max_leaked
+                "max_leaked",
+                facts["leaked_rows"],
+                facts["test_rows"],
+                "test rows are also in the training split",
+                limits.max_leaked,
             )
             + f"{where}; {_against_leaks(facts)}"
         )
@@ -305,7 +309,7 @@ def _use(facts: Mapping[str, Any]) -> str:
 
 def _against_leaks(facts: Mapping[str, Any]) -> str:
     if not facts["split"]:  # the test rows have their own file
-        return "take them out of one of the two files"
+        return "remove them from one of the two files"
     return "set dataset.deduplicate: true, or split by a column with dataset.split.group"
 
 

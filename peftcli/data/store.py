@@ -1,4 +1,4 @@
-"""Rows on disk: text, token ids, labels, and what is known of each, in files that are read without loading them."""
+"""Rows on disk: text, token ids, labels and statistics, in memory-mapped files."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -32,15 +32,14 @@ ROW_COLUMNS = {
     "class": pa.uint64(),
     "group": pa.uint64(),
 }
-"""What is known of a row: where it comes from, its tokens, its flags (a bit for each of FLAGS), the number of its
-label, and 64 bits each of its exact text, its plain text, its prompt, and its columns `split.stratify` and
-`split.group`."""
+"""Statistics of a row: its location, token counts, flags (a bit for each of FLAGS), label id, and 64-bit hashes of its
+exact text, its normalized text, its prompt, and its columns `split.stratify` and `split.group`."""
 SIGNATURES = "signature"
 
 
 @dataclass(frozen=True)
 class StoredSignatures:
-    """Signatures of some rows of a store, read where they lie."""
+    """Signatures of some rows of a store, memory-mapped."""
 
     pieces: list[NDArray[np.uint32]]
     rows: NDArray[np.int64]
@@ -49,9 +48,9 @@ class StoredSignatures:
         return len(self.rows)
 
     def band(self, number: int) -> NDArray[np.uint64]:
-        """(rows,), one hash of the entries of a band."""
-        whole = [band_of(piece, number) for piece in self.pieces] or [np.zeros(0, np.uint64)]
-        return np.concatenate(whole)[self.rows]
+        """(rows,), a hash of one band of each signature."""
+        bands = [band_of(piece, number) for piece in self.pieces] or [np.zeros(0, np.uint64)]
+        return np.concatenate(bands)[self.rows]
 
     def take(self, rows: NDArray[np.int64]) -> NDArray[np.uint32]:
         """(n, 24), the signatures of some of the rows."""
@@ -72,11 +71,11 @@ class Store:
     folder: Path
     facts: dict[str, Any]
     classes: tuple[str, ...] = ()
-    """Names of the classes or tags by the numbers that `examples` gives them; those of the facts when empty."""
+    """Names of the classes or tags by the ids in `examples`; those of the facts if empty."""
 
     @classmethod
     def open(cls, folder: Path) -> Self:
-        """The store that `Writer` made in a folder."""
+        """Open a store that `Writer` wrote."""
         return cls(folder, read_json(folder / "facts.json"))
 
     @property
@@ -85,7 +84,7 @@ class Store:
 
     @cached_property
     def examples(self) -> pa.Table:
-        """`input_ids`, `labels` and the text columns of the examples; stays on disk until it is looked at."""
+        """`input_ids`, `labels` and the text columns of the examples, memory-mapped."""
         table = pa.ipc.open_file(pa.memory_map(str(self.folder / "examples.arrow"))).read_all()
         numbers = self._numbers
         if numbers is None:
@@ -94,14 +93,14 @@ class Store:
         return table.set_column(1, "labels", pa.chunked_array(labels, LISTS))
 
     def column(self, name: str) -> NDArray[Any]:
-        """(rows,), what is known of each row under a name of ROW_COLUMNS."""
+        """(rows,), a column of ROW_COLUMNS."""
         values: NDArray[Any] = self._known.column(name).combine_chunks().to_numpy(zero_copy_only=False)
         numbers = self._numbers if name == "label" else None
         return values if numbers is None else np.where(values >= 0, numbers[np.maximum(values, 0)], values)
 
     @cached_property
     def signatures(self) -> list[NDArray[np.uint32]]:
-        """The signatures (rows, 24) as they lie on the disk, piece by piece; looking at them loads nothing for good."""
+        """The memory-mapped signatures (rows, 24), one array per chunk."""
         chunks = self._known.column(SIGNATURES).chunks
         return [chunk.flatten().to_numpy(zero_copy_only=True).reshape(-1, HASHES) for chunk in chunks]
 
@@ -111,7 +110,7 @@ class Store:
         return found
 
     def places(self, rows: Iterable[int]) -> list[str]:
-        """File and line of some rows, or the files that they are."""
+        """File and line of some rows, or the file names of images in a folder."""
         chosen = pa.array([int(row) for row in rows], pa.int64())
         known = self._known.select(["file", "number"]).take(chosen).to_pylist()
         files = [self.facts["files"][one["file"]] for one in known]
@@ -123,7 +122,7 @@ class Store:
 
     @property
     def _numbers(self) -> NDArray[np.int32] | None:
-        """The number of each class by the number it was stored under; None where they are the same."""
+        """Mapping from stored class ids to current ones; None if they are the same."""
         stored = self.facts.get("classes") or []
         if not self.classes or tuple(stored) == self.classes[: len(stored)]:
             return None
@@ -136,7 +135,7 @@ class Store:
 
 
 def _renumbered(lists: pa.LargeListArray, numbers: NDArray[np.int32]) -> pa.LargeListArray:
-    """Lists of class numbers under other numbers; what is no class stays."""
+    """Map class ids in lists; negative values do not change."""
     values = lists.values.to_numpy(zero_copy_only=False)
     changed = np.where(values >= 0, numbers[np.maximum(values, 0)], values).astype(np.int32)
     return pa.LargeListArray.from_arrays(lists.offsets, pa.array(changed, pa.int32()))
@@ -148,9 +147,9 @@ class Writer:
     def __init__(self, folder: Path, columns: Sequence[str], *, numbers: bool = False) -> None:
         """
         Args:
-            folder: where the two files are put.
+            folder: for the two files.
             columns: names of the text columns of an example.
-            numbers: the labels are numbers with decimals.
+            numbers: the labels are floats.
         """
         self._folder = folder
         self._columns = list(columns)
@@ -181,9 +180,9 @@ class Writer:
         """Write the rows of one batch.
 
         Args:
-            texts: of the examples of the batch, those included that `tokens` left out.
+            texts: of all examples of the batch, including those dropped in `tokens`.
             tokens: the rows.
-            known: the columns of ROW_COLUMNS that `tokens` does not give, for each row of `tokens`.
+            known: the columns of ROW_COLUMNS that are not in `tokens`, for each row of `tokens`.
             signatures: (rows, 24).
         """
         if not len(tokens.of):
@@ -204,5 +203,5 @@ class Writer:
         self.rows += len(chosen)
 
     def write_facts(self, facts: dict[str, Any]) -> None:
-        """Write what is known of the rows together."""
+        """Write the statistics of all rows."""
         write_json(self._folder / "facts.json", facts | {"kept": self.rows})

@@ -1,4 +1,4 @@
-"""Synthetic rows in place of a data set that a smoke run cannot download."""
+"""Synthetic rows for a dataset that a smoke run does not download."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,13 +11,13 @@ from peftcli.recipe.template import template_columns
 
 @dataclass(frozen=True)
 class SyntheticSource:
-    """A source of made-up rows with the columns that a section asks for.
+    """A source of synthetic rows with the columns that a section uses.
 
     Attributes:
-        section: of the source that the rows stand in for.
-        rows: how many.
-        like: section that says how rows are read, where that is another one, as for test rows.
-        task, problem_type, labels: of the recipe; rows with labels get two of those in turn.
+        section: of the source that is replaced.
+        rows: number of rows.
+        like: section with the row format, if it is another one, as for test rows.
+        task, problem_type, labels: of the recipe; rows alternate between two labels.
     """
 
     section: Any
@@ -29,10 +29,10 @@ class SyntheticSource:
 
     @property
     def name(self) -> str:
-        return f"{self.section.name or 'a database'} (made-up rows of a smoke run)"
+        return f"{self.section.name or 'a database'} (synthetic rows of a smoke run)"
 
     def fingerprint(self) -> str:
-        """The same rows each time; the section's own keys tell one source from another."""
+        """Constant, since the rows are; other keys of the section distinguish sources."""
         return f"made up {self.rows} {self.task} {self.problem_type} {self.labels}"
 
     def batches(self) -> Iterator[Rows]:

@@ -1,7 +1,7 @@
-"""Examples to token ids and labels, in one pass over batches, truncated to the maximum length.
+"""Tokenizes examples batch by batch to ids and labels, truncated to the maximum length.
 
-Ids and labels are those that TRL's SFTTrainer would make (tests compare them). Made here, they are counted and shown
-before a model is loaded.
+Ids and labels are the same as TRL's SFTTrainer would make (tests compare them). They are made here so that they can be
+counted and shown before a model is loaded.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +19,7 @@ from peftcli.data.encode import BackgroundEncoder, encode, encode_prompts, flatt
 from peftcli.plan.plan import LossMask
 
 IGNORED = -100
-"""Label of a token that is not trained (`ignore_index` of torch's cross entropy)."""
+"""Label of an untrained token (`ignore_index` of torch's cross entropy)."""
 
 Columns: TypeAlias = Mapping[str, Sequence[str]]
 
@@ -32,14 +32,14 @@ Counts: TypeAlias = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Encoded:
-    """The rows of a batch in one line, before any cut.
+    """The concatenated rows of a batch, before truncation.
 
     Attributes:
         flat: (tokens,), ids of all rows.
-        trained: (tokens,), whether a token is trained.
+        trained: (tokens,), the loss mask.
         lengths: (rows,), tokens of each row.
-        merged: (rows,), whether a token reaches over the edge between prompt and completion.
-        whole: (rows,), whether the row ends where its text ends.
+        merged: (rows,), whether a token crosses the boundary between prompt and completion.
+        whole: (rows,), whether the row ends at the end of its text.
     """
 
     flat: Ids
@@ -50,24 +50,24 @@ class Encoded:
 
 
 Made: TypeAlias = tuple[Encoded, list[int], list[tuple[int, str]]]
-"""Encoded rows, the example that each was made from, and the examples that were dropped, with the reason."""
+"""Encoded rows, the example of each, and the dropped examples with the reason."""
 
 
 @dataclass(frozen=True)
 class TokenizedBatch:
-    """What is kept of a batch of examples, and what is known of each row of it.
+    """The tokenized rows of a batch of examples, with statistics of each row.
 
     Attributes:
-        of: (rows,), the example that a row was made from.
-        flat, trained_flat: (tokens,), ids and whether each is trained.
-        lengths: (rows,), tokens that are kept.
-        uncut: (rows,), tokens before the cut.
-        trained: (rows,), tokens whose prediction is trained; the first of a row never is.
+        of: (rows,), the example of each row.
+        flat: (tokens,), concatenated ids.
+        loss_mask: (tokens,), whether each token is trained.
+        lengths: (rows,), tokens after truncation.
+        uncut: (rows,), tokens before truncation.
+        trained: (rows,), number of predicted tokens that are trained; the first token of a row is never predicted.
         flags: by name, (rows,): truncated, ends (the end token should be trained), end_trained, merged, doubled_bos,
-            unknown (a token that the tokenizer does not know).
+            unknown (has the unknown token).
         dropped: example and reason.
-        classes: of rows with labels, what each row is given in place of its own tokens: the values of all rows in one
-            line, int32 or float32, and how many each row has.
+        classes: for rows with labels, the concatenated labels of all rows, int32 or float32, and their number per row.
     """
 
     of: Counts
@@ -81,13 +81,13 @@ class TokenizedBatch:
     classes: tuple[NDArray[Any], Counts] | None = None
 
     def labels(self) -> Ids:
-        """(tokens,), the ids of the trained tokens and IGNORED for the others."""
+        """(tokens,), ids of the trained tokens, IGNORED for the others."""
         return np.where(self.loss_mask, self.flat, np.int32(IGNORED)).astype(np.int32)
 
 
 @dataclass(frozen=True)
 class TruncatedRows:
-    """Rows after the cut; `of` is the row of the batch that each was made from, `uncut` its tokens before."""
+    """Rows after truncation; `of` is the row in the batch, `uncut` its number of tokens before."""
 
     flat: Ids
     trained: Flags
@@ -99,58 +99,58 @@ class TruncatedRows:
 
 
 class TokenizeStep:
-    """Tokenizes examples of one kind, labels them, and cuts or drops those that are too long."""
+    """Tokenizes examples of one kind, and truncates, splits or drops those that are too long."""
 
     def __init__(self, kind: str, tokenizer: PreTrainedTokenizerBase, rule: LossMask) -> None:
         """
         Raises:
-            DataError: the examples are chats and the tokenizer has no chat template.
+            DataError: the examples are chats, but the tokenizer has no chat template.
         """
         self._tokenizer = tokenizer
         self._rule = rule
         self._ends = np.array(sorted(stop_ids(tokenizer)), np.int32)
-        self._marker = ChatEncoder(tokenizer, assistant_only=rule.assistant_only) if kind == "messages" else None
-        self._aside = BackgroundEncoder(tokenizer)
-        ways: dict[str, Callable[[Columns, Sequence[bool] | None], Callable[[], Made]]] = {
+        self._chat_encoder = ChatEncoder(tokenizer, assistant_only=rule.assistant_only) if kind == "messages" else None
+        self._background = BackgroundEncoder(tokenizer)
+        encoders: dict[str, Callable[[Columns, Sequence[bool] | None], Callable[[], Made]]] = {
             "prompt_completion": self._pairs,
             "messages": self._chats,
             "text": self._texts,
         }
-        self._encode = ways[kind]
+        self._encode = encoders[kind]
 
     def start(
         self, columns: Columns, ends: Sequence[bool] | None, too_long: str | None
     ) -> Callable[[], TokenizedBatch]:
-        """Begin to encode a batch, on a thread beside this one.
+        """Start to encode a batch in a background thread.
 
         Args:
             columns: of the examples.
-            ends: False for an example whose text goes on in the next; None where all are whole.
-            too_long: `truncate`, `drop` or `split`; None for split where `ends` is given and truncate elsewhere.
+            ends: False for an example whose text continues in the next one; None if all are complete.
+            too_long: `truncate`, `drop` or `split`; None for split if `ends` is given, else truncate.
 
         Returns:
-            What waits for the token ids of the batch.
+            A function that waits for the token ids of the batch.
 
         Raises:
-            DataError: the turns of a chat cannot be told apart; also from what is returned.
+            DataError: the assistant mask of a chat is ambiguous; also raised by the returned function.
         """
-        way = too_long or ("truncate" if ends is None else "split")
+        action = too_long or ("truncate" if ends is None else "split")
         encoded = self._encode(columns, ends)
-        return lambda: self._finish(*encoded(), way)
+        return lambda: self._finish(*encoded(), action)
 
     def batch(self, columns: Columns, ends: Sequence[bool] | None, too_long: str | None) -> TokenizedBatch:
-        """Token ids of a batch, with the arguments and the errors of `start`."""
+        """Token ids of a batch; arguments and errors as for `start`."""
         return self.start(columns, ends, too_long)()
 
     def _pairs(self, columns: Columns, ends: Sequence[bool] | None) -> Callable[[], Made]:
         completions = with_end(columns["completion"], self._tokenizer)
         texts = [a + b for a, b in zip(columns["prompt"], completions, strict=True)]
-        first = self._aside.start(encode_prompts, columns["prompt"], self._tokenizer)
-        second = self._aside.start(encode, texts, self._tokenizer)
+        first = self._background.start(encode_prompts, columns["prompt"], self._tokenizer)
+        second = self._background.start(encode, texts, self._tokenizer)
 
         def made() -> Made:
             prompts, wholes = first(), second()
-            starts = np.fromiter(map(_shared, prompts, wholes), np.int64, len(wholes))
+            starts = np.fromiter(map(_common_prefix, prompts, wholes), np.int64, len(wholes))
             merged = starts < np.fromiter(map(len, prompts), np.int64, len(prompts))
             flat, lengths = flatten(wholes)
             trained = positions(lengths) >= np.repeat(starts if self._rule.completion_only else 0 * starts, lengths)
@@ -163,46 +163,46 @@ class TokenizeStep:
         whole = np.ones(len(texts), bool) if ends is None else np.array(ends, bool)
         finished = with_end(texts, self._tokenizer)
         given = [b if end else a for a, b, end in zip(texts, finished, whole, strict=True)]
-        rows = self._aside.start(encode, given, self._tokenizer)
+        rows = self._background.start(encode, given, self._tokenizer)
 
         def made() -> Made:
             flat, lengths = flatten(rows())
-            nothing = np.zeros(len(texts), bool)
-            return Encoded(flat, np.ones(len(flat), bool), lengths, nothing, whole), list(range(len(texts))), []
+            none = np.zeros(len(texts), bool)
+            return Encoded(flat, np.ones(len(flat), bool), lengths, none, whole), list(range(len(texts))), []
 
         return made
 
     def _chats(self, columns: Columns, ends: Sequence[bool] | None) -> Callable[[], Made]:
-        assert self._marker is not None  # made for this kind
-        marking = self._marker.start(*read_chats(columns))
+        assert self._chat_encoder is not None  # created for this kind
+        encoding = self._chat_encoder.start(*read_chats(columns))
 
         def made() -> Made:
-            marked = marking()
-            dropped = [(row, reason) for row, reason in enumerate(marked) if isinstance(reason, str)]
-            kept = [row for row, one in enumerate(marked) if not isinstance(one, str)]
-            pairs = [one for one in marked if not isinstance(one, str)]
+            encoded = encoding()
+            dropped = [(row, reason) for row, reason in enumerate(encoded) if isinstance(reason, str)]
+            kept = [row for row, one in enumerate(encoded) if not isinstance(one, str)]
+            pairs = [one for one in encoded if not isinstance(one, str)]
             flat, lengths = flatten([ids for ids, _ in pairs])
-            trained = np.fromiter(chain.from_iterable(marks for _, marks in pairs), np.bool_, len(flat))
-            nothing = np.zeros(len(pairs), bool)
-            return Encoded(flat, trained, lengths, nothing, ~nothing), kept, dropped
+            trained = np.fromiter(chain.from_iterable(mask for _, mask in pairs), np.bool_, len(flat))
+            none = np.zeros(len(pairs), bool)
+            return Encoded(flat, trained, lengths, none, ~none), kept, dropped
 
         return made
 
     def _finish(
-        self, encoded: Encoded, rows: Sequence[int], dropped: list[tuple[int, str]], way: str
+        self, encoded: Encoded, rows: Sequence[int], dropped: list[tuple[int, str]], action: str
     ) -> TokenizedBatch:
         kept = np.array(rows, np.int64)
         limit = self._rule.max_length
-        cut = truncate_rows(encoded, limit, split=way == "split")
+        cut = truncate_rows(encoded, limit, split=action == "split")
         trained = row_sums(cut.trained & (positions(cut.lengths) > 0), cut.lengths)
         truncated = cut.truncated
         keep = trained > 0
-        if way == "drop":
+        if action == "drop":
             keep &= ~truncated
         for row in np.flatnonzero(~keep):
-            reason = "with no token that is trained"
+            reason = "without a trained token"
             if truncated[row]:
-                reason = f"longer than max_length {limit}" if way == "drop" else _cut_off(limit)
+                reason = f"longer than max_length {limit}" if action == "drop" else _prompt_fills(limit)
             dropped.append((int(kept[cut.of[row]]), reason))
         inside = np.repeat(keep, cut.lengths)
         flags = {
@@ -225,13 +225,13 @@ class TokenizeStep:
         )
 
     def _ends_trained(self, cut: TruncatedRows) -> Flags:
-        """Whether every stretch of trained tokens of a row holds an end token, as each turn must end in one."""
+        """Whether every run of trained tokens in a row contains an end token, since each turn must end with one."""
         begins = cut.trained.copy()
         begins[1:] &= ~cut.trained[:-1] | (positions(cut.lengths)[1:] == 0)
-        stretch = np.cumsum(begins)
-        ended = np.zeros(int(stretch[-1]) + 1 if len(stretch) else 1, bool)
-        ended[stretch[cut.trained & np.isin(cut.flat, self._ends)]] = True
-        lacking = begins & ~ended[stretch]
+        run = np.cumsum(begins)
+        ended = np.zeros(int(run[-1]) + 1 if len(run) else 1, bool)
+        ended[run[cut.trained & np.isin(cut.flat, self._ends)]] = True
+        lacking = begins & ~ended[run]
         found: Flags = row_sums(lacking, cut.lengths) == 0
         return found
 
@@ -251,21 +251,21 @@ class TokenizeStep:
         return found
 
 
-def _shared(prompt: list[int], whole: list[int]) -> int:
-    """Tokens that a prompt and the whole row begin with alike."""
+def _common_prefix(prompt: list[int], whole: list[int]) -> int:
+    """Number of tokens in the common prefix of a prompt and its full row."""
     return len(prompt) if whole[: len(prompt)] == prompt else int(common_prefix_length(prompt, whole))
 
 
-def _cut_off(limit: int) -> str:
+def _prompt_fills(limit: int) -> str:
     return f"with a prompt that fills max_length {limit}"
 
 
 def truncate_rows(encoded: Encoded, limit: int, *, split: bool) -> TruncatedRows:
-    """Cut what is longer than the limit, or split it into rows of about equal length.
+    """Truncate rows that are longer than the limit, or split them into rows of about equal length.
 
     Args:
-        limit: largest number of tokens of a row.
-        split: make several rows of a long one; nothing is lost then.
+        limit: maximum tokens of a row.
+        split: split long rows instead of truncating them.
     """
     lengths = encoded.lengths
     if not split:
@@ -277,7 +277,7 @@ def truncate_rows(encoded: Encoded, limit: int, *, split: bool) -> TruncatedRows
     pieces = np.maximum(-(-lengths // limit), 1)
     of = np.repeat(np.arange(len(lengths)), pieces)
     number = positions(pieces)
-    # Piece k of n holds the tokens from k * length // n to (k + 1) * length // n.
+    # Piece k of n has the tokens from k * length // n to (k + 1) * length // n.
     sizes = (number + 1) * lengths[of] // pieces[of] - number * lengths[of] // pieces[of]
     last = number == pieces[of] - 1
     none = np.zeros(len(of), bool)
@@ -296,7 +296,7 @@ def positions(lengths: Counts) -> Counts:
 
 
 def row_sums(flags: Flags, lengths: Counts) -> Counts:
-    """Number of flags that are set in each row.
+    """Number of set flags in each row.
 
     >>> row_sums(np.array([True, False, True]), np.array([2, 0, 1]))
     array([1, 0, 1])

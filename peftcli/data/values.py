@@ -1,4 +1,4 @@
-"""One value of a row: what it is, and its text where it has one."""
+"""Converts single values of a row to text."""
 
 import datetime
 import decimal
@@ -18,15 +18,15 @@ _SCALARS = (bool, int, float, decimal.Decimal, uuid.UUID, *_DATES)
 
 
 class SkipRow(Exception):
-    """A row that makes no example; the text is the reason, as the counts show it."""
+    """A row that is dropped; the text is the reason in the counts."""
 
 
 class InvalidValue(Exception):
-    """A value that stops the run; the text is what stands behind the place in the message."""
+    """A value that stops the run; the text is the message after the location."""
 
 
 def is_null(value: Any) -> bool:
-    """Whether nothing stands there: None, or a float that is no number.
+    """Whether a value is missing: None or NaN.
 
     >>> is_null(None), is_null(float("nan")), is_null("")
     (True, True, False)
@@ -35,7 +35,7 @@ def is_null(value: Any) -> bool:
 
 
 def type_name(kind: type) -> str:
-    """The word for a type in messages and in the data report.
+    """The name of a type in messages and in the data report.
 
     >>> [type_name(kind) for kind in (str, bool, float, list, dict, bytes)]
     ['text', 'true/false', 'number', 'list', 'object', 'bytes']
@@ -53,10 +53,10 @@ def type_name(kind: type) -> str:
 
 
 def whole_text(value: Any, name: str) -> str:
-    """The text of a column that is used as it is.
+    """The text of a column that is used without a template.
 
     Raises:
-        Unused: it holds no text.
+        SkipRow: the value is not text.
     """
     if isinstance(value, str):
         return value
@@ -64,20 +64,20 @@ def whole_text(value: Any, name: str) -> str:
 
 
 def optional_text(value: Any, name: str) -> str:
-    """The text of a column that may be absent; empty where it is, or holds white space only.
+    """The text of an optional column; empty if it is missing or only white space.
 
     Raises:
-        Unused: it holds something that is no text.
+        SkipRow: the value is not text.
     """
     text = "" if is_null(value) else whole_text(value, name)
     return text if text.strip() else ""
 
 
 def template_text(value: Any, name: str) -> str:
-    """What a value reads as within a template.
+    """The text of a value inside a template.
 
     Raises:
-        Unused: nothing stands there, or nothing that has a plain text.
+        SkipRow: the value is missing or has no plain text form.
     """
     if isinstance(value, list):
         value = written(value)
@@ -93,15 +93,15 @@ def template_text(value: Any, name: str) -> str:
 
 
 def parsed_list(value: Any, reason: str) -> Sequence[Any]:
-    """A list, or the list that a JSON text holds; empty for null and for an empty text.
+    """A list, or a list in a JSON string; empty for null and for an empty string.
 
     Raises:
-        Unused: with the reason given, where it is neither.
+        SkipRow: with the given reason, if it is neither.
     """
     if isinstance(value, str) and value.strip():
         try:
             value = json.loads(value)
-        except (ValueError, RecursionError):  # RecursionError: brackets within brackets, thousands deep
+        except (ValueError, RecursionError):  # RecursionError: thousands of nested brackets
             raise SkipRow(reason) from None
     if value is None or value == "" or is_null(value) or (isinstance(value, str) and not value.strip()):
         return []

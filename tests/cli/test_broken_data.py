@@ -254,4 +254,4 @@ def test_without_permission_a_file_is_named(look: Look, monkeypatch: pytest.Monk
     monkeypatch.setitem(MADE, "closed.csv", lambda path: (path.write_bytes(HEALTHY), path.chmod(0)))
     code, _, err = look({"file": "closed.csv"})
     assert code == 3
-    assert err == "error: FILE: cannot be read: Permission denied; look at its permissions, or fetch it again\n"
+    assert err == "error: FILE: cannot be read: Permission denied; check its permissions, or download it again\n"

@@ -126,7 +126,7 @@ def test_the_problems_of_all_variants_come_at_once_and_shared_ones_once(write_re
 def test_methods_with_different_keys_are_told_to_be_varied_whole(write_recipe: Write) -> None:
     recipe = write_recipe(quantization=None)
     with pytest.raises(
-        RecipeError, match=r"adapter\.r does nothing with ia3(.|\n)*vary the whole section: --vary 'adapter="
+        RecipeError, match=r"adapter\.r has no effect with ia3(.|\n)*vary the whole section: --vary 'adapter="
     ):
         check_variants(make_variants([recipe], read_axes(["adapter.method=lora,ia3"]), ()))
     check_variants(make_variants([recipe], read_axes(["adapter={method: lora, r: 16},{method: ia3}"]), ()))

@@ -76,9 +76,9 @@ def test_rows_without_text_are_counted_with_their_place(tmp_path: Path, tokenize
         (
             "a.dat",
             "words\n",
-            r"a\.dat: the ending is not known; evaluation\.forgetting_text takes a text with the ending",
+            r"a\.dat: unknown file extension; evaluation\.forgetting_text needs a text file",
         ),
-        ("a.jsonl", '{"text": ""}\n', r"a\.jsonl: no text that could be predicted; name another text"),
+        ("a.jsonl", '{"text": ""}\n', r"a\.jsonl: no text to evaluate; set evaluation\.forgetting_text"),
     ],
 )
 def test_a_text_that_cannot_serve_says_what_can(
@@ -168,8 +168,8 @@ def test_the_path_is_relative_to_the_recipe_and_stays_so_when_written(write_reci
             {"model": {"name": "x", "task": "sequence-classification"}, "evaluation": {"forgetting_text": "a.txt"}},
             r"recipe\.yaml:\d+: evaluation\.forgetting_text needs model\.task: causal-lm",
         ),
-        ({"evaluation": {"forgetting_tokens": 500}}, r"evaluation\.forgetting_tokens stands alone; name the text"),
-        ({"gates": {"forgetting_change": "< 1"}}, r"gates\.forgetting_change watches a text; name it in evaluation"),
+        ({"evaluation": {"forgetting_tokens": 500}}, r"evaluation\.forgetting_tokens needs a text; set"),
+        ({"gates": {"forgetting_change": "< 1"}}, r"gates\.forgetting_change needs a text; set evaluation"),
     ],
 )
 def test_what_cannot_stand_together_is_refused(write_recipe: Write, sections: Any, message: str) -> None:

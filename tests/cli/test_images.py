@@ -267,13 +267,13 @@ def test_each_file_that_is_no_image_is_counted_by_reason_with_its_name(image_rec
         EMPTY: 1,
         NO_IMAGE: 2,
         HUGE: 1,
-        "beside the folders of the classes": 1,
-        "in a folder below that of a class": 1,
-        "with no image in the folder of a class": 1,
+        "outside the class folders": 1,
+        "in a subfolder of a class folder": 1,
+        "with an empty class folder": 1,
     }
     places = facts["dropped_examples"]
     assert sorted(places[DAMAGED]) == ["photos/ball/cut.jpg", "photos/bars/short.png"]
-    assert places["with no image in the folder of a class"] == ["photos/nothing/"]
+    assert places["with an empty class folder"] == ["photos/nothing/"]
     assert facts["classes"] == ["ball", "bars", "box"]
 
 
@@ -307,7 +307,7 @@ def test_a_table_names_images_relative_to_itself(image_recipe: Write, photos: Pa
     plan, data, _ = prepared(recipe)
     assert data.labels == ("ball", "bars", "box") and data.facts["train_rows"] + data.facts["test_rows"] == 12
     assert data.facts["dropped_examples"][MISSING] == ["labels.csv:14"]
-    assert data.facts["dropped"]["with an address in place of a file"] == 1
+    assert data.facts["dropped"]["with a URL instead of a file"] == 1
     assert data.test.column("prompt")[0].as_py().startswith("photos/") and plan.base.labels == data.labels
     before = data.facts["fingerprint"]
     draw("box", random.Random(5)).save(photos / "box" / "00.png")
@@ -455,8 +455,8 @@ def test_names_and_links_of_any_kind_are_counted(image_recipe: Write, photos: Pa
     recipe = image_recipe(dataset={"limits": {"max_dropped": 1.0, "max_leaked": 1.0}})
     facts = facts_of(recipe)
     assert facts["classes"] == ["ball", "bars", "box", "linked"]
-    assert facts["dropped"] == {MISSING: 1, "with half a character (a lone surrogate)": 1}
-    assert facts["dropped_examples"]["with half a character (a lone surrogate)"] == ["photos/ball/?.png"]
+    assert facts["dropped"] == {MISSING: 1, "with a lone surrogate (half a character)": 1}
+    assert facts["dropped_examples"]["with a lone surrogate (half a character)"] == ["photos/ball/?.png"]
 
 
 def test_two_folders_are_two_sources_and_classes_keep_their_shares(image_recipe: Write, photos: Path) -> None:

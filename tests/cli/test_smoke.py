@@ -56,7 +56,7 @@ def test_any_model_and_a_hub_data_set_are_rehearsed_offline(
     assert "the numbers say nothing about the real model" in said.out
     run = tmp_path / "runs" / "large-smoke"
     assert read_json(run / "plan.json")["model"]["architecture"] == architecture
-    assert "made-up rows" in read_json(run / "data.json")["sources"][0]["path"]
+    assert "synthetic rows" in read_json(run / "data.json")["sources"][0]["path"]
     assert read_json(run / "metrics.json")["smoke"] is True
     assert "SMOKE" in (run / "report.md").read_text().upper()
     assert not (tmp_path / "runs" / "large").exists()
@@ -207,7 +207,7 @@ def test_a_number_of_test_rows_is_scaled_to_the_rows_of_a_rehearsal(
     dataset = {"path": str(chats), "split": {"test_size": 60}}
     recipe = written(tmp_path, model={"name": str(real)}, dataset=dataset)
     assert run_cli("train", recipe, "--smoke") == 0
-    assert "of 48 rows 12 test rows, dataset.split.test_size is 60" in capfd.readouterr().err
+    assert "with 48 rows: 12 test rows instead of dataset.split.test_size: 60" in capfd.readouterr().err
     data = read_json(tmp_path / "runs" / "r-smoke" / "data.json")
     assert (data["train_rows"], data["test_rows"]) == (36, 12)
 
@@ -217,7 +217,7 @@ def test_a_file_sorted_by_group_is_rehearsed(run_cli: Cli, tmp_path: Path, real:
     (tmp_path / "rows.csv").write_text("\n".join(["q,a,customer", *lines]))
     dataset = {"path": "rows.csv", "prompt": "{q}:", "completion": " {a}", "split": {"group": "customer"}}
     assert run_cli("train", written(tmp_path, model={"name": str(real)}, dataset=dataset), "--smoke") == 0
-    assert "one value of dataset.split.group customer" in capfd.readouterr().err
+    assert "dataset.split.group is ignored, because customer" in capfd.readouterr().err
 
 
 def test_without_the_real_files_a_rehearsal_says_what_it_could_not_check(

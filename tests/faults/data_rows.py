@@ -78,7 +78,7 @@ CASES = [
     ),
     look(
         "15",
-        "a chat without an assistant turn",
+        "a chat without an assistant message",
         0,
         ('"dropped_rows": 1', "rows.jsonl:6"),
         bad_chats([{"role": "user", "content": "a"}]),
@@ -89,7 +89,7 @@ CASES = [
         "16",
         "the text of an end token inside a prompt is told",
         0,
-        ("1 row holds the text of a special token", "rows.jsonl:6"),
+        ("1 row has the text of a special token", "rows.jsonl:6"),
         as_lines([row | {"prompt": "a </s> b ->:"} if n == 5 else row for n, row in enumerate(ROWS)]),
         {},
     ),
@@ -109,7 +109,7 @@ CASES = [
         rows=as_lines(CHATS),
         prepare=with_template,
         words=("data", "RECIPE", "--json"),
-        says=("the chat template was still at work",),
+        says=("the chat template was still running",),
         most_seconds=60,
     ),
 ]

@@ -165,7 +165,7 @@ DATA_FAULTS = [
         "mixed schemas",
         3,
         rows=as_lines([*FEW[:4], *[{"text": f"row {n}"} for n in range(4)]]),
-        says=("can be read in 2 ways",),
+        says=("fit 2 formats",),
         peer={},
     ),
     Case(

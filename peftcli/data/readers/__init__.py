@@ -1,1 +1,1 @@
-"""Readers: files of many formats, the Hub and databases, each read as a stream."""
+"""Streaming readers for files of many formats, the Hub and databases."""

@@ -1,4 +1,4 @@
-"""Rows gathered into batches of a bounded size, for every kind of source alike."""
+"""Gathers rows into batches of bounded size, for all readers."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,24 +11,24 @@ Row = TypeVar("Row")
 
 @dataclass(frozen=True)
 class UnreadableRow:
-    """Stands for a row that could not be read; the reason goes on as in "12 rows with ..."."""
+    """Replaces a row that could not be read; the reason continues "12 rows ..."."""
 
     reason: str
 
 
 Item = tuple[int, Row | UnreadableRow, int]
-"""Where a row begins, the row, and about how many characters it holds."""
+"""The line or number of a row, the row, and its approximate number of characters."""
 
 
 def gather(
     name: str, items: Iterator[Item[Row]], columns: Callable[[list[Row]], dict[str, list[Any]]]
 ) -> Iterator[Rows]:
-    """Batches of rows, each of at most BATCH_ROWS rows and little more than BATCH_CHARACTERS characters.
+    """Batches of at most BATCH_ROWS rows and about BATCH_CHARACTERS characters.
 
     Args:
-        name: of the file, as rows show it.
-        items: the rows in order, read as far as they are asked for.
-        columns: turns the rows of one batch into columns.
+        name: of the file.
+        items: the rows in order, read lazily.
+        columns: converts the rows of a batch to columns.
     """
     numbers: list[int] = []
     rows: list[Row] = []
@@ -49,7 +49,7 @@ def gather(
 
 
 def columns_of_tuples(names: list[str]) -> Callable[[list[Any]], dict[str, list[Any]]]:
-    """What `gather` needs for rows that hold one value for each of these names, in their order."""
+    """A `columns` function for `gather`, for rows with one value per name, in order."""
 
     def columns(rows: list[Any]) -> dict[str, list[Any]]:
         return {name: [row[position] for row in rows] for position, name in enumerate(names)}
@@ -58,5 +58,5 @@ def columns_of_tuples(names: list[str]) -> Callable[[list[Any]], dict[str, list[
 
 
 def double_names(names: list[str]) -> list[str]:
-    """The names that stand more than once, in their order."""
+    """The names that occur more than once, in order."""
     return [name for name in dict.fromkeys(names) if names.count(name) > 1]

@@ -1,4 +1,4 @@
-"""The files that a path, a folder or a glob stands for, and what each of them is."""
+"""Lists the files of a path, a folder or a glob, and determines their formats."""
 
 import glob
 import json
@@ -30,9 +30,9 @@ ENDINGS = {
 PACKED = (".gz", ".bz2", ".xz", ".zst")
 
 _ASIDE = re.compile(r"(readme|licen[cs]e)([.-].*)?|dataset_info\.json|state\.json", re.IGNORECASE)
-"""Names of files that stand in a folder of data and hold no rows; readme.jsonl may hold some."""
+"""Names of files in data folders that are not data; readme.jsonl may be."""
 _LIKE = {"jsonl": "json"}
-"""Kinds that may stand side by side in one source."""
+"""Formats that can be mixed in one source."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,11 @@ class DataFile:
     """One file, and how it is read.
 
     Attributes:
-        path: where it is; messages show it.
-        name: as rows show it; no folder of this machine.
+        path: for messages.
+        name: relative to the folder of the source.
         kind: one of the values of ENDINGS.
-        section: the part of the recipe that names it.
-        key: dotted name of that part, for messages.
+        section: the section of the recipe that names it.
+        key: dotted name of that section, for messages.
     """
 
     path: Path
@@ -55,15 +55,15 @@ class DataFile:
 
     @property
     def packing(self) -> str | None:
-        """The ending of a packed file, such as .gz."""
+        """The extension of a compressed file, such as .gz."""
         return self.path.suffix.lower() if self.path.suffix.lower() in PACKED else None
 
 
 def list_files(path: Path, without: frozenset[Path], file_format: str | None) -> list[Path]:
-    """The files that a path, a folder or a glob stands for, in the order of their names.
+    """The files of a path, a folder or a glob, sorted by name.
 
     Raises:
-        DataError: there are none, or one of them is no regular file.
+        DataError: there are none, or one is not a regular file.
     """
     try:
         if path.is_dir():
@@ -76,23 +76,23 @@ def list_files(path: Path, without: frozenset[Path], file_format: str | None) ->
         else:
             raise DataError(f"{path}: no such file{_nearest(path)}")
     except OSError as problem:
-        raise DataError(f"{path}: cannot be read: {problem.strerror}; look at its name and permissions") from problem
-    left = {file.resolve() for file in without}
-    kept = [file for file in files if file.resolve() not in left]
-    if files and not kept:
-        raise DataError(f"{path}: every file there is one of the test rows' own; name other files for training")
-    if not kept:
-        raise DataError(f"{path}: no file matches; look at the folder and the pattern")
-    return kept
+        raise DataError(f"{path}: cannot be read: {problem.strerror}; check its name and permissions") from problem
+    excluded = {file.resolve() for file in without}
+    remaining = [file for file in files if file.resolve() not in excluded]
+    if files and not remaining:
+        raise DataError(f"{path}: all files are already used as test rows; use other files for training")
+    if not remaining:
+        raise DataError(f"{path}: no file matches; check the folder and the pattern")
+    return remaining
 
 
 def data_files(section: FilesSection, without: frozenset[Path], key: str) -> list[DataFile]:
-    """The files of a section, all of one kind.
+    """The files of a section, all of the same format.
 
     Raises:
-        DataError: as in `list_files`, or the kind of a file is not known, or the kinds differ.
+        DataError: as in `list_files`, or a format is unknown, or the formats differ.
     """
-    assert section.path is not None  # the recipe has seen to it
+    assert section.path is not None  # checked by the recipe
     path = Path(section.path)
     paths = list_files(path, without, section.file_format)
     folder = paths[0].parent
@@ -104,8 +104,8 @@ def data_files(section: FilesSection, without: frozenset[Path], key: str) -> lis
     for file in files[1:]:
         if _LIKE.get(file.kind, file.kind) != _LIKE.get(files[0].kind, files[0].kind):
             raise DataError(
-                f"{path}: holds files of two kinds, {files[0].name} ({files[0].kind}) and {file.name} ({file.kind}); "
-                f"name those of one kind, such as {path if path.is_dir() else path.parent}/*{files[0].path.suffix}"
+                f"{path}: has files of two formats, {files[0].name} ({files[0].kind}) and {file.name} ({file.kind}); "
+                f"select one format, such as {path if path.is_dir() else path.parent}/*{files[0].path.suffix}"
             )
     return files
 
@@ -115,11 +115,11 @@ def _kind(path: Path, section: FilesSection, key: str) -> str:
         return section.file_format
     ending = _ending(path)
     if ending in (".xlsx", ".xls", ".ods"):
-        raise DataError(f"{path}: is a spreadsheet; export it as CSV and name that file")
+        raise DataError(f"{path}: is a spreadsheet; export it as CSV and use that file")
     if ending not in ENDINGS:
         raise DataError(
-            f"{path}: the ending {ending or '(none)'} is not known; known are {', '.join(ENDINGS)}, packed also with "
-            f"{', '.join(PACKED)}; set {key}.file_format ({', '.join(dict.fromkeys(ENDINGS.values()))}), or name "
+            f"{path}: unknown file extension {ending or '(none)'}; known are {', '.join(ENDINGS)}, also compressed "
+            f"with {', '.join(PACKED)}; set {key}.file_format ({', '.join(dict.fromkeys(ENDINGS.values()))}), or use "
             "other files"
         )
     return ENDINGS[ending]
@@ -135,7 +135,7 @@ def _ending(path: Path) -> str:
 def _folder_files(folder: Path, file_format: str | None) -> list[Path]:
     if (folder / "dataset_dict.json").is_file():
         splits = ", ".join(sorted(entry.name for entry in folder.iterdir() if entry.is_dir()))
-        raise DataError(f"{folder}: holds the splits {splits}; name one of them, such as {folder}/train")
+        raise DataError(f"{folder}: has the splits {splits}; use one of them, such as {folder}/train")
     if (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
         return _saved_dataset(folder)
     entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
@@ -143,8 +143,8 @@ def _folder_files(folder: Path, file_format: str | None) -> list[Path]:
     files = [_regular(entry) for entry in entries if not entry.is_dir()]
     if files and (file_format is not None or any(_ending(file) in ENDINGS for file in files)):
         return files
-    below = next((f"; for those below it write {folder}/**/*" for entry in entries if entry.is_dir()), "")
-    raise DataError(f"{folder}: no data file in this folder{below}; known endings are {', '.join(ENDINGS)}")
+    below = next((f"; to include subfolders use {folder}/**/*" for entry in entries if entry.is_dir()), "")
+    raise DataError(f"{folder}: no data file in this folder{below}; known extensions are {', '.join(ENDINGS)}")
 
 
 def _is_aside(entry: Path) -> bool:
@@ -152,32 +152,32 @@ def _is_aside(entry: Path) -> bool:
 
 
 def _saved_dataset(folder: Path) -> list[Path]:
-    """The files of a folder that `Dataset.save_to_disk` wrote, in the order of their rows."""
+    """The files of a folder from `Dataset.save_to_disk`, in row order."""
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         files = [folder / part["filename"] for part in state["_data_files"]]
     except (ValueError, KeyError, TypeError) as problem:
-        raise DataError(f"{folder}/state.json: names no data files; save the data set again") from problem
+        raise DataError(f"{folder}/state.json: lists no data files; save the dataset again") from problem
     for file in files:
         if not file.is_file():
-            raise DataError(f"{folder}: {file.name} is missing, which state.json names; save the data set again")
+            raise DataError(f"{folder}: {file.name} is listed in state.json but missing; save the dataset again")
     if not files:
-        raise DataError(f"{folder}: no rows; the saved data set is empty")
+        raise DataError(f"{folder}: the saved dataset has no rows; save one with rows")
     return files
 
 
 def _regular(path: Path) -> Path:
     if path.is_symlink() and not path.exists():
-        raise DataError(f"{path}: is a link to a file that is not there; mend the link or name the file itself")
+        raise DataError(f"{path}: is a broken link; fix the link or use the file itself")
     if not path.is_file() and not path.is_dir():
-        raise DataError(f"{path}: is no regular file; write the rows into a file and name that")
+        raise DataError(f"{path}: is not a regular file; write the rows to a file and use that")
     return path
 
 
 def _nearest(path: Path) -> str:
     if path.is_symlink():
-        return "; the link leads nowhere"
+        return "; the link is broken"
     if not path.parent.is_dir():
-        return f"; there is no folder {path.parent}"
+        return f"; the folder {path.parent} does not exist"
     near = nearest(path.name, [file.name for file in path.parent.iterdir()])
-    return f"; did you mean {near}?" if near else f"; look into {path.parent}"
+    return f"; did you mean {near}?" if near else f"; check the files in {path.parent}"

@@ -1,4 +1,4 @@
-"""Data sets on the Hub, or in a folder that the `datasets` library knows how to read."""
+"""Datasets on the Hub, read with the `datasets` library."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,14 +13,14 @@ from peftcli.errors import DataError
 
 @dataclass
 class HubSource:
-    """One split of a data set.
+    """One split of a dataset.
 
     Attributes:
-        name: id of the data set.
-        config: its configuration; None takes the only one.
-        revision: branch, tag or commit; None takes the newest.
-        split: one split or a slice of it, such as train[:10%].
-        key: dotted name of the recipe's part, for messages.
+        name: id of the dataset.
+        config: its configuration; None for the only one.
+        revision: branch, tag or commit; None for the latest.
+        split: a split or a slice of it, such as train[:10%].
+        key: dotted name of the recipe's section, for messages.
     """
 
     name: str
@@ -31,14 +31,14 @@ class HubSource:
     files: tuple[Path, ...] = ()
 
     def fingerprint(self) -> str:
-        """The digest that the library keeps of the split."""
+        """The library's fingerprint of the split."""
         return str(self._dataset._fingerprint)
 
     def batches(self) -> Iterator[Rows]:
-        """The rows from the first on.
+        """All rows from the beginning.
 
         Raises:
-            DataError: the data set, its configuration or its split cannot be had, or has no rows.
+            DataError: the dataset, its configuration or its split cannot be loaded, or has no rows.
         """
         place = f"{self.key}.name {self.name}"
         if not len(self._dataset):
@@ -48,17 +48,17 @@ class HubSource:
 
     @property
     def class_names(self) -> dict[str, tuple[str, ...]]:
-        """The names of classes by column, where the data set keeps them: of single classes and of lists of them."""
+        """Class names by column, if the dataset has them: for single classes and lists of classes."""
         features = {name: getattr(kind, "feature", kind) for name, kind in self._dataset.features.items()}
         return {name: tuple(kind.names) for name, kind in features.items() if getattr(kind, "names", None)}
 
     @cached_property
     def _dataset(self) -> Any:
-        import datasets  # half a second, and only a Hub source needs it
+        import datasets  # takes half a second to import, and only a Hub source needs it
 
         try:
             return datasets.load_dataset(self.name, self.config, revision=self.revision, split=self.split)
-        except Exception as problem:  # the Hub library raises many kinds; each means that the rows cannot be had
+        except Exception as problem:  # the library raises many types, and all of them mean that loading failed
             first = " ".join(str(problem).split())[:300]
             if "nknown split" in first:
                 raise DataError(f"{self.key}.name {self.name}: {first}; set {self.key}.hub_split") from problem

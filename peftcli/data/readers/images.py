@@ -1,4 +1,4 @@
-"""Folders with one subfolder of images per class, and tables that name image files."""
+"""Image folders with one subfolder per class, and tables with image paths."""
 
 import hashlib
 import itertools
@@ -14,22 +14,22 @@ from peftcli.errors import DataError
 from peftcli.recipe.schema import FilesSection
 
 BATCH_IMAGES = BATCH_ROWS // 20
-"""Images are read whole for each row, so a batch has fewer of them."""
+"""Batches are smaller than for text, because whole images are read."""
 ASIDE = ("thumbs.db", "desktop.ini", "__macosx")
-"""What systems leave in folders, besides names that begin with a dot."""
+"""System files in folders, in addition to names that start with a dot."""
 
 
 @dataclass
 class ImageFolder:
-    """The files of a folder, each in the folder of its class.
+    """The images of a folder with one subfolder per class.
 
     Attributes:
-        folder: that holds the folders of the classes.
-        apart: folders whose files belong to the test rows.
+        folder: parent of the class folders.
+        excluded: folders with the test rows.
     """
 
     folder: Path
-    apart: tuple[Path, ...] = ()
+    excluded: tuple[Path, ...] = ()
 
     @property
     def name(self) -> str:
@@ -37,21 +37,21 @@ class ImageFolder:
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """The folder itself stands for its files."""
+        """The folder, instead of its files."""
         return (self.folder,)
 
     def fingerprint(self) -> str:
-        """SHA-256 over the place, the names and the bytes of all files."""
+        """SHA-256 over the path, the names and the contents of all files."""
         digest = hashlib.sha256(str(self.folder).encode())
         for name in self._names():
             digest.update(b"\0" + name.encode("utf-8", "surrogateescape") + b"\0" + content_hash(self.folder / name))
         return digest.hexdigest()
 
     def batches(self) -> Iterator[Rows]:
-        """The files, one of each class in turn, so that the first few of them have all classes.
+        """The files, alternating between classes, so that the first few contain all classes.
 
         Raises:
-            DataError: the folders are not those of classes.
+            DataError: the subfolders are not class folders.
         """
         names = self._names()
         self._check(names)
@@ -63,22 +63,24 @@ class ImageFolder:
     def _names(self) -> list[str]:
         classes: dict[str, list[str]] = {}
         try:
-            for place, folders, files in os.walk(self.folder, onerror=_raise, followlinks=True):
-                folders[:] = sorted(one for one in folders if self._is_wanted(Path(place, one)))
-                below = Path(place).relative_to(self.folder).as_posix()
+            for current, folders, files in os.walk(self.folder, onerror=_raise, followlinks=True):
+                folders[:] = sorted(one for one in folders if self._is_wanted(Path(current, one)))
+                below = Path(current).relative_to(self.folder).as_posix()
                 start = "" if below == "." else f"{below}/"
                 found = sorted(f"{start}{file}" for file in files if not _is_aside(file))
                 if not found and not folders and start:
                     found = [start]
                 classes.setdefault(start.split("/")[0], []).extend(found)
         except OSError as problem:
-            raise DataError(f"{problem.filename}: cannot be read: {problem.strerror}") from problem
-        turns = itertools.zip_longest(*(classes[name] for name in sorted(classes)))
-        return [name for turn in turns for name in turn if name is not None]
+            raise DataError(
+                f"{problem.filename}: cannot be read: {problem.strerror}; check its permissions"
+            ) from problem
+        rounds = itertools.zip_longest(*(classes[name] for name in sorted(classes)))
+        return [name for names in rounds for name in names if name is not None]
 
     def _is_wanted(self, folder: Path) -> bool:
-        within = folder.parent.resolve().is_relative_to(folder.resolve())  # a link back to where it stands
-        return not _is_aside(folder.name) and folder not in self.apart and not within
+        is_cycle = folder.parent.resolve().is_relative_to(folder.resolve())  # a link to one of its parents
+        return not _is_aside(folder.name) and folder not in self.excluded and not is_cycle
 
     def _check(self, names: list[str]) -> None:
         if any(name.count("/") == 1 and not name.endswith("/") for name in names):
@@ -87,18 +89,18 @@ class ImageFolder:
         if below:
             inner = f"dataset.path: {self.folder.name}/{below[0]}"
             raise DataError(
-                f"{self.folder}: its folders hold folders and no image, so which of them are the classes is not known; "
-                f"name the one that holds the folders of the classes, such as {inner}"
+                f"{self.folder}: its subfolders contain folders instead of images, so the classes are ambiguous; "
+                f"use the parent of the class folders, such as {inner}"
             )
         raise DataError(
-            f"{self.folder}: holds no folder of a class with files in it; put the images of each class into a folder "
-            "of its name, or name a table with the columns image and label"
+            f"{self.folder}: has no class folder with files; put the images of each class into a folder with its "
+            "name, or use a table with the columns image and label"
         )
 
 
 @dataclass
 class ImageTable:
-    """The rows of files that name images, relative to the folder of those files."""
+    """Rows with image paths relative to the file of the rows."""
 
     table: FileSource
 
@@ -116,21 +118,21 @@ class ImageTable:
 
     @property
     def folder(self) -> Path:
-        """What the names of the images are relative to.
+        """The base folder of relative image paths.
 
         Raises:
-            DataError: the files stand in several folders.
+            DataError: the files are in several folders.
         """
         folders = {file.parent for file in self.table.files}
         if len(folders) > 1:
             raise DataError(
-                f"{self.table.place}: its files stand in several folders, and the images are named relative to a file; "
-                "put them into one folder, or name each in dataset.sources"
+                f"{self.table.place}: its files are in several folders, but image paths are relative to one; "
+                "put them into one folder, or list each in dataset.sources"
             )
         return folders.pop()
 
     def fingerprint(self) -> str:
-        """SHA-256 over the table, its place, and the size and time of each image that a cell may name."""
+        """SHA-256 over the table, its folder, and the size and time of each image that a cell may refer to."""
         digest = hashlib.sha256(f"{self.table.fingerprint()} {self.folder}".encode())
         for rows in self.table.batches():
             for name in itertools.chain.from_iterable(rows.columns.values()):
@@ -147,26 +149,26 @@ class ImageTable:
 def open_images(
     section: FilesSection, *, without: frozenset[Path] = frozenset(), key: str = "dataset"
 ) -> ImageFolder | ImageTable:
-    """What a section of the recipe names: a folder of images, or files whose rows name some.
+    """Open the images of a section: a folder of images, or a table with image paths.
 
     Args:
-        without: files and folders that are left out, since they hold the test rows.
+        without: files and folders of the test rows, which are excluded.
         key: dotted name of the section.
 
     Raises:
-        DataError: as `open_source`, or the images would not be files.
+        DataError: as `open_source`, or the source is not made of files.
     """
     path = Path(section.path or "")
     if section.path is not None and is_image_folder(path):
         return ImageFolder(path, tuple(without))
     source = open_source(section, without=without, key=key)
     if not isinstance(source, FileSource):
-        raise DataError(f"{key}: images are read from files; write them into folders, and name those in {key}.path")
+        raise DataError(f"{key}: images must be files; save them in folders, and set {key}.path")
     return ImageTable(source)
 
 
 def is_image_folder(path: Path) -> bool:
-    """Whether a path is a folder of images and not one of tables."""
+    """Whether a path is a folder of images, not of tables."""
     if not path.is_dir():
         return False
     with os.scandir(path) as entries:
@@ -174,7 +176,7 @@ def is_image_folder(path: Path) -> bool:
 
 
 def content_hash(path: Path) -> bytes:
-    """SHA-256 of a file; of what cannot be read, nothing: its row is left out with the reason."""
+    """SHA-256 of a file; empty if it cannot be read, since its row is dropped with the reason."""
     if not path.is_file():
         return b""
     try:

@@ -1,4 +1,4 @@
-"""JSON Lines, and JSON arrays that are read element by element, so that no array is held whole."""
+"""JSON Lines, and JSON arrays that are streamed element by element."""
 
 import json
 import re
@@ -14,7 +14,7 @@ from peftcli.data.rows import Rows, shown
 from peftcli.errors import DataError
 
 DESCRIBED_BYTES = 16 * 1024 * 1024
-"""A file that is one object is read whole, to say what it holds, up to this size."""
+"""Up to this size, a file with a single object is read completely to describe it in the message."""
 
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _NAMES = {str: "a text", int: "a number", float: "a number", bool: "true or false", list: "a list", dict: "an object"}
@@ -23,26 +23,26 @@ CHUNK_CHARACTERS = 64 * 1024
 
 _SPACE = re.compile(r"[ \t\n\r]*")
 _LONGEST_WORD = 16
-"""An error that stands at least so far before the end of the stretch is not one of the stretch being too short."""
+"""An error at least this far before the end of the buffer is not caused by the end of the buffer."""
 
-_SAID = {
+_MESSAGES = {
     "Expecting value": "a value is expected",
     "Expecting property name": "a key in double quotes is expected",
     "Expecting ',' delimiter": "a comma or the closing bracket is expected",
     "Expecting ':' delimiter": "a colon is expected",
-    "Illegal trailing comma": "nothing follows the comma",
-    "Extra data": "something follows the value",
-    "Unterminated string": "the text that begins here does not end",
-    "Invalid control character": "a tab or line break stands in a text as it is; write \\t or \\n",
-    "Invalid \\": "a backslash stands before a letter that it cannot stand before; write two for the sign itself",
+    "Illegal trailing comma": "a trailing comma",
+    "Extra data": "extra data after the value",
+    "Unterminated string": "the string that starts here is not terminated",
+    "Invalid control character": "an unescaped tab or line break in a string; write \\t or \\n",
+    "Invalid \\": "an invalid escape sequence; write two backslashes for a literal one",
 }
 
 
 class JsonObjects:
-    """Decoder of JSON values that keeps count of what Python would pass over in silence.
+    """A JSON decoder that detects duplicate keys, which Python ignores.
 
     Attributes:
-        twice: a key that the value decoded last holds twice; None where it holds none.
+        twice: a duplicate key in the last decoded value; None if there is none.
     """
 
     def __init__(self) -> None:
@@ -50,12 +50,12 @@ class JsonObjects:
         self._decoder = json.JSONDecoder(object_pairs_hook=self._object)
 
     def decode(self, text: str, at: int = 0) -> tuple[Any, int]:
-        """The value that begins at a position, and the position behind it.
+        """The value that starts at a position, and the position after it.
 
         Raises:
-            json.JSONDecodeError: it is no JSON, or goes on behind the text.
+            json.JSONDecodeError: it is not JSON, or incomplete.
             ValueError: a number has too many digits.
-            RecursionError: lists stand in lists without an end.
+            RecursionError: lists are nested too deeply.
         """
         self.twice = None
         return self._decoder.raw_decode(text, at)
@@ -69,33 +69,35 @@ class JsonObjects:
 
 
 class RowRule:
-    """What may be a row: an object, or a text where the first row is one; the rest of the file is alike."""
+    """The valid type of rows in a file: objects, or strings if the first row is one."""
 
     def __init__(self) -> None:
         self._kind: type | None = None
         self._first: dict[str, None] = {}
 
     def row(self, value: Any, file: DataFile, number: int) -> dict[str, Any]:
-        """The columns of the row that begins on line `number`.
+        """The columns of the row that starts on line `number`.
 
         Raises:
-            DataError: the value is neither, or another kind than the rows before.
+            DataError: the value has an invalid type, or another type than the previous rows.
         """
         kind = type(value)
         if kind is not self._kind:
             place = f"{file.path}:{number}"
-            said = _NAMES.get(kind, "null")
+            found = _NAMES.get(kind, "null")
             if self._kind is not None:
-                raise DataError(f"{place}: holds {said}, the rows before {_NAMES[self._kind]}; give all rows one kind")
+                raise DataError(
+                    f"{place}: is {found}, but the previous rows are {_NAMES[self._kind]}; use one type for all rows"
+                )
             if kind not in (dict, str):
                 one_list = kind is list and file.kind == "jsonl"
-                hint = "; a file that is one list is named .json" if one_list else "; write {...} for each row"
-                raise DataError(f"{place}: holds {said}; each row is an object of columns{hint}")
+                hint = "; rename a file with one list to .json" if one_list else "; write {...} for each row"
+                raise DataError(f"{place}: is {found}, but each row must be an object with columns{hint}")
             self._kind = kind
         return value if kind is dict else {"text": value}
 
     def columns(self, rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
-        """The columns of a batch; those of the first batch stand in every other too."""
+        """The columns of a batch; every batch has at least those of the first."""
         names = dict(self._first)
         for row in rows:
             names.update(dict.fromkeys(row))
@@ -105,19 +107,19 @@ class RowRule:
 
 
 def read_lines(file: DataFile) -> Iterator[Rows]:
-    """The rows of a file with one object a line."""
+    """The rows of a file with one object per line."""
     rule = RowRule()
     return gather(file.name, _line_items(file, rule), rule.columns)
 
 
 def read_json(file: DataFile) -> Iterator[Rows]:
-    """The rows of one list of objects, or of a file with one object a line.
+    """The rows of a list of objects, or of a file with one object per line.
 
     Raises:
-        DataError: the file is one object, or no JSON.
+        DataError: the file is a single object, or not JSON.
     """
     with open_text(file) as text:
-        start = Window(text, file.path).next_sign()
+        start = Window(text, file.path).next_char()
     if start == "[":
         rule = RowRule()
         return gather(file.name, _list_items(file, rule), rule.columns)
@@ -126,7 +128,8 @@ def read_json(file: DataFile) -> Iterator[Rows]:
     if start == "{":
         raise _one_object(file)
     raise DataError(
-        f"{file.path}: " + (f"begins with {start}; a list of rows is expected" if start else "no rows; it is blank")
+        f"{file.path}: "
+        + (f"starts with {start}; it must be a list of rows" if start else "the file is blank; add rows")
     )
 
 
@@ -150,61 +153,61 @@ def _line_value(line: str, objects: JsonObjects, file: DataFile, number: int) ->
     except json.JSONDecodeError as problem:
         column = problem.pos + 1 + len(line) - len(line.lstrip())
         fix = _line_fix(stripped, problem, number)
-        raise DataError(f"{file.path}:{number}: not JSON at column {column}: {said(problem)}; {fix}") from problem
+        raise DataError(f"{file.path}:{number}: not JSON at column {column}: {describe(problem)}; {fix}") from problem
     except (ValueError, RecursionError) as problem:
         raise unusable(f"{file.path}:{number}", problem) from problem
 
 
 def _line_fix(line: str, problem: json.JSONDecodeError, number: int) -> str:
     if problem.pos < len(line) or line[0] not in "[{":
-        return "mend the line or take it out"
+        return "fix or remove the line"
     if number > 1:
-        return "the row must end on this line; mend it or take it out"
+        return "a row must be on one line; fix or remove it"
     if line[0] == "[":
-        return "a file that is one list is named .json"
-    return "a row must stand on one line; if rows span lines, make the file one list and name it .json"
+        return "rename a file with one list to .json"
+    return "a row must be on one line; if rows span several lines, write the file as one list and rename it to .json"
 
 
 def _list_items(file: DataFile, rule: RowRule) -> Iterator[Item[dict[str, Any]]]:
     objects = JsonObjects()
     with open_text(file) as text:
         window = Window(text, file.path)
-        window.next_sign()
+        window.next_char()
         window.step()
-        sign = window.next_sign()
-        while sign != "]":
+        char = window.next_char()
+        while char != "]":
             number = window.line
             value, start = window.value(objects.decode)
             row = rule.row(value, file, number)
             yield number, _checked(row, window.text, start, window.at, objects), window.at - start
-            sign = window.next_sign()
-            if sign == ",":
+            char = window.next_char()
+            if char == ",":
                 window.step()
-                if window.next_sign() == "]":
-                    raise window.wrong("nothing follows the comma")
-            elif sign != "]":
-                raise window.wrong("the list does not end; it may be cut off" if not sign else f"{sign} between rows")
+                if window.next_char() == "]":
+                    raise window.wrong("a trailing comma")
+            elif char != "]":
+                raise window.wrong("the list does not end; it may be truncated" if not char else f"{char} between rows")
         window.step()
-        if window.next_sign():
-            raise window.wrong("something follows the list")
+        if window.next_char():
+            raise window.wrong("extra data after the list")
 
 
 def _checked(
     row: dict[str, Any], text: str, start: int, end: int, objects: JsonObjects
 ) -> dict[str, Any] | UnreadableRow:
-    """The row, unless a part of it would be lost."""
+    """The row, or the reason why a part of it would be lost."""
     if objects.twice is not None:
-        return UnreadableRow(f"with the key {shown(objects.twice)} twice")
+        return UnreadableRow(f"with the duplicate key {shown(objects.twice)}")
     if _SURROGATE.search(text, start, end):
         try:
             json.dumps(row, ensure_ascii=False).encode("utf-8")
         except UnicodeEncodeError:
-            return UnreadableRow("with half of a surrogate pair")
+            return UnreadableRow("with a lone surrogate")
     return row
 
 
 def _has_lines(file: DataFile) -> bool:
-    """Whether the first line is a whole object and not the only one."""
+    """Whether the first line is a complete object, and there are others."""
     with open_text(file, newline="\n") as text:
         lines = (line for line in text if line.strip())
         first, second = next(lines), next(lines, None)
@@ -213,60 +216,60 @@ def _has_lines(file: DataFile) -> bool:
     except json.JSONDecodeError:
         return False
     except (ValueError, RecursionError):
-        return True  # the reader of lines says it with the line
+        return True  # the line reader reports it with the line number
     return second is not None
 
 
 def _one_object(file: DataFile) -> DataError:
-    expected = "a list of rows is expected, or one object a line"
+    expected = "use a list of rows, or one object per line"
     if file.path.stat().st_size > DESCRIBED_BYTES:
-        return DataError(f"{file.path}: holds objects that span lines; {expected}")
+        return DataError(f"{file.path}: has objects that span several lines; {expected}")
     with open_text(file) as text:
         content = text.read()
     try:
         value = json.loads(content)
     except json.JSONDecodeError as problem:
         if problem.msg == "Extra data":
-            return DataError(f"{file.path}: holds several objects that span lines; {expected}")
+            return DataError(f"{file.path}: has several objects that span several lines; {expected}")
         return DataError(
-            f"{file.path}:{problem.lineno}: not JSON at column {problem.colno}: {said(problem)}; {expected}"
+            f"{file.path}:{problem.lineno}: not JSON at column {problem.colno}: {describe(problem)}; {expected}"
         )
     except (ValueError, RecursionError) as problem:
         return unusable(str(file.path), problem)
     keys = ", ".join(f"{shown(key)}: {_described(item)}" for key, item in list(value.items())[:8])
-    fix = "name the file .jsonl if it is one row"
+    fix = "rename the file to .jsonl if it is one row"
     lists = [key for key, item in value.items() if isinstance(item, list)]
     if lists:
-        fix = f"write the list under {shown(lists[0])} into a file of its own"
+        fix = f"save the list under {shown(lists[0])} to a separate file"
     elif value and all(isinstance(item, dict) for item in value.values()):
-        fix = 'write it by rows (in pandas, to_json with orient="records")'
-    return DataError(f"{file.path}: holds one object ({keys}); {expected}; {fix}")
+        fix = 'save it by rows (in pandas, to_json with orient="records")'
+    return DataError(f"{file.path}: is one object ({keys}); {expected}; {fix}")
 
 
 def _described(value: Any) -> str:
     return f"a list of {len(value)}" if isinstance(value, list) else _NAMES.get(type(value), "null")
 
 
-def said(problem: json.JSONDecodeError) -> str:
-    """What is wrong with a JSON text, in the same words whatever the version of Python."""
-    return next((text for start, text in _SAID.items() if problem.msg.startswith(start)), problem.msg)
+def describe(problem: json.JSONDecodeError) -> str:
+    """A description of a JSON error that does not depend on the Python version."""
+    return next((text for start, text in _MESSAGES.items() if problem.msg.startswith(start)), problem.msg)
 
 
 def unusable(place: str, problem: Exception) -> DataError:
-    """The error for JSON that is written well and cannot be held."""
+    """The error for valid JSON that Python cannot represent."""
     if isinstance(problem, RecursionError):
-        return DataError(f"{place}: cannot be read: lists or objects are nested too deeply; mend or drop the row")
+        return DataError(f"{place}: cannot be read: lists or objects are nested too deeply; fix or remove the row")
     most = sys.get_int_max_str_digits()
-    return DataError(f"{place}: cannot be read: a number has more than {most} digits; write it as text")
+    return DataError(f"{place}: cannot be read: a number has more than {most} digits; write it as a string")
 
 
 class Window:
-    """A text that is read in stretches, with the line of each place.
+    """A buffer over a text stream that keeps track of line numbers.
 
     Attributes:
-        text: the stretch.
-        at: position in it of what comes next.
-        line: 1-based line of what comes next.
+        text: the buffer.
+        at: current position in it.
+        line: 1-based current line.
     """
 
     def __init__(self, file: TextIO, path: Path) -> None:
@@ -276,57 +279,57 @@ class Window:
         self._file = file
         self._path = path
         self._counted = 0
-        self._passed = 0  # characters before the stretch
+        self._passed = 0  # characters before the buffer
         self._line_begins = 0  # in characters from the beginning of the file
 
-    def next_sign(self) -> str:
-        """Go on to what is no white space, and return its first sign; empty at the end."""
+    def next_char(self) -> str:
+        """Skip white space, and return the next character; empty at the end."""
         while True:
             space = _SPACE.match(self.text, self.at)
-            assert space is not None  # it matches nothing too
+            assert space is not None  # it also matches an empty string
             self.at = space.end()
             if self.at < len(self.text) or not self._grow():
                 self._count()
                 return self.text[self.at : self.at + 1]
 
     def step(self) -> None:
-        """Go on by one sign."""
+        """Advance by one character."""
         self.at += 1
 
     def value(self, decode: Callable[[str, int], tuple[Any, int]]) -> tuple[Any, int]:
-        """Decode the value that comes next and go on behind it.
+        """Decode the next value and advance past it.
 
-        The stretch doubles until the value fits, so that the work stays in proportion to its length.
+        The buffer doubles until the value fits, so the work is proportional to its length.
 
         Returns:
-            The value, and where in `text` it began.
+            The value, and its start in `text`.
 
         Raises:
-            DataError: no JSON value stands there, or one that cannot be held.
+            DataError: there is no JSON value, or Python cannot represent it.
         """
         while True:
             try:
                 value, end = decode(self.text, self.at)
             except json.JSONDecodeError as problem:
-                behind = problem.pos - self.at
+                offset = problem.pos - self.at
                 open_text = problem.msg.startswith("Unterminated string")
                 if (open_text or problem.pos >= len(self.text) - _LONGEST_WORD) and self._grow():
                     continue
-                if open_text or self.at + behind >= len(self.text):
-                    raise self.wrong("the row that begins here does not end; the file may be cut off") from problem
-                self.at += behind
-                raise self.wrong(said(problem)) from problem
+                if open_text or self.at + offset >= len(self.text):
+                    raise self.wrong("the row that starts here does not end; the file may be truncated") from problem
+                self.at += offset
+                raise self.wrong(describe(problem)) from problem
             except (ValueError, RecursionError) as problem:
                 self._count()
                 raise unusable(f"{self._path}:{self.line}", problem) from problem
             start, self.at = self.at, end
             return value, start
 
-    def wrong(self, said: str) -> DataError:
-        """The error for what stands at this place."""
+    def wrong(self, text: str) -> DataError:
+        """An error at the current position."""
         self._count()
         column = self._passed + self.at - self._line_begins + 1
-        return DataError(f"{self._path}:{self.line}: not JSON at column {column}: {said}; mend the file from there on")
+        return DataError(f"{self._path}:{self.line}: not JSON at column {column}: {text}; fix the file there")
 
     def _count(self) -> None:
         lines = self.text.count("\n", self._counted, self.at)
@@ -336,7 +339,7 @@ class Window:
         self._counted = self.at
 
     def _grow(self) -> bool:
-        """Drop what is behind and read on; False at the end of the file."""
+        """Discard the processed part and read more; False at the end of the file."""
         self._count()
         rest = self.text[self.at :]
         more = self._file.read(max(CHUNK_CHARACTERS, len(rest)))

@@ -1,4 +1,4 @@
-"""From a section of the recipe to something that rows can be read from."""
+"""Opens the source of a recipe section."""
 
 import hashlib
 import json
@@ -31,18 +31,18 @@ _READERS: dict[str, Callable[[DataFile], Iterator[Rows]]] = {
     "sqlite": read_sqlite,
 }
 _LOOSE = ("json", "jsonl")
-"""Kinds whose files may differ in their columns, as their rows may."""
+"""Formats whose files may have different columns, like their rows."""
 
 
 class OpenSource(Source, Protocol):
-    """A source with the files that it reads; none for the Hub and for databases with an address."""
+    """A source with its files; empty for the Hub and database URLs."""
 
     files: tuple[Path, ...]
 
 
 @dataclass
 class FileSource:
-    """The rows of some files of one kind, one file after another."""
+    """The rows of several files of one format, in order."""
 
     name: str
     files: tuple[Path, ...]
@@ -50,12 +50,12 @@ class FileSource:
     parts: list[DataFile]
 
     def fingerprint(self) -> str:
-        """SHA-256 over the files and the keys that say how they are read."""
+        """SHA-256 over the files and the keys that affect how they are read."""
         section = self.parts[0].section
         keys = section.model_dump(include={"file_format", "encoding", "csv", "table", "query"}, mode="json")
         digest = hashlib.sha256(json.dumps(keys, sort_keys=True).encode("utf-8"))
         for part in self.parts:
-            # Changes of an SQLite file may still stand beside it.
+            # Recent changes of an SQLite file may be in its -wal file.
             for path in (part.path, part.path.with_name(part.path.name + "-wal")):
                 if path is part.path or (part.kind == "sqlite" and path.is_file()):
                     with reading(part), path.open("rb") as file:
@@ -64,7 +64,7 @@ class FileSource:
 
     @property
     def class_names(self) -> dict[str, tuple[str, ...]]:
-        """Names of the classes by column, where the files keep them."""
+        """Class names by column, if the files have them."""
         if self.parts[0].kind not in ("parquet", "arrow"):
             return {}
         found = [class_names(part) for part in self.parts]
@@ -87,26 +87,26 @@ class FileSource:
                     )
                 yield rows
         if first is None:
-            raise DataError(f"{self.place}: no rows; the header or the brackets alone make no data")
+            raise DataError(f"{self.place}: no rows; add rows, or use another file")
 
 
 def open_source(section: FilesSection, *, without: frozenset[Path] = frozenset(), key: str = "dataset") -> OpenSource:
-    """What a section of the recipe names, found and looked at, but not yet read.
+    """Open the source of a section: find and check its files, without reading the rows.
 
     Args:
-        section: any part of the recipe that names rows; its path is absolute.
-        without: files that are left out of a folder or glob, since they are the test rows' own.
-        key: dotted name of that part, for messages.
+        section: a section of the recipe with a source; its path is absolute.
+        without: files of the test rows, which are excluded from a folder or glob.
+        key: dotted name of the section, for messages.
 
     Raises:
-        DataError: a file is missing, empty or not what its name says; an address holds a password.
-        MachineError: the environment variable with the address of a database is not set.
+        DataError: a file is missing, empty or has another format than its name; a URL contains a password.
+        MachineError: the environment variable with a database URL is not set.
     """
     if isinstance(section, SourceSection) and (section.url is not None or section.url_env is not None):
         return open_database(section, key)
     if isinstance(section, SourceSection | TestSection) and section.path is None:
         split = section.hub_split or ("test" if isinstance(section, TestSection) else "train")
-        assert section.name is not None  # the recipe has seen to it
+        assert section.name is not None  # checked by the recipe
         return HubSource(section.name, section.config, section.revision, split, key)
     parts = data_files(section, without, key)
     for part in parts:

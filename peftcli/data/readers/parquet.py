@@ -1,4 +1,4 @@
-"""Parquet and Arrow files, read a few rows at a time; a row is named by its number."""
+"""Parquet and Arrow files, streamed; locations are row numbers."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -17,14 +17,14 @@ def read_parquet(file: DataFile) -> Iterator[Rows]:
     """The rows of a Parquet file.
 
     Raises:
-        DataError: the file is broken, or two columns have one name.
+        DataError: the file is corrupt, or two columns have the same name.
     """
     try:
-        # Neither read ahead nor copied: a row group may be larger than the memory.
+        # Without prefetching and copying: a row group may be larger than the memory.
         with pq.ParquetFile(file.path, memory_map=True, pre_buffer=False) as parquet:
-            facts = parquet.metadata
-            size = sum(facts.row_group(group).total_byte_size for group in range(facts.num_row_groups))
-            rows = max(1, min(BATCH_ROWS, BATCH_CHARACTERS * facts.num_rows // max(size, 1)))
+            metadata = parquet.metadata
+            size = sum(metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups))
+            rows = max(1, min(BATCH_ROWS, BATCH_CHARACTERS * metadata.num_rows // max(size, 1)))
             yield from rows_of_arrow(file.name, str(file.path), parquet.iter_batches(batch_size=rows))
     except (pa.ArrowException, OSError, UnicodeDecodeError) as problem:
         raise _broken(file, problem) from problem
@@ -44,15 +44,15 @@ def read_arrow(file: DataFile) -> Iterator[Rows]:
 
 
 def rows_of_arrow(name: str, place: str, batches: Iterable[pa.RecordBatch]) -> Iterator[Rows]:
-    """Rows of Arrow batches, cut to a bounded size.
+    """Rows of Arrow batches, split to a bounded size.
 
     Args:
-        name: as the rows show it.
-        place: as messages show it.
-        batches: all of one schema.
+        name: of the source.
+        place: location for messages.
+        batches: with the same schema.
 
     Raises:
-        DataError: two columns have one name, or a text is not UTF-8.
+        DataError: two columns have the same name, or a string is not UTF-8.
     """
     number = 1
     for batch in batches:
@@ -70,7 +70,7 @@ def rows_of_arrow(name: str, place: str, batches: Iterable[pa.RecordBatch]) -> I
 
 
 def class_names(file: DataFile) -> dict[str, tuple[str, ...]]:
-    """Names of the classes by column, where the `datasets` library wrote them into a Parquet or Arrow file."""
+    """Class names by column, if the `datasets` library stored them in a Parquet or Arrow file."""
     with pa.memory_map(str(file.path)) as source:
         if file.kind == "parquet":
             metadata = pq.read_schema(source).metadata
@@ -81,12 +81,12 @@ def class_names(file: DataFile) -> dict[str, tuple[str, ...]]:
     try:
         features = json.loads((metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
         return {name: tuple(map(str, found)) for name, kind in features.items() if (found := _names_of(kind))}
-    except (ValueError, LookupError, TypeError, AttributeError):  # another writer's notes
+    except (ValueError, LookupError, TypeError, AttributeError):  # metadata of another writer
         return {}
 
 
 def _names_of(kind: Any) -> list[str] | None:
-    """The names of a class, or of a list of classes, in the notation of the `datasets` library."""
+    """The names in a ClassLabel feature, or a list of them, of the `datasets` library."""
     while isinstance(kind, list) or "feature" in kind:
         kind = kind[0] if isinstance(kind, list) else kind["feature"]
     return kind["names"] if kind.get("_type") == "ClassLabel" else None
@@ -97,13 +97,13 @@ def _values(column: pa.Array, place: str, name: str, number: int) -> list[Any]:
     try:
         return column.to_pylist()  # type: ignore[no-any-return]
     except UnicodeDecodeError as problem:
-        raise DataError(f"{where}a text in column {shown(name)} is not UTF-8; write the file again") from problem
-    except (ValueError, OverflowError, LookupError):  # a time beyond the years or the precision that Python knows
+        raise DataError(f"{where}a string in column {shown(name)} is not UTF-8; write the file again") from problem
+    except (ValueError, OverflowError, LookupError):  # a time outside Python's range or precision
         try:
             return column.cast(pa.string()).to_pylist()  # type: ignore[no-any-return]
         except pa.ArrowException as problem:
             raise DataError(
-                f"{where}column {shown(name)} holds a {column.type} that cannot be read; write it as text"
+                f"{where}column {shown(name)} has a {column.type} that cannot be read; write it as a string"
             ) from problem
 
 
@@ -115,11 +115,11 @@ def _arrow_batches(source: pa.MemoryMappedFile) -> Iterator[pa.RecordBatch]:
         source.seek(0)
         batches = pa.ipc.open_stream(source)
     for batch in batches:
-        # Arrow trusts the offsets in a file, and one spoilt byte there ends the process without a word.
+        # Arrow trusts the offsets in a file, and a corrupt one crashes the process.
         batch.validate(full=True)
         yield batch
 
 
 def _broken(file: DataFile, problem: Exception) -> DataError:
-    said = " ".join(str(problem).split())[:200]
-    return DataError(f"{file.path}: cannot be read as {file.kind}: {said}; fetch or write the file again")
+    text = " ".join(str(problem).split())[:200]
+    return DataError(f"{file.path}: cannot be read as {file.kind}: {text}; download or write the file again")

@@ -1,4 +1,4 @@
-"""Plain text, one document per file, and CoNLL files with one token per line."""
+"""Plain text files, one document each, and CoNLL files with one token per line."""
 
 import re
 from collections.abc import Iterator
@@ -10,18 +10,18 @@ from peftcli.data.readers.text_stream import open_text
 from peftcli.data.rows import Rows
 
 PIECE_CHARACTERS = 64 * 1024
-"""Longest piece of a text that is one row."""
+"""Maximum length of a piece of text that becomes one row."""
 BATCH_PIECES = 32
 
 _LAST_GAP = re.compile(r"\s\S*\Z")
 
 
 def read_text(file: DataFile) -> Iterator[Rows]:
-    """The text of a file in pieces that give it back when joined; every kind of line end becomes a line feed."""
+    """The text of a file in pieces whose concatenation is the text; all line ends become line feeds."""
     numbers: list[int] = []
     texts: list[str] = []
     for number, piece in _pieces(file):
-        # One piece stays here: only when another follows is it known not to be the last.
+        # Hold one piece back, because only the next one shows that it is not the last.
         if len(texts) > BATCH_PIECES:
             yield Rows(file.name, numbers[:-1], {"text": texts[:-1]}, ends=[False] * (len(texts) - 1))
             numbers, texts = numbers[-1:], texts[-1:]
@@ -46,7 +46,7 @@ def _pieces(file: DataFile) -> Iterator[tuple[int, str]]:
 
 
 def _cut(text: str) -> int:
-    """Where a piece ends: after its last line, or before its last word where it is one long line."""
+    """The end of a piece: after its last complete line, or before the last word of a single long line."""
     line = text.rfind("\n") + 1
     if line:
         return line
@@ -55,7 +55,7 @@ def _cut(text: str) -> int:
 
 
 def read_conll(file: DataFile) -> Iterator[Rows]:
-    """The sentences of a file with a token, a tag and perhaps more between them on each line."""
+    """The sentences of a file with a token, a tag, and optional fields between them on each line."""
     return gather(file.name, _sentences(file), _conll_columns)
 
 
@@ -82,10 +82,10 @@ def _sentences(file: DataFile) -> Iterator[Item[tuple[list[str], list[str]]]]:
 def _sentence(lines: list[tuple[int, list[str]]], width: int) -> Item[tuple[list[str], list[str]]]:
     for number, fields in lines:
         if len(fields) != width or width < 2:
-            wanted = f"the file's first has {width}" if width else "a token and its tag are expected"
-            return number, UnreadableRow(f"with {_count(len(fields), 'field')} on a line where {wanted}"), 0
+            wanted = f"the first line has {width}" if width else "a line needs a token and a tag"
+            return number, UnreadableRow(f"with {_count(len(fields), 'field')} on a line, but {wanted}"), 0
         if not (fields[0].strip() and fields[-1].strip()):
-            return number, UnreadableRow("with a line that lacks the token or its tag"), 0
+            return number, UnreadableRow("with a line without a token or a tag"), 0
     tokens = [fields[0] for _, fields in lines]
     return lines[0][0], (tokens, [fields[-1] for _, fields in lines]), sum(map(len, tokens))
 

@@ -1,4 +1,4 @@
-"""Text files as streams of characters: decompressed and decoded, or refused with a reason."""
+"""Text files as character streams: decompressed and decoded, or rejected with a reason."""
 
 import bz2
 import codecs
@@ -23,13 +23,13 @@ _SIGNATURES: tuple[tuple[bytes, str, str], ...] = (
     (b"PAR1", "parquet", "a Parquet file"),
     (b"ARROW1", "arrow", "an Arrow file"),
     (b"SQLite format 3\0", "sqlite", "an SQLite database"),
-    (b"\x1f\x8b", ".gz", "packed with gzip"),
-    (b"BZh", ".bz2", "packed with bzip2"),
-    (b"\xfd7zXZ\0", ".xz", "packed with xz"),
-    (b"\x28\xb5\x2f\xfd", ".zst", "packed with Zstandard"),
+    (b"\x1f\x8b", ".gz", "compressed with gzip"),
+    (b"BZh", ".bz2", "compressed with bzip2"),
+    (b"\xfd7zXZ\0", ".xz", "compressed with xz"),
+    (b"\x28\xb5\x2f\xfd", ".zst", "compressed with Zstandard"),
     (b"PK\x03\x04", "", "a spreadsheet or a zip archive; export it as CSV, or unpack it"),
     (b"%PDF", "", "a PDF document; save its text as a .txt file"),
-    (b"version https://git-lfs", "", "a pointer of Git LFS and not the data; fetch them with git lfs pull"),
+    (b"version https://git-lfs", "", "a Git LFS pointer instead of the data; download them with git lfs pull"),
     (b"FEA1", "", "a Feather file of version 1; write it again as Parquet"),
 )
 _PAGE = (b"<!doctype html", b"<html")
@@ -39,24 +39,27 @@ _WIDE = ("utf-16", "utf-32")
 
 
 def check_head(file: DataFile) -> None:
-    """Look at the first bytes of a file: they tell what it is, whatever its name says.
+    """Check the format of a file by its first bytes.
 
     Raises:
-        DataError: it is empty, unreadable or something else than its name or the recipe says.
+        DataError: it is empty, unreadable or has another format than its name or the recipe says.
     """
-    with reading(file), file.path.open("rb") as plain:
-        head = plain.read(HEAD_BYTES)
+    with reading(file), file.path.open("rb") as raw:
+        head = raw.read(HEAD_BYTES)
     if not head:
         raise DataError(f"{file.path}: empty; {_expected(file)}")
     if file.packing is not None:
         if file.kind in ("parquet", "arrow", "sqlite"):
-            raise DataError(f"{file.path}: a packed {file.kind} file is not read; unpack it first")
+            raise DataError(f"{file.path}: compressed {file.kind} files are not supported; decompress it first")
         if _signature(head)[0] != file.packing:
-            raise DataError(f"{file.path}: ends in {file.packing} but is not packed so; mend its name or pack it again")
+            raise DataError(
+                f"{file.path}: has the extension {file.packing}, but is not compressed like this; fix its name or "
+                "compress it again"
+            )
         with reading(file), unpacked(file.path) as stream:
             head = stream.read(HEAD_BYTES)
         if not head:
-            raise DataError(f"{file.path}: empty once unpacked; {_expected(file)}")
+            raise DataError(f"{file.path}: empty after decompression; {_expected(file)}")
     _check_signature(file, head)
     if file.kind not in ("parquet", "arrow", "sqlite"):
         _check_letters(file, head)
@@ -64,10 +67,10 @@ def check_head(file: DataFile) -> None:
 
 @contextmanager
 def open_text(file: DataFile, newline: str | None = None) -> Iterator[TextIO]:
-    """The letters of a text file, unpacked and decoded as they are read; a byte order mark is skipped.
+    """Open a text file for streaming, decompressed and decoded; a byte order mark is skipped.
 
     Raises:
-        DataError: inside the `with` too, where the file cannot be unpacked or decoded.
+        DataError: also inside the `with` block, if the file cannot be decompressed or decoded.
     """
     try:
         with reading(file), unpacked(file.path) as raw, io.TextIOWrapper(raw, _codec(file), newline=newline) as text:
@@ -78,24 +81,26 @@ def open_text(file: DataFile, newline: str | None = None) -> Iterator[TextIO]:
 
 @contextmanager
 def reading(file: DataFile) -> Iterator[None]:
-    """Turn the errors of reading and unpacking into ones with the name of the file."""
+    """Convert errors of reading and decompressing to errors with the name of the file."""
     try:
         yield
     except EOFError as problem:
-        raise DataError(_cut_off(file)) from problem
+        raise DataError(_truncated(file)) from problem
     except OSError as problem:
-        if "Truncated compressed stream" in str(problem):  # what Arrow says for Zstandard
-            raise DataError(_cut_off(file)) from problem
-        if problem.errno is None:  # what gzip says
-            raise DataError(_unpackable(file, problem)) from problem
-        said = problem.strerror or " ".join(str(problem).split())[:200]
-        raise DataError(f"{file.path}: cannot be read: {said}; look at its permissions, or fetch it again") from problem
+        if "Truncated compressed stream" in str(problem):  # Arrow's message for Zstandard
+            raise DataError(_truncated(file)) from problem
+        if problem.errno is None:  # errors of gzip
+            raise DataError(_corrupt(file, problem)) from problem
+        text = problem.strerror or " ".join(str(problem).split())[:200]
+        raise DataError(
+            f"{file.path}: cannot be read: {text}; check its permissions, or download it again"
+        ) from problem
     except (zlib.error, lzma.LZMAError) as problem:
-        raise DataError(_unpackable(file, problem)) from problem
+        raise DataError(_corrupt(file, problem)) from problem
 
 
 def unpacked(path: Path) -> IO[bytes]:
-    """Open a file for reading bytes, through its packing where the ending names one."""
+    """Open a file for reading bytes, decompressed according to its extension."""
     packing = path.suffix.lower()
     if packing == ".zst":
         return io.BufferedReader(pa.CompressedInputStream(pa.OSFile(str(path)), "zstd"))
@@ -103,46 +108,50 @@ def unpacked(path: Path) -> IO[bytes]:
     return opened
 
 
-def _unpackable(file: DataFile, problem: Exception) -> str:
-    return f"{file.path}: cannot be unpacked: {' '.join(str(problem).split())[:200]}; fetch or pack it again"
+def _corrupt(file: DataFile, problem: Exception) -> str:
+    text = " ".join(str(problem).split())[:200]
+    return f"{file.path}: cannot be decompressed: {text}; download or compress it again"
 
 
-def _cut_off(file: DataFile) -> str:
-    return f"{file.path}: ends in the middle of what is packed; it was cut off, so fetch or pack it again"
+def _truncated(file: DataFile) -> str:
+    return f"{file.path}: the compressed data are truncated; download or compress it again"
 
 
 def _expected(file: DataFile) -> str:
     if file.kind in ("csv", "tsv"):
-        return "a header line with the column names is expected"
-    return "rows are expected"
+        return "add a header line with the column names"
+    return "add rows"
 
 
 def _signature(head: bytes) -> tuple[str, str]:
-    for start, kind, said in _SIGNATURES:
+    for start, kind, description in _SIGNATURES:
         if head.startswith(start):
-            return kind, said
+            return kind, description
     return "", ""
 
 
 def _check_signature(file: DataFile, head: bytes) -> None:
-    kind, said = _signature(head)
-    if kind == file.kind or (not said and file.kind not in _BINARY):
+    kind, description = _signature(head)
+    if kind == file.kind or (not description and file.kind not in _BINARY):
         return
-    if not said:
+    if not description:
         raise DataError(
-            f"{file.path}: is not {_BINARY[file.kind]}, by its first bytes; mend its ending or {file.key}.file_format"
+            f"{file.path}: its first bytes are not those of {_BINARY[file.kind]}; fix its extension or "
+            f"{file.key}.file_format"
         )
     if not kind:
-        raise DataError(f"{file.path}: is {said}")
+        raise DataError(f"{file.path}: is {description}")
     if kind.startswith("."):
-        raise DataError(f"{file.path}: is {said}; let its name end in {kind}")
-    raise DataError(f"{file.path}: is {said}; let its name end in .{kind}, or set {file.key}.file_format: {kind}")
+        raise DataError(f"{file.path}: is {description}; add the extension {kind}")
+    raise DataError(
+        f"{file.path}: is {description}; change its extension to .{kind}, or set {file.key}.file_format: {kind}"
+    )
 
 
 def _check_letters(file: DataFile, head: bytes) -> None:
-    """Refuse text that a narrow encoding would read as letters and zeros, and web pages where rows should stand."""
+    """Reject UTF-16 and UTF-32 without the right encoding, binary files, and web pages."""
     if file.kind != "text" and head.removeprefix(codecs.BOM_UTF8).lstrip().lower().startswith(_PAGE):
-        raise DataError(f"{file.path}: is a web page, perhaps one that asks to sign in; fetch the file itself")
+        raise DataError(f"{file.path}: is a web page, possibly a login page; download the file itself")
     if _codec(file).startswith(_WIDE):
         return
     wide = ""
@@ -156,12 +165,10 @@ def _check_letters(file: DataFile, head: bytes) -> None:
         if max(zeros) < 0.4:
             byte = head.index(0)
             line = head.count(b"\n", 0, byte) + 1
-            raise DataError(
-                f"{file.path}:{line}: byte {byte} is zero, which stands in no text; take it out, or name a text file"
-            )
+            raise DataError(f"{file.path}:{line}: byte {byte} is NUL, which is not text; remove it, or use a text file")
         wide = "utf-16-be" if zeros[0] > zeros[1] else "utf-16-le"
     if wide:
-        raise DataError(f"{file.path}: is {wide.upper()} by its first bytes; set {file.key}.encoding: {wide}")
+        raise DataError(f"{file.path}: its first bytes are {wide.upper()}; set {file.key}.encoding: {wide}")
 
 
 def _codec(file: DataFile) -> str:
@@ -170,11 +177,11 @@ def _codec(file: DataFile) -> str:
 
 
 def _undecodable(file: DataFile) -> DataError:
-    """Find the first byte that is no letter; the error of a stream counts from somewhere in its midst.
+    """Find the first invalid byte and its line, by reading the file again.
 
-    The file is read once more, since that error tells neither the line nor what came before.
+    The error of the stream only has a position relative to a chunk.
     """
-    # Not the codec that skips a byte order mark: what that one takes away it does not count.
+    # Not the codec that skips a byte order mark, because it does not count the skipped bytes.
     decoder = codecs.getincrementaldecoder(codecs.lookup(file.section.encoding).name)()
     line, passed = 1, 0
     with reading(file), unpacked(file.path) as stream:
@@ -187,15 +194,15 @@ def _undecodable(file: DataFile) -> DataError:
             except UnicodeDecodeError as problem:
                 byte = begins + problem.start
                 decoder.setstate(state)
-                return _no_letter(file, line + decoder.decode(chunk[: max(byte - passed, 0)]).count("\n"), byte)
-            if not chunk:  # it can be decoded after all: somebody wrote to it meanwhile
-                return DataError(f"{file.path}: changed while it was read; start again")
+                return _invalid_byte(file, line + decoder.decode(chunk[: max(byte - passed, 0)]).count("\n"), byte)
+            if not chunk:  # it can be decoded now, so it was changed in the meantime
+                return DataError(f"{file.path}: changed while it was being read; run the command again")
             passed += len(chunk)
 
 
-def _no_letter(file: DataFile, line: int, byte: int) -> DataError:
+def _invalid_byte(file: DataFile, line: int, byte: int) -> DataError:
     codec = codecs.lookup(file.section.encoding).name
     fix = f"set {file.key}.encoding (for example cp1252 or latin-1), or save the file as UTF-8"
     if codec != "utf-8":
-        fix = f"set {file.key}.encoding to what the file was written in"
+        fix = f"set {file.key}.encoding to the encoding of the file"
     return DataError(f"{file.path}:{line}: byte {byte} is not {codec.upper()}; {fix}")

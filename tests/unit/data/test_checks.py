@@ -53,7 +53,7 @@ def test_a_tokenizer_without_a_template_is_enough_for_texts(kind: str) -> None:
         "end token": "ok",
         "pad token": "ok",
         "start token": "ok",
-        "text kept": "ok",
+        "round trip": "ok",
     }
 
 
@@ -83,9 +83,9 @@ def test_a_pad_token_that_is_the_end_token_is_said_to_be_harmless() -> None:
     [
         ("{{ raise_exception('no tools here') }}", "chat template", "fail", "no tools here"),
         ("{{ bos_token }}{{ bos_token }}" + TURNS + "</s>{% endfor %}" + START, "start token", "warn", "twice"),
-        (TURNS + "\n{% endfor %}" + START, "end of a turn", "warn", "no end token"),
+        (TURNS + "\n{% endfor %}" + START, "end of a turn", "warn", "instead of an end token"),
         (TURNS + " Bye.</s>{% endfor %}" + START, "end of a turn", "warn", "'Bye.</s>'"),
-        ("{% for m in messages %}{{ m.role }}{% endfor %}" + START, "end of a turn", "fail", "leaves the text"),
+        ("{% for m in messages %}{{ m.role }}{% endfor %}" + START, "end of a turn", "fail", "omits the text"),
         (TURNS + "</s>{% endfor %}", "start of an answer", "warn", "add_generation_prompt"),
         (
             "{{ messages | length }}" + TURNS + "</s>{% endfor %}" + START,
@@ -97,7 +97,7 @@ def test_a_pad_token_that_is_the_end_token_is_said_to_be_harmless() -> None:
             "{% for m in messages if m.role != 'system' %}<|{{ m.role }}|>\n{{ m.content }}</s>{% endfor %}" + START,
             "system turns",
             "warn",
-            "leaves them out",
+            "omits them",
         ),
     ],
 )
@@ -110,7 +110,7 @@ def test_a_fault_of_a_template_is_found(template: str, name: str, result: str, w
 def test_a_template_without_marks_whose_chats_render_in_steps_is_ok() -> None:
     found = answers(tokenizer(TURNS + "</s>{% endfor %}" + START))
     assert {check.result for check in found.values()} == {"ok"}
-    assert "in steps" in found["assistant's turns"].said
+    assert "rendering prefixes" in found["assistant's turns"].said
 
 
 def test_turns_need_not_be_told_apart_where_all_are_trained() -> None:
@@ -124,7 +124,7 @@ def test_a_template_that_refuses_system_turns_is_fine_for_chats_without_any() ->
     assert answers(made)["system turns"].result == "ok"
     assert answers(made, chats=[WITH_SYSTEM])["chat template"].result == "fail"
     some = answers(made, chats=[CHAT, WITH_SYSTEM])
-    assert some["chat template"].result == "warn" and "1 of 2 chats" in some["chat template"].said
+    assert some["chat template"].result == "warn" and "1 of 2 sampled chats" in some["chat template"].said
     assert some["system turns"].result == "warn"
 
 
@@ -132,7 +132,7 @@ def test_a_template_that_refuses_system_turns_is_fine_for_chats_without_any() ->
 def test_a_tokenizer_that_changes_letters_is_named_with_an_example(kind: str) -> None:
     made = tokenizer()
     made.backend_tokenizer.normalizer = normalizers.Lowercase()
-    check = answers(made, kind)["text kept"]
+    check = answers(made, kind)["round trip"]
     assert check.result == "warn" and "Name 2" in check.said and "name 2" in check.said
 
 

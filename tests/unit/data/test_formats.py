@@ -100,7 +100,7 @@ def test_rows_that_a_template_cannot_use_say_why() -> None:
         (7, "with in.0.out null"),
         (8, "with nothing to learn (empty)"),
         (9, "with q not text (bytes)"),
-        (10, "with half a character (a lone surrogate)"),
+        (10, "with a lone surrogate (half a character)"),
     ]
 
 
@@ -115,14 +115,14 @@ def test_a_missing_column_names_the_nearest_and_the_key() -> None:
     assert str(caught.value) == (
         "p.csv: no column product_nam; it has product_name, department; did you mean product_name?"
     )
-    with pytest.raises(DataError, match=r"no column zzz; .*; name one of these in dataset\.prompt$"):
+    with pytest.raises(DataError, match=r"no column zzz; .*; set dataset\.prompt to one of these$"):
         choose(rows, prompt="{zzz}", completion="{department}")
-    with pytest.raises(DataError, match=r"no column reviews\.0; .*in dataset\.text"):
+    with pytest.raises(DataError, match=r"no column reviews\.0; .*set dataset\.text"):
         choose(rows, text="{reviews.0}")
 
 
 def test_a_csv_without_a_header_is_told_where_to_name_its_columns() -> None:
-    hint = r"if its first line is a row and no header, name the columns in dataset\.csv\.column_names$"
+    hint = r"if the first line is not a header, name the columns in dataset\.csv\.column_names$"
     rows = rows_of([{"1": "2", "Cookies": "Salt"}], "p.csv")
     with pytest.raises(DataError, match=hint):
         choose(rows, prompt="{id}", completion="{name}")
@@ -137,7 +137,7 @@ def test_a_csv_without_a_header_is_told_where_to_name_its_columns() -> None:
 
 
 def test_a_template_without_a_column_is_refused() -> None:
-    with pytest.raises(DataError, match="completion names no column, so all rows are equal"):
+    with pytest.raises(DataError, match="completion has no column, so all rows would be equal"):
         choose(rows_of([{"a": "x"}]), prompt="{a}", completion="yes")
 
 
@@ -190,7 +190,7 @@ def test_a_format_is_recognised_by_its_columns(columns: tuple[str, ...], name: s
     ],
 )
 def test_columns_of_two_formats_ask_which(columns: tuple[str, ...], formats: str) -> None:
-    with pytest.raises(DataError, match=rf"can be read in 2 ways: .*; set dataset\.format: {formats}$"):
+    with pytest.raises(DataError, match=rf"fit 2 formats: .*; set dataset\.format: {formats}$"):
         choose(rows_of([dict.fromkeys(columns, "x")]))
 
 
@@ -199,10 +199,10 @@ def test_a_format_that_is_named_decides() -> None:
     assert read(both, format="text").columns == {"text": ["t"]}
     assert choose(rows_of(both), format="alpaca").name == "alpaca"
     with pytest.raises(
-        DataError, match=r"format: alpaca takes the columns instruction with output or instruction with"
+        DataError, match=r"format: alpaca needs the columns instruction with output or instruction with"
     ):
         choose(rows_of([{"text": "x"}]), format="alpaca")
-    with pytest.raises(DataError, match=r"say which columns with templates, such as .*question.*answer"):
+    with pytest.raises(DataError, match=r"choose the columns with templates, such as .*question.*answer"):
         choose(rows_of([{"question": "q", "answer": "a", "response": "r"}]), format="question_answer")
 
 
@@ -210,7 +210,7 @@ def test_an_unknown_table_gets_an_example_of_its_own_columns() -> None:
     with pytest.raises(DataError) as caught:
         choose(rows_of([{"id": 7, "question_text": "Who?", "reply": "Me.", "meta": {"a": 1}}]))
     message = str(caught.value)
-    assert "its columns (id, question_text, reply, meta) are no known format; known are text," in message
+    assert "its columns (id, question_text, reply, meta) do not match a known format; known are text," in message
     assert message.endswith('dataset: {prompt: "{question_text} ->", completion: " {reply}"}')
     with pytest.raises(DataError, match=r'dataset: \{text: "\{body\}"\}$'):
         choose(rows_of([{"body": "x"}]))
@@ -225,7 +225,7 @@ def test_an_unknown_table_gets_an_example_of_its_own_columns() -> None:
         ({"chosen": [user(), assistant()], "rejected": []}, r"preference data.*dataset\.columns: \{messages: chosen\}"),
         ({"prompt": "a", "completion": "b", "label": True}, r"KTO.*dataset\.format: prompt_completion"),
         ({"tokens": ["a"], "tags": ["O"]}, r'token classification.*"\{tokens\}\\ntags:", completion: " \{tags\}"'),
-        ({"tokens": ["a"], "ner_tags": [0]}, r"with the tags' names in ner_tags in place of numbers"),
+        ({"tokens": ["a"], "ner_tags": [0]}, r"with names instead of numbers in ner_tags"),
         ({"text": "a", "label": 1}, r'classification.*"\{text\}\\nlabel:", .*" \{label\}".*dataset\.format: text'),
         ({"sentence": "a", "label": "1"}, r'prompt: "\{sentence\}\\nlabel:", completion: " \{label\}"'),
         ({"question": "a", "answer": "b", "context": "c"}, r"the column context .*dataset\.format: question_answer"),
@@ -276,7 +276,7 @@ def test_alpaca_rows_without_a_chat_template_stand_under_headings() -> None:
         "### Instruction:\nAdd.\n\n### Response:\n",
     ]
     assert made.columns["completion"] == ["3", "3"]
-    assert made.dropped == [(2, "with history, which takes a chat template")]
+    assert made.dropped == [(2, "with a history, which needs a chat template")]
     reading = choose(rows_of([row]), chats=False)
     assert reading.prompt is not None and render(reading.prompt, row) == made.columns["prompt"][1]
     assert "### Response:" in reading.said
@@ -289,7 +289,7 @@ def test_alpaca_rows_without_a_chat_template_stand_under_headings() -> None:
         ({"output": 3}, "with output not text (a number)"),
         ({"instruction": None}, "with instruction null"),
         ({"instruction": " ", "input": ""}, "with an empty prompt"),
-        ({"history": [["Hi"]]}, "with history that is no list of pairs of texts"),
+        ({"history": [["Hi"]]}, "with a history that is not a list of text pairs"),
     ],
 )
 @pytest.mark.parametrize("chats", [True, False])
@@ -318,24 +318,24 @@ def test_questions_without_a_chat_template_are_marked_as_such() -> None:
     [
         ([], "with no messages"),
         (None, "with no messages"),
-        ("{", "with messages that are no list"),
-        ("[" * 100_000, "with messages that are no list"),
-        ({"role": "user"}, "with messages that are no list"),
+        ("{", "with messages that are not a list"),
+        ("[" * 100_000, "with messages that are not a list"),
+        ({"role": "user"}, "with messages that are not a list"),
         ([{"content": "a"}], "with a message without a role"),
         (["a"], "with a message without a role"),
         ([{"role": "asistant", "content": "a"}], "with the unknown role asistant"),
         ([user(), assistant(None)], "with a message whose content is not text"),
         ([user(3), assistant()], "with a message whose content is not text"),
         ([user([{"type": "image_url"}]), assistant()], "with a part that is not text (image_url)"),
-        ([user()], "without an assistant turn"),
-        ([user(), assistant(" ")], "without an assistant turn"),
-        ([assistant()], "with an answer and nothing before it"),
-        ([{"role": "system", "content": "a"}, assistant()], "with an answer and nothing before it"),
-        ([user(), user(), assistant()], "with two user turns in a row"),
-        ([user(), assistant(), assistant()], "with two assistant turns in a row"),
-        ([user(), {"role": "system", "content": "a"}, assistant()], "with a system turn after the beginning"),
-        ([user(), assistant(weight=0)], "with no assistant turn to train"),
-        ([user(), assistant(weight=0.5)], "with a weight of a turn that is neither 0 nor 1"),
+        ([user()], "without an assistant message"),
+        ([user(), assistant(" ")], "without an assistant message"),
+        ([assistant()], "with no user message before the assistant message"),
+        ([{"role": "system", "content": "a"}, assistant()], "with no user message before the assistant message"),
+        ([user(), user(), assistant()], "with two consecutive user messages"),
+        ([user(), assistant(), assistant()], "with two consecutive assistant messages"),
+        ([user(), {"role": "system", "content": "a"}, assistant()], "with a system message after the beginning"),
+        ([user(), assistant(weight=0)], "without an assistant message to train"),
+        ([user(), assistant(weight=0.5)], "with a message weight that is neither 0 nor 1"),
         ([user(), assistant(tool_calls=[{"x": 1}])], "with a tool call that is not JSON with a name and arguments"),
         (
             [{"from": "human", "value": "a"}, {"from": "function_call", "value": "call it"}],
@@ -405,7 +405,7 @@ def test_sharegpt_turns_become_regular() -> None:
     assert turns[2]["tool_calls"][0]["function"] == {"name": "add", "arguments": {"a": 1}}
     assert json.loads(made.columns["messages"][1]) == turns[1:]
     assert [bool(tools) for tools in made.columns["tools"]] == [True, False]
-    assert made.dropped == [(2, "with tools that are no list")]
+    assert made.dropped == [(2, "with tools that are not a list")]
     assert made.content[0] == "1 and 2?\n\n3\n3"
 
 

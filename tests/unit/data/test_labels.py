@@ -152,7 +152,8 @@ def test_a_test_file_shares_the_classes_of_the_training_file(prepared: Prepare, 
     assert all(data.labels[label[0]] in text for text, label in labelled(data).items())
     assert data.facts["absent_classes"] == {"train": ["ant", "cat"], "test": []}
     assert (
-        "the training side has no row of 2 classes, such as ant, cat, so it cannot be learned" in data.facts["warnings"]
+        "the training split has no row of 2 classes, such as ant, cat, so it cannot be learned"
+        in data.facts["warnings"]
     )
     assert data.facts["labels"]["train"] == {"dog": 20, "eel": 20, "ant": 0, "cat": 0}
 
@@ -166,7 +167,9 @@ def test_given_classes_keep_their_order_and_may_have_no_row(prepared: Prepare, f
 def test_a_class_that_is_not_among_the_given_ones_is_refused_with_its_place(prepared: Prepare, file: Any) -> None:
     rows = animals()
     rows[20]["label"] = "yak"
-    with pytest.raises(DataError, match=r"rows.jsonl:21: label is yak, none of the 2 classes \(cat, dog\); add it to"):
+    with pytest.raises(
+        DataError, match=r"rows.jsonl:21: label is yak, not one of the 2 classes \(cat, dog\); add it to"
+    ):
         prepared(path=file(rows), labels=["cat", "dog"])
 
 
@@ -175,7 +178,7 @@ def test_numbers_may_stand_for_the_given_classes(prepared: Prepare, file: Any) -
     data = prepared(path=path, labels=["cat", "dog"])
     assert data.labels == ("cat", "dog")
     assert all(data.labels[label[0]] in text for text, label in labelled(data).items())
-    with pytest.raises(DataError, match=r"rows.jsonl:1: label is 0, none of the 2 classes \(1, 2\)"):
+    with pytest.raises(DataError, match=r"rows.jsonl:1: label is 0, not one of the 2 classes \(1, 2\)"):
         prepared(path=path, labels=["1", "2"])
 
 
@@ -186,7 +189,7 @@ def test_rows_without_a_label_are_left_out_and_counted(prepared: Prepare, file: 
     assert facts["dropped"] == {
         "with label null": 1,
         "with label empty": 1,
-        "with label not one class (a list)": 1,
+        "with label not a single class (a list)": 1,
         "with an empty text": 1,
     }
     assert facts["dropped_examples"]["with label empty"] == ["rows.jsonl:8"]
@@ -198,7 +201,7 @@ def test_one_class_alone_is_refused(prepared: Prepare, file: Any) -> None:
 
 
 def test_a_column_with_a_value_of_its_own_in_each_row_holds_no_classes(prepared: Prepare, file: Any) -> None:
-    with pytest.raises(DataError, match="label has 60 different values in 60 rows, too many for classes"):
+    with pytest.raises(DataError, match="label has 60 distinct values in 60 rows, too many for classes"):
         prepared(path=file([row | {"label": f"name {number}"} for number, row in enumerate(animals(60))]))
 
 
@@ -215,9 +218,9 @@ def test_warnings_say_what_a_figure_would_hide(prepared: Prepare, file: Any) -> 
     rows[0]["label"], rows[1]["label"] = "Cat", "dog"
     data = prepared(path=file(rows), test={"path": file(animals(8, kinds="cat"), "test.jsonl")})
     said = " | ".join(label_warnings(data.facts))
-    assert "the test side has no row of 2 classes, such as Cat, dog, so it is not scored" in said
-    assert "classes differ in case or white space only (Cat, cat)" in said
-    assert "100.0% of the test rows have one class" in said
+    assert "the test split has no row of 2 classes, such as Cat, dog, so it is not evaluated" in said
+    assert "classes differ only in case or white space (Cat, cat)" in said
+    assert "100.0% of the test rows have the same class" in said
     assert data.facts["majority_share"] == {"train": 0.98, "test": 1.0}
 
 
@@ -250,17 +253,17 @@ def test_two_texts_are_written_as_the_tokenizer_writes_pairs(prepared: Prepare, 
     [
         (
             {"text": "a", "label": "x", "category": "y"},
-            "the label may stand in label and category; name it in dataset.c",
+            "the label could be in label and category; set dataset.c",
         ),
         (
             {"text": "a", "review": "b", "label": "x"},
-            "the text may stand in text and review; name it in dataset.columns",
+            "the text could be in text and review; set dataset.columns",
         ),
-        ({"text": "a", "stars": 3}, "no column is known to hold the label; it has text, stars; name it in"),
-        ({"body": "a", "label": 3}, "no column is known to hold the text; it has body, label"),
+        ({"text": "a", "stars": 3}, "no column has a usual name for the label; it has text, stars; set"),
+        ({"body": "a", "label": 3}, "no column has a usual name for the text; it has body, label"),
         (
             {"premise": "a", "hypothesis": "b", "sentence1": "c", "sentence2": "d", "label": 1},
-            "the two texts of a row may stand in premise and hypothesis and sentence1 and sentence2",
+            "the text pair could be in premise and hypothesis and sentence1 and sentence2",
         ),
     ],
 )
@@ -280,7 +283,7 @@ def test_usual_names_are_known_whatever_their_case(prepared: Prepare, file: Any)
 def test_a_column_that_is_missing_names_its_key(prepared: Prepare, file: Any) -> None:
     with pytest.raises(DataError, match=r"no column lable; it has text, label; did you mean label"):
         prepared(path=file(animals()), columns={"label": "lable"})
-    with pytest.raises(DataError, match="the column label is the label and stands in the text too"):
+    with pytest.raises(DataError, match="the column label is the label and also part of the text"):
         prepared(path=file(animals()), text="{text} {label}", columns={"label": "label"})
 
 
@@ -321,7 +324,7 @@ def test_lists_of_classes_are_read_however_they_are_written(prepared: Prepare, f
     assert list(labelled(data).values()).count([0, 2]) == 10
     assert sorted(map(tuple, labelled(data).values()))[::10] == [(), (0, 1, 2), (0, 2), (1,)]
     assert sum(data.facts["rows_without_class"].values()) == 10
-    assert any(said.startswith("10 rows have no class at all") for said in data.facts["warnings"])
+    assert any(said.startswith("10 rows have no class; the model") for said in data.facts["warnings"])
     assert set(data.test.column("reference").to_pylist()) <= {"eel, cat", "dog", "cat, dog, eel", ""}
 
 
@@ -340,7 +343,7 @@ def test_a_zero_or_one_for_each_class_is_read_as_such(prepared: Prepare, file: A
 
 def test_two_signs_that_may_part_classes_are_refused(prepared: Prepare, file: Any) -> None:
     rows = [row | {"label": "cat, wild|dog" if number else "cat"} for number, row in enumerate(animals())]
-    with pytest.raises(DataError, match=r"label holds \| and ,, which may both part classes"):
+    with pytest.raises(DataError, match=r"label has \| and ,, which could both separate classes"):
         prepared(path=file(rows), problem_type="multi-label")
     data = prepared(path=file(rows), problem_type="multi-label", labels=["cat", "cat, wild", "dog"])
     assert [1, 2] in labelled(data).values()
@@ -353,7 +356,7 @@ def test_numbers_with_decimals_are_a_regression(prepared: Prepare, file: Any) ->
     assert (data.problem_type, data.labels) == ("regression", ())
     assert labelled(data)["the dog 0 1"] == [0.25]
     assert str(data.train.store.examples.schema.field("labels").type) == "large_list<item: float>"
-    assert data.facts["dropped"] == {"with label no number": 1, "with label null": 1}
+    assert data.facts["dropped"] == {"with label not a number": 1, "with label null": 1}
     assert data.facts["labels"] is None and data.facts["numbers"]["of"] == "label"
     spread = data.facts["numbers"]["train"]
     assert 0 <= spread["min"] <= spread["median"] <= spread["max"] <= 9.75
@@ -363,7 +366,7 @@ def test_numbers_with_decimals_are_a_regression(prepared: Prepare, file: Any) ->
 def test_whole_numbers_far_apart_may_be_either_and_are_refused(prepared: Prepare, file: Any) -> None:
     path = file([row | {"label": number * 3} for number, row in enumerate(animals())])
     with pytest.raises(
-        DataError, match=r"whole numbers from 0 to 117, which may be classes or amounts; set model.prob"
+        DataError, match=r"whole numbers from 0 to 117, which may be classes or quantities; set model.prob"
     ):
         prepared(path=path)
     assert prepared(path=path, problem_type="regression").labels == ()
@@ -388,7 +391,7 @@ def test_a_long_text_is_cut_as_the_tokenizer_cuts_it(prepared: Prepare, bert: An
     assert stored == bert("cat " * 50, truncation=True, max_length=10)["input_ids"]
     assert (len(stored), stored[0], stored[-1]) == (10, bert.cls_token_id, bert.sep_token_id)
     assert (data.facts["truncated_rows"], data.facts["truncated_examples"]) == (1, ["rows.jsonl:5"])
-    assert "1 row is cut at 10 tokens (first rows.jsonl:5)" in data.facts["warnings"]
+    assert "1 row is truncated at 10 tokens (first rows.jsonl:5)" in data.facts["warnings"]
     dropped = prepared(path=path, rule=replace(SEQUENCE, max_length=10), too_long="drop")
     assert dropped.facts["dropped"] == {"longer than max_length 10": 1}
 
@@ -403,7 +406,7 @@ def test_long_pairs_are_cut_as_the_tokenizer_cuts_them(prepared: Prepare, bert: 
 
 
 def test_a_length_that_only_special_tokens_would_fill_is_refused(prepared: Prepare, file: Any) -> None:
-    with pytest.raises(DataError, match=r"dataset.max_length 2 has room for special tokens alone; raise it"):
+    with pytest.raises(DataError, match=r"dataset.max_length 2 only has space for special tokens; raise it"):
         prepared(path=file(animals()), rule=replace(SEQUENCE, max_length=2))
 
 
@@ -477,8 +480,8 @@ def test_words_without_a_token_are_counted_and_a_row_of_them_is_left_out(prepare
     rows[20] = {"tokens": ["the", "", "cat"], "tags": ["O", "O", "B-ANIMAL"]}
     facts = prepared(path=file(rows), rule=TOKENS).facts
     assert facts["words"]["silent"] == 1
-    assert facts["dropped"] == {"with no word that gets a token": 1}
-    assert "1 word gets no token, so no tag is learned for it" in facts["warnings"]
+    assert facts["dropped"] == {"with no word that has a token": 1}
+    assert "1 word has no token, so no tag is learned for it" in facts["warnings"]
 
 
 def test_words_and_tags_that_do_not_pair_are_counted(prepared: Prepare, file: Any) -> None:
@@ -488,9 +491,9 @@ def test_words_and_tags_that_do_not_pair_are_counted(prepared: Prepare, file: An
     rows[5] = {"tokens": '["the", "cat"]', "tags": '["O", "B-ANIMAL"]'}
     facts = prepared(path=file(rows), rule=TOKENS, limits={"max_dropped": 0.5}).facts
     assert facts["dropped"] == {
-        "with another number of tags than of tokens": 1,
+        "with different numbers of tags and tokens": 1,
         "with tags null": 1,
-        "with no word in tokens": 1,
+        "without words in tokens": 1,
     }
 
 
@@ -502,7 +505,7 @@ def test_a_cut_keeps_the_special_tokens_and_counts_the_tags_it_loses(prepared: P
     words = data.facts["words"]
     assert (words["words"], words["tagged"], words["cut"], words["cut_tagged"]) == (160, 60, 80, 40)
     assert data.facts["truncated_rows"] == 20
-    assert any("80 words are cut off at max_length, 40 with a tag" in said for said in data.facts["warnings"])
+    assert any("80 words are truncated at max_length, 40 with a tag" in said for said in data.facts["warnings"])
 
 
 def test_a_long_row_may_be_split_between_words_and_loses_nothing(prepared: Prepare, bert: Any, file: Any) -> None:
@@ -524,7 +527,7 @@ def test_entities_are_counted_and_tags_that_continue_nothing_are_named(prepared:
     words = data.facts["words"]
     assert words["entities"] == {"ANIMAL": 22, "PLACE": 21}
     assert (words["odd_tags"], words["odd_tag_examples"]) == (2, ["rows.jsonl:21", "rows.jsonl:22"])
-    assert any(said.startswith("2 tags go on with an entity that has not begun") for said in data.facts["warnings"])
+    assert any(said.startswith("2 tags continue an entity that has not started") for said in data.facts["warnings"])
     plain = [tagged("the cat went", "O ANIMAL O") for _ in range(20)]
     assert prepared(path=file(plain, "plain.jsonl"), rule=TOKENS, limits={"max_leaked": 1}).facts["words"][
         "entities"
@@ -567,7 +570,7 @@ def test_a_preview_shows_tags_at_their_words_and_what_is_cut(prepared: Prepare, 
     data = prepared(path=file(sentences()), rule=rule)
     parts = sample_rows(data.train, bert, rule, None, 1)[0]["parts"]
     assert "".join(part["text"] for part in parts).startswith(
-        "[CLS] the cats/B-ANIMAL went to new/B-PLACE york/I-PLACE [SEP] 2 tokens cut off"
+        "[CLS] the cats/B-ANIMAL went to new/B-PLACE york/I-PLACE [SEP] 2 tokens truncated"
     )
     assert [part["kind"] for part in parts] == ["prompt", "trained", "prompt", "trained", "prompt", "dropped"]
 

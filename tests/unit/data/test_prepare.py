@@ -74,8 +74,8 @@ def test_a_join_counts_who_finds_no_partner(prepared: Prepare, tmp_path: Path) -
     data = prepared(path=str(tmp_path / "a.csv"), join=join, text="{name} is {kind}", limits={"max_dropped": 0.1})
     facts = data.facts
     assert (facts["rows"], facts["dropped_rows"], facts["train_rows"] + facts["test_rows"]) == (44, 4, 40)
-    assert facts["dropped"] == {"without a partner in kinds.jsonl": 4}
-    assert facts["dropped_examples"] == {"without a partner in kinds.jsonl": [f"a.csv:{n}" for n in (12, 23, 34, 45)]}
+    assert facts["dropped"] == {"without a match in kinds.jsonl": 4}
+    assert facts["dropped_examples"] == {"without a match in kinds.jsonl": [f"a.csv:{n}" for n in (12, 23, 34, 45)]}
     assert facts["joins"] == [{"path": "kinds.jsonl", "on": ["k"], "rows": 10, "unmatched": 4}]
     for text in texts(data):
         number = int(text.split()[1])
@@ -86,10 +86,10 @@ def test_a_join_counts_who_finds_no_partner(prepared: Prepare, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("right", "message"),
     [
-        ("k,kind\n1,a\n1,b\n", r"right.csv:3: k = 1 stands there again \(first right.csv:2\)"),
-        ("key,kind\n1,a\n", "right.csv: it has no column k, only key, kind; a key stands on both sides"),
-        ("k,name\n1,a\n", "both sides have a column name"),
-        ("k,kind\n7,a\n", "no row finds a partner by k; left has '1', right has '7'"),
+        ("k,kind\n1,a\n1,b\n", r"right.csv:3: k = 1 is a duplicate \(first right.csv:2\)"),
+        ("key,kind\n1,a\n", "right.csv: it has no column k, only key, kind; use a key that both tables have"),
+        ("k,name\n1,a\n", "both tables have a column name"),
+        ("k,kind\n7,a\n", "no row has a match on k; left has '1', right has '7'"),
     ],
 )
 def test_a_join_that_would_lose_or_multiply_rows_is_refused(
@@ -114,10 +114,10 @@ def test_rows_of_a_test_file_that_are_lost_are_counted(prepared: Prepare, tmp_pa
     ).facts
     assert (facts["train_rows"], facts["test_rows"], facts["rows"]) == (2, 1, 5)
     assert facts["dropped"] == {
-        "of the test rows without a partner in kinds.csv": 1,
+        "of the test rows without a match in kinds.csv": 1,
         "of the test rows with nothing to learn (empty)": 1,
     }
-    assert facts["dropped_examples"]["of the test rows without a partner in kinds.csv"] == ["test.csv:3"]
+    assert facts["dropped_examples"]["of the test rows without a match in kinds.csv"] == ["test.csv:3"]
 
 
 # Splits
@@ -189,7 +189,7 @@ def test_weights_of_one_change_nothing() -> None:
 def test_sources_of_two_kinds_are_refused(prepared: Prepare, tmp_path: Path) -> None:
     a = numbered(tmp_path / "a.jsonl", 5)
     b = lines(tmp_path / "b.jsonl", [{"prompt": "p", "completion": "c"}])
-    with pytest.raises(DataError, match=r"b.jsonl: holds prompt_completion .*the source before it text"):
+    with pytest.raises(DataError, match=r"b.jsonl: its format is prompt_completion .*the previous source is text"):
         prepared(sources=[{"path": a}, {"path": b}])
 
 
@@ -230,7 +230,9 @@ def test_a_test_row_that_stands_in_training_too_is_counted(prepared: Prepare, tm
     data = prepared(path=train, test={"path": test})
     assert (data.facts["leaked_rows"], data.facts["train_rows"], data.facts["test_rows"]) == (1, 6, 2)
     assert data.facts["leaked_examples"] == [{"test": "test.jsonl:1", "train": "train.jsonl:4"}]
-    with pytest.raises(DataError, match=r"1 of 2 test rows stand in training .*dataset.limits.max_leaked: 0.01\)"):
+    with pytest.raises(
+        DataError, match=r"1 of 2 test rows are also in the training split .*dataset.limits.max_leaked: 0.01\)"
+    ):
         data.raise_if_crossed("peftcli data r.yaml")
 
 
@@ -286,10 +288,10 @@ def test_the_limits_stop_with_every_one_that_is_crossed(prepared: Prepare, tmp_p
     with pytest.raises(DataError) as caught:
         data.raise_if_crossed("peftcli data r.yaml")
     message = str(caught.value)
-    assert "`peftcli data r.yaml` shows the rows" in message
-    assert "4 of 40 rows are left out (10.0%, dataset.limits.max_dropped: 0.05): 4 with prompt null" in message
+    assert "run `peftcli data r.yaml` to see the rows" in message
+    assert "4 of 40 rows are dropped (10.0%, dataset.limits.max_dropped: 0.05): 4 with prompt null" in message
     assert "(first a.jsonl:31)" in message
-    assert "6 of 36 rows are cut (16.7%, dataset.limits.max_truncated: 0.05) at dataset.max_length 64" in message
+    assert "6 of 36 rows are truncated (16.7%, dataset.limits.max_truncated: 0.05) at dataset.max_length 64" in message
     limits = {"max_dropped": 0.2, "max_truncated": 0.2, "max_leaked": 1.0}
     assert not prepared(path=str(tmp_path / "a.jsonl"), split={"test_size": 10}, limits=limits).crossed
 
@@ -314,7 +316,7 @@ def test_a_doubled_start_is_told_and_its_twin_is_not(prepared: Prepare, tokenize
         warnings: list[str] = prepared(path=lines(tmp_path / name, rows)).facts["warnings"]
         return [warning for warning in warnings if "twice" in warning]
 
-    assert said([{"text": f"<s>row {n}"} for n in range(10)], "a.jsonl")[0].startswith("8 training rows begin with <s>")
+    assert said([{"text": f"<s>row {n}"} for n in range(10)], "a.jsonl")[0].startswith("8 training rows start with <s>")
     assert said([{"text": f"row {n}"} for n in range(10)], "b.jsonl") == []
 
 
@@ -323,10 +325,9 @@ def test_an_answer_that_no_other_row_has_is_told(prepared: Prepare, tmp_path: Pa
     rows[7] = {"text": "good", "label": "thing 7"}
     path = lines(tmp_path / "a.jsonl", rows)
     keys = {"prompt": "{text} is", "completion": " {label}", "split": {"test_size": 1, "seed": 1}}
-    odd = [one for one in prepared(path=path, **keys).facts["warnings"] if "columns shifted" in one]
+    odd = [one for one in prepared(path=path, **keys).facts["warnings"] if "shifted columns" in one]
     assert odd == [
-        "1 training row has an answer that no other row has, while the others share a few: are columns shifted "
-        "there? (first a.jsonl:8)"
+        "1 training row has a unique answer, while all others share a few; check for shifted columns (first a.jsonl:8)"
     ]
     labels = prepared(path=path, **keys).facts["labels"]
     assert labels["distinct"] == 3 and sum(labels["train"].values()) == 59

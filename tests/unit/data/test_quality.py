@@ -116,11 +116,11 @@ def test_warnings_count_and_place_and_never_show_the_value() -> None:
     made = scan([TOKEN, "jo@x.org", "b@x.org", "c@x.org", 3, "a\x00", "cafÃ©"])
     warnings = made.warnings()
     assert [text.partition(" (first")[0] for text in warnings] == [
-        "a.jsonl: column answer mixes types: 6 rows hold text, 1 number",
-        "a.jsonl: column answer: 1 row holds what looks like an access key",
-        "a.jsonl: column answer: 3 rows hold an e-mail address",
-        "a.jsonl: column answer: 1 row holds control characters",
-        "a.jsonl: column answer: 1 row holds letters that were decoded wrongly",
+        "a.jsonl: column answer has mixed types: 6 rows are text, 1 number",
+        "a.jsonl: column answer: 1 row has what looks like an access key",
+        "a.jsonl: column answer: 3 rows have an e-mail address",
+        "a.jsonl: column answer: 1 row has control characters",
+        "a.jsonl: column answer: 1 row has wrongly decoded characters",
     ]
     assert "(first a.jsonl:5)" in warnings[0] and "(first a.jsonl:2)" in warnings[2]
     told = "".join(warnings) + json.dumps(made.facts())

@@ -150,7 +150,7 @@ def test_an_end_token_that_only_the_last_turn_has_does_not_count_as_trained(toke
         "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}{% if loop.last %}{{ eos_token }}{% else %}\n"
         "{% endif %}{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"
     )
-    with pytest.raises(DataError, match="cannot be told apart"):  # a shorter chat ends differently
+    with pytest.raises(DataError, match="mask is ambiguous"):  # a shorter chat ends differently
         tokenize("messages", chats(CHAT), tokenizer)
     tokenizer.chat_template = (
         "{% for m in messages %}[{{ m['role'] }}]{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}"
@@ -163,7 +163,7 @@ def test_an_end_token_that_only_the_last_turn_has_does_not_count_as_trained(toke
 
 def test_a_template_whose_turns_cannot_be_told_apart_stops(tokenizer: Any) -> None:
     tokenizer.chat_template = "{{ messages | length }} {% for m in messages %}{{ m['content'] }}{% endfor %}"
-    with pytest.raises(DataError, match="cannot be told apart with certainty"):
+    with pytest.raises(DataError, match="assistant mask is ambiguous"):
         tokenize("messages", chats(CHAT), tokenizer)
 
 
@@ -175,7 +175,7 @@ def test_a_chat_that_the_template_refuses_is_left_out_and_named(tokenizer: Any) 
     )
     batch = tokenize("messages", chats([{"role": "system", "content": "Be kind."}, *CHAT], CHAT), tokenizer)
     assert batch.of.tolist() == [1]
-    assert batch.dropped == [(0, "refused by the chat template (System role not supported)")]
+    assert batch.dropped == [(0, "rejected by the chat template (System role not supported)")]
 
 
 def test_tools_reach_the_template(tokenizer: Any) -> None:
@@ -239,5 +239,5 @@ def test_a_template_that_never_ends_is_stopped(tokenizer: Any, monkeypatch: pyte
     monkeypatch.setattr("peftcli.data.encode.PROBE_SECONDS", 0.5)
     loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% if b < 0 %}x{% endif %}{% endfor %}{% endfor %}"
     tokenizer.chat_template = loop + MARKLESS
-    with pytest.raises(DataError, match=r"still at work after 0.5 s; set model.chat_template"):
+    with pytest.raises(DataError, match=r"still running after 0.5 s; set model.chat_template"):
         tokenize("messages", chats(CHAT), tokenizer)

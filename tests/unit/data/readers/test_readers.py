@@ -83,7 +83,7 @@ def test_a_csv_row_is_named_by_the_line_it_begins_on(tmp_path: Path) -> None:
     (rows,) = source.batches()
     assert (rows.numbers, rows.columns["b"]) == ([2, 6, 9], ["x\ny\r\nz", "w", "v"])
     assert rows.place(1) == "a.csv:6"
-    assert rows.unread == [(7, "with 1 cell where the header has 2"), (8, "with 3 cells where the header has 2")]
+    assert rows.unread == [(7, "with 1 cell, but the header has 2"), (8, "with 3 cells, but the header has 2")]
 
 
 def test_the_csv_keys_are_obeyed(tmp_path: Path) -> None:
@@ -104,15 +104,15 @@ def test_a_file_of_one_column_is_read(tmp_path: Path) -> None:
         ("a;b;c\n1;2;3\n", {}, 'a.csv:1: the header is one cell `a;b;c`; set dataset.csv.delimiter: ";"'),
         ("a\tb\n1\t2\n", {}, 'set dataset.csv.delimiter: "\\t"'),
         ("a|b\n1|2\n", {}, 'set dataset.csv.delimiter: "|"'),
-        ("a,b\n1,2\n", {"column_names": ["x"]}, "the first line has 2 cells, dataset.csv.column_names has 1 names"),
-        ("a,b\n1,2\n", {"column_names": ["a", "b"]}, "the first line is a header already"),
-        ("a,b,a\n1,2,3\n", {}, "a.csv:1: the header names a twice"),
+        ("a,b\n1,2\n", {"column_names": ["x"]}, "the first line has 2 cells, but dataset.csv.column_names has 1 names"),
+        ("a,b\n1,2\n", {"column_names": ["a", "b"]}, "the first line is already a header"),
+        ("a,b,a\n1,2,3\n", {}, "a.csv:1: the header has a twice"),
         ("a,,b\n1,2,3\n", {}, "a.csv:1: the header has no name for column 2 of 3"),
-        ('a,b\n1,2\n3,"x\n4,5\n', {}, 'a.csv:3: a cell that begins here with " is closed nowhere'),
-        ('a,b\n1,"x "y" z"\n', {}, 'a.csv:2: the row that begins here has letters behind a closing "'),
-        ('a,b\n1,"x\n2,y\n3,"z"\n', {}, "a.csv:2: the row that begins here and runs to line 4"),
-        ("", {}, "a.csv: empty; a header line with the column names is expected"),
-        ("\n\n", {}, "a.csv: empty; a header line"),
+        ('a,b\n1,2\n3,"x\n4,5\n', {}, 'a.csv:3: the cell that starts here with " is never closed'),
+        ('a,b\n1,"x "y" z"\n', {}, 'a.csv:2: the row that starts here has text after a closing "'),
+        ('a,b\n1,"x\n2,y\n3,"z"\n', {}, "a.csv:2: the row that starts here and ends on line 4"),
+        ("", {}, "a.csv: empty; add a header line with the column names"),
+        ("\n\n", {}, "a.csv: empty; add a header line"),
         ("a,b\n", {}, "a.csv: no rows"),
         ("a,b\n1,2\n", {"delimiter": "|", "quote": "|"}, "delimiter and quote are both |"),
     ],
@@ -136,16 +136,16 @@ def test_a_quote_that_swallows_the_file_is_named_where_it_began(
 ) -> None:
     monkeypatch.setattr(csv, "CELL_CHARACTERS", 1000)
     path = write(tmp_path / "a.csv", 'a,b\n1,2\n3,"x\n' + "4,5\n" * 1000)
-    assert "a.csv:3: a cell that begins here is longer than 1000 characters" in error_of(path)
+    assert "a.csv:3: the cell that starts here is longer than 1000 characters" in error_of(path)
 
 
 def test_quotes_at_the_beginning_of_tsv_cells_are_not_guessed_at(tmp_path: Path) -> None:
     path = write(tmp_path / "a.tsv", 'text\tn\nsay "hi"\t1\n"x\ty"\t2\n')
-    assert "a.tsv:3: a cell begins with a quote; set dataset.csv.quote: '\"'" in error_of(path)
+    assert "a.tsv:3: a cell starts with a quote; set dataset.csv.quote: '\"'" in error_of(path)
     assert [row["text"] for row in rows_of(opened(path, csv={"quote": '"'}))] == ['say "hi"', "x\ty"]
     as_text = opened(path, csv={"quote": "none"})
     assert rows_of(as_text) == [{"text": 'say "hi"', "n": "1"}]
-    assert unread_of(as_text) == [(3, "with 3 cells where the header has 2")]
+    assert unread_of(as_text) == [(3, "with 3 cells, but the header has 2")]
 
 
 def test_the_part_of_the_recipe_is_named(tmp_path: Path) -> None:
@@ -218,42 +218,50 @@ def test_a_json_row_that_would_lose_something_is_not_read(tmp_path: Path, ending
     content = "\n".join(rows) if ending == "jsonl" else "[" + ",\n".join(rows) + "]"
     source = opened(write(tmp_path / f"a.{ending}", content))
     assert [row["a"] for row in rows_of(source)] == ["😀", "\\ud800"]
-    assert unread_of(source) == [(2, "with half of a surrogate pair"), (3, "with the key c twice")]
+    assert unread_of(source) == [(2, "with a lone surrogate"), (3, "with the duplicate key c")]
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", '{"text": "x"}\n{"text": \n', "a.jsonl:2: not JSON at column 9: a value is expected; the row must"),
+        ("a.jsonl", '{"text": "x"}\n{"text": \n', "a.jsonl:2: not JSON at column 9: a value is expected; a row must"),
         (
             "a.jsonl",
             '{"text": "x"}\n  {"text": x}\n',
-            "a.jsonl:2: not JSON at column 12: a value is expected; mend the line",
+            "a.jsonl:2: not JSON at column 12: a value is expected; fix or remove the line",
         ),
-        ("a.jsonl", '{"a": 1} {"a": 2}\n', "a.jsonl:1: not JSON at column 9: something follows the value"),
-        ("a.jsonl", '{\n  "a": 1\n}\n', "make the file one list and name it .json"),
-        ("a.jsonl", "[1, 2]\n", "a.jsonl:1: holds a list; each row is an object of columns; a file that is one list"),
-        ("a.jsonl", "3\n", "a.jsonl:1: holds a number; each row is an object"),
-        ("a.jsonl", '{"a": 1}\n"x"\n', "a.jsonl:2: holds a text, the rows before an object; give all rows one kind"),
+        ("a.jsonl", '{"a": 1} {"a": 2}\n', "a.jsonl:1: not JSON at column 9: extra data after the value"),
+        ("a.jsonl", '{\n  "a": 1\n}\n', "write the file as one list and rename it to .json"),
+        (
+            "a.jsonl",
+            "[1, 2]\n",
+            "a.jsonl:1: is a list, but each row must be an object with columns; rename a file with one list",
+        ),
+        ("a.jsonl", "3\n", "a.jsonl:1: is a number, but each row must be an object"),
+        (
+            "a.jsonl",
+            '{"a": 1}\n"x"\n',
+            "a.jsonl:2: is a text, but the previous rows are an object; use one type for all rows",
+        ),
         ("a.jsonl", '{"n": ' + "9" * 5000 + "}\n", "a.jsonl:1: cannot be read: a number has more than 4300 digits"),
         ("a.jsonl", "[" * 100_000 + "\n", "a.jsonl:1: cannot be read: lists or objects are nested too deeply"),
         ("a.jsonl", "\n \n", "a.jsonl: no rows"),
         ("a.json", '[{"n": ' + "9" * 5000 + "}]", "a.json:1: cannot be read: a number has more than 4300 digits"),
         ("a.json", "[\n" + "[" * 100_000, "a.json:2: cannot be read: lists or objects are nested too deeply"),
         ("a.json", "[]", "a.json: no rows"),
-        ("a.json", "  \n", "a.json: no rows; it is blank"),
-        ("a.json", '"x"', 'a.json: begins with "; a list of rows is expected'),
+        ("a.json", "  \n", "a.json: the file is blank"),
+        ("a.json", '"x"', 'a.json: starts with "; it must be a list of rows'),
         ("a.json", '[{"a": 1},\n {"a": x}]', "a.json:2: not JSON at column 8: a value is expected"),
         ("a.json", '[{"a": 1},\n {"a": 2}', "a.json:2: not JSON at column 10: the list does not end"),
-        ("a.json", '[{"a": 1},\n {"a": "2', "a.json:2: not JSON at column 2: the row that begins here does not end"),
+        ("a.json", '[{"a": 1},\n {"a": "2', "a.json:2: not JSON at column 2: the row that starts here does not end"),
         ("a.json", '[{"a": 1}\n {"a": 2}]', "a.json:2: not JSON at column 2: { between rows"),
-        ("a.json", '[{"a": 1}, ]', "a.json:1: not JSON at column 12: nothing follows the comma"),
-        ("a.json", '[{"a": 1}]\n[2]', "a.json:2: not JSON at column 1: something follows the list"),
-        ("a.json", "[[1]]", "a.json:1: holds a list; each row is an object"),
-        ("a.json", '{"v": "x", "data": [1, 2]}', "holds one object (v: a text, data: a list of 2)"),
-        ("a.json", '{\n "v": 1,\n "data": [\n]}', "write the list under data into a file of its own"),
-        ("a.json", '{"text": "x"}', "name the file .jsonl if it is one row"),
-        ("a.json", '{\n"a": 1}\n{\n"a": 2}', "a.json: holds several objects that span lines"),
+        ("a.json", '[{"a": 1}, ]', "a.json:1: not JSON at column 12: a trailing comma"),
+        ("a.json", '[{"a": 1}]\n[2]', "a.json:2: not JSON at column 1: extra data after the list"),
+        ("a.json", "[[1]]", "a.json:1: is a list, but each row must be an object"),
+        ("a.json", '{"v": "x", "data": [1, 2]}', "is one object (v: a text, data: a list of 2)"),
+        ("a.json", '{\n "v": 1,\n "data": [\n]}', "save the list under data to a separate file"),
+        ("a.json", '{"text": "x"}', "rename the file to .jsonl if it is one row"),
+        ("a.json", '{\n"a": 1}\n{\n"a": 2}', "a.json: has several objects that span several lines"),
         ("a.json", '{\n"a": 1,\n', "a.json:3: not JSON at column 1"),
     ],
 )
@@ -306,38 +314,42 @@ def test_a_saved_dataset_is_read_in_the_order_of_its_files(tmp_path: Path) -> No
     saved.save_to_disk(str(tmp_path / "saved"), num_shards=12)
     assert rows_of(opened(tmp_path / "saved")) == rows
     DatasetDict({"train": saved, "test": saved}).save_to_disk(str(tmp_path / "splits"))
-    assert "holds the splits test, train; name one of them" in error_of(tmp_path / "splits")
+    assert "has the splits test, train; use one of them" in error_of(tmp_path / "splits")
     (tmp_path / "saved" / "data-00003-of-00012.arrow").unlink()
-    assert "data-00003-of-00012.arrow is missing" in error_of(tmp_path / "saved")
+    assert "data-00003-of-00012.arrow is listed in state.json but missing" in error_of(tmp_path / "saved")
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("a.parquet", b"PAR1", "a.parquet: cannot be read as parquet"),
-        ("a.parquet", b"x,y\n1,2\n", "a.parquet: is not a Parquet file, by its first bytes"),
+        ("a.parquet", b"x,y\n1,2\n", "a.parquet: its first bytes are not those of a Parquet file"),
         ("a.arrow", b"ARROW1 broken", "a.arrow: cannot be read as arrow"),
         ("a.feather", b"FEA1 old", "a Feather file of version 1"),
-        ("a.db", b"no database at all", "a.db: is not an SQLite database"),
+        ("a.db", b"no database at all", "a.db: its first bytes are not those of an SQLite database"),
         (
             "a.csv",
             b"PAR1 and more",
-            "a.csv: is a Parquet file; let its name end in .parquet, or set dataset.file_format",
+            "a.csv: is a Parquet file; change its extension to .parquet, or set dataset.file_format",
         ),
-        ("a.csv", b"SQLite format 3\0", "is an SQLite database; let its name end in .sqlite"),
+        ("a.csv", b"SQLite format 3\0", "is an SQLite database; change its extension to .sqlite"),
         ("a.csv", b"PK\x03\x04 sheet", "a spreadsheet or a zip archive; export it as CSV"),
         ("a.xlsx", b"PK\x03\x04 sheet", "a.xlsx: is a spreadsheet; export it as CSV"),
         ("a.txt", b"%PDF-1.7", "a.txt: is a PDF document"),
-        ("a.csv", gzip.compress(b"a,b\n1,2\n", mtime=0), "a.csv: is packed with gzip; let its name end in .gz"),
-        ("a.jsonl", b"\x28\xb5\x2f\xfd1234", "is packed with Zstandard; let its name end in .zst"),
-        ("a.jsonl.gz", b'{"a": 1}\n', "a.jsonl.gz: ends in .gz but is not packed so"),
-        ("a.parquet.gz", gzip.compress(b"PAR1", mtime=0), "a packed parquet file is not read; unpack it first"),
-        ("a.csv.gz", gzip.compress(b"", mtime=0), "a.csv.gz: empty once unpacked"),
-        ("a.bin", b"abc", "a.bin: the ending .bin is not known; known are .csv, .tsv"),
+        ("a.csv", gzip.compress(b"a,b\n1,2\n", mtime=0), "a.csv: is compressed with gzip; add the extension .gz"),
+        ("a.jsonl", b"\x28\xb5\x2f\xfd1234", "is compressed with Zstandard; add the extension .zst"),
+        ("a.jsonl.gz", b'{"a": 1}\n', "a.jsonl.gz: has the extension .gz, but is not compressed like this"),
+        (
+            "a.parquet.gz",
+            gzip.compress(b"PAR1", mtime=0),
+            "compressed parquet files are not supported; decompress it first",
+        ),
+        ("a.csv.gz", gzip.compress(b"", mtime=0), "a.csv.gz: empty after decompression"),
+        ("a.bin", b"abc", "a.bin: unknown file extension .bin; known are .csv, .tsv"),
         ("rows", b"a\n1\n", "set dataset.file_format (csv, tsv"),
-        ("a.csv", "a,b\n1,2\n".encode("utf-16"), "a.csv: is UTF-16 by its first bytes; set dataset.encoding: utf-16"),
+        ("a.csv", "a,b\n1,2\n".encode("utf-16"), "a.csv: its first bytes are UTF-16; set dataset.encoding: utf-16"),
         ("a.csv", "a,b\n1,2\n".encode("utf-16-be"), "set dataset.encoding: utf-16-be"),
-        ("a.csv", b"a,b\n1,\0\0\x07\x01\n", "a.csv:2: byte 6 is zero, which stands in no text"),
+        ("a.csv", b"a,b\n1,\0\0\x07\x01\n", "a.csv:2: byte 6 is NUL, which is not text"),
     ],
 )
 def test_what_a_file_is_shows_in_its_first_bytes(tmp_path: Path, name: str, content: bytes, message: str) -> None:
@@ -377,7 +389,7 @@ def test_packed_files_are_read_and_cut_off_ones_refused(tmp_path: Path, packing:
     assert rows_of(opened(whole)) == [json.loads(line) for line in content.splitlines()]
     for length in (len(packed) - 3, len(packed) // 2):
         cut = write(tmp_path / f"cut.jsonl{packing}", packed[:length])
-        assert f"cut.jsonl{packing}: ends in the middle of what is packed" in error_of(cut)
+        assert f"cut.jsonl{packing}: the compressed data are truncated" in error_of(cut)
 
 
 @pytest.mark.parametrize("packing", [".gz", ".bz2", ".xz"])
@@ -411,7 +423,7 @@ def test_the_encoding_of_the_recipe_is_obeyed(tmp_path: Path, encoding: str) -> 
 
 def test_another_encoding_that_does_not_fit_is_named(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", b"text\na\x81\n")
-    assert "a.csv:2: byte 6 is not CP1252; set dataset.encoding to what" in error_of(path, encoding="cp1252")
+    assert "a.csv:2: byte 6 is not CP1252; set dataset.encoding to the" in error_of(path, encoding="cp1252")
 
 
 # --- plain text and CoNLL
@@ -451,15 +463,15 @@ def test_conll_sentences_have_tokens_and_tags(tmp_path: Path) -> None:
     ]
     assert numbers_of(source) == [3, 7, 14]
     assert unread_of(source) == [
-        (9, "with 1 field on a line where the file's first has 3"),
-        (12, "with 2 fields on a line where the file's first has 3"),
+        (9, "with 1 field on a line, but the first line has 3"),
+        (12, "with 2 fields on a line, but the first line has 3"),
     ]
 
 
 def test_a_conll_token_may_hold_a_space_between_tabs(tmp_path: Path) -> None:
     source = opened(write(tmp_path / "a.bio", "New York\tB-LOC\n\t\n\tO\n"))
     assert rows_of(source) == [{"tokens": ["New York"], "tags": ["B-LOC"]}]
-    assert unread_of(source) == [(3, "with a line that lacks the token or its tag")]
+    assert unread_of(source) == [(3, "with a line without a token or a tag")]
 
 
 # --- paths
@@ -468,7 +480,7 @@ def test_a_conll_token_may_hold_a_space_between_tabs(tmp_path: Path) -> None:
 def test_a_missing_file_names_the_nearest(tmp_path: Path) -> None:
     write(tmp_path / "products.csv", "a\n1\n")
     assert error_of(tmp_path / "product.csv").endswith("product.csv: no such file; did you mean products.csv?")
-    assert f"there is no folder {tmp_path / 'nowhere'}" in error_of(tmp_path / "nowhere" / "a.csv")
+    assert f"the folder {tmp_path / 'nowhere'} does not exist" in error_of(tmp_path / "nowhere" / "a.csv")
 
 
 def test_a_folder_is_read_in_the_order_of_names_without_what_is_no_data(tmp_path: Path) -> None:
@@ -484,7 +496,7 @@ def test_a_folder_is_read_in_the_order_of_names_without_what_is_no_data(tmp_path
     without = open_source(section, without=frozenset({tmp_path / "b.csv"}))
     assert [row["x"] for row in rows_of(without)] == ["1", "3"]
     assert [file.name for file in without.files] == ["a.csv", "c.csv.gz"]
-    with pytest.raises(DataError, match="every file there is one of the test rows' own"):
+    with pytest.raises(DataError, match="all files are already used as test rows"):
         open_source(section, without=frozenset(source.files))
 
 
@@ -493,15 +505,15 @@ def test_files_below_a_folder_are_named_from_it(tmp_path: Path) -> None:
         (tmp_path / folder).mkdir()
         write(tmp_path / folder / "a.jsonl", '{"a": 1}\n')
     assert [rows.file for rows in opened(tmp_path / "**" / "*.jsonl").batches()] == ["one/a.jsonl", "two/a.jsonl"]
-    assert f"no data file in this folder; for those below it write {tmp_path}/**/*" in error_of(tmp_path)
+    assert f"no data file in this folder; to include subfolders use {tmp_path}/**/*" in error_of(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({"a.csv": "x\n1\n", "b.jsonl": '{"x": 1}'}, "holds files of two kinds, a.csv (csv) and b.jsonl (jsonl)"),
+        ({"a.csv": "x\n1\n", "b.jsonl": '{"x": 1}'}, "has files of two formats, a.csv (csv) and b.jsonl (jsonl)"),
         ({"a.csv": "x,y\n1,2\n", "b.csv": "x,z\n1,2\n"}, "b.csv: its columns are x, z, those of a.csv are x, y"),
-        ({"a.csv": "x\n1\n", "b.dat": "x\n1\n"}, "b.dat: the ending .dat is not known"),
+        ({"a.csv": "x\n1\n", "b.dat": "x\n1\n"}, "b.dat: unknown file extension .dat"),
         ({"notes.dat": "x"}, "no data file in this folder"),
         ({"a.csv": "x\n1\n", "b.csv": ""}, "b.csv: empty"),
         ({"a.csv": "x\n", "b.csv": "x\n"}, "no rows"),
@@ -524,11 +536,11 @@ def test_json_files_may_differ_in_their_columns_and_csv_files_in_their_order(tmp
 
 def test_what_is_no_regular_file_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.csv")
-    assert "pipe.csv: is no regular file" in error_of(tmp_path / "pipe.csv")
-    assert "pipe.csv: is no regular file" in error_of(tmp_path)
-    assert "is no regular file" in error_of(Path("/dev/null"))
+    assert "pipe.csv: is not a regular file" in error_of(tmp_path / "pipe.csv")
+    assert "pipe.csv: is not a regular file" in error_of(tmp_path)
+    assert "is not a regular file" in error_of(Path("/dev/null"))
     (tmp_path / "link.csv").symlink_to(tmp_path / "gone.csv")
-    assert "link.csv: no such file; the link leads nowhere" in error_of(tmp_path / "link.csv")
+    assert "link.csv: no such file; the link is broken" in error_of(tmp_path / "link.csv")
     assert "no file matches" in error_of(tmp_path / "*.parquet")
     assert "cannot be read: File name too long" in error_of(tmp_path / ("x" * 300))
 
@@ -540,7 +552,7 @@ def test_a_file_that_may_not_be_read_says_so(tmp_path: Path, monkeypatch: pytest
         raise PermissionError(13, "Permission denied", str(self))
 
     monkeypatch.setattr(Path, "open", refuse)  # root may read everything
-    assert "a.csv: cannot be read: Permission denied; look at its permissions" in error_of(path)
+    assert "a.csv: cannot be read: Permission denied; check its permissions" in error_of(path)
 
 
 def test_the_fingerprint_follows_the_bytes_and_the_keys_of_reading(tmp_path: Path) -> None:
@@ -588,11 +600,11 @@ def test_a_query_of_an_sqlite_file_is_read(shop: Path) -> None:
     [
         ({"table": "my item"}, "shop.db: no table my item; it has my items; did you mean my items?"),
         ({"table": "x", "query": "SELECT 1"}, "dataset.table and dataset.query are both set"),
-        ({"query": "DROP TABLE x"}, "dataset.query: is no query that only reads"),
-        ({"query": 'SELECT 1; DROP TABLE "my items"'}, "dataset.query: holds several statements"),
-        ({"query": "WITH a AS (SELECT 1) DELETE FROM b"}, "dataset.query: is no query that only reads"),
-        ({"query": "SELECT a FROM nowhere"}, "no such table: nowhere; look at dataset.table and dataset.query"),
-        ({"query": "SELECT 1 AS a, 2 AS a"}, "the query names a twice"),
+        ({"query": "DROP TABLE x"}, "dataset.query: is not a read-only query"),
+        ({"query": 'SELECT 1; DROP TABLE "my items"'}, "dataset.query: has several statements"),
+        ({"query": "WITH a AS (SELECT 1) DELETE FROM b"}, "dataset.query: is not a read-only query"),
+        ({"query": "SELECT a FROM nowhere"}, "no such table: nowhere; check dataset.table and dataset.query"),
+        ({"query": "SELECT 1 AS a, 2 AS a"}, "the query has a twice"),
         ({"query": 'SELECT * FROM "my items" WHERE id < 0'}, "shop.db: no rows"),
     ],
 )
@@ -606,14 +618,14 @@ def test_an_sqlite_file_with_several_tables_asks_which(shop: Path) -> None:
     with sqlite3.connect(shop) as connection:
         connection.execute('CREATE VIEW cheap AS SELECT id FROM "my items" WHERE id < 3')
     connection.close()
-    assert "which table is meant? it has cheap, my items; set dataset.table" in error_of(shop)
+    assert "the table is ambiguous, it has cheap, my items; set dataset.table" in error_of(shop)
     assert rows_of(opened(shop, table="cheap")) == [{"id": 0}, {"id": 1}, {"id": 2}]
 
 
 def test_a_password_in_the_recipe_is_refused_and_not_shown() -> None:
     for address in ("postgresql://me:s3cret@host/db", "postgresql://host/db?password=s3cret"):
         message = error_of(None, url=address)
-        assert "put the address into an environment variable" in message and "s3cret" not in message
+        assert "put the URL into an environment variable" in message and "s3cret" not in message
 
 
 def test_an_environment_variable_that_is_not_set_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
