@@ -338,8 +338,8 @@ def test_a_rehearsal_of_a_model_that_is_not_here_runs_to_the_end(label_recipe: W
     ("sections", "said"),
     [
         ({"trainer": {"packing": True}}, "trainer.packing has no effect with model.task: sequence-classification"),
-        ({"evaluation": {"max_new_tokens": 5}}, "evaluation.max_new_tokens does nothing"),
-        ({"gates": {"exact_match": ">= 0.5"}}, "gates.exact_match does nothing"),
+        ({"evaluation": {"max_new_tokens": 5}}, "evaluation.max_new_tokens has no effect"),
+        ({"gates": {"exact_match": ">= 0.5"}}, "gates.exact_match has no effect"),
         ({"gates": {"entity_f1": ">= 0.5"}}, "only tagging has entities"),
         (
             {"model": {"name": "tiny:llama"}, "gates": {"f1": ">= 0.5"}},

@@ -169,7 +169,7 @@ def test_a_base_that_is_not_bfloat16_cannot_be_trained_as_it_is(tmp_path: Path) 
         ({"adapter": {"method": "full", "dtype": "float16"}}, "float16 weights cannot be trained"),
         ({"adapter": {"method": "lora", "dtype": "bfloat16"}}, "few weights of lora are cheap"),
         ({"adapter": PURE, "model": {"dtype": "float32"}}, "model.dtype is float32; set it to bfloat16"),
-        ({"adapter": {"method": "freeze", "dtype": "bfloat16"}, "quantization": {"bits": 4}}, "quantized base"),
+        ({"adapter": {"method": "freeze", "dtype": "bfloat16"}, "quantization": {"bits": 4}}, "round the dequantized"),
         ({"adapter": {"method": "full", "dtype": "bf16"}}, "bfloat16"),
     ],
     ids=["float16", "lora", "float32 base", "4 bit", "another tool's word"],

@@ -367,7 +367,7 @@ def test_a_file_that_cannot_be_labelled_is_named(
     assert run_cli("train", image_recipe(trainer={"max_steps": 1}, evaluation={"baseline": False})) == 0
     capfd.readouterr()
     assert run_cli("generate", "runs/shapes", "away.jpg") == 3
-    assert "away.jpg: an image that is not there; name image files" in capfd.readouterr().err
+    assert "away.jpg: a missing image; name image files" in capfd.readouterr().err
 
 
 def test_keys_that_say_nothing_of_images_are_refused(

@@ -412,7 +412,7 @@ def read(tmp_path: Path, more: str) -> Any:
         ("load_in_8bit: true", "did you mean quantization.bits: 8?"),
         (
             "quantization: {bits: 8}\nadapter: {method: hra}",
-            "does not work on 8-bit weights: it computes with the numb",
+            "does not work on 8-bit weights: it computes with the weight values",
         ),
         ("quantization: {bits: 8}\nadapter: {method: full}", "does not work on 8-bit weights: it trains all"),
         ("quantization: {bits: 4}\nadapter: {method: deft}", "set quantization.bits: 8 or remove `quantization`"),

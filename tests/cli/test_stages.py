@@ -96,7 +96,7 @@ def test_a_recipe_with_stages_is_written_back_the_same(write_recipe: Any, tmp_pa
     ("stages", "adapter", "said"),
     [
         ([], None, "stages is empty"),
-        ([{"name": "a"}, {"name": "a"}], None, "stages holds a twice"),
+        ([{"name": "a"}, {"name": "a"}], None, "two stages are named a"),
         ([{"adapter": {"r": 4}}], None, "stages[0].name is missing"),
         ([{"name": "a", "adapter": {"rr": 4}}], None, "adapter.rr is not a recipe key; did you mean adapter.r?"),
         ([{"name": "a", "trainer": {"max_step": 4}}], None, "did you mean trainer.max_steps?"),
