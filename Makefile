@@ -51,6 +51,7 @@ check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --config .importlinter
+	$(BIN)/python scripts/words.py
 
 startup: $(READY)  ## seconds of the light commands beside bare Python
 	$(BIN)/python scripts/startup.py
