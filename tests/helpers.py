@@ -19,8 +19,7 @@ from peftcli.plan.plan import Base
 from peftcli.progress import Silent
 from peftcli.recipe.load import load_recipe
 from peftcli.run_dir import RunDir, read_json, read_log
-from peftcli.train.run import make_trainer
-from peftcli.train.trainers import Trainer
+from peftcli.train.trainers import Trainer, make_trainer
 
 Cli = Callable[..., int]
 

@@ -4,20 +4,15 @@ import inspect
 from typing import Any
 
 import peft
-from peft import PeftConfig, TaskType
+from peft import PeftConfig
 
 from peftcli.adapters.register import own_config
 from peftcli.methods.base import Method
 from peftcli.methods.registry import METHODS
 from peftcli.plan.adalora import first_rank
 from peftcli.recipe.schema import AdapterSection
+from peftcli.tasks.registry import TASKS
 
-TASK_TYPES = {
-    "causal-lm": TaskType.CAUSAL_LM,
-    "sequence-classification": TaskType.SEQ_CLS,
-    "token-classification": TaskType.TOKEN_CLS,
-    "image-classification": None,  # PEFT has none: its plain model hands on what it is given
-}
 NESTED = {"eva_config": peft.EvaConfig}
 """Arguments that a recipe writes as a mapping and PEFT wants as an object."""
 ENDLESS = 10**9
@@ -36,7 +31,7 @@ def peft_config(adapter: AdapterSection, task: str, *, tokenizer: str | None = N
     """
     method = METHODS[adapter.method]
     made = _config_class(method)
-    values: dict[str, Any] = {"task_type": TASK_TYPES[task]}
+    values: dict[str, Any] = {"task_type": TASKS[task].peft_type}
     values |= {name: value for name, value in method.defaults.items() if name not in ("r", "alpha", "dropout")}
     values |= {argument: getattr(adapter, key) for key, argument in method.argument_names.items()}
     ours = () if method.peft_module is None else method.arguments
@@ -44,10 +39,9 @@ def peft_config(adapter: AdapterSection, task: str, *, tokenizer: str | None = N
     values |= _shared(adapter, inspect.signature(made).parameters)
     if values.get("init_lora_weights") not in (None, True, False, "eva", "gaussian", "orthogonal", "mica"):
         values["init_lora_weights"] = True  # the trainer begins from the weights, which PEFT would change
-    if method.name == "adalora":
+    if method.allocates_ranks:
         values |= _schedule(adapter)
-    if method.name == "prompt":
-        values |= _start(values, tokenizer)
+    values |= _text_start(values, tokenizer)
     config: PeftConfig = made(**values)
     return config
 
@@ -71,7 +65,7 @@ def _shared(adapter: AdapterSection, takes: Any) -> dict[str, Any]:
         "modules_to_save": None if saved is None else list(saved),
         "bias": adapter.bias,
     }
-    if adapter.method == "lora":
+    if METHODS[adapter.method].is_lora:
         values |= {"use_rslora": adapter.use_rslora, "use_dora": adapter.use_dora}
     return {name: value for name, value in values.items() if name in takes}
 
@@ -81,7 +75,7 @@ def _schedule(adapter: AdapterSection) -> dict[str, Any]:
     return {"init_r": first_rank(adapter), "total_step": ENDLESS, "tinit": 0, "tfinal": 0}
 
 
-def _start(values: dict[str, Any], tokenizer: str | None) -> dict[str, Any]:
+def _text_start(values: dict[str, Any], tokenizer: str | None) -> dict[str, Any]:
     from_text = values.get("prompt_tuning_init") == "TEXT"
     if from_text and tokenizer is None:
         return {"prompt_tuning_init": "RANDOM", "prompt_tuning_init_text": None}

@@ -16,11 +16,11 @@ from peftcli.errors import DataError, GateNotMet, MemoryExhausted, RecipeError
 from peftcli.plan.plan import DTYPE_BYTES
 from peftcli.plan.smoke import check_schedules, smoke_notices, smoke_recipe
 from peftcli.recipe.load import Loaded, load_recipe, load_run_recipe
-from peftcli.recipe.rules import CAUSAL
 from peftcli.recipe.schema import Recipe
 from peftcli.report.build import write_report
 from peftcli.run_dir import RunDir, is_foreign, read_json, write_json
 from peftcli.summary import unmet, write_metrics
+from peftcli.tasks.registry import TASKS
 from peftcli.train.disk import RESERVE_BYTES, Forecast, check_disk_space
 from peftcli.train.stop import is_first_process
 
@@ -228,7 +228,7 @@ def generate_command(
         target = _open_for_prompts(name, recipe, shown)
         decoding = Decoding(flags.max_new_tokens, flags.temperature, flags.top_p, flags.seed)
         rows = int(target.identity.get("evaluation_batch", 16))
-        if target.base.task != CAUSAL:
+        if not TASKS[target.base.task].generates:
             _show_labels(label(target, asked, raw=flags.raw, batch_rows=rows, progress=shown), flags, streams)
             return
         made = generate(target, asked, decoding, raw=flags.raw, batch_rows=rows, progress=shown)

@@ -34,8 +34,8 @@ from peftcli.plan.planner import check_recipe, loss_mask, make_plan
 from peftcli.plan.smoke import stand_in_adapter
 from peftcli.progress import Progress
 from peftcli.recipe.load import Loaded
-from peftcli.recipe.rules import CAUSAL, IMAGES
 from peftcli.recipe.schema import AdapterSection, Recipe
+from peftcli.tasks.registry import TASKS
 from peftcli.train.disk import forecast as disk_forecast
 
 SHOWN_ROWS = 3
@@ -112,17 +112,17 @@ def prepare_for(planned: Planned, target: Target, progress: Progress) -> tuple[T
     plan, knows = planned.plan, "base" in target.identity
     if target.base.task != plan.task:
         raise RecipeError(f"{target.base.task} is what the target was trained for; the recipe's task is {plan.task}")
-    if knows and plan.task != CAUSAL:
+    if knows and not TASKS[plan.task].generates:
         plan = keep_labels(plan, target.base)
     _, data = prepare_data(plan, progress, target.tokenizer_folder)
-    if knows or plan.task == CAUSAL:
+    if knows or TASKS[plan.task].generates:
         return target, data
     return replace(target, base=plan_with_labels(planned, data).plan.base), data
 
 
 def plan_with_labels(planned: Planned, data: PreparedData) -> Planned:
     """The plan with the labels that the rows turned out to have; of a language model as it was."""
-    if planned.plan.task == CAUSAL or planned.counter is None:
+    if TASKS[planned.plan.task].generates or planned.counter is None:
         return planned
     labels = output_names(data)
     count = planned.counter(labels=labels)
@@ -170,7 +170,7 @@ def inspect_data(recipe: Recipe, progress: Progress, *, smoke: bool, preview: in
     real = config if made is None or made.config is None else made.config
     rule = loss_mask(recipe, positions_of(real), smoke=smoke)
     model = recipe.model
-    images = model.task == IMAGES
+    images = TASKS[model.task].images
     trust = model.trust_remote_code
     choice = TokenizerChoice(path, model.revision, model.chat_template, model.eos_token, trust, images)
     tokenizer = load_tokenizer(choice)

@@ -4,11 +4,13 @@ Where the column names leave a doubt, the recipe must say it.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from peftcli.data.chat_formats import is_chat, is_sharegpt
+from peftcli.data.class_labels import Names
 from peftcli.data.examples import (
     Maker,
     from_chat_pairs,
@@ -22,6 +24,7 @@ from peftcli.data.rows import LONG_NAME, Rows, listed, shown
 from peftcli.data.values import InvalidValue, SkipRow
 from peftcli.errors import DataError
 from peftcli.nearest import nearest
+from peftcli.plan.plan import LossMask
 from peftcli.recipe.problems import choice_text
 from peftcli.recipe.schema import ColumnsSection, SourceSection
 from peftcli.recipe.template import split_path, template_columns
@@ -115,13 +118,32 @@ class RowFormat:
         return Examples(dict(zip(names, columns, strict=True)), kept, dropped, content)
 
 
-def choose_format(first: Rows, section: SourceSection, *, chats: bool) -> RowFormat:
+@dataclass(frozen=True)
+class Given:
+    """What decides, besides the rows, how they are read.
+
+    Attributes:
+        rule: the task and, where it is known, the problem type.
+        names: `dataset.labels`.
+        of_columns: names of classes by column, as data sets of the Hub keep them.
+        folder: that the names of images are relative to.
+        chats: the tokenizer has a chat template, so instructions and questions become chats.
+    """
+
+    rule: LossMask
+    names: Names | None
+    of_columns: Mapping[str, Names]
+    folder: Path | None = None
+    chats: bool = False
+
+
+def choose_text_format(first: Rows, section: SourceSection, given: Given) -> RowFormat:
     """The reading that the recipe asks for, or the only one that the columns fit.
 
     Args:
         first: the first rows of the source, joins included; their columns and values decide.
         section: the source in the recipe.
-        chats: the tokenizer has a chat template, so that instructions and questions become chats.
+        given: whether the tokenizer has a chat template.
 
     Raises:
         DataError: a column is missing, no reading fits, or more than one.
@@ -137,9 +159,9 @@ def choose_format(first: Rows, section: SourceSection, *, chats: bool) -> RowFor
     if dialect.format in ("messages", "sharegpt"):
         return _chats(first, dialect.needs[0], None)
     if dialect.format == "alpaca":
-        return _instructions(first, dialect, chats)
+        return _instructions(first, dialect, given.chats)
     if dialect.format == "question_answer":
-        return _questions(dialect, chats)
+        return _questions(dialect, given.chats)
     return _plain(first, dialect.needs, dialect.name, "")
 
 

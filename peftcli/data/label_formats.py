@@ -1,18 +1,16 @@
 """Row formats with labels: a text and its class, or words and their tags."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from peftcli.data.class_labels import LabelColumn, Names, read_labels, tag_names
 from peftcli.data.examples import Maker, from_templates
-from peftcli.data.formats import RowFormat, joined, missing_columns
+from peftcli.data.formats import Given, RowFormat, joined, missing_columns
 from peftcli.data.rows import Rows, listed
 from peftcli.data.values import SkipRow, is_null, parsed_list, template_text, whole_text
 from peftcli.errors import DataError
-from peftcli.plan.plan import LossMask
 from peftcli.recipe.schema import SourceSection
 from peftcli.recipe.template import split_path, template_columns
 
@@ -32,40 +30,6 @@ EMPTY_TEXT = "with an empty text"
 LABEL_WORDS = {"single-label": "class", "multi-label": "classes", "regression": "number"}
 
 
-@dataclass(frozen=True)
-class Given:
-    """What is known of the labels beside the rows.
-
-    Attributes:
-        rule: the task and, where it is known, the problem type.
-        names: `dataset.labels`.
-        of_columns: names of classes by column, as data sets of the Hub keep them.
-        folder: that the names of images are relative to.
-    """
-
-    rule: LossMask
-    names: Names | None
-    of_columns: Mapping[str, Names]
-    folder: Path | None = None
-
-
-def choose_label_format(first: Rows, section: SourceSection, given: Given) -> RowFormat:
-    """The reading of rows with labels that the recipe asks for, or the only one that the columns fit.
-
-    Args:
-        first: the first rows of the source, joins included.
-        section: the source in the recipe.
-        given: what else is known of the labels.
-
-    Raises:
-        DataError: a column is missing, or the columns fit no reading, or more than one.
-    """
-    check_named(first, section)
-    if given.rule.task == "token-classification":
-        return _tagging(first, section, given)
-    return _classification(first, section, given)
-
-
 def check_named(first: Rows, section: SourceSection) -> None:
     """Refuse columns of the recipe that the rows lack."""
     chosen = section.columns.model_dump(exclude_none=True) if section.columns is not None else {}
@@ -75,7 +39,18 @@ def check_named(first: Rows, section: SourceSection) -> None:
         raise missing_columns(first, missing, len(chosen), keys, section)
 
 
-def _tagging(first: Rows, section: SourceSection, given: Given) -> RowFormat:
+def choose_tagging(first: Rows, section: SourceSection, given: Given) -> RowFormat:
+    """How rows of words with tags are read: the columns that the recipe names, or the only ones that fit.
+
+    Args:
+        first: the first rows of the source, joins included.
+        section: the source in the recipe.
+        given: what else is known of the labels.
+
+    Raises:
+        DataError: a column is missing, or none or several fit.
+    """
+    check_named(first, section)
     named = section.columns
     words = (named.tokens if named else None) or only_column(first, WORDS, "tokens", "the words", ())
     tags = (named.tags if named else None) or only_column(first, TAGS, "tags", "their tags", ())
@@ -85,7 +60,9 @@ def _tagging(first: Rows, section: SourceSection, given: Given) -> RowFormat:
     return RowFormat("tagging", "tags", said, reads, None, reads, _from_words(words, tags, names), names=names)
 
 
-def _classification(first: Rows, section: SourceSection, given: Given) -> RowFormat:
+def choose_classification(first: Rows, section: SourceSection, given: Given) -> RowFormat:
+    """How rows of texts with a label are read; arguments and errors as for `choose_tagging`."""
+    check_named(first, section)
     named = section.columns
     texts = _texts(first, section)
     column, names = choose_label(first, section, given, texts.reads)

@@ -25,9 +25,9 @@ from peftcli.model.target import Target
 from peftcli.plan.plan import Base
 from peftcli.progress import Progress
 from peftcli.recipe.fields import Gate
-from peftcli.recipe.rules import IMAGES
 from peftcli.recipe.schema import EvaluationSection
 from peftcli.run_dir import write_json
+from peftcli.tasks.registry import TASKS
 
 DEFAULT_LIMITS = (Gate("merge_top1_agreement", ">=", 0.98),)
 """Held against the drift where the recipe's gates say nothing about the merge."""
@@ -186,7 +186,7 @@ def _write_all(
 def _original(base: Base, bare: PreTrainedModel) -> Source:
     """The weights of a base without quantization; of a model of images loaded whole, since its files may name them as
     earlier versions of transformers did."""
-    if base.task != IMAGES:
+    if not TASKS[base.task].images:
         return original_weights(base, bare)
     return loaded_weights(load_base(replace(base, device="cpu"), quantized=False))
 

@@ -8,12 +8,14 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
 
+from peftcli.tasks.registry import TASKS
+
 ARGUMENT_NAMES = ("r", "alpha", "dropout")
 """Keys of the adapter section that many methods share, each under a name of its own in PEFT."""
 GRADIENT_BATCHES = 8
 """Training batches whose gradient an adapter begins by, where the recipe gives no number."""
-CAUSAL = ("causal-lm",)
-ALL_TASKS = ("causal-lm", "sequence-classification", "token-classification", "image-classification")
+ALL_TASKS = tuple(TASKS)
+GENERATING_TASKS = tuple(task.name for task in TASKS.values() if task.generates)
 SHAPE = "it reads the shape of each weight, which 4-bit weights do not keep"
 NUMBERS = "it computes with the weights when it is built, and 4-bit weights are no numbers"
 """Why some methods do not work on 4-bit weights."""
@@ -66,6 +68,10 @@ class Method:
         from_weights: it is built from the values of the weights, so a merge needs all of them at once.
         padded: why its rows need padded batches, empty where rows may share a line.
         checkpointing: why activation checkpointing must be off, empty where it may be on.
+        is_lora: its layers are PEFT's plain LoRA layers, which can be fused, sharded and checkpointed one by one.
+        counted: the forecast counts its activations tensor by tensor; those of others are measured on a small layer.
+        allocates_ranks: it moves ranks between modules while it trains.
+        hides_tokens: the model sees its vectors in place of token ids, and so cannot tell where a row ends.
     """
 
     name: str
@@ -88,6 +94,10 @@ class Method:
     from_weights: bool = False
     padded: str = ""
     checkpointing: str = ""
+    is_lora: bool = False
+    counted: bool = False
+    allocates_ranks: bool = False
+    hides_tokens: bool = False
 
     def on_bits(self, bits: object) -> str:
         """Why it does not work on weights of so many bits, empty where it does."""
@@ -97,6 +107,16 @@ class Method:
     def fewest_bits(self) -> int:
         """Bits of the narrowest weights that it works on; 16 where they must not be quantized."""
         return next((bits for bits in (4, 8) if not self.on_bits(bits)), 16)
+
+    @property
+    def trains_norms(self) -> bool:
+        """Whether the weights of norms are trained."""
+        return self.targets in ("norms", "whole")
+
+    @property
+    def trains_all(self) -> bool:
+        """Whether every layer of the model is trained whole."""
+        return bool(self.defaults.get("everything"))
 
     @property
     def prompts(self) -> bool:

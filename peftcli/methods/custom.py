@@ -38,6 +38,7 @@ CUSTOM = (
         },
         targets="writers",
         merge="it is not linear, so no weight of the base can hold it",
+        counted=True,
     ),
     Method(
         name="freeze",
@@ -54,6 +55,7 @@ CUSTOM = (
             **_NEW_TOKENS,
         },
         targets="whole",
+        counted=True,
     ),
     Method(
         name="full",
@@ -66,5 +68,6 @@ CUSTOM = (
         targets="whole",
         four_bit="all weights would be trained, and those of 4 bits have no gradient",
         eight_bit="all weights would be trained, and those of 8 bits have no gradient",
+        counted=True,
     ),
 )

@@ -1,6 +1,6 @@
 """Prompt-learning methods: they train virtual tokens in front of every row and leave the weights alone."""
 
-from peftcli.methods.base import CAUSAL, Method
+from peftcli.methods.base import GENERATING_TASKS, Method
 
 NO_MERGE = "its virtual tokens stand before the row, and no weight holds them"
 PADDED = "each row needs its own virtual tokens before it"
@@ -22,9 +22,10 @@ PROMPT = (
         defaults={"num_virtual_tokens": VIRTUAL_TOKENS},
         unsupported_arguments=CLOSED,
         targets="none",
-        tasks=CAUSAL,
+        tasks=GENERATING_TASKS,
         merge=NO_MERGE,
         padded=PADDED,
+        hides_tokens=True,
     ),
     Method(
         name="p_tuning",
@@ -36,9 +37,10 @@ PROMPT = (
         defaults={"num_virtual_tokens": VIRTUAL_TOKENS},
         unsupported_arguments=CLOSED,
         targets="none",
-        tasks=CAUSAL,
+        tasks=GENERATING_TASKS,
         merge=NO_MERGE,
         padded=PADDED,
+        hides_tokens=True,
     ),
     Method(
         name="prefix",
@@ -50,7 +52,7 @@ PROMPT = (
         defaults={"num_virtual_tokens": VIRTUAL_TOKENS},
         unsupported_arguments=CLOSED,
         targets="none",
-        tasks=CAUSAL,
+        tasks=GENERATING_TASKS,
         merge="its keys and values stand before the row, and no weight holds them",
         padded="each row needs its own keys and values before it",
         checkpointing="blocks that run again in the backward pass would add the prefix to the cache a second time",

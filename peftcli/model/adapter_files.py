@@ -16,8 +16,8 @@ from peftcli.model.adapter_weights import CONFIG, WEIGHTS
 from peftcli.model.manifest import EARLIER, MANIFEST, build_manifest
 from peftcli.plan.choices import EIGHT_BIT
 from peftcli.plan.plan import Plan
-from peftcli.recipe.rules import IMAGES, SEQUENCE, TOKENS
 from peftcli.run_dir import RunDir, read_json, write_json, write_text
+from peftcli.tasks.registry import TASKS
 
 LABELS = {
     "loss": "loss (nats per trained token)",
@@ -35,7 +35,6 @@ LABELS = {
     "mae": "mean absolute error",
     "r2": "R squared",
 }
-PIPELINES = {SEQUENCE: "text-classification", TOKENS: "token-classification", IMAGES: IMAGES}
 """The Hub's names of tasks with labels."""
 
 
@@ -120,8 +119,9 @@ def write_card(run: RunDir) -> None:
     plan, data, evaluation = read_json(run.plan), read_json(run.data), read_json(run.eval)
     base = Path(plan["model"]["name"]).name if Path(plan["model"]["name"]).is_absolute() else plan["model"]["name"]
     head: dict[str, Any] = {"library_name": "peft", "tags": ["peft", "lora"]}
-    if plan["task"] in PIPELINES:
-        head["pipeline_tag"] = PIPELINES[plan["task"]]
+    tag = TASKS[plan["task"]].pipeline_tag
+    if tag is not None:
+        head["pipeline_tag"] = tag
     if not base.startswith("tiny:") and base.count("/") == 1:
         head["base_model"] = base
     chosen = {decision["key"]: decision["value"] for decision in plan["decisions"]}

@@ -2,14 +2,13 @@
 
 from dataclasses import replace
 
+from peftcli.methods.registry import METHODS
 from peftcli.plan.choices import CHECKPOINTING
 from peftcli.plan.machine import Machine
 from peftcli.plan.memory.forecast import micro_batch_memory, rows_of
 from peftcli.plan.memory.model_shape import ModelDimensions
 from peftcli.plan.plan import Decision, Plan
 
-FORESEEN = "lora"
-"""The method whose activations the forecast counts tensor by tensor; with others all blocks stay checkpointed."""
 USED = 0.85
 """Share of a card that the forecast may fill: what it does not foresee, and evaluation, need the rest."""
 
@@ -26,7 +25,7 @@ def choose_checkpointed_layers(plan: Plan, shape: ModelDimensions | None, machin
     """
     if asked is not None or shape is None or not plan.trainer.get("activation_checkpointing"):
         return plan
-    if machine.device != "cuda" or plan.base.device != "cuda" or plan.adapter.method != FORESEEN:
+    if machine.device != "cuda" or plan.base.device != "cuda" or not METHODS[plan.adapter.method].is_lora:
         return plan
     load = micro_batch_memory(plan, shape, machine, rows_of(plan, None))
     room = USED * machine.memory_bytes

@@ -9,8 +9,8 @@ from peftcli.plan.memory.training_setup import ActivationFit
 from peftcli.plan.module_selection import SelectionRule
 from peftcli.plan.optimizer import Trained
 from peftcli.recipe.fields import Gate
-from peftcli.recipe.rules import IMAGES
 from peftcli.recipe.schema import AdapterSection, BudgetSection, DatasetSection, EvaluationSection
+from peftcli.tasks.registry import DEFAULT, TASKS
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -79,7 +79,7 @@ class Base:
     trust_remote_code: bool
     eos_token: str | None = None
     absorbed: tuple[str, ...] = ()
-    task: str = "causal-lm"
+    task: str = DEFAULT
     labels: tuple[str, ...] = ()
     problem_type: str | None = None
     head: tuple[str, ...] = ()
@@ -87,7 +87,7 @@ class Base:
 
     @property
     def tokenizer(self) -> TokenizerChoice:
-        images = self.task == IMAGES
+        images = TASKS[self.task].images
         return TokenizerChoice(
             self.path, self.revision, self.chat_template, self.eos_token, self.trust_remote_code, images
         )
@@ -102,7 +102,7 @@ class LossMask:
         assistant_only: of messages, only the assistant's turns are trained, each with its end token.
         asked: names of the two rules that the recipe demands; data on which one has no meaning are refused.
         max_length: tokens of a row; what is beyond is cut off at the end.
-        task: `causal-lm`, `sequence-classification`, `token-classification` or `image-classification`.
+        task: of the recipe.
         problem_type: of whole texts and images: `single-label`, `multi-label`, `regression`; `auto` asks the data.
     """
 
@@ -110,7 +110,7 @@ class LossMask:
     assistant_only: bool
     asked: tuple[str, ...]
     max_length: int
-    task: str = "causal-lm"
+    task: str = DEFAULT
     problem_type: str = "auto"
 
 

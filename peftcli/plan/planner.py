@@ -20,10 +20,10 @@ from peftcli.plan.parallelism import Sharding, choose_sharding
 from peftcli.plan.plan import DTYPE_BYTES, Base, Batch, Batching, Decision, LossMask, Plan
 from peftcli.plan.smoke import ROW_TOKENS
 from peftcli.plan.targets import choice_decisions, choice_of, match_saved, match_targets, named_targets, within_choice
-from peftcli.recipe.rules import CAUSAL
 from peftcli.recipe.schedulers import LEARNING_RATE
 from peftcli.recipe.schema import AdapterSection, Optimization, QuantizationSection, Recipe
 from peftcli.recipe.trainer_together import default_logging_steps, save_strategy
+from peftcli.tasks.registry import TASKS
 
 ROUNDED = (
     "adapter.dtype bfloat16: an update of less than about 1/256 of its weight is rounded away, so small learning rates "
@@ -310,7 +310,7 @@ def _trainer_arguments(recipe: Recipe, labels: LossMask, choices: Choices, proce
         "save_strategy": save_strategy(given),
         "save_total_limit": 2,
         # The rows are cut already; packing still needs to know the length of a packed row.
-        **({"max_length": labels.max_length if packs else None} if labels.task == CAUSAL else {}),
+        **({"max_length": labels.max_length if packs else None} if TASKS[labels.task].generates else {}),
         "learning_rate": LEARNING_RATE,
         # Nothing else is measured on the way, and without a name transformers refuses save_strategy: best.
         **({"metric_for_best_model": "loss"} if save_strategy(given) == "best" else {}),
@@ -354,14 +354,14 @@ def choose_optimizations(
     reasons = {
         "fused_loss": _head_stays(recipe, choices, facts),
         "fused_lora": _sum_stays(recipe),
-        "deferred_metrics": "" if recipe.model.task == CAUSAL else "of a head none is fetched",
+        "deferred_metrics": "" if TASKS[recipe.model.task].generates else "of a head none is fetched",
     }
     left = {name: why for name, why in reasons.items() if why} | dict.fromkeys(recipe.performance.disable, SWITCH)
     decisions = []
-    if recipe.model.task == CAUSAL and not choices.on_gpu:
+    if TASKS[recipe.model.task].generates and not choices.on_gpu:
         does = "a CPU has no kernels for TRL's, which scores prompts too and makes each product twice; same loss"
         decisions.append(_said("output layer", "trained tokens alone, each product once", does, left.get("fused_loss")))
-    if recipe.adapter.method == "lora":
+    if METHODS[recipe.adapter.method].is_lora:
         does = "PEFT passes through memory three times for it; same sum"
         decisions.append(_said("LoRA", "added in one pass", does, left.get("fused_lora")))
     return OPTIMIZATIONS - left.keys(), tuple(decisions)
@@ -371,7 +371,7 @@ def _head_stays(recipe: Recipe, choices: Choices, facts: ModelFacts) -> str:
     """Why the output layer is left to TRL, empty where it is not; what only the weights tell is seen later."""
     name = (facts.output_layer or "").rpartition(".")[2]
     saved = {module.rpartition(".")[2] for module in recipe.adapter.modules_to_save or ()}
-    if recipe.model.task != CAUSAL or choices.on_gpu:
+    if not TASKS[recipe.model.task].generates or choices.on_gpu:
         return "TRL's kernels on a card score trained tokens alone, and make the second product worth while"
     if METHODS[recipe.adapter.method].targets == "whole" or name in saved:
         return "it is trained"
@@ -382,7 +382,7 @@ def _head_stays(recipe: Recipe, choices: Choices, facts: ModelFacts) -> str:
 
 def _sum_stays(recipe: Recipe) -> str:
     """Why LoRA's sum is left to PEFT, empty where it is not."""
-    if recipe.adapter.method != "lora":
+    if not METHODS[recipe.adapter.method].is_lora:
         return "there is no LoRA"
     if recipe.adapter.use_dora:
         return "DoRA scales the sum"
@@ -419,7 +419,7 @@ def choose_batching(
     why = METHODS[recipe.adapter.method].padded or None
     if why is None:
         why = next((why for name, why in APART.items() if recipe.trainer.get(name)), None)
-    if recipe.model.task != CAUSAL:
+    if not TASKS[recipe.model.task].generates:
         why = "a head reads whole rows, which a line would not keep apart"
     if why is None and choices.attention.value != "sdpa":
         why = f"lines need model.attention sdpa, not {choices.attention.value}"

@@ -12,6 +12,7 @@ from peftcli.recipe.messages import unknown_key
 from peftcli.recipe.problems import Problems, choice_text, dotted, show
 from peftcli.recipe.schema import AdapterSection, QuantizationSection
 from peftcli.recipe.yaml import Tree
+from peftcli.tasks.registry import DEFAULT
 
 FIELDS = tuple(key for key in AdapterSection.model_fields if key != "arguments")
 _LACKS = {"r": "has no rank", "alpha": "has no scale of that kind", "dropout": "has no dropout"}
@@ -62,9 +63,9 @@ def _check_fields(method: Method, given: Mapping[str, Any], tree: Tree, problems
             return "stands before the row and on no module"
         if key == "target_modules" and method.targets == "whole":
             return "trains whole blocks"
-        if key == "layers" and (method.prompts or method.targets == "embeddings" or method.name == "full"):
-            return "trains all layers" if method.name == "full" else "stands in none of them"
-        if key in ("use_rslora", "use_dora") and given[key] is not False and method.name != "lora":
+        if key == "layers" and (method.prompts or method.targets == "embeddings" or method.trains_all):
+            return "trains all layers" if method.trains_all else "stands in none of them"
+        if key in ("use_rslora", "use_dora") and given[key] is not False and not method.is_lora:
             return "is not LoRA"
         if key == "modules_to_save" and known is not None and key not in known:
             return "saves no other modules"
@@ -165,7 +166,7 @@ def quantized_bits(tree: Tree) -> Any:
 def check_together(method: Method, tree: Tree, trainer: Mapping[str, Any], problems: Problems) -> None:
     """Report what the recipe asks for that the method cannot do."""
     title = f"adapter.method {method.name}"
-    task = tree.get("model", "task") or "causal-lm"
+    task = tree.get("model", "task") or DEFAULT
     if isinstance(task, str) and task not in method.tasks:
         text = f"model.task: {task} cannot be learned with {title}, which does {choice_text(method.tasks)}"
         problems.add(tree.place(("model", "task")), text)

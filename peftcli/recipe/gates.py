@@ -2,11 +2,12 @@
 
 from peftcli.nearest import nearest
 from peftcli.recipe.earlier_names import RENAMED_KEYS
-from peftcli.recipe.fields import AVERAGED_FIGURES, GATE_NAMES, Gate, parse_gate
+from peftcli.recipe.fields import GATE_NAMES, Gate, parse_gate
 from peftcli.recipe.problems import Problems, printable, show
 from peftcli.recipe.yaml import Tree
+from peftcli.tasks.base import AVERAGED_METRICS
 
-_SHORT = [name for name in GATE_NAMES if name not in AVERAGED_FIGURES]
+_SHORT = [name for name in GATE_NAMES if name not in AVERAGED_METRICS]
 
 
 def read_gates(tree: Tree, problems: Problems) -> tuple[Gate, ...]:

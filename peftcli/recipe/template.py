@@ -3,9 +3,12 @@
 `{column.0.key}` reaches into a nested value: what follows a dot is a key or the position in a list.
 """
 
+import json
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
+
+from peftcli.errors import RecipeError
 
 _PIECE = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
 _LONGEST_POSITION = 9
@@ -148,3 +151,23 @@ def _checked(name: str) -> str:
             plain = name.partition(sign)[0] or "column"
             raise ValueError(f"{{{name}}} asks for {what}; a template takes whole columns only, such as {{{plain}}}")
     return name
+
+
+def fill_template(text: str, template: str) -> str:
+    """Put what was asked into the columns of a template.
+
+    Raises:
+        RecipeError: it has several columns and the text is no JSON object with them.
+    """
+    columns = template_columns(template)
+    if len(columns) == 1 and not text.lstrip().startswith("{"):
+        return render(template, {columns[0]: text})
+    try:
+        row = json.loads(text)
+    except json.JSONDecodeError:
+        row = None
+    missing = [name for name in columns if not isinstance(row, dict) or split_path(name, row) is None]
+    if missing:
+        example = json.dumps({name: "..." for name in columns})
+        raise RecipeError(f"the prompt template is {template!r}; give a JSON object such as {example}, or --raw")
+    return render(template, row)

@@ -13,7 +13,6 @@ from peftcli.recipe.argument_values import limit_fault, nested_type_error, type_
 from peftcli.recipe.library_args import Argument, installed_arguments
 from peftcli.recipe.messages import type_hint
 from peftcli.recipe.problems import KeyPath, Problems, Where, choice_text, dotted, show
-from peftcli.recipe.rules import CAUSAL
 from peftcli.recipe.trainer_together import deprecations, implied, together_faults
 from peftcli.recipe.trainer_values import read_json_text, value_fault
 from peftcli.recipe.yaml import Tree
@@ -384,7 +383,7 @@ class _Section:
             for path, text in together_faults(asked):
                 if not any(name in text for name in self.refused):  # whose value it cannot know
                     self.problems.add(self._place(path), text)
-        for path, text in deprecations(self.arguments, self.tree.get("model", "task") or CAUSAL):
+        for path, text in deprecations(self.arguments, self.tree.get("model", "task")):
             self.problems.note(self._place(path), text)
         warmup = self.arguments.get("warmup_steps", 0)
         if asked.get("lr_scheduler_type") == "constant" and warmup:

@@ -5,11 +5,12 @@ from typing import Any
 
 from peftcli.recipe.optimizers import optimizer_faults
 from peftcli.recipe.problems import KeyPath
-from peftcli.recipe.rules import CAUSAL
 from peftcli.recipe.schedulers import scheduler_faults
 from peftcli.recipe.trainer_values import inner_faults
+from peftcli.tasks.registry import TASKS
 
 _WORKERS = ("dataloader_prefetch_factor", "dataloader_persistent_workers", "dataloader_multiprocessing_context")
+_GENERATING = tuple(task.name for task in TASKS.values() if task.generates)
 _COMPILE = ("torch_compile_backend", "torch_compile_mode")
 
 
@@ -85,7 +86,7 @@ def implied(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return {"torch_compile": True} if compiles and "torch_compile" not in arguments else {}
 
 
-def deprecations(arguments: Mapping[str, Any], task: str) -> Iterator[tuple[KeyPath, str]]:
+def deprecations(arguments: Mapping[str, Any], task: Any) -> Iterator[tuple[KeyPath, str]]:
     """What the next major version of a library takes away: the key, and the notice.
 
     Source: the warnings of trl/trainer/sft_trainer.py, 1.16.
@@ -93,6 +94,6 @@ def deprecations(arguments: Mapping[str, Any], task: str) -> Iterator[tuple[KeyP
     if arguments.get("use_liger_kernel"):
         text = "trainer.use_liger_kernel is deprecated and goes with TRL 2.0, which takes kernels from the Hub instead "
         yield ("use_liger_kernel",), text + "(use_kernels); remove it to be ready for that"
-    if task == CAUSAL and arguments.get("label_smoothing_factor"):
+    if task in (None, *_GENERATING) and arguments.get("label_smoothing_factor"):
         text = "trainer.label_smoothing_factor is deprecated for language models and goes with TRL 2.0, with nothing "
         yield ("label_smoothing_factor",), text + "in its place; until then each step runs an extra forward pass"

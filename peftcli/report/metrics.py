@@ -18,6 +18,8 @@ from peftcli.report.format import (
     wilson_interval,
 )
 from peftcli.report.load import Stages, figure, find, objects, text
+from peftcli.tasks.base import Task
+from peftcli.tasks.registry import DEFAULT, TASKS, find_task
 
 MODELS = ("base", "adapter", "merged")
 ELSEWHERE = frozenset(
@@ -25,11 +27,6 @@ ELSEWHERE = frozenset(
     + ["token_entity_precision", "token_entity_recall"]
 )
 """Figures that stand with the classes, or nowhere."""
-LOSS_OF = {
-    "token-classification": "Loss, nats per tagged word",
-    "sequence-classification": "Loss per row",
-    "image-classification": "Loss per image",
-}
 PRIMARY = ("exact_match", "entity_f1", "f1", "accuracy", "pearson", "loss")
 COUNTED_ON_ANSWERS = ("exact_match", "chrf", "unfinished_answers")
 
@@ -119,6 +116,11 @@ def rows_scored(stages: Stages, key: str) -> int | None:
     return int(rows) if rows else None
 
 
+def task_of(stages: Stages) -> Task:
+    """The task of a run; runs of earlier versions that do not state it are language models."""
+    return find_task(stages.metrics.get("task")) or TASKS[DEFAULT]
+
+
 def interval(stages: Stages, side: str) -> tuple[float, float] | None:
     """The 95 % interval of a side's exact match, where the number of answers is known."""
     ratio, rows = figure(stages.metrics, side, "exact_match"), rows_scored(stages, "exact_match")
@@ -129,8 +131,9 @@ def metric_table(stages: Stages) -> Table | None:
     """Base, adapter and merged model side by side; None where no metric was measured."""
     metrics = stages.metrics
     shown = [metric for metric in (*METRICS, *_unknown(metrics)) if _measured(metrics, metric.key)]
-    loss = LOSS_OF.get(str(metrics.get("task")))
-    shown = [replace(metric, title=loss) if loss and metric.key == "loss" else metric for metric in shown]
+    task = task_of(stages)
+    if not task.generates:
+        shown = [replace(metric, title=task.loss_title) if metric.key == "loss" else metric for metric in shown]
     if not shown and not find(metrics, "retention"):
         return None
     rows: list[tuple[Cell | str, ...]] = []
@@ -206,7 +209,7 @@ def classes_section(stages: Stages) -> Section | None:
     if side is None:
         return None
     found = find(stages.metrics, side)
-    of_words = stages.metrics.get("task") == "token-classification"
+    of_words = task_of(stages).label_of == "token"
     unit = "Words" if of_words else "Rows"
     classes = _class_table("Tag" if of_words else "Class", unit, objects(found, "per_class"))
     blocks: list[Block | None] = [

@@ -17,7 +17,7 @@ from peftcli.report.format import (
     without_home,
 )
 from peftcli.report.load import Stages, figure, find, objects, text
-from peftcli.report.metrics import BY_KEY, LOSS_OF, interval, primary_metric, rows_scored
+from peftcli.report.metrics import BY_KEY, interval, primary_metric, rows_scored, task_of
 
 STATUS: dict[str, tuple[str, Tone]] = {
     "finished": ("✓ finished", "good"),
@@ -79,7 +79,7 @@ def _learned(stages: Stages) -> str:
     rows = rows_scored(stages, metric.key)
     on = f" on {rows:,} held-out rows" if rows else " on the held-out rows"
     name = metric.title.split(",")[0]
-    unit = " nats per trained token" if metric.key == "loss" and stages.metrics.get("task") not in LOSS_OF else ""
+    unit = " nats per trained token" if metric.key == "loss" and task_of(stages).generates else ""
     base, adapter = figure(stages.metrics, "base", metric.key), figure(stages.metrics, "adapter", metric.key)
     if adapter is None or base is None:
         side, measured = ("adapter", adapter) if base is None else ("base", base)
@@ -109,7 +109,7 @@ def _merged(stages: Stages) -> str:
         return ""
     positions = figure(stages.merge, "positions")
     where = f" at {percent(agreement)} of {count(positions)} positions" if positions else f" at {percent(agreement)}"
-    does = "gives the same label" if stages.metrics.get("task") in LOSS_OF else "predicts the same token"
+    does = task_of(stages).agreement
     sentence = f"The merged model {does} as the adapter{where}"
     met = find(stages.merge, "met")
     if met is None:
@@ -160,7 +160,7 @@ def tiles(stages: Stages) -> tuple[Tile, ...]:
         base, adapter = figure(stages.metrics, "base", key), figure(stages.metrics, "adapter", key)
         if base is not None or adapter is not None:
             write = BY_KEY[key].write
-            per_token = key == "loss" and stages.metrics.get("task") not in LOSS_OF
+            per_token = key == "loss" and task_of(stages).generates
             note = "base → adapter, nats per token" if per_token else "base → adapter"
             found.append(Tile(BY_KEY[key].title.split(",")[0], f"{write(base)} → {write(adapter)}", note))
     if find(stages.metrics, "retention"):
@@ -168,7 +168,7 @@ def tiles(stages: Stages) -> tuple[Tile, ...]:
         found.append(Tile("Forgetting", " → ".join(losses), "loss on another text, base → adapter"))
     agreement = _merge_figure(stages, "top1_agreement")
     if agreement is not None:
-        what = "label" if stages.metrics.get("task") in LOSS_OF else "next token"
+        what = "next token" if task_of(stages).generates else "label"
         found.append(Tile("Merge agreement", percent(agreement), f"same {what} as the adapter"))
     seconds = _first(figure(stages.train, "seconds"), figure(stages.metrics, "train", "seconds"))
     if seconds is not None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 from peftcli.report.blocks import Plot, Plots, Table, table
 from peftcli.report.format import compact, count, several, significant
 from peftcli.report.load import Stages, figure
-from peftcli.report.metrics import LOSS_OF
+from peftcli.report.metrics import task_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -125,7 +125,7 @@ def log_plots(stages: Stages) -> Plots | None:
 
 
 def _loss_note(stages: Stages, curve: Curve, window: int) -> str:
-    parts = [f"{LOSS_OF.get(str(stages.metrics.get('task')), 'Nats per trained token')}, over the steps."]
+    parts = [f"{task_of(stages).loss_title}, over the steps."]
     if curve.smooth:
         parts.append(f"Light: each logged step; dark: the mean of {window} of them.")
     if curve.levels:

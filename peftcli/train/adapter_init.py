@@ -27,9 +27,10 @@ from peftcli.model.files import Source, original_weights, turned_layers
 from peftcli.model.gradients import gradient_matrices
 from peftcli.model.scoring import pad_right
 from peftcli.plan.plan import Plan
-from peftcli.recipe.rules import SEQUENCE
 from peftcli.recipe.schema import AdapterSection
-from peftcli.train.module_selection import reader, sample_rows
+from peftcli.tasks.base import load
+from peftcli.tasks.registry import TASKS
+from peftcli.train.module_selection import sample_rows
 
 NAME = "default"
 FIRST = "start.safetensors"
@@ -212,7 +213,7 @@ def initialize_adapter(
         initialize_from_quantization_error(model, original_weights(plan.base, model.get_base_model()))
     if kind == "eva":
         rows = data.train.store.examples.column("input_ids").take(data.train.rows[:MOST_ROWS])
-        pooled = plan.task == SEQUENCE
+        pooled = TASKS[plan.task].labels_texts
         initialize_from_data(model, rows.to_pylist(), pad_id, pooled=pooled)
     return None
 
@@ -323,7 +324,7 @@ def initialize_from_gradient(
     layers: dict[str, Any] = dict(lora_layers(model) if lora else shira_layers(model))
     batches = int(plan.adapter.arguments.get("gradient_batches", GRADIENT_BATCHES))
     rows = sample_rows(plan, len(data.train.rows), batches)
-    make, loss = reader(plan, data, tokenizer, model)
+    make, loss = load(TASKS[plan.task].batches)(plan, data, tokenizer, model)
     firsts: dict[str, tuple[Tensor, Tensor]] = {}
     for part in _parts(layers):
         names = {f"{name}.base_layer": name for name in part}

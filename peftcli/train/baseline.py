@@ -11,6 +11,7 @@ from peftcli.recipe.dump import changed_keys
 from peftcli.recipe.load import load_run_recipe
 from peftcli.recipe.schema import Recipe
 from peftcli.run_dir import RunDir, read_json
+from peftcli.tasks.registry import TASKS
 
 FREE = (
     "name",
@@ -56,7 +57,7 @@ def reuse_blocker(source_run: RunDir, recipe: Recipe, plan: Plan, stamp: Mapping
         return changed[0]
     if stamp.get("data.test") is None:
         return "there are no test rows"
-    if plan.task != "causal-lm":
+    if not TASKS[plan.task].generates:
         return "a new head is part of the base"
     evaluation, train = stored["eval.json"], stored["train.json"]
     if "baseline_seconds" not in evaluation or (plan.evaluation.baseline and evaluation.get("base") is None):

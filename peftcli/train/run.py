@@ -7,12 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
 
-from peftcli.adapters.build import peft_config
 from peftcli.data.prepare import PreparedData
+from peftcli.methods.registry import METHODS
 from peftcli.model.adapter_files import save_adapter, write_card
 from peftcli.model.distributed import from_first
 from peftcli.model.evaluate import (
@@ -32,8 +31,9 @@ from peftcli.model.padding_free import enable_padding_free, kernels_used, row_pr
 from peftcli.model.varlen_attention import rejected
 from peftcli.plan.plan import DTYPE_BYTES, Plan
 from peftcli.progress import Progress
-from peftcli.recipe.rules import CAUSAL
 from peftcli.run_dir import RunDir, read_json, write_json
+from peftcli.tasks.base import load
+from peftcli.tasks.registry import TASKS
 from peftcli.train import checkpoint
 from peftcli.train.adalora import RankAllocation
 from peftcli.train.adapter_init import initialize_adapter, initialize_from_gradient, takes_gradient
@@ -45,7 +45,6 @@ from peftcli.train.module_selection import select_modules
 from peftcli.train.precision import downcast_saved_modules, free_trained_base, upcast_trainable
 from peftcli.train.step import StepTrainer
 from peftcli.train.stop import StoppableProgress, StopRequests, is_first_process
-from peftcli.train.trainers import Trainer, make_label_trainer
 
 UNMEASURED_RESERVE_SECONDS = 60.0
 """Set aside for the last evaluation where no baseline told how long one takes."""
@@ -116,9 +115,8 @@ def train(
     if chosen is not None:
         progress.note(chosen)
     lines = plan.batching.kind == "padding_free" and _keeps_rows_apart(model, progress)
-    make = make_trainer if plan.task == CAUSAL else make_label_trainer
     with naming_arguments(session.trainer):
-        trainer: StepTrainer = make(plan, run, data, tokenizer, model)
+        trainer: StepTrainer = load(TASKS[plan.task].trainer)(plan, run, data, tokenizer, model)
     trainer.optimizations |= plan.optimizations
     if "fused_loss" in plan.optimizations and not score_targets(model):
         trainer.optimizations.discard("fused_loss")
@@ -153,7 +151,7 @@ def train(
     trainer.add_callback(ForwardCallback(plan.checkpointed_blocks, trainer.optimizations))
     trainer.add_callback(CalibrationCallback(trainer, plan, data.train.column("length"), progress))
     trainer.add_callback(watch)  # whose clock begins after the calibration
-    if plan.adapter.method == "adalora":
+    if METHODS[plan.adapter.method].allocates_ranks:
         trainer.ranks = RankAllocation(trainer.model, plan.adapter, resume_from)
         trainer.add_callback(trainer.ranks)
     if resume_from is not None:
@@ -225,32 +223,12 @@ def run_forecast(plan: Plan, trainer: Mapping[str, Any]) -> Forecast:
         MachineError: a package that a trainer argument needs is missing.
         RecipeError: the libraries refuse a trainer argument.
     """
-    kind = SFTConfig if plan.task == CAUSAL else TrainingArguments
+    kind = load(TASKS[plan.task].arguments)
     with naming_arguments(trainer, only=True):
         arguments = kind(output_dir="unused", **plan.trainer)
     keep = (arguments.save_total_limit or 2) + bool(arguments.load_best_model_at_end)
     width = DTYPE_BYTES[plan.adapter_dtype]
     return forecast(plan.trained, optimizer=str(arguments.optim.value), keep=keep, width=width)
-
-
-def make_trainer(
-    plan: Plan, run: RunDir, data: PreparedData, tokenizer: PreTrainedTokenizerBase, model: Any
-) -> Trainer:
-    """Hand the plan to TRL, which wraps the model, and make the trainable weights as wide as the plan says."""
-    arguments = SFTConfig(output_dir=str(run.checkpoints), **plan.trainer)
-    # Several visible cards without a launcher would mean nn.DataParallel, which TRL refuses; the plan uses one.
-    arguments._n_gpu = min(arguments.n_gpu, 1)
-    trainer = Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=Dataset(data.train.store.examples.select(["input_ids", "labels"])).select(data.train.rows),
-        eval_dataset=Dataset(data.test.select(["input_ids", "labels"])) if data.holds_out else None,
-        processing_class=tokenizer,
-        peft_config=peft_config(plan.adapter, plan.task, tokenizer=plan.base.path),
-    )
-    upcast_trainable(trainer.model, plan.adapter_dtype)
-    trainer.defers = "deferred_metrics" in plan.optimizations
-    return trainer
 
 
 def _known_baseline(run: RunDir, session: Session, *, resuming: bool) -> Path | None:

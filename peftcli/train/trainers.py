@@ -13,7 +13,7 @@ from datasets import Dataset
 from peft import get_peft_model
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
-from trl import SFTTrainer
+from trl import SFTConfig, SFTTrainer
 
 from peftcli.adapters.build import peft_config
 from peftcli.data.prepare import PreparedData
@@ -102,6 +102,26 @@ class Trainer(StepTrainer, DeferredTrainer):
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write none: the adapter folder gets a card with this run's own figures."""
+
+
+def make_trainer(
+    plan: Plan, run: RunDir, data: PreparedData, tokenizer: PreTrainedTokenizerBase, model: Any
+) -> Trainer:
+    """Hand the plan to TRL, which wraps the model, and make the trainable weights as wide as the plan says."""
+    arguments = SFTConfig(output_dir=str(run.checkpoints), **plan.trainer)
+    # Several visible cards without a launcher would mean nn.DataParallel, which TRL refuses; the plan uses one.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=Dataset(data.train.store.examples.select(["input_ids", "labels"])).select(data.train.rows),
+        eval_dataset=Dataset(data.test.select(["input_ids", "labels"])) if data.holds_out else None,
+        processing_class=tokenizer,
+        peft_config=peft_config(plan.adapter, plan.task, tokenizer=plan.base.path),
+    )
+    upcast_trainable(trainer.model, plan.adapter_dtype)
+    trainer.defers = "deferred_metrics" in plan.optimizations
+    return trainer
 
 
 class HeadTrainer(transformers.Trainer):  # type: ignore[misc]  # transformers' trainer is untyped

@@ -15,8 +15,8 @@ from peftcli.plan.memory.suggestions import suggest
 from peftcli.plan.memory.training_setup import FULL_LOGITS_HEAD, LogitsHead, TrainingSetup, tile_rows
 from peftcli.plan.optimizer import optimizer_bytes
 from peftcli.plan.plan import DTYPE_BYTES, Plan
-from peftcli.recipe.rules import CAUSAL
 from peftcli.recipe.schema import SelectSection
+from peftcli.tasks.registry import TASKS
 
 FLASH_CAPABILITY = (8, 0)
 """From which on torch has an attention that lets query heads share a key head and keeps no probabilities.
@@ -151,7 +151,7 @@ def training_setup(plan: Plan, shape: ModelDimensions, machine: Machine, *, one_
         activation_fit=plan.activation_fit,
         first_block=_first_block(plan, shape),
         freed=min(plan.trainable_parameters, shape.parameters) if plan.frees_base else 0,
-        norms_trained=plan.adapter.method in ("full", "freeze", "ln_tuning"),
+        norms_trained=METHODS[plan.adapter.method].trains_norms,
     )
 
 
@@ -168,8 +168,8 @@ def _first_block(plan: Plan, shape: ModelDimensions) -> int:
         return 0
     if plan.adapter.layers is not None and not isinstance(plan.adapter.layers, SelectSection):
         return min(plan.adapter.layers, default=0)
-    if plan.adapter.method == "freeze" and not arguments.get("embeddings"):
-        last = arguments.get("last_layers", METHODS["freeze"].defaults["last_layers"])
+    last = arguments.get("last_layers", METHODS[plan.adapter.method].defaults.get("last_layers"))
+    if last is not None and not arguments.get("embeddings"):
         return max(0, shape.layers - int(last))
     return 0
 
@@ -186,7 +186,7 @@ def weight_bits(quantization: Mapping[str, Any] | None) -> float | None:
 
 
 def _head(plan: Plan, shape: ModelDimensions) -> LogitsHead:
-    if plan.task != CAUSAL:
+    if not TASKS[plan.task].generates:
         return LogitsHead(None, len(plan.base.labels), FULL_LOGITS_HEAD.bytes)
     if plan.trainer.get("label_smoothing_factor"):
         return FULL_LOGITS_HEAD
