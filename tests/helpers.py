@@ -18,7 +18,8 @@ from peftcli.plan.memory.training_setup import TrainingSetup
 from peftcli.plan.plan import Base
 from peftcli.progress import Silent
 from peftcli.recipe.load import load_recipe
-from peftcli.run_dir import RunDir, read_json, read_log
+from peftcli.run_dir import read_json, read_log
+from peftcli.train.step import TrainerSetup
 from peftcli.train.trainers import Trainer, make_trainer
 
 Cli = Callable[..., int]
@@ -159,4 +160,4 @@ def trainer_of(recipe: Path, folder: Path) -> Trainer:
     """The trainer as `train` builds it."""
     plan = plan_recipe(load_recipe(recipe)).plan
     tokenizer, data = prepare_data(plan, Silent())
-    return make_trainer(plan, RunDir(folder), data, tokenizer, load_base(plan.base))
+    return make_trainer(TrainerSetup(plan, data, tokenizer), folder / "checkpoints", load_base(plan.base))

@@ -28,7 +28,6 @@ from peftcli.plan.machine import Machine, ModelFacts
 from peftcli.plan.memory.forecast import OPTIMIZER, make_forecast, rows_of
 from peftcli.plan.memory.model_shape import ModelDimensions
 from peftcli.plan.optimizer import Trained
-from peftcli.plan.partial_checkpointing import choose_checkpointed_layers
 from peftcli.plan.plan import DTYPE_BYTES, LossMask, Plan, TokenizerChoice
 from peftcli.plan.planner import check_recipe, loss_mask, make_plan
 from peftcli.plan.smoke import stand_in_adapter
@@ -58,11 +57,14 @@ class Planned:
     counter: Callable[..., Callable[[AdapterSection], Trained]] | None = None
 
 
-def plan_recipe(loaded: Loaded, *, smoke: bool = False, machine: Machine | None = None) -> Planned:
+def plan_recipe(
+    loaded: Loaded, *, smoke: bool = False, machine: Machine | None = None, merged_adapters: Sequence[str] = ()
+) -> Planned:
     """Make the plan of a recipe; no weight is loaded.
 
     Args:
         machine: to plan for; the one at hand when None.
+        merged_adapters: folders of the adapters of earlier stages.
     """
     recipe = loaded.recipe
     if recipe.adapter.init_from is not None:
@@ -76,15 +78,16 @@ def plan_recipe(loaded: Loaded, *, smoke: bool = False, machine: Machine | None 
     if located.rehearsal is not None:
         recipe, facts = _on_stand_in(recipe, facts, located.rehearsal)
     counter = partial(trainable_counter, path, config, task, trust_remote_code=trust)
-    plan = make_plan(recipe, machine, facts, counter(labels=labels), smoke=smoke, notices=loaded.notices)
-    fitted = fit_activation_memory(plan)
-    if fitted is None:
-        uncounted = (
-            f"what {plan.adapter.method} keeps for the backward pass is not known; the forecast counts LoRA's part"
-        )
-        plan = replace(plan, notices=(*plan.notices, uncounted))
-    plan = replace(plan, activation_fit=fitted or {})
-    plan = choose_checkpointed_layers(plan, facts.shape, machine, recipe.trainer.get("activation_checkpointing"))
+    plan = make_plan(
+        recipe,
+        machine,
+        facts,
+        counter(labels=labels),
+        smoke=smoke,
+        notices=loaded.notices,
+        merged_adapters=tuple(merged_adapters),
+        fit_activations=fit_activation_memory,
+    )
     return Planned(plan, machine, facts.shape, counter)
 
 

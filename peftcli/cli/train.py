@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -255,18 +255,17 @@ def _planned_rows(
         real_tokenizer,
     )
     from peftcli.model.distributed import first_of_machine_first
-    from peftcli.model.load import with_earlier
     from peftcli.train.run import run_forecast
 
     def prepare() -> tuple["Planned", "PreTrainedTokenizerBase", "PreparedData"]:
-        planned = plan_recipe(loaded, smoke=smoke)
-        plan = with_earlier(planned.plan, earlier)
+        planned = plan_recipe(loaded, smoke=smoke, merged_adapters=earlier)
+        plan = planned.plan
         if is_first_process():
             check_disk_space(run.path, run_forecast(plan, loaded.recipe.trainer))
         begun = time.monotonic()
         tokenizer, data = prepare_data(plan, StoppableProgress(shown, stops, "before the first step"))
         data.facts["prepare_seconds"] = round(time.monotonic() - begun, 3)
-        return plan_with_labels(replace(planned, plan=plan), data), tokenizer, data
+        return plan_with_labels(planned, data), tokenizer, data
 
     planned, tokenizer, data = first_of_machine_first(prepare, is_first=is_first_of_machine())
     plan = planned.plan

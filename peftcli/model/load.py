@@ -6,7 +6,6 @@ The adapters of earlier stages are merged into a base as it is loaded.
 import hashlib
 import re
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from peftcli.model.distributed import disable_accelerate_fsdp
 from peftcli.model.heads import auto_class, load_with_head, unquantized_modules
 from peftcli.model.hub import explain_missing, look_for_network
 from peftcli.nearest import nearest
-from peftcli.plan.plan import Base, Plan, TokenizerChoice
+from peftcli.plan.plan import Base, TokenizerChoice
 from peftcli.tasks.registry import TASKS
 
 FAST_CPU_PATH = "support_avx512bf16_for_cpu"
@@ -259,11 +258,6 @@ def merge_previous_stages(model: PreTrainedModel, folders: Sequence[str]) -> Pre
     if folders:
         model.requires_grad_(False)
     return model
-
-
-def with_earlier(plan: Plan, folders: Sequence[str]) -> Plan:
-    """The plan of a stage whose base is folded with the adapters of the stages before."""
-    return replace(plan, base=replace(plan.base, absorbed=tuple(folders))) if folders else plan
 
 
 def base_hash(base: str | None, folders: Sequence[str]) -> str | None:

@@ -3,8 +3,9 @@
 Also which optimizations a plan uses (none of them changes the loss), and whether batches are padding-free.
 """
 
-from collections.abc import Callable
-from typing import Any, get_args
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, TypeAlias, get_args
 
 from peftcli.errors import MachineError, RecipeError
 from peftcli.methods.prompt import VIRTUAL_TOKENS
@@ -15,8 +16,10 @@ from peftcli.plan.choices import Choices, choose, choose_trained_dtype, count_ba
 from peftcli.plan.heads import base_with_head, head_decisions, head_notices, with_head
 from peftcli.plan.machine import Machine, ModelFacts
 from peftcli.plan.memory.estimate import INT8_BITS, NF4_BITS
+from peftcli.plan.memory.training_setup import ActivationFit
 from peftcli.plan.optimizer import Trained
 from peftcli.plan.parallelism import Sharding, choose_sharding
+from peftcli.plan.partial_checkpointing import choose_checkpointed_layers
 from peftcli.plan.plan import DTYPE_BYTES, Base, Batch, Batching, Decision, LossMask, Plan
 from peftcli.plan.smoke import ROW_TOKENS
 from peftcli.plan.targets import choice_decisions, choice_of, match_saved, match_targets, named_targets, within_choice
@@ -54,6 +57,10 @@ APART = {
 """Trainer arguments with which rows stay padded, and why."""
 
 
+FitActivations: TypeAlias = Callable[[Plan], Mapping[str, ActivationFit] | None]
+"""By the last name of a layer, what an adapter saves there; None where that cannot be measured."""
+
+
 def make_plan(
     recipe: Recipe,
     machine: Machine,
@@ -62,8 +69,13 @@ def make_plan(
     *,
     smoke: bool = False,
     notices: tuple[str, ...] = (),
+    merged_adapters: tuple[str, ...] = (),
+    fit_activations: FitActivations | None = None,
 ) -> Plan:
     """Decide what will happen.
+
+    Two facts are known later and change the plan then: the names of the classes (`resolve_labels`) and the modules that
+    the gradient selects (`resolve_targets`).
 
     Args:
         recipe: what was asked.
@@ -71,7 +83,9 @@ def make_plan(
         facts: the base model's structure.
         count_trainable: the trainable parameters of an adapter on that structure.
         smoke: the base is a stand-in and the run a rehearsal.
-        notices: what the recipe's loading had to say.
+        notices: of the loading of the recipe.
+        merged_adapters: folders of the adapters of earlier stages, which are merged into the base.
+        fit_activations: measures what an adapter saves for the backward pass; without it the forecast counts LoRA's.
 
     Raises:
         RecipeError: an adapter target matches nothing.
@@ -93,12 +107,12 @@ def make_plan(
     trained = within_choice(count_trainable(adapter), choice)
     trainable = trained.parameters
     total = facts.parameters + trainable
-    return Plan(
+    plan = Plan(
         name=recipe.name,
         task=recipe.model.task,
         smoke=smoke,
         seed=recipe.seed,
-        base=base_with_head(_base(recipe, facts, choices), recipe, facts),
+        base=base_with_head(_base(recipe, facts, choices, merged_adapters), recipe, facts),
         architecture=facts.architecture,
         adapter=adapter,
         adapter_dtype=choose_trained_dtype(recipe, choices).value,
@@ -137,9 +151,19 @@ def make_plan(
         possible_shards=sharding.possible,
         own_tokenizer=facts.own_tokenizer,
     )
+    if fit_activations is not None:
+        plan = _with_activations(plan, fit_activations(plan))
+    return choose_checkpointed_layers(plan, facts.shape, machine, recipe.trainer.get("activation_checkpointing"))
 
 
-def _base(recipe: Recipe, facts: ModelFacts, choices: Choices) -> Base:
+def _with_activations(plan: Plan, fitted: Mapping[str, ActivationFit] | None) -> Plan:
+    if fitted is not None:
+        return replace(plan, activation_fit=fitted)
+    unknown = f"activation memory of {plan.adapter.method} cannot be estimated; the forecast assumes LoRA"
+    return replace(plan, notices=(*plan.notices, unknown))
+
+
+def _base(recipe: Recipe, facts: ModelFacts, choices: Choices, merged_adapters: tuple[str, ...]) -> Base:
     return Base(
         name=recipe.model.name,
         path=facts.path,
@@ -151,6 +175,7 @@ def _base(recipe: Recipe, facts: ModelFacts, choices: Choices) -> Base:
         chat_template=recipe.model.chat_template,
         trust_remote_code=recipe.model.trust_remote_code,
         eos_token=recipe.model.eos_token,
+        absorbed=merged_adapters,
     )
 
 

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from peftcli.methods.registry import METHODS
-from peftcli.recipe.fields import GATE_NAMES
 from peftcli.recipe.no_test_rows import find_untested
 from peftcli.recipe.problems import KeyPath, Problems, dotted
 from peftcli.recipe.schema import Recipe
@@ -281,10 +280,11 @@ def check_unused_keys(tree: Tree, problems: Problems) -> None:
         return  # the schema says which there are
     for path, why in task.unused_keys.items():
         _refuse(path, task.name, why, tree, problems)
-    others = {name for other in TASKS.values() for name in other.metrics} - set(task.metrics)
-    for name in (name for name in GATE_NAMES if name in others):
-        why = f"it has no such metric; {' and '.join(task.metrics[1:3])} are among those it has"
-        _refuse(("gates", name), task.name, why, tree, problems)
+    for other in TASKS.values():
+        for name in other.metrics:
+            if name not in task.metrics:
+                why = f"it is a metric of {other.name}; use {' or '.join(task.metrics[1:3])}"
+                _refuse(("gates", name), task.name, why, tree, problems)
 
 
 def _refuse(path: KeyPath, task: str, why: str, tree: Tree, problems: Problems) -> None:

@@ -198,15 +198,25 @@ def leading_part(word: str) -> Callable[[str, LoraLayer], tuple[Tensor, Tensor]]
 
 
 def initialize_adapter(
-    model: PeftModel, plan: Plan, data: PreparedData, pad_id: int, resume_from: Path | None
+    model: PeftModel, plan: Plan, data: PreparedData, tokenizer: PreTrainedTokenizerBase, resume_from: Path | None
 ) -> ResidualInit | None:
-    """Let LoRA begin where the recipe says.
+    """Initialize an adapter as the recipe says.
+
+    Args:
+        model: the wrapped model.
+        resume_from: the checkpoint that the run resumes from, which holds the initial weights.
 
     Returns:
-        What has to be kept and settled, None where nothing has.
+        The initial weights that were taken out of the base, None where none were.
+
+    Raises:
+        RecipeError: a layer is too small for the rank.
+        DataError: the rows are fewer than the directions that EVA looks for.
     """
     word = plan.adapter.arguments.get("init_lora_weights")
     kind = init_kind(plan.adapter.arguments)
+    if takes_gradient(plan.adapter):
+        return initialize_from_gradient(model, plan, data, tokenizer, resume_from)
     if kind in PRINCIPAL:
         return ResidualInit(model, leading_part(str(word)), resume_from)
     if kind == "loftq":
@@ -214,7 +224,7 @@ def initialize_adapter(
     if kind == "eva":
         rows = data.train.store.examples.column("input_ids").take(data.train.rows[:MOST_ROWS])
         pooled = TASKS[plan.task].labels_texts
-        initialize_from_data(model, rows.to_pylist(), pad_id, pooled=pooled)
+        initialize_from_data(model, rows.to_pylist(), tokenizer.pad_token_id or 0, pooled=pooled)
     return None
 
 

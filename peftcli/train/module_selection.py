@@ -19,7 +19,7 @@ from peftcli.model.inspect import count_on_layer
 from peftcli.plan.module_layout import within
 from peftcli.plan.module_selection import Selection, choose_layers, choose_modules
 from peftcli.plan.plan import Plan
-from peftcli.plan.targets import ALL_LINEAR, chosen_plan, matches
+from peftcli.plan.targets import ALL_LINEAR, matches, resolve_targets
 from peftcli.run_dir import RunDir, read_json, write_json
 from peftcli.tasks.base import load
 from peftcli.tasks.registry import TASKS
@@ -47,7 +47,7 @@ def select_modules(
         selection = from_first(lambda: _earlier(run))
     else:
         selection = _select(plan, data, tokenizer, model)
-    chosen = chosen_plan(plan, selection, _saved_whole(plan, model))
+    chosen = resolve_targets(plan, selection, _saved_whole(plan, model))
     if rank_and_world_size()[0] == 0:
         write_json(run.selection, selection.as_json())
         if run.plan.is_file():

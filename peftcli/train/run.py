@@ -11,7 +11,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
 
 from peftcli.data.prepare import PreparedData
-from peftcli.methods.registry import METHODS
 from peftcli.model.adapter_files import save_adapter, write_card
 from peftcli.model.distributed import from_first
 from peftcli.model.evaluate import (
@@ -23,7 +22,6 @@ from peftcli.model.evaluate import (
     evaluation_json,
     load_retention,
 )
-from peftcli.model.fused_loss import score_targets
 from peftcli.model.hardware import peak_memory_bytes
 from peftcli.model.init_from import load_initial_weights
 from peftcli.model.load import load_adapter, load_base
@@ -35,15 +33,13 @@ from peftcli.run_dir import RunDir, read_json, write_json
 from peftcli.tasks.base import load
 from peftcli.tasks.registry import TASKS
 from peftcli.train import checkpoint
-from peftcli.train.adalora import RankAllocation
-from peftcli.train.adapter_init import initialize_adapter, initialize_from_gradient, takes_gradient
 from peftcli.train.arguments import naming_arguments
 from peftcli.train.callbacks import CalibrationCallback, ForwardCallback, RunCallback
 from peftcli.train.disk import Forecast, forecast
 from peftcli.train.machines import on_this_machine
 from peftcli.train.module_selection import select_modules
-from peftcli.train.precision import downcast_saved_modules, free_trained_base, upcast_trainable
-from peftcli.train.step import StepTrainer
+from peftcli.train.precision import downcast_saved_modules, free_trained_base
+from peftcli.train.step import StepTrainer, TrainerSetup
 from peftcli.train.stop import StoppableProgress, StopRequests, is_first_process
 
 UNMEASURED_RESERVE_SECONDS = 60.0
@@ -61,7 +57,7 @@ class Session:
     Attributes:
         stops: what may end it early.
         resume_from: a verified checkpoint to go on from.
-        stamp: what the run is made from.
+        fingerprint: what the run is made from.
         checkpoint_bytes: forecast of one checkpoint on the disk.
         baseline: `eval.json` of an earlier stage, which has measured the base already.
         trainer: the trainer arguments of the recipe itself.
@@ -69,7 +65,7 @@ class Session:
 
     stops: StopRequests
     resume_from: Path | None
-    stamp: dict[str, Any]
+    fingerprint: dict[str, Any]
     checkpoint_bytes: int
     baseline: Path | None = None
     trainer: Mapping[str, Any] = field(default_factory=dict)
@@ -114,21 +110,19 @@ def train(
     plan, chosen = select_modules(plan, run, data, tokenizer, model, resuming=resume_from is not None)
     if chosen is not None:
         progress.note(chosen)
-    lines = plan.batching.kind == "padding_free" and _keeps_rows_apart(model, progress)
+    setup = TrainerSetup(
+        plan,
+        data,
+        tokenizer,
+        padding_free=plan.batching.kind == "padding_free" and _keeps_rows_apart(model, progress),
+        resume_from=resume_from,
+        fingerprint=session.fingerprint,
+        checkpoint_bytes=session.checkpoint_bytes,
+    )
     with naming_arguments(session.trainer):
-        trainer: StepTrainer = load(TASKS[plan.task].trainer)(plan, run, data, tokenizer, model)
-    trainer.optimizations |= plan.optimizations
-    if "fused_loss" in plan.optimizations and not score_targets(model):
-        trainer.optimizations.discard("fused_loss")
-        progress.note("  note: the output layer is divided or no linear layer alone, so it is left to TRL")
-    trainer.stamp, trainer.checkpoint_bytes = session.stamp, session.checkpoint_bytes
-    if not trainer.aux_loss_enabled:  # a router's balance is judged on the rows of a micro-batch
-        trainer.cut_steps(lines=plan.batching.tokens if lines else None, most=plan.batching.most)
-    trainer.start = initialize_adapter(trainer.model, plan, data, tokenizer.pad_token_id or 0, resume_from)
-    if takes_gradient(plan.adapter):
-        trainer.start = initialize_from_gradient(trainer.model, plan, data, tokenizer, resume_from)
-    trainer.loraplus_lr_ratio = plan.adapter.arguments.get("loraplus_lr_ratio")
-    upcast_trainable(trainer.model, plan.adapter_dtype)
+        trainer: StepTrainer = load(TASKS[plan.task].trainer)(setup, run.checkpoints, model)
+    if "fused_loss" in plan.optimizations - trainer.optimizations:
+        progress.note("  note: fused loss disabled: the output layer is sharded or not a plain Linear")
     heeding = StoppableProgress(
         progress, stops, "before the first step" if resume_from is None else "before the next step"
     )
@@ -148,30 +142,28 @@ def train(
         device=plan.base.device,
         writes=is_first_process(),
     )
-    trainer.add_callback(ForwardCallback(plan.checkpointed_blocks, trainer.optimizations))
+    forward = ForwardCallback(plan.checkpointed_blocks, trainer.optimizations)
+    trainer.add_callback(forward)
     trainer.add_callback(CalibrationCallback(trainer, plan, data.train.column("length"), progress))
     trainer.add_callback(watch)  # whose clock begins after the calibration
-    if METHODS[plan.adapter.method].allocates_ranks:
-        trainer.ranks = RankAllocation(trainer.model, plan.adapter, resume_from)
+    if trainer.ranks is not None:
         trainer.add_callback(trainer.ranks)
-    if resume_from is not None:
-        trainer.go_on_from(read_json(resume_from / checkpoint.MANIFEST)["counters"])
     with naming_arguments(session.trainer):
         trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
     reason = watch.stop_reason
     steps = trainer.state.global_step
     if reason is not None and not watch.stopped_by_clock:
-        write_train(run, trainer, watch, plan, resume_from)
+        write_train(run, trainer, watch, forward.optimizations)
         return TrainResult(steps, reason)
     tuned = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-    if trainer.start is not None:
-        trainer.start.settle()
+    if trainer.residual is not None:
+        trainer.residual.settle()
     if is_first_process():
         if trainer.ranks is not None:
             trainer.ranks.write(run.ranks)
         save_adapter(tuned, tokenizer, plan, data, run.adapter)
     # After the adapter: who finds a finished training here finds its adapter too.
-    write_train(run, trainer, watch, plan, resume_from)
+    write_train(run, trainer, watch, forward.optimizations)
     downcast_saved_modules(tuned, plan.base.dtype)
     heard: Progress = StoppableProgress(progress, stops, "in the last evaluation") if reason is None else progress
     _measure_adapter(plan, run, data, tokenizer, tuned, heard, before)
@@ -330,14 +322,19 @@ def rows_seen(epochs: float, rows: int, arguments: SFTConfig) -> int:
     return whole * rows + int(min(steps * step, rows))
 
 
-def write_train(run: RunDir, trainer: StepTrainer, watch: RunCallback, plan: Plan, resume_from: Path | None) -> None:
-    """Write `train.json`; every process counts, the first one writes."""
+def write_train(run: RunDir, trainer: StepTrainer, watch: RunCallback, optimizations: frozenset[str]) -> None:
+    """Write `train.json`; every process counts, the first one writes.
+
+    Args:
+        optimizations: names of those that were in use.
+    """
+    plan, resume_from = trainer.setup.plan, trainer.setup.resume_from
     state = trainer.state
     rows = len(trainer.train_dataset)
     counted = trainer.counters()
     if not is_first_process():
         return
-    seconds, of_tokens = counted["seconds"], trainer.fed == "tokens"
+    seconds, of_tokens = counted["seconds"], trainer.counts == "tokens"
     write_json(
         run.train,
         {
@@ -357,17 +354,17 @@ def write_train(run: RunDir, trainer: StepTrainer, watch: RunCallback, plan: Pla
             "resumed_from_step": None if resume_from is None else int(resume_from.name.rsplit("-", 1)[1]),
             "first_loss": watch.losses[0][1] if watch.losses else None,
             "last_loss": watch.losses[-1][1] if watch.losses else None,
-            "out_of_memory": [{"step": step, "pieces": pieces} for step, pieces in trainer.pieces.events],
+            "out_of_memory": [{"step": step, "pieces": pieces} for step, pieces in trainer.micro_batches.events],
             "batching": {
-                "kind": plan.batching.kind if trainer.pieces.lines else "padded",
-                "attention": sorted(kernels_used) if trainer.pieces.lines else None,
+                "kind": plan.batching.kind if trainer.micro_batches.lines else "padded",
+                "attention": sorted(kernels_used) if trainer.micro_batches.lines else None,
                 "rejected_kernels": dict(rejected),
-                "real_tokens": trainer.pieces.real,
-                "padded_tokens": trainer.pieces.padded,
+                "real_tokens": trainer.micro_batches.real,
+                "padded_tokens": trainer.micro_batches.padded,
             },
-            "levers": sorted(trainer.optimizations),
+            "levers": sorted(optimizations),
             "calibration": trainer.calibration,
-            "stamp": trainer.stamp,
+            "stamp": dict(trainer.setup.fingerprint),
         },
     )
     checkpoint.clear_staging(run.checkpoints)

@@ -5,6 +5,7 @@ Both evaluate weighted by tokens or labels, count exactly, and write checkpoints
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,19 +13,16 @@ import transformers
 from datasets import Dataset
 from peft import get_peft_model
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
+from transformers import TrainingArguments, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from peftcli.adapters.build import peft_config
-from peftcli.data.prepare import PreparedData
 from peftcli.data.tokenize import IGNORED
 from peftcli.errors import RecipeError
 from peftcli.model.classification import TaskHead, forward, make_batch, task_head
+from peftcli.model.fused_loss import score_targets
 from peftcli.model.heads import freeze_statistics
-from peftcli.plan.plan import Plan
-from peftcli.run_dir import RunDir
-from peftcli.train.precision import upcast_trainable
-from peftcli.train.step import StepTrainer
+from peftcli.train.step import StepTrainer, TrainerSetup
 
 SMOOTHED = ("single-label", "tagging")
 """Problems on which label smoothing has a meaning."""
@@ -91,6 +89,12 @@ class DeferredTrainer(SFTTrainer):  # type: ignore[misc]  # trl ships no types
 class Trainer(StepTrainer, DeferredTrainer):
     """SFTTrainer; the training step, the loss and the loop are TRL's."""
 
+    def __init__(self, setup: TrainerSetup, **kwargs: Any) -> None:
+        super().__init__(setup, **kwargs)
+        if "fused_loss" in self.optimizations and not score_targets(self.model.get_base_model()):
+            self.optimizations -= {"fused_loss"}
+        self.defers = "deferred_metrics" in self.optimizations
+
     def targets(self, labels: Tensor) -> Tensor:
         """The tokens that are trained; the first of a row is predicted by nothing."""
         return (labels[..., 1:] != IGNORED).sum()
@@ -104,24 +108,26 @@ class Trainer(StepTrainer, DeferredTrainer):
         """Write none: the adapter folder gets a card with this run's own figures."""
 
 
-def make_trainer(
-    plan: Plan, run: RunDir, data: PreparedData, tokenizer: PreTrainedTokenizerBase, model: Any
-) -> Trainer:
-    """Hand the plan to TRL, which wraps the model, and make the trainable weights as wide as the plan says."""
-    arguments = SFTConfig(output_dir=str(run.checkpoints), **plan.trainer)
-    # Several visible cards without a launcher would mean nn.DataParallel, which TRL refuses; the plan uses one.
+def make_trainer(setup: TrainerSetup, checkpoints: Path, model: Any) -> Trainer:
+    """Build TRL's trainer from a plan; TRL wraps the model with the adapter.
+
+    Args:
+        checkpoints: folder that receives them.
+        model: the loaded base.
+    """
+    plan, data = setup.plan, setup.data
+    arguments = SFTConfig(output_dir=str(checkpoints), **plan.trainer)
+    # Several visible GPUs without a launcher would mean nn.DataParallel, which TRL refuses; the plan uses one.
     arguments._n_gpu = min(arguments.n_gpu, 1)
-    trainer = Trainer(
+    return Trainer(
+        setup,
         model=model,
         args=arguments,
         train_dataset=Dataset(data.train.store.examples.select(["input_ids", "labels"])).select(data.train.rows),
         eval_dataset=Dataset(data.test.select(["input_ids", "labels"])) if data.holds_out else None,
-        processing_class=tokenizer,
+        processing_class=setup.tokenizer,
         peft_config=peft_config(plan.adapter, plan.task, tokenizer=plan.base.path),
     )
-    upcast_trainable(trainer.model, plan.adapter_dtype)
-    trainer.defers = "deferred_metrics" in plan.optimizations
-    return trainer
 
 
 class HeadTrainer(transformers.Trainer):  # type: ignore[misc]  # transformers' trainer is untyped
@@ -137,7 +143,7 @@ class HeadTrainer(transformers.Trainer):  # type: ignore[misc]  # transformers' 
     def __init__(self, head: TaskHead, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.head = head
-        self.fed = "tokens" if head.images is None else "images"
+        self.counts = "tokens" if head.images is None else "images"
 
     def targets(self, labels: Tensor) -> Tensor:
         """The rows, or the tokens that have a label."""
@@ -186,17 +192,20 @@ class LabelTrainer(StepTrainer, HeadTrainer):
     targets = HeadTrainer.targets
 
 
-def make_label_trainer(
-    plan: Plan, run: RunDir, data: PreparedData, tokenizer: PreTrainedTokenizerBase, model: Any
-) -> LabelTrainer:
-    """Put the adapter of a plan onto a model with a head, and make their trainer.
+def make_label_trainer(setup: TrainerSetup, checkpoints: Path, model: Any) -> LabelTrainer:
+    """Put the adapter of a plan onto a model with a head, and build their trainer.
+
+    Args:
+        checkpoints: folder that receives them.
+        model: the loaded base, with its head.
 
     Raises:
         RecipeError: an argument has no meaning for labels such as these.
     """
+    plan, data, tokenizer = setup.plan, setup.data, setup.tokenizer
     head = task_head(plan.base.labels, plan.base.problem_type, model, tokenizer)
     arguments = TrainingArguments(
-        output_dir=str(run.checkpoints), remove_unused_columns=False, label_names=["labels"], **plan.trainer
+        output_dir=str(checkpoints), remove_unused_columns=False, label_names=["labels"], **plan.trainer
     )
     if arguments.label_smoothing_factor and head.problem_type not in SMOOTHED:
         raise RecipeError(
@@ -208,8 +217,6 @@ def make_label_trainer(
     wrapped = get_peft_model(model, peft_config(plan.adapter, plan.task, tokenizer=plan.base.path))
     if arguments.activation_checkpointing:
         wrapped.enable_input_require_grads()
-    upcast_trainable(wrapped, plan.adapter_dtype)
-
     freeze_statistics(wrapped)
     columns = list(dict.fromkeys(["input_ids", head.column, "labels"]))
 
@@ -217,7 +224,8 @@ def make_label_trainer(
         return make_batch([row[head.column] for row in rows], [row["labels"] for row in rows], head)
 
     return LabelTrainer(
-        head,
+        setup,
+        head=head,
         model=wrapped,
         args=arguments,
         data_collator=collate,

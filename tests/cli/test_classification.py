@@ -37,9 +37,10 @@ from peftcli.plan.plan import Plan
 from peftcli.plan.targets import match_targets
 from peftcli.progress import Silent
 from peftcli.recipe.load import load_recipe
-from peftcli.run_dir import RunDir, read_json, read_log
+from peftcli.run_dir import read_json, read_log
 from peftcli.tiny.build import tiny_model
 from peftcli.train.micro_batch import split_batch
+from peftcli.train.step import TrainerSetup
 from peftcli.train.trainers import LabelTrainer, make_label_trainer
 
 Cli = Callable[..., int]
@@ -90,7 +91,7 @@ def prepared(recipe: Path) -> tuple[Plan, PreparedData, Any]:
 
 def trainer_of(recipe: Path, folder: Path) -> LabelTrainer:
     plan, data, tokenizer = prepared(recipe)
-    return make_label_trainer(plan, RunDir(folder), data, tokenizer, load_base(plan.base))
+    return make_label_trainer(TrainerSetup(plan, data, tokenizer), folder / "checkpoints", load_base(plan.base))
 
 
 def losses(run: Path) -> list[float]:
@@ -340,7 +341,10 @@ def test_a_rehearsal_of_a_model_that_is_not_here_runs_to_the_end(label_recipe: W
         ({"trainer": {"packing": True}}, "trainer.packing does nothing with model.task: sequence-classification"),
         ({"evaluation": {"max_new_tokens": 5}}, "evaluation.max_new_tokens does nothing"),
         ({"gates": {"exact_match": ">= 0.5"}}, "gates.exact_match does nothing"),
-        ({"gates": {"entity_f1": ">= 0.5"}}, "entities are found in tags"),
+        (
+            {"gates": {"entity_f1": ">= 0.5"}},
+            "it is a metric of token-classification; use accuracy or precision; leave it out",
+        ),
         (
             {"model": {"name": "tiny:llama"}, "gates": {"f1": ">= 0.5"}},
             "gates.f1 does nothing with model.task: causal-lm",

@@ -28,7 +28,8 @@ from peftcli.model.load import load_base
 from peftcli.plan.plan import Plan
 from peftcli.progress import Silent
 from peftcli.recipe.load import load_recipe
-from peftcli.run_dir import RunDir, read_json, read_log
+from peftcli.run_dir import read_json, read_log
+from peftcli.train.step import TrainerSetup
 from peftcli.train.trainers import make_label_trainer
 
 Cli = Callable[..., int]
@@ -178,7 +179,7 @@ def test_training_leaves_the_statistics_of_batch_norms_as_they_were(image_recipe
     rows = data.test.column("image").to_pylist()
     head = task_head(plan.base.labels, plan.base.problem_type, base, reader)
     outputs = row_logits(base, rows, None, head, batch_rows=4, progress=Silent(), what="")
-    trainer = make_label_trainer(plan, RunDir(tmp_path / "run"), data, reader, base)
+    trainer = make_label_trainer(TrainerSetup(plan, data, reader), tmp_path / "run" / "checkpoints", base)
     trainer.train()
     tuned = trainer.model
     norms = [part for part in tuned.modules() if isinstance(part, BatchNorm2d)]

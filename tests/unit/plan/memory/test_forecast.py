@@ -39,7 +39,7 @@ from peftcli.plan.memory.step_time import step_seconds, token_flops
 from peftcli.plan.memory.suggestions import suggest
 from peftcli.plan.memory.training_setup import FULL_LOGITS_HEAD, LogitsHead, TrainingSetup
 from peftcli.plan.optimizer import Trained
-from peftcli.plan.partial_checkpointing import USED, choose_checkpointed_layers
+from peftcli.plan.partial_checkpointing import USED
 from peftcli.plan.plan import Plan
 from peftcli.plan.planner import make_plan
 from peftcli.recipe.load import load_recipe
@@ -530,9 +530,8 @@ def test_grouped_heads_on_an_old_card_are_repeated(make: Any) -> None:
     assert micro_batch_memory(padded, shape, machine, rows_of(padded, None)).setting.attention == "masked"
 
 
-def blocks_of(make: Any, more: str, gpu: str, asked: object = None) -> tuple[Plan, MicroBatchMemory, Machine, str]:
+def blocks_of(make: Any, more: str, gpu: str) -> tuple[Plan, MicroBatchMemory, Machine, str]:
     plan, shape, machine = make(more, gpu)
-    plan = choose_checkpointed_layers(plan, shape, machine, asked)
     load = micro_batch_memory(plan, shape, machine, rows_of(plan, None))
     said = next(one.value for one in plan.decisions if one.key == "activation checkpointing")
     return plan, load, machine, said
@@ -570,7 +569,7 @@ def test_inputs_are_foreseen_cast_where_training_casts_them(make: Any) -> None:
 
 def test_what_the_recipe_says_of_checkpointing_is_done(make: Any) -> None:
     asked = "quantization: {bits: 4}\ntrainer: {activation_checkpointing: true}"
-    plan, load, _, said = blocks_of(make, asked, "h200", True)
+    plan, load, _, said = blocks_of(make, asked, "h200")
     assert (said, plan.checkpointed_blocks, load.setting.checkpointing) == ("on", None, 1.0)
 
 
