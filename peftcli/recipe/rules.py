@@ -280,11 +280,10 @@ def check_unused_keys(tree: Tree, problems: Problems) -> None:
         return  # the schema says which there are
     for path, why in task.unused_keys.items():
         _refuse(path, task.name, why, tree, problems)
-    for other in TASKS.values():
-        for name in other.metrics:
-            if name not in task.metrics:
-                why = f"it is a metric of {other.name}; use {' or '.join(task.metrics[1:3])}"
-                _refuse(("gates", name), task.name, why, tree, problems)
+    owners = {name: other.name for other in reversed(TASKS.values()) for name in other.metrics}
+    for name in (name for name in owners if name not in task.metrics):
+        why = f"it is a metric of {owners[name]}; use {' or '.join(task.metrics[1:3])}"
+        _refuse(("gates", name), task.name, why, tree, problems)
 
 
 def _refuse(path: KeyPath, task: str, why: str, tree: Tree, problems: Problems) -> None:
