@@ -1,11 +1,12 @@
 """The steps that the heavy commands share: recipe, machine, model structure, plan, tokenizer, data."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from peftcli.data.checks import Check, check_embeddings, check_tokenizer
@@ -25,7 +26,8 @@ from peftcli.model.rehearsal import Rehearsal
 from peftcli.model.target import Target
 from peftcli.plan.heads import first_labels, keep_labels, resolve_labels
 from peftcli.plan.machine import Machine, ModelFacts
-from peftcli.plan.memory.forecast import OPTIMIZER, make_forecast, rows_of
+from peftcli.plan.memory.forecast import OPTIMIZER, Rows, make_forecast, rows_of
+from peftcli.plan.memory.micro_batch import choose_micro_batch
 from peftcli.plan.memory.model_shape import ModelDimensions
 from peftcli.plan.optimizer import Trained
 from peftcli.plan.plan import DTYPE_BYTES, LossMask, Plan, TokenizerChoice
@@ -49,12 +51,14 @@ class Planned:
 
     Attributes:
         counter: makes a function that counts trainable parameters, given the labels of the head.
+        rows: the lengths of the training rows, None before the data were read.
     """
 
     plan: Plan
     machine: Machine
     shape: ModelDimensions | None = None
     counter: Callable[..., Callable[[AdapterSection], Trained]] | None = None
+    rows: Rows | None = None
 
 
 def plan_recipe(
@@ -132,12 +136,19 @@ def plan_with_labels(planned: Planned, data: PreparedData) -> Planned:
     return replace(planned, plan=resolve_labels(planned.plan, labels, data.problem_type, count))
 
 
-def forecast_run(planned: Planned, data: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
-    """What a planned run will need; None where the model's widths cannot be read.
+def plan_with_rows(planned: Planned, recipe: Recipe, data: PreparedData) -> Planned:
+    """The plan with the micro-batch that suits the lengths of the training rows."""
+    plan = planned.plan
+    if planned.shape is None:
+        return replace(planned, rows=rows_of(plan, data.facts))
+    in_step = plan.batch.per_device * plan.batch.accumulation
+    longest = np.sort(data.train.column("length"))[::-1][:in_step]
+    rows = rows_of(plan, data.facts, longest.tolist())
+    return replace(planned, plan=choose_micro_batch(plan, planned.shape, planned.machine, recipe, rows), rows=rows)
 
-    Args:
-        data: the facts of the data, None before they were read.
-    """
+
+def forecast_run(planned: Planned) -> dict[str, Any] | None:
+    """What a planned run will need; None where the model's widths cannot be read."""
     plan, given = planned.plan, planned.plan.trainer
     # As the trainer counts them, without importing it for a plan.
     keep = int(given.get("save_total_limit") or 2) + bool(given.get("load_best_model_at_end"))
@@ -149,7 +160,7 @@ def forecast_run(planned: Planned, data: Mapping[str, Any] | None = None) -> dic
         "checkpoints_at_once": needs.checkpoints,
         "total": needs.total,
     }
-    return make_forecast(plan, planned.shape, planned.machine, rows_of(plan, data), disk)
+    return make_forecast(plan, planned.shape, planned.machine, planned.rows or rows_of(plan, None), disk)
 
 
 def prepare_data(

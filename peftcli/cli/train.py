@@ -208,7 +208,7 @@ def _train(
     check_alike(what_must_be_alike(plan, stamp), flags.force)
     for note in all_do(lambda: refuse_changes(beginning.stamp, stamp, flags.force)):
         shown.note(f"  note: {note}")
-    forecast = forecast_run(planned, data.facts)
+    forecast = forecast_run(planned)
     if is_first_process():
         write_json(run.plan, plan.as_json() | {"forecast": forecast})
         write_json(run.environment, environment)
@@ -251,6 +251,7 @@ def _planned_rows(
         check_ends,
         plan_recipe,
         plan_with_labels,
+        plan_with_rows,
         prepare_data,
         real_tokenizer,
     )
@@ -265,7 +266,7 @@ def _planned_rows(
         begun = time.monotonic()
         tokenizer, data = prepare_data(plan, StoppableProgress(shown, stops, "before the first step"))
         data.facts["prepare_seconds"] = round(time.monotonic() - begun, 3)
-        return plan_with_labels(planned, data), tokenizer, data
+        return plan_with_rows(plan_with_labels(planned, data), loaded.recipe, data), tokenizer, data
 
     planned, tokenizer, data = first_of_machine_first(prepare, is_first=is_first_of_machine())
     plan = planned.plan

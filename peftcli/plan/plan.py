@@ -12,6 +12,8 @@ from peftcli.recipe.fields import Gate
 from peftcli.recipe.schema import AdapterSection, BudgetSection, DatasetSection, EvaluationSection
 from peftcli.tasks.registry import DEFAULT, TASKS
 
+BATCHING = "batching"
+"""Key of the decision about padding-free and padded batches."""
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 

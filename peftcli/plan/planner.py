@@ -16,11 +16,12 @@ from peftcli.plan.choices import Choices, choose, choose_trained_dtype, count_ba
 from peftcli.plan.heads import base_with_head, head_decisions, head_notices, with_head
 from peftcli.plan.machine import Machine, ModelFacts
 from peftcli.plan.memory.estimate import INT8_BITS, NF4_BITS
+from peftcli.plan.memory.forecast import rows_of
+from peftcli.plan.memory.micro_batch import choose_micro_batch
 from peftcli.plan.memory.training_setup import ActivationFit
 from peftcli.plan.optimizer import Trained
 from peftcli.plan.parallelism import Sharding, choose_sharding
-from peftcli.plan.partial_checkpointing import choose_checkpointed_layers
-from peftcli.plan.plan import DTYPE_BYTES, Base, Batch, Batching, Decision, LossMask, Plan
+from peftcli.plan.plan import BATCHING, DTYPE_BYTES, Base, Batch, Batching, Decision, LossMask, Plan
 from peftcli.plan.smoke import ROW_TOKENS
 from peftcli.plan.targets import choice_decisions, choice_of, match_saved, match_targets, named_targets, within_choice
 from peftcli.recipe.schedulers import LEARNING_RATE
@@ -74,8 +75,8 @@ def make_plan(
 ) -> Plan:
     """Decide what will happen.
 
-    Two facts are known later and change the plan then: the names of the classes (`resolve_labels`) and the modules that
-    the gradient selects (`resolve_targets`).
+    Three facts are known later and change the plan then: the names of the classes (`resolve_labels`), the lengths of
+    the rows (`choose_micro_batch`) and the modules that the gradient selects (`resolve_targets`).
 
     Args:
         recipe: what was asked.
@@ -153,7 +154,7 @@ def make_plan(
     )
     if fit_activations is not None:
         plan = _with_activations(plan, fit_activations(plan))
-    return choose_checkpointed_layers(plan, facts.shape, machine, recipe.trainer.get("activation_checkpointing"))
+    return choose_micro_batch(plan, facts.shape, machine, recipe, rows_of(plan, None))
 
 
 def _with_activations(plan: Plan, fitted: Mapping[str, ActivationFit] | None) -> Plan:
@@ -454,8 +455,8 @@ def choose_batching(
         raise RecipeError(f"performance.batching: padding_free cannot be had: {why}; {fix}")
     if asked == "padded" or why is not None:
         value = f"padded, up to {tokens:,} tokens at once" if firm else "padded"
-        return Batching("padded", tokens, firm), Decision("batching", value, why or "performance.batching")
+        return Batching("padded", tokens, firm), Decision(BATCHING, value, why or "performance.batching")
     reason = "the rows of a step stand in lines without padding, each seeing itself alone; same rows, same loss"
     return Batching("padding_free", tokens, firm), Decision(
-        "batching", f"padding_free, up to {tokens:,} tokens at once", reason
+        BATCHING, f"padding_free, up to {tokens:,} tokens at once", reason
     )
