@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from comparisons import assert_same_adapter, assert_same_losses
-from helpers import Cli, logged_losses, same_training, train_twice
+from helpers import UNEVEN, Cli, logged_losses, same_training, train_twice
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
@@ -182,10 +182,7 @@ def test_the_tokens_of_a_recipe_hold_for_padded_rows_and_their_forecast(
 def test_pairs_learn_the_same_in_lines_and_padded(
     write_recipe: Write, run_cli: Cli, tmp_path: Path, quantization: dict[str, Any] | None
 ) -> None:
-    recipe = write_recipe(
-        quantization=quantization,
-        trainer={"max_steps": 5, "per_device_train_batch_size": 3, "gradient_accumulation_steps": 3},
-    )
+    recipe = write_recipe(quantization=quantization, trainer=UNEVEN)
     same_training(*train_twice(run_cli, recipe, tmp_path))
 
 
