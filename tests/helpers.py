@@ -1,5 +1,6 @@
 """Helpers that several test modules use."""
 
+import json
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -184,6 +185,19 @@ def write_yaml(folder: Path, recipe: dict[str, Any]) -> Path:
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
     return path
+
+
+def write_chats(folder: Path, model: Path, chats: list[dict[str, Any]], **trainer: Any) -> Path:
+    """Write chats and a recipe that trains a few steps on them; keyword arguments are arguments of the trainer."""
+    (folder / "chats.jsonl").write_text("\n".join(map(json.dumps, chats)))
+    steps = {"max_steps": 5, "per_device_train_batch_size": 4, "learning_rate": 1e-3, "logging_steps": 1}
+    recipe = {
+        "model": {"name": str(model)},
+        "dataset": {"path": "chats.jsonl", "max_length": 128},
+        "trainer": steps | trainer,
+        "evaluation": {"rows": 2, "max_new_tokens": 2},
+    }
+    return write_yaml(folder, recipe)
 
 
 def prepare_labels(recipe: Path) -> tuple[Plan, PreparedData, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from comparisons import without_repacking
-from helpers import UNEVEN, assert_same_result
+from helpers import UNEVEN, assert_same_result, write_chats
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import (
@@ -262,13 +262,7 @@ def test_the_turns_of_chats_learn_the_same_with_every_lever_and_with_none(
         {"messages": [{"role": role, "content": f"{text} {'so ' * (number % 5)}{number}"} for role, text in turns]}
         for number in range(24)
     ]
-    (tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, chats)))
-    recipe = tmp_path / "chats.yaml"
-    recipe.write_text(
-        f"model: {{name: {tiny_llama}}}\ndataset: {{path: chats.jsonl, max_length: 128}}\n"
-        "trainer: {max_steps: 5, per_device_train_batch_size: 4, learning_rate: 1e-3, logging_steps: 1, "
-        "assistant_only_loss: true}\nevaluation: {rows: 2, max_new_tokens: 2}\n"
-    )
+    recipe = write_chats(tmp_path, tiny_llama, chats, assistant_only_loss=True)
     plain = train_without(run_cli, recipe, tmp_path, "fused_loss, fused_lora, skip_adapter_casts, deferred_metrics")
     assert_same_result(train_without(run_cli, recipe, tmp_path, ""), plain)
 
