@@ -34,7 +34,8 @@ def nearest_names(word: str, names: Iterable[str], *, most: int, least: float = 
         # that were all typed, in another order, say more than one that is missing or wrong.
         meant = _plain(name)
         mistakes = OSA.normalized_similarity(plain, meant)
-        return sorted(plain) == sorted(meant), max(mistakes, Indel.normalized_similarity(plain, meant)), mistakes
+        same_letters = len(plain) == len(meant) and sorted(plain) == sorted(meant)
+        return same_letters, max(mistakes, Indel.normalized_similarity(plain, meant)), mistakes
 
     ranked = [(rank(name), name) for name in names]
     near = [(found, name) for found, name in ranked if found[1] >= least]

@@ -23,7 +23,6 @@ if os.environ.get(DISTURBED) == "1":
 os.environ.setdefault("PEFTCLI_CACHE", str(CACHE))
 
 import pytest  # noqa: E402
-import yaml  # noqa: E402
 
 from peftcli.cli.main import main  # noqa: E402
 
@@ -152,18 +151,11 @@ def recipe_in(tiny_llama: Path) -> Callable[..., Path]:
             "trainer": {"per_device_train_batch_size": 4, "max_steps": 6, "learning_rate": 5e-3, "logging_steps": 1},
             "evaluation": {"max_new_tokens": 6, "samples": 2},
         }
-        for name, value in sections.items():
-            if value is None:
-                recipe.pop(name, None)
-            elif isinstance(value, dict) and isinstance(recipe.get(name), dict):
-                recipe[name] = recipe[name] | value
-            else:
-                recipe[name] = value
         if not (folder / "things.csv").exists():
             write_things(folder)
-        path = folder / "recipe.yaml"
-        path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
-        return path
+        from helpers import merge_sections, write_yaml  # imports torch, which a test of the command line alone does not
+
+        return write_yaml(folder, merge_sections(recipe, sections))
 
     return write
 

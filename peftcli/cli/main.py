@@ -296,10 +296,10 @@ def bench(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout; all else on stderr.")] = False,
 ) -> None:
     """Measure how fast this machine trains: peftcli beside plain SFTTrainer on the same rows, at equal loss."""
-    from peftcli.bench.quick import Asked
+    from peftcli.bench.compare import BenchRequest
     from peftcli.cli.bench import bench_command
 
-    bench_command(Asked(shape, bits, rounds, minutes), output, sys.stdout, sys.stderr, as_json=as_json)
+    bench_command(BenchRequest(shape, bits, rounds, minutes), output, sys.stdout, sys.stderr, as_json=as_json)
 
 
 app.command()(bench)

@@ -1,6 +1,5 @@
 """This machine and the limits of its container: for the plan, and for `environment.json`."""
 
-import importlib.metadata
 import importlib.util
 import os
 import platform
@@ -12,6 +11,7 @@ from typing import Any
 import psutil
 import torch
 
+from peftcli.installed import installed_versions
 from peftcli.plan.machine import SHARES_BATCH, Machine
 
 PACKAGES = ("peftcli", "torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "tokenizers")
@@ -67,18 +67,12 @@ def _is_set(name: str) -> bool:
 
 def describe_environment(machine: Machine, command: str) -> dict[str, Any]:
     """The content of `environment.json`: versions and hardware, no name of a user, host or folder."""
-    versions: dict[str, str | None] = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
     capability = machine.capability
     return {
         "schema": 1,
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
-        "packages": versions,
+        "packages": installed_versions(PACKAGES),
         "device": {
             "kind": machine.device,
             "name": machine.name,

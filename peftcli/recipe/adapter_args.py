@@ -1,6 +1,7 @@
 """Checks of the `adapter` section: shared keys, and the arguments of the chosen method by name."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from peftcli.methods.base import ARGUMENT_NAMES, Method
@@ -110,7 +111,7 @@ def _check_argument(method: Method, key: str, value: Any, tree: Tree, problems: 
     elif shared is not None:
         problems.add(where, f"{name} is not a recipe key; did you mean adapter.{shared}?")
     elif key not in known:
-        problems.add(where, _unknown(method, key))
+        problems.add(where, f"{name} of {method.name}", partial(_unknown, method, key))
     else:
         fault = type_error(known[key], value) or nested_type_error(value)
         if fault is None:

@@ -1,5 +1,7 @@
 """The `gates` section: names of figures, each with a limit."""
 
+from functools import partial
+
 from peftcli.nearest import nearest
 from peftcli.recipe.earlier_names import RENAMED_KEYS
 from peftcli.recipe.fields import GATE_NAMES, Gate, parse_gate
@@ -24,9 +26,7 @@ def read_gates(tree: Tree, problems: Problems) -> tuple[Gate, ...]:
         if ("gates", name) in tree.spoiled:
             continue
         if name not in GATE_NAMES:
-            near = RENAMED_KEYS.get(f"gates.{name}", "").removeprefix("gates.") or nearest(name, GATE_NAMES)
-            fix = f"did you mean gates.{near}?" if near else f"the figures are {', '.join(_SHORT)}"
-            problems.add(where, f"gates.{printable(name)} is not a figure that a gate can watch; {fix}")
+            problems.add(where, f"gates.{printable(name)}", partial(_unknown, name))
             continue
         try:
             if not isinstance(text, str):
@@ -35,3 +35,9 @@ def read_gates(tree: Tree, problems: Problems) -> tuple[Gate, ...]:
         except ValueError as error:
             problems.add(where, f"gates.{name} = {show(text)}: {error}")
     return tuple(gates)
+
+
+def _unknown(name: str) -> str:
+    near = RENAMED_KEYS.get(f"gates.{name}", "").removeprefix("gates.") or nearest(name, GATE_NAMES)
+    fix = f"did you mean gates.{near}?" if near else f"the figures are {', '.join(_SHORT)}"
+    return f"gates.{printable(name)} is not a figure that a gate can watch; {fix}"

@@ -5,6 +5,7 @@ Arguments that were renamed, removed, or that belong to another section are refu
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from peftcli.nearest import nearest
@@ -242,7 +243,8 @@ class _Section:
         elif name in REMOVED:
             self._drop(name, value)
         else:
-            self.problems.add(self._where(name), self._unknown(name, self.installed))
+            explain = partial(self._unknown, name, self.installed)
+            self.problems.add(self._where(name), f"trainer.{dotted((name,))}", explain)
 
     def _take_owned(self, name: str, value: Any) -> None:
         """Take an argument that another section has: moved there, dropped, or refused."""

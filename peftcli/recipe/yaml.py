@@ -2,6 +2,10 @@
 
 PyYAML only splits the text into events. Its own reading of scalars (YAML 1.1: `2e-4` is text, `no` is false), of
 duplicate keys (the last wins), of tags and of aliases is not used.
+
+`yaml.compose` would not do: it stops at the first unknown alias where all are reported here, refuses an anchor that is
+defined twice, returns the anchor's node for an alias, so that the line of an alias in a list is lost, does not tell
+`!!str x` from `x`, and recurses without a limit.
 """
 
 import re
@@ -32,10 +36,6 @@ _WORDS: dict[str, Any] = {
     **{sign + word: float("inf") for sign in ("", "+") for word in (".inf", ".Inf", ".INF")},
     **{"-" + word: float("-inf") for word in (".inf", ".Inf", ".INF")},
 }
-
-
-class RecipeLoader(yaml.SafeLoader):
-    """Our own loader class; only its event stream is used, so nothing of PyYAML is patched."""
 
 
 @dataclass
@@ -133,7 +133,7 @@ def parse_yaml(text: str, problems: Problems, where: str | None = None) -> tuple
     """
     builder = _Builder(problems, where)
     try:
-        for event in yaml.parse(text, Loader=RecipeLoader):
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
             builder.take(event)
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1

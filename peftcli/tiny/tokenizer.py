@@ -1,4 +1,4 @@
-"""The tokenizer of every tiny model: a byte-level BPE learned from the shipped text within a second."""
+"""The tokenizers of the tiny models: a byte-level BPE, shipped for causal models and learned here for encoders."""
 
 import json
 from importlib.resources import files
@@ -28,9 +28,9 @@ CHAT_TEMPLATE = """\
 """
 
 
-def asset(name: str) -> bytes:
-    """The bytes of one shipped file."""
-    return files("peftcli.assets").joinpath(name).read_bytes()
+def asset(*names: str) -> bytes:
+    """The bytes of one shipped file, named by folder and name."""
+    return files("peftcli.assets").joinpath(*names).read_bytes()
 
 
 def load_documents() -> list[str]:
@@ -41,20 +41,6 @@ def load_documents() -> list[str]:
 def load_chats() -> list[list[dict[str, str]]]:
     """The shipped conversations, as lists of messages."""
     return [json.loads(line)["messages"] for line in asset("chats.jsonl").decode("utf-8").splitlines()]
-
-
-def make_causal_tokenizer(vocabulary_tokens: int, max_length: int) -> PreTrainedTokenizerFast:
-    """Tokenizer that puts `<s>` before a text, appends nothing, and gives any text back unchanged.
-
-    Args:
-        vocabulary_tokens: size of the vocabulary, the 256 bytes and the special tokens among it.
-        max_length: longest input that the model was built for, tokens.
-    """
-    backend = _train(CAUSAL_TOKENS, vocabulary_tokens, add_prefix_space=False)
-    backend.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A $B:1", special_tokens=[("<s>", CAUSAL_TOKENS.index("<s>"))]
-    )
-    return wrap_causal_tokenizer(backend, max_length)
 
 
 def wrap_causal_tokenizer(backend: Tokenizer, max_length: int) -> PreTrainedTokenizerFast:
@@ -74,7 +60,7 @@ def wrap_causal_tokenizer(backend: Tokenizer, max_length: int) -> PreTrainedToke
 
 def make_encoder_tokenizer(vocabulary_tokens: int, max_length: int) -> PreTrainedTokenizerFast:
     """Tokenizer that frames a text as `[CLS] ... [SEP]`; each word is taken with a space before it."""
-    backend = _train(ENCODER_TOKENS, vocabulary_tokens, add_prefix_space=True)
+    backend = train_bpe(ENCODER_TOKENS, vocabulary_tokens, add_prefix_space=True)
     backend.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]",
         pair="[CLS] $A [SEP] $B:1 [SEP]:1",
@@ -93,7 +79,8 @@ def make_encoder_tokenizer(vocabulary_tokens: int, max_length: int) -> PreTraine
     )
 
 
-def _train(special_tokens: list[str], vocabulary_tokens: int, *, add_prefix_space: bool) -> Tokenizer:
+def train_bpe(special_tokens: list[str], vocabulary_tokens: int, *, add_prefix_space: bool) -> Tokenizer:
+    """Learn a byte-level BPE from the shipped text, within a second."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
     backend.decoder = decoders.ByteLevel()

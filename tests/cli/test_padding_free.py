@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from comparisons import assert_same_adapter, assert_same_losses
-from helpers import Cli, logged_losses, same_training, train_twice
+from helpers import UNEVEN, Cli, logged_losses, same_training, train_twice, write_chats
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
@@ -182,10 +182,7 @@ def test_the_tokens_of_a_recipe_hold_for_padded_rows_and_their_forecast(
 def test_pairs_learn_the_same_in_lines_and_padded(
     write_recipe: Write, run_cli: Cli, tmp_path: Path, quantization: dict[str, Any] | None
 ) -> None:
-    recipe = write_recipe(
-        quantization=quantization,
-        trainer={"max_steps": 5, "per_device_train_batch_size": 3, "gradient_accumulation_steps": 3},
-    )
+    recipe = write_recipe(quantization=quantization, trainer=UNEVEN)
     same_training(*train_twice(run_cli, recipe, tmp_path))
 
 
@@ -202,13 +199,7 @@ def test_chats_learn_the_same_in_lines_and_padded_with_checkpointed_layers_too(
         }
         for number in range(30)
     ]
-    (tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, chats)))
-    recipe = tmp_path / "chats.yaml"
-    recipe.write_text(
-        f"model: {{name: {tiny_llama}}}\ndataset: {{path: chats.jsonl, max_length: 128}}\n"
-        "trainer: {max_steps: 5, per_device_train_batch_size: 4, learning_rate: 1e-3, logging_steps: 1, "
-        "activation_checkpointing: true}\nevaluation: {rows: 2, max_new_tokens: 2}\n"
-    )
+    recipe = write_chats(tmp_path, tiny_llama, chats, activation_checkpointing=True)
     same_training(*train_twice(run_cli, recipe, tmp_path))
 
 

@@ -40,6 +40,7 @@ from peftcli.doctor.system import (
     probe_disk,
 )
 from peftcli.errors import DataError, MachineError, RecipeError
+from peftcli.installed import installed_versions
 from peftcli.model.hardware import core_quota, memory_limit, usable_memory
 from peftcli.model.load import FAST_CPU_PATH
 from peftcli.plan.machine import Machine
@@ -628,7 +629,7 @@ def test_a_recipe_that_this_machine_can_run_is_all_well(write_recipe: Write, run
     out = capfd.readouterr().out
     value = json.loads(out)
     found = {check["name"]: check for check in value["checks"]}
-    assert value["schema"] == 1 and value["versions"]["trl"] == packages.installed_versions(["trl"])["trl"]
+    assert value["schema"] == 1 and value["versions"]["trl"] == installed_versions(["trl"])["trl"]
     assert set(found["plan"]) == {"name", "result", "there", "mend"} and found["plan"]["mend"] is None
     assert [found[name]["result"] for name in ("model", "plan", "room", "4-bit")] == ["ok"] * 4
     assert str(Path.home()) not in out and str(ROOT) not in out and platform.node() not in out
