@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, enable_full_determinism
 from trl import SFTConfig
 
 from peftcli.adapters.build import peft_config
@@ -27,8 +28,8 @@ from peftcli.model.evaluate import (
 from peftcli.model.fused_loss import score_targets
 from peftcli.model.hardware import peak_memory_bytes
 from peftcli.model.init_from import load_initial_weights
-from peftcli.model.load import load_adapter, load_base
-from peftcli.model.padding_free import enable_padding_free, kernels_used, row_problem
+from peftcli.model.load import DTYPES, load_adapter, load_base
+from peftcli.model.padding_free import RowCheck, check_rows, enable_padding_free, kernels_used
 from peftcli.model.varlen_attention import rejected
 from peftcli.plan.plan import DTYPE_BYTES, Plan
 from peftcli.progress import Progress
@@ -111,14 +112,19 @@ def train(
     """
     stops, resume_from = session.stops, session.resume_from
     load_retention(plan, tokenizer)  # what is wrong with the text is said before the weights are loaded
+    if plan.trainer.get("full_determinism"):
+        # Not only in the trainer: cuBLAS reads its configuration once, and kernels are checked before training.
+        enable_full_determinism(plan.seed)
     model = load_base(plan.base, shards=plan.shards)
     plan, chosen = select_modules(plan, run, data, tokenizer, model, resuming=resume_from is not None)
     if chosen is not None:
         progress.note(chosen)
-    lines = plan.batching.kind == "padding_free" and _keeps_rows_apart(model, progress)
+    row_check = _check_rows(plan, model, progress) if plan.batching.kind == "padding_free" else None
+    lines = row_check is not None and row_check.problem is None
     make = make_trainer if plan.task == CAUSAL else make_label_trainer
     with naming_arguments(session.trainer):
         trainer: StepTrainer = make(plan, run, data, tokenizer, model)
+    trainer.row_check = row_check
     trainer.optimizations |= plan.optimizations
     if "fused_loss" in plan.optimizations and not score_targets(model):
         trainer.optimizations.discard("fused_loss")
@@ -180,17 +186,20 @@ def train(
     return TrainResult(steps, reason)
 
 
-def _keeps_rows_apart(model: PreTrainedModel, progress: Progress) -> bool:
-    """Whether the rows of a micro-batch may stand in one line; says why not, and which kernel failed its check."""
+def _check_rows(plan: Plan, model: PreTrainedModel, progress: Progress) -> RowCheck:
+    """Whether batches may be padding-free; says why not, and which kernel failed its check."""
+    check = RowCheck("the attention of this model cannot be replaced")
     if enable_padding_free(model):
-        problem = row_problem(model)
-    else:
-        problem = "the attention of this model cannot be replaced"
+        dtype = DTYPES[plan.base.dtype]
+        # As in training, so that the kernels are checked in the number format that they will be used in.
+        with torch.autocast(plan.base.device, dtype, enabled=dtype != torch.float32):
+            check = check_rows(model)
+    instead = "rows of similar length are laid side by side instead" if check.problem is None else "it is not used"
     for kernel, why in rejected.items():
-        progress.note(f"  note: the {kernel} attention kernel failed its check on this GPU and is not used: {why}")
-    if problem is not None:
-        progress.note(f"  note: padded batches are used: {problem}")
-    return problem is None
+        progress.note(f"  note: the attention kernel {kernel} failed its check on this machine: {why}; {instead}")
+    if check.problem is not None:
+        progress.note(f"  note: padded batches are used: {check.problem}")
+    return check
 
 
 def evaluate_trained(
@@ -384,6 +393,7 @@ def write_train(run: RunDir, trainer: StepTrainer, watch: RunCallback, plan: Pla
                 "kind": plan.batching.kind if trainer.pieces.lines else "padded",
                 "attention": sorted(kernels_used) if trainer.pieces.lines else None,
                 "rejected_kernels": dict(rejected),
+                "row_difference": None if trainer.row_check is None else trainer.row_check.difference,
                 "real_tokens": trainer.pieces.real,
                 "padded_tokens": trainer.pieces.padded,
             },

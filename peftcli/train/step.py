@@ -18,6 +18,7 @@ from transformers.trainer_utils import EvalLoopOutput, SaveStrategy
 
 from peftcli.errors import Diverged, MachineError
 from peftcli.model.distributed import gather, is_fsdp
+from peftcli.model.padding_free import RowCheck
 from peftcli.run_dir import RunDir
 from peftcli.train import checkpoint
 from peftcli.train.adalora import RankAllocation
@@ -50,6 +51,7 @@ class StepTrainer(transformers.Trainer):  # type: ignore[misc]  # transformers' 
         fed: what `tokens` counts, for people.
         optimizations: names of those in use, as `performance.disable` names them.
         calibration: what one micro-batch took before the first step, None where that was not measured.
+        row_check: what came of a padding-free batch before training, None where batches are padded from the start.
     """
 
     fed = "tokens"
@@ -63,6 +65,7 @@ class StepTrainer(transformers.Trainer):  # type: ignore[misc]  # transformers' 
         self.checkpoint_bytes = 0
         self.optimizations: set[str] = set()
         self.calibration: dict[str, Any] | None = None
+        self.row_check: RowCheck | None = None
         self.ranks: RankAllocation | None = None
         self.start: ResidualInit | None = None
         self.loraplus_lr_ratio: float | None = None
