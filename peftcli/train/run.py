@@ -1,5 +1,6 @@
 """`train`: baseline, training, adapter and evaluation in one process that may be stopped at any step."""
 
+import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -14,6 +15,7 @@ from trl import SFTConfig
 
 from peftcli.adapters.build import peft_config
 from peftcli.data.prepare import PreparedData
+from peftcli.errors import Diverged
 from peftcli.model.adapter_files import save_adapter, write_card
 from peftcli.model.distributed import from_first
 from peftcli.model.evaluate import (
@@ -44,7 +46,7 @@ from peftcli.train.disk import Forecast, forecast
 from peftcli.train.machines import on_this_machine
 from peftcli.train.module_selection import select_modules
 from peftcli.train.precision import downcast_saved_modules, free_trained_base, upcast_trainable
-from peftcli.train.step import StepTrainer
+from peftcli.train.step import OVERFLOW, StepTrainer
 from peftcli.train.stop import StoppableProgress, StopRequests, is_first_process
 from peftcli.train.trainers import Trainer, make_label_trainer
 
@@ -105,6 +107,7 @@ def train(
 
     Raises:
         Diverged: a loss, a gradient or a weight is not finite, or nothing is learned any more.
+        MachineError: the model overflows float16.
         MemoryExhausted: not even small pieces of a micro-batch fit.
         Stopped: a stop was asked for outside the training loop.
         MachineError: the weights cannot be loaded, or a package that a trainer argument needs is missing.
@@ -137,6 +140,8 @@ def train(
         trainer.start = initialize_from_gradient(trainer.model, plan, data, tokenizer, resume_from)
     trainer.loraplus_lr_ratio = plan.adapter.arguments.get("loraplus_lr_ratio")
     upcast_trainable(trainer.model, plan.adapter_dtype)
+    if plan.base.dtype == "float16":
+        trainer.check_float16()
     heeding = StoppableProgress(
         progress, stops, "before the first step" if resume_from is None else "before the next step"
     )
@@ -298,6 +303,8 @@ def _baseline(
     begun = time.monotonic()
     with adapter_off(model):
         measured = _measure(plan, data, tokenizer, model, progress, "base") if tested else None
+        if measured is not None:
+            _check_base_loss(plan, measured)
         retention = base_retention(plan, tokenizer, model, progress)
     seconds = time.monotonic() - begun
     before = _evaluation(plan, data, tokenizer, {"base": measured, "adapter": None}) | retention
@@ -305,6 +312,24 @@ def _baseline(
     if is_first_process():
         write_json(run.eval, before)
     return before, seconds
+
+
+def _check_base_loss(plan: Plan, measured: Evaluation) -> None:
+    """Stop before training where the base alone computes no loss; every process has the same.
+
+    Raises:
+        Diverged: the loss of the base is not finite.
+    """
+    loss, dtype = float(measured.figures()["loss"]), plan.base.dtype
+    if math.isfinite(loss):
+        return
+    fix = "set model.dtype: float32, and compare the weight files with those of the publisher"
+    problem = Diverged(
+        f"the loss of {plan.base.name} on the test rows is {loss} in {dtype} before any training, so there is nothing "
+        f"to train: {OVERFLOW if dtype == 'float16' else fix}"
+    )
+    problem.in_all = True
+    raise problem
 
 
 def _measure(

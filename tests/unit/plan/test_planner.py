@@ -63,6 +63,20 @@ def test_the_dtype_follows_what_the_card_computes_itself(
     assert plan.trainer["use_cpu"] is (machine is CPU)
 
 
+@pytest.mark.parametrize("architecture", ["Gemma2ForCausalLM", "Gemma3ForCausalLM", "T5ForTokenClassification"])
+def test_a_model_that_overflows_float16_is_computed_in_float32_where_there_is_no_bfloat16(
+    recipe: Any, architecture: str
+) -> None:
+    facts = replace(FACTS, architecture=architecture)
+    plan = plan_on(T4, recipe("quantization: {bits: 4}"), facts)
+    assert plan.base.dtype == "float32" and not plan.trainer["fp16"] and not plan.trainer["bf16"]
+    assert plan.base.quantization is not None and plan.base.quantization["compute_dtype"] == "float32"
+    why = next(one.reason for one in plan.decisions if one.key == "model.dtype")
+    assert "no native bfloat16" in why and f"{architecture} overflows float16" in why
+    assert plan_on(L4, recipe(), facts).base.dtype == "bfloat16"
+    assert plan_on(T4, recipe("model: {name: m, dtype: float16}"), facts).base.dtype == "float16"
+
+
 def test_nothing_in_a_plan_is_auto(recipe: Any) -> None:
     for machine in (CPU, T4, L4):
         plan = plan_on(machine, recipe("quantization: {bits: 4}"))
