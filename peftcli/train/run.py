@@ -27,7 +27,7 @@ from peftcli.model.evaluate import (
     evaluation_json,
     load_retention,
 )
-from peftcli.model.fused_loss import score_targets
+from peftcli.model.fused_loss import replace_broken_loss, score_targets
 from peftcli.model.hardware import peak_memory_bytes
 from peftcli.model.init_from import load_initial_weights
 from peftcli.model.load import DTYPES, load_adapter, load_base
@@ -132,6 +132,8 @@ def train(
     if "fused_loss" in plan.optimizations and not score_targets(model):
         trainer.optimizations.discard("fused_loss")
         progress.note("  note: the output layer is divided or no linear layer alone, so it is left to TRL")
+    if isinstance(trainer, Trainer) and "fused_loss" not in trainer.optimizations:
+        _replace_broken_loss(trainer, model, plan, progress)
     trainer.stamp, trainer.checkpoint_bytes = session.stamp, session.checkpoint_bytes
     if not trainer.aux_loss_enabled:  # a router's balance is judged on the rows of a micro-batch
         trainer.cut_steps(lines=plan.batching.tokens if lines else None, most=plan.batching.most)
@@ -205,6 +207,18 @@ def _check_rows(plan: Plan, model: PreTrainedModel, progress: Progress) -> RowCh
     if check.problem is not None:
         progress.note(f"  note: padded batches are used: {check.problem}")
     return check
+
+
+def _replace_broken_loss(trainer: Trainer, model: PreTrainedModel, plan: Plan, progress: Progress) -> None:
+    """Use another loss where TRL's fails its check on this GPU; says why, and which."""
+    found = replace_broken_loss(model, trainer.args.device, DTYPES[plan.base.dtype])
+    if found is None:
+        return
+    problem, ours = found
+    if ours:
+        trainer.optimizations.add("fused_loss")
+    instead = "peftcli's fused loss" if ours else "TRL's loss without Triton, which is slower,"
+    progress.note(f"  note: TRL's Triton kernels for the loss failed their check: {problem}; {instead} is used instead")
 
 
 def evaluate_trained(
