@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -213,7 +214,7 @@ def padding_free_attention(
         (1, tokens, heads, size), and None for the weights.
     """
     if not _now:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
+        return sdpa_attention(module, query, key, value, attention_mask, **kwargs)
     layout, window = _now[-1], kwargs.get("sliding_window")
     longest = max(layout.lengths)
     dropout: float = kwargs.get("dropout") or 0.0
@@ -228,10 +229,7 @@ def padding_free_attention(
     for group in groups:
         parts = [_beside(part, group, whole=layout.whole) for part in (query, key, value)]
         mask = _window(group.length, window, query.device)
-        if repeats_heads(query.device):
-            found = _repeated(module, parts, mask, kwargs)
-        else:
-            found, _ = sdpa_attention_forward(module, *parts, mask, **{**kwargs, "is_causal": True})
+        found, _ = sdpa_attention(module, *parts, mask, **{**kwargs, "is_causal": True})
         outputs.append(found.flatten(0, 1))
     if layout.whole:
         return outputs[0][None], None
@@ -247,24 +245,33 @@ def repeats_heads(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
 
 
-def _repeated(module: torch.nn.Module, parts: list[Tensor], mask: Tensor | None, kwargs: dict[str, Any]) -> Tensor:
-    """Attention with keys and values repeated for every query head, for which every kernel is there.
+def sdpa_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention by `sdpa`, with keys and values repeated where a GPU shares them in no fused kernel.
+
+    transformers leaves the sharing to torch wherever there is no mask. The math kernel, which is then the only one,
+    holds the probabilities of all tokens by all tokens: 13 GB for a row of 8,192 tokens with 32 heads.
 
     Returns:
-        (rows, length, heads, size).
+        (rows, length, heads, size), and None for the weights.
     """
-    query, key, value = parts
-    times = query.shape[1] // key.shape[1]
-    found = torch.nn.functional.scaled_dot_product_attention(
-        query,
-        repeat_kv(key, times),
-        repeat_kv(value, times),
-        attn_mask=mask,
-        dropout_p=kwargs.get("dropout") or 0.0,
-        scale=kwargs.get("scaling"),
-        is_causal=mask is None and query.shape[2] > 1,
-    )
-    return found.transpose(1, 2).contiguous()
+    groups = getattr(module, "num_key_value_groups", 1)
+    if attention_mask is None and groups > 1 and query.shape[2] > 1 and repeats_heads(query.device):
+        key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+        module = SimpleNamespace(is_causal=getattr(module, "is_causal", True))  # type: ignore[assignment]  # all it reads
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
+
+
+def use_fused_attention(device: torch.device) -> None:
+    """Let all models of this process that compute attention by `sdpa` do it by `sdpa_attention`, where that differs."""
+    if repeats_heads(device):
+        AttentionInterface.register("sdpa", sdpa_attention)
 
 
 def _beside(line: Tensor, group: Group, *, whole: bool) -> Tensor:
