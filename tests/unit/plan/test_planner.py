@@ -11,6 +11,7 @@ import pytest
 from peftcli.errors import MachineError, RecipeError
 from peftcli.plan.choices import check_wheel, processes_that_share
 from peftcli.plan.machine import Machine, ModelFacts
+from peftcli.plan.memory.model_shape import Experts, ModelDimensions, Norm
 from peftcli.plan.optimizer import Trained
 from peftcli.plan.plan import Plan
 from peftcli.plan.planner import make_plan
@@ -221,3 +222,39 @@ def test_evaluations_and_checkpoints_come_within_the_few_steps_of_a_rehearsal(re
     asked = "trainer: {load_best_model_at_end: true, eval_strategy: steps, eval_steps: 100, save_steps: 200}\n"
     trainer = smoke_recipe(recipe(asked)).trainer
     assert trainer["eval_steps"] == trainer["save_steps"] < trainer["max_steps"]
+
+
+DENSE = ModelDimensions(
+    hidden=64,
+    layers=2,
+    queries=64,
+    keys=64,
+    heads=4,
+    mlp=128,
+    mlp_kept=3,
+    mlp_layers=2,
+    vocabulary=100,
+    parameters=7_000_000,
+    linears=(),
+    norms=(),
+    final_norm=Norm(64, 1, in_float32=True),
+)
+MIXTURE = replace(DENSE, experts=Experts(parameters=1000, per_token=1, total=4, mlp=64, layers=2))
+
+
+@pytest.mark.parametrize(
+    ("processes", "more", "facts", "expected"),
+    [
+        (2, "", replace(FACTS, shape=DENSE), False),
+        (1, "", replace(FACTS, shape=DENSE), None),
+        (2, "trainer: {ddp_find_unused_parameters: true}", replace(FACTS, shape=DENSE), True),
+        (2, "adapter: {method: adalora, r: 4}", replace(FACTS, shape=DENSE), None),
+        (2, "", replace(FACTS, shape=MIXTURE), None),  # an expert that no token was sent to has no gradient
+        (2, "", FACTS, None),  # nobody knows what it is made of
+    ],
+)
+def test_processes_that_train_lora_look_for_no_unused_parameters(
+    recipe: Any, processes: int, more: str, facts: ModelFacts, expected: bool | None
+) -> None:
+    plan = plan_on(replace(T4, processes=processes), recipe(more), facts)
+    assert plan.trainer.get("ddp_find_unused_parameters") is expected
