@@ -243,15 +243,15 @@ def _trl_difference(device: torch.device, dtype: torch.dtype) -> str | None:
     theirs, ours = _HeadAlone(hidden, weight), _HeadAlone(hidden.float(), weight.float())
     add_fused_lm_head(theirs, outputs=TRL_OUTPUTS)
     found = theirs(labels=labels.to(device), fused_lm_head=True)
-    wanted = _scored(ours, (), {"labels": labels.to(device)})  # type: ignore[arg-type]  # as much of a model as it needs
+    wanted = _scored(ours, (), {"labels": labels.to(device)})
     found.loss.backward()
-    assert wanted.loss is not None  # a loss is always made
-    wanted.loss.backward()  # type: ignore[no-untyped-call]  # torch
-    for name, one, other in (
+    wanted.loss.backward()
+    pairs: tuple[tuple[str, Any, Any], ...] = (
         ("log-probabilities", found.log_probs, wanted.log_probs),
         ("entropies", found.entropy, wanted.entropy),
         ("gradients", theirs.hidden.grad, ours.hidden.grad),
-    ):
+    )
+    for name, one, other in pairs:
         if not (one.float() - other).abs().max() <= CHECK_TOLERANCE * other.abs().max():  # NaN too
             return f"its {name} differ from those of the same tokens in float32"
     return None

@@ -179,7 +179,7 @@ def check_rows(model: PreTrainedModel) -> RowCheck:
 
 def _row_difference(flat: Tensor, alone: Tensor) -> float:
     """See `RowCheck.difference`, of logits (tokens, vocabulary)."""
-    by_row = (flat - alone).square().split(CHECKED_ROWS)
+    by_row = torch.split_with_sizes((flat - alone).square(), CHECKED_ROWS)
     return float(torch.stack([part.mean().sqrt() for part in by_row]).max() / alone.std())
 
 
@@ -227,9 +227,9 @@ def padding_free_attention(
     outputs = []
     groups, back = layout.sides
     for group in groups:
-        parts = [_beside(part, group, whole=layout.whole) for part in (query, key, value)]
+        row_query, row_key, row_value = (_beside(part, group, whole=layout.whole) for part in (query, key, value))
         mask = _window(group.length, window, query.device)
-        found, _ = sdpa_attention(module, *parts, mask, **{**kwargs, "is_causal": True})
+        found, _ = sdpa_attention(module, row_query, row_key, row_value, mask, **{**kwargs, "is_causal": True})
         outputs.append(found.flatten(0, 1))
     if layout.whole:
         return outputs[0][None], None
