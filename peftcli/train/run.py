@@ -317,9 +317,8 @@ def _baseline(
     begun = time.monotonic()
     with adapter_off(model):
         measured = _measure(plan, data, tokenizer, model, progress, "base") if tested else None
-        if measured is not None:
-            _check_base_loss(plan, measured)
         retention = base_retention(plan, tokenizer, model, progress)
+    _check_losses(plan, measured, retention, trained=False)
     seconds = time.monotonic() - begun
     before = _evaluation(plan, data, tokenizer, {"base": measured, "adapter": None}) | retention
     before["baseline_seconds"] = round(seconds, 3)
@@ -328,22 +327,28 @@ def _baseline(
     return before, seconds
 
 
-def _check_base_loss(plan: Plan, measured: Evaluation) -> None:
-    """Stop before training where the base alone computes no loss; every process has the same.
+def _check_losses(plan: Plan, measured: Evaluation | None, retention: Mapping[str, Any], *, trained: bool) -> None:
+    """Stop where a model computes no loss; every process has the same.
+
+    Args:
+        retention: what `base_retention` or `adapter_retention` gave.
+        trained: it is the adapter, after training, and not the base before it.
 
     Raises:
-        Diverged: the loss of the base is not finite.
+        Diverged: a loss is not finite.
     """
-    loss, dtype = float(measured.figures()["loss"]), plan.base.dtype
-    if math.isfinite(loss):
-        return
-    fix = "set model.dtype: float32, and compare the weight files with those of the publisher"
-    problem = Diverged(
-        f"the loss of {plan.base.name} on the test rows is {loss} in {dtype} before any training, so there is nothing "
-        f"to train: {OVERFLOW if dtype == 'float16' else fix}"
-    )
-    problem.in_all = True
-    raise problem
+    whose = "the adapter after training" if trained else f"{plan.base.name} before training"
+    forgetting = retention.get("retention", {}).get("adapter_loss" if trained else "base_loss")
+    on_test = None if measured is None else float(measured.figures()["loss"])
+    fix = "set model.dtype: float32, and compare the weight files of the base with those of the publisher"
+    for rows, loss in (("the test rows", on_test), ("evaluation.forgetting_text", forgetting)):
+        if loss is not None and not math.isfinite(loss):
+            problem = Diverged(
+                f"the loss of {whose} on {rows} is {loss} in {plan.base.dtype}; "
+                f"{OVERFLOW if plan.base.dtype == 'float16' else fix}"
+            )
+            problem.in_all = True
+            raise problem
 
 
 def _measure(
@@ -375,6 +380,7 @@ def _measure_adapter(
     """Measure the adapter, and put it beside its base into `eval.json` and the model card."""
     after = _measure(plan, data, tokenizer, model, progress, "adapter") if data.holds_out else None
     retention = adapter_retention(plan, tokenizer, model, progress, before)
+    _check_losses(plan, after, retention, trained=True)
     if not is_first_process():
         return
     value = _evaluation(plan, data, tokenizer, {"base": None, "adapter": after}) | retention

@@ -76,13 +76,45 @@ def test_a_model_within_float16_trains_in_it(
     assert metrics["adapter"]["loss"] < metrics["base"]["loss"]
 
 
+@pytest.mark.parametrize(
+    ("evaluation", "rows"),
+    [({}, "the test rows"), ({"baseline": False, "forgetting_text": "text.txt"}, "evaluation.forgetting_text")],
+)
 def test_a_base_whose_loss_is_not_finite_stops_the_run_with_a_sentence(
-    write_recipe: Write, run_cli: Cli, tmp_path: Path, capfd: Any, scaled_base: Callable[[float], Path]
+    write_recipe: Write,
+    run_cli: Cli,
+    tmp_path: Path,
+    capfd: Any,
+    scaled_base: Callable[[float], Path],
+    evaluation: dict[str, Any],
+    rows: str,
 ) -> None:
+    (tmp_path / "text.txt").write_text("The cat sat on the mat and looked at the dog.\n" * 20)
     base = scaled_base(float("nan"))
-    assert train(write_recipe, run_cli, base) == 6
-    assert f"the loss of {base} on the test rows is nan in float32 before any training" in capfd.readouterr().err
+    assert train(write_recipe, run_cli, base, evaluation=evaluation) == 6
+    assert f"the loss of {base} before training on {rows} is nan in float32" in capfd.readouterr().err
     assert not (tmp_path / "run" / "log.jsonl").exists()
+
+
+def test_an_adapter_whose_loss_is_not_finite_ends_the_run_with_a_sentence(
+    write_recipe: Write,
+    run_cli: Cli,
+    tmp_path: Path,
+    tiny_llama: Path,
+    capfd: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As where float16, without the autocast of training, overflows in the last evaluation."""
+
+    def spoil(model: torch.nn.Module, dtype: str) -> None:
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data.fill_(float("inf"))
+
+    monkeypatch.setattr("peftcli.train.run.downcast_saved_modules", spoil)
+    assert train(write_recipe, run_cli, tiny_llama) == 6
+    assert "the loss of the adapter after training on the test rows is nan in float32" in capfd.readouterr().err
+    assert (tmp_path / "run" / "adapter").is_dir() and read_json(tmp_path / "run" / "train.json")["steps"] == 3
 
 
 def test_steps_that_no_scale_helps_name_float16() -> None:
