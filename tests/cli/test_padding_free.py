@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from attention_kernels import flash
 from comparisons import assert_same_adapter, assert_same_losses
 from helpers import Cli, logged_losses, same_training, train_twice
 from safetensors.torch import load_file
@@ -28,6 +29,7 @@ from peftcli.model.load import load_base
 from peftcli.model.padding_free import SequenceLayout, check_rows, enable_padding_free, use_layout
 from peftcli.run_dir import read_json
 from peftcli.train.micro_batch import MicroBatches, flatten_rows, parts_that_fit, split_evenly
+from peftcli.train.step import StepTrainer
 
 Write = Callable[..., Path]
 
@@ -287,3 +289,36 @@ def test_full_determinism_begins_before_the_first_product(
         torch.use_deterministic_algorithms(False)
         torch.backends.cudnn.deterministic = False
     assert seen == [(True, True)]
+
+
+def test_on_a_gpu_of_sm_80_rows_are_trained_by_a_kernel_that_was_checked_before(
+    write_recipe: Write, run_cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, without_checks: None
+) -> None:
+    """The CPU is taken for such a GPU; the kernel computes what FlashAttention does."""
+    monkeypatch.setattr(varlen_attention, "DEVICE_TYPE", "cpu")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", flash)
+    checked: list[str] = []
+    check, trained = varlen_attention.kernel_problem, StepTrainer.train
+
+    def record(kernel: Any, *given: Any, **more: Any) -> str | None:
+        checked.append(kernel)
+        return check(kernel, *given, **more)
+
+    def train(self: StepTrainer, *given: Any, **more: Any) -> Any:
+        checked.append("training")
+        return trained(self, *given, **more)
+
+    monkeypatch.setattr(varlen_attention, "kernel_problem", record)
+    monkeypatch.setattr(StepTrainer, "train", train)
+    recipe = write_recipe(
+        model={"dtype": "bfloat16"},
+        quantization=None,
+        trainer={"max_steps": 2, "activation_checkpointing": True},
+        performance={"batching": "padding_free"},
+    )
+    assert run_cli("train", recipe, "--output-dir", "run") == 0
+    found = read_json(tmp_path / "run" / "train.json")["batching"]
+    assert found["kind"] == "padding_free" and found["attention"] == ["flash"] and not found["rejected_kernels"]
+    assert checked == ["flash", "training"]

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from attention_kernels import flash, rows_alone
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
 
 from peftcli.model import padding_free, varlen_attention
@@ -20,46 +20,6 @@ from peftcli.train.micro_batch import flatten_rows
 
 LENGTHS = (5, 1, 64, 17)
 WIDE = KernelShape(torch.bfloat16, 4, 2, 16)
-
-
-def rows_alone(
-    query: Tensor, key: Tensor, value: Tensor, edges: Tensor, longest: int, *, scale: float | None, behind: int
-) -> Tensor:
-    """(tokens, heads, size): causal attention of each row with itself, over `behind` tokens before, -1 for all."""
-    assert edges.dtype == torch.int32 and longest == int(edges.diff().max())
-    found = []
-    for begin, end in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
-        places = torch.arange(end - begin)
-        back = places[:, None] - places[None]
-        seen = (back >= 0) & ((behind < 0) | (back <= behind))
-        row = [part[begin:end].transpose(0, 1)[None] for part in (query, key, value)]
-        made = scaled_dot_product_attention(
-            *row, attn_mask=seen, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
-        )
-        found.append(made[0].transpose(0, 1))
-    return torch.cat(found)
-
-
-def flash(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    edges: Tensor,
-    edges_of_keys: Tensor,
-    longest: int,
-    longest_key: int,
-    dropout: float,
-    is_causal: bool,
-    return_debug_mask: bool,
-    *,
-    scale: float | None,
-    window_size_left: int,
-    window_size_right: int,
-) -> tuple[Tensor, ...]:
-    """What FlashAttention computes, with its arguments in every torch from 2.6 on."""
-    assert torch.equal(edges, edges_of_keys) and longest == longest_key and dropout == 0.0 and not return_debug_mask
-    assert window_size_right == 0 and is_causal == (window_size_left < 0)
-    return (rows_alone(query, key, value, edges, longest, scale=scale, behind=window_size_left),)
 
 
 def efficient(*given: Any, scale: float | None) -> tuple[Tensor, ...]:
