@@ -20,6 +20,8 @@ FLASH_PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash
 FSDP_MORE = ("FSDP_OFFLOAD_PARAMS", "FSDP_ACTIVATION_CHECKPOINTING")
 """What accelerate's configuration may ask of FSDP, by its variables, and is not done here."""
 
+NATIVE_BF16 = (8, 0)
+"""Compute capability from which NVIDIA's GPUs compute bfloat16."""
 NO_LIMIT_BYTES = 2**60
 """Version 1 of control groups writes a number near 2**63 for no limit."""
 
@@ -42,14 +44,17 @@ def probe_machine() -> Machine:
             fsdp=asked,
             fsdp_more=more,
         )
-    properties = torch.cuda.get_device_properties(0)
+    gpus = _used_gpus(processes)
+    capability = min((gpu.major, gpu.minor) for gpu in gpus)
     return Machine(
         device="cuda",
-        name=properties.name,
-        capability=(properties.major, properties.minor),
-        native_bf16=torch.cuda.is_bf16_supported(including_emulation=False),
+        name=" and ".join(dict.fromkeys(gpu.name for gpu in gpus)),
+        capability=capability,
+        # torch answers for the current device alone, and asking it of another one opens a context there.
+        native_bf16=torch.cuda.is_bf16_supported(including_emulation=False)
+        and (torch.version.hip is not None or capability >= NATIVE_BF16),
         arch_list=tuple(torch.cuda.get_arch_list()),
-        memory_bytes=properties.total_memory,
+        memory_bytes=min(gpu.total_memory for gpu in gpus),
         count=torch.cuda.device_count(),
         processes=processes,
         shares_batch=_is_set(SHARES_BATCH),
@@ -59,6 +64,15 @@ def probe_machine() -> Machine:
         fsdp=asked,
         fsdp_more=more,
     )
+
+
+def _used_gpus(processes: int) -> list[Any]:
+    """The properties of the GPUs of this machine that a launch of some processes uses: the first ones, one for each.
+
+    Every process must plan the same, so a plan is for the smallest of them.
+    """
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+    return [torch.cuda.get_device_properties(number) for number in range(min(here, torch.cuda.device_count()))]
 
 
 def _is_set(name: str) -> bool:

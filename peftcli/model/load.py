@@ -28,6 +28,7 @@ from peftcli.model.adapter_weights import WEIGHTS, explain_unfit, hash_files, re
 from peftcli.model.distributed import disable_accelerate_fsdp
 from peftcli.model.heads import auto_class, load_with_head, unquantized_modules
 from peftcli.model.hub import explain_missing, look_for_network
+from peftcli.model.padding_free import use_fused_attention
 from peftcli.nearest import nearest
 from peftcli.plan.plan import Base, TokenizerChoice
 from peftcli.tasks.registry import TASKS
@@ -106,6 +107,7 @@ def load_base(base: Base, *, quantized: bool = True, shards: int = 1) -> PreTrai
         MachineError: the weights cannot be had, or this machine cannot load them.
     """
     disable_accelerate_fsdp()
+    use_fused_attention(local_device(base.device))
     register()  # an adapter of ours may be folded into it, or loaded on it
     arguments: dict[str, Any] = {
         "dtype": DTYPES[base.dtype],

@@ -122,6 +122,7 @@ def make_plan(
         batch=batch,
         batching=batching,
         trainer=_trainer_arguments(recipe, labels, choices, machine.processes)
+        | _ddp_arguments(recipe, machine.processes, facts)
         | (batch.arguments() if machine.shares_batch else {}),
         evaluation=recipe.evaluation,
         evaluation_batch=_evaluation_batch(recipe, choices.on_gpu),
@@ -355,6 +356,19 @@ def _trainer_arguments(recipe: Recipe, labels: LossMask, choices: Choices, proce
         "run_name": recipe.name,
     }
     return {**defaults, **given, **decided}
+
+
+def _ddp_arguments(recipe: Recipe, processes: int, facts: ModelFacts) -> dict[str, Any]:
+    """Let DDP wait for no gradient that does not come, without looking for those in every backward pass.
+
+    transformers has it look wherever a model is wrapped by PEFT. Each matrix of LoRA in a language model has a gradient
+    in every pass, other than those of experts that no token was sent to.
+    """
+    dense = facts.shape is not None and facts.shape.experts is None
+    experts = any(".experts." in name for name in facts.modules)
+    if processes == 1 or recipe.adapter.method != "lora" or facts.head or not dense or experts:
+        return {}
+    return {"ddp_find_unused_parameters": recipe.trainer.get("ddp_find_unused_parameters", False)}
 
 
 def _notices(recipe: Recipe, machine: Machine, on_gpu: bool) -> tuple[str, ...]:

@@ -326,7 +326,9 @@ def _undone(trainer: StepTrainer, model: Any) -> Iterator[None]:
     counted = trainer.micro_batches.real, trainer.micro_batches.padded
     training = model.training
     model.train()
-    with torch.random.fork_rng():
+    device = trainer.args.device
+    # Without a list torch saves the states of all GPUs, which other processes use, and warns of them.
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
         yield
     model.train(training)
     model.zero_grad(set_to_none=True)

@@ -1,5 +1,6 @@
 """`train`: baseline, training, adapter and evaluation in one process that may be stopped at any step."""
 
+import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -7,10 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, enable_full_determinism
 from trl import SFTConfig
 
 from peftcli.data.prepare import PreparedData
+from peftcli.errors import Diverged
 from peftcli.model.adapter_files import save_adapter, write_card
 from peftcli.model.distributed import from_first
 from peftcli.model.evaluate import (
@@ -24,8 +27,8 @@ from peftcli.model.evaluate import (
 )
 from peftcli.model.hardware import peak_memory_bytes
 from peftcli.model.init_from import load_initial_weights
-from peftcli.model.load import load_adapter, load_base
-from peftcli.model.padding_free import enable_padding_free, kernels_used, row_problem
+from peftcli.model.load import DTYPES, load_adapter, load_base
+from peftcli.model.padding_free import RowCheck, check_rows, enable_padding_free, kernels_used
 from peftcli.model.varlen_attention import rejected
 from peftcli.plan.plan import DTYPE_BYTES, Plan
 from peftcli.progress import Progress
@@ -39,7 +42,7 @@ from peftcli.train.disk import Forecast, forecast
 from peftcli.train.machines import on_this_machine
 from peftcli.train.module_selection import select_modules
 from peftcli.train.precision import downcast_saved_modules, free_trained_base
-from peftcli.train.step import StepTrainer, TrainerSetup
+from peftcli.train.step import OVERFLOW, StepTrainer, TrainerSetup
 from peftcli.train.stop import StoppableProgress, StopRequests, is_first_process
 
 UNMEASURED_RESERVE_SECONDS = 60.0
@@ -99,6 +102,7 @@ def train(
 
     Raises:
         Diverged: a loss, a gradient or a weight is not finite, or nothing is learned any more.
+        MachineError: the model overflows float16.
         MemoryExhausted: not even small pieces of a micro-batch fit.
         Stopped: a stop was asked for outside the training loop.
         MachineError: the weights cannot be loaded, or a package that a trainer argument needs is missing.
@@ -106,6 +110,9 @@ def train(
     """
     stops, resume_from = session.stops, session.resume_from
     load_retention(plan, tokenizer)  # what is wrong with the text is said before the weights are loaded
+    if plan.trainer.get("full_determinism"):
+        # Not only in the trainer: cuBLAS reads its configuration once, and kernels are checked before training.
+        enable_full_determinism(plan.seed)
     model = load_base(plan.base, shards=plan.shards)
     plan, chosen = select_modules(plan, run, data, tokenizer, model, resuming=resume_from is not None)
     if chosen is not None:
@@ -114,15 +121,17 @@ def train(
         plan,
         data,
         tokenizer,
-        padding_free=plan.batching.kind == "padding_free" and _keeps_rows_apart(model, progress),
+        row_check=_check_rows(plan, model, progress) if plan.batching.kind == "padding_free" else None,
         resume_from=resume_from,
         fingerprint=session.fingerprint,
         checkpoint_bytes=session.checkpoint_bytes,
     )
     with naming_arguments(session.trainer):
         trainer: StepTrainer = load(TASKS[plan.task].trainer)(setup, run.checkpoints, model)
-    if "fused_loss" in plan.optimizations - trainer.optimizations:
-        progress.note("  note: fused loss disabled: the output layer is sharded or not a plain Linear")
+    for note in trainer.notes:
+        progress.note(f"  note: {note}")
+    if plan.base.dtype == "float16":
+        trainer.check_float16()
     heeding = StoppableProgress(
         progress, stops, "before the first step" if resume_from is None else "before the next step"
     )
@@ -170,17 +179,20 @@ def train(
     return TrainResult(steps, reason)
 
 
-def _keeps_rows_apart(model: PreTrainedModel, progress: Progress) -> bool:
-    """Whether the rows of a micro-batch may stand in one line; says why not, and which kernel failed its check."""
+def _check_rows(plan: Plan, model: PreTrainedModel, progress: Progress) -> RowCheck:
+    """Whether batches may be padding-free; says why not, and which kernel failed its check."""
+    check = RowCheck("the attention of this model cannot be replaced")
     if enable_padding_free(model):
-        problem = row_problem(model)
-    else:
-        problem = "the attention of this model cannot be replaced"
+        dtype = DTYPES[plan.base.dtype]
+        # As in training, so that the kernels are checked in the number format that they will be used in.
+        with torch.autocast(plan.base.device, dtype, enabled=dtype != torch.float32):
+            check = check_rows(model)
+    instead = "rows of similar length are laid side by side instead" if check.problem is None else "it is not used"
     for kernel, why in rejected.items():
-        progress.note(f"  note: the {kernel} attention kernel failed its check on this GPU and is not used: {why}")
-    if problem is not None:
-        progress.note(f"  note: padded batches are used: {problem}")
-    return problem is None
+        progress.note(f"  note: the attention kernel {kernel} failed its check on this machine: {why}; {instead}")
+    if check.problem is not None:
+        progress.note(f"  note: padded batches are used: {check.problem}")
+    return check
 
 
 def evaluate_trained(
@@ -260,12 +272,37 @@ def _baseline(
     with adapter_off(model):
         measured = _measure(plan, data, tokenizer, model, progress, "base") if tested else None
         retention = base_retention(plan, tokenizer, model, progress)
+    _check_losses(plan, measured, retention, trained=False)
     seconds = time.monotonic() - begun
     before = _evaluation(plan, data, tokenizer, {"base": measured, "adapter": None}) | retention
     before["baseline_seconds"] = round(seconds, 3)
     if is_first_process():
         write_json(run.eval, before)
     return before, seconds
+
+
+def _check_losses(plan: Plan, measured: Evaluation | None, retention: Mapping[str, Any], *, trained: bool) -> None:
+    """Stop where a model computes no loss; every process has the same.
+
+    Args:
+        retention: what `base_retention` or `adapter_retention` gave.
+        trained: it is the adapter, after training, and not the base before it.
+
+    Raises:
+        Diverged: a loss is not finite.
+    """
+    whose = "the adapter after training" if trained else f"{plan.base.name} before training"
+    forgetting = retention.get("retention", {}).get("adapter_loss" if trained else "base_loss")
+    on_test = None if measured is None else float(measured.figures()["loss"])
+    fix = "set model.dtype: float32, and compare the weight files of the base with those of the publisher"
+    for rows, loss in (("the test rows", on_test), ("evaluation.forgetting_text", forgetting)):
+        if loss is not None and not math.isfinite(loss):
+            problem = Diverged(
+                f"the loss of {whose} on {rows} is {loss} in {plan.base.dtype}; "
+                f"{OVERFLOW if plan.base.dtype == 'float16' else fix}"
+            )
+            problem.in_all = True
+            raise problem
 
 
 def _measure(
@@ -297,6 +334,7 @@ def _measure_adapter(
     """Measure the adapter, and put it beside its base into `eval.json` and the model card."""
     after = _measure(plan, data, tokenizer, model, progress, "adapter") if data.holds_out else None
     retention = adapter_retention(plan, tokenizer, model, progress, before)
+    _check_losses(plan, after, retention, trained=True)
     if not is_first_process():
         return
     value = _evaluation(plan, data, tokenizer, {"base": None, "adapter": after}) | retention
@@ -359,6 +397,7 @@ def write_train(run: RunDir, trainer: StepTrainer, watch: RunCallback, optimizat
                 "kind": plan.batching.kind if trainer.micro_batches.lines else "padded",
                 "attention": sorted(kernels_used) if trainer.micro_batches.lines else None,
                 "rejected_kernels": dict(rejected),
+                "row_difference": None if trainer.setup.row_check is None else trainer.setup.row_check.difference,
                 "real_tokens": trainer.micro_batches.real,
                 "padded_tokens": trainer.micro_batches.padded,
             },

@@ -21,6 +21,7 @@ from peftcli.data.prepare import PreparedData
 from peftcli.errors import Diverged, MachineError
 from peftcli.methods.registry import METHODS
 from peftcli.model.distributed import gather, is_fsdp
+from peftcli.model.padding_free import RowCheck
 from peftcli.plan.plan import Plan
 from peftcli.run_dir import RunDir, read_json
 from peftcli.train import checkpoint
@@ -36,6 +37,12 @@ MOST_FLAT_STEPS = 5
 MOST_SKIPPED_STEPS = 30
 """Steps in a row that float16's scaler skips; it begins at 65536 and halves its scale each time."""
 
+OVERFLOW = (
+    "float16, which ends at 65504, overflows in this model; set model.dtype: float32 (with quantization: {bits: 4} the "
+    "weights stay small), or use a GPU of sm_80 or later, which computes in bfloat16"
+)
+"""What to do where the gradient scaler of float16 cannot help."""
+
 
 @dataclass(frozen=True)
 class TrainerSetup:
@@ -45,7 +52,7 @@ class TrainerSetup:
         plan: of the run, with its labels and targets resolved.
         data: tokenized train and test rows.
         tokenizer: of the model; for images the processor.
-        padding_free: the model keeps the rows of a padding-free batch apart, where the plan asks for such batches.
+        row_check: whether the model keeps the rows of a padding-free batch apart; None where the plan pads them.
         resume_from: a verified checkpoint to resume from.
         fingerprint: what the run is made from, for the manifest of each checkpoint.
         checkpoint_bytes: forecast of one checkpoint on the disk.
@@ -54,10 +61,15 @@ class TrainerSetup:
     plan: Plan
     data: PreparedData
     tokenizer: PreTrainedTokenizerBase
-    padding_free: bool = False
+    row_check: RowCheck | None = None
     resume_from: Path | None = None
     fingerprint: Mapping[str, Any] = field(default_factory=dict)
     checkpoint_bytes: int = 0
+
+    @property
+    def padding_free(self) -> bool:
+        """Whether batches are padding-free."""
+        return self.row_check is not None and self.row_check.problem is None
 
 
 class StepTrainer(transformers.Trainer):  # type: ignore[misc]  # transformers' trainer is untyped
@@ -76,6 +88,7 @@ class StepTrainer(transformers.Trainer):  # type: ignore[misc]  # transformers' 
         counts: what `tokens` counts: tokens or images.
         optimizations: names of those in use, as `performance.disable` names them.
         calibration: what one micro-batch took before the first step, None where that was not measured.
+        notes: what of the plan this model or this machine cannot do, for people.
     """
 
     counts = "tokens"
@@ -87,6 +100,7 @@ class StepTrainer(transformers.Trainer):  # type: ignore[misc]  # transformers' 
         self.seconds_before = 0.0
         self.seconds = 0.0
         self.optimizations = setup.plan.optimizations
+        self.notes: list[str] = []
         self.calibration: dict[str, Any] | None = None
         self.micro_batches = self._micro_batches()
         self._waiting: list[dict[str, Any]] = []
@@ -241,19 +255,54 @@ class StepTrainer(transformers.Trainer):  # type: ignore[misc]  # transformers' 
         self._gradient = super()._get_grad_norm(model, grad_norm=grad_norm)
         return self._gradient
 
+    def check_float16(self) -> None:
+        """Refuse a model whose forward pass overflows float16, which no gradient scaler helps against.
+
+        The first row is run as in training, adapter included, and leaves nothing behind.
+
+        Raises:
+            MachineError: its loss is not finite; in every process.
+        """
+        was_training = self.model.training
+        self.model.eval()  # without dropout, which would draw numbers
+        inputs = self._prepare_inputs(self.data_collator([self.train_dataset[0]]))
+        try:
+            with torch.no_grad(), self.compute_loss_context_manager():
+                loss = float(self.compute_loss(self.model, inputs))
+        finally:
+            self.model.train(was_training)
+            for logged in getattr(self, "_metrics", {}).values():
+                logged.clear()
+        losses = [one for one in gather(loss) if not math.isfinite(one)]
+        if losses:
+            problem = MachineError(f"before training, the loss of the first row is {losses[0]} in float16: {OVERFLOW}")
+            problem.in_all = True
+            raise problem
+
     def check_step(self, step: int) -> None:
         """Stop before the optimizer applies a step that would spoil the weights, or once nothing is learned any more.
 
         Raises:
-            Diverged: the loss or the gradient of the step is not finite, or the gradient has been 0 for some steps.
+            Diverged: the loss or the gradient of the step is not finite, or the gradient has been 0 for some steps; in
+                every process.
         """
         loss, self._step_loss = self._step_loss, None
         if loss is None or self._gradient is None:
             return
+        found = torch.stack([loss.float(), torch.as_tensor(self._gradient).to(loss).float()])
+        if self.accelerator.num_processes > 1:
+            # One process whose part of the loss is not finite would stop alone, and the others wait for it.
+            found = self.accelerator.reduce(found, "mean")
         # One transfer for both: each waits for the device.
-        loss_value, norm = torch.stack([loss.float(), torch.as_tensor(self._gradient).to(loss).float()]).tolist()
+        loss_value, norm = found.tolist()
         scaled = getattr(self.accelerator, "scaler", None) is not None
-        self._divergence.check(step, loss_value, norm, scaled=scaled, chance=self.chance())
+        if self.ranks is not None:
+            self.ranks.skips = not math.isfinite(norm)
+        try:
+            self._divergence.check(step, loss_value, norm, scaled=scaled, chance=self.chance())
+        except Diverged as problem:
+            problem.in_all = True
+            raise
 
     def evaluation_loop(
         self,
@@ -374,16 +423,21 @@ class NanGuard:
         """
         if not math.isfinite(loss):
             raise Diverged(
-                f"step {step}: the loss is {loss}, so training stopped before the weights took it; lower "
-                "trainer.learning_rate, or look at the rows of this step"
+                f"step {step}: the loss is {loss}, so training stopped before the weights took it; "
+                + (OVERFLOW if scaled else "lower trainer.learning_rate, or look at the rows of this step")
             )
         if not math.isfinite(norm):
             # The gradient scaler of float16 finds its scale by steps that overflow, and skips them itself.
             self._skipped += 1
-            if not scaled or self._skipped >= MOST_SKIPPED_STEPS:
+            if not scaled:
                 raise Diverged(
                     f"step {step}: the gradient is {norm} at a loss of {loss:.4f}, so training stopped before "
                     "the weights took it; lower trainer.learning_rate or trainer.max_grad_norm"
+                )
+            if self._skipped >= MOST_SKIPPED_STEPS:
+                raise Diverged(
+                    f"step {step}: the gradient has been {norm} for {self._skipped} steps at a loss of {loss:.4f}, "
+                    f"whatever the scale; {OVERFLOW}"
                 )
             return
         self._skipped = 0

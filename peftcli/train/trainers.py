@@ -20,8 +20,9 @@ from peftcli.adapters.build import peft_config
 from peftcli.data.tokenize import IGNORED
 from peftcli.errors import RecipeError
 from peftcli.model.classification import TaskHead, forward, make_batch, task_head
-from peftcli.model.fused_loss import score_targets
+from peftcli.model.fused_loss import replace_broken_loss, score_targets
 from peftcli.model.heads import freeze_statistics
+from peftcli.model.load import DTYPES
 from peftcli.train.step import StepTrainer, TrainerSetup
 
 SMOOTHED = ("single-label", "tagging")
@@ -91,9 +92,25 @@ class Trainer(StepTrainer, DeferredTrainer):
 
     def __init__(self, setup: TrainerSetup, **kwargs: Any) -> None:
         super().__init__(setup, **kwargs)
-        if "fused_loss" in self.optimizations and not score_targets(self.model.get_base_model()):
-            self.optimizations -= {"fused_loss"}
+        self._choose_loss()
         self.defers = "deferred_metrics" in self.optimizations
+
+    def _choose_loss(self) -> None:
+        """Use the fused loss where the plan has it, and another than TRL's where TRL's fails its check on this GPU."""
+        base = self.model.get_base_model()
+        if "fused_loss" in self.optimizations and not score_targets(base):
+            self.optimizations -= {"fused_loss"}
+            self.notes.append("fused loss disabled: the output layer is sharded or not a plain Linear")
+        if "fused_loss" in self.optimizations:
+            return
+        replaced = replace_broken_loss(base, self.args.device, DTYPES[self.setup.plan.base.dtype])
+        if replaced is None:
+            return
+        problem, ours = replaced
+        if ours:
+            self.optimizations |= {"fused_loss"}
+        instead = "peftcli's fused loss" if ours else "TRL's loss without Triton, which is slower,"
+        self.notes.append(f"TRL's Triton kernels for the loss failed their check: {problem}; {instead} is used instead")
 
     def targets(self, labels: Tensor) -> Tensor:
         """The tokens that are trained; the first of a row is predicted by nothing."""

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+import trl.kernels.chunked_logprob
+import trl.trainer.utils
 from comparisons import without_repacking
 from helpers import UNEVEN, assert_same_result, write_chats
 from peft import LoraConfig, get_peft_model
@@ -339,3 +341,28 @@ def test_a_template_in_the_place_of_its_file_is_refused(write_recipe: Write, run
     recipe = write_recipe(model={"chat_template": "{% for m in messages %}{{ m.content }}{% endfor %}"})
     assert run_cli("validate", recipe) == 2
     assert "model.chat_template is a template; it takes the path of a file" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("trains_head", [False, True])
+def test_a_run_goes_on_where_the_triton_kernels_of_the_loss_fail(
+    write_recipe: Write,
+    run_cli: Cli,
+    tmp_path: Path,
+    capfd: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    trains_head: bool,
+) -> None:
+    """A CPU has no Triton, so TRL's kernels fail where TRL is told that it has."""
+    monkeypatch.setattr("peftcli.model.fused_loss.TRITON_DEVICE", "cpu")
+    for module in (trl.kernels.chunked_logprob, trl.trainer.utils):
+        monkeypatch.setattr(module, "_use_triton", lambda device: True)
+    monkeypatch.setattr(trl.trainer.utils, "_supports_trl_loss_kernel", trl.trainer.utils._supports_trl_loss_kernel)
+    adapter = {"modules_to_save": ["lm_head"]} if trains_head else {}
+    recipe = write_recipe(
+        adapter=adapter, quantization=None, trainer={"max_steps": 2}, performance={"disable": ["fused_loss"]}
+    )
+    assert run_cli("train", recipe, "--output-dir", "run") == 0
+    instead = "TRL's loss without Triton, which is slower," if trains_head else "peftcli's fused loss"
+    said = capfd.readouterr().err
+    assert "TRL's Triton kernels for the loss failed their check: " in said and f"; {instead} is used instead" in said
+    assert ("fused_loss" in read_json(tmp_path / "run" / "train.json")["levers"]) is not trains_head

@@ -576,6 +576,7 @@ def made_up(monkeypatch: pytest.MonkeyPatch, card: Card) -> list[str]:
     monkeypatch.setattr(
         quantization, "try_4bit", lambda where, dtype: asked.append(where) or Trial(where, dtype, 0, 0, 0, 0)
     )
+    monkeypatch.setattr(gpu, "try_trl_loss", lambda number, dtype: asked.append(f"loss {number} {dtype}"))
     return asked
 
 
@@ -589,8 +590,9 @@ def test_a_card_without_kernels_is_not_asked_to_compute(monkeypatch: pytest.Monk
 def test_a_card_with_kernels_is_asked_and_gets_its_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = made_up(monkeypatch, T4)
     found = {verdict.name: verdict for verdict in run.run_checks(None, {"files": "utf-8"})}
-    assert asked == ["cuda:0", "cuda"]
+    assert asked == ["cuda:0", "loss 0 float16", "cuda"]
     expect(found["arithmetic 0"], "ok")
+    expect(found["loss kernel 0"], "ok")
     expect(found["precision"], "ok", "float16")
     expect(found["4-bit"], "ok", "NF4 in float16 on the GPU")
 
@@ -608,7 +610,7 @@ def test_an_8_bit_layer_is_tried_for_a_recipe_that_asks_for_one(
         found[verdict.name] = verdict
         if verdict.name == "8-bit":
             break
-    assert asked == ["cuda:0", "cuda", "8-bit"]
+    assert asked == ["cuda:0", "loss 0 float16", "cuda", "8-bit"]
     expect(found["8-bit"], "fail", "int8 in float16 is wrong on the GPU: the unpacked weights by 0.5")
 
 
