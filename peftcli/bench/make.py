@@ -24,6 +24,7 @@ from peftcli.plan.memory.forecast import match_linears
 from peftcli.plan.memory.model_shape import ModelDimensions
 from peftcli.plan.memory.step_time import token_flops
 from peftcli.plan.memory.training_setup import FULL_LOGITS_HEAD, TrainingSetup
+from peftcli.typed_json import dump
 
 VERSION = 1
 """Raised with every change that changes the files."""
@@ -49,7 +50,7 @@ def make(given: dict[str, Any]) -> dict[str, Any]:
     folder = built_once(cache_root(None), f"bench-{shape.key}-{VERSION}", _builder(shape, config, empty))
     read = read_shape(empty, config)
     card = gpu_of(machine)
-    environment = describe_environment(machine, "bench")
+    environment = dump(describe_environment(machine, "bench"))
     del environment["command"]
     return {
         "folder": str(folder),

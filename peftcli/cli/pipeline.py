@@ -36,6 +36,7 @@ from peftcli.progress import Progress
 from peftcli.recipe.load import Loaded
 from peftcli.recipe.rules import CAUSAL, IMAGES
 from peftcli.recipe.schema import AdapterSection, Recipe
+from peftcli.results import Forecast, ForecastDisk
 from peftcli.train.disk import forecast as disk_forecast
 
 SHOWN_ROWS = 3
@@ -129,7 +130,7 @@ def plan_with_labels(planned: Planned, data: PreparedData) -> Planned:
     return replace(planned, plan=resolve_labels(planned.plan, labels, data.problem_type, count))
 
 
-def forecast_run(planned: Planned, data: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
+def forecast_run(planned: Planned, data: Mapping[str, Any] | None = None) -> Forecast | None:
     """What a planned run will need; None where the model's widths cannot be read.
 
     Args:
@@ -140,12 +141,12 @@ def forecast_run(planned: Planned, data: Mapping[str, Any] | None = None) -> dic
     keep = int(given.get("save_total_limit") or 2) + bool(given.get("load_best_model_at_end"))
     width = DTYPE_BYTES[plan.adapter_dtype]
     needs = disk_forecast(plan.trained, optimizer=str(given.get("optim", OPTIMIZER)), keep=keep, width=width)
-    disk = {
-        "adapter": needs.adapter_bytes,
-        "checkpoint": needs.checkpoint_bytes,
-        "checkpoints_at_once": needs.checkpoints,
-        "total": needs.total,
-    }
+    disk = ForecastDisk(
+        adapter=needs.adapter_bytes,
+        checkpoint=needs.checkpoint_bytes,
+        checkpoints_at_once=needs.checkpoints,
+        total=needs.total,
+    )
     return make_forecast(plan, planned.shape, planned.machine, rows_of(plan, data), disk)
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -13,6 +13,7 @@ from peftcli.cli.terminal import show_forecast
 from peftcli.plan.choices import processes_that_share
 from peftcli.plan.gpus import GPU, find_gpu, machine_with
 from peftcli.plan.requirements import check_hardware, check_packages
+from peftcli.results import Forecast
 
 if TYPE_CHECKING:
     from peftcli.cli.pipeline import Planned
@@ -39,7 +40,7 @@ def plan_command(name: str, overrides: Sequence[str], *, gpu: str | None, smoke:
         known = [plan_recipe(stage, smoke=smoke, machine=machine) for stage in stages]
         forecasts = [forecast_run(planned) for planned in known]
         if as_json:
-            plans = [one.plan.as_json() | {"forecast": what} for one, what in zip(known, forecasts, strict=True)]
+            plans = [one.plan.as_json(what) for one, what in zip(known, forecasts, strict=True)]
             print_json(streams, plans[0] if len(plans) == 1 else {"schema": 1, "stages": plans})
             return
         out = console(streams.out)
@@ -49,7 +50,7 @@ def plan_command(name: str, overrides: Sequence[str], *, gpu: str | None, smoke:
             _show(planned, forecast, card, out)
 
 
-def _show(planned: "Planned", forecast: dict[str, Any] | None, card: GPU | None, out: Console) -> None:
+def _show(planned: "Planned", forecast: Forecast | None, card: GPU | None, out: Console) -> None:
     plan = planned.plan
     width = max(len(decision.key) for decision in plan.decisions)
     for decision in plan.decisions:

@@ -7,12 +7,12 @@ import platform
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
 
 from peftcli.plan.machine import SHARES_BATCH, Machine
+from peftcli.results import Device, EnvironmentJson
 
 PACKAGES = ("peftcli", "torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "tokenizers")
 FLASH_PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
@@ -65,7 +65,7 @@ def _is_set(name: str) -> bool:
     return os.environ.get(name, "").lower() in ("1", "true", "yes")
 
 
-def describe_environment(machine: Machine, command: str) -> dict[str, Any]:
+def describe_environment(machine: Machine, command: str) -> EnvironmentJson:
     """The content of `environment.json`: versions and hardware, no name of a user, host or folder."""
     versions: dict[str, str | None] = {}
     for package in PACKAGES:
@@ -74,22 +74,21 @@ def describe_environment(machine: Machine, command: str) -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
     capability = machine.capability
-    return {
-        "schema": 1,
-        "python": platform.python_version(),
-        "platform": f"{platform.system()} {platform.machine()}",
-        "packages": versions,
-        "device": {
-            "kind": machine.device,
-            "name": machine.name,
-            "capability": None if capability is None else f"{capability[0]}.{capability[1]}",
-            "memory_bytes": machine.memory_bytes,
-            "count": machine.count,
-        },
-        "cpu_count": os.cpu_count(),
-        "ram_bytes": psutil.virtual_memory().total,
-        "command": command,
-    }
+    return EnvironmentJson(
+        python=platform.python_version(),
+        platform=f"{platform.system()} {platform.machine()}",
+        packages=versions,
+        device=Device(
+            kind=machine.device,
+            name=machine.name,
+            capability=None if capability is None else f"{capability[0]}.{capability[1]}",
+            memory_bytes=machine.memory_bytes,
+            count=machine.count,
+        ),
+        cpu_count=os.cpu_count(),
+        ram_bytes=psutil.virtual_memory().total,
+        command=command,
+    )
 
 
 def peak_memory_bytes(device: str) -> int:

@@ -21,6 +21,7 @@ from peftcli.plan.module_selection import Selection, choose_layers, choose_modul
 from peftcli.plan.plan import Plan
 from peftcli.plan.targets import ALL_LINEAR, chosen_plan, matches
 from peftcli.recipe.rules import CAUSAL
+from peftcli.results import PlanJson, load_or_default, save
 from peftcli.run_dir import RunDir, read_json, write_json
 
 Inputs = Mapping[str, Tensor]
@@ -50,7 +51,7 @@ def select_modules(
     if rank_and_world_size()[0] == 0:
         write_json(run.selection, selection.as_json())
         if run.plan.is_file():
-            write_json(run.plan, read_json(run.plan) | chosen.as_json())
+            save(run.plan, chosen.as_json(load_or_default(PlanJson, run.plan).forecast))
     return chosen, selection.sentence()
 
 

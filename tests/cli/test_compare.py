@@ -28,6 +28,7 @@ from peftcli.progress import Silent
 from peftcli.recipe.load import load_recipe
 from peftcli.report.compare import make_comparison
 from peftcli.report.markdown import render_markdown
+from peftcli.results import CompareJson, VariantRow, save
 from peftcli.run_dir import RunDir, write_json, write_text
 from peftcli.summary import write_metrics
 from peftcli.train.baseline import reuse_blocker
@@ -133,12 +134,8 @@ def test_methods_with_different_keys_are_told_to_be_varied_whole(write_recipe: W
 # --- fronts
 
 
-def row(name: str, quality: float | None, cost: float | None, **more: Any) -> dict[str, Any]:
-    figures = dict.fromkeys(
-        ("peak_memory_bytes", "seconds", "retention_change", "loss", "trainable_parameters", "tokens_per_second")
-    )
-    figures |= {"merge_top1_agreement": None, "adapter_bytes": cost}
-    return {"name": name, "status": "finished", "quality": quality, **figures, **more}
+def row(name: str, quality: float | None, cost: int | None, **more: Any) -> VariantRow:
+    return VariantRow(**{"name": name, "status": "finished", "quality": quality, "adapter_bytes": cost} | more)
 
 
 def test_the_front_holds_what_no_other_variant_beats_at_both() -> None:
@@ -177,7 +174,7 @@ def sample_run(folder: Path, *, exact: float = 0.5, rows: int = 100, data: Path,
     write_text(run.recipe, yaml.safe_dump({"name": folder.name, **values}))
     loaded = load_recipe(run.recipe).recipe
     facts = ModelFacts("m", "LlamaForCausalLM", 10**6, LINEAR, LINEAR, "lm_head", 2048)
-    write_json(run.plan, make_plan(loaded, CPU, facts, lambda adapter: Trained(1000 * rank)).as_json())
+    save(run.plan, make_plan(loaded, CPU, facts, lambda adapter: Trained(1000 * rank)).as_json())
     side = {"loss": 1 - exact / 2, "exact_match": exact}
     retention = {"path": "t.txt", "tokens": 10, "base_loss": 1.0, "adapter_loss": 1.0 + exact, "change": exact}
     train = {"steps": 6, "seconds": 10.0 + rank, "tokens_per_second": 900.0, "peak_memory_bytes": 10**9 + rank}
@@ -322,8 +319,7 @@ def test_a_run_without_figures_is_a_row_and_no_point(three_runs: list[Path], run
 
 
 def test_a_comparison_of_nothing_measured_says_so() -> None:
-    empty = {"name": "a", "status": "unfinished", "smoke": False, "task": None, "model": None, "quality": None}
-    nothing = make_comparison(empty | {"doubts": [], "variants": [], "fronts": {}, "curves": []})
+    nothing = make_comparison(CompareJson(name="a", status="unfinished"))
     assert "nothing to choose between yet" in render_markdown(nothing)
 
 

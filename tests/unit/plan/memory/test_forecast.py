@@ -43,6 +43,8 @@ from peftcli.plan.partial_checkpointing import USED, choose_checkpointed_layers
 from peftcli.plan.plan import Plan
 from peftcli.plan.planner import make_plan
 from peftcli.recipe.load import load_recipe
+from peftcli.results import Forecast, ForecastDisk, ForecastRows
+from peftcli.typed_json import dump, parse
 
 GIB = 2**30
 
@@ -413,19 +415,19 @@ def make(tmp_path: Path) -> Callable[..., tuple[Plan, ModelDimensions, Machine]]
     return plan
 
 
-DISK = {"adapter": 1, "checkpoint": 2, "checkpoints_at_once": 3, "total": 7}
+DISK = ForecastDisk(adapter=1, checkpoint=2, checkpoints_at_once=3, total=7)
 
 
 def test_a_forecast_says_whether_it_fits_and_how_long_it_takes(make: Any) -> None:
     plan, shape, machine = make("quantization: {bits: 4}\ntrainer: {max_steps: 300}", "l4")
     found = make_forecast(plan, shape, machine, rows_of(plan, None), DISK)
     assert found is not None
-    assert found["fits"] is True and found["tight"] is False and found["mends"] == []
-    assert found["rows"] == {"longest_tokens": 1024, "mean_tokens": 1024.0, "known": False}
-    assert found["micro_batch"]["tokens"] == 8192 < found["micro_batch"]["largest_tokens"]
-    assert found["time"]["seconds"] == pytest.approx(300 * found["time"]["step_seconds"])
-    assert found["memory_bytes"]["total"] > found["peak_memory_bytes"] > 5 * GIB
-    assert json.loads(json.dumps(found)) == found
+    assert found.fits is True and found.tight is False and found.mends == ()
+    assert found.rows == ForecastRows(longest_tokens=1024, mean_tokens=1024.0, known=False)
+    assert found.micro_batch.tokens == 8192 < (found.micro_batch.largest_tokens or 0)
+    assert found.time.step_seconds and found.time.seconds == pytest.approx(300 * found.time.step_seconds)
+    assert found.memory_bytes.total > (found.peak_memory_bytes or 0) > 5 * GIB
+    assert parse(Forecast, json.loads(json.dumps(dump(found)))) == found
 
 
 def test_a_run_that_barely_fits_says_so_and_what_to_lower(make: Any) -> None:
@@ -434,22 +436,22 @@ def test_a_run_that_barely_fits_says_so_and_what_to_lower(make: Any) -> None:
     machine = replace(machine, memory_bytes=round(total / 0.997))
     found = make_forecast(plan, shape, machine, rows_of(plan, None), DISK)
     assert found is not None
-    assert found["fits"] is True and found["tight"] is True
+    assert found.fits is True and found.tight is True
     said = verdict(found, machine)
     assert said.startswith("barely fits into ") and "0.3% of it" in said
     assert any(line.endswith(" fits") and "barely" not in line for line in suggestion_lines(found))
     assert "barely fits" in (forecast_line(found) or "")
     roomy = replace(machine, memory_bytes=round(total / (1 - MARGIN)) + 1)
     found = make_forecast(plan, shape, roomy, rows_of(plan, None), DISK)
-    assert found is not None and found["tight"] is False and found["mends"] == []
+    assert found is not None and found.tight is False and found.mends == ()
     assert verdict(found, roomy).startswith("fits into ")
 
 
 def test_a_change_that_leaves_less_than_the_margin_barely_fits_itself(make: Any) -> None:
     plan, shape, machine = make("quantization: {bits: 4}", "l4")
     found = make_forecast(plan, shape, replace(machine, memory_bytes=4 * GIB), rows_of(plan, None), DISK)
-    assert found is not None and found["fits"] is False and found["tight"] is False
-    memory = min(fix["total_bytes"] for fix in found["mends"])
+    assert found is not None and found.fits is False and found.tight is False
+    memory = min(fix.total_bytes for fix in found.mends)
     found = make_forecast(plan, shape, replace(machine, memory_bytes=memory), rows_of(plan, None), DISK)
     assert found is not None
     assert any(line.endswith("barely fits") for line in suggestion_lines(found))
@@ -463,8 +465,8 @@ def test_rows_that_were_read_give_the_better_forecast(make: Any) -> None:
     read = make_forecast(plan, shape, machine, rows, DISK)
     blind = make_forecast(plan, shape, machine, rows_of(plan, None), DISK)
     assert read is not None and blind is not None
-    assert read["memory_bytes"]["total"] < blind["memory_bytes"]["total"]
-    assert read["time"]["steps"] == 2 * 125 and blind["time"]["steps"] is None and blind["time"]["seconds"] is None
+    assert read.memory_bytes.total < blind.memory_bytes.total
+    assert read.time.steps == 2 * 125 and blind.time.steps is None and blind.time.seconds is None
     assert rows_of(plan, data | {"length": {"max": 5000}}).longest == 1024
 
 
