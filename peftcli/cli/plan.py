@@ -9,10 +9,13 @@ from rich.console import Console
 from peftcli.cli.commands import load, print_json, shown_run
 from peftcli.cli.console import console
 from peftcli.cli.recipes import loaded_stages
-from peftcli.cli.terminal import show_forecast
 from peftcli.plan.choices import processes_that_share
 from peftcli.plan.gpus import GPU, find_gpu, machine_with
 from peftcli.plan.requirements import check_hardware, check_packages
+from peftcli.report.blocks import Notices
+from peftcli.report.forecast import forecast_blocks
+from peftcli.report.sections import decision_table
+from peftcli.report.terminal import print_blocks
 from peftcli.results import Forecast
 
 if TYPE_CHECKING:
@@ -52,9 +55,6 @@ def plan_command(name: str, overrides: Sequence[str], *, gpu: str | None, smoke:
 
 def _show(planned: "Planned", forecast: Forecast | None, card: GPU | None, out: Console) -> None:
     plan = planned.plan
-    width = max(len(decision.key) for decision in plan.decisions)
-    for decision in plan.decisions:
-        out.print(f"{decision.key:<{width}}  {decision.value}: {decision.reason}")
-    for notice in (*plan.notices, *((card.note,) if card is not None and card.note else ())):
-        out.print(f"note: {notice}")
-    show_forecast(forecast, planned.machine, out)
+    notes = (*plan.notices, *((card.note,) if card is not None and card.note else ()))
+    blocks = [decision_table(plan.decisions), *forecast_blocks(forecast, planned.machine), Notices(notes)]
+    print_blocks(blocks, out)

@@ -14,13 +14,13 @@ from peftcli.cli.commands import finish, load, raise_unmet, show_result, shown_r
 from peftcli.cli.console import Shown, plan_lines
 from peftcli.cli.launcher import all_do, first_decides, several_processes
 from peftcli.cli.recipes import loaded_stages
-from peftcli.cli.terminal import forecast_line
 from peftcli.errors import Stopped
 from peftcli.plan.plan import Plan
 from peftcli.plan.requirements import check_hardware, check_packages
 from peftcli.recipe.load import Loaded
 from peftcli.recipe.schema import Recipe
 from peftcli.recipe.stages import stage_recipes
+from peftcli.report.forecast import forecast_line
 from peftcli.results import DataJson, MetricsJson, save
 from peftcli.run_dir import RunDir
 from peftcli.train.baseline import reuse_blocker
@@ -36,7 +36,7 @@ from peftcli.train.stop import (
     is_first_process,
     seconds_since_start,
 )
-from peftcli.typed_json import dump, parse
+from peftcli.typed_json import parse
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -211,16 +211,17 @@ def _train(
     for note in all_do(lambda: refuse_changes(beginning.stamp, stamp, flags.force)):
         shown.note(f"  note: {note}")
     forecast = forecast_run(planned, data.facts)
+    decided, facts = plan.as_json(forecast), parse(DataJson, data.facts)
     if is_first_process():
-        save(run.plan, plan.as_json(forecast))
+        save(run.plan, decided)
         save(run.environment, environment)
-        save(run.data, parse(DataJson, data.facts))
+        save(run.data, facts)
     all_do(lambda: data.raise_if_crossed(f"peftcli data {loaded.path}"))
-    for line in [*plan_lines(dump(plan.as_json()), data.facts), *(f"  note: {notice}" for notice in plan.notices)]:
+    for line in [*plan_lines(decided, facts), *(f"  note: {notice}" for notice in plan.notices)]:
         shown.note(line)
     if twice := plan.batch.repeated(len(data.train.rows)):
         shown.note(f"  note: each pass over the data takes {twice} rows twice, so that all processes have as many")
-    for warning in data.facts["warnings"]:
+    for warning in facts.warnings:
         shown.note(f"  note: {warning}")
     if foretold := forecast_line(forecast):
         shown.note(foretold)

@@ -17,25 +17,12 @@ from peftcli.model.manifest import EARLIER, MANIFEST, build_manifest
 from peftcli.plan.choices import EIGHT_BIT
 from peftcli.plan.plan import Plan
 from peftcli.recipe.rules import IMAGES, SEQUENCE, TOKENS
-from peftcli.results import DataJson, EvalJson, PlanJson, load_or_default
+from peftcli.report.load import Stages
+from peftcli.report.markdown import markdown_table
+from peftcli.report.metrics import metric_table
+from peftcli.results import DataJson, EvalJson, MetricsJson, PlanJson, load_or_default
 from peftcli.run_dir import RunDir, write_json, write_text
 
-LABELS = {
-    "loss": "loss (nats per trained token)",
-    "token_accuracy": "token accuracy",
-    "exact_match": "exact match",
-    "chrf": "chrF",
-    "unfinished_answers": "answers that did not stop",
-    "accuracy": "accuracy",
-    "precision": "precision",
-    "recall": "recall",
-    "f1": "F1",
-    "entity_precision": "entity precision",
-    "entity_recall": "entity recall",
-    "entity_f1": "entity F1",
-    "mae": "mean absolute error",
-    "r2": "R squared",
-}
 PIPELINES = {SEQUENCE: "text-classification", TOKENS: "token-classification", IMAGES: IMAGES}
 """The Hub's names of tasks with labels."""
 
@@ -145,7 +132,7 @@ def write_card(run: RunDir) -> None:
         + (" quantized to 8 bit" if EIGHT_BIT in chosen else ""),
         "- licence: to be stated by whoever publishes it; that of the base and of the data apply",
         "",
-        *_table(evaluation),
+        *_results(task, evaluation),
     ]
     if outputs := evaluation.adapter and evaluation.adapter.labels:
         lines += ["", f"Labels, in the order of its outputs: {', '.join(outputs)}."]
@@ -156,17 +143,8 @@ def _tested(data: DataJson) -> str:
     return f"tested on {data.test_rows} others" if data.test_rows else "all there are, so it was not tested"
 
 
-def _table(evaluation: EvalJson) -> list[str]:
-    models = {"base": evaluation.base, "adapter": evaluation.adapter}
-    known = {name: found for name, found in models.items() if found is not None}
-    if not known:
-        return []
-    lines = ["| on the test rows | " + " | ".join(known) + " |", "|---|" + "---:|" * len(known)]
-    for key, label in LABELS.items():
-        if key == "loss" and not any("perplexity" in found.figures for found in known.values()):
-            label = "loss"
-        values = [found.figure(key) for found in known.values()]
-        if any(value is not None for value in values):
-            shown = ["-" if value is None else f"{value:.4f}" for value in values]
-            lines.append(f"| {label} | " + " | ".join(shown) + " |")
-    return lines
+def _results(task: str, evaluation: EvalJson) -> list[str]:
+    """The table of metrics of the report, as far as something was measured."""
+    figures = MetricsJson(task=task, base=evaluation.base, adapter=evaluation.adapter)
+    made = metric_table(Stages(metrics=figures, eval=evaluation))
+    return [] if made is None else [markdown_table(made.without_empty_columns())]

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from peftcli.report.blocks import Block, Cell, Plot, Plots, Report, Section, Table, Tile, facts, table
@@ -311,7 +312,7 @@ def front_plots(
         factor, unit = _unit(cost, [point.cost for point in points])
         scaled = [Point(p.number, p.cost / factor, p.quality, p.bounds, p.on_front) for p in points]
         axis = f"{names[cost]}, {unit}"
-        found.append(Plot(f"Against {names[cost]}", _front_svg(scaled, metric, axis)))
+        found.append(Plot(f"Against {names[cost]}", partial(_front_svg, scaled, metric, axis), FRONT))
     beside = 2 if len(found) % 3 else 3
     return [Plots((), tuple(found[first : first + beside])) for first in range(0, len(found), beside)]
 
@@ -332,11 +333,11 @@ def _unit(cost: str, values: Sequence[float]) -> tuple[float, str]:
     return 1.0, "nats per token"
 
 
-def _front_svg(points: Sequence[Point], metric: Metric, axis: str) -> str:
-    width, height = FRONT
+def _front_svg(points: Sequence[Point], metric: Metric, axis: str, inches: tuple[float, float]) -> str:
+    width, height = inches
     frame = (0.62 / width, 0.5 / height, (width - 0.77) / width, (height - 0.62) / height)
     title = f"{metric.title.split(',')[0]} against {axis}"
-    return drawing(title, FRONT, lambda axes: _draw_front(axes, points, metric, axis), frame)
+    return drawing(title, inches, lambda axes: _draw_front(axes, points, metric, axis), frame)
 
 
 def _draw_front(axes: "Axes", points: Sequence[Point], metric: Metric, axis: str) -> None:
@@ -431,7 +432,7 @@ def curve_plots(curves: Sequence[LearningCurve], metric: Metric) -> Plots:
         }
         named = [f"{signs[MARKS[i % len(MARKS)]]} {curve.name or 'the others'}" for i, curve in enumerate(curves)]
         note = f"{note} {'; '.join(named)}."
-    return Plots((Plot(title, drawn(WIDE), note, drawn(NARROW)),), ())
+    return Plots((Plot(title, drawn, WIDE, note, narrow_inches=NARROW),), ())
 
 
 def _draw_curves(axes: "Axes", curves: Sequence[LearningCurve], metric: Metric) -> None:

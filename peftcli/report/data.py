@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
+from math import ceil
 from typing import TYPE_CHECKING
 
 from peftcli.report.blocks import (
@@ -88,7 +89,8 @@ WORDS = (
     ("Going on with no entity", "odd_tags"),
 )
 
-MOST_BARS = 400
+MOST_BARS, MOST_TEXT_BARS = 400, 10
+"""Of the drawing of the lengths, and of the same as text."""
 
 
 def data_section(stages: Stages) -> Section | None:
@@ -123,7 +125,10 @@ def _folded(title: str, made: Table | None) -> Collapsed | None:
 
 
 def _warnings(data: DataJson) -> Notices | None:
-    return Notices(tuple(map(without_home, data.warnings))) if data.warnings else None
+    """Checks that failed and warnings; a check that warns is among the latter."""
+    failed = [text(check.said) for check in data.checks if check.result == "fail"]
+    said = dict.fromkeys((*failed, *data.warnings))
+    return Notices(tuple(map(without_home, said))) if said else None
 
 
 def _row_table(data: DataJson) -> Table:
@@ -335,15 +340,30 @@ def length_plots(data: DataJson) -> Plots | None:
     edges, counts = bins(data.length_histogram or Histogram())
     if not counts:
         return None
-    limit, longest = data.max_length, edges[-1]
-    edges = _even(edges)
+    limit, longest, shown = data.max_length, edges[-1], _even(edges)
     inside = limit if limit is not None and limit < longest else None
 
     def drawn(inches: tuple[float, float]) -> str:
-        return drawing("Rows by their length", inches, lambda axes: _draw(axes, edges, counts, inside), _frame(inches))
+        return drawing("Rows by their length", inches, lambda axes: _draw(axes, shown, counts, inside), _frame(inches))
 
-    note = _note(limit, inside, longest if longest > edges[-1] else None)
-    return Plots((Plot("Length of the rows", drawn(WIDE), note, drawn(NARROW)),), ())
+    note = _note(limit, inside, longest if longest > shown[-1] else None)
+    bars = _length_bars(edges, counts, inside)
+    return Plots((Plot("Length of the rows", drawn, WIDE, note, narrow_inches=NARROW, bars=bars),), ())
+
+
+def _length_bars(edges: Sequence[float], counts: Sequence[float], limit: float | None) -> Table:
+    """The histogram as a table of few bars, each of as many neighbours, from the first that is not empty."""
+    first = next((at for at, number in enumerate(counts) if number), 0)
+    step = -(-(len(counts) - first) // MOST_TEXT_BARS)
+    starts = range(first, len(counts), step)
+    sums = [sum(counts[at : at + step]) for at in starts]
+    bounds, highest = [*(edges[at] for at in starts), edges[-1]], max(*sums, 1)
+    rows = []
+    for (low, high), number in zip(pairwise(bounds), sums, strict=True):
+        # A row of as many tokens as an edge is in the bar above it.
+        mark = f"← max_length {count(limit)}" if limit is not None and low <= limit < high else ""
+        rows.append((f"{count(ceil(low))} to {count(ceil(high) - 1)}", Cell(count(number), bar=number / highest), mark))
+    return table(("Tokens of a row", "Rows", ""), rows)
 
 
 def bins(histogram: Histogram) -> tuple[Sequence[float], Sequence[float]]:

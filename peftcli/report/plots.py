@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from io import StringIO
 from typing import TYPE_CHECKING, Any, cast
 
@@ -111,7 +112,8 @@ def log_plots(stages: Stages) -> Plots | None:
         levels = [(side, stages.metrics.of(side).figure("loss")) for side in ("base", "adapter")]
         known = tuple((f"{side} {significant(loss)}", loss) for side, loss in levels if loss is not None)
         curve = Curve("Loss", losses, smoothed(losses, window) if len(losses) > 12 else [], known)
-        wide.append(Plot("Training loss", _svg(curve, WIDE), _loss_note(stages, curve, window), _svg(curve, NARROW)))
+        note = _loss_note(stages, curve, window)
+        wide.append(Plot("Training loss", partial(_svg, curve), WIDE, note, narrow_inches=NARROW))
     small = []
     for key, title, from_zero in (
         ("learning_rate", "Learning rate", True),
@@ -120,7 +122,7 @@ def log_plots(stages: Stages) -> Plots | None:
     ):
         points = log_points(stages.log, key)
         if len(points) > 1:
-            small.append(Plot(title, _svg(Curve(title, points, [], from_zero=from_zero), SMALL)))
+            small.append(Plot(title, partial(_svg, Curve(title, points, [], from_zero=from_zero)), SMALL))
     return Plots(tuple(wide), tuple(small)) if wide or small else None
 
 

@@ -217,7 +217,8 @@ def _within(met: bool | None) -> str:
 def _compared(merge: MergeJson) -> str | None:
     if merge.rows is None and merge.positions is None:
         return None
-    what = "training rows, since none were held out" if merge.rows_from == "training" else "rows"
+    kinds = {"training": "training rows, since none were held out", "test": "rows", None: "rows"}
+    what = kinds.get(merge.rows_from, f"rows of {merge.rows_from}")
     return f"{count(merge.rows)} {what}, {count(merge.positions)} positions"
 
 
@@ -340,7 +341,7 @@ def _rank_plot(steps: Sequence[int], ranks: Sequence[Sequence[int]]) -> Plot:
         return drawing(title, inches, lambda axes: _draw_ranks(axes, steps, ranks), frame)
 
     note = "Steps from left to right. Light: one line a module; dark: their mean."
-    return Plot(title, drawn(WIDE), note, drawn(NARROW))
+    return Plot(title, drawn, WIDE, note, narrow_inches=NARROW)
 
 
 def _draw_ranks(axes: "Axes", steps: Sequence[int], ranks: Sequence[Sequence[int]]) -> None:
@@ -396,8 +397,8 @@ def _score_plot(ordered: Sequence[ScoredModule], kind: str) -> Plot:
     shown = ordered[:MOST_BARS] if kind == "modules" else sorted(ordered, key=_number)[:MOST_BARS]
     height = 0.6 + 0.2 * len(shown)
 
-    def drawn(width: float) -> str:
-        inches = (width, height)
+    def drawn(inches: tuple[float, float]) -> str:
+        width, height = inches
         names = [_short(row, kind, most=24 if width == NARROW[0] else 60) for row in shown]
         left = min(0.5 * width, 0.25 + NAME_INCHES * max(map(len, names)))
         frame = (left / width, 0.4 / height, (width - left - 0.3) / width, (height - 0.5) / height)
@@ -406,7 +407,7 @@ def _score_plot(ordered: Sequence[ScoredModule], kind: str) -> Plot:
     note = "Root mean square of the loss's gradient by the weights. Dark: chosen; light: left out."
     if len(ordered) > len(shown):
         note += f" The {count(len(shown))} largest of {count(len(ordered))}."
-    return Plot(f"Gradient by {kind}", drawn(WIDE[0]), note, drawn(NARROW[0]))
+    return Plot(f"Gradient by {kind}", drawn, (WIDE[0], height), note, narrow_inches=(NARROW[0], height))
 
 
 def _draw_scores(axes: "Axes", rows: Sequence[ScoredModule], names: list[str]) -> None:

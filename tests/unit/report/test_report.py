@@ -764,7 +764,7 @@ def test_colours_can_be_read_in_both_schemes() -> None:
             assert (high + 0.05) / (low + 0.05) >= 4.5, (text, ground)
 
 
-@pytest.mark.parametrize("name", ["format", "plots", "markdown"])
+@pytest.mark.parametrize("name", ["format", "plots", "markdown", "terminal"])
 def test_examples_of_the_docstrings_hold(name: str) -> None:
     assert doctest.testmod(importlib.import_module(f"peftcli.report.{name}")).failed == 0
 
