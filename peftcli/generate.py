@@ -14,7 +14,7 @@ from peftcli.model.predict_labels import Labelled, Tagged
 from peftcli.model.target import Target
 from peftcli.progress import Progress
 from peftcli.recipe.template import fill_template
-from peftcli.tasks.base import load
+from peftcli.tasks.base import implementation
 from peftcli.tasks.registry import TASKS
 
 
@@ -76,7 +76,7 @@ def label(
     Raises:
         RecipeError: a value does not fit the template.
     """
-    predict = load(TASKS[target.base.task].predict)
+    predict = implementation(TASKS[target.base.task].predict)
     found: Sequence[Labelled | Tagged] = predict(target, asked, raw=raw, batch_rows=batch_rows, progress=progress)
     return found
 

@@ -102,12 +102,6 @@ class RunDir:
             for torn in self.path.glob(f".{path.name}.????????"):
                 torn.unlink(missing_ok=True)
 
-    def status(self) -> str | None:
-        """The status that `metrics.json` states, or None where no run has ended here."""
-        if not self.metrics.is_file():
-            return None
-        return str(read_json(self.metrics).get("status"))
-
 
 def is_foreign(folder: Path) -> bool:
     """Whether a folder holds an adapter that PEFT wrote for another tool, without what a run leaves beside it."""

@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,19 @@ from peftcli.model.padding_free import RowCheck, check_rows, enable_padding_free
 from peftcli.model.varlen_attention import rejected
 from peftcli.plan.plan import DTYPE_BYTES, Plan
 from peftcli.progress import Progress
-from peftcli.run_dir import RunDir, read_json, write_json
-from peftcli.tasks.base import load
+from peftcli.results import (
+    Calibration,
+    EvalJson,
+    OutOfMemory,
+    Retention,
+    TrainBatching,
+    TrainJson,
+    load,
+    load_or_default,
+    save,
+)
+from peftcli.run_dir import RunDir
+from peftcli.tasks.base import implementation
 from peftcli.tasks.registry import TASKS
 from peftcli.train import checkpoint
 from peftcli.train.arguments import naming_arguments
@@ -127,7 +138,7 @@ def train(
         checkpoint_bytes=session.checkpoint_bytes,
     )
     with naming_arguments(session.trainer):
-        trainer: StepTrainer = load(TASKS[plan.task].trainer)(setup, run.checkpoints, model)
+        trainer: StepTrainer = implementation(TASKS[plan.task].trainer)(setup, run.checkpoints, model)
     for note in trainer.notes:
         progress.note(f"  note: {note}")
     if plan.base.dtype == "float16":
@@ -214,7 +225,7 @@ def evaluate_trained(
     known = _known_baseline(run, session, resuming=True)
     before, _ = _baseline(plan, run, data, tokenizer, model, heeding, known=known)
     _measure_adapter(plan, run, data, tokenizer, model, heeding, before)
-    return TrainResult(from_first(lambda: int(read_json(run.train)["steps"])), None)
+    return TrainResult(from_first(lambda: load_or_default(TrainJson, run.train).steps or 0), None)
 
 
 def run_forecast(plan: Plan, trainer: Mapping[str, Any]) -> Forecast:
@@ -227,7 +238,7 @@ def run_forecast(plan: Plan, trainer: Mapping[str, Any]) -> Forecast:
         MachineError: a package that a trainer argument needs is missing.
         RecipeError: the libraries refuse a trainer argument.
     """
-    kind = load(TASKS[plan.task].arguments)
+    kind = implementation(TASKS[plan.task].arguments)
     with naming_arguments(trainer, only=True):
         arguments = kind(output_dir="unused", **plan.trainer)
     keep = (arguments.save_total_limit or 2) + bool(arguments.load_best_model_at_end)
@@ -255,16 +266,15 @@ def _baseline(
     progress: Progress,
     *,
     known: Path | None,
-) -> tuple[dict[str, Any] | None, float]:
+) -> tuple[EvalJson | None, float]:
     """`eval.json` with the base alone, measured now or earlier, and the seconds that it took.
 
     Args:
         known: a file of the first process that holds it.
     """
-    stored = from_first(lambda: None if known is None else read_json(known))
+    stored = from_first(lambda: None if known is None else load(EvalJson, known))
     if stored is not None:
-        measured_before = "baseline_seconds" in stored
-        return (stored if measured_before else None), float(stored.get("baseline_seconds") or 0.0)
+        return (None if stored.baseline_seconds is None else stored), stored.baseline_seconds or 0.0
     tested = plan.evaluation.baseline and data.holds_out
     if not tested and plan.evaluation.forgetting_text is None:
         return None, UNMEASURED_RESERVE_SECONDS if data.holds_out else 0.0
@@ -274,14 +284,14 @@ def _baseline(
         retention = base_retention(plan, tokenizer, model, progress)
     _check_losses(plan, measured, retention, trained=False)
     seconds = time.monotonic() - begun
-    before = _evaluation(plan, data, tokenizer, {"base": measured, "adapter": None}) | retention
-    before["baseline_seconds"] = round(seconds, 3)
+    before = _evaluation(plan, data, tokenizer, {"base": measured, "adapter": None})
+    before = replace(before, retention=retention, baseline_seconds=round(seconds, 3))
     if is_first_process():
-        write_json(run.eval, before)
+        save(run.eval, before)
     return before, seconds
 
 
-def _check_losses(plan: Plan, measured: Evaluation | None, retention: Mapping[str, Any], *, trained: bool) -> None:
+def _check_losses(plan: Plan, measured: Evaluation | None, retention: Retention | None, *, trained: bool) -> None:
     """Stop where a model computes no loss; every process has the same.
 
     Args:
@@ -292,8 +302,10 @@ def _check_losses(plan: Plan, measured: Evaluation | None, retention: Mapping[st
         Diverged: a loss is not finite.
     """
     whose = "the adapter after training" if trained else f"{plan.base.name} before training"
-    forgetting = retention.get("retention", {}).get("adapter_loss" if trained else "base_loss")
-    on_test = None if measured is None else float(measured.figures()["loss"])
+    forgetting = None
+    if retention is not None:
+        forgetting = retention.adapter_loss if trained else retention.base_loss
+    on_test = None if measured is None else float(measured.scores().figures["loss"])
     fix = "set model.dtype: float32, and compare the weight files of the base with those of the publisher"
     for rows, loss in (("the test rows", on_test), ("evaluation.forgetting_text", forgetting)):
         if loss is not None and not math.isfinite(loss):
@@ -317,7 +329,7 @@ def _measure(
 
 def _evaluation(
     plan: Plan, data: PreparedData, tokenizer: PreTrainedTokenizerBase, measured: dict[str, Evaluation | None]
-) -> dict[str, Any]:
+) -> EvalJson:
     decoding = decoding_for(plan.evaluation, data, tokenizer, plan.seed)
     return evaluation_json(data, plan.evaluation.samples, decoding, measured)
 
@@ -329,7 +341,7 @@ def _measure_adapter(
     tokenizer: PreTrainedTokenizerBase,
     model: Any,
     progress: Progress,
-    before: dict[str, Any] | None,
+    before: EvalJson | None,
 ) -> None:
     """Measure the adapter, and put it beside its base into `eval.json` and the model card."""
     after = _measure(plan, data, tokenizer, model, progress, "adapter") if data.holds_out else None
@@ -337,13 +349,12 @@ def _measure_adapter(
     _check_losses(plan, after, retention, trained=True)
     if not is_first_process():
         return
-    value = _evaluation(plan, data, tokenizer, {"base": None, "adapter": after}) | retention
+    value = _evaluation(plan, data, tokenizer, {"base": None, "adapter": after})
     if before is not None:
-        value["base"] = before["base"]
-        value["baseline_seconds"] = before["baseline_seconds"]
-        for sample, old in zip(value["samples"], before["samples"], strict=True):
-            sample["base"] = old["base"]
-    write_json(run.eval, value)
+        pairs = zip(value.samples, before.samples, strict=True)
+        samples = tuple(replace(sample, base=old.base) for sample, old in pairs)
+        value = replace(value, base=before.base, baseline_seconds=before.baseline_seconds, samples=samples)
+    save(run.eval, replace(value, retention=retention))
     write_card(run)
 
 
@@ -373,37 +384,34 @@ def write_train(run: RunDir, trainer: StepTrainer, watch: RunCallback, optimizat
     if not is_first_process():
         return
     seconds, of_tokens = counted["seconds"], trainer.counts == "tokens"
-    write_json(
-        run.train,
-        {
-            "schema": 1,
-            "status": "finished" if watch.stop_reason is None else "stopped",
-            "stop_reason": watch.stop_reason,
-            "steps": state.global_step,
-            "planned_steps": state.max_steps,
-            "rows": rows_seen(state.epoch or 0.0, rows, trainer.args),
-            "epochs": state.epoch,
-            "tokens": int(counted["tokens"]) if of_tokens else None,
-            "trained_tokens": int(counted["trained_tokens"]) if of_tokens else None,
-            "tokens_per_second": round(counted["tokens"] / seconds, 1) if seconds and of_tokens else None,
-            "seconds": round(seconds, 3),
-            "peak_memory_bytes": peak_memory_bytes(trainer.args.device.type),
-            "resident_before_bytes": watch.resident_before,
-            "resumed_from_step": None if resume_from is None else int(resume_from.name.rsplit("-", 1)[1]),
-            "first_loss": watch.losses[0][1] if watch.losses else None,
-            "last_loss": watch.losses[-1][1] if watch.losses else None,
-            "out_of_memory": [{"step": step, "pieces": pieces} for step, pieces in trainer.micro_batches.events],
-            "batching": {
-                "kind": plan.batching.kind if trainer.micro_batches.lines else "padded",
-                "attention": sorted(kernels_used) if trainer.micro_batches.lines else None,
-                "rejected_kernels": dict(rejected),
-                "row_difference": None if trainer.setup.row_check is None else trainer.setup.row_check.difference,
-                "real_tokens": trainer.micro_batches.real,
-                "padded_tokens": trainer.micro_batches.padded,
-            },
-            "levers": sorted(optimizations),
-            "calibration": trainer.calibration,
-            "stamp": dict(trainer.setup.fingerprint),
-        },
+    facts = TrainJson(
+        status="finished" if watch.stop_reason is None else "stopped",
+        stop_reason=watch.stop_reason,
+        steps=state.global_step,
+        planned_steps=state.max_steps,
+        rows=rows_seen(state.epoch or 0.0, rows, trainer.args),
+        epochs=state.epoch,
+        tokens=int(counted["tokens"]) if of_tokens else None,
+        trained_tokens=int(counted["trained_tokens"]) if of_tokens else None,
+        tokens_per_second=round(counted["tokens"] / seconds, 1) if seconds and of_tokens else None,
+        seconds=round(seconds, 3),
+        peak_memory_bytes=peak_memory_bytes(trainer.args.device.type),
+        resident_before_bytes=watch.resident_before,
+        resumed_from_step=None if resume_from is None else int(resume_from.name.rsplit("-", 1)[1]),
+        first_loss=watch.losses[0][1] if watch.losses else None,
+        last_loss=watch.losses[-1][1] if watch.losses else None,
+        out_of_memory=tuple(OutOfMemory(step=step, pieces=pieces) for step, pieces in trainer.micro_batches.events),
+        batching=TrainBatching(
+            kind=plan.batching.kind if trainer.micro_batches.lines else "padded",
+            attention=tuple(sorted(kernels_used)) if trainer.micro_batches.lines else None,
+            rejected_kernels={str(name): reason for name, reason in rejected.items()},
+            row_difference=None if trainer.setup.row_check is None else trainer.setup.row_check.difference,
+            real_tokens=trainer.micro_batches.real,
+            padded_tokens=trainer.micro_batches.padded,
+        ),
+        levers=tuple(sorted(optimizations)),
+        calibration=None if trainer.calibration is None else Calibration(**trainer.calibration),
+        stamp=dict(trainer.setup.fingerprint),
     )
+    save(run.train, facts)
     checkpoint.clear_staging(run.checkpoints)
