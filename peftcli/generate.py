@@ -8,13 +8,14 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from peftcli.data.encode import encode_prompts, stop_ids
-from peftcli.errors import DataError, RecipeError
+from peftcli.errors import DataError
 from peftcli.model.generation import Decoding, generate_answers
-from peftcli.model.predict_labels import Labelled, Tagged, label_images, label_texts
+from peftcli.model.predict_labels import Labelled, Tagged
 from peftcli.model.target import Target
 from peftcli.progress import Progress
-from peftcli.recipe.rules import IMAGES
-from peftcli.recipe.template import render, split_path, template_columns
+from peftcli.recipe.template import fill_template
+from peftcli.tasks.base import implementation
+from peftcli.tasks.registry import TASKS
 
 
 @dataclass(frozen=True)
@@ -75,11 +76,9 @@ def label(
     Raises:
         RecipeError: a value does not fit the template.
     """
-    if target.base.task == IMAGES:
-        return label_images(target, asked, batch_rows=batch_rows, progress=progress)
-    plain = raw or target.identity.get("prompt") is None
-    texts = list(asked) if plain else [fill_template(text, str(target.identity["prompt"])) for text in asked]
-    return label_texts(target, asked, texts, raw=raw, batch_rows=batch_rows, progress=progress)
+    predict = implementation(TASKS[target.base.task].predict)
+    found: Sequence[Labelled | Tagged] = predict(target, asked, raw=raw, batch_rows=batch_rows, progress=progress)
+    return found
 
 
 def write_prompt(text: str, identity: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
@@ -93,26 +92,6 @@ def write_prompt(text: str, identity: dict[str, Any], tokenizer: PreTrainedToken
         return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
     template = identity.get("prompt")
     return text if template is None else fill_template(text, template)
-
-
-def fill_template(text: str, template: str) -> str:
-    """Fill the columns of a template from a text.
-
-    Raises:
-        RecipeError: the template has several columns, and the text is not a JSON object with them.
-    """
-    columns = template_columns(template)
-    if len(columns) == 1 and not text.lstrip().startswith("{"):
-        return render(template, {columns[0]: text})
-    try:
-        row = json.loads(text)
-    except json.JSONDecodeError:
-        row = None
-    missing = [name for name in columns if not isinstance(row, dict) or split_path(name, row) is None]
-    if missing:
-        example = json.dumps({name: "..." for name in columns})
-        raise RecipeError(f"the prompt template is {template!r}; give a JSON object such as {example}, or --raw")
-    return render(template, row)
 
 
 def read_prompts(lines: Iterable[str]) -> list[str]:

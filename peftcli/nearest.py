@@ -34,7 +34,8 @@ def nearest_names(word: str, names: Iterable[str], *, most: int, least: float = 
         # a stronger match than a missing or wrong letter.
         other = _plain(name)
         osa = OSA.normalized_similarity(plain, other)
-        return sorted(plain) == sorted(other), max(osa, Indel.normalized_similarity(plain, other)), osa
+        same_letters = len(plain) == len(other) and sorted(plain) == sorted(other)
+        return same_letters, max(osa, Indel.normalized_similarity(plain, other)), osa
 
     ranked = [(rank(name), name) for name in names]
     near = [(found, name) for found, name in ranked if found[1] >= least]

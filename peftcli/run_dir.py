@@ -102,12 +102,6 @@ class RunDir:
             for torn in self.path.glob(f".{path.name}.????????"):
                 torn.unlink(missing_ok=True)
 
-    def status(self) -> str | None:
-        """The status in `metrics.json`, or None if no run has ended here."""
-        if not self.metrics.is_file():
-            return None
-        return str(read_json(self.metrics).get("status"))
-
 
 def is_foreign(folder: Path) -> bool:
     """Whether a folder contains a PEFT adapter from another tool, without peftcli's own files."""

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from tokenizers import processors
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
@@ -24,7 +25,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from peftcli.tiny.build import POSITIONS, VOCABULARY_TOKENS
 from peftcli.tiny.llama import FOLDER, TOKENIZER, WEIGHTS, llama_config
 from peftcli.tiny.save import isolated
-from peftcli.tiny.tokenizer import load_chats, load_documents, make_causal_tokenizer
+from peftcli.tiny.tokenizer import CAUSAL_TOKENS, load_chats, load_documents, train_bpe, wrap_causal_tokenizer
 
 SHIPPED_DTYPE = torch.float16
 """Half the size of float32. The weights are small numbers, which float16 rounds less than bfloat16 does."""
@@ -94,6 +95,20 @@ Every document ends in `</s>`, which also ends an assistant turn of the chat tem
 
 License: Apache-2.0, for the text, the tokenizer and the weights.
 """
+
+
+def make_causal_tokenizer(vocabulary_tokens: int, max_length: int) -> PreTrainedTokenizerFast:
+    """A tokenizer that prepends `<s>`, appends nothing, and decodes to exactly the same text.
+
+    Args:
+        vocabulary_tokens: vocabulary size, including the 256 bytes and the special tokens.
+        max_length: maximum input length of the model, tokens.
+    """
+    backend = train_bpe(CAUSAL_TOKENS, vocabulary_tokens, add_prefix_space=False)
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B:1", special_tokens=[("<s>", CAUSAL_TOKENS.index("<s>"))]
+    )
+    return wrap_causal_tokenizer(backend, max_length)
 
 
 def encode_documents(tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:

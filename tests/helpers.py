@@ -1,26 +1,29 @@
 """Helpers that several test modules use."""
 
+import json
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from comparisons import assert_same_adapter, assert_same_losses
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor
 
-from peftcli.cli.pipeline import plan_recipe, prepare_data
+from peftcli.cli.pipeline import plan_recipe, plan_with_labels, prepare_data
+from peftcli.data.prepare import PreparedData
 from peftcli.model.load import load_base
 from peftcli.plan.memory.model_shape import Linear, ModelDimensions
 from peftcli.plan.memory.training_setup import TrainingSetup
-from peftcli.plan.plan import Base
+from peftcli.plan.plan import Base, Plan
 from peftcli.progress import Silent
 from peftcli.recipe.load import load_recipe
-from peftcli.run_dir import RunDir, read_json, read_log
-from peftcli.train.run import make_trainer
-from peftcli.train.trainers import Trainer
+from peftcli.run_dir import read_json, read_log
+from peftcli.train.step import TrainerSetup
+from peftcli.train.trainers import Trainer, make_trainer
 
 Cli = Callable[..., int]
 
@@ -43,15 +46,24 @@ def train_twice(run_cli: Cli, recipe: Path, tmp_path: Path, *words: str) -> tupl
     return tmp_path / "padding_free", tmp_path / "padded"
 
 
+UNEVEN = {"max_steps": 5, "per_device_train_batch_size": 3, "gradient_accumulation_steps": 3}
+"""Trainer arguments under which the last micro-batch of a step is smaller than the others."""
+
+
 def logged_losses(run: Path) -> list[float]:
     return [row["loss"] for row in read_log(run / "log.jsonl") if "loss" in row]
 
 
-def same_training(padding_free: Path, padded: Path) -> None:
-    losses = [logged_losses(run) for run in (padding_free, padded)]
+def assert_same_result(one: Path, other: Path) -> None:
+    """Two runs have the losses and the adapter of one and the same training."""
+    losses = [logged_losses(run) for run in (one, other)]
     assert len(losses[0]) > 3
     assert_same_losses(*losses)
-    assert_same_adapter(*(load_file(run / "adapter" / "adapter_model.safetensors") for run in (padding_free, padded)))
+    assert_same_adapter(*(load_file(run / "adapter" / "adapter_model.safetensors") for run in (one, other)))
+
+
+def same_training(padding_free: Path, padded: Path) -> None:
+    assert_same_result(padding_free, padded)
     facts = [read_json(run / "train.json") for run in (padding_free, padded)]
     for key in ("tokens", "trained_tokens", "rows", "steps"):
         assert facts[0][key] == facts[1][key], key
@@ -156,8 +168,47 @@ def logits(model: Any) -> torch.Tensor:
     return found
 
 
+def merge_sections(recipe: dict[str, Any], sections: dict[str, Any]) -> dict[str, Any]:
+    """A recipe with keys added to its sections, with sections replaced, and without those that are None."""
+    merged = dict(recipe)
+    for name, value in sections.items():
+        if isinstance(value, dict) and isinstance(recipe.get(name), dict):
+            merged[name] = recipe[name] | value
+        elif value is None:
+            merged.pop(name, None)
+        else:
+            merged[name] = value
+    return merged
+
+
+def write_yaml(folder: Path, recipe: dict[str, Any]) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+    return path
+
+
+def write_chats(folder: Path, model: Path, chats: list[dict[str, Any]], **trainer: Any) -> Path:
+    """Write chats and a recipe that trains a few steps on them; keyword arguments are arguments of the trainer."""
+    (folder / "chats.jsonl").write_text("\n".join(map(json.dumps, chats)))
+    steps = {"max_steps": 5, "per_device_train_batch_size": 4, "learning_rate": 1e-3, "logging_steps": 1}
+    recipe = {
+        "model": {"name": str(model)},
+        "dataset": {"path": "chats.jsonl", "max_length": 128},
+        "trainer": steps | trainer,
+        "evaluation": {"rows": 2, "max_new_tokens": 2},
+    }
+    return write_yaml(folder, recipe)
+
+
+def prepare_labels(recipe: Path) -> tuple[Plan, PreparedData, Any]:
+    """The plan of a recipe with the labels that its data hold, the data, and the tokenizer or image processor."""
+    planned = plan_recipe(load_recipe(recipe))
+    processor, data = prepare_data(planned.plan, Silent())
+    return plan_with_labels(planned, data).plan, data, processor
+
+
 def trainer_of(recipe: Path, folder: Path) -> Trainer:
     """The trainer as `train` builds it."""
     plan = plan_recipe(load_recipe(recipe)).plan
     tokenizer, data = prepare_data(plan, Silent())
-    return make_trainer(plan, RunDir(folder), data, tokenizer, load_base(plan.base))
+    return make_trainer(TrainerSetup(plan, data, tokenizer), folder / "checkpoints", load_base(plan.base))

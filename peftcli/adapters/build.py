@@ -4,20 +4,15 @@ import inspect
 from typing import Any
 
 import peft
-from peft import PeftConfig, TaskType
+from peft import PeftConfig
 
 from peftcli.adapters.register import own_config
 from peftcli.methods.base import Method
 from peftcli.methods.registry import METHODS
 from peftcli.plan.adalora import first_rank
 from peftcli.recipe.schema import AdapterSection
+from peftcli.tasks.registry import TASKS
 
-TASK_TYPES = {
-    "causal-lm": TaskType.CAUSAL_LM,
-    "sequence-classification": TaskType.SEQ_CLS,
-    "token-classification": TaskType.TOKEN_CLS,
-    "image-classification": None,  # PEFT has no such type, and the plain PeftModel passes all inputs on
-}
 NESTED = {"eva_config": peft.EvaConfig}
 """Arguments that are a mapping in a recipe and an object in PEFT."""
 ENDLESS = 10**9
@@ -37,7 +32,7 @@ def peft_config(adapter: AdapterSection, task: str, *, tokenizer: str | None = N
     """
     method = METHODS[adapter.method]
     config_class = _config_class(method)
-    values: dict[str, Any] = {"task_type": TASK_TYPES[task]}
+    values: dict[str, Any] = {"task_type": TASKS[task].peft_type}
     values |= {name: value for name, value in method.defaults.items() if name not in ("r", "alpha", "dropout")}
     values |= {argument: getattr(adapter, key) for key, argument in method.argument_names.items()}
     ours = () if method.peft_module is None else method.arguments
@@ -45,10 +40,9 @@ def peft_config(adapter: AdapterSection, task: str, *, tokenizer: str | None = N
     values |= _shared(adapter, inspect.signature(config_class).parameters)
     if values.get("init_lora_weights") not in (None, True, False, "eva", "gaussian", "orthogonal", "mica"):
         values["init_lora_weights"] = True  # the trainer initializes the adapter; PEFT would change the base weights
-    if method.name == "adalora":
+    if method.allocates_ranks:
         values |= _schedule(adapter)
-    if method.name == "prompt":
-        values |= _prompt_init(values, tokenizer)
+    values |= _prompt_init(values, tokenizer)
     config: PeftConfig = config_class(**values)
     return config
 
@@ -72,7 +66,7 @@ def _shared(adapter: AdapterSection, takes: Any) -> dict[str, Any]:
         "modules_to_save": None if saved is None else list(saved),
         "bias": adapter.bias,
     }
-    if adapter.method == "lora":
+    if METHODS[adapter.method].is_lora:
         values |= {"use_rslora": adapter.use_rslora, "use_dora": adapter.use_dora}
     return {name: value for name, value in values.items() if name in takes}
 

@@ -1,4 +1,4 @@
-"""The body of `bench`: a comparison of a few minutes, a table, and a file to send in."""
+"""`peftcli bench`: a comparison of a few minutes, a table, and a file to send in."""
 
 import json
 import tempfile
@@ -9,22 +9,22 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.table import Table
 
-from peftcli.bench.quick import Asked, compare_quickly
+from peftcli.bench.compare import BenchRequest, compare_quickly
 from peftcli.cli.console import Shown, console, printable
 from peftcli.doctor.check import private_words, without_private
 from peftcli.report.format import size
 from peftcli.run_dir import write_json
 
 
-def bench_command(asked: Asked, output: Path | None, out: TextIO, err: TextIO, *, as_json: bool) -> None:
-    """Compare peftcli with SFTTrainer on this machine and print what was found.
+def bench_command(request: BenchRequest, output: Path | None, out: TextIO, err: TextIO, *, as_json: bool) -> None:
+    """Compare peftcli with SFTTrainer on this machine and print the figures.
 
     Args:
         output: file for the object of `--json`.
     """
     shown = Shown(console(err))
-    with tempfile.TemporaryDirectory(prefix="peftcli-bench-") as place:
-        found = nameless(compare_quickly(asked, Path(place), shown), private_words())
+    with tempfile.TemporaryDirectory(prefix="peftcli-bench-") as folder:
+        found = nameless(compare_quickly(request, Path(folder), shown), private_words())
     if output is not None:
         write_json(output, found)
     if as_json:
@@ -33,9 +33,9 @@ def bench_command(asked: Asked, output: Path | None, out: TextIO, err: TextIO, *
         return
     for result in found["regimes"]:
         console(out).print(bench_table(result))
+        console(out).print("")
         for tool in result["tools"].values():
-            if "error" in tool:
-                console(out).print(printable(f"{tool['title']} did not run: {tool['error']}"))
+            console(out).print(printable(tool_line(tool)))
     _print_verdict(found["verdict"], output, console(out))
 
 
@@ -43,6 +43,17 @@ def _print_verdict(verdict: str, output: Path | None, out: Console) -> None:
     out.print(printable(f"\n{verdict}"))
     if output is not None:
         out.print(printable(f"figures  {output}: without names or folders, to send in"))
+
+
+def tool_line(tool: Mapping[str, Any]) -> str:
+    """What computed attention and loss, and the size of a micro-batch; the error of a tool that did not run."""
+    if "error" in tool:
+        return f"{tool['title']} did not run: {tool['error']}"
+    attention, head = tool["attention"] or "unknown", tool["loss_head"] or "unknown"
+    return (
+        f"{tool['title']}: attention {attention}, loss head {head}, "
+        f"up to {tool['micro_batch_tokens']:,} tokens per micro-batch"
+    )
 
 
 def nameless(value: Any, private: Mapping[str, str]) -> Any:
@@ -62,22 +73,22 @@ COLUMNS: dict[str, Callable[[Mapping[str, Any]], str | None]] = {
     "first step": lambda tool: f"{tool['first_step_seconds']['median']:.1f} s",
     "process": lambda tool: f"{tool['process_seconds']['median']:.1f} s",
     "peak": lambda tool: _size(tool["peak_memory_bytes"]),
-    "of it in the loop": lambda tool: _size(tool["above_start_bytes"]),
-    "card": lambda tool: _size(tool["card_bytes"]),
+    "of it in loop": lambda tool: _size(tool["above_start_bytes"]),
+    "GPU": lambda tool: _size(tool["card_bytes"]),
     "MFU": lambda tool: None if tool.get("mfu") is None else f"{tool['mfu']:.1%}",
     "held-out loss": lambda tool: None if tool["held_out_loss"] is None else f"{tool['held_out_loss']:.4f}",
 }
-"""What the table shows of a tool; a column that no tool has a figure for is left out."""
+"""Columns of the table; one that no tool has a figure for is left out."""
 
 
 def bench_table(result: Mapping[str, Any]) -> Table:
-    """The figures of one regime, a line for each tool; one outside the gate of equal loss has no speed."""
+    """The figures of one regime, a line for each tool; one whose losses differ has no speed."""
     tools = result["tools"]
     cells = {name: {title: cell(tool) for title, cell in COLUMNS.items()} for name, tool in _ran(tools).items()}
     titles = [title for title in COLUMNS if any(row[title] is not None for row in cells.values())]
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     table.add_column(f"{result['regime']}, {result['steps']} steps", no_wrap=True)
-    for title in (*titles, "flat is"):
+    for title in (*titles, "peftcli is"):
         table.add_column(title, justify="right", no_wrap=title == "seconds")
     for name, tool in tools.items():
         ratio = result["ratios"].get(name)

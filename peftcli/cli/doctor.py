@@ -21,11 +21,11 @@ from peftcli.doctor.packages import (
     check_requirements,
     check_tested_versions,
     installed_needs,
-    installed_versions,
     stated_pythons,
     version_lines,
 )
 from peftcli.errors import MachineError
+from peftcli.installed import installed_versions
 from peftcli.recipe.load import load_recipe
 from peftcli.recipe.schema import Recipe
 

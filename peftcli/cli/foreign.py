@@ -21,9 +21,9 @@ from peftcli.model.target import Target, open_target
 from peftcli.plan.plan import DTYPE_BYTES
 from peftcli.progress import Progress
 from peftcli.recipe.load import Loaded, load_recipe
-from peftcli.recipe.rules import CAUSAL, IMAGES, SEQUENCE
 from peftcli.recipe.schema import Recipe
-from peftcli.run_dir import write_json
+from peftcli.results import MergeJson, save
+from peftcli.tasks.registry import TASKS
 from peftcli.tiny.tokenizer import load_documents
 from peftcli.train.disk import RESERVE_BYTES, Forecast, check_disk_space
 
@@ -74,7 +74,7 @@ def prepared(planned: Planned, target: Target, progress: Progress) -> tuple[Targ
 
 def merge_foreign(
     folder: Path, recipe: str | None, settings: tuple[str, str | None], output_dir: Path | None, progress: Progress
-) -> tuple[dict[str, Any], Path]:
+) -> tuple[MergeJson, Path]:
     """Merge an adapter of another tool; `merge.json` is written into the merged model.
 
     Args:
@@ -92,7 +92,7 @@ def merge_foreign(
     refuse_unmergeable(folder)
     with opened(folder, recipe, (), progress) as (_, planned, target):
         plan = planned.plan
-        if recipe is None and plan.task == IMAGES:
+        if recipe is None and TASKS[plan.task].images:
             raise RecipeError(f"{folder}: an adapter for images is compared on images; name a recipe with --recipe")
         said = {key: target.identity[key] for key in ("format", "prompt") if key in target.identity}
         target, data = prepared(planned, target, progress)
@@ -102,7 +102,7 @@ def merge_foreign(
         rows_from = FIXED if recipe is None else None
         asked = MergeSettings(into, dtype, plan.gates, plan.evaluation, plan.evaluation_batch, plan.seed, rows_from)
         found = merge(replace(target, identity=made), data, final, asked, progress)
-        write_json(final / "merge.json", found)
+        save(final / "merge.json", found)
     return found, final
 
 
@@ -115,7 +115,7 @@ def _own_recipe(adapter: Foreign, rows: Path) -> tuple[Loaded, Outputs]:
     columns = _write_rows(rows, task, outputs)
     model: dict[str, Any] = {"name": adapter.base, "revision": adapter.revision, "task": task}
     dataset: dict[str, Any] = {"path": str(rows), "columns": columns, "split": {"test_size": 0}}
-    if task != CAUSAL and outputs.problem_type != "regression":
+    if not TASKS[task].generates and outputs.problem_type != "regression":
         dataset["labels"] = outputs.names
     if outputs.problem_type is not None:
         model["problem_type"] = outputs.problem_type
@@ -134,8 +134,10 @@ def _write_rows(file: Path, task: str, outputs: Outputs) -> dict[str, str]:
         label: Any = [name] if outputs.problem_type == "multi-label" else name
         label = float(number) if outputs.problem_type == "regression" else label
         words = text.split()
-        row = {"text": text} if task == CAUSAL else {"text": text, "label": label}
-        rows.append(row if task in (CAUSAL, SEQUENCE) else {"tokens": words, "tags": [name] * len(words)})
+        row: dict[str, Any] = {"text": text}
+        if TASKS[task].label_of == "row":
+            row["label"] = label
+        rows.append({"tokens": words, "tags": [name] * len(words)} if TASKS[task].label_of == "token" else row)
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return {key: key for key in rows[0]}
 
@@ -163,9 +165,9 @@ def _described(target: Target, recipe: Recipe, planned: Planned, *, given: bool,
     """The target with what an identity would say of prompts and lengths."""
     dataset = recipe.dataset
     said: dict[str, Any] = {"max_length": planned.plan.labels.max_length, "outputs": len(outputs.names) or None}
-    prompt = (dataset.prompt or (dataset.text if recipe.model.task == SEQUENCE else None)) if given else None
+    prompt = (dataset.prompt or (dataset.text if TASKS[recipe.model.task].labels_texts else None)) if given else None
     if prompt is not None:
         said |= {"prompt": prompt}
-    elif recipe.model.task == CAUSAL and not (given and dataset.text) and target.tokenizer().chat_template:
+    elif TASKS[recipe.model.task].generates and not (given and dataset.text) and target.tokenizer().chat_template:
         said |= {"format": "messages"}
     return replace(target, identity=target.identity | said)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from peftcli.cli.commands import load
+from peftcli.cli.environment import NVIDIA, WSL
 from peftcli.cli.recipes import loaded_stages
 from peftcli.errors import MachineError, MemoryExhausted, PeerLost, PeftcliError
 from peftcli.plan.choices import processes_that_share
@@ -24,10 +25,10 @@ from peftcli.train.stop import STARTED
 T = TypeVar("T")
 EXIT_FILE = "PEFTCLI_EXIT_FILE"
 """Names the file in which the first process leaves its exit code; set for the launcher and its children."""
-CARDS = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/dxg")
+CARDS = (*NVIDIA, WSL)
 """Where Linux and WSL show NVIDIA's cards; without them torch need not be asked."""
 PR_SET_PDEATHSIG = 1
-"""Option of Linux' prctl: the signal that a process gets when its parent dies."""
+"""Option of Linux's prctl: the signal that a process gets when its parent dies."""
 
 
 def launch(name: str, overrides: Sequence[str], num_processes: int | None, *, smoke: bool) -> int | None:

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 from typer.main import get_command
 
+from peftcli.cli.environment import set_variables
 from peftcli.errors import MachineError, MemoryExhausted, PeerLost, PeftcliError, RecipeError
 from peftcli.train.stop import is_first_of_machine
 
@@ -44,9 +45,6 @@ SmokeOption = Annotated[
 ]
 RunArgument = Annotated[Path, typer.Argument(help="A run folder.")]
 
-SPIN = ("GOMP_SPINCOUNT", "2000")
-"""Idle OpenMP threads spin before they sleep. On cores shared with another process the default keeps both from working
-(measured: 40 times slower); a short spin costs nothing when alone. Read when torch is first imported."""
 COLLECTED_AFTER = (100_000, 20, 20)
 """Objects, and collections of the younger kind, after which Python collects; its own numbers are 700, 10, 10.
 
@@ -296,10 +294,10 @@ def bench(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout; all else on stderr.")] = False,
 ) -> None:
     """Measure how fast this machine trains: peftcli beside plain SFTTrainer on the same rows, at equal loss."""
-    from peftcli.bench.quick import Asked
+    from peftcli.bench.compare import BenchRequest
     from peftcli.cli.bench import bench_command
 
-    bench_command(Asked(shape, bits, rounds, minutes), output, sys.stdout, sys.stderr, as_json=as_json)
+    bench_command(BenchRequest(shape, bits, rounds, minutes), output, sys.stdout, sys.stderr, as_json=as_json)
 
 
 app.command()(bench)
@@ -363,6 +361,6 @@ def _print_json(value: dict[str, Any]) -> None:
 
 
 def settle_process() -> None:
-    """Set what torch and Python read later; a spin count of the user's own stays."""
-    os.environ.setdefault(*SPIN)
+    """Set what torch and Python read later."""
+    set_variables()
     gc.set_threshold(*COLLECTED_AFTER)

@@ -1,11 +1,11 @@
 """The steps that the heavy commands share: recipe, machine, model structure, plan, tokenizer, data."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from peftcli.data.checks import Check, check_embeddings, check_tokenizer
@@ -25,17 +25,18 @@ from peftcli.model.rehearsal import Rehearsal
 from peftcli.model.target import Target
 from peftcli.plan.heads import first_labels, keep_labels, resolve_labels
 from peftcli.plan.machine import Machine, ModelFacts
-from peftcli.plan.memory.forecast import OPTIMIZER, make_forecast, rows_of
+from peftcli.plan.memory.forecast import OPTIMIZER, Rows, make_forecast, rows_of
+from peftcli.plan.memory.micro_batch import choose_micro_batch
 from peftcli.plan.memory.model_shape import ModelDimensions
 from peftcli.plan.optimizer import Trained
-from peftcli.plan.partial_checkpointing import choose_checkpointed_layers
 from peftcli.plan.plan import DTYPE_BYTES, LossMask, Plan, TokenizerChoice
 from peftcli.plan.planner import check_recipe, loss_mask, make_plan
 from peftcli.plan.smoke import stand_in_adapter
 from peftcli.progress import Progress
 from peftcli.recipe.load import Loaded
-from peftcli.recipe.rules import CAUSAL, IMAGES
 from peftcli.recipe.schema import AdapterSection, Recipe
+from peftcli.results import Forecast, ForecastDisk
+from peftcli.tasks.registry import TASKS
 from peftcli.train.disk import forecast as disk_forecast
 
 SHOWN_ROWS = 3
@@ -50,19 +51,24 @@ class Planned:
 
     Attributes:
         counter: makes a function that counts trainable parameters, given the labels of the head.
+        rows: the lengths of the training rows, None before the data were read.
     """
 
     plan: Plan
     machine: Machine
     shape: ModelDimensions | None = None
     counter: Callable[..., Callable[[AdapterSection], Trained]] | None = None
+    rows: Rows | None = None
 
 
-def plan_recipe(loaded: Loaded, *, smoke: bool = False, machine: Machine | None = None) -> Planned:
+def plan_recipe(
+    loaded: Loaded, *, smoke: bool = False, machine: Machine | None = None, merged_adapters: Sequence[str] = ()
+) -> Planned:
     """Make the plan of a recipe; no weight is loaded.
 
     Args:
         machine: to plan for; the one at hand when None.
+        merged_adapters: folders of the adapters of earlier stages.
     """
     recipe = loaded.recipe
     if recipe.adapter.init_from is not None:
@@ -76,15 +82,16 @@ def plan_recipe(loaded: Loaded, *, smoke: bool = False, machine: Machine | None 
     if located.rehearsal is not None:
         recipe, facts = _on_stand_in(recipe, facts, located.rehearsal)
     counter = partial(trainable_counter, path, config, task, trust_remote_code=trust)
-    plan = make_plan(recipe, machine, facts, counter(labels=labels), smoke=smoke, notices=loaded.notices)
-    fitted = fit_activation_memory(plan)
-    if fitted is None:
-        uncounted = (
-            f"what {plan.adapter.method} keeps for the backward pass is not known; the forecast counts LoRA's part"
-        )
-        plan = replace(plan, notices=(*plan.notices, uncounted))
-    plan = replace(plan, activation_fit=fitted or {})
-    plan = choose_checkpointed_layers(plan, facts.shape, machine, recipe.trainer.get("activation_checkpointing"))
+    plan = make_plan(
+        recipe,
+        machine,
+        facts,
+        counter(labels=labels),
+        smoke=smoke,
+        notices=loaded.notices,
+        merged_adapters=tuple(merged_adapters),
+        fit_activations=fit_activation_memory,
+    )
     return Planned(plan, machine, facts.shape, counter)
 
 
@@ -112,41 +119,48 @@ def prepare_for(planned: Planned, target: Target, progress: Progress) -> tuple[T
     plan, knows = planned.plan, "base" in target.identity
     if target.base.task != plan.task:
         raise RecipeError(f"{target.base.task} is what the target was trained for; the recipe's task is {plan.task}")
-    if knows and plan.task != CAUSAL:
+    if knows and not TASKS[plan.task].generates:
         plan = keep_labels(plan, target.base)
     _, data = prepare_data(plan, progress, target.tokenizer_folder)
-    if knows or plan.task == CAUSAL:
+    if knows or TASKS[plan.task].generates:
         return target, data
     return replace(target, base=plan_with_labels(planned, data).plan.base), data
 
 
 def plan_with_labels(planned: Planned, data: PreparedData) -> Planned:
     """The plan with the labels that the rows turned out to have; of a language model as it was."""
-    if planned.plan.task == CAUSAL or planned.counter is None:
+    if TASKS[planned.plan.task].generates or planned.counter is None:
         return planned
     labels = output_names(data)
     count = planned.counter(labels=labels)
     return replace(planned, plan=resolve_labels(planned.plan, labels, data.problem_type, count))
 
 
-def forecast_run(planned: Planned, data: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
-    """What a planned run will need; None where the model's widths cannot be read.
+def plan_with_rows(planned: Planned, recipe: Recipe, data: PreparedData) -> Planned:
+    """The plan with the micro-batch that suits the lengths of the training rows."""
+    plan = planned.plan
+    if planned.shape is None:
+        return replace(planned, rows=rows_of(plan, data.facts))
+    in_step = plan.batch.per_device * plan.batch.accumulation
+    longest = np.sort(data.train.column("length"))[::-1][:in_step]
+    rows = rows_of(plan, data.facts, longest.tolist())
+    return replace(planned, plan=choose_micro_batch(plan, planned.shape, planned.machine, recipe, rows), rows=rows)
 
-    Args:
-        data: the facts of the data, None before they were read.
-    """
+
+def forecast_run(planned: Planned) -> Forecast | None:
+    """What a planned run will need; None where the model's widths cannot be read."""
     plan, given = planned.plan, planned.plan.trainer
     # As the trainer counts them, without importing it for a plan.
     keep = int(given.get("save_total_limit") or 2) + bool(given.get("load_best_model_at_end"))
     width = DTYPE_BYTES[plan.adapter_dtype]
     needs = disk_forecast(plan.trained, optimizer=str(given.get("optim", OPTIMIZER)), keep=keep, width=width)
-    disk = {
-        "adapter": needs.adapter_bytes,
-        "checkpoint": needs.checkpoint_bytes,
-        "checkpoints_at_once": needs.checkpoints,
-        "total": needs.total,
-    }
-    return make_forecast(plan, planned.shape, planned.machine, rows_of(plan, data), disk)
+    disk = ForecastDisk(
+        adapter=needs.adapter_bytes,
+        checkpoint=needs.checkpoint_bytes,
+        checkpoints_at_once=needs.checkpoints,
+        total=needs.total,
+    )
+    return make_forecast(plan, planned.shape, planned.machine, planned.rows or rows_of(plan, None), disk)
 
 
 def prepare_data(
@@ -170,7 +184,7 @@ def inspect_data(recipe: Recipe, progress: Progress, *, smoke: bool, preview: in
     real = config if made is None or made.config is None else made.config
     rule = loss_mask(recipe, positions_of(real), smoke=smoke)
     model = recipe.model
-    images = model.task == IMAGES
+    images = TASKS[model.task].images
     trust = model.trust_remote_code
     choice = TokenizerChoice(path, model.revision, model.chat_template, model.eos_token, trust, images)
     tokenizer = load_tokenizer(choice)

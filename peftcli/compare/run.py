@@ -5,11 +5,13 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType, TracebackType
 
 from peftcli.compare.variants import Variant
 from peftcli.progress import Progress
+from peftcli.signals import handle_stop_signals
 
 PR_SET_PDEATHSIG = 1
 """Option of Linux's prctl: the signal that a process gets when its parent dies."""
@@ -27,18 +29,16 @@ class VariantRunner:
         self.at_once = False
         self._shown: set[str] = set()
         self._child: subprocess.Popen[str] | None = None
-        self._before: dict[int, object] = {}
+        self._handlers = ExitStack()
 
     def __enter__(self) -> "VariantRunner":
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._before[number] = signal.signal(number, self._forward)
+        self._handlers.enter_context(handle_stop_signals(self._forward))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]  # what signal.signal itself returned
+        self._handlers.close()
 
     def train(self, variant: Variant, folder: Path, flags: Sequence[str], progress: Progress) -> tuple[int, str | None]:
         """Run `peftcli train`; its messages go to `progress`, prefixed with the name of the variant.

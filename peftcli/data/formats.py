@@ -4,11 +4,13 @@ If the columns are ambiguous, the recipe must name the format.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from peftcli.data.chat_formats import is_chat, is_sharegpt
+from peftcli.data.class_labels import Names
 from peftcli.data.examples import (
     Maker,
     from_chat_pairs,
@@ -22,6 +24,7 @@ from peftcli.data.rows import LONG_NAME, Rows, listed, shown
 from peftcli.data.values import InvalidValue, SkipRow
 from peftcli.errors import DataError
 from peftcli.nearest import nearest
+from peftcli.plan.plan import LossMask
 from peftcli.recipe.problems import choice_text
 from peftcli.recipe.schema import ColumnsSection, SourceSection
 from peftcli.recipe.template import split_path, template_columns
@@ -115,13 +118,32 @@ class RowFormat:
         return Examples(dict(zip(names, columns, strict=True)), kept, dropped, content)
 
 
-def choose_format(first: Rows, section: SourceSection, *, chats: bool) -> RowFormat:
+@dataclass(frozen=True)
+class Given:
+    """What decides, besides the rows, how they are read.
+
+    Attributes:
+        rule: the task and, if known, the problem type.
+        names: `dataset.labels`.
+        of_columns: class names by column, from the metadata of the dataset.
+        folder: base folder of relative image paths.
+        chats: the tokenizer has a chat template, so instructions and questions become chats.
+    """
+
+    rule: LossMask
+    names: Names | None
+    of_columns: Mapping[str, Names]
+    folder: Path | None = None
+    chats: bool = False
+
+
+def choose_text_format(first: Rows, section: SourceSection, given: Given) -> RowFormat:
     """The format that the recipe defines, or the only one that the columns fit.
 
     Args:
         first: the first rows of the source after joins; their columns and values decide.
         section: the source in the recipe.
-        chats: the tokenizer has a chat template, so instructions and questions become chats.
+        given: whether the tokenizer has a chat template.
 
     Raises:
         DataError: a column is missing, or no format or more than one fits.
@@ -137,9 +159,9 @@ def choose_format(first: Rows, section: SourceSection, *, chats: bool) -> RowFor
     if found.format in ("messages", "sharegpt"):
         return _chats(first, found.needs[0], None)
     if found.format == "alpaca":
-        return _instructions(first, found, chats)
+        return _instructions(first, found, given.chats)
     if found.format == "question_answer":
-        return _questions(found, chats)
+        return _questions(found, given.chats)
     return _plain(first, found.needs, found.name, "")
 
 

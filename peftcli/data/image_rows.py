@@ -8,9 +8,9 @@ import numpy as np
 
 from peftcli.data.class_labels import LabelColumn
 from peftcli.data.examples import Maker
-from peftcli.data.formats import RowFormat
+from peftcli.data.formats import Given, RowFormat
 from peftcli.data.image_processor import pixel_hash, read_image
-from peftcli.data.label_formats import LABEL_WORDS, Given, check_named, choose_label, only_column
+from peftcli.data.label_formats import LABEL_WORDS, check_named, choose_label, only_column
 from peftcli.data.label_tokenize import TextClasses
 from peftcli.data.rows import Rows
 from peftcli.data.tokenize import FLAGS, TokenizedBatch

@@ -1,18 +1,16 @@
 """Row formats with labels: texts with classes, or words with tags."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from peftcli.data.class_labels import LabelColumn, Names, read_labels, tag_names
 from peftcli.data.examples import Maker, from_templates
-from peftcli.data.formats import RowFormat, joined, missing_columns
+from peftcli.data.formats import Given, RowFormat, joined, missing_columns
 from peftcli.data.rows import Rows, listed
 from peftcli.data.values import SkipRow, is_null, parsed_list, template_text, whole_text
 from peftcli.errors import DataError
-from peftcli.plan.plan import LossMask
 from peftcli.recipe.schema import SourceSection
 from peftcli.recipe.template import split_path, template_columns
 
@@ -32,40 +30,6 @@ EMPTY_TEXT = "with an empty text"
 LABEL_WORDS = {"single-label": "class", "multi-label": "classes", "regression": "number"}
 
 
-@dataclass(frozen=True)
-class Given:
-    """What is known about the labels from outside the rows.
-
-    Attributes:
-        rule: the task and, if known, the problem type.
-        names: `dataset.labels`.
-        of_columns: class names by column, from the metadata of the dataset.
-        folder: base folder of relative image paths.
-    """
-
-    rule: LossMask
-    names: Names | None
-    of_columns: Mapping[str, Names]
-    folder: Path | None = None
-
-
-def choose_label_format(first: Rows, section: SourceSection, given: Given) -> RowFormat:
-    """The format that the recipe defines, or the only one that the columns fit.
-
-    Args:
-        first: the first rows of the source after joins.
-        section: the source in the recipe.
-        given: what else is known about the labels.
-
-    Raises:
-        DataError: a column is missing, or no format or more than one fits.
-    """
-    check_named(first, section)
-    if given.rule.task == "token-classification":
-        return _tagging(first, section, given)
-    return _classification(first, section, given)
-
-
 def check_named(first: Rows, section: SourceSection) -> None:
     """Reject columns of the recipe that the rows do not have."""
     chosen = section.columns.model_dump(exclude_none=True) if section.columns is not None else {}
@@ -75,7 +39,18 @@ def check_named(first: Rows, section: SourceSection) -> None:
         raise missing_columns(first, missing, len(chosen), keys, section)
 
 
-def _tagging(first: Rows, section: SourceSection, given: Given) -> RowFormat:
+def choose_tagging(first: Rows, section: SourceSection, given: Given) -> RowFormat:
+    """The format of words with tags: the columns that the recipe names, or the only ones that fit.
+
+    Args:
+        first: the first rows of the source after joins.
+        section: the source in the recipe.
+        given: what else is known about the labels.
+
+    Raises:
+        DataError: a column is missing, or no columns or more than one fit.
+    """
+    check_named(first, section)
     named = section.columns
     words = (named.tokens if named else None) or only_column(first, WORDS, "tokens", "the words", ())
     tags = (named.tags if named else None) or only_column(first, TAGS, "tags", "their tags", ())
@@ -85,7 +60,9 @@ def _tagging(first: Rows, section: SourceSection, given: Given) -> RowFormat:
     return RowFormat("tagging", "tags", said, reads, None, reads, _from_words(words, tags, names), names=names)
 
 
-def _classification(first: Rows, section: SourceSection, given: Given) -> RowFormat:
+def choose_classification(first: Rows, section: SourceSection, given: Given) -> RowFormat:
+    """The format of texts with a label; arguments and errors as for `choose_tagging`."""
+    check_named(first, section)
     named = section.columns
     texts = _texts(first, section)
     column, names = choose_label(first, section, given, texts.reads)

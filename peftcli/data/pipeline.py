@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from peftcli.data.formats import KINDS, Examples, RowFormat, choose_format
-from peftcli.data.image_rows import ImageClasses, choose_images
+from peftcli.data.formats import KINDS, Examples, Given, RowFormat
+from peftcli.data.image_rows import ImageClasses
 from peftcli.data.join import Join
-from peftcli.data.label_formats import Given, choose_label_format
 from peftcli.data.label_stats import TagCounts
 from peftcli.data.label_tokenize import Classes, TextClasses, WordTags
 from peftcli.data.quality import ColumnScan
@@ -24,8 +23,9 @@ from peftcli.data.tokenize import TokenizedBatch, TokenizeStep
 from peftcli.errors import DataError
 from peftcli.plan.plan import LossMask
 from peftcli.progress import Progress
-from peftcli.recipe.rules import IMAGES
 from peftcli.recipe.schema import DatasetSection, SourceSection
+from peftcli.tasks.base import implementation
+from peftcli.tasks.registry import TASKS
 
 MANY_LABELS = 5000
 """With more distinct completions than this, they are not treated as labels and their distribution is not counted."""
@@ -166,15 +166,13 @@ class TokenizePipeline:
 
     def _detect(self, rows: Rows, source: Source, section: SourceSection) -> RowFormat:
         rule = self.request.rule
-        if rule.task == "causal-lm":
-            return choose_format(rows, section, chats=bool(self.tokenizer.chat_template))
         if self._format is not None and self._format.problem_type is not None:
             rule = replace(rule, problem_type=self._format.problem_type)
         folder = getattr(source, "folder", None)
-        given = Given(rule, self.request.dataset.labels, getattr(source, "class_names", {}), folder)
-        if rule.task == IMAGES:
-            return choose_images(rows, section, given)
-        return choose_label_format(rows, section, given)
+        chats = bool(getattr(self.tokenizer, "chat_template", None))
+        given = Given(rule, self.request.dataset.labels, getattr(source, "class_names", {}), folder, chats)
+        chosen: RowFormat = implementation(TASKS[rule.task].row_format)(rows, section, given)
+        return chosen
 
     def _tokenize_step(self, row_format: RowFormat) -> TokenizeStep | TextClasses | WordTags:
         for name in row_format.names or ():

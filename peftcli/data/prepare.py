@@ -37,8 +37,8 @@ from peftcli.data.synthetic import SyntheticSource
 from peftcli.errors import DataError
 from peftcli.plan.plan import LossMask
 from peftcli.progress import Progress
-from peftcli.recipe.rules import IMAGES
 from peftcli.recipe.schema import DatasetSection, SourceSection, TestSection
+from peftcli.tasks.registry import TASKS
 
 SMOKE_ROWS = 48
 """Number of rows that a smoke run reads from each source."""
@@ -154,12 +154,13 @@ def prepare(
     synthetic = partial(
         SyntheticSource, rows=SMOKE_ROWS, task=rule.task, problem_type=rule.problem_type, labels=dataset.labels
     )
-    open_ = partial(_open, synthetic=synthetic if smoke else None, images=rule.task == IMAGES)
+    images = TASKS[rule.task].images
+    open_ = partial(_open, synthetic=synthetic if smoke else None, images=images)
     test_section = _test_section(dataset)
     test_source = None
     if test_section is not None:
         like = partial(synthetic, like=sections[0])
-        test_source = _open(test_section, "dataset.test", synthetic=like if smoke else None, images=rule.task == IMAGES)
+        test_source = _open(test_section, "dataset.test", synthetic=like if smoke else None, images=images)
     test_files = frozenset(getattr(test_source, "files", ()))
     keys = [f"dataset.sources[{number}]" for number in range(len(dataset.sources))] or ["dataset"]
     sources = [(open_(section, key, without=test_files), section) for key, section in zip(keys, sections, strict=True)]

@@ -7,6 +7,7 @@ from typing import Any
 from peftcli.data.rows import Rows
 from peftcli.recipe.schema import SourceSection
 from peftcli.recipe.template import template_columns
+from peftcli.tasks.registry import DEFAULT, TASKS
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class SyntheticSource:
     section: Any
     rows: int
     like: Any = None
-    task: str = "causal-lm"
+    task: str = DEFAULT
     problem_type: str = "auto"
     labels: tuple[str, ...] | None = None
 
@@ -42,7 +43,7 @@ class SyntheticSource:
     def _columns(self) -> dict[str, list[Any]]:
         read = self.like or self.section
         section = read if isinstance(read, SourceSection) else None
-        if self.task != "causal-lm":
+        if not TASKS[self.task].generates:
             return self._labelled(section)
         templates = [getattr(section, key, None) for key in ("text", "prompt", "completion")]
         names = [name.split(".")[0] for part in templates if part is not None for name in template_columns(part)]
@@ -61,7 +62,7 @@ class SyntheticSource:
     def _labelled(self, section: SourceSection | None) -> dict[str, list[Any]]:
         named = section.columns if section is not None else None
         numbers = range(self.rows)
-        if self.task == "token-classification":
+        if TASKS[self.task].label_of == "token":
             words, tags = (named.tokens if named else None) or "tokens", (named.tags if named else None) or "tags"
             first, second = (self.labels or ("O", "B-number"))[:2]
             tagged = [[first, second] if number % 2 else [first, first] for number in numbers]

@@ -213,6 +213,29 @@ def check_matmuls(index: int, errors: dict[str, float], problem: str) -> Check:
     return Check(name, OK, f"matmuls on GPU {index} are correct in {', '.join(errors)}")
 
 
+def try_trl_loss(number: int, dtype: str) -> str | None:
+    """How TRL's loss fails on a GPU in some dtype; None where it gives what it should.
+
+    Args:
+        number: of the GPU.
+    """
+    # It brings TRL, which need not be importable for the checks before.
+    from peftcli.model.fused_loss import trl_loss_problem
+    from peftcli.model.load import DTYPES
+
+    return trl_loss_problem(torch.device("cuda", number), DTYPES[dtype])
+
+
+def check_trl_loss(number: int, problem: str | None) -> Check:
+    """Whether the loss of a language model is computed by TRL's Triton kernels."""
+    name = f"loss kernel {number}"
+    if problem is None:
+        return Check(name, OK, f"TRL's fused loss on GPU {number} gives the values and gradients of float32")
+    found = f"TRL's fused loss on GPU {number} fails ({problem}); training uses another one with the same values"
+    fix = "install a C compiler (apt-get install gcc) and the triton that this torch asks for, or leave it so"
+    return Check(name, WARN, found, fix)
+
+
 def check_kernels(problems: dict[str, str | None], missing: Sequence[str]) -> Check:
     """Which optional packages with faster kernels can be imported.
 

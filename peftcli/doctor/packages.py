@@ -11,6 +11,7 @@ from packaging.version import Version
 
 from peftcli.doctor.check import FAIL, OK, WARN, Check
 from peftcli.doctor.tested import TRAINING, tested_range
+from peftcli.installed import installed_versions
 
 TESTED = {
     "torch": "2.13.0",
@@ -50,17 +51,6 @@ class Need:
 
     by: str
     what: Requirement
-
-
-def installed_versions(names: Sequence[str]) -> dict[str, str | None]:
-    """The installed version of each package, None if it is missing."""
-    found: dict[str, str | None] = {}
-    for name in names:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    return found
 
 
 def installed_needs() -> list[Need]:

@@ -54,6 +54,9 @@ def _device_checks(cuda: gpu.Cuda, machine: Machine, recipe: Recipe | None) -> I
             return  # without kernels for the GPU every further check would fail
     chosen = gpu.auto_dtype(machine, on_gpu=not on_cpu)
     yield gpu.check_precision(chosen)
+    if not on_cpu:
+        for number in range(len(cuda.gpus)):
+            yield gpu.check_trl_loss(number, gpu.try_trl_loss(number, chosen.value))
     bits = None if recipe is None or recipe.quantization is None else recipe.quantization.bits
     where = "cpu" if on_cpu else "cuda"
     yield quantization.check_4bit(quantization.try_4bit(where, chosen.value), asked=recipe is None or bits == 4)

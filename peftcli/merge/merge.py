@@ -6,7 +6,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -25,9 +24,10 @@ from peftcli.model.target import Target
 from peftcli.plan.plan import Base
 from peftcli.progress import Progress
 from peftcli.recipe.fields import Gate
-from peftcli.recipe.rules import IMAGES
 from peftcli.recipe.schema import EvaluationSection
+from peftcli.results import MergeCandidate, MergeJson, MergeSample
 from peftcli.run_dir import write_json
+from peftcli.tasks.registry import TASKS
 
 DEFAULT_LIMITS = (Gate("merge_top1_agreement", ">=", 0.98),)
 """Limits on the drift if the recipe has no gates for the merge."""
@@ -80,9 +80,7 @@ class MergeSettings:
     rows_from: str | None = None
 
 
-def merge(
-    target: Target, data: PreparedData, final: Path, settings: MergeSettings, progress: Progress
-) -> dict[str, Any]:
+def merge(target: Target, data: PreparedData, final: Path, settings: MergeSettings, progress: Progress) -> MergeJson:
     """Write a stand-alone model from an adapter, and measure its drift.
 
     Args:
@@ -117,7 +115,7 @@ def merge(
         ]
         best = min(candidates, key=lambda one: one.worse)
         value = _merge_json(best, candidates, comparison, settings, time.monotonic() - begun, target)
-        if not value["met"]:
+        if not value.met:
             _fail(best, value, quantized=target.base.quantization is not None)
         replace_folder(best.folder, final)
     finally:
@@ -129,16 +127,16 @@ def merge(
 class DriftTooLarge(GateNotMet):
     """The tolerance was not met; `merge` has the content of `merge.json`."""
 
-    def __init__(self, message: str, merge: dict[str, Any]) -> None:
+    def __init__(self, message: str, merge: MergeJson) -> None:
         super().__init__(message)
         self.merge = merge
 
 
-def _fail(best: Candidate, value: dict[str, Any], *, quantized: bool) -> None:
+def _fail(best: Candidate, value: MergeJson, *, quantized: bool) -> None:
     exceeded = [
-        f"{name} is {value[name]:.4g}, the limit is {limit}"
-        for name, limit in value["limit"].items()
-        if value["limits_met"][name] is False
+        f"{name} is {getattr(value, name):.4g}, the limit is {limit}"
+        for name, limit in value.limit.items()
+        if value.limits_met[name] is False
     ]
     others = [one for one in ("dequantized", "original") if one != best.into] if quantized else []
     fixes = [*(f"--into {one}" for one in others), "a wider --dtype", "another limit in gates"]
@@ -186,7 +184,7 @@ def _write_all(
 def _original(base: Base, bare: PreTrainedModel) -> Source:
     """The unquantized weights of a base model; an image model is loaded completely, since its files may use the names
     of earlier versions of transformers."""
-    if base.task != IMAGES:
+    if not TASKS[base.task].images:
         return original_weights(base, bare)
     return loaded_weights(load_base(replace(base, device="cpu"), quantized=False))
 
@@ -248,32 +246,29 @@ def _merge_json(
     settings: MergeSettings,
     seconds: float,
     target: Target,
-) -> dict[str, Any]:
+) -> MergeJson:
     drift = asdict(best.drift)
     few = best.drift.positions < FEW_POSITIONS and best.drift.kl_nats is not None
     default = LIMITS_OF_FEW if few else DEFAULT_LIMITS
     limits = tuple(gate for gate in settings.gates if gate.name.startswith("merge_")) or default
     met = {name: _met(gate, drift[name]) for gate in limits for name in (gate.name.removeprefix("merge_"),)}
     answers = [] if best.measured is None else best.measured.answers
+    prompts = comparison.rows.column("prompt")
     shown = min(settings.evaluation.samples, len(answers))
-    return {
-        "schema": 1,
-        "into": best.into,
-        "dtype": settings.dtype or target.base.dtype,
-        "rows_from": settings.rows_from or comparison.rows_from,
+    return MergeJson(
+        into=best.into,
+        dtype=settings.dtype or target.base.dtype,
+        rows_from=settings.rows_from or comparison.rows_from,
         **drift,
-        "limit": {gate.name.removeprefix("merge_"): gate.text for gate in limits},
-        "limits_met": met,
-        "met": all(one is not False for one in met.values()),
-        "metrics": None if best.measured is None else best.measured.figures(),
-        "candidates": [{"into": one.into, "loss": one.loss, **asdict(one.drift)} for one in candidates],
-        "samples": [
-            {"prompt": comparison.rows.column("prompt")[row].as_py(), "merged": answers[row].text}
-            for row in range(shown)
-        ],
-        "bytes": best.bytes,
-        "seconds": round(seconds, 3),
-    }
+        limit={gate.name.removeprefix("merge_"): gate.text for gate in limits},
+        limits_met=met,
+        met=all(one is not False for one in met.values()),
+        metrics=None if best.measured is None else best.measured.scores(),
+        candidates=tuple(MergeCandidate(into=one.into, loss=one.loss, **asdict(one.drift)) for one in candidates),
+        samples=tuple(MergeSample(prompt=prompts[row].as_py(), merged=answers[row].text) for row in range(shown)),
+        bytes=best.bytes,
+        seconds=round(seconds, 3),
+    )
 
 
 def _free_memory() -> None:

@@ -8,12 +8,14 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
 
+from peftcli.tasks.registry import TASKS
+
 ARGUMENT_NAMES = ("r", "alpha", "dropout")
 """Keys of the adapter section that many methods share; PEFT names them differently for each method."""
 GRADIENT_BATCHES = 8
 """Default number of training batches for a gradient-based initialization."""
-CAUSAL = ("causal-lm",)
-ALL_TASKS = ("causal-lm", "sequence-classification", "token-classification", "image-classification")
+ALL_TASKS = tuple(TASKS)
+GENERATING_TASKS = tuple(task.name for task in TASKS.values() if task.generates)
 SHAPE = "it reads the shape of each weight, and packed 4-bit weights have a different shape"
 NUMBERS = "it computes with the weight values at construction, so it needs dequantized weights"
 """Why some methods do not work on 4-bit weights."""
@@ -68,6 +70,11 @@ class Method:
         from_weights: the adapter is computed from the base weights, so a merge needs all of them at once.
         padded: why it needs padded batches; empty if padding-free batches work.
         checkpointing: why activation checkpointing must be off; empty if it works.
+        is_lora: its layers are plain LoRA layers of PEFT, which can be fused, sharded and checkpointed one by one.
+        counted: the memory estimate adds up its activations tensor by tensor; those of other methods are measured on a
+            small layer.
+        allocates_ranks: it moves ranks between modules during training.
+        hides_tokens: the model gets vectors in place of token ids, so it cannot tell where a row ends.
     """
 
     name: str
@@ -90,6 +97,10 @@ class Method:
     from_weights: bool = False
     padded: str = ""
     checkpointing: str = ""
+    is_lora: bool = False
+    counted: bool = False
+    allocates_ranks: bool = False
+    hides_tokens: bool = False
 
     def on_bits(self, bits: object) -> str:
         """Why it does not work on 4-bit or 8-bit weights; empty if it does."""
@@ -99,6 +110,16 @@ class Method:
     def fewest_bits(self) -> int:
         """The smallest number of bits per weight that it works on; 16 if the weights must not be quantized."""
         return next((bits for bits in (4, 8) if not self.on_bits(bits)), 16)
+
+    @property
+    def trains_norms(self) -> bool:
+        """Whether the weights of norms are trained."""
+        return self.targets in ("norms", "whole")
+
+    @property
+    def trains_all(self) -> bool:
+        """Whether every layer of the model is trained completely."""
+        return bool(self.defaults.get("everything"))
 
     @property
     def prompts(self) -> bool:

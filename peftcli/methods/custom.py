@@ -38,6 +38,7 @@ CUSTOM = (
         },
         targets="writers",
         merge="it is not linear, so it cannot be folded into a weight",
+        counted=True,
     ),
     Method(
         name="freeze",
@@ -54,6 +55,7 @@ CUSTOM = (
             **_NEW_TOKENS,
         },
         targets="whole",
+        counted=True,
     ),
     Method(
         name="full",
@@ -66,5 +68,6 @@ CUSTOM = (
         targets="whole",
         four_bit="it trains all weights, and 4-bit weights have no gradient",
         eight_bit="it trains all weights, and 8-bit weights have no gradient",
+        counted=True,
     ),
 )

@@ -35,6 +35,8 @@ LOW_RANK = (
         arguments={"loraplus_lr_ratio": frozenset({"float"}), "gradient_batches": frozenset({"int"})},
         choices={"init_lora_weights": ("lora_ga",)},
         unsupported_arguments=CLOSED,
+        is_lora=True,
+        counted=True,
     ),
     Method(
         name="adalora",
@@ -52,6 +54,7 @@ LOW_RANK = (
             **{name: "AdaLoRA has its own initialization" for name in ("init_lora_weights", "eva_config")},
             **{name: "AdaLoRA does not have it" for name in ("alpha_pattern", "lora_bias", "target_parameters")},
         },
+        allocates_ranks=True,
     ),
     Method(
         name="loha",

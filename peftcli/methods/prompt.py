@@ -1,6 +1,6 @@
 """Prompt-learning methods: they train virtual tokens that are prepended to every row; the weights do not change."""
 
-from peftcli.methods.base import CAUSAL, Method
+from peftcli.methods.base import GENERATING_TASKS, Method
 
 NO_MERGE = "its virtual tokens are part of the input, so they cannot be folded into a weight"
 PADDED = "virtual tokens must be prepended to each row"
@@ -22,9 +22,10 @@ PROMPT = (
         defaults={"num_virtual_tokens": VIRTUAL_TOKENS},
         unsupported_arguments=CLOSED,
         targets="none",
-        tasks=CAUSAL,
+        tasks=GENERATING_TASKS,
         merge=NO_MERGE,
         padded=PADDED,
+        hides_tokens=True,
     ),
     Method(
         name="p_tuning",
@@ -36,9 +37,10 @@ PROMPT = (
         defaults={"num_virtual_tokens": VIRTUAL_TOKENS},
         unsupported_arguments=CLOSED,
         targets="none",
-        tasks=CAUSAL,
+        tasks=GENERATING_TASKS,
         merge=NO_MERGE,
         padded=PADDED,
+        hides_tokens=True,
     ),
     Method(
         name="prefix",
@@ -50,7 +52,7 @@ PROMPT = (
         defaults={"num_virtual_tokens": VIRTUAL_TOKENS},
         unsupported_arguments=CLOSED,
         targets="none",
-        tasks=CAUSAL,
+        tasks=GENERATING_TASKS,
         merge="its keys and values are part of the cache, so they cannot be folded into a weight",
         padded="learned keys and values must be prepended to each row",
         checkpointing="recomputing a block in the backward pass would add the prefix to the cache a second time",

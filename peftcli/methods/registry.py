@@ -9,17 +9,12 @@ from peftcli.methods.low_rank import LOW_RANK
 from peftcli.methods.orthogonal import ORTHOGONAL
 from peftcli.methods.prompt import PROMPT
 from peftcli.methods.sparse import SHARED, SPARSE, SPECTRAL
+from peftcli.tasks.registry import TASKS
 
 METHODS: Mapping[str, Method] = {
     method.name: method for method in (*LOW_RANK, *SHARED, *SPECTRAL, *SPARSE, *ORTHOGONAL, *PROMPT, *CUSTOM)
 }
 
-SHORT_TASKS = {
-    "causal-lm": "text",
-    "sequence-classification": "classes",
-    "token-classification": "tags",
-    "image-classification": "images",
-}
 HEAD = ("method", "what is trained", "4-bit", "8-bit", "merge", "tasks", "not with")
 
 
@@ -36,7 +31,7 @@ def tasks_text(method: Method) -> str:
     >>> tasks_text(METHODS["lora"])
     'text, classes, tags, images'
     """
-    return ", ".join(SHORT_TASKS[task] for task in SHORT_TASKS if task in method.tasks)
+    return ", ".join(task.short for task in TASKS.values() if task.name in method.tasks)
 
 
 def row(one: Method) -> dict[str, Any]:

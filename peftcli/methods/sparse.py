@@ -1,6 +1,6 @@
 """Methods with very few trained parameters: shared random bases, spectra, single entries, scales."""
 
-from peftcli.methods.base import CAUSAL, CODES, NUMBERS, SHAPE, Method
+from peftcli.methods.base import CODES, GENERATING_TASKS, NUMBERS, SHAPE, Method
 
 SHARED = (
     Method(
@@ -135,6 +135,6 @@ SPARSE = (
         config="TrainableTokensConfig",
         peft_module="trainable_tokens",
         targets="embeddings",
-        tasks=CAUSAL,
+        tasks=GENERATING_TASKS,
     ),
 )

@@ -18,8 +18,6 @@ from peftcli.plan.memory.training_setup import ActivationFit, terms
 from peftcli.plan.plan import Plan
 from peftcli.recipe.schema import AdapterSection
 
-COUNTED = ("lora", "full", "freeze", "bottleneck")
-"""Methods whose tensors the forecast knows one by one."""
 SCALED = "feedforward_modules"
 """Argument of IA3 that names the layers whose inputs it scales, and not their outputs."""
 WIDTHS = ((1, 1), (1, 2), (2, 1), (2, 2), (3, 2), (2, 3), (3, 3), (1, 3), (3, 1), (4, 1), (1, 4))
@@ -36,7 +34,7 @@ def fit_activation_memory(plan: Plan) -> dict[str, ActivationFit] | None:
     does not run on small layers, so that only LoRA's tensors can be counted.
     """
     method = METHODS[plan.adapter.method]
-    if method.name in COUNTED or method.prompts or not plan.targets or method.targets in ("norms", "embeddings"):
+    if method.counted or method.prompts or not plan.targets or method.targets in ("norms", "embeddings"):
         return {}
     dtype, autocast = DTYPES[plan.base.dtype], bool(plan.trainer.get("bf16") or plan.trainer.get("fp16"))
     found = {}

@@ -6,7 +6,7 @@ from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from peftcli.model.padding_free import enable_padding_free, row_problem
+from peftcli.model.padding_free import check_rows, enable_padding_free
 from peftcli.tiny.save import isolated
 from peftcli.tiny.shrink import shrink
 
@@ -37,7 +37,7 @@ def why_not_flat(config: PreTrainedConfig) -> str:
             )
             if not enable_padding_free(model):
                 return f"{_name(model)} has an attention of its own, which cannot read rows by their edges"
-            problem = row_problem(model)
+            problem = check_rows(model).problem
             return "" if problem is None else f"{_name(model)} does not keep the rows of a line apart: {problem}"
     except UNKNOWN:
         return ""

@@ -15,10 +15,10 @@ from peftcli.model.files import stored_names
 from peftcli.model.heads import PROBLEM_TYPES, build_empty, head_modules, is_within
 from peftcli.model.inspect import load_config
 from peftcli.model.load import PREFIX
-from peftcli.recipe.rules import CAUSAL, SEQUENCE, TOKENS
 from peftcli.run_dir import read_json
+from peftcli.tasks.registry import DEFAULT, TASKS
 
-TASKS = {"CAUSAL_LM": CAUSAL, "SEQ_CLS": SEQUENCE, "TOKEN_CLS": TOKENS}
+PEFT_TYPES = {task.peft_type: task.name for task in TASKS.values() if task.peft_type is not None}
 """Ours by PEFT's `task_type`."""
 
 
@@ -68,15 +68,15 @@ def read_foreign(folder: Path) -> Foreign:
             f"{folder / CONFIG}: peft_type {kind} is not known to the installed peft; install the version of peft that "
             "wrote it, or a later one"
         )
-    if task is not None and task not in TASKS:
+    if task is not None and task not in PEFT_TYPES:
         raise MachineError(
-            f"{folder / CONFIG}: task_type {task} cannot be run here, only {', '.join(TASKS)}; use the adapter with "
-            "PEFT itself"
+            f"{folder / CONFIG}: task_type {task} cannot be run here, only {', '.join(PEFT_TYPES)}; use the adapter "
+            "with PEFT itself"
         )
     name = said.get("base_model_name_or_path") or None
     if name is not None and Path(name).is_dir():
         name = str(Path(name).resolve())
-    return Foreign(folder, name, said.get("revision"), None if task is None else TASKS[task])
+    return Foreign(folder, name, said.get("revision"), None if task is None else PEFT_TYPES[task])
 
 
 def base_config(adapter: Foreign) -> PreTrainedConfig:
@@ -109,9 +109,9 @@ def task_of(adapter: Foreign, config: PreTrainedConfig) -> str:
         return adapter.task
     saved = read_json(adapter.folder / CONFIG).get("modules_to_save")
     if type(config.get_text_config()) in MODEL_FOR_CAUSAL_LM_MAPPING and not saved:
-        return CAUSAL
+        return DEFAULT
     raise MachineError(
-        f"{adapter.folder / CONFIG}: task_type is empty, so the task is unknown; write one of {', '.join(TASKS)} "
+        f"{adapter.folder / CONFIG}: task_type is empty, so the task is unknown; write one of {', '.join(PEFT_TYPES)} "
         "there, or name a recipe with --recipe, whose model.task says it"
     )
 
@@ -126,7 +126,7 @@ def outputs_of(adapter: Foreign, task: str, base: str, config: PreTrainedConfig)
     Raises:
         MachineError: the weights of the head are neither in the adapter nor in its base.
     """
-    if task == CAUSAL:
+    if TASKS[task].generates:
         return Outputs()
     head = head_modules(build_empty(base, config, task, ("0", "1")), task, base, adapter.revision)
     shapes = _head_shapes(adapter, head)
@@ -141,7 +141,9 @@ def outputs_of(adapter: Foreign, task: str, base: str, config: PreTrainedConfig)
     types = {ours: theirs for theirs, ours in PROBLEM_TYPES.items()}
     problem_type = types.get(str(said.get("problem_type")), "regression" if count == 1 else "single-label")
     numbered = tuple(f"LABEL_{number}" for number in range(count))
-    return Outputs(names if len(names) == count else numbered, named, problem_type if task == SEQUENCE else None)
+    return Outputs(
+        names if len(names) == count else numbered, named, problem_type if TASKS[task].label_of == "row" else None
+    )
 
 
 def _names(said: Mapping[str, Any]) -> tuple[str, ...]:

@@ -1,6 +1,5 @@
 """This machine and the limits of its container: for the plan, and for `environment.json`."""
 
-import importlib.metadata
 import importlib.util
 import os
 import platform
@@ -12,7 +11,9 @@ from typing import Any
 import psutil
 import torch
 
+from peftcli.installed import installed_versions
 from peftcli.plan.machine import SHARES_BATCH, Machine
+from peftcli.results import Device, EnvironmentJson
 
 PACKAGES = ("peftcli", "torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "tokenizers")
 FLASH_PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
@@ -20,6 +21,8 @@ FLASH_PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash
 FSDP_MORE = ("FSDP_OFFLOAD_PARAMS", "FSDP_ACTIVATION_CHECKPOINTING")
 """What accelerate's configuration may ask of FSDP, by its variables, and is not done here."""
 
+NATIVE_BF16 = (8, 0)
+"""Compute capability from which NVIDIA's GPUs compute bfloat16."""
 NO_LIMIT_BYTES = 2**60
 """Version 1 of control groups writes a number near 2**63 for no limit."""
 
@@ -42,14 +45,17 @@ def probe_machine() -> Machine:
             fsdp=asked,
             fsdp_more=more,
         )
-    properties = torch.cuda.get_device_properties(0)
+    gpus = _used_gpus(processes)
+    capability = min((gpu.major, gpu.minor) for gpu in gpus)
     return Machine(
         device="cuda",
-        name=properties.name,
-        capability=(properties.major, properties.minor),
-        native_bf16=torch.cuda.is_bf16_supported(including_emulation=False),
+        name=" and ".join(dict.fromkeys(gpu.name for gpu in gpus)),
+        capability=capability,
+        # torch answers for the current device alone, and asking it of another one opens a context there.
+        native_bf16=torch.cuda.is_bf16_supported(including_emulation=False)
+        and (torch.version.hip is not None or capability >= NATIVE_BF16),
         arch_list=tuple(torch.cuda.get_arch_list()),
-        memory_bytes=properties.total_memory,
+        memory_bytes=min(gpu.total_memory for gpu in gpus),
         count=torch.cuda.device_count(),
         processes=processes,
         shares_batch=_is_set(SHARES_BATCH),
@@ -61,35 +67,37 @@ def probe_machine() -> Machine:
     )
 
 
+def _used_gpus(processes: int) -> list[Any]:
+    """The properties of the GPUs of this machine that a launch of some processes uses: the first ones, one for each.
+
+    Every process must plan the same, so a plan is for the smallest of them.
+    """
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+    return [torch.cuda.get_device_properties(number) for number in range(min(here, torch.cuda.device_count()))]
+
+
 def _is_set(name: str) -> bool:
     return os.environ.get(name, "").lower() in ("1", "true", "yes")
 
 
-def describe_environment(machine: Machine, command: str) -> dict[str, Any]:
+def describe_environment(machine: Machine, command: str) -> EnvironmentJson:
     """The content of `environment.json`: versions and hardware, no name of a user, host or folder."""
-    versions: dict[str, str | None] = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
     capability = machine.capability
-    return {
-        "schema": 1,
-        "python": platform.python_version(),
-        "platform": f"{platform.system()} {platform.machine()}",
-        "packages": versions,
-        "device": {
-            "kind": machine.device,
-            "name": machine.name,
-            "capability": None if capability is None else f"{capability[0]}.{capability[1]}",
-            "memory_bytes": machine.memory_bytes,
-            "count": machine.count,
-        },
-        "cpu_count": os.cpu_count(),
-        "ram_bytes": psutil.virtual_memory().total,
-        "command": command,
-    }
+    return EnvironmentJson(
+        python=platform.python_version(),
+        platform=f"{platform.system()} {platform.machine()}",
+        packages=installed_versions(PACKAGES),
+        device=Device(
+            kind=machine.device,
+            name=machine.name,
+            capability=None if capability is None else f"{capability[0]}.{capability[1]}",
+            memory_bytes=machine.memory_bytes,
+            count=machine.count,
+        ),
+        cpu_count=os.cpu_count(),
+        ram_bytes=psutil.virtual_memory().total,
+        command=command,
+    )
 
 
 def peak_memory_bytes(device: str) -> int:

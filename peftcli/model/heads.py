@@ -7,36 +7,17 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageClassification,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.quantizers.base import get_keys_to_not_convert
 
 from peftcli.errors import MachineError
 from peftcli.model.files import stored_names
 from peftcli.plan.plan import Base
-from peftcli.recipe.rules import CAUSAL, IMAGES, SEQUENCE, TOKENS
+from peftcli.tasks.registry import DEFAULT, TASKS
 
-AUTO_CLASSES: Mapping[str, Any] = {
-    CAUSAL: AutoModelForCausalLM,
-    SEQUENCE: AutoModelForSequenceClassification,
-    TOKENS: AutoModelForTokenClassification,
-    IMAGES: AutoModelForImageClassification,
-}
-WHAT = {
-    CAUSAL: "causal language model",
-    SEQUENCE: "model for sequence-classification",
-    TOKENS: "model for token-classification",
-    IMAGES: "model for image-classification",
-}
 PROBLEM_TYPES = {
     "single-label": "single_label_classification",
     "multi-label": "multi_label_classification",
@@ -49,13 +30,18 @@ OFFSET_POSITIONS = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "da
 """Model types that count positions from the pad token's id on."""
 
 
+def auto_class(task: str) -> Any:
+    """The class in transformers that loads the model of a task."""
+    return getattr(transformers, TASKS[task].auto_class)
+
+
 def label_settings(task: str, labels: tuple[str, ...], problem_type: str | None) -> dict[str, Any]:
     """What a model's configuration says of its labels; nothing for a language model.
 
     >>> label_settings("token-classification", ("O", "B-group"), None)["id2label"]
     {0: 'O', 1: 'B-group'}
     """
-    if task == CAUSAL:
+    if TASKS[task].generates:
         return {}
     settings: dict[str, Any] = {
         "num_labels": len(labels),
@@ -68,7 +54,7 @@ def label_settings(task: str, labels: tuple[str, ...], problem_type: str | None)
 def build_empty(
     path: str,
     config: PreTrainedConfig,
-    task: str = CAUSAL,
+    task: str = DEFAULT,
     labels: tuple[str, ...] = (),
     *,
     trust_remote_code: bool = False,
@@ -80,14 +66,16 @@ def build_empty(
     """
     # A copy, since building a model writes into its configuration.
     config = type(config).from_dict(config.to_dict())
-    if task != CAUSAL:
+    if not TASKS[task].generates:
         config.num_labels = len(labels)
     try:
         with torch.device("meta"):
-            model: PreTrainedModel = AUTO_CLASSES[task].from_config(config, trust_remote_code=trust_remote_code)
+            model: PreTrainedModel = auto_class(task).from_config(config, trust_remote_code=trust_remote_code)
     except (ValueError, KeyError) as problem:
         kind = getattr(config, "model_type", "?")
-        raise MachineError(f"{path}: transformers has no {WHAT[task]} of type {kind}; name another model") from problem
+        raise MachineError(
+            f"{path}: transformers has no {TASKS[task].model} of type {kind}; name another model"
+        ) from problem
     return model
 
 
@@ -98,7 +86,7 @@ def head_modules(model: PreTrainedModel, task: str, path: str, revision: str | N
         model: of the task, also on the meta device.
         path: of the base, whose files tell whether they hold its pooler; one that is not here yet is taken to.
     """
-    if task == CAUSAL:
+    if TASKS[task].generates:
         return ()
     body = model.base_model_prefix
     parts = [part for name, child in model.named_children() if name != body for part in _parts(name, child)]
@@ -124,7 +112,7 @@ def unquantized_modules(base: Base) -> list[str] | None:
 
     An explicit list takes the place of transformers' own; None leaves it to that.
     """
-    if base.task == CAUSAL:
+    if TASKS[base.task].generates:
         return None
     trust = base.trust_remote_code
     config = AutoConfig.from_pretrained(base.path, revision=base.revision, trust_remote_code=trust)
@@ -144,7 +132,7 @@ def load_with_head(base: Base, arguments: Mapping[str, Any]) -> PreTrainedModel:
     cards = [torch.cuda.current_device()] if base.device == "cuda" else []
     with torch.random.fork_rng(devices=cards):
         torch.manual_seed(base.seed)
-        model, said = AUTO_CLASSES[base.task].from_pretrained(
+        model, said = auto_class(base.task).from_pretrained(
             base.path,
             output_loading_info=True,
             ignore_mismatched_sizes=True,

@@ -31,8 +31,8 @@ from peftcli.model.rehearsal import Rehearsal, rehearse
 from peftcli.plan.machine import ModelFacts
 from peftcli.plan.memory.model_shape import Experts, Linear, ModelDimensions, Norm
 from peftcli.plan.optimizer import SMALL, Trained
-from peftcli.recipe.rules import CAUSAL, SEQUENCE
 from peftcli.recipe.schema import AdapterSection, ModelSection
+from peftcli.tasks.registry import DEFAULT, TASKS
 from peftcli.tiny.build import tiny_model
 
 TINY = "tiny:"
@@ -59,7 +59,7 @@ def load_config(path: str, revision: str | None, *, trust_remote_code: bool = Fa
 def inspect_model(
     path: str,
     config: PreTrainedConfig,
-    task: str = CAUSAL,
+    task: str = DEFAULT,
     *,
     labels: tuple[str, ...] = (),
     trust_remote_code: bool = False,
@@ -109,12 +109,12 @@ def inspect_model(
         widths=all_widths(model),
         hidden=hidden_width(model),
         head=head,
-        reads_end=task == SEQUENCE and "score" in head,  # so transformers calls a head on the last token
+        reads_end=TASKS[task].labels_texts and "score" in head,  # so transformers calls a head on the last token
         convolutions=bool(convolutions),
         statistics=any(keeps_statistics(module) for module in names.values()),
         checkpointing=bool(model.supports_gradient_checkpointing),
         divisible=_is_divisible(model, names),
-        not_flat=why_not_flat(config) if task == CAUSAL else "",
+        not_flat=why_not_flat(config) if TASKS[task].generates else "",
     )
 
 

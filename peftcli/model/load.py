@@ -6,7 +6,6 @@ The adapters of earlier stages are merged into a base as it is loaded.
 import hashlib
 import re
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +26,12 @@ from peftcli.data.image_processor import ImageProcessor, need_pillow
 from peftcli.errors import MachineError, RecipeError
 from peftcli.model.adapter_weights import WEIGHTS, explain_unfit, hash_files, refuse_unfit
 from peftcli.model.distributed import disable_accelerate_fsdp
-from peftcli.model.heads import AUTO_CLASSES, load_with_head, unquantized_modules
+from peftcli.model.heads import auto_class, load_with_head, unquantized_modules
 from peftcli.model.hub import explain_missing, look_for_network
+from peftcli.model.padding_free import use_fused_attention
 from peftcli.nearest import nearest
-from peftcli.plan.plan import Base, Plan, TokenizerChoice
-from peftcli.recipe.rules import CAUSAL, SEQUENCE
+from peftcli.plan.plan import Base, TokenizerChoice
+from peftcli.tasks.registry import TASKS
 
 FAST_CPU_PATH = "support_avx512bf16_for_cpu"
 """Attribute of bitsandbytes' Linear4bit."""
@@ -107,6 +107,7 @@ def load_base(base: Base, *, quantized: bool = True, shards: int = 1) -> PreTrai
         MachineError: the weights cannot be had, or this machine cannot load them.
     """
     disable_accelerate_fsdp()
+    use_fused_attention(local_device(base.device))
     register()  # an adapter of ours may be folded into it, or loaded on it
     arguments: dict[str, Any] = {
         "dtype": DTYPES[base.dtype],
@@ -135,7 +136,7 @@ def load_base(base: Base, *, quantized: bool = True, shards: int = 1) -> PreTrai
         from peftcli.model.int8_linear import compute_in_float
 
         compute_in_float(model)
-    if base.task == SEQUENCE:
+    if TASKS[base.task].labels_texts:
         # The last token that is no padding decides for a decoder, which its configuration must know.
         model.config.get_text_config().pad_token_id = load_tokenizer(base.tokenizer).pad_token_id or 0
     return merge_previous_stages(model, base.absorbed)
@@ -147,9 +148,9 @@ def _load(base: Base, arguments: dict[str, Any], shards: int) -> PreTrainedModel
         from peftcli.model.fsdp import load_sharded
 
         return load_sharded(base.path, arguments, shards)
-    if base.task != CAUSAL:
+    if not TASKS[base.task].generates:
         return load_with_head(base, arguments)
-    model: PreTrainedModel = AUTO_CLASSES[CAUSAL].from_pretrained(base.path, **arguments)
+    model: PreTrainedModel = auto_class(base.task).from_pretrained(base.path, **arguments)
     return model
 
 
@@ -259,11 +260,6 @@ def merge_previous_stages(model: PreTrainedModel, folders: Sequence[str]) -> Pre
     if folders:
         model.requires_grad_(False)
     return model
-
-
-def with_earlier(plan: Plan, folders: Sequence[str]) -> Plan:
-    """The plan of a stage whose base is folded with the adapters of the stages before."""
-    return replace(plan, base=replace(plan.base, absorbed=tuple(folders))) if folders else plan
 
 
 def base_hash(base: str | None, folders: Sequence[str]) -> str | None:

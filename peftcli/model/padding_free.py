@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from peftcli.model.distributed import without_gradients
+from peftcli.model.oom import is_out_of_memory
 from peftcli.model.varlen_attention import attend, computed, kernel_for
 
 NAME = "documents"
@@ -26,6 +28,15 @@ SIMILAR = 0.7
 """Rows of at least this share of the longest one's length are laid beside it."""
 SMALL_TOKENS = 512
 """So few tokens are laid side by side whatever their lengths: another call would cost more than their filling."""
+
+CHECKED_ROWS = (6, 9)
+"""Tokens of the rows of `check_rows`."""
+ROUNDED_LIMIT = 0.1
+"""Of `RowCheck.difference` in 16 bits. A random Llama of 24 layers in bfloat16 whose products are summed in two rounded
+halves differs by 0.024, and one whose second row sees the first by 0.57: the limit is four times from either. The
+largest difference in place of the root mean square would reach 0.18 by rounding alone."""
+EXACT_LIMIT = 1e-3
+"""In float32 on a CPU, where rounding is 2**16 times finer."""
 
 
 @dataclass(frozen=True)
@@ -120,33 +131,62 @@ def enable_padding_free(model: PreTrainedModel) -> bool:
     return bool(model.config._attn_implementation == NAME)
 
 
-@without_gradients
-def row_problem(model: PreTrainedModel) -> str | None:
-    """Why rows in one line do not give what each gives alone; None where they do. A few tokens run through the model.
+@dataclass(frozen=True)
+class RowCheck:
+    """Whether the rows of a padding-free batch give what each gives alone.
 
-    A layer that carries a state from token to token, or a model that takes no positions, would mix them.
+    Attributes:
+        problem: why they do not, or cannot be run; None where they do.
+        difference: root mean square of the difference of the logits of a row over their standard deviation, of the row
+            with the larger one; None where no logits could be compared.
+    """
+
+    problem: str | None
+    difference: float | None = None
+
+
+@without_gradients
+def check_rows(model: PreTrainedModel) -> RowCheck:
+    """Compare two short rows in a padding-free batch with each alone.
+
+    A layer that carries a state from token to token, or a model that takes no positions, would mix them. On a GPU the
+    two computations use other kernels, whose rounding differs too.
     """
     was_training = model.training
     model.eval()
     vocabulary = model.config.get_text_config().vocab_size
     device = model.get_input_embeddings().weight.device
-    rows = [(torch.arange(length, device=device) * 7 + 3) % vocabulary for length in (6, 9)]
+    rows = [(torch.arange(length, device=device) * 7 + 3) % vocabulary for length in CHECKED_ROWS]
     alone = torch.cat([model(input_ids=row[None], use_cache=False).logits[0] for row in rows]).float()
     places = torch.cat([torch.arange(len(row), device=device) for row in rows])
     try:
-        with use_layout(SequenceLayout(tuple(map(len, rows)), device)):
-            line = model(input_ids=torch.cat(rows)[None], position_ids=places[None], use_cache=False).logits[0]
-    except torch.OutOfMemoryError:
-        raise
+        with use_layout(SequenceLayout(CHECKED_ROWS, device)):
+            flat = model(input_ids=torch.cat(rows)[None], position_ids=places[None], use_cache=False).logits[0]
     except (TypeError, ValueError, RuntimeError) as problem:  # no such argument, or an attention that wants a mask
-        return f"the model does not take rows in one line ({type(problem).__name__}: {problem})"
+        if is_out_of_memory(problem):
+            raise
+        return RowCheck(f"the model does not take rows in a padding-free batch ({type(problem).__name__}: {problem})")
     finally:
         model.train(was_training)
-    narrow = next(model.parameters()).dtype != torch.float32
-    found, limit = float((line.float() - alone).abs().max() / alone.std()), 0.1 if narrow else 1e-3
-    if found <= limit:  # false for NaN too
-        return None
-    return f"in one line the logits of a row differ from those of the row alone by {found:.2g} of their deviation"
+    if not alone.isfinite().all():
+        return RowCheck("the logits of a few tokens are not finite")
+    difference = _row_difference(flat.float(), alone)
+    if difference <= _limit(model, device):  # false for NaN too
+        return RowCheck(None, difference)
+    said = f"in a padding-free batch the logits of a row differ from those of the row alone by {difference:.2g} of"
+    return RowCheck(f"{said} their standard deviation", difference)
+
+
+def _row_difference(flat: Tensor, alone: Tensor) -> float:
+    """See `RowCheck.difference`, of logits (tokens, vocabulary)."""
+    by_row = torch.split_with_sizes((flat - alone).square(), CHECKED_ROWS)
+    return float(torch.stack([part.mean().sqrt() for part in by_row]).max() / alone.std())
+
+
+def _limit(model: PreTrainedModel, device: torch.device) -> float:
+    exact = next(model.parameters()).dtype == torch.float32 and not torch.is_autocast_enabled(device.type)
+    # On a GPU products of float32 may be rounded to TF32, which is as coarse as float16.
+    return EXACT_LIMIT if exact and device.type == "cpu" else ROUNDED_LIMIT
 
 
 def padding_free_mask(*args: Any, **kwargs: Any) -> Tensor | None:
@@ -174,24 +214,22 @@ def padding_free_attention(
         (1, tokens, heads, size), and None for the weights.
     """
     if not _now:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
+        return sdpa_attention(module, query, key, value, attention_mask, **kwargs)
     layout, window = _now[-1], kwargs.get("sliding_window")
     longest = max(layout.lengths)
-    seen = None if window is None or window >= longest else window
-    kernel = kernel_for(query, key, value, dropout=kwargs.get("dropout") or 0.0, window=seen)
+    dropout: float = kwargs.get("dropout") or 0.0
+    kernel = kernel_for(query, key, value, dropout=dropout, window=window, longest=longest)
     kernels_used.add(kernel or "side by side")
     if kernel is not None:
         query, key, value = computed(query), computed(key), computed(value)
+        seen = None if window is None or window >= longest else window
         return attend(kernel, query, key, value, layout.edges, longest, scale=kwargs.get("scaling"), window=seen), None
     outputs = []
     groups, back = layout.sides
     for group in groups:
-        parts = [_beside(part, group, whole=layout.whole) for part in (query, key, value)]
+        row_query, row_key, row_value = (_beside(part, group, whole=layout.whole) for part in (query, key, value))
         mask = _window(group.length, window, query.device)
-        if repeats_heads(query.device):
-            found = _repeated(module, parts, mask, kwargs)
-        else:
-            found, _ = sdpa_attention_forward(module, *parts, mask, **{**kwargs, "is_causal": True})
+        found, _ = sdpa_attention(module, row_query, row_key, row_value, mask, **{**kwargs, "is_causal": True})
         outputs.append(found.flatten(0, 1))
     if layout.whole:
         return outputs[0][None], None
@@ -207,24 +245,33 @@ def repeats_heads(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
 
 
-def _repeated(module: torch.nn.Module, parts: list[Tensor], mask: Tensor | None, kwargs: dict[str, Any]) -> Tensor:
-    """Attention with keys and values repeated for every query head, for which every kernel is there.
+def sdpa_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention by `sdpa`, with keys and values repeated where a GPU shares them in no fused kernel.
+
+    transformers leaves the sharing to torch wherever there is no mask. The math kernel, which is then the only one,
+    holds the probabilities of all tokens by all tokens: 13 GB for a row of 8,192 tokens with 32 heads.
 
     Returns:
-        (rows, length, heads, size).
+        (rows, length, heads, size), and None for the weights.
     """
-    query, key, value = parts
-    times = query.shape[1] // key.shape[1]
-    found = torch.nn.functional.scaled_dot_product_attention(
-        query,
-        repeat_kv(key, times),
-        repeat_kv(value, times),
-        attn_mask=mask,
-        dropout_p=kwargs.get("dropout") or 0.0,
-        scale=kwargs.get("scaling"),
-        is_causal=mask is None and query.shape[2] > 1,
-    )
-    return found.transpose(1, 2).contiguous()
+    groups = getattr(module, "num_key_value_groups", 1)
+    if attention_mask is None and groups > 1 and query.shape[2] > 1 and repeats_heads(query.device):
+        key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+        module = SimpleNamespace(is_causal=getattr(module, "is_causal", True))  # type: ignore[assignment]  # all it reads
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
+
+
+def use_fused_attention(device: torch.device) -> None:
+    """Let all models of this process that compute attention by `sdpa` do it by `sdpa_attention`, where that differs."""
+    if repeats_heads(device):
+        AttentionInterface.register("sdpa", sdpa_attention)
 
 
 def _beside(line: Tensor, group: Group, *, whole: bool) -> Tensor:

@@ -19,7 +19,7 @@ from peftcli.metrics.tagging import OUTSIDE, entities_of, span_tags
 from peftcli.model.classification import TaskHead, row_logits, task_head
 from peftcli.model.target import Target
 from peftcli.progress import Progress
-from peftcli.recipe.rules import TOKENS
+from peftcli.recipe.template import fill_template
 
 WORD = re.compile(r"[@#$]?\w+(?:[-'\u2019.,:/@]\w+)*|[^\w\s]")
 """A word of running text, or a single sign beside words."""
@@ -77,43 +77,66 @@ class Tagged:
 
 
 def label_texts(
-    target: Target, asked: Sequence[str], texts: Sequence[str], *, raw: bool, batch_rows: int, progress: Progress
-) -> list[Labelled] | list[Tagged]:
-    """Label texts.
+    target: Target, asked: Sequence[str], *, raw: bool, batch_rows: int, progress: Progress
+) -> list[Labelled]:
+    """Label texts and pairs of texts.
 
     Args:
-        target: a model with a head.
-        asked: what was given, for the answers.
-        texts: what was given in the form of the training rows; a JSON object with `text` and `text_pair` is a pair, a
-            JSON list the words of a text.
-        raw: part words at white space only, and take no text for JSON.
+        target: a model with a head for whole texts.
+        asked: texts, or values for the columns of the run's template; a JSON object with `text` and `text_pair` is a
+            pair.
+        raw: take each as it is, without a template and not as JSON.
 
     Raises:
-        DataError: the tokenizer does not tell where its tokens stand.
+        RecipeError: a value does not fit the template.
     """
+    texts = _filled(target, asked, raw=raw)
     model, tokenizer = target.load()
-    base = target.base
-    head = task_head(base.labels, base.problem_type if base.task != TOKENS else None, model, tokenizer)
-    limit = int(target.identity.get("max_length") or tokenizer.model_max_length)
-
-    def outputs(ids: list[list[int]], marks: list[list[float]] | None) -> list[Tensor]:
-        return row_logits(model, ids, marks, head, batch_rows=batch_rows, progress=progress, what="labels")
-
-    if base.task == TOKENS:
-        rows = [split_words(text, raw=raw) for text in texts]
-        aligned = align_words(rows, tokenizer)
-        _tell_cut(sum(len(row.ids) > limit for row in aligned), limit, progress)
-        aligned = [row.cut(limit) for row in aligned]
-        marks = [[IGNORED if word is None else 0.0 for word in row.words] for row in aligned]
-        found = outputs([row.ids for row in aligned], marks)
-        return [_tagged(head, *row) for row in zip(asked, rows, aligned, found, strict=True)]
+    head = task_head(target.base.labels, target.base.problem_type, model, tokenizer)
+    limit = _limit(target, tokenizer)
     ids = [_encode(text, tokenizer, raw=raw) for text in texts]
     _tell_cut(sum(len(row) > limit for row in ids), limit, progress)
     ids = [
         row if len(row) <= limit else _encode(text, tokenizer, raw=raw, limit=limit)
         for row, text in zip(ids, texts, strict=True)
     ]
-    return [labelled(head, *row) for row in zip(asked, outputs(ids, None), strict=True)]
+    logits = row_logits(model, ids, None, head, batch_rows=batch_rows, progress=progress, what="labels")
+    return [labelled(head, *row) for row in zip(asked, logits, strict=True)]
+
+
+def tag_texts(target: Target, asked: Sequence[str], *, raw: bool, batch_rows: int, progress: Progress) -> list[Tagged]:
+    """Tag the words of texts.
+
+    Args:
+        target: a model with a head for tokens.
+        asked: texts, or values for the columns of the run's template; a JSON list holds the words of a text.
+        raw: split words at white space only, and take no text for JSON.
+
+    Raises:
+        DataError: the tokenizer does not tell which word a token belongs to.
+        RecipeError: a value does not fit the template.
+    """
+    texts = _filled(target, asked, raw=raw)
+    model, tokenizer = target.load()
+    head = task_head(target.base.labels, None, model, tokenizer)
+    limit = _limit(target, tokenizer)
+    rows = [split_words(text, raw=raw) for text in texts]
+    aligned = align_words(rows, tokenizer)
+    _tell_cut(sum(len(row.ids) > limit for row in aligned), limit, progress)
+    aligned = [row.cut(limit) for row in aligned]
+    ids = [row.ids for row in aligned]
+    marks = [[IGNORED if word is None else 0.0 for word in row.words] for row in aligned]
+    found = row_logits(model, ids, marks, head, batch_rows=batch_rows, progress=progress, what="labels")
+    return [_tagged(head, *row) for row in zip(asked, rows, aligned, found, strict=True)]
+
+
+def _filled(target: Target, asked: Sequence[str], *, raw: bool) -> list[str]:
+    template = target.identity.get("prompt")
+    return list(asked) if raw or template is None else [fill_template(text, str(template)) for text in asked]
+
+
+def _limit(target: Target, tokenizer: PreTrainedTokenizerBase) -> int:
+    return int(target.identity.get("max_length") or tokenizer.model_max_length)
 
 
 def split_words(text: str, *, raw: bool = False) -> list[str]:
@@ -185,22 +208,25 @@ def _tagged(head: TaskHead, asked: str, words: list[str], aligned: AlignedWords,
     return Tagged(asked, words, tags, shares, entities)
 
 
-def label_images(target: Target, paths: Sequence[str], *, batch_rows: int, progress: Progress) -> list[Labelled]:
+def label_images(
+    target: Target, asked: Sequence[str], *, raw: bool, batch_rows: int, progress: Progress
+) -> list[Labelled]:
     """Label image files.
 
     Args:
         target: a model with a head for images.
-        paths: as they were given, relative to the working directory.
+        asked: paths of the files, relative to the working directory.
+        raw: has no meaning for images.
 
     Raises:
         DataError: one of them cannot be read; nothing is labelled then.
     """
-    for path in paths:
+    for path in asked:
         try:
             read_image(Path(path))
         except SkipRow as reason:
             raise DataError(f"{path}: {str(reason).removeprefix('with ')}; name image files") from reason
     model, reader = target.load()
     head = task_head(target.base.labels, target.base.problem_type, model, reader)
-    logits = row_logits(model, list(paths), None, head, batch_rows=batch_rows, progress=progress, what="labels")
-    return [labelled(head, *row) for row in zip(paths, logits, strict=True)]
+    logits = row_logits(model, list(asked), None, head, batch_rows=batch_rows, progress=progress, what="labels")
+    return [labelled(head, *row) for row in zip(asked, logits, strict=True)]

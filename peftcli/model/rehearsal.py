@@ -8,8 +8,8 @@ from transformers import AutoConfig, PreTrainedConfig
 from peftcli.errors import MachineError
 from peftcli.model.files import local_folder
 from peftcli.model.hub import explain_missing
-from peftcli.recipe.rules import IMAGES
 from peftcli.recipe.schema import ModelSection
+from peftcli.tasks.registry import TASKS
 from peftcli.tiny.build import stand_in
 from peftcli.tiny.images import image_stand_in
 from peftcli.tiny.own_files import holds_tokenizer
@@ -51,7 +51,7 @@ def rehearse(model: ModelSection, longest: int) -> Rehearsal:
     known, origin = (config, "its own configuration") if config is not None else _guess(model)
     small = f"smoke: {model.name} is replaced by a tiny random {known.model_type} model made from {origin}"
     notes = [small, *([] if config is not None else [_unknown_config(model)])]
-    if model.task == IMAGES:
+    if TASKS[model.task].images:
         notes.append(f"smoke: images are resized to 32 pixels; the image processor of {model.name} was not rehearsed")
         return Rehearsal(str(image_stand_in(known)), config, own_tokenizer=False, notes=tuple(notes))
     own = folder if config is not None and folder is not None and holds_tokenizer(folder) else None
@@ -77,7 +77,7 @@ def _config(folder: Path, model: ModelSection) -> PreTrainedConfig | None:
 
 
 def _guess(model: ModelSection) -> tuple[PreTrainedConfig, str]:
-    return family_config(model.name, images=model.task == IMAGES)
+    return family_config(model.name, images=TASKS[model.task].images)
 
 
 def _unknown_config(model: ModelSection) -> str:

@@ -23,8 +23,8 @@ from peftcli.model.manifest import (
 )
 from peftcli.plan.plan import Base
 from peftcli.recipe.load import load_run_recipe
-from peftcli.recipe.rules import IMAGES
 from peftcli.run_dir import RunDir
+from peftcli.tasks.registry import TASKS
 from peftcli.tiny.own_files import holds_tokenizer
 
 
@@ -74,7 +74,7 @@ class Target:
         if self.adapter is not None:
             if "base" in self.identity:
                 refuse_other_base(self.identity, self.base)  # again, since it may have been downloaded just now
-            elif self.base.task != IMAGES:
+            elif not TASKS[self.base.task].images:
                 rows = int(model.get_input_embeddings().weight.shape[0])
                 refuse_small_embedding({}, rows, token_ids(tokenizer), self.base.path)
             model = load_adapter(model, self.adapter)

@@ -14,9 +14,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from peftcli.model.oom import free_memory, is_out_of_memory
+
 Kernel = Literal["flash", "efficient"]
 """FlashAttention as torch ships it, and the memory-efficient kernel for GPUs before sm_80."""
 
+DEVICE_TYPE = "cuda"
+"""Of the devices that have such kernels."""
 CAUSAL = 1
 """`custom_mask_type` of the memory-efficient kernel: each token sees those before it in its own row."""
 LARGEST_HEAD = 256
@@ -29,8 +33,11 @@ PROOF_TOLERANCE = 0.05
 """Of the largest value; 16-bit numbers differ by a hundredth, a token that sees a wrong row by about the whole."""
 
 
-rejected: dict[Kernel, str] = {}
-"""Kernels that failed their check in this process, and how."""
+CANNOT_RUN = (RuntimeError, TypeError, ValueError, AttributeError)
+"""Raised by a wheel or a GPU without the kernel, and by a torch whose operator is missing or takes other arguments."""
+
+rejected: dict[str, str] = {}
+"""Kernels that failed their check in this process, with the number format and the window, and how they failed."""
 
 
 class KernelShape(NamedTuple):
@@ -42,18 +49,24 @@ class KernelShape(NamedTuple):
     size: int
 
 
-def kernel_for(query: Tensor, key: Tensor, value: Tensor, *, dropout: float, window: int | None) -> Kernel | None:
+def kernel_for(
+    query: Tensor, key: Tensor, value: Tensor, *, dropout: float, window: int | None, longest: int
+) -> Kernel | None:
     """The kernel for some inputs, or None where rows are to be laid side by side.
 
     Args:
         query, key, value: (1, heads, tokens, size) each.
         dropout: of the probabilities; no kernel by edges has it.
-        window: tokens that one sees, itself included; None for all before it.
+        window: tokens that one sees in this model, itself included; None for all before it.
+        longest: tokens of the longest row; where it fits into the window, the kernel is used without one.
     """
-    if query.device.type != "cuda" or dropout or value.shape[-1] != query.shape[-1]:
+    if query.device.type != DEVICE_TYPE or dropout or value.shape[-1] != query.shape[-1]:
         return None
     shape = KernelShape(computed(query).dtype, query.shape[1], key.shape[1], query.shape[-1])
-    return _chosen(query.device, shape, window is not None, torch.are_deterministic_algorithms_enabled())
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    # The first rows are short, longer ones come in the middle of training: both uses are checked with the first.
+    found = {used: _chosen(query.device, shape, used, deterministic) for used in {False, window is not None}}
+    return found[window is not None and window < longest]
 
 
 @lru_cache(maxsize=64)
@@ -61,32 +74,32 @@ def _chosen(device: torch.device, shape: KernelShape, windowed: bool, determinis
     if torch.version.hip is not None:
         return None
     capability = torch.cuda.get_device_capability(device)
-    kernel = choose_kernel(capability, shape, windowed=windowed, deterministic=deterministic)
-    if kernel is None:
-        return None
-    problem = kernel_problem(kernel, device, shape, window=PROOF_WINDOW if windowed else None)
-    if problem is not None:
-        rejected[kernel] = problem
-        return None
-    return kernel
+    for kernel in kernels_to_try(capability, shape, windowed=windowed, deterministic=deterministic):
+        problem = kernel_problem(kernel, device, shape, window=PROOF_WINDOW if windowed else None)
+        if problem is None:
+            return kernel
+        use = f"{str(shape.dtype).removeprefix('torch.')}{', sliding window' if windowed else ''}"
+        rejected[f"{kernel} ({use})"] = problem
+    return None
 
 
-def choose_kernel(
+def kernels_to_try(
     capability: tuple[int, int], shape: KernelShape, *, windowed: bool, deterministic: bool
-) -> Kernel | None:
-    """The kernel that a card should have.
+) -> tuple[Kernel, ...]:
+    """The kernels that a GPU should have, the fastest first.
 
     Args:
-        capability: of the card, (major, minor).
+        capability: of the GPU, (major, minor).
         windowed: each token sees only so many before it.
         deterministic: torch is to use deterministic algorithms alone; the memory-efficient kernel's backward is none.
     """
     if shape.size % 8 or shape.size > LARGEST_HEAD:
-        return None
+        return ()
+    plain = not windowed and not deterministic
     if capability >= (8, 0):
-        return "flash" if shape.dtype in (torch.bfloat16, torch.float16) else None
-    plain = not windowed and not deterministic and shape.dtype in (torch.float16, torch.float32)
-    return "efficient" if plain else None
+        narrow = shape.dtype in (torch.bfloat16, torch.float16)
+        return (("flash", "efficient") if plain else ("flash",)) if narrow else ()
+    return ("efficient",) if plain and shape.dtype in (torch.float16, torch.float32) else ()
 
 
 def kernel_problem(kernel: Kernel, device: torch.device, shape: KernelShape, *, window: int | None) -> str | None:
@@ -100,30 +113,41 @@ def kernel_problem(kernel: Kernel, device: torch.device, shape: KernelShape, *, 
 
 
 def _kernel_problem(kernel: Kernel, device: torch.device, shape: KernelShape, window: int | None) -> str | None:
+    said = ""
+    for _ in range(2):
+        try:
+            with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+                return _difference(kernel, device, shape, window)
+        except CANNOT_RUN as problem:
+            said = f"{type(problem).__name__}: {' '.join(str(problem).split())[:200]}"
+            if not is_out_of_memory(problem):
+                return said
+        # What fills the GPU may be garbage; outside the handler, which keeps the tensors of the attempt alive.
+        free_memory()
+    return said
+
+
+def _difference(kernel: Kernel, device: torch.device, shape: KernelShape, window: int | None) -> str | None:
+    """What differs between a kernel and each row alone in float32; None where nothing does."""
     drawn = torch.Generator().manual_seed(0)
     tokens = sum(PROOF_ROWS)
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        parts = [
-            torch.randn((1, heads, tokens, shape.size), generator=drawn).to(device, shape.dtype).requires_grad_()
-            for heads in (shape.heads, shape.key_heads, shape.key_heads)
-        ]
-        whole = [part.detach().float().requires_grad_() for part in parts]
-        edges = torch.tensor([0, *PROOF_ROWS]).cumsum(0).to(device, torch.int32)
-        wanted = _rows_alone(whole, PROOF_ROWS, window)
-        weights = torch.randn(wanted.shape, generator=drawn).to(device)
-        try:
-            query, key, value = parts
-            found = attend(kernel, query, key, value, edges, max(PROOF_ROWS), scale=None, window=window)
-            torch.autograd.backward((found.float() * weights).sum())
-        # A wheel or a GPU without the kernel, or a torch whose operator takes other arguments.
-        except (RuntimeError, TypeError, ValueError) as problem:
-            return f"{type(problem).__name__}: {' '.join(str(problem).split())[:200]}"
-        torch.autograd.backward((wanted * weights).sum())
-        if not _is_near(found, wanted):
-            return "its outputs differ from those of each row alone in float32"
-        if not all(_is_near(part.grad, other.grad) for part, other in zip(parts, whole, strict=True)):
-            return "its gradients differ from those of each row alone in float32"
-        return None
+    parts = [
+        torch.randn((1, heads, tokens, shape.size), generator=drawn).to(device, shape.dtype).requires_grad_()
+        for heads in (shape.heads, shape.key_heads, shape.key_heads)
+    ]
+    whole = [part.detach().float().requires_grad_() for part in parts]
+    edges = torch.tensor([0, *PROOF_ROWS]).cumsum(0).to(device, torch.int32)
+    wanted = _rows_alone(whole, PROOF_ROWS, window)
+    weights = torch.randn(wanted.shape, generator=drawn).to(device)
+    query, key, value = parts
+    found = attend(kernel, query, key, value, edges, max(PROOF_ROWS), scale=None, window=window)
+    torch.autograd.backward((found.float() * weights).sum())
+    torch.autograd.backward((wanted * weights).sum())
+    if not _is_near(found, wanted):
+        return "its outputs differ from those of each row alone in float32"
+    if not all(_is_near(part.grad, other.grad) for part, other in zip(parts, whole, strict=True)):
+        return "its gradients differ from those of each row alone in float32"
+    return None
 
 
 def _rows_alone(parts: Sequence[Tensor], lengths: Sequence[int], window: int | None) -> Tensor:

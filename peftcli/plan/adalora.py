@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 from peftcli.errors import RecipeError
+from peftcli.methods.registry import METHODS
 from peftcli.recipe.schema import AdapterSection
 
 WARM_UP = 0.1
@@ -34,7 +35,7 @@ def check_ranks(adapter: AdapterSection, steps: object) -> None:
     Raises:
         RecipeError: the schedule leaves no step to move the ranks in, or the ranks would have to grow.
     """
-    if adapter.method == "adalora":
+    if METHODS[adapter.method].allocates_ranks:
         rank_schedule(adapter, steps if isinstance(steps, int) and steps > 0 else UNKNOWN_STEPS)
 
 

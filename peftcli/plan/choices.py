@@ -14,6 +14,12 @@ CHECKPOINTING = "activation checkpointing"
 """Key of the decision."""
 EIGHT_BIT = "quantization"
 """Key of the decision over a base in 8 bits."""
+OVERFLOWS_FLOAT16 = ("Gemma2", "Gemma3", "T5", "MT5", "UMT5")
+"""How architectures begin that were trained in bfloat16 and whose activations leave float16 (65504) in the forward
+pass, so that no gradient scaler helps. Training finds any other one with its first row.
+
+Source: transformers issues 36822 and 39972 (Gemma 3), google-research/text-to-text-transfer-transformer issue 539.
+"""
 
 
 @dataclass(frozen=True)
@@ -42,7 +48,7 @@ def choose(recipe: Recipe, machine: Machine, facts: ModelFacts) -> Choices:
     on_gpu = device.value == "cuda"
     if on_gpu:
         check_wheel(machine)
-    dtype = choose_dtype(recipe, machine, on_gpu)
+    dtype = choose_dtype(recipe, machine, on_gpu, facts.architecture)
     return Choices(
         device=device,
         dtype=dtype,
@@ -99,7 +105,15 @@ def choose_device(recipe: Recipe, machine: Machine) -> Decision:
     return Decision("device", "cpu", f"no CUDA device here; {machine.label}")
 
 
-def choose_dtype(recipe: Recipe, machine: Machine, on_gpu: bool) -> Decision:
+def choose_dtype(recipe: Recipe, machine: Machine, on_gpu: bool, architecture: str = "") -> Decision:
+    """The format of the base's weights and products.
+
+    Args:
+        architecture: class name of the model, empty where none is meant.
+
+    Raises:
+        MachineError: this machine does not compute in the one that the recipe asks for.
+    """
     asked = recipe.model.dtype
     key = "model.dtype"
     if asked == "auto":
@@ -107,6 +121,9 @@ def choose_dtype(recipe: Recipe, machine: Machine, on_gpu: bool) -> Decision:
             return Decision(key, "float32", "a CPU: exact, and as fast as 16 bit on most")
         if machine.native_bf16:
             return Decision(key, "bfloat16", f"{machine.label} computes it natively")
+        if architecture.startswith(OVERFLOWS_FLOAT16):
+            why = f"{machine.label} has no native bfloat16, and {architecture} overflows float16; slower, but finite"
+            return Decision(key, "float32", why)
         return Decision(key, "float16", f"{machine.label} has no native bfloat16; with a gradient scaler")
     if asked == "bfloat16" and on_gpu and not machine.native_bf16:
         raise MachineError(

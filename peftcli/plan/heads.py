@@ -5,24 +5,23 @@ from dataclasses import replace
 from typing import Any
 
 from peftcli.errors import RecipeError
+from peftcli.methods.registry import METHODS
 from peftcli.plan.machine import ModelFacts
 from peftcli.plan.optimizer import Trained
 from peftcli.plan.plan import Base, Decision, Plan
 from peftcli.plan.targets import ALL_LINEAR, matches, of_head
-from peftcli.recipe.rules import CAUSAL, IMAGES, SEQUENCE, TOKENS
 from peftcli.recipe.schema import AdapterSection, Recipe
+from peftcli.tasks.registry import TASKS
 
 NUMBER = "value"
 """Name of the one output of a regression."""
 ADDED_BY_PEFT = ("classifier", "score")
 """Ends of the names of modules that PEFT trains whole by itself for these tasks."""
-SHIFTING = ("prompt", "p_tuning", "prompt_tuning", "multitask_prompt", "cpt")
-"""Methods that hide the token ids from the model, and with them where a row ends."""
 
 
 def first_labels(recipe: Recipe) -> tuple[str, ...]:
     """The outputs of the head as far as the recipe alone tells; two stand in for those that the rows will name."""
-    if recipe.model.task == CAUSAL:
+    if TASKS[recipe.model.task].generates:
         return ()
     if recipe.model.problem_type == "regression":
         return (NUMBER,)
@@ -33,7 +32,7 @@ def with_head(adapter: AdapterSection, facts: ModelFacts, task: str) -> AdapterS
     """The adapter section with the parts of the head that PEFT would not train by itself, and no target among them."""
     if facts.head:
         adapter = adapter.model_copy(update={"target_modules": targets_beside_head(adapter.target_modules, facts)})
-    added = () if task == IMAGES else ADDED_BY_PEFT
+    added = () if TASKS[task].peft_type is None else ADDED_BY_PEFT
     more = [name for name in facts.head if not (added and name.endswith(added))]
     return (
         adapter.model_copy(update={"modules_to_save": (*(adapter.modules_to_save or ()), *more)}) if more else adapter
@@ -60,7 +59,7 @@ def head_decisions(recipe: Recipe, facts: ModelFacts) -> tuple[Decision, ...]:
     """
     if not facts.head:
         return ()
-    if recipe.model.task == IMAGES and recipe.adapter.arguments.get("init_lora_weights") == "eva":
+    if TASKS[recipe.model.task].images and recipe.adapter.arguments.get("init_lora_weights") == "eva":
         raise RecipeError(
             "adapter.init_lora_weights: eva begins from rows of text, and the rows are images; leave it out"
         )
@@ -69,7 +68,7 @@ def head_decisions(recipe: Recipe, facts: ModelFacts) -> tuple[Decision, ...]:
             f"quantization: {facts.architecture} is made of convolutions, and only linear layers can be quantized; "
             "leave it out"
         )
-    if facts.reads_end and recipe.adapter.method in SHIFTING:
+    if facts.reads_end and METHODS[recipe.adapter.method].hides_tokens:
         raise RecipeError(
             f"adapter.method: {recipe.adapter.method} hides from {facts.architecture} where a row ends, and its class "
             "is read there; take lora or prefix, or an encoder"
@@ -99,9 +98,9 @@ def _of_convolutions(recipe: Recipe, facts: ModelFacts) -> tuple[Decision, ...]:
 
 def head_notices(recipe: Recipe) -> tuple[str, ...]:
     """What the figures of the base mean for such a task."""
-    if recipe.model.task == CAUSAL or not recipe.evaluation.baseline:
+    honest = TASKS[recipe.model.task].baseline
+    if not honest or not recipe.evaluation.baseline:
         return ()
-    honest = "the share of O" if recipe.model.task == TOKENS else "the share of the commonest class"
     if recipe.model.problem_type == "regression":
         honest = "the error of the mean"
     return (f"the base has a new, untrained head, so its figures are those of a guess; compare with {honest}",)
@@ -120,7 +119,7 @@ def resolve_labels(
     Raises:
         RecipeError: `evaluation.positive_label` is none of two classes.
     """
-    if plan.task == CAUSAL:
+    if TASKS[plan.task].generates:
         return plan
     _check_positive(plan.evaluation.positive_label, labels, problem_type)
     names = labels or (NUMBER,)
@@ -164,7 +163,7 @@ def keep_labels(plan: Plan, base: Base) -> Plan:
 
 def base_with_head(base: Base, recipe: Recipe, facts: ModelFacts) -> Base:
     """The base with the task, its labels as far as they are known, and the seed of a new head."""
-    if recipe.model.task == CAUSAL:
+    if TASKS[recipe.model.task].generates:
         return base
     problem_type = recipe.model.problem_type if _of_rows(recipe) and recipe.model.problem_type != "auto" else None
     return replace(
@@ -178,4 +177,4 @@ def base_with_head(base: Base, recipe: Recipe, facts: ModelFacts) -> Base:
 
 
 def _of_rows(recipe: Recipe) -> bool:
-    return recipe.model.task in (SEQUENCE, IMAGES)
+    return TASKS[recipe.model.task].label_of == "row"

@@ -16,11 +16,11 @@ class Machine:
 
     Attributes:
         device: `cuda` or `cpu`.
-        name: of the card or the processor.
-        capability: (major, minor) of the card, None on a CPU.
+        name: of the processor, or of the GPUs that are used.
+        capability: (major, minor) of the GPU, the least of several; None on a CPU.
         native_bf16: the card computes bfloat16 itself (an emulation does not count).
         arch_list: architectures the installed torch wheel was built for, such as `sm_75` or `compute_90`.
-        memory_bytes: of one card, or the RAM on a CPU.
+        memory_bytes: of one GPU, the smallest of several, or the RAM on a CPU.
         count: cards that this process sees, 1 on a CPU.
         processes: processes of this launch.
         shares_batch: they share the rows of the recipe's step, in place of taking as many each.

@@ -9,19 +9,23 @@ from peftcli.plan.memory.training_setup import ActivationFit
 from peftcli.plan.module_selection import SelectionRule
 from peftcli.plan.optimizer import Trained
 from peftcli.recipe.fields import Gate
-from peftcli.recipe.rules import IMAGES
 from peftcli.recipe.schema import AdapterSection, BudgetSection, DatasetSection, EvaluationSection
+from peftcli.results import Decision as Decision  # the parts of a plan, for the modules that make it
+from peftcli.results import (
+    Forecast,
+    Parameters,
+    PlanAdapter,
+    PlanBatch,
+    PlanBatching,
+    PlanJson,
+    PlanModel,
+    PlanTarget,
+)
+from peftcli.tasks.registry import DEFAULT, TASKS
 
+BATCHING = "batching"
+"""Key of the decision about padding-free and padded batches."""
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-
-
-@dataclass(frozen=True)
-class Decision:
-    """One choice that was made, and why."""
-
-    key: str
-    value: str
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,7 @@ class Base:
     trust_remote_code: bool
     eos_token: str | None = None
     absorbed: tuple[str, ...] = ()
-    task: str = "causal-lm"
+    task: str = DEFAULT
     labels: tuple[str, ...] = ()
     problem_type: str | None = None
     head: tuple[str, ...] = ()
@@ -87,7 +91,7 @@ class Base:
 
     @property
     def tokenizer(self) -> TokenizerChoice:
-        images = self.task == IMAGES
+        images = TASKS[self.task].images
         return TokenizerChoice(
             self.path, self.revision, self.chat_template, self.eos_token, self.trust_remote_code, images
         )
@@ -102,7 +106,7 @@ class LossMask:
         assistant_only: of messages, only the assistant's turns are trained, each with its end token.
         asked: names of the two rules that the recipe demands; data on which one has no meaning are refused.
         max_length: tokens of a row; what is beyond is cut off at the end.
-        task: `causal-lm`, `sequence-classification`, `token-classification` or `image-classification`.
+        task: of the recipe.
         problem_type: of whole texts and images: `single-label`, `multi-label`, `regression`; `auto` asks the data.
     """
 
@@ -110,7 +114,7 @@ class LossMask:
     assistant_only: bool
     asked: tuple[str, ...]
     max_length: int
-    task: str = "causal-lm"
+    task: str = DEFAULT
     problem_type: str = "auto"
 
 
@@ -228,32 +232,33 @@ class Plan:
         """Number of trainable parameters."""
         return self.trained.parameters
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self, forecast: Forecast | None = None) -> PlanJson:
         """The content of `plan.json`."""
-        return {
-            "schema": 1,
-            "name": self.name,
-            "task": self.task,
-            "smoke": self.smoke,
-            "model": {
-                "name": self.base.name,
-                "revision": self.base.revision,
-                "architecture": self.architecture,
-                "parameters": self.total_parameters - self.trainable_parameters,
-                "bytes": (self.total_parameters - self.trainable_parameters) * DTYPE_BYTES[self.base.dtype],
-            },
-            "decisions": [vars(decision) for decision in self.decisions],
-            "notices": list(self.notices),
-            "adapter": {"method": self.adapter.method, "r": self.adapter.r},
-            "targets": [{"name": name, "modules": count} for name, count in self.targets.items()],
-            "parameters": {"trainable": self.trainable_parameters, "total": self.total_parameters},
-            "batch": {
-                "per_device": self.batch.per_device,
-                "accumulation": self.batch.accumulation,
-                "processes": self.batch.processes,
-                "shards": self.shards,
-                "effective": self.batch.effective,
-            },
-            "batching": {"kind": self.batching.kind, "tokens": self.batching.tokens},
-            "trainer": dict(self.trainer),
-        }
+        base = self.total_parameters - self.trainable_parameters
+        return PlanJson(
+            name=self.name,
+            task=self.task,
+            smoke=self.smoke,
+            model=PlanModel(
+                name=self.base.name,
+                revision=self.base.revision,
+                architecture=self.architecture,
+                parameters=base,
+                bytes=base * DTYPE_BYTES[self.base.dtype],
+            ),
+            decisions=self.decisions,
+            notices=self.notices,
+            adapter=PlanAdapter(method=self.adapter.method, r=self.adapter.r),
+            targets=tuple(PlanTarget(name=name, modules=count) for name, count in self.targets.items()),
+            parameters=Parameters(trainable=self.trainable_parameters, total=self.total_parameters),
+            batch=PlanBatch(
+                per_device=self.batch.per_device,
+                accumulation=self.batch.accumulation,
+                processes=self.batch.processes,
+                shards=self.shards,
+                effective=self.batch.effective,
+            ),
+            batching=PlanBatching(kind=self.batching.kind, tokens=self.batching.tokens),
+            trainer=dict(self.trainer),
+            forecast=forecast,
+        )

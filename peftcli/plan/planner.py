@@ -3,8 +3,9 @@
 Also which optimizations a plan uses (none of them changes the loss), and whether batches are padding-free.
 """
 
-from collections.abc import Callable
-from typing import Any, get_args
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, TypeAlias, get_args
 
 from peftcli.errors import MachineError, RecipeError
 from peftcli.methods.prompt import VIRTUAL_TOKENS
@@ -15,15 +16,18 @@ from peftcli.plan.choices import Choices, choose, choose_trained_dtype, count_ba
 from peftcli.plan.heads import base_with_head, head_decisions, head_notices, with_head
 from peftcli.plan.machine import Machine, ModelFacts
 from peftcli.plan.memory.estimate import INT8_BITS, NF4_BITS
+from peftcli.plan.memory.forecast import rows_of
+from peftcli.plan.memory.micro_batch import choose_micro_batch
+from peftcli.plan.memory.training_setup import ActivationFit
 from peftcli.plan.optimizer import Trained
 from peftcli.plan.parallelism import Sharding, choose_sharding
-from peftcli.plan.plan import DTYPE_BYTES, Base, Batch, Batching, Decision, LossMask, Plan
+from peftcli.plan.plan import BATCHING, DTYPE_BYTES, Base, Batch, Batching, Decision, LossMask, Plan
 from peftcli.plan.smoke import ROW_TOKENS
 from peftcli.plan.targets import choice_decisions, choice_of, match_saved, match_targets, named_targets, within_choice
-from peftcli.recipe.rules import CAUSAL
 from peftcli.recipe.schedulers import LEARNING_RATE
 from peftcli.recipe.schema import AdapterSection, Optimization, QuantizationSection, Recipe
 from peftcli.recipe.trainer_together import default_logging_steps, save_strategy
+from peftcli.tasks.registry import TASKS
 
 ROUNDED = (
     "adapter.dtype bfloat16: an update of less than about 1/256 of its weight is rounded away, so small learning rates "
@@ -54,6 +58,10 @@ APART = {
 """Trainer arguments with which rows stay padded, and why."""
 
 
+FitActivations: TypeAlias = Callable[[Plan], Mapping[str, ActivationFit] | None]
+"""By the last name of a layer, what an adapter saves there; None where that cannot be measured."""
+
+
 def make_plan(
     recipe: Recipe,
     machine: Machine,
@@ -62,8 +70,13 @@ def make_plan(
     *,
     smoke: bool = False,
     notices: tuple[str, ...] = (),
+    merged_adapters: tuple[str, ...] = (),
+    fit_activations: FitActivations | None = None,
 ) -> Plan:
     """Decide what will happen.
+
+    Three facts are known later and change the plan then: the names of the classes (`resolve_labels`), the lengths of
+    the rows (`choose_micro_batch`) and the modules that the gradient selects (`resolve_targets`).
 
     Args:
         recipe: what was asked.
@@ -71,7 +84,9 @@ def make_plan(
         facts: the base model's structure.
         count_trainable: the trainable parameters of an adapter on that structure.
         smoke: the base is a stand-in and the run a rehearsal.
-        notices: what the recipe's loading had to say.
+        notices: of the loading of the recipe.
+        merged_adapters: folders of the adapters of earlier stages, which are merged into the base.
+        fit_activations: measures what an adapter saves for the backward pass; without it the forecast counts LoRA's.
 
     Raises:
         RecipeError: an adapter target matches nothing.
@@ -93,12 +108,12 @@ def make_plan(
     trained = within_choice(count_trainable(adapter), choice)
     trainable = trained.parameters
     total = facts.parameters + trainable
-    return Plan(
+    plan = Plan(
         name=recipe.name,
         task=recipe.model.task,
         smoke=smoke,
         seed=recipe.seed,
-        base=base_with_head(_base(recipe, facts, choices), recipe, facts),
+        base=base_with_head(_base(recipe, facts, choices, merged_adapters), recipe, facts),
         architecture=facts.architecture,
         adapter=adapter,
         adapter_dtype=choose_trained_dtype(recipe, choices).value,
@@ -107,6 +122,7 @@ def make_plan(
         batch=batch,
         batching=batching,
         trainer=_trainer_arguments(recipe, labels, choices, machine.processes)
+        | _ddp_arguments(recipe, machine.processes, facts)
         | (batch.arguments() if machine.shares_batch else {}),
         evaluation=recipe.evaluation,
         evaluation_batch=_evaluation_batch(recipe, choices.on_gpu),
@@ -137,9 +153,19 @@ def make_plan(
         possible_shards=sharding.possible,
         own_tokenizer=facts.own_tokenizer,
     )
+    if fit_activations is not None:
+        plan = _with_activations(plan, fit_activations(plan))
+    return choose_micro_batch(plan, facts.shape, machine, recipe, rows_of(plan, None))
 
 
-def _base(recipe: Recipe, facts: ModelFacts, choices: Choices) -> Base:
+def _with_activations(plan: Plan, fitted: Mapping[str, ActivationFit] | None) -> Plan:
+    if fitted is not None:
+        return replace(plan, activation_fit=fitted)
+    unknown = f"activation memory of {plan.adapter.method} cannot be estimated; the forecast assumes LoRA"
+    return replace(plan, notices=(*plan.notices, unknown))
+
+
+def _base(recipe: Recipe, facts: ModelFacts, choices: Choices, merged_adapters: tuple[str, ...]) -> Base:
     return Base(
         name=recipe.model.name,
         path=facts.path,
@@ -151,6 +177,7 @@ def _base(recipe: Recipe, facts: ModelFacts, choices: Choices) -> Base:
         chat_template=recipe.model.chat_template,
         trust_remote_code=recipe.model.trust_remote_code,
         eos_token=recipe.model.eos_token,
+        absorbed=merged_adapters,
     )
 
 
@@ -310,7 +337,7 @@ def _trainer_arguments(recipe: Recipe, labels: LossMask, choices: Choices, proce
         "save_strategy": save_strategy(given),
         "save_total_limit": 2,
         # The rows are cut already; packing still needs to know the length of a packed row.
-        **({"max_length": labels.max_length if packs else None} if labels.task == CAUSAL else {}),
+        **({"max_length": labels.max_length if packs else None} if TASKS[labels.task].generates else {}),
         "learning_rate": LEARNING_RATE,
         # Nothing else is measured on the way, and without a name transformers refuses save_strategy: best.
         **({"metric_for_best_model": "loss"} if save_strategy(given) == "best" else {}),
@@ -329,6 +356,19 @@ def _trainer_arguments(recipe: Recipe, labels: LossMask, choices: Choices, proce
         "run_name": recipe.name,
     }
     return {**defaults, **given, **decided}
+
+
+def _ddp_arguments(recipe: Recipe, processes: int, facts: ModelFacts) -> dict[str, Any]:
+    """Let DDP wait for no gradient that does not come, without looking for those in every backward pass.
+
+    transformers has it look wherever a model is wrapped by PEFT. Each matrix of LoRA in a language model has a gradient
+    in every pass, other than those of experts that no token was sent to.
+    """
+    dense = facts.shape is not None and facts.shape.experts is None
+    experts = any(".experts." in name for name in facts.modules)
+    if processes == 1 or not METHODS[recipe.adapter.method].is_lora or facts.head or not dense or experts:
+        return {}
+    return {"ddp_find_unused_parameters": recipe.trainer.get("ddp_find_unused_parameters", False)}
 
 
 def _notices(recipe: Recipe, machine: Machine, on_gpu: bool) -> tuple[str, ...]:
@@ -354,14 +394,14 @@ def choose_optimizations(
     reasons = {
         "fused_loss": _head_stays(recipe, choices, facts),
         "fused_lora": _sum_stays(recipe),
-        "deferred_metrics": "" if recipe.model.task == CAUSAL else "of a head none is fetched",
+        "deferred_metrics": "" if TASKS[recipe.model.task].generates else "of a head none is fetched",
     }
     left = {name: why for name, why in reasons.items() if why} | dict.fromkeys(recipe.performance.disable, SWITCH)
     decisions = []
-    if recipe.model.task == CAUSAL and not choices.on_gpu:
+    if TASKS[recipe.model.task].generates and not choices.on_gpu:
         does = "a CPU has no kernels for TRL's, which scores prompts too and makes each product twice; same loss"
         decisions.append(_said("output layer", "trained tokens alone, each product once", does, left.get("fused_loss")))
-    if recipe.adapter.method == "lora":
+    if METHODS[recipe.adapter.method].is_lora:
         does = "PEFT passes through memory three times for it; same sum"
         decisions.append(_said("LoRA", "added in one pass", does, left.get("fused_lora")))
     return OPTIMIZATIONS - left.keys(), tuple(decisions)
@@ -371,7 +411,7 @@ def _head_stays(recipe: Recipe, choices: Choices, facts: ModelFacts) -> str:
     """Why the output layer is left to TRL, empty where it is not; what only the weights tell is seen later."""
     name = (facts.output_layer or "").rpartition(".")[2]
     saved = {module.rpartition(".")[2] for module in recipe.adapter.modules_to_save or ()}
-    if recipe.model.task != CAUSAL or choices.on_gpu:
+    if not TASKS[recipe.model.task].generates or choices.on_gpu:
         return "TRL's kernels on a card score trained tokens alone, and make the second product worth while"
     if METHODS[recipe.adapter.method].targets == "whole" or name in saved:
         return "it is trained"
@@ -382,7 +422,7 @@ def _head_stays(recipe: Recipe, choices: Choices, facts: ModelFacts) -> str:
 
 def _sum_stays(recipe: Recipe) -> str:
     """Why LoRA's sum is left to PEFT, empty where it is not."""
-    if recipe.adapter.method != "lora":
+    if not METHODS[recipe.adapter.method].is_lora:
         return "there is no LoRA"
     if recipe.adapter.use_dora:
         return "DoRA scales the sum"
@@ -419,7 +459,7 @@ def choose_batching(
     why = METHODS[recipe.adapter.method].padded or None
     if why is None:
         why = next((why for name, why in APART.items() if recipe.trainer.get(name)), None)
-    if recipe.model.task != CAUSAL:
+    if not TASKS[recipe.model.task].generates:
         why = "a head reads whole rows, which a line would not keep apart"
     if why is None and choices.attention.value != "sdpa":
         why = f"lines need model.attention sdpa, not {choices.attention.value}"
@@ -429,8 +469,8 @@ def choose_batching(
         raise RecipeError(f"performance.batching: padding_free cannot be had: {why}; {fix}")
     if asked == "padded" or why is not None:
         value = f"padded, up to {tokens:,} tokens at once" if firm else "padded"
-        return Batching("padded", tokens, firm), Decision("batching", value, why or "performance.batching")
+        return Batching("padded", tokens, firm), Decision(BATCHING, value, why or "performance.batching")
     reason = "the rows of a step stand in lines without padding, each seeing itself alone; same rows, same loss"
     return Batching("padding_free", tokens, firm), Decision(
-        "batching", f"padding_free, up to {tokens:,} tokens at once", reason
+        BATCHING, f"padding_free, up to {tokens:,} tokens at once", reason
     )

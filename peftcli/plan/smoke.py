@@ -6,10 +6,10 @@ from typing import Any
 
 from peftcli.plan.adalora import check_ranks
 from peftcli.recipe.problems import dotted
-from peftcli.recipe.rules import CAUSAL
 from peftcli.recipe.schema import AdapterSection, QuantizationSection, Recipe, SelectSection
 from peftcli.recipe.stages import stage_recipes
 from peftcli.recipe.trainer_together import save_strategy
+from peftcli.tasks.registry import TASKS
 
 STEPS = 6
 ROW_TOKENS = 1024
@@ -178,7 +178,7 @@ def _renumbered(name: str) -> str:
 
 
 def _evaluation(recipe: Recipe) -> dict[str, int]:
-    if recipe.model.task != CAUSAL:
+    if not TASKS[recipe.model.task].generates:
         return {}  # nothing is written
     short = {"max_new_tokens": 8, "rows": 8}
     return short if recipe.evaluation.forgetting_text is None else short | {"forgetting_tokens": 1000}

@@ -140,7 +140,7 @@ def choice_decisions(choice: SelectionRule | None) -> tuple[Decision, ...]:
     return (Decision(f"chosen {choice.kind}", what, reason),)
 
 
-def chosen_plan(plan: Plan, selection: Selection, saved: int) -> Plan:
+def resolve_targets(plan: Plan, selection: Selection, saved: int) -> Plan:
     """The plan of a run whose modules are chosen.
 
     Args:

@@ -1,6 +1,7 @@
 """Checks the `adapter` section: shared keys, and the arguments of the method."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from peftcli.methods.base import ARGUMENT_NAMES, Method
@@ -12,6 +13,7 @@ from peftcli.recipe.messages import unknown_key
 from peftcli.recipe.problems import Problems, choice_text, dotted, show
 from peftcli.recipe.schema import AdapterSection, QuantizationSection
 from peftcli.recipe.yaml import Tree
+from peftcli.tasks.registry import DEFAULT
 
 FIELDS = tuple(key for key in AdapterSection.model_fields if key != "arguments")
 _LACKS = {"r": "has no rank", "alpha": "has no scaling factor", "dropout": "has no dropout"}
@@ -62,9 +64,9 @@ def _check_fields(method: Method, given: Mapping[str, Any], tree: Tree, problems
             return "adapts no modules"
         if key == "target_modules" and method.targets == "whole":
             return "trains whole blocks"
-        if key == "layers" and (method.prompts or method.targets == "embeddings" or method.name == "full"):
-            return "trains all layers" if method.name == "full" else "adapts no layers"
-        if key in ("use_rslora", "use_dora") and given[key] is not False and method.name != "lora":
+        if key == "layers" and (method.prompts or method.targets == "embeddings" or method.trains_all):
+            return "trains all layers" if method.trains_all else "adapts no layers"
+        if key in ("use_rslora", "use_dora") and given[key] is not False and not method.is_lora:
             return "is not LoRA"
         if key == "modules_to_save" and known is not None and key not in known:
             return "saves no other modules"
@@ -110,7 +112,7 @@ def _check_argument(method: Method, key: str, value: Any, tree: Tree, problems: 
     elif shared is not None:
         problems.add(where, f"{name} is not a recipe key; did you mean adapter.{shared}?")
     elif key not in known:
-        problems.add(where, _unknown(method, key))
+        problems.add(where, f"{name} of {method.name}", partial(_unknown, method, key))
     else:
         fault = type_error(known[key], value) or nested_type_error(value)
         if fault is None:
@@ -167,7 +169,7 @@ def quantized_bits(tree: Tree) -> Any:
 def check_together(method: Method, tree: Tree, trainer: Mapping[str, Any], problems: Problems) -> None:
     """Report other settings of the recipe that the method does not support."""
     title = f"adapter.method {method.name}"
-    task = tree.get("model", "task") or "causal-lm"
+    task = tree.get("model", "task") or DEFAULT
     if isinstance(task, str) and task not in method.tasks:
         text = f"model.task: {task} is not supported by {title}, only {choice_text(method.tasks)}; change one of them"
         problems.add(tree.place(("model", "task")), text)

@@ -1,5 +1,7 @@
 """Names and values that other tools use, with ours, for "did you mean"."""
 
+from peftcli.tasks.registry import TASKS
+
 _BY_KEY: dict[str, str] = {
     "model.name": (
         "base_model model_name_or_path model_name model_id model_path pretrained_model_name_or_path hf_model"
@@ -84,6 +86,7 @@ _BY_KEY: dict[str, str] = {
 NAME_ALIASES: dict[str, str] = {word: key for key, words in _BY_KEY.items() for word in words.split()}
 
 VALUE_ALIASES: dict[str, str] = {
+    **{alias: task.name for task in TASKS.values() for alias in task.aliases},
     "bf16": "bfloat16",
     "fp16": "float16",
     "half": "float16",
@@ -95,23 +98,6 @@ VALUE_ALIASES: dict[str, str] = {
     "flash_attn": "flash_attention_2",
     "flash_attention": "flash_attention_2",
     "fa3": "flash_attention_3",
-    "causal_lm": "causal-lm",
-    "sft": "causal-lm",
-    "clm": "causal-lm",
-    "seq_cls": "sequence-classification",
-    "seq-cls": "sequence-classification",
-    "sequence_classification": "sequence-classification",
-    "text-classification": "sequence-classification",
-    "text_classification": "sequence-classification",
-    "classification": "sequence-classification",
-    "sentiment-analysis": "sequence-classification",
-    "token_cls": "token-classification",
-    "token-cls": "token-classification",
-    "token_classification": "token-classification",
-    "ner": "token-classification",
-    "tagging": "token-classification",
-    "image_classification": "image-classification",
-    "vision": "image-classification",
     "single_label_classification": "single-label",
     "single_label": "single-label",
     "multiclass": "single-label",

@@ -19,39 +19,23 @@ from peftcli.methods.registry import METHODS
 from peftcli.nearest import nearest
 from peftcli.recipe.aliases import METHOD_WORDS
 from peftcli.recipe.template import template_columns
+from peftcli.tasks.registry import TASKS
 
 _DURATION = re.compile(
     r"(?:(?P<d>\d+(?:\.\d+)?)d)?(?:(?P<h>\d+(?:\.\d+)?)h)?(?:(?P<m>\d+(?:\.\d+)?)m(?:in)?)?(?:(?P<s>\d+(?:\.\d+)?)s)?"
 )
 _UNIT_SECONDS = {"d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0}
 
-AVERAGED_FIGURES = tuple(
-    f"{name}_{average}"
-    for average in ("macro", "micro", "weighted", "samples")
-    for name in ("precision", "recall", "f1")
-)
-"""Classification metrics with an explicit average over the classes."""
-CLASS_FIGURES = ("accuracy", "precision", "recall", "f1")
-ENTITY_FIGURES = tuple(f"{of}_{name}" for of in ("entity", "token_entity") for name in ("precision", "recall", "f1"))
-NUMBER_FIGURES = ("mse", "mae", "pearson", "spearman", "r2")
-GATE_NAMES = (
-    "loss",
-    "perplexity",
-    "token_accuracy",
-    "exact_match",
-    "chrf",
-    "unfinished_answers",
+_RUN_METRICS = (
     "forgetting_loss",
     "forgetting_change",
     "merge_top1_agreement",
     "merge_max_abs_logit_difference",
     "merge_mean_abs_logit_difference",
     "merge_kl_nats",
-    *CLASS_FIGURES,
-    *AVERAGED_FIGURES,
-    *ENTITY_FIGURES,
-    *NUMBER_FIGURES,
 )
+"""Metrics of every task: what was forgotten, and what the merge changed."""
+GATE_NAMES = tuple(dict.fromkeys([*(name for task in TASKS.values() for name in task.metrics), *_RUN_METRICS]))
 _GATE = re.compile(r"\s*(>=|<=|>|<)\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*")
 
 

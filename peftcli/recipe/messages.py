@@ -2,7 +2,7 @@
 
 import types
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
@@ -54,7 +54,7 @@ def add_schema_problems(error: ValidationError, tree: Tree, problems: Problems) 
             if path[:-1] or isinstance(tree.values, dict):
                 problems.add(tree.place(path), f"{dotted(path)} is missing{_example(path)}")
         elif item["type"] == "extra_forbidden":
-            problems.add(tree.place(path), unknown_key(path))
+            problems.add(tree.place(path), dotted(path), partial(unknown_key, path))
         elif not any(spoiled[: len(path)] == path for spoiled in tree.spoiled):
             problems.add(tree.place(path), _sentence(item, path, tree))
 

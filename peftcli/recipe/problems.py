@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +26,11 @@ class Problem:
 
     where: Where
     text: str
+    explain: Callable[[], str] | None = field(default=None, compare=False)
+    "Builds the message of a problem that is shown, if that is slow; `text` is then only the key of the problem."
+
+    def message(self) -> str:
+        return hide_secrets(self.text if self.explain is None else self.explain())
 
 
 @dataclass
@@ -39,9 +44,14 @@ class Problems:
     overrides: list[str] = field(default_factory=list)
     "The locations that are `--set` options, in the order they were given."
 
-    def add(self, where: Where, text: str) -> None:
-        """Add a problem, unless it was added before."""
-        self.found[Problem(where, text)] = None
+    def add(self, where: Where, text: str, explain: Callable[[], str] | None = None) -> None:
+        """Add a problem, unless it was added before.
+
+        Args:
+            explain: builds the message, with `text` as its key. A search for the nearest of all names takes a
+                millisecond, and a recipe can hold tens of thousands of unknown keys, of which ten are shown.
+        """
+        self.found.setdefault(Problem(where, text, explain))
 
     def note(self, where: Where, text: str) -> None:
         """Add a notice, unless it was added before: not a problem, but the user should know."""
@@ -61,22 +71,23 @@ class Problems:
         Raises:
             RecipeError: there is at least one problem.
         """
-        lines = self._lines(self.found)
-        if len(lines) == 1:
+        count = len(self.found)
+        lines = self._lines(self.found, MOST_SHOWN)
+        if count == 1:
             raise RecipeError(lines[0])
         if lines:
-            head = f"{self.file} has {len(lines)} problems"
-            more = [f"and {len(lines) - MOST_SHOWN} more"] if len(lines) > MOST_SHOWN else []
-            raise RecipeError("\n  ".join([head, *lines[:MOST_SHOWN], *more]))
+            head = f"{self.file} has {count} problems"
+            more = [f"and {count - MOST_SHOWN} more"] if count > MOST_SHOWN else []
+            raise RecipeError("\n  ".join([head, *lines, *more]))
 
-    def _lines(self, problems: Iterable[Problem]) -> list[str]:
+    def _lines(self, problems: Iterable[Problem], most: int | None = None) -> list[str]:
         def order(problem: Problem) -> tuple[bool, int]:
             if isinstance(problem.where, int):
                 return False, problem.where
             return True, self.overrides.index(problem.where)
 
         ordered = sorted(problems, key=order)
-        return [f"{self.place(p.where)}: {hide_secrets(p.text)}" for p in ordered]
+        return [f"{self.place(problem.where)}: {problem.message()}" for problem in ordered[:most]]
 
 
 def dotted(path: Sequence[str | int]) -> str:
@@ -101,6 +112,8 @@ def printable(text: str, limit: int = 60) -> str:
     'a\\\\x1b[31mb'
     """
     cut = text if len(text) <= limit else text[: limit - 3] + "..."
+    if cut.isprintable():
+        return cut
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in cut)
 
 

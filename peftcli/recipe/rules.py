@@ -5,12 +5,14 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from peftcli.recipe.fields import AVERAGED_FIGURES, CLASS_FIGURES, ENTITY_FIGURES, NUMBER_FIGURES
+from peftcli.methods.registry import METHODS
 from peftcli.recipe.no_test_rows import find_untested
 from peftcli.recipe.problems import KeyPath, Problems, dotted
 from peftcli.recipe.schema import Recipe
 from peftcli.recipe.template import template_columns
 from peftcli.recipe.yaml import Tree
+from peftcli.tasks.base import Task
+from peftcli.tasks.registry import DEFAULT, TASKS, find_task, tasks_reading
 
 _ONE_PLACE = "rows come from files, the Hub or a database; keep one"
 _ONE_KIND = "a row is either a text, or a prompt and a completion; keep one kind"
@@ -32,67 +34,7 @@ _OWN_SOURCE = ("path", "name", "url", "url_env", "config", "revision", "hub_spli
 _OF_THE_SOURCES = (*_OWN_SOURCE, "encoding", "csv", "format", "text", "prompt", "completion", "columns")
 _PLACES = ("path", "name", "url", "url_env")
 
-CAUSAL, SEQUENCE, TOKENS = "causal-lm", "sequence-classification", "token-classification"
-IMAGES = "image-classification"
-LABEL_TASKS = (SEQUENCE, TOKENS, IMAGES)
-_TASKS = (CAUSAL, *LABEL_TASKS)
-_TASK_OF_COLUMN: dict[str, tuple[str, ...]] = {
-    "text": (CAUSAL, SEQUENCE),
-    "text_pair": (SEQUENCE,),
-    "label": (SEQUENCE, IMAGES),
-    "tokens": (TOKENS,),
-    "tags": (TOKENS,),
-    "image": (IMAGES,),
-}
-"""Tasks that use a column."""
-
-_ALONE = "classification uses padded batches"
-_LABELS = "the loss is on the labels, not on tokens"
-_WRITES = "no text is generated"
-_NO_USE: dict[tuple[str, ...], str] = {
-    **{("trainer", name): _ALONE for name in ("packing", "packing_strategy", "eval_packing", "padding_free")},
-    **{("trainer", name): _LABELS for name in ("completion_only_loss", "assistant_only_loss", "loss_type")},
-    ("trainer", "router_aux_loss_coef"): _LABELS,
-    ("trainer", "activation_offloading"): "it is for language models only; use activation_checkpointing",
-    **{
-        ("trainer", name): "it is for language models only"
-        for name in (
-            "pad_to_multiple_of",
-            "shuffle_dataset",
-            "use_liger_kernel",
-        )
-    },
-    ("model", "chat_template"): "texts are classified without a template; name their column or set dataset.text",
-    ("model", "eos_token"): "no text is generated",
-    **{("dataset", name): "a row is a text with a label" for name in ("prompt", "completion")},
-    **{("dataset", "columns", name): "a row is a text with a label" for name in ("prompt", "completion", "messages")},
-    **{("evaluation", name): _WRITES for name in ("max_new_tokens", "temperature", "top_p", "rows")},
-    **{
-        ("gates", name): "it is not a classification metric; accuracy and f1 are"
-        for name in ("perplexity", "token_accuracy", "exact_match", "chrf", "unfinished_answers")
-    },
-}
-_FILES = "a row is an image file with a label"
-_NO_USE_OF_IMAGES: dict[tuple[str, ...], str] = {
-    **{path: why for path, why in _NO_USE.items() if path[0] in ("trainer", "evaluation", "gates")},
-    **{("model", name): "an image has no tokens" for name in ("chat_template", "eos_token")},
-    **{("dataset", name): "an image has no tokens" for name in ("max_length", "too_long")},
-    **{("dataset", name): _FILES for name in ("text", "prompt", "completion", "name", "url", "url_env")},
-    **{("dataset", "columns", name): _FILES for name in ("prompt", "completion", "messages")},
-    ("performance", "tokens_per_micro_batch"): "an image has no tokens",
-}
-_OF_LABELS: dict[tuple[str, ...], str] = {
-    ("dataset", "labels"): "only classification and tagging have labels",
-    ("evaluation", "positive_label"): "only classification has one",
-    **{
-        ("gates", name): "it is a classification metric"
-        for name in (*CLASS_FIGURES, *AVERAGED_FIGURES, *ENTITY_FIGURES, *NUMBER_FIGURES)
-    },
-}
-
 ASKED = "performance.sharding: full"
-SHARDABLE = ("lora",)
-"""Methods whose adapter weights do not need unsharded base weights."""
 SHARDABLE_KEYS = frozenset(
     [
         *("method", "r", "alpha", "dropout", "bias", "use_rslora", "target_modules", "layers", "init_from", "dtype"),
@@ -188,7 +130,7 @@ def _check_source(path: KeyPath, source: dict[str, Any], tree: Tree, problems: P
     def given(key: str) -> bool:
         return source.get(key) is not None
 
-    task = tree.get("model", "task") or CAUSAL
+    task = find_task(tree.get("model", "task"))
     for first, second, why in _APART:
         if given(first) and given(second) and not _text_with_label(first, second, source, task):
             _apart((*path, first), (*path, second), why, tree, problems)
@@ -207,7 +149,8 @@ def _check_source(path: KeyPath, source: dict[str, Any], tree: Tree, problems: P
         text = f"{name}.url needs {name}.table or {name}.query; add one of them"
         problems.add(tree.place((*path, "url" if given("url") else "url_env")), text)
     _check_columns((*path, "columns"), source.get("columns"), tree, problems)
-    _check_task(path, source, task, tree, problems)
+    if task is not None:
+        _check_task(path, source, task, tree, problems)
     for key in ("text", "completion"):
         if isinstance(source.get(key), str) and _is_constant(source[key]):
             text = f"{name}.{key} has no column, so all rows would be equal; write {{column}} where a value goes"
@@ -231,35 +174,38 @@ def _check_columns(path: KeyPath, columns: Any, tree: Tree, problems: Problems) 
             problems.add(tree.place((*path, key)), text)
 
 
-def _text_with_label(first: str, second: str, source: dict[str, Any], task: Any) -> bool:
+def _text_with_label(first: str, second: str, source: dict[str, Any], task: Task | None) -> bool:
     """Whether a template builds the text to classify, and `columns` names the other columns."""
     columns = source.get("columns")
     return (
         (first, second) == ("text", "columns")
-        and task == SEQUENCE
+        and task is not None
+        and task.labels_texts
         and isinstance(columns, dict)
         and (not columns.get("text"))
     )
 
 
-def _check_task(path: KeyPath, source: dict[str, Any], task: Any, tree: Tree, problems: Problems) -> None:
+def _check_task(path: KeyPath, source: dict[str, Any], task: Task, tree: Tree, problems: Problems) -> None:
     """Report columns and templates that the task of the recipe does not use."""
     columns = source.get("columns")
     columns = columns if isinstance(columns, dict) else {}
-    for key, needed in _TASK_OF_COLUMN.items():
-        if columns.get(key) and task in _TASKS and task not in needed:
-            text = f"{dotted((*path, 'columns', key))} is for model.task: {needed[0]}, but the task is {task}"
+    for key in columns:
+        needed = tasks_reading(key)
+        if columns[key] and needed and task.name not in needed and ("dataset", "columns", key) not in task.unused_keys:
+            text = f"{dotted((*path, 'columns', key))} is for model.task: {needed[0]}, but the task is {task.name}"
             problems.add(tree.place((*path, "columns", key)), f"{text}; change the task or remove the column")
-    if task in LABEL_TASKS and source.get("format") is not None:
-        text = f"{dotted((*path, 'format'))} is for language models, but model.task is {task}; remove it"
+    if not task.generates and source.get("format") is not None:
+        text = f"{dotted((*path, 'format'))} is for language models, but model.task is {task.name}; remove it"
         problems.add(tree.place((*path, "format")), text)
-    if task == TOKENS and source.get("text") is not None:
-        text = f"{dotted((*path, 'text'))} builds one text, but model.task: {task} needs words with tags; "
+    if task.label_of == "token" and source.get("text") is not None:
+        text = f"{dotted((*path, 'text'))} builds one text, but model.task: {task.name} needs words with tags; "
         problems.add(tree.place((*path, "text")), text + f"name their columns in {dotted((*path, 'columns'))}")
 
 
 def _check_labels(tree: Tree, problems: Problems) -> None:
-    if tree.get("model", "task") == SEQUENCE and tree.get("dataset", "too_long") == "split":
+    task = find_task(tree.get("model", "task"))
+    if task is not None and task.labels_texts and tree.get("dataset", "too_long") == "split":
         text = "dataset.too_long: split would give every piece of a text the same label; use truncate or drop"
         problems.add(tree.place(("dataset", "too_long")), text)
     if tree.get("model", "problem_type") == "regression" and tree.get("dataset", "labels") is not None:
@@ -291,11 +237,11 @@ def _check_quantization(tree: Tree, problems: Problems) -> None:
 
 def _check_forgetting(tree: Tree, problems: Problems) -> None:
     path: KeyPath = ("evaluation", "forgetting_text")
-    task = tree.get("model", "task")
+    task = find_task(tree.get("model", "task"))
     if tree.get("evaluation", "forgetting_text") is not None:
-        if task is not None and task != "causal-lm":
+        if task is not None and not task.generates:
             problems.add(
-                tree.place(path), "evaluation.forgetting_text needs model.task: causal-lm; remove one of the two"
+                tree.place(path), f"evaluation.forgetting_text needs model.task: {DEFAULT}; remove one of the two"
             )
         return
     if path in tree.spoiled:
@@ -328,17 +274,15 @@ def _is_constant(template: str) -> bool:
 
 def check_unused_keys(tree: Tree, problems: Problems) -> None:
     """Add a problem for each key that has no effect for the task of the recipe."""
-    task = tree.get("model", "task") or CAUSAL
-    if task not in (CAUSAL, *LABEL_TASKS):
+    task = find_task(tree.get("model", "task"))
+    if task is None:
         return  # the schema reports it
-    unused = _OF_LABELS if task == CAUSAL else _NO_USE_OF_IMAGES if task == IMAGES else _NO_USE
-    for path, why in unused.items():
-        _refuse(path, task, why, tree, problems)
-    if task not in (SEQUENCE, IMAGES) and tree.get("model", "problem_type") not in (None, "auto"):
-        _refuse(("model", "problem_type"), task, f"it is for {SEQUENCE}", tree, problems)
-    if task in (SEQUENCE, IMAGES):
-        for name in ENTITY_FIGURES:
-            _refuse(("gates", name), task, "only tagging has entities", tree, problems)
+    for path, why in task.unused_keys.items():
+        _refuse(path, task.name, why, tree, problems)
+    owners = {name: other.name for other in reversed(TASKS.values()) for name in other.metrics}
+    for name in (name for name in owners if name not in task.metrics):
+        why = f"it is a metric of {owners[name]}; use {' or '.join(task.metrics[1:3])}"
+        _refuse(("gates", name), task.name, why, tree, problems)
 
 
 def _refuse(path: KeyPath, task: str, why: str, tree: Tree, problems: Problems) -> None:
@@ -362,7 +306,8 @@ def undivided(sections: Mapping[str, Any]) -> Iterator[tuple[KeyPath, str]]:
     Args:
         sections: of a recipe, as in the YAML file.
     """
-    if _section(sections, "model").get("task", CAUSAL) != CAUSAL:
+    task = find_task(_section(sections, "model").get("task"))
+    if task is None or not task.generates:
         yield ("model", "task"), "only language models are supported"
     if sections.get("stages"):
         yield ("stages",), "the result of a stage is merged into unsharded weights"
@@ -375,9 +320,11 @@ def undivided(sections: Mapping[str, Any]) -> Iterator[tuple[KeyPath, str]]:
 
 
 def _of_adapter(adapter: Mapping[str, Any]) -> Iterator[tuple[KeyPath, str]]:
-    method = adapter.get("method", "lora")
-    if method not in SHARDABLE:
-        yield ("adapter", "method"), f"{method} is not supported with sharded weights, {', '.join(SHARDABLE)} is"
+    method = METHODS.get(str(adapter.get("method", "lora")))
+    if method is None or not method.is_lora:
+        supported = ", ".join(one.name for one in METHODS.values() if one.is_lora)
+        text = f"{adapter.get('method')} is not supported with sharded weights; supported: {supported}"
+        yield ("adapter", "method"), text
         return
     for key, value in adapter.items():
         if value is None or value is False:

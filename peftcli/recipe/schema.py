@@ -6,7 +6,7 @@ Defaults are defined here only. Rules between keys are in `rules.py`.
 import re
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeAlias
 
 from pydantic import (
     BaseModel,
@@ -41,6 +41,12 @@ from peftcli.recipe.fields import (
     read_trained_dtype,
     wrong,
 )
+from peftcli.tasks.registry import DEFAULT, TASKS
+
+if TYPE_CHECKING:
+    TaskName: TypeAlias = str
+else:
+    TaskName = Literal[tuple(TASKS)]
 
 Text = Annotated[str, Field(min_length=1)]
 Seconds = Annotated[float, BeforeValidator(read_seconds)]
@@ -71,7 +77,7 @@ class ModelSection(Section):
     """Hub id, local folder (absolute once loaded) or `tiny:llama`."""
     revision: Text | None = None
     """Branch, tag or commit of the Hub repository."""
-    task: Literal["causal-lm", "sequence-classification", "token-classification", "image-classification"] = "causal-lm"
+    task: TaskName = DEFAULT
     """What the model is trained for: generating text, classifying texts or images, or tagging the words of a text."""
     problem_type: Literal["auto", "single-label", "multi-label", "regression"] = "auto"
     """What a classifier predicts for a text or an image: one class, any number of classes, or a number; `auto` decides

@@ -3,9 +3,12 @@
 `{column.0.key}` accesses a nested value: each part after a dot is a key or a list index.
 """
 
+import json
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
+
+from peftcli.errors import RecipeError
 
 _PIECE = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
 _LONGEST_POSITION = 9
@@ -148,3 +151,23 @@ def _checked(name: str) -> str:
             plain = name.partition(char)[0] or "column"
             raise ValueError(f"{{{name}}} has {what}, which templates do not support; write {{{plain}}}")
     return name
+
+
+def fill_template(text: str, template: str) -> str:
+    """Fill the columns of a template from a text.
+
+    Raises:
+        RecipeError: the template has several columns, and the text is not a JSON object with them.
+    """
+    columns = template_columns(template)
+    if len(columns) == 1 and not text.lstrip().startswith("{"):
+        return render(template, {columns[0]: text})
+    try:
+        row = json.loads(text)
+    except json.JSONDecodeError:
+        row = None
+    missing = [name for name in columns if not isinstance(row, dict) or split_path(name, row) is None]
+    if missing:
+        example = json.dumps({name: "..." for name in columns})
+        raise RecipeError(f"the prompt template is {template!r}; give a JSON object such as {example}, or --raw")
+    return render(template, row)

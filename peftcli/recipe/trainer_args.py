@@ -5,6 +5,7 @@ Arguments that were renamed or removed, or that belong to another section, are r
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from peftcli.nearest import nearest
@@ -13,7 +14,6 @@ from peftcli.recipe.argument_values import limit_fault, nested_type_error, type_
 from peftcli.recipe.library_args import Argument, installed_arguments
 from peftcli.recipe.messages import type_hint
 from peftcli.recipe.problems import KeyPath, Problems, Where, choice_text, dotted, show
-from peftcli.recipe.rules import CAUSAL
 from peftcli.recipe.trainer_together import deprecations, implied, together_faults
 from peftcli.recipe.trainer_values import read_json_text, value_fault
 from peftcli.recipe.yaml import Tree
@@ -243,7 +243,8 @@ class _Section:
         elif name in REMOVED:
             self._drop(name, value)
         else:
-            self.problems.add(self._where(name), self._unknown(name, self.installed))
+            explain = partial(self._unknown, name, self.installed)
+            self.problems.add(self._where(name), f"trainer.{dotted((name,))}", explain)
 
     def _take_owned(self, name: str, value: Any) -> None:
         """Process an argument that belongs to another section: move, drop or reject it."""
@@ -386,7 +387,7 @@ class _Section:
             for path, text in together_faults(effective):
                 if not any(name in text for name in self.refused):  # their values are invalid and not known here
                     self.problems.add(self._place(path), text)
-        for path, text in deprecations(self.arguments, self.tree.get("model", "task") or CAUSAL):
+        for path, text in deprecations(self.arguments, self.tree.get("model", "task")):
             self.problems.note(self._place(path), text)
         warmup = self.arguments.get("warmup_steps", 0)
         if effective.get("lr_scheduler_type") == "constant" and warmup:

@@ -5,11 +5,12 @@ from typing import Any
 
 from peftcli.recipe.optimizers import optimizer_faults
 from peftcli.recipe.problems import KeyPath
-from peftcli.recipe.rules import CAUSAL
 from peftcli.recipe.schedulers import scheduler_faults
 from peftcli.recipe.trainer_values import inner_faults
+from peftcli.tasks.registry import TASKS
 
 _WORKERS = ("dataloader_prefetch_factor", "dataloader_persistent_workers", "dataloader_multiprocessing_context")
+_GENERATING = tuple(task.name for task in TASKS.values() if task.generates)
 _COMPILE = ("torch_compile_backend", "torch_compile_mode")
 
 
@@ -86,7 +87,7 @@ def implied(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return {"torch_compile": True} if compiles and "torch_compile" not in arguments else {}
 
 
-def deprecations(arguments: Mapping[str, Any], task: str) -> Iterator[tuple[KeyPath, str]]:
+def deprecations(arguments: Mapping[str, Any], task: Any) -> Iterator[tuple[KeyPath, str]]:
     """Arguments that the next major version of a library removes: the key, and the notice.
 
     Source: the warnings of trl/trainer/sft_trainer.py, 1.16.
@@ -94,7 +95,7 @@ def deprecations(arguments: Mapping[str, Any], task: str) -> Iterator[tuple[KeyP
     if arguments.get("use_liger_kernel"):
         text = "trainer.use_liger_kernel is deprecated and will be removed in TRL 2.0, which uses kernels from the Hub "
         yield ("use_liger_kernel",), text + "instead (use_kernels); remove it to be ready for that"
-    if task == CAUSAL and arguments.get("label_smoothing_factor"):
+    if task in (None, *_GENERATING) and arguments.get("label_smoothing_factor"):
         text = (
             "trainer.label_smoothing_factor is deprecated for language models and will be removed in TRL 2.0 without "
         )

@@ -2,6 +2,10 @@
 
 PyYAML is only used to split the text into events. Its resolution of scalars (YAML 1.1: `2e-4` is text, `no` is false),
 duplicate keys (the last wins), tags and aliases is not used.
+
+`yaml.compose` is not enough: it stops at the first unknown alias, while all are reported here; it rejects an anchor
+that is defined twice; for an alias it returns the node of the anchor, so the line of an alias in a list is lost; it
+does not distinguish `!!str x` from `x`; and its recursion has no limit.
 """
 
 import re
@@ -32,10 +36,6 @@ _WORDS: dict[str, Any] = {
     **{sign + word: float("inf") for sign in ("", "+") for word in (".inf", ".Inf", ".INF")},
     **{"-" + word: float("-inf") for word in (".inf", ".Inf", ".INF")},
 }
-
-
-class RecipeLoader(yaml.SafeLoader):
-    """Our own loader class; only its event stream is used, and PyYAML's own classes are not patched."""
 
 
 @dataclass
@@ -133,7 +133,7 @@ def parse_yaml(text: str, problems: Problems, where: str | None = None) -> tuple
     """
     builder = _Builder(problems, where)
     try:
-        for event in yaml.parse(text, Loader=RecipeLoader):
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
             builder.take(event)
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1

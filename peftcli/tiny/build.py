@@ -1,5 +1,6 @@
 """Builds the models named `tiny:...`, and random stand-ins for real models, without a network."""
 
+import hashlib
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,14 @@ from peftcli.errors import MachineError, RecipeError
 from peftcli.nearest import nearest
 from peftcli.tiny.images import NAMES as IMAGE_NAMES
 from peftcli.tiny.images import tiny_image_model
-from peftcli.tiny.llama import POSITIONS, tiny_llama
+from peftcli.tiny.llama import FOLDER, POSITIONS, TOKENIZER, llama_tokenizer, tiny_llama
 from peftcli.tiny.own_files import files_digest, taken_over
 from peftcli.tiny.save import content_hash, isolated, random_card, shape_of, stand_in_card, write_model, write_weights
 from peftcli.tiny.shrink import shrink
-from peftcli.tiny.tokenizer import make_causal_tokenizer, make_encoder_tokenizer
+from peftcli.tiny.tokenizer import asset, make_encoder_tokenizer
 
 # Increase it with every change in this folder that changes the written files.
-VERSION = 1
+VERSION = 2
 VOCABULARY_TOKENS = 1024
 RANDOM = ("gpt2", "qwen3", "bert")
 NAMES = ("tiny:llama", *(f"tiny:{family}" for family in RANDOM), *IMAGE_NAMES)
@@ -78,7 +79,7 @@ def stand_in(
     Raises:
         MachineError: transformers has no model class for this config, or the cache cannot be written.
     """
-    tokenizer, auto = _tokenizer_and_class(config, POSITIONS)
+    tokenizer, auto = _tokenizer_and_class(config)
     card = stand_in_card(config.model_type)
     name = f"stand-in-{config.get_text_config().model_type}"
     if tokenizer_folder is not None:
@@ -124,7 +125,7 @@ def _own_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
 
 def _build_random(family: str, root: Path) -> Path:
     config = AutoConfig.for_model(family)
-    tokenizer, auto = _tokenizer_and_class(config, POSITIONS)
+    tokenizer, auto = _tokenizer_and_class(config)
     small = shrink(config, tokenizer)
     small.max_position_embeddings = POSITIONS
     return _random_folder(f"tiny-{family}", small, auto, tokenizer, random_card(family), root)
@@ -144,20 +145,22 @@ def _random_folder(
         write_model(folder, model.eval(), tokenizer, card)
 
     added = sorted(token for token, id_ in tokenizer.get_vocab().items() if id_ >= VOCABULARY_TOKENS)
-    digest = content_hash(VERSION, shape_of(config), auto.__name__, tokenizer.chat_template, *added)
+    files = (asset(FOLDER, TOKENIZER),) if auto is AutoModelForCausalLM else (asset("corpus.txt"), asset("chats.jsonl"))
+    learned = [hashlib.sha256(file).hexdigest() for file in files]
+    digest = content_hash(VERSION, shape_of(config), auto.__name__, learned, tokenizer.chat_template, *added)
     return built_once(root, f"{name}-{digest}", build)
 
 
-def _tokenizer_and_class(config: PreTrainedConfig, max_length: int) -> tuple[PreTrainedTokenizerFast, Any]:
+def _tokenizer_and_class(config: PreTrainedConfig) -> tuple[PreTrainedTokenizerFast, Any]:
     """The tokenizer and the auto class for a config: causal, or masked for an encoder."""
     text = config.get_text_config()
     causal = type(text) in MODEL_FOR_CAUSAL_LM_MAPPING
     masked = type(text) in MODEL_FOR_MASKED_LM_MAPPING
     saved_as_causal = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in config.architectures or [])
     if masked and not saved_as_causal:
-        return make_encoder_tokenizer(VOCABULARY_TOKENS, max_length), AutoModelForMaskedLM
+        return make_encoder_tokenizer(VOCABULARY_TOKENS, POSITIONS), AutoModelForMaskedLM
     if causal:
-        return make_causal_tokenizer(VOCABULARY_TOKENS, max_length), AutoModelForCausalLM
+        return llama_tokenizer(), AutoModelForCausalLM
     raise MachineError(
         f"no stand-in can be built for the model type {config.model_type!r}: transformers has no causal or masked "
         "language model of this type; run without --smoke, or use a model of another type"

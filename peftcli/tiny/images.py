@@ -15,7 +15,7 @@ from peftcli.tiny.save import content_hash, image_card, isolated, shape_of, stan
 from peftcli.tiny.shrink import SIZES
 
 # Increase it with every change in this file that changes the written files.
-VERSION = 1
+VERSION = 2
 SIDE, PATCH, FIRST_WIDTH = 32, 8, 16
 """Image size in pixels, patch size in pixels, and channels of the first stage."""
 RANDOM = ("vit", "resnet")
@@ -89,4 +89,4 @@ def _folder(name: str, config: PreTrainedConfig, card: str, root: Path) -> Path:
             model = AutoModelForImageClassification.from_config(config)
         write_model(folder, model.eval(), processor, card)
 
-    return built_once(root, f"{name}-{content_hash(VERSION, shape_of(config), 'images')}", build)
+    return built_once(root, f"{name}-{content_hash(VERSION, shape_of(config))}", build)

@@ -4,7 +4,6 @@
 """
 
 import hashlib
-from importlib.resources import files
 from pathlib import Path
 
 from safetensors.torch import load
@@ -13,23 +12,18 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from peftcli.cache import built_once
 from peftcli.tiny.save import content_hash, isolated, shape_of, write_model
-from peftcli.tiny.tokenizer import wrap_causal_tokenizer
+from peftcli.tiny.tokenizer import asset, wrap_causal_tokenizer
 
 # Increase it with every change in this file that changes the written files.
-VERSION = 2
+VERSION = 3
 POSITIONS = 512
 FOLDER, WEIGHTS, TOKENIZER = "tiny_llama", "model.safetensors", "tokenizer.json"
 """The shipped folder under `peftcli.assets`, and its files."""
 
 
-def shipped(name: str) -> bytes:
-    """The content of one file of the shipped model."""
-    return files("peftcli.assets").joinpath(FOLDER, name).read_bytes()
-
-
 def llama_tokenizer() -> PreTrainedTokenizerFast:
-    """The tokenizer that tiny:llama was pretrained with."""
-    return wrap_causal_tokenizer(Tokenizer.from_buffer(shipped(TOKENIZER)), POSITIONS)
+    """The tokenizer that tiny:llama was pretrained with, which every causal tiny model has."""
+    return wrap_causal_tokenizer(Tokenizer.from_buffer(asset(FOLDER, TOKENIZER)), POSITIONS)
 
 
 def llama_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
@@ -62,9 +56,9 @@ def tiny_llama(root: Path) -> Path:
     def build(folder: Path) -> None:
         with isolated(seed=0):
             model = LlamaForCausalLM(config)
-        model.load_state_dict({name: tensor.float() for name, tensor in load(shipped(WEIGHTS)).items()})
-        write_model(folder, model.eval(), tokenizer, shipped("README.md").decode("utf-8"))
+        model.load_state_dict({name: tensor.float() for name, tensor in load(asset(FOLDER, WEIGHTS)).items()})
+        write_model(folder, model.eval(), tokenizer, asset(FOLDER, "README.md").decode("utf-8"))
 
-    contents = hashlib.sha256(shipped(WEIGHTS) + shipped(TOKENIZER)).hexdigest()
+    contents = hashlib.sha256(asset(FOLDER, WEIGHTS) + asset(FOLDER, TOKENIZER)).hexdigest()
     digest = content_hash(VERSION, contents, shape_of(config), tokenizer.chat_template)
     return built_once(root, f"tiny-llama-{digest}", build)

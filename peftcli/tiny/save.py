@@ -11,8 +11,6 @@ import torch
 import transformers
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from peftcli.tiny.tokenizer import asset
-
 HEAD = """\
 ---
 license: apache-2.0
@@ -23,10 +21,8 @@ library_name: transformers
 
 
 def content_hash(*parts: object) -> str:
-    """Twelve hex digits of a hash over the shipped text and any values that JSON can represent."""
-    digest = hashlib.sha256(asset("corpus.txt") + b"\0" + asset("chats.jsonl"))
-    digest.update(json.dumps(parts, sort_keys=True, default=str).encode())
-    return digest.hexdigest()[:12]
+    """Twelve hex digits of a hash over values that JSON can represent."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
 def shape_of(config: PreTrainedConfig) -> dict[str, Any]:

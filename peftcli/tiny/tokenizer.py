@@ -1,4 +1,4 @@
-"""The tokenizer of every tiny model: a byte-level BPE trained on the shipped text in under a second."""
+"""The tokenizers of the tiny models: a byte-level BPE, shipped for causal models and trained here for encoders."""
 
 import json
 from importlib.resources import files
@@ -28,9 +28,9 @@ CHAT_TEMPLATE = """\
 """
 
 
-def asset(name: str) -> bytes:
-    """The content of one shipped file."""
-    return files("peftcli.assets").joinpath(name).read_bytes()
+def asset(*names: str) -> bytes:
+    """The content of one shipped file, given its folders and name."""
+    return files("peftcli.assets").joinpath(*names).read_bytes()
 
 
 def load_documents() -> list[str]:
@@ -41,20 +41,6 @@ def load_documents() -> list[str]:
 def load_chats() -> list[list[dict[str, str]]]:
     """The shipped conversations, as lists of messages."""
     return [json.loads(line)["messages"] for line in asset("chats.jsonl").decode("utf-8").splitlines()]
-
-
-def make_causal_tokenizer(vocabulary_tokens: int, max_length: int) -> PreTrainedTokenizerFast:
-    """A tokenizer that prepends `<s>`, appends nothing, and decodes to exactly the same text.
-
-    Args:
-        vocabulary_tokens: vocabulary size, including the 256 bytes and the special tokens.
-        max_length: maximum input length of the model, tokens.
-    """
-    backend = _train(CAUSAL_TOKENS, vocabulary_tokens, add_prefix_space=False)
-    backend.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A $B:1", special_tokens=[("<s>", CAUSAL_TOKENS.index("<s>"))]
-    )
-    return wrap_causal_tokenizer(backend, max_length)
 
 
 def wrap_causal_tokenizer(backend: Tokenizer, max_length: int) -> PreTrainedTokenizerFast:
@@ -74,7 +60,7 @@ def wrap_causal_tokenizer(backend: Tokenizer, max_length: int) -> PreTrainedToke
 
 def make_encoder_tokenizer(vocabulary_tokens: int, max_length: int) -> PreTrainedTokenizerFast:
     """A tokenizer that encodes a text as `[CLS] ... [SEP]`; each word is encoded with a space before it."""
-    backend = _train(ENCODER_TOKENS, vocabulary_tokens, add_prefix_space=True)
+    backend = train_bpe(ENCODER_TOKENS, vocabulary_tokens, add_prefix_space=True)
     backend.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]",
         pair="[CLS] $A [SEP] $B:1 [SEP]:1",
@@ -93,7 +79,8 @@ def make_encoder_tokenizer(vocabulary_tokens: int, max_length: int) -> PreTraine
     )
 
 
-def _train(special_tokens: list[str], vocabulary_tokens: int, *, add_prefix_space: bool) -> Tokenizer:
+def train_bpe(special_tokens: list[str], vocabulary_tokens: int, *, add_prefix_space: bool) -> Tokenizer:
+    """Train a byte-level BPE on the shipped text, in under a second."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
     backend.decoder = decoders.ByteLevel()

@@ -14,7 +14,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from peftcli.plan.adalora import rank_schedule
 from peftcli.recipe.schema import AdapterSection
-from peftcli.run_dir import read_json, write_json
+from peftcli.results import RanksJson, save
+from peftcli.run_dir import read_json
 
 AVERAGES = "ranks.safetensors"
 HISTORY = "ranks.json"
@@ -29,6 +30,8 @@ class RankAllocation(TrainerCallback):  # type: ignore[misc]  # transformers' ca
 
     Attributes:
         history: for each step that was kept, the rank of each module, in the order of `modules`.
+        skips: the gradient of the step at hand is not finite, so that the optimizer skips it. Not asked of accelerate's
+            `step_was_skipped`: a fused optimizer is called on every step, and keeps the weights itself.
     """
 
     def __init__(self, model: PeftModel, adapter: AdapterSection, resume_from: Path | None) -> None:
@@ -49,6 +52,7 @@ class RankAllocation(TrainerCallback):  # type: ignore[misc]  # transformers' ca
         self._pattern: dict[str, list[bool]] | None = None
         self.modules = [_module(name) for name, _ in _values(model)]
         self.history: list[dict[str, Any]] = []
+        self.skips = False
         if resume_from is not None:
             self._load(resume_from)
 
@@ -81,10 +85,10 @@ class RankAllocation(TrainerCallback):  # type: ignore[misc]  # transformers' ca
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         # Here the gradients are still there, and the optimizer has used them.
-        if getattr(kwargs.get("optimizer"), "step_was_skipped", False):
-            return  # float16's scaler found gradients that are not finite, which would stay in the averages
+        if self.skips:
+            return  # what is not finite would stay in the averages for good
         step = state.global_step + 1
-        self._model.base_model.update_and_allocate(step)
+        self._allocate(step)
         if step % self._every == 0 or step == state.max_steps:
             self._note(step)
 
@@ -92,6 +96,19 @@ class RankAllocation(TrainerCallback):  # type: ignore[misc]  # transformers' ca
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._config.orth_reg_weight = self._weight
+
+    def _allocate(self, step: int) -> None:
+        """Let PEFT allocate, at the step that fixes the ranks for as long as that one was skipped.
+
+        PEFT fixes them at that very step by the importance of those before, which it forgets then, and goes on with the
+        ranks that were fixed.
+        """
+        fixing = self._config.total_step - self._config.tfinal
+        if step >= fixing and (self._config.rank_pattern is None or self._allocator.ipt):
+            if not self._allocator.ipt:  # all steps before were skipped
+                self._allocator.update_ipt(self._model.base_model.model)
+            step = fixing
+        self._model.base_model.update_and_allocate(step)
 
     def _note(self, step: int) -> None:
         pattern = self._config.rank_pattern
@@ -125,17 +142,14 @@ class RankAllocation(TrainerCallback):  # type: ignore[misc]  # transformers' ca
 
     def write(self, file: Path) -> None:
         """Write what the ranks were over the run, for the report."""
-        write_json(
-            file,
-            {
-                "schema": 1,
-                "first": self._config.init_r,
-                "target": self._config.target_r,
-                "modules": self.modules,
-                "steps": [point["step"] for point in self.history],
-                "ranks": [point["ranks"] for point in self.history],
-            },
+        history = RanksJson(
+            first=self._config.init_r,
+            target=self._config.target_r,
+            modules=tuple(self.modules),
+            steps=tuple(point["step"] for point in self.history),
+            ranks=tuple(tuple(point["ranks"]) for point in self.history),
         )
+        save(file, history)
 
 
 def _values(model: PeftModel) -> list[tuple[str, Tensor]]:

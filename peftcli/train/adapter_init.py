@@ -27,9 +27,10 @@ from peftcli.model.files import Source, original_weights, turned_layers
 from peftcli.model.gradients import gradient_matrices
 from peftcli.model.scoring import pad_right
 from peftcli.plan.plan import Plan
-from peftcli.recipe.rules import SEQUENCE
 from peftcli.recipe.schema import AdapterSection
-from peftcli.train.module_selection import reader, sample_rows
+from peftcli.tasks.base import implementation
+from peftcli.tasks.registry import TASKS
+from peftcli.train.module_selection import sample_rows
 
 NAME = "default"
 FIRST = "start.safetensors"
@@ -197,23 +198,33 @@ def leading_part(word: str) -> Callable[[str, LoraLayer], tuple[Tensor, Tensor]]
 
 
 def initialize_adapter(
-    model: PeftModel, plan: Plan, data: PreparedData, pad_id: int, resume_from: Path | None
+    model: PeftModel, plan: Plan, data: PreparedData, tokenizer: PreTrainedTokenizerBase, resume_from: Path | None
 ) -> ResidualInit | None:
-    """Let LoRA begin where the recipe says.
+    """Initialize an adapter as the recipe says.
+
+    Args:
+        model: the wrapped model.
+        resume_from: the checkpoint that the run resumes from, which holds the initial weights.
 
     Returns:
-        What has to be kept and settled, None where nothing has.
+        The initial weights that were taken out of the base, None where none were.
+
+    Raises:
+        RecipeError: a layer is too small for the rank.
+        DataError: the rows are fewer than the directions that EVA looks for.
     """
     word = plan.adapter.arguments.get("init_lora_weights")
     kind = init_kind(plan.adapter.arguments)
+    if takes_gradient(plan.adapter):
+        return initialize_from_gradient(model, plan, data, tokenizer, resume_from)
     if kind in PRINCIPAL:
         return ResidualInit(model, leading_part(str(word)), resume_from)
     if kind == "loftq":
         initialize_from_quantization_error(model, original_weights(plan.base, model.get_base_model()))
     if kind == "eva":
         rows = data.train.store.examples.column("input_ids").take(data.train.rows[:MOST_ROWS])
-        pooled = plan.task == SEQUENCE
-        initialize_from_data(model, rows.to_pylist(), pad_id, pooled=pooled)
+        pooled = TASKS[plan.task].labels_texts
+        initialize_from_data(model, rows.to_pylist(), tokenizer.pad_token_id or 0, pooled=pooled)
     return None
 
 
@@ -323,7 +334,7 @@ def initialize_from_gradient(
     layers: dict[str, Any] = dict(lora_layers(model) if lora else shira_layers(model))
     batches = int(plan.adapter.arguments.get("gradient_batches", GRADIENT_BATCHES))
     rows = sample_rows(plan, len(data.train.rows), batches)
-    make, loss = reader(plan, data, tokenizer, model)
+    make, loss = implementation(TASKS[plan.task].batches)(plan, data, tokenizer, model)
     firsts: dict[str, tuple[Tensor, Tensor]] = {}
     for part in _parts(layers):
         names = {f"{name}.base_layer": name for name in part}

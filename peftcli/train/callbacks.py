@@ -137,7 +137,7 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]  # transformers' callb
         return self._reserve + 1.2 * self._longest_step + 1.5 * max(self._save_seconds, FIRST_SAVE_SECONDS)
 
     def _tell_shrunk(self) -> None:
-        events = self._trainer.pieces.events
+        events = self._trainer.micro_batches.events
         for step, pieces in events[self._shrunk :]:
             self._progress.note(
                 f"step {step}: out of memory, so its rows are run in {pieces} pieces; the rows of a step and their "
@@ -163,7 +163,7 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]  # transformers' callb
         tokens = float(logs.get("num_tokens", 0.0)) + self._trainer.tokens_before
         rate = (tokens - tokens_before) / max(now - since, 1e-9)
         self._last_logged = (now, tokens)
-        of_tokens = self._trainer.fed == "tokens"
+        of_tokens = self._trainer.counts == "tokens"
         self.losses.append((state.global_step, float(logs["loss"])))
         row = {
             "step": state.global_step,
@@ -184,7 +184,7 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]  # transformers' callb
             {
                 "loss": f"{row['loss']:.4f}",
                 "lr": f"{logs.get('learning_rate', 0.0):.2e}",
-                f"{self._trainer.fed}/s": f"{rate:,.0f}",
+                f"{self._trainer.counts}/s": f"{rate:,.0f}",
                 "memory": f"{row['memory_bytes'] / 2**30:.1f} GiB",
             },
         )
@@ -250,7 +250,7 @@ class CalibrationCallback(TrainerCallback):  # type: ignore[misc]  # transformer
         rows = longest_rows(self._lengths, self._plan)
         found = calibrate(self._trainer, model, rows, self._plan, float(self._lengths.mean()))
         self._trainer.calibration = asdict(found)
-        self._progress.note(calibration_text(found, steps, self._trainer.fed))
+        self._progress.note(calibration_text(found, steps, self._trainer.counts))
 
 
 def counts_batches(model: torch.nn.Module) -> bool:
@@ -296,7 +296,7 @@ def calibrate(trainer: StepTrainer, model: Any, rows: list[int], plan: Plan, mea
                 torch.cuda.synchronize()
             seconds = time.monotonic() - begun
     in_step = plan.batch.per_device * plan.batch.accumulation * mean
-    passes = in_step / tokens if trainer.pieces.lines else float(plan.batch.accumulation)
+    passes = in_step / tokens if trainer.micro_batches.lines else float(plan.batch.accumulation)
     peak = torch.cuda.max_memory_allocated() if cuda else None
     return Calibration(tokens, round(seconds, 4), round(seconds * passes, 4), peak)
 
@@ -317,20 +317,22 @@ def _forward_and_backward(trainer: StepTrainer, model: Any, batch: dict[str, Any
         loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         return loss.detach()
 
-    trainer.pieces.run([batch], one, lambda: model.zero_grad(), nullcontext, trainer.state.global_step)
+    trainer.micro_batches.run([batch], one, lambda: model.zero_grad(), nullcontext, trainer.state.global_step)
 
 
 @contextmanager
 def _undone(trainer: StepTrainer, model: Any) -> Iterator[None]:
     """Take back what a forward and a backward pass leave behind: gradients, counters and drawn numbers."""
-    counted = trainer.pieces.real, trainer.pieces.padded
+    counted = trainer.micro_batches.real, trainer.micro_batches.padded
     training = model.training
     model.train()
-    with torch.random.fork_rng():
+    device = trainer.args.device
+    # Without a list torch saves the states of all GPUs, which other processes use, and warns of them.
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
         yield
     model.train(training)
     model.zero_grad(set_to_none=True)
-    trainer.pieces.real, trainer.pieces.padded = counted
+    trainer.micro_batches.real, trainer.micro_batches.padded = counted
     for logged in getattr(trainer, "_metrics", {}).values():
         logged.clear()
 
@@ -340,16 +342,19 @@ class ForwardCallback(TrainerCallback):  # type: ignore[misc]  # transformers' c
 
     None of it changes a loss: a block that runs again gives the same values, what PEFT casts to the adapter's dtype
     autocast would cast back before the product, and LoRA's sum is the same in one pass.
+
+    Attributes:
+        optimizations: names of those in use; from the beginning of training on, without those that apply to nothing.
     """
 
-    def __init__(self, checkpointed_blocks: int | None, optimizations: set[str]) -> None:
+    def __init__(self, checkpointed_blocks: int | None, optimizations: frozenset[str]) -> None:
         """
         Args:
             checkpointed_blocks: that run again in the backward pass; None leaves it to the trainer's argument.
-            optimizations: names of those in use; what turns out to be without use is taken out.
+            optimizations: names of those that the trainer uses.
         """
         self._blocks = checkpointed_blocks
-        self._optimizations = optimizations
+        self.optimizations = optimizations
 
     def on_train_begin(
         self,
@@ -362,11 +367,11 @@ class ForwardCallback(TrainerCallback):  # type: ignore[misc]  # transformers' c
         if self._blocks is not None:
             keep_checkpointed(model, self._blocks)
         if not (args.bf16 or args.fp16):
-            self._optimizations.discard("skip_adapter_casts")
-        if "skip_adapter_casts" in self._optimizations:
+            self.optimizations -= {"skip_adapter_casts"}
+        if "skip_adapter_casts" in self.optimizations:
             cast_inputs(model, False)
-        if "fused_lora" in self._optimizations and not enable_fused_lora(model):
-            self._optimizations.discard("fused_lora")
+        if "fused_lora" in self.optimizations and not enable_fused_lora(model):
+            self.optimizations -= {"fused_lora"}
 
     def on_train_end(
         self,

@@ -1,4 +1,12 @@
-"""One process at a time trains in a run folder."""
+"""One process at a time trains in a run folder.
+
+The lock is `flock` on a file that names its holder. `filelock`, which guards the cache, cannot replace it. Its native
+lock takes `flock` too, but opens the file with O_TRUNC in 3.13, the oldest version supported, so that whoever is
+refused erases the name of the holder; takes a file system without locks (ENOLCK) for one where the lock is held; leaves
+the file in the folder; and lets a forked worker keep the lock of a killed parent. Its leases (from 3.30) outlive a
+killed process until they expire when that ran in another container, whose process ids cannot be looked up; `flock` ends
+with it.
+"""
 
 import errno
 import fcntl

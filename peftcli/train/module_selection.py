@@ -1,7 +1,7 @@
 """Selects modules by gradient on a few training rows, after the weights are loaded and before the adapter is added."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -19,9 +19,11 @@ from peftcli.model.inspect import count_on_layer
 from peftcli.plan.module_layout import within
 from peftcli.plan.module_selection import Selection, choose_layers, choose_modules
 from peftcli.plan.plan import Plan
-from peftcli.plan.targets import ALL_LINEAR, chosen_plan, matches
-from peftcli.recipe.rules import CAUSAL
+from peftcli.plan.targets import ALL_LINEAR, matches, resolve_targets
+from peftcli.results import PlanJson, load_or_default, save
 from peftcli.run_dir import RunDir, read_json, write_json
+from peftcli.tasks.base import implementation
+from peftcli.tasks.registry import TASKS
 
 Inputs = Mapping[str, Tensor]
 
@@ -46,11 +48,11 @@ def select_modules(
         selection = from_first(lambda: _earlier(run))
     else:
         selection = _select(plan, data, tokenizer, model)
-    chosen = chosen_plan(plan, selection, _saved_whole(plan, model))
+    chosen = resolve_targets(plan, selection, _saved_whole(plan, model))
     if rank_and_world_size()[0] == 0:
         write_json(run.selection, selection.as_json())
         if run.plan.is_file():
-            write_json(run.plan, read_json(run.plan) | chosen.as_json())
+            save(run.plan, chosen.as_json(load_or_default(PlanJson, run.plan).forecast))
     return chosen, selection.sentence()
 
 
@@ -66,7 +68,7 @@ def _select(plan: Plan, data: PreparedData, tokenizer: PreTrainedTokenizerBase, 
     choice, adapter = plan.choice, plan.adapter
     widths = _candidates(plan, model)
     rows = sample_rows(plan, len(data.train.rows), choice.batches)
-    make, loss = reader(plan, data, tokenizer, model)
+    make, loss = implementation(TASKS[plan.task].batches)(plan, data, tokenizer, model)
     norms = gradient_norms(model, list(widths), [make(rows[part]) for part in local_rows(len(rows))], loss)
     kinds = {
         name: (*pair, getattr(model.get_submodule(name), "bias", None) is not None) for name, pair in widths.items()
@@ -114,24 +116,30 @@ def sample_rows(plan: Plan, count: int, batches: int) -> list[list[int]]:
     return [order[first : first + size].tolist() for first in range(0, count, size)][:batches]
 
 
-def reader(
+ReadRows: TypeAlias = Callable[[Sequence[int]], Inputs]
+"""Numbers of training rows to a batch on the model's device."""
+BatchLoss: TypeAlias = Callable[[Any, Inputs], Tensor]
+"""A model and a batch to its mean loss: (), float."""
+
+
+def text_batches(
     plan: Plan, data: PreparedData, tokenizer: PreTrainedTokenizerBase, model: Any
-) -> tuple[Callable[[Sequence[int]], Inputs], Callable[[Any, Inputs], Tensor]]:
-    """How rows become a batch, and a batch a loss.
+) -> tuple[ReadRows, BatchLoss]:
+    """Batches of a language model, and their loss.
 
     Args:
         model: the base, alone or with an adapter that changes nothing yet.
     """
+    read, pad = _reader(data, "input_ids"), tokenizer.pad_token_id or 0
+    return (lambda rows: _on(model, filled(**read(rows), pad=pad))), (lambda one, batch: one(**batch).loss)
+
+
+def label_batches(
+    plan: Plan, data: PreparedData, tokenizer: PreTrainedTokenizerBase, model: Any
+) -> tuple[ReadRows, BatchLoss]:
+    """The same for a model with a head."""
     head = task_head(plan.base.labels, plan.base.problem_type, model, tokenizer)
-    store = data.train.store.examples.select([head.column, "labels"])
-
-    def read(rows: Sequence[int]) -> dict[str, list[Any]]:
-        columns: dict[str, list[Any]] = store.take([int(data.train.rows[row]) for row in rows]).to_pydict()
-        return columns
-
-    if plan.task == CAUSAL:
-        pad = tokenizer.pad_token_id or 0
-        return (lambda rows: _on(model, filled(**read(rows), pad=pad))), (lambda one, batch: one(**batch).loss)
+    read = _reader(data, head.column)
 
     def labelled(rows: Sequence[int]) -> Inputs:
         found = read(rows)
@@ -142,6 +150,16 @@ def reader(
         return losses.sum() / head.targets(batch["labels"]).clamp(min=1)
 
     return labelled, loss
+
+
+def _reader(data: PreparedData, column: str) -> Callable[[Sequence[int]], dict[str, list[Any]]]:
+    store = data.train.store.examples.select([column, "labels"])
+
+    def read(rows: Sequence[int]) -> dict[str, list[Any]]:
+        columns: dict[str, list[Any]] = store.take([int(data.train.rows[row]) for row in rows]).to_pydict()
+        return columns
+
+    return read
 
 
 def filled(input_ids: Sequence[Sequence[int]], labels: Sequence[Sequence[int]], pad: int) -> dict[str, Tensor]:

@@ -1,18 +1,19 @@
 """`train`: baseline, training, adapter and evaluation in one process that may be stopped at any step."""
 
+import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, enable_full_determinism
 from trl import SFTConfig
 
-from peftcli.adapters.build import peft_config
 from peftcli.data.prepare import PreparedData
+from peftcli.errors import Diverged
 from peftcli.model.adapter_files import save_adapter, write_card
 from peftcli.model.distributed import from_first
 from peftcli.model.evaluate import (
@@ -24,28 +25,36 @@ from peftcli.model.evaluate import (
     evaluation_json,
     load_retention,
 )
-from peftcli.model.fused_loss import score_targets
 from peftcli.model.hardware import peak_memory_bytes
 from peftcli.model.init_from import load_initial_weights
-from peftcli.model.load import load_adapter, load_base
-from peftcli.model.padding_free import enable_padding_free, kernels_used, row_problem
+from peftcli.model.load import DTYPES, load_adapter, load_base
+from peftcli.model.padding_free import RowCheck, check_rows, enable_padding_free, kernels_used
 from peftcli.model.varlen_attention import rejected
 from peftcli.plan.plan import DTYPE_BYTES, Plan
 from peftcli.progress import Progress
-from peftcli.recipe.rules import CAUSAL
-from peftcli.run_dir import RunDir, read_json, write_json
+from peftcli.results import (
+    Calibration,
+    EvalJson,
+    OutOfMemory,
+    Retention,
+    TrainBatching,
+    TrainJson,
+    load,
+    load_or_default,
+    save,
+)
+from peftcli.run_dir import RunDir
+from peftcli.tasks.base import implementation
+from peftcli.tasks.registry import TASKS
 from peftcli.train import checkpoint
-from peftcli.train.adalora import RankAllocation
-from peftcli.train.adapter_init import initialize_adapter, initialize_from_gradient, takes_gradient
 from peftcli.train.arguments import naming_arguments
 from peftcli.train.callbacks import CalibrationCallback, ForwardCallback, RunCallback
 from peftcli.train.disk import Forecast, forecast
 from peftcli.train.machines import on_this_machine
 from peftcli.train.module_selection import select_modules
-from peftcli.train.precision import downcast_saved_modules, free_trained_base, upcast_trainable
-from peftcli.train.step import StepTrainer
+from peftcli.train.precision import downcast_saved_modules, free_trained_base
+from peftcli.train.step import OVERFLOW, StepTrainer, TrainerSetup
 from peftcli.train.stop import StoppableProgress, StopRequests, is_first_process
-from peftcli.train.trainers import Trainer, make_label_trainer
 
 UNMEASURED_RESERVE_SECONDS = 60.0
 """Set aside for the last evaluation where no baseline told how long one takes."""
@@ -62,7 +71,7 @@ class Session:
     Attributes:
         stops: what may end it early.
         resume_from: a verified checkpoint to go on from.
-        stamp: what the run is made from.
+        fingerprint: what the run is made from.
         checkpoint_bytes: forecast of one checkpoint on the disk.
         baseline: `eval.json` of an earlier stage, which has measured the base already.
         trainer: the trainer arguments of the recipe itself.
@@ -70,7 +79,7 @@ class Session:
 
     stops: StopRequests
     resume_from: Path | None
-    stamp: dict[str, Any]
+    fingerprint: dict[str, Any]
     checkpoint_bytes: int
     baseline: Path | None = None
     trainer: Mapping[str, Any] = field(default_factory=dict)
@@ -104,6 +113,7 @@ def train(
 
     Raises:
         Diverged: a loss, a gradient or a weight is not finite, or nothing is learned any more.
+        MachineError: the model overflows float16.
         MemoryExhausted: not even small pieces of a micro-batch fit.
         Stopped: a stop was asked for outside the training loop.
         MachineError: the weights cannot be loaded, or a package that a trainer argument needs is missing.
@@ -111,26 +121,28 @@ def train(
     """
     stops, resume_from = session.stops, session.resume_from
     load_retention(plan, tokenizer)  # what is wrong with the text is said before the weights are loaded
+    if plan.trainer.get("full_determinism"):
+        # Not only in the trainer: cuBLAS reads its configuration once, and kernels are checked before training.
+        enable_full_determinism(plan.seed)
     model = load_base(plan.base, shards=plan.shards)
     plan, chosen = select_modules(plan, run, data, tokenizer, model, resuming=resume_from is not None)
     if chosen is not None:
         progress.note(chosen)
-    lines = plan.batching.kind == "padding_free" and _keeps_rows_apart(model, progress)
-    make = make_trainer if plan.task == CAUSAL else make_label_trainer
+    setup = TrainerSetup(
+        plan,
+        data,
+        tokenizer,
+        row_check=_check_rows(plan, model, progress) if plan.batching.kind == "padding_free" else None,
+        resume_from=resume_from,
+        fingerprint=session.fingerprint,
+        checkpoint_bytes=session.checkpoint_bytes,
+    )
     with naming_arguments(session.trainer):
-        trainer: StepTrainer = make(plan, run, data, tokenizer, model)
-    trainer.optimizations |= plan.optimizations
-    if "fused_loss" in plan.optimizations and not score_targets(model):
-        trainer.optimizations.discard("fused_loss")
-        progress.note("  note: the output layer is divided or no linear layer alone, so it is left to TRL")
-    trainer.stamp, trainer.checkpoint_bytes = session.stamp, session.checkpoint_bytes
-    if not trainer.aux_loss_enabled:  # a router's balance is judged on the rows of a micro-batch
-        trainer.cut_steps(lines=plan.batching.tokens if lines else None, most=plan.batching.most)
-    trainer.start = initialize_adapter(trainer.model, plan, data, tokenizer.pad_token_id or 0, resume_from)
-    if takes_gradient(plan.adapter):
-        trainer.start = initialize_from_gradient(trainer.model, plan, data, tokenizer, resume_from)
-    trainer.loraplus_lr_ratio = plan.adapter.arguments.get("loraplus_lr_ratio")
-    upcast_trainable(trainer.model, plan.adapter_dtype)
+        trainer: StepTrainer = implementation(TASKS[plan.task].trainer)(setup, run.checkpoints, model)
+    for note in trainer.notes:
+        progress.note(f"  note: {note}")
+    if plan.base.dtype == "float16":
+        trainer.check_float16()
     heeding = StoppableProgress(
         progress, stops, "before the first step" if resume_from is None else "before the next step"
     )
@@ -150,47 +162,48 @@ def train(
         device=plan.base.device,
         writes=is_first_process(),
     )
-    trainer.add_callback(ForwardCallback(plan.checkpointed_blocks, trainer.optimizations))
+    forward = ForwardCallback(plan.checkpointed_blocks, trainer.optimizations)
+    trainer.add_callback(forward)
     trainer.add_callback(CalibrationCallback(trainer, plan, data.train.column("length"), progress))
     trainer.add_callback(watch)  # whose clock begins after the calibration
-    if plan.adapter.method == "adalora":
-        trainer.ranks = RankAllocation(trainer.model, plan.adapter, resume_from)
+    if trainer.ranks is not None:
         trainer.add_callback(trainer.ranks)
-    if resume_from is not None:
-        trainer.go_on_from(read_json(resume_from / checkpoint.MANIFEST)["counters"])
     with naming_arguments(session.trainer):
         trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
     reason = watch.stop_reason
     steps = trainer.state.global_step
     if reason is not None and not watch.stopped_by_clock:
-        write_train(run, trainer, watch, plan, resume_from)
+        write_train(run, trainer, watch, forward.optimizations)
         return TrainResult(steps, reason)
     tuned = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-    if trainer.start is not None:
-        trainer.start.settle()
+    if trainer.residual is not None:
+        trainer.residual.settle()
     if is_first_process():
         if trainer.ranks is not None:
             trainer.ranks.write(run.ranks)
         save_adapter(tuned, tokenizer, plan, data, run.adapter)
     # After the adapter: who finds a finished training here finds its adapter too.
-    write_train(run, trainer, watch, plan, resume_from)
+    write_train(run, trainer, watch, forward.optimizations)
     downcast_saved_modules(tuned, plan.base.dtype)
     heard: Progress = StoppableProgress(progress, stops, "in the last evaluation") if reason is None else progress
     _measure_adapter(plan, run, data, tokenizer, tuned, heard, before)
     return TrainResult(steps, reason)
 
 
-def _keeps_rows_apart(model: PreTrainedModel, progress: Progress) -> bool:
-    """Whether the rows of a micro-batch may stand in one line; says why not, and which kernel failed its check."""
+def _check_rows(plan: Plan, model: PreTrainedModel, progress: Progress) -> RowCheck:
+    """Whether batches may be padding-free; says why not, and which kernel failed its check."""
+    check = RowCheck("the attention of this model cannot be replaced")
     if enable_padding_free(model):
-        problem = row_problem(model)
-    else:
-        problem = "the attention of this model cannot be replaced"
+        dtype = DTYPES[plan.base.dtype]
+        # As in training, so that the kernels are checked in the number format that they will be used in.
+        with torch.autocast(plan.base.device, dtype, enabled=dtype != torch.float32):
+            check = check_rows(model)
+    instead = "rows of similar length are laid side by side instead" if check.problem is None else "it is not used"
     for kernel, why in rejected.items():
-        progress.note(f"  note: the {kernel} attention kernel failed its check on this GPU and is not used: {why}")
-    if problem is not None:
-        progress.note(f"  note: padded batches are used: {problem}")
-    return problem is None
+        progress.note(f"  note: the attention kernel {kernel} failed its check on this machine: {why}; {instead}")
+    if check.problem is not None:
+        progress.note(f"  note: padded batches are used: {check.problem}")
+    return check
 
 
 def evaluate_trained(
@@ -212,7 +225,7 @@ def evaluate_trained(
     known = _known_baseline(run, session, resuming=True)
     before, _ = _baseline(plan, run, data, tokenizer, model, heeding, known=known)
     _measure_adapter(plan, run, data, tokenizer, model, heeding, before)
-    return TrainResult(from_first(lambda: int(read_json(run.train)["steps"])), None)
+    return TrainResult(from_first(lambda: load_or_default(TrainJson, run.train).steps or 0), None)
 
 
 def run_forecast(plan: Plan, trainer: Mapping[str, Any]) -> Forecast:
@@ -225,32 +238,12 @@ def run_forecast(plan: Plan, trainer: Mapping[str, Any]) -> Forecast:
         MachineError: a package that a trainer argument needs is missing.
         RecipeError: the libraries refuse a trainer argument.
     """
-    kind = SFTConfig if plan.task == CAUSAL else TrainingArguments
+    kind = implementation(TASKS[plan.task].arguments)
     with naming_arguments(trainer, only=True):
         arguments = kind(output_dir="unused", **plan.trainer)
     keep = (arguments.save_total_limit or 2) + bool(arguments.load_best_model_at_end)
     width = DTYPE_BYTES[plan.adapter_dtype]
     return forecast(plan.trained, optimizer=str(arguments.optim.value), keep=keep, width=width)
-
-
-def make_trainer(
-    plan: Plan, run: RunDir, data: PreparedData, tokenizer: PreTrainedTokenizerBase, model: Any
-) -> Trainer:
-    """Hand the plan to TRL, which wraps the model, and make the trainable weights as wide as the plan says."""
-    arguments = SFTConfig(output_dir=str(run.checkpoints), **plan.trainer)
-    # Several visible cards without a launcher would mean nn.DataParallel, which TRL refuses; the plan uses one.
-    arguments._n_gpu = min(arguments.n_gpu, 1)
-    trainer = Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=Dataset(data.train.store.examples.select(["input_ids", "labels"])).select(data.train.rows),
-        eval_dataset=Dataset(data.test.select(["input_ids", "labels"])) if data.holds_out else None,
-        processing_class=tokenizer,
-        peft_config=peft_config(plan.adapter, plan.task, tokenizer=plan.base.path),
-    )
-    upcast_trainable(trainer.model, plan.adapter_dtype)
-    trainer.defers = "deferred_metrics" in plan.optimizations
-    return trainer
 
 
 def _known_baseline(run: RunDir, session: Session, *, resuming: bool) -> Path | None:
@@ -273,16 +266,15 @@ def _baseline(
     progress: Progress,
     *,
     known: Path | None,
-) -> tuple[dict[str, Any] | None, float]:
+) -> tuple[EvalJson | None, float]:
     """`eval.json` with the base alone, measured now or earlier, and the seconds that it took.
 
     Args:
         known: a file of the first process that holds it.
     """
-    stored = from_first(lambda: None if known is None else read_json(known))
+    stored = from_first(lambda: None if known is None else load(EvalJson, known))
     if stored is not None:
-        measured_before = "baseline_seconds" in stored
-        return (stored if measured_before else None), float(stored.get("baseline_seconds") or 0.0)
+        return (None if stored.baseline_seconds is None else stored), stored.baseline_seconds or 0.0
     tested = plan.evaluation.baseline and data.holds_out
     if not tested and plan.evaluation.forgetting_text is None:
         return None, UNMEASURED_RESERVE_SECONDS if data.holds_out else 0.0
@@ -290,12 +282,39 @@ def _baseline(
     with adapter_off(model):
         measured = _measure(plan, data, tokenizer, model, progress, "base") if tested else None
         retention = base_retention(plan, tokenizer, model, progress)
+    _check_losses(plan, measured, retention, trained=False)
     seconds = time.monotonic() - begun
-    before = _evaluation(plan, data, tokenizer, {"base": measured, "adapter": None}) | retention
-    before["baseline_seconds"] = round(seconds, 3)
+    before = _evaluation(plan, data, tokenizer, {"base": measured, "adapter": None})
+    before = replace(before, retention=retention, baseline_seconds=round(seconds, 3))
     if is_first_process():
-        write_json(run.eval, before)
+        save(run.eval, before)
     return before, seconds
+
+
+def _check_losses(plan: Plan, measured: Evaluation | None, retention: Retention | None, *, trained: bool) -> None:
+    """Stop where a model computes no loss; every process has the same.
+
+    Args:
+        retention: what `base_retention` or `adapter_retention` gave.
+        trained: it is the adapter, after training, and not the base before it.
+
+    Raises:
+        Diverged: a loss is not finite.
+    """
+    whose = "the adapter after training" if trained else f"{plan.base.name} before training"
+    forgetting = None
+    if retention is not None:
+        forgetting = retention.adapter_loss if trained else retention.base_loss
+    on_test = None if measured is None else float(measured.scores().figures["loss"])
+    fix = "set model.dtype: float32, and compare the weight files of the base with those of the publisher"
+    for rows, loss in (("the test rows", on_test), ("evaluation.forgetting_text", forgetting)):
+        if loss is not None and not math.isfinite(loss):
+            problem = Diverged(
+                f"the loss of {whose} on {rows} is {loss} in {plan.base.dtype}; "
+                f"{OVERFLOW if plan.base.dtype == 'float16' else fix}"
+            )
+            problem.in_all = True
+            raise problem
 
 
 def _measure(
@@ -310,7 +329,7 @@ def _measure(
 
 def _evaluation(
     plan: Plan, data: PreparedData, tokenizer: PreTrainedTokenizerBase, measured: dict[str, Evaluation | None]
-) -> dict[str, Any]:
+) -> EvalJson:
     decoding = decoding_for(plan.evaluation, data, tokenizer, plan.seed)
     return evaluation_json(data, plan.evaluation.samples, decoding, measured)
 
@@ -322,20 +341,20 @@ def _measure_adapter(
     tokenizer: PreTrainedTokenizerBase,
     model: Any,
     progress: Progress,
-    before: dict[str, Any] | None,
+    before: EvalJson | None,
 ) -> None:
     """Measure the adapter, and put it beside its base into `eval.json` and the model card."""
     after = _measure(plan, data, tokenizer, model, progress, "adapter") if data.holds_out else None
     retention = adapter_retention(plan, tokenizer, model, progress, before)
+    _check_losses(plan, after, retention, trained=True)
     if not is_first_process():
         return
-    value = _evaluation(plan, data, tokenizer, {"base": None, "adapter": after}) | retention
+    value = _evaluation(plan, data, tokenizer, {"base": None, "adapter": after})
     if before is not None:
-        value["base"] = before["base"]
-        value["baseline_seconds"] = before["baseline_seconds"]
-        for sample, old in zip(value["samples"], before["samples"], strict=True):
-            sample["base"] = old["base"]
-    write_json(run.eval, value)
+        pairs = zip(value.samples, before.samples, strict=True)
+        samples = tuple(replace(sample, base=old.base) for sample, old in pairs)
+        value = replace(value, base=before.base, baseline_seconds=before.baseline_seconds, samples=samples)
+    save(run.eval, replace(value, retention=retention))
     write_card(run)
 
 
@@ -352,44 +371,47 @@ def rows_seen(epochs: float, rows: int, arguments: SFTConfig) -> int:
     return whole * rows + int(min(steps * step, rows))
 
 
-def write_train(run: RunDir, trainer: StepTrainer, watch: RunCallback, plan: Plan, resume_from: Path | None) -> None:
-    """Write `train.json`; every process counts, the first one writes."""
+def write_train(run: RunDir, trainer: StepTrainer, watch: RunCallback, optimizations: frozenset[str]) -> None:
+    """Write `train.json`; every process counts, the first one writes.
+
+    Args:
+        optimizations: names of those that were in use.
+    """
+    plan, resume_from = trainer.setup.plan, trainer.setup.resume_from
     state = trainer.state
     rows = len(trainer.train_dataset)
     counted = trainer.counters()
     if not is_first_process():
         return
-    seconds, of_tokens = counted["seconds"], trainer.fed == "tokens"
-    write_json(
-        run.train,
-        {
-            "schema": 1,
-            "status": "finished" if watch.stop_reason is None else "stopped",
-            "stop_reason": watch.stop_reason,
-            "steps": state.global_step,
-            "planned_steps": state.max_steps,
-            "rows": rows_seen(state.epoch or 0.0, rows, trainer.args),
-            "epochs": state.epoch,
-            "tokens": int(counted["tokens"]) if of_tokens else None,
-            "trained_tokens": int(counted["trained_tokens"]) if of_tokens else None,
-            "tokens_per_second": round(counted["tokens"] / seconds, 1) if seconds and of_tokens else None,
-            "seconds": round(seconds, 3),
-            "peak_memory_bytes": peak_memory_bytes(trainer.args.device.type),
-            "resident_before_bytes": watch.resident_before,
-            "resumed_from_step": None if resume_from is None else int(resume_from.name.rsplit("-", 1)[1]),
-            "first_loss": watch.losses[0][1] if watch.losses else None,
-            "last_loss": watch.losses[-1][1] if watch.losses else None,
-            "out_of_memory": [{"step": step, "pieces": pieces} for step, pieces in trainer.pieces.events],
-            "batching": {
-                "kind": plan.batching.kind if trainer.pieces.lines else "padded",
-                "attention": sorted(kernels_used) if trainer.pieces.lines else None,
-                "rejected_kernels": dict(rejected),
-                "real_tokens": trainer.pieces.real,
-                "padded_tokens": trainer.pieces.padded,
-            },
-            "levers": sorted(trainer.optimizations),
-            "calibration": trainer.calibration,
-            "stamp": trainer.stamp,
-        },
+    seconds, of_tokens = counted["seconds"], trainer.counts == "tokens"
+    facts = TrainJson(
+        status="finished" if watch.stop_reason is None else "stopped",
+        stop_reason=watch.stop_reason,
+        steps=state.global_step,
+        planned_steps=state.max_steps,
+        rows=rows_seen(state.epoch or 0.0, rows, trainer.args),
+        epochs=state.epoch,
+        tokens=int(counted["tokens"]) if of_tokens else None,
+        trained_tokens=int(counted["trained_tokens"]) if of_tokens else None,
+        tokens_per_second=round(counted["tokens"] / seconds, 1) if seconds and of_tokens else None,
+        seconds=round(seconds, 3),
+        peak_memory_bytes=peak_memory_bytes(trainer.args.device.type),
+        resident_before_bytes=watch.resident_before,
+        resumed_from_step=None if resume_from is None else int(resume_from.name.rsplit("-", 1)[1]),
+        first_loss=watch.losses[0][1] if watch.losses else None,
+        last_loss=watch.losses[-1][1] if watch.losses else None,
+        out_of_memory=tuple(OutOfMemory(step=step, pieces=pieces) for step, pieces in trainer.micro_batches.events),
+        batching=TrainBatching(
+            kind=plan.batching.kind if trainer.micro_batches.lines else "padded",
+            attention=tuple(sorted(kernels_used)) if trainer.micro_batches.lines else None,
+            rejected_kernels={str(name): reason for name, reason in rejected.items()},
+            row_difference=None if trainer.setup.row_check is None else trainer.setup.row_check.difference,
+            real_tokens=trainer.micro_batches.real,
+            padded_tokens=trainer.micro_batches.padded,
+        ),
+        levers=tuple(sorted(optimizations)),
+        calibration=None if trainer.calibration is None else Calibration(**trainer.calibration),
+        stamp=dict(trainer.setup.fingerprint),
     )
+    save(run.train, facts)
     checkpoint.clear_staging(run.checkpoints)

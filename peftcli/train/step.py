@@ -2,8 +2,9 @@
 
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +14,62 @@ from accelerate.utils import DistributedType
 from peft.optimizers import create_loraplus_optimizer
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import TrainingArguments
+from transformers import PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, SaveStrategy
 
+from peftcli.data.prepare import PreparedData
 from peftcli.errors import Diverged, MachineError
+from peftcli.methods.registry import METHODS
 from peftcli.model.distributed import gather, is_fsdp
-from peftcli.run_dir import RunDir
+from peftcli.model.padding_free import RowCheck
+from peftcli.plan.plan import Plan
+from peftcli.run_dir import RunDir, read_json
 from peftcli.train import checkpoint
 from peftcli.train.adalora import RankAllocation
-from peftcli.train.adapter_init import ResidualInit
+from peftcli.train.adapter_init import initialize_adapter
 from peftcli.train.disk import has_space_for_checkpoint
 from peftcli.train.machines import on_this_machine
 from peftcli.train.micro_batch import MicroBatches, count_tokens, first_rows
+from peftcli.train.precision import upcast_trainable
 
 MOST_FLAT_STEPS = 5
 """Steps in a row without any gradient; one alone may be chance, such as a row whose answer is certain."""
 MOST_SKIPPED_STEPS = 30
 """Steps in a row that float16's scaler skips; it begins at 65536 and halves its scale each time."""
+
+OVERFLOW = (
+    "float16, which ends at 65504, overflows in this model; set model.dtype: float32 (with quantization: {bits: 4} the "
+    "weights stay small), or use a GPU of sm_80 or later, which computes in bfloat16"
+)
+"""What to do where the gradient scaler of float16 cannot help."""
+
+
+@dataclass(frozen=True)
+class TrainerSetup:
+    """What a trainer is built from, besides the loaded model.
+
+    Attributes:
+        plan: of the run, with its labels and targets resolved.
+        data: tokenized train and test rows.
+        tokenizer: of the model; for images the processor.
+        row_check: whether the model keeps the rows of a padding-free batch apart; None where the plan pads them.
+        resume_from: a verified checkpoint to resume from.
+        fingerprint: what the run is made from, for the manifest of each checkpoint.
+        checkpoint_bytes: forecast of one checkpoint on the disk.
+    """
+
+    plan: Plan
+    data: PreparedData
+    tokenizer: PreTrainedTokenizerBase
+    row_check: RowCheck | None = None
+    resume_from: Path | None = None
+    fingerprint: Mapping[str, Any] = field(default_factory=dict)
+    checkpoint_bytes: int = 0
+
+    @property
+    def padding_free(self) -> bool:
+        """Whether batches are padding-free."""
+        return self.row_check is not None and self.row_check.problem is None
 
 
 class StepTrainer(transformers.Trainer):  # type: ignore[misc]  # transformers' trainer is untyped
@@ -39,34 +79,30 @@ class StepTrainer(transformers.Trainer):  # type: ignore[misc]  # transformers' 
     would lose.
 
     Attributes:
+        setup: what it was built from.
         seconds_before: seconds of training in earlier sessions of the run.
-        seconds: seconds of training in this one, kept by the callback that watches.
-        stamp: what the run is made from, for the manifest of each checkpoint.
-        pieces: what is run at once, and how often it became smaller.
-        checkpoint_bytes: forecast of a checkpoint on the disk.
+        seconds: seconds of training in this one, kept by `RunCallback`.
+        micro_batches: what is run at once, and how often it became smaller.
+        residual: the initial adapter of PiSSA and OLoRA, whose part was taken out of the base; None for other methods.
         ranks: of AdaLoRA, None for every other method.
-        start: what LoRA began with, None where the base need not be kept from it.
-        second_matrix_ratio: learning rate of LoRA's second matrix over that of the first, None where they are one.
-        fed: what `tokens` counts, for people.
+        counts: what `tokens` counts: tokens or images.
         optimizations: names of those in use, as `performance.disable` names them.
         calibration: what one micro-batch took before the first step, None where that was not measured.
+        notes: what of the plan this model or this machine cannot do, for people.
     """
 
-    fed = "tokens"
+    counts = "tokens"
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, setup: TrainerSetup, **kwargs: Any) -> None:
         with made_for_parts(kwargs["model"], kwargs["args"]):
-            super().__init__(*args, **kwargs)
+            super().__init__(**kwargs)
+        self.setup = setup
         self.seconds_before = 0.0
         self.seconds = 0.0
-        self.stamp: dict[str, Any] = {}
-        self.checkpoint_bytes = 0
-        self.optimizations: set[str] = set()
+        self.optimizations = setup.plan.optimizations
+        self.notes: list[str] = []
         self.calibration: dict[str, Any] | None = None
-        self.ranks: RankAllocation | None = None
-        self.start: ResidualInit | None = None
-        self.loraplus_lr_ratio: float | None = None
-        self.pieces = MicroBatches(tokens=None, agree=self._agree())
+        self.micro_batches = self._micro_batches()
         self._waiting: list[dict[str, Any]] = []
         self._counted: Tensor | int = 0  # (2,) once there is something: fed, trained; of this process and session
         self._counted_before = {"tokens": 0.0, "trained_tokens": 0.0}
@@ -76,6 +112,27 @@ class StepTrainer(transformers.Trainer):  # type: ignore[misc]  # transformers' 
         self._batches: Sequence[dict[str, Any]] = ()
         self._before_step: Tensor | int = 0
         self._staging: str | None = None
+        upcast_trainable(self.model, setup.plan.adapter_dtype)  # before, since it computes in the weights' dtype
+        self.residual = initialize_adapter(self.model, setup.plan, setup.data, setup.tokenizer, setup.resume_from)
+        upcast_trainable(self.model, setup.plan.adapter_dtype)
+        self.ranks = self._rank_allocation()
+        if setup.resume_from is not None:
+            self._restore_counters(read_json(setup.resume_from / checkpoint.MANIFEST)["counters"])
+
+    def _micro_batches(self) -> MicroBatches:
+        agree = gather if self.accelerator.num_processes > 1 else None
+        if getattr(self, "aux_loss_enabled", False):  # a router's balance is computed over the rows of a micro-batch
+            return MicroBatches(tokens=None, agree=agree)
+        batching = self.setup.plan.batching
+        return MicroBatches(
+            tokens=batching.tokens if self.setup.padding_free else None, most=batching.most, agree=agree
+        )
+
+    def _rank_allocation(self) -> RankAllocation | None:
+        adapter = self.setup.plan.adapter
+        if not METHODS[adapter.method].allocates_ranks:
+            return None
+        return RankAllocation(self.model, adapter, self.setup.resume_from)
 
     def targets(self, labels: Tensor) -> Tensor:
         """How many trained tokens or rows some labels hold: (), int64."""
@@ -84,13 +141,6 @@ class StepTrainer(transformers.Trainer):  # type: ignore[misc]  # transformers' 
     def chance(self) -> str:
         """What a guess would lose, in brackets with a space before, or nothing where that is not known."""
         return ""
-
-    def cut_steps(self, *, lines: int | None, most: int | None) -> None:
-        """Run each step as padding-free batches of so many tokens at most, or as padded pieces of at most so many."""
-        self.pieces = MicroBatches(tokens=lines, most=most, agree=self._agree())
-
-    def _agree(self) -> Callable[[int], list[int]] | None:
-        return gather if self.accelerator.num_processes > 1 else None
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """Remember the micro-batches of the step that begins, and what was counted before it."""
@@ -108,7 +158,7 @@ class StepTrainer(transformers.Trainer):  # type: ignore[misc]  # transformers' 
 
         def one(piece: dict[str, Any]) -> Tensor:
             # What TRL averages over the micro-batches of a step, such as a router's balancing loss, counts the pieces.
-            self.current_gradient_accumulation_steps = self.pieces.count
+            self.current_gradient_accumulation_steps = self.micro_batches.count
             loss: Tensor = parent(model, piece, num_items_in_batch)
             self._counted = self._counted + torch.stack([count_tokens(piece), self.targets(piece["labels"])])
             self._step_loss = loss if self._step_loss is None else self._step_loss + loss
@@ -120,7 +170,7 @@ class StepTrainer(transformers.Trainer):  # type: ignore[misc]  # transformers' 
             self._counted = self._before_step
 
         step = self.state.global_step + 1
-        return self.pieces.run(self._batches, one, restart, lambda: self._apart(model), step)
+        return self.micro_batches.run(self._batches, one, restart, lambda: self._apart(model), step)
 
     def compute_loss(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         """The loss of a piece; the gradient of AdaLoRA's regulariser goes with it, its value does not."""
@@ -128,20 +178,21 @@ class StepTrainer(transformers.Trainer):  # type: ignore[misc]  # transformers' 
         if self.ranks is None or not model.training:
             return loss
         # Once a step, however many pieces it has.
-        share = self.ranks.regulariser() / max(1, self.pieces.count)
+        share = self.ranks.regulariser() / max(1, self.micro_batches.count)
         return loss + (share - share.detach())
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
         with nullcontext() if self.ranks is None else self.ranks.whole(folder):
             super()._save(output_dir, state_dict=state_dict)
-        if self.start is not None:
-            self.start.save(folder)
+        if self.residual is not None:
+            self.residual.save(folder)
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer of the recipe, with LoRA+ where it asks for that."""
         made: torch.optim.Optimizer | None = self.__dict__.get("optimizer")
-        if made is not None or self.loraplus_lr_ratio is None:
+        ratio = self.setup.plan.adapter.arguments.get("loraplus_lr_ratio")
+        if made is not None or ratio is None:
             made = super().create_optimizer(model)
             assert made is not None
             return made
@@ -149,7 +200,7 @@ class StepTrainer(transformers.Trainer):  # type: ignore[misc]  # transformers' 
         made = self.optimizer = create_loraplus_optimizer(
             self.accelerator.unwrap_model(self.model),
             kind,
-            loraplus_lr_ratio=self.loraplus_lr_ratio,
+            loraplus_lr_ratio=ratio,
             loraplus_weight_decay=self.args.weight_decay,
             **settings,
         )
@@ -174,7 +225,7 @@ class StepTrainer(transformers.Trainer):  # type: ignore[misc]  # transformers' 
             "tokens": self._counted_before["tokens"] + fed,
             "trained_tokens": self._counted_before["trained_tokens"] + trained,
             "seconds": self.seconds_before + self.seconds,
-            "shrunk": float(self.pieces.oom_retries),
+            "shrunk": float(self.micro_batches.oom_retries),
         }
 
     def _total(self) -> tuple[float, float]:
@@ -194,29 +245,64 @@ class StepTrainer(transformers.Trainer):  # type: ignore[misc]  # transformers' 
         """Tokens of earlier sessions of the run."""
         return self._counted_before["tokens"]
 
-    def go_on_from(self, counters: dict[str, float]) -> None:
+    def _restore_counters(self, counters: dict[str, float]) -> None:
         """Take over what the sessions before have counted."""
         self._counted_before = {name: counters[name] for name in self._counted_before}
         self.seconds_before = counters["seconds"]
-        self.pieces.oom_retries = int(counters.get("shrunk", 0))
+        self.micro_batches.oom_retries = int(counters.get("shrunk", 0))
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
         self._gradient = super()._get_grad_norm(model, grad_norm=grad_norm)
         return self._gradient
 
+    def check_float16(self) -> None:
+        """Refuse a model whose forward pass overflows float16, which no gradient scaler helps against.
+
+        The first row is run as in training, adapter included, and leaves nothing behind.
+
+        Raises:
+            MachineError: its loss is not finite; in every process.
+        """
+        was_training = self.model.training
+        self.model.eval()  # without dropout, which would draw numbers
+        inputs = self._prepare_inputs(self.data_collator([self.train_dataset[0]]))
+        try:
+            with torch.no_grad(), self.compute_loss_context_manager():
+                loss = float(self.compute_loss(self.model, inputs))
+        finally:
+            self.model.train(was_training)
+            for logged in getattr(self, "_metrics", {}).values():
+                logged.clear()
+        losses = [one for one in gather(loss) if not math.isfinite(one)]
+        if losses:
+            problem = MachineError(f"before training, the loss of the first row is {losses[0]} in float16: {OVERFLOW}")
+            problem.in_all = True
+            raise problem
+
     def check_step(self, step: int) -> None:
         """Stop before the optimizer applies a step that would spoil the weights, or once nothing is learned any more.
 
         Raises:
-            Diverged: the loss or the gradient of the step is not finite, or the gradient has been 0 for some steps.
+            Diverged: the loss or the gradient of the step is not finite, or the gradient has been 0 for some steps; in
+                every process.
         """
         loss, self._step_loss = self._step_loss, None
         if loss is None or self._gradient is None:
             return
+        found = torch.stack([loss.float(), torch.as_tensor(self._gradient).to(loss).float()])
+        if self.accelerator.num_processes > 1:
+            # One process whose part of the loss is not finite would stop alone, and the others wait for it.
+            found = self.accelerator.reduce(found, "mean")
         # One transfer for both: each waits for the device.
-        loss_value, norm = torch.stack([loss.float(), torch.as_tensor(self._gradient).to(loss).float()]).tolist()
+        loss_value, norm = found.tolist()
         scaled = getattr(self.accelerator, "scaler", None) is not None
-        self._divergence.check(step, loss_value, norm, scaled=scaled, chance=self.chance())
+        if self.ranks is not None:
+            self.ranks.skips = not math.isfinite(norm)
+        try:
+            self._divergence.check(step, loss_value, norm, scaled=scaled, chance=self.chance())
+        except Diverged as problem:
+            problem.in_all = True
+            raise
 
     def evaluation_loop(
         self,
@@ -260,7 +346,7 @@ class StepTrainer(transformers.Trainer):  # type: ignore[misc]  # transformers' 
         Raises:
             MachineError: in every process.
         """
-        mine = has_space_for_checkpoint(folder, self.checkpoint_bytes) if self.args.should_save else None
+        mine = has_space_for_checkpoint(folder, self.setup.checkpoint_bytes) if self.args.should_save else None
         reason = next((one for one in gather(mine) if one is not None), None)
         if reason is not None:
             raise MachineError(f"step {self.state.global_step}: {reason}; the checkpoints before it are whole")
@@ -309,7 +395,9 @@ class StepTrainer(transformers.Trainer):  # type: ignore[misc]  # transformers' 
         if self.args.should_save:
             if is_best:
                 self.state.save_to_json(str(folder / checkpoint.STAGING / name / "trainer_state.json"))
-            checkpoint.seal(folder / checkpoint.STAGING / name, self.state.global_step, counters, self.stamp)
+            checkpoint.seal(
+                folder / checkpoint.STAGING / name, self.state.global_step, counters, dict(self.setup.fingerprint)
+            )
             checkpoint.promote(folder / checkpoint.STAGING / name, folder / name)
             checkpoint.rotate(folder, self.args.save_total_limit or 2, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
@@ -335,16 +423,21 @@ class NanGuard:
         """
         if not math.isfinite(loss):
             raise Diverged(
-                f"step {step}: the loss is {loss}, so training stopped before the weights took it; lower "
-                "trainer.learning_rate, or look at the rows of this step"
+                f"step {step}: the loss is {loss}, so training stopped before the weights took it; "
+                + (OVERFLOW if scaled else "lower trainer.learning_rate, or look at the rows of this step")
             )
         if not math.isfinite(norm):
             # The gradient scaler of float16 finds its scale by steps that overflow, and skips them itself.
             self._skipped += 1
-            if not scaled or self._skipped >= MOST_SKIPPED_STEPS:
+            if not scaled:
                 raise Diverged(
                     f"step {step}: the gradient is {norm} at a loss of {loss:.4f}, so training stopped before "
                     "the weights took it; lower trainer.learning_rate or trainer.max_grad_norm"
+                )
+            if self._skipped >= MOST_SKIPPED_STEPS:
+                raise Diverged(
+                    f"step {step}: the gradient has been {norm} for {self._skipped} steps at a loss of {loss:.4f}, "
+                    f"whatever the scale; {OVERFLOW}"
                 )
             return
         self._skipped = 0

@@ -4,6 +4,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType, TracebackType
 
@@ -11,6 +12,7 @@ import psutil
 
 from peftcli.errors import Aborted, Stopped
 from peftcli.progress import Progress
+from peftcli.signals import handle_stop_signals
 
 STARTED = "PEFTCLI_STARTED"
 """Environment variable with the Unix time at which the process began that launched this one."""
@@ -43,18 +45,16 @@ class StopRequests:
         self._limit = wall_clock
         self._now = now
         self._name = limit_name or (f"the time budget of {wall_clock:.0f} s" if wall_clock is not None else "")
-        self._before: dict[int, object] = {}
+        self._handlers = ExitStack()
 
     def __enter__(self) -> "StopRequests":
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._before[number] = signal.signal(number, self._hear)
+        self._handlers.enter_context(handle_stop_signals(self._hear))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]  # what signal.signal itself returned
+        self._handlers.close()
 
     def asked(self) -> str | None:
         """The signal or the file that asks for a stop, or None; the clock is not looked at."""

@@ -5,6 +5,7 @@ Both evaluate weighted by tokens or labels, count exactly, and write checkpoints
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,19 +13,17 @@ import transformers
 from datasets import Dataset
 from peft import get_peft_model
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
-from trl import SFTTrainer
+from transformers import TrainingArguments, set_seed
+from trl import SFTConfig, SFTTrainer
 
 from peftcli.adapters.build import peft_config
-from peftcli.data.prepare import PreparedData
 from peftcli.data.tokenize import IGNORED
 from peftcli.errors import RecipeError
 from peftcli.model.classification import TaskHead, forward, make_batch, task_head
+from peftcli.model.fused_loss import replace_broken_loss, score_targets
 from peftcli.model.heads import freeze_statistics
-from peftcli.plan.plan import Plan
-from peftcli.run_dir import RunDir
-from peftcli.train.precision import upcast_trainable
-from peftcli.train.step import StepTrainer
+from peftcli.model.load import DTYPES
+from peftcli.train.step import StepTrainer, TrainerSetup
 
 SMOOTHED = ("single-label", "tagging")
 """Problems on which label smoothing has a meaning."""
@@ -91,6 +90,28 @@ class DeferredTrainer(SFTTrainer):  # type: ignore[misc]  # trl ships no types
 class Trainer(StepTrainer, DeferredTrainer):
     """SFTTrainer; the training step, the loss and the loop are TRL's."""
 
+    def __init__(self, setup: TrainerSetup, **kwargs: Any) -> None:
+        super().__init__(setup, **kwargs)
+        self._choose_loss()
+        self.defers = "deferred_metrics" in self.optimizations
+
+    def _choose_loss(self) -> None:
+        """Use the fused loss where the plan has it, and another than TRL's where TRL's fails its check on this GPU."""
+        base = self.model.get_base_model()
+        if "fused_loss" in self.optimizations and not score_targets(base):
+            self.optimizations -= {"fused_loss"}
+            self.notes.append("fused loss disabled: the output layer is sharded or not a plain Linear")
+        if "fused_loss" in self.optimizations:
+            return
+        replaced = replace_broken_loss(base, self.args.device, DTYPES[self.setup.plan.base.dtype])
+        if replaced is None:
+            return
+        problem, ours = replaced
+        if ours:
+            self.optimizations |= {"fused_loss"}
+        instead = "peftcli's fused loss" if ours else "TRL's loss without Triton, which is slower,"
+        self.notes.append(f"TRL's Triton kernels for the loss failed their check: {problem}; {instead} is used instead")
+
     def targets(self, labels: Tensor) -> Tensor:
         """The tokens that are trained; the first of a row is predicted by nothing."""
         return (labels[..., 1:] != IGNORED).sum()
@@ -102,6 +123,28 @@ class Trainer(StepTrainer, DeferredTrainer):
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write none: the adapter folder gets a card with this run's own figures."""
+
+
+def make_trainer(setup: TrainerSetup, checkpoints: Path, model: Any) -> Trainer:
+    """Build TRL's trainer from a plan; TRL wraps the model with the adapter.
+
+    Args:
+        checkpoints: folder that receives them.
+        model: the loaded base.
+    """
+    plan, data = setup.plan, setup.data
+    arguments = SFTConfig(output_dir=str(checkpoints), **plan.trainer)
+    # Several visible GPUs without a launcher would mean nn.DataParallel, which TRL refuses; the plan uses one.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return Trainer(
+        setup,
+        model=model,
+        args=arguments,
+        train_dataset=Dataset(data.train.store.examples.select(["input_ids", "labels"])).select(data.train.rows),
+        eval_dataset=Dataset(data.test.select(["input_ids", "labels"])) if data.holds_out else None,
+        processing_class=setup.tokenizer,
+        peft_config=peft_config(plan.adapter, plan.task, tokenizer=plan.base.path),
+    )
 
 
 class HeadTrainer(transformers.Trainer):  # type: ignore[misc]  # transformers' trainer is untyped
@@ -117,7 +160,7 @@ class HeadTrainer(transformers.Trainer):  # type: ignore[misc]  # transformers' 
     def __init__(self, head: TaskHead, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.head = head
-        self.fed = "tokens" if head.images is None else "images"
+        self.counts = "tokens" if head.images is None else "images"
 
     def targets(self, labels: Tensor) -> Tensor:
         """The rows, or the tokens that have a label."""
@@ -166,17 +209,20 @@ class LabelTrainer(StepTrainer, HeadTrainer):
     targets = HeadTrainer.targets
 
 
-def make_label_trainer(
-    plan: Plan, run: RunDir, data: PreparedData, tokenizer: PreTrainedTokenizerBase, model: Any
-) -> LabelTrainer:
-    """Put the adapter of a plan onto a model with a head, and make their trainer.
+def make_label_trainer(setup: TrainerSetup, checkpoints: Path, model: Any) -> LabelTrainer:
+    """Put the adapter of a plan onto a model with a head, and build their trainer.
+
+    Args:
+        checkpoints: folder that receives them.
+        model: the loaded base, with its head.
 
     Raises:
         RecipeError: an argument has no meaning for labels such as these.
     """
+    plan, data, tokenizer = setup.plan, setup.data, setup.tokenizer
     head = task_head(plan.base.labels, plan.base.problem_type, model, tokenizer)
     arguments = TrainingArguments(
-        output_dir=str(run.checkpoints), remove_unused_columns=False, label_names=["labels"], **plan.trainer
+        output_dir=str(checkpoints), remove_unused_columns=False, label_names=["labels"], **plan.trainer
     )
     if arguments.label_smoothing_factor and head.problem_type not in SMOOTHED:
         raise RecipeError(
@@ -188,8 +234,6 @@ def make_label_trainer(
     wrapped = get_peft_model(model, peft_config(plan.adapter, plan.task, tokenizer=plan.base.path))
     if arguments.activation_checkpointing:
         wrapped.enable_input_require_grads()
-    upcast_trainable(wrapped, plan.adapter_dtype)
-
     freeze_statistics(wrapped)
     columns = list(dict.fromkeys(["input_ids", head.column, "labels"]))
 
@@ -197,7 +241,8 @@ def make_label_trainer(
         return make_batch([row[head.column] for row in rows], [row["labels"] for row in rows], head)
 
     return LabelTrainer(
-        head,
+        setup,
+        head=head,
         model=wrapped,
         args=arguments,
         data_collator=collate,

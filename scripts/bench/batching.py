@@ -1,29 +1,27 @@
-"""Whole trainings of the same rows: peftcli, flat and padded, beside SFTTrainer as it comes and tuned, at equal loss.
+"""Whole trainings of the same rows at equal loss: peftcli, padding-free and padded, beside SFTTrainer, plain and tuned.
 
     python scripts/bench/batching.py --regime skewed [--tool flat --tool trl ...] [--steps 40] [--rounds 3]
         [--shape auto] [--bits 16] [--seeds 0] [--peer unsloth=PYTHON ...] [--output FILE]
 
 Tools take turns, each in a process of its own on all cores. The figures of a regime replace those of the same regime
-in the file. The room `peftcli.bench` does the work; `peftcli bench` is its short form.
+in the file. The package `peftcli.bench` does the measuring; `peftcli bench` is the short form.
 """
 
 import argparse
 import json
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from peers import peer_runner, peer_tools
+from workloads import REGIMES, TOOLS, TUNED, limit_of, train_other_seeds, tuned_for
 
-from peftcli.bench.job import Job
+from peftcli.bench.compare import judge, make_model, take_turns
 from peftcli.bench.measure import measure
-from peftcli.bench.quick import result_object
-from peftcli.bench.regimes import REGIMES
-from peftcli.bench.result import regime_result
-from peftcli.bench.rounds import make_model, take_turns
-from peftcli.bench.shapes import SHAPES
-from peftcli.bench.tools import TOOLS, tuned_for
+from peftcli.bench.result import PLAIN, Measurements, regime_result, result_object
+from peftcli.bench.workload import REFERENCE, SHAPES, Job
 from peftcli.cli.bench import bench_table, nameless
 from peftcli.cli.console import Shown, console
 from peftcli.doctor.check import private_words
@@ -44,12 +42,20 @@ def compare(words: argparse.Namespace, regime: str) -> dict[str, Any]:
         tools += peer_tools(pythons)
         rows = job.write()
         run = peer_runner(pythons, measure)
-        measured = take_turns(tools, job, words.rounds, Shown(console(sys.stderr)), seeds=words.seeds, run=run)
-        result = regime_result(job, rows, tools, measured, made)
-        found: dict[str, Any] = nameless(result_object(made, words.bits, [result]), private_words())
+        measured = take_turns(tools, job, words.rounds, Shown(console(sys.stderr)), run=run)
+        result = regime_result(job, rows, tools, with_limit(measured, job, words.seeds), made)
+        found: dict[str, Any] = nameless(result_object(made, words.bits, [result], (PLAIN, TUNED)), private_words())
     console(sys.stdout).print(bench_table(found["regimes"][0]))
     print(f"\n{found['verdict']}")
     return found
+
+
+def with_limit(measured: Measurements, job: Job, seeds: int) -> Measurements:
+    """The same measurements, with the limit of the gate from the spread of the reference over other seeds."""
+    others = train_other_seeds(job, seeds)
+    if not others or REFERENCE not in measured.held_out:
+        return measured
+    return replace(measured, limit=limit_of([*judge(job, others).values(), measured.held_out[REFERENCE]]))
 
 
 def keep(found: dict[str, Any], path: Path) -> None:
@@ -77,8 +83,8 @@ def main() -> None:
     words = parser.parse_args()
     for regime in words.regime or REGIMES:
         found = compare(words, regime)
-        card = found["environment"]["device"]["kind"]
-        keep(found, words.output or RESULTS / f"batching-{card}.json")
+        kind = found["environment"]["device"]["kind"]
+        keep(found, words.output or RESULTS / f"batching-{kind}.json")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Whether a step costs in proportion to its tokens: flat lines with 10^3 to 10^5 tokens a step.
+"""Whether a step costs in proportion to its tokens: padding-free batches with 10^3 to 10^5 tokens a step.
 
     python scripts/bench/linear.py [--tokens 1000 --tokens 10000 ...] [--steps 4] [--rounds 1]
 
@@ -15,12 +15,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from peftcli.bench.job import Job
-from peftcli.bench.measure import Ran, measure
-from peftcli.bench.regimes import REGIMES, draw_rows
-from peftcli.bench.rounds import make_model
-from peftcli.bench.shapes import SHAPES
-from peftcli.bench.tools import FLAT, TOOLS
+from peftcli.bench.compare import make_model
+from peftcli.bench.measure import Measurement, measure
+from peftcli.bench.workload import FLAT, SHAPES, SKEWED, TOOLS, Job, draw_rows
 
 RESULT = Path(__file__).parent / "results" / "linear-cpu.json"
 SIZES = (1_000, 3_000, 10_000, 30_000, 100_000)
@@ -35,19 +32,19 @@ def exponent(points: Sequence[tuple[float, float]]) -> float:
 
 def mean_tokens() -> float:
     """Tokens of a row of chat length."""
-    rows = draw_rows(REGIMES["skewed"], 2000, 2048, seed=0)
+    rows = draw_rows(SKEWED, 2000, 2048, seed=0)
     return statistics.mean(len(row.ids) for row in rows)
 
 
 def step_seconds(tokens: int, steps: int, rounds: int, place: Path, model: Path) -> tuple[float, float]:
     """Tokens of a step and the median of its seconds; the first step counts in neither."""
-    regime = replace(REGIMES["skewed"], rows=max(1, round(tokens / mean_tokens())))
+    regime = replace(SKEWED, rows=max(1, round(tokens / mean_tokens())))
     job = Job(SHAPES["tiny"], 16, regime, steps, place, model, "cpu")
     real = sum(len(row.ids) for row in job.write()) / steps
     seconds: list[float] = []
     for _ in range(rounds):
         ran = measure(TOOLS[FLAT], job)
-        if not isinstance(ran, Ran):
+        if not isinstance(ran, Measurement):
             raise SystemExit(f"{tokens} tokens a step: {ran}")
         seconds.extend(ran.step_seconds)
     return real, statistics.median(seconds)

@@ -1,7 +1,7 @@
 """Unsloth, Axolotl and LLaMA-Factory on the rows, the model and the first adapter that peftcli is measured on.
 
 Each runs in the Python that `--peer NAME=PYTHON` of batching.py names, since their requirements exclude each other.
-Unproven: no card was at hand; the settings follow their documentation (2026-06), the drivers were never run.
+Unproven: no GPU was at hand; the settings follow their documentation (2026-06), the drivers were never run.
 """
 
 import json
@@ -16,10 +16,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from peftcli.bench.job import ALPHA, RANK, Job, write_spec
-from peftcli.bench.measure import Ran
-from peftcli.bench.process import run_process
-from peftcli.bench.tools import Tool
+from peftcli.bench.measure import Measurement, run_process
+from peftcli.bench.workload import ALPHA, RANK, Job, Tool, write_spec
 
 LOSS = re.compile(r"['\"]loss['\"]: ['\"]?([0-9.eE+-]+)")
 RUNTIME = re.compile(r"['\"]train_runtime['\"]: ['\"]?([0-9.eE+-]+)")
@@ -98,7 +96,7 @@ def unsloth(job: Job, run: Path, python: str) -> list[str]:
         "model": str(job.model),
         "bits": job.bits,
         "adapter": str(job.adapter),
-        "rows": str(job.place / "rows-ids.jsonl"),
+        "rows": str(job.folder / "rows-ids.jsonl"),
         "run": str(run),
         "max_length": job.regime.max_length,
         "linears": LINEARS,
@@ -123,20 +121,22 @@ def peer_tools(pythons: dict[str, str]) -> list[Tool]:
 
 
 def peer_runner(
-    pythons: dict[str, str], otherwise: Callable[[Tool, Job], Ran | str]
-) -> Callable[[Tool, Job], Ran | str]:
+    pythons: dict[str, str], otherwise: Callable[[Tool, Job], Measurement | str]
+) -> Callable[[Tool, Job], Measurement | str]:
     """Runs a peer as such, and any other tool as `otherwise` does."""
     return partial(_run, pythons, otherwise)
 
 
-def _run(pythons: dict[str, str], otherwise: Callable[[Tool, Job], Ran | str], tool: Tool, job: Job) -> Ran | str:
+def _run(
+    pythons: dict[str, str], otherwise: Callable[[Tool, Job], Measurement | str], tool: Tool, job: Job
+) -> Measurement | str:
     if tool.name not in PEERS:
         return otherwise(tool, job)
-    run = job.place / f"run-{tool.name}"
+    run = job.folder / f"run-{tool.name}"
     shutil.rmtree(run, ignore_errors=True)
     run.mkdir()
     words = PEERS[tool.name][1](job, run, pythons[tool.name] or sys.executable)
-    log = job.place / f"{tool.name}.log"
+    log = job.folder / f"{tool.name}.log"
     steps: list[float] = []
     begun = time.monotonic()
 
@@ -155,7 +155,7 @@ def _run(pythons: dict[str, str], otherwise: Callable[[Tool, Job], Ran | str], t
     losses, runtime = [float(loss) for loss in LOSS.findall(said)], RUNTIME.findall(said)
     if not losses or not runtime or not steps:
         return "ended well but printed no losses, or not how long it trained"
-    return Ran(
+    return Measurement(
         seconds=float(runtime[-1]),
         first_step_seconds=steps[0] - begun,
         process_seconds=ended.seconds,
@@ -164,16 +164,16 @@ def _run(pythons: dict[str, str], otherwise: Callable[[Tool, Job], Ran | str], t
         losses=tuple(losses),
         peak_bytes=None,
         above_bytes=None,
-        card_bytes=ended.card_bytes,
+        gpu_bytes=ended.gpu_bytes,
         recomputed=1.0,
         adapter=run / "adapter",
-        figures={},
+        details={},
     )
 
 
 def masked_rows(job: Job) -> Path:
     """The ids and labels with a mask of ones beside them, which Axolotl asks for."""
-    path = job.place / "rows-masked.jsonl"
+    path = job.folder / "rows-masked.jsonl"
     with path.open("w", encoding="utf-8") as file:
         for row in _rows(job):
             file.write(json.dumps({**row, "attention_mask": [1] * len(row["input_ids"])}) + "\n")
@@ -191,4 +191,4 @@ def stored_rows(job: Job, folder: Path) -> Path:
 
 
 def _rows(job: Job) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (job.place / "rows-ids.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in (job.folder / "rows-ids.jsonl").read_text(encoding="utf-8").splitlines()]

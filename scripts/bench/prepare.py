@@ -21,8 +21,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from peftcli.bench.job import write_spec
-from peftcli.bench.process import run_process
+from peftcli.bench.measure import run_process
+from peftcli.bench.workload import write_spec
 from peftcli.run_dir import RunDir
 
 RESULT = Path(__file__).parent / "results" / "prepare-cpu.json"

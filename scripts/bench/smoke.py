@@ -11,12 +11,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from peftcli.bench.job import Job
-from peftcli.bench.regimes import REGIMES
+from peftcli.bench.compare import make_model, take_turns
 from peftcli.bench.result import regime_result
-from peftcli.bench.rounds import make_model, take_turns
-from peftcli.bench.shapes import SHAPES
-from peftcli.bench.tools import TOOLS
+from peftcli.bench.workload import SHAPES, SKEWED, TOOLS, Job
 from peftcli.progress import Silent
 
 RECORD = Path(__file__).parent / "results" / "smoke-cpu.json"
@@ -27,11 +24,11 @@ COMPARED = ("padded", "trl_fp32")
 
 
 def measured() -> dict[str, Any]:
-    """The flat lines against our padded batches and against plain SFTTrainer, one round of chat lengths."""
+    """peftcli beside its own padded batches and plain SFTTrainer, one round of chat lengths."""
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         made = make_model("tiny", 16, place)
-        job = Job(SHAPES["tiny"], 16, REGIMES["skewed"], STEPS, place, Path(made["folder"]), "cpu")
+        job = Job(SHAPES["tiny"], 16, SKEWED, STEPS, place, Path(made["folder"]), "cpu")
         tools = [TOOLS[name] for name in ("flat", *COMPARED)]
         return regime_result(job, job.write(), tools, take_turns(tools, job, 1, Silent()), made)
 

@@ -17,12 +17,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from peftcli.bench.job import ALPHA, RANK, Job, write_spec
-from peftcli.bench.process import run_process
-from peftcli.bench.regimes import REGIMES
-from peftcli.bench.rounds import make_model
-from peftcli.bench.shapes import SHAPES
-from peftcli.bench.tools import FLAT, TOOLS
+from peftcli.bench.compare import make_model
+from peftcli.bench.measure import run_process
+from peftcli.bench.workload import ALPHA, FLAT, RANK, SHAPES, SKEWED, TOOLS, Job, write_spec
 
 RESULT = Path(__file__).parent / "results" / "startup-cpu.json"
 WAYS = ("peftcli train", "trl sft", "trl/scripts/sft.py")
@@ -33,11 +30,11 @@ def commands(job: Job) -> dict[str, list[str]]:
     recipe = job.recipe(TOOLS[FLAT].settings)
     del recipe["adapter"]["init_from"]
     recipe["trainer"]["max_steps"] = 1
-    path = write_spec(job.place / "recipe.yaml", recipe)
+    path = write_spec(job.folder / "recipe.yaml", recipe)
     values = {
         "model_name_or_path": str(job.model),
-        "dataset_name": str(job.place / "data"),
-        "output_dir": str(job.place / "run-trl"),
+        "dataset_name": str(job.folder / "data"),
+        "output_dir": str(job.folder / "run-trl"),
         "lora_r": RANK,
         "lora_alpha": ALPHA,
         "lora_dropout": 0.0,
@@ -51,7 +48,7 @@ def commands(job: Job) -> dict[str, list[str]]:
         *(str(word) for name, value in values.items() for word in (f"--{name}", value)),
     ]
     home = Path(sys.executable).parent
-    ours = [str(home / "peftcli"), "train", str(path), "--output-dir", str(job.place / "run-ours")]
+    ours = [str(home / "peftcli"), "train", str(path), "--output-dir", str(job.folder / "run-ours")]
     return dict(
         zip(
             WAYS,
@@ -82,7 +79,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         model = Path(make_model("tiny", 16, place)["folder"])
-        job = Job(SHAPES["tiny"], 16, REGIMES["skewed"], -(-words.rows // REGIMES["skewed"].rows), place, model, "cpu")
+        job = Job(SHAPES["tiny"], 16, SKEWED, -(-words.rows // SKEWED.rows), place, model, "cpu")
         job.write()
         (place / "data").mkdir()
         shutil.copy(place / "rows.jsonl", place / "data" / "train.jsonl")

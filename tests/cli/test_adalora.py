@@ -2,12 +2,14 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
+from float16 import train_in_float16
 from safetensors.torch import load_file
 
 from peftcli.adapters.build import peft_config
@@ -123,3 +125,41 @@ def test_a_row_of_the_history_is_kept_for_each_step_of_a_short_run(
     assert read_json(tmp_path / "run" / "ranks.json")["steps"] == list(range(11))
     rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert rows[0]["loss"] < 8, "the regulariser is no part of the loss that is shown"
+
+
+@pytest.fixture
+def float16() -> Iterator[Callable[[float], None]]:
+    """A function that lets trainings compute in float16, with a gradient scaler that begins with some scale."""
+    real = transformers.Trainer.create_accelerator_and_postprocess
+    yield train_in_float16
+    transformers.Trainer.create_accelerator_and_postprocess = real
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch_fused", "adamw_torch"])
+@pytest.mark.parametrize("scale", [2.0**22, 2.0**31], ids=["first steps", "steps to the fixed ranks"])
+def test_steps_that_float16_overflows_in_leave_the_allocation_finite(
+    write_recipe: Write,
+    run_cli: Cli,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    float16: Callable[[float], None],
+    optim: str,
+    scale: float,
+) -> None:
+    skipped: list[bool] = []
+    allocate = RankAllocation.on_optimizer_step
+
+    def record(self: RankAllocation, *given: Any, **more: Any) -> None:
+        gradients = [one.grad for one in self._model.parameters() if one.grad is not None]
+        skipped.append(not all(one.isfinite().all() for one in gradients))
+        allocate(self, *given, **more)
+        assert all(one.isfinite().all() for one in self._allocator.ipt.values())
+
+    monkeypatch.setattr(RankAllocation, "on_optimizer_step", record)
+    float16(scale)
+    assert train(write_recipe, run_cli, trainer=TRAINER | {"optim": optim}) == 0
+    fixing = 20 - rank_schedule(AdapterSection(**ADALORA), 20).settled
+    assert skipped[0] and not skipped[-1], skipped
+    assert skipped[fixing - 1] == (scale > 2.0**30)
+    found = read_json(tmp_path / "run" / "ranks.json")
+    assert sum(found["ranks"][-1]) == 4 * len(found["modules"]) < sum(found["ranks"][0])

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from helpers import rows_of_reviews
+from helpers import merge_sections, prepare_labels, rows_of_reviews, write_yaml
 from peft import PeftModel
 from transformers import (
     AutoConfig,
@@ -23,8 +23,6 @@ from transformers import (
     RobertaConfig,
 )
 
-from peftcli.cli.pipeline import plan_recipe, plan_with_labels, prepare_data
-from peftcli.data.prepare import PreparedData
 from peftcli.errors import MachineError
 from peftcli.merge.drift import compare_labels
 from peftcli.model.classification import TaskHead, label_loss, make_batch, row_logits, segments, task_head
@@ -33,13 +31,12 @@ from peftcli.model.load import load_base
 from peftcli.model.predict_labels import split_words
 from peftcli.plan.heads import targets_beside_head
 from peftcli.plan.machine import ModelFacts
-from peftcli.plan.plan import Plan
 from peftcli.plan.targets import match_targets
 from peftcli.progress import Silent
-from peftcli.recipe.load import load_recipe
-from peftcli.run_dir import RunDir, read_json, read_log
+from peftcli.run_dir import read_json, read_log
 from peftcli.tiny.build import tiny_model
 from peftcli.train.micro_batch import split_batch
+from peftcli.train.step import TrainerSetup
 from peftcli.train.trainers import LabelTrainer, make_label_trainer
 
 Cli = Callable[..., int]
@@ -73,24 +70,14 @@ def label_recipe(tmp_path: Path) -> Write:
             "trainer": {"per_device_train_batch_size": 8, "max_steps": 4, "learning_rate": 1e-2, "logging_steps": 1},
             "evaluation": {"samples": 2},
         }
-        for name, value in sections.items():
-            recipe[name] = recipe.get(name, {}) | value if isinstance(value, dict) else value
-        path = tmp_path / "recipe.yaml"
-        path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
-        return path
+        return write_yaml(tmp_path, merge_sections(recipe, sections))
 
     return write
 
 
-def prepared(recipe: Path) -> tuple[Plan, PreparedData, Any]:
-    planned = plan_recipe(load_recipe(recipe))
-    tokenizer, data = prepare_data(planned.plan, Silent())
-    return plan_with_labels(planned, data).plan, data, tokenizer
-
-
 def trainer_of(recipe: Path, folder: Path) -> LabelTrainer:
-    plan, data, tokenizer = prepared(recipe)
-    return make_label_trainer(plan, RunDir(folder), data, tokenizer, load_base(plan.base))
+    plan, data, tokenizer = prepare_labels(recipe)
+    return make_label_trainer(TrainerSetup(plan, data, tokenizer), folder / "checkpoints", load_base(plan.base))
 
 
 def losses(run: Path) -> list[float]:
@@ -122,7 +109,7 @@ def test_plain_peft_loads_the_adapter_to_the_same_outputs(label_recipe: Write, r
     recipe = label_recipe()
     assert run_cli("train", recipe) == 0
     adapter = tmp_path / "runs" / "reviews" / "adapter"
-    plan, data, tokenizer = prepared(recipe)
+    plan, data, tokenizer = prepare_labels(recipe)
     model = AutoModelForSequenceClassification.from_pretrained(
         plan.base.path, config=AutoConfig.from_pretrained(adapter)
     )
@@ -239,7 +226,7 @@ def test_in_4bit_the_head_is_float_and_trained(
     label_recipe: Write, run_cli: Cli, tmp_path: Path, model: str, task: str, names: tuple[str, ...]
 ) -> None:
     recipe = label_recipe(task, model={"name": model, "task": task}, quantization={"bits": 4}, trainer={"max_steps": 2})
-    plan, _, _ = prepared(recipe)
+    plan, _, _ = prepare_labels(recipe)
     assert plan.base.head == names
     base = load_base(plan.base)
     for name in names:
@@ -260,7 +247,7 @@ def test_in_4bit_the_head_is_float_and_trained(
 def test_a_new_head_is_the_same_on_each_load_and_outputs_do_not_depend_on_the_batch(
     label_recipe: Write, model: str, task: str
 ) -> None:
-    plan, data, tokenizer = prepared(label_recipe(task, model={"name": model, "task": task}))
+    plan, data, tokenizer = prepare_labels(label_recipe(task, model={"name": model, "task": task}))
     ids, labels = (data.test.column(name).to_pylist() for name in ("input_ids", "labels"))
     found = []
     for batch_rows, base in ((1, plan.base), (16, plan.base), (16, replace(plan.base, seed=plan.base.seed + 1))):
@@ -286,7 +273,7 @@ def test_a_merged_classifier_loads_with_plain_transformers(label_recipe: Write, 
     model = AutoModelForSequenceClassification.from_pretrained(merged).eval()
     assert model.config.id2label == {0: "bad", 1: "good"} and type(model).__name__ == "LlamaForSequenceClassification"
     tokenizer = AutoTokenizer.from_pretrained(merged)
-    _, data, _ = prepared(recipe)
+    _, data, _ = prepare_labels(recipe)
     text = data.test.column("prompt")[0].as_py()
     with torch.inference_mode():
         found = model(**tokenizer(text, return_tensors="pt")).logits.argmax(-1).item()
@@ -340,7 +327,10 @@ def test_a_rehearsal_of_a_model_that_is_not_here_runs_to_the_end(label_recipe: W
         ({"trainer": {"packing": True}}, "trainer.packing has no effect with model.task: sequence-classification"),
         ({"evaluation": {"max_new_tokens": 5}}, "evaluation.max_new_tokens has no effect"),
         ({"gates": {"exact_match": ">= 0.5"}}, "gates.exact_match has no effect"),
-        ({"gates": {"entity_f1": ">= 0.5"}}, "only tagging has entities"),
+        (
+            {"gates": {"entity_f1": ">= 0.5"}},
+            "it is a metric of token-classification; use accuracy or precision; remove it",
+        ),
         (
             {"model": {"name": "tiny:llama"}, "gates": {"f1": ">= 0.5"}},
             "gates.f1 has no effect with model.task: causal-lm",
@@ -457,7 +447,7 @@ def test_a_short_target_stands_for_no_part_of_the_head() -> None:
 
 
 def test_a_base_whose_files_lack_more_than_the_head_is_refused(label_recipe: Write) -> None:
-    plan, _, _ = prepared(label_recipe(model={"name": "tiny:bert"}))
+    plan, _, _ = prepare_labels(label_recipe(model={"name": "tiny:bert"}))
     with pytest.raises(MachineError, match=r"no fitting weights for bert\.pooler\.dense\.bias"):
         load_base(replace(plan.base, head=("classifier",)))
 

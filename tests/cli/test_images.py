@@ -14,21 +14,19 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from helpers import merge_sections, prepare_labels, write_yaml
 from peft import PeftModel
 from PIL import Image, ImageDraw
 from torch.nn import BatchNorm2d
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 
-from peftcli.cli.pipeline import plan_recipe, plan_with_labels, prepare_data
 from peftcli.data.image_processor import DAMAGED, EMPTY, HUGE, MISSING, NO_IMAGE, ImageProcessor, pixel_hash, read_image
-from peftcli.data.prepare import PreparedData
 from peftcli.data.values import SkipRow
 from peftcli.model.classification import label_loss, row_logits, task_head
 from peftcli.model.load import load_base
-from peftcli.plan.plan import Plan
 from peftcli.progress import Silent
-from peftcli.recipe.load import load_recipe
-from peftcli.run_dir import RunDir, read_json, read_log
+from peftcli.run_dir import read_json, read_log
+from peftcli.train.step import TrainerSetup
 from peftcli.train.trainers import make_label_trainer
 
 Cli = Callable[..., int]
@@ -77,23 +75,13 @@ def image_recipe(tmp_path: Path, photos: Path) -> Write:
             "trainer": {"per_device_train_batch_size": 8, "max_steps": 2, "learning_rate": 1e-2, "logging_steps": 1},
             "evaluation": {"samples": 2},
         }
-        for name, value in sections.items():
-            recipe[name] = recipe.get(name, {}) | value if isinstance(value, dict) else value
-        path = tmp_path / "recipe.yaml"
-        path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
-        return path
+        return write_yaml(tmp_path, merge_sections(recipe, sections))
 
     return write
 
 
-def prepared(recipe: Path) -> tuple[Plan, PreparedData, Any]:
-    planned = plan_recipe(load_recipe(recipe))
-    reader, data = prepare_data(planned.plan, Silent())
-    return plan_with_labels(planned, data).plan, data, reader
-
-
 def facts_of(recipe: Path) -> dict[str, Any]:
-    return prepared(recipe)[1].facts
+    return prepare_labels(recipe)[1].facts
 
 
 @pytest.mark.numeric
@@ -136,7 +124,7 @@ def test_plain_peft_loads_the_adapter_to_the_same_outputs(
     recipe = image_recipe(model)
     assert run_cli("train", recipe) == 0
     adapter = tmp_path / "runs" / "shapes" / "adapter"
-    plan, data, _ = prepared(recipe)
+    plan, data, _ = prepare_labels(recipe)
     config = AutoConfig.from_pretrained(adapter)
     base = AutoModelForImageClassification.from_pretrained(plan.base.path, config=config, ignore_mismatched_sizes=True)
     tuned = PeftModel.from_pretrained(base, adapter).eval()
@@ -153,7 +141,7 @@ def test_quantized_a_vit_keeps_its_head_in_float_and_merges(
     image_recipe: Write, run_cli: Cli, tmp_path: Path, bits: int, kind: str
 ) -> None:
     recipe = image_recipe(quantization={"bits": bits})
-    plan, _, _ = prepared(recipe)
+    plan, _, _ = prepare_labels(recipe)
     base = load_base(plan.base)
     assert plan.base.head == ("classifier",) and base.classifier.weight.is_floating_point()
     assert sum(type(part).__name__ == kind for part in base.modules()) == 12
@@ -164,7 +152,7 @@ def test_quantized_a_vit_keeps_its_head_in_float_and_merges(
 
 
 def test_all_linear_means_the_convolutions_of_a_network_without_linear_layers(image_recipe: Write) -> None:
-    plan, _, _ = prepared(image_recipe("tiny:resnet"))
+    plan, _, _ = prepare_labels(image_recipe("tiny:resnet"))
     said = {decision.key: decision for decision in plan.decisions}
     assert plan.targets == {"convolution": 16} and said["targets"].value == "16 convolutions"
     assert said["batch norms"].value == "frozen"
@@ -172,13 +160,13 @@ def test_all_linear_means_the_convolutions_of_a_network_without_linear_layers(im
 
 @pytest.mark.numeric
 def test_training_leaves_the_statistics_of_batch_norms_as_they_were(image_recipe: Write, tmp_path: Path) -> None:
-    plan, data, reader = prepared(image_recipe("tiny:resnet"))
+    plan, data, reader = prepare_labels(image_recipe("tiny:resnet"))
     base = load_base(plan.base)
     before = {name: value.clone() for name, value in base.state_dict().items() if "running" in name or "num_b" in name}
     rows = data.test.column("image").to_pylist()
     head = task_head(plan.base.labels, plan.base.problem_type, base, reader)
     outputs = row_logits(base, rows, None, head, batch_rows=4, progress=Silent(), what="")
-    trainer = make_label_trainer(plan, RunDir(tmp_path / "run"), data, reader, base)
+    trainer = make_label_trainer(TrainerSetup(plan, data, reader), tmp_path / "run" / "checkpoints", base)
     trainer.train()
     tuned = trainer.model
     norms = [part for part in tuned.modules() if isinstance(part, BatchNorm2d)]
@@ -219,7 +207,7 @@ def test_a_stopped_run_goes_on_to_the_bits_of_an_unbroken_one(
 
 @pytest.mark.numeric
 def test_outputs_do_not_depend_on_the_batch(image_recipe: Write) -> None:
-    plan, data, reader = prepared(image_recipe())
+    plan, data, reader = prepare_labels(image_recipe())
     base = load_base(plan.base)
     head = task_head(plan.base.labels, plan.base.problem_type, base, reader)
     rows = data.test.column("image").to_pylist()
@@ -304,7 +292,7 @@ def test_a_table_names_images_relative_to_itself(image_recipe: Write, photos: Pa
         writer.writerows([["photos/box/99.png", "box"], ["", "box"], ["https://example.org/a.png", "box"]])
     columns = {"image": "file", "label": "kind"}
     recipe = image_recipe(dataset={"path": str(table), "columns": columns, "limits": {"max_dropped": 1.0}})
-    plan, data, _ = prepared(recipe)
+    plan, data, _ = prepare_labels(recipe)
     assert data.labels == ("ball", "bars", "box") and data.facts["train_rows"] + data.facts["test_rows"] == 12
     assert data.facts["dropped_examples"][MISSING] == ["labels.csv:14"]
     assert data.facts["dropped"]["with a URL instead of a file"] == 1

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from comparisons import assert_same_adapter, assert_same_losses, without_repacking
+import trl.kernels.chunked_logprob
+import trl.trainer.utils
+from comparisons import without_repacking
+from helpers import UNEVEN, assert_same_result, write_chats
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -26,7 +28,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from peftcli.model.fused_lora import disable_fused_lora, enable_fused_lora
 from peftcli.model.fused_loss import score_targets
-from peftcli.run_dir import read_json, read_log
+from peftcli.run_dir import read_json
 
 Write = Callable[..., Path]
 Cli = Callable[..., int]
@@ -234,19 +236,12 @@ def test_layers_that_are_more_than_lora_are_left_to_peft(settings: dict[str, Any
     assert enable_fused_lora(fused(PLAIN["llama"], **settings)) == 0
 
 
-def trained(run_cli: Cli, recipe: Path, folder: Path, off: str, *words: str) -> tuple[list[float], dict[str, Tensor]]:
-    """The losses and the adapter of a run without some levers."""
+def train_without(run_cli: Cli, recipe: Path, folder: Path, off: str, *words: str) -> Path:
+    """A run without some optimizations."""
     run = folder / ("without-" + "-".join(filter(None, off.split(", "))))
     words = ("--output-dir", str(run), "--set", f"performance.disable=[{off}]", *words)
     assert run_cli("train", recipe, *words) == 0
-    log = [row for row in read_log(run / "log.jsonl") if "loss" in row]
-    assert len(log) > 3
-    return [row["loss"] for row in log], load_file(run / "adapter" / "adapter_model.safetensors")
-
-
-def same_training(one: tuple[list[float], dict[str, Tensor]], other: tuple[list[float], dict[str, Tensor]]) -> None:
-    assert_same_losses(one[0], other[0])
-    assert_same_adapter(one[1], other[1])
+    return run
 
 
 @pytest.mark.numeric
@@ -254,13 +249,10 @@ def same_training(one: tuple[list[float], dict[str, Tensor]], other: tuple[list[
 def test_each_lever_alone_and_all_together_learn_the_same(
     write_recipe: Write, run_cli: Cli, tmp_path: Path, quantization: dict[str, Any] | None
 ) -> None:
-    recipe = write_recipe(
-        quantization=quantization,
-        trainer={"max_steps": 5, "per_device_train_batch_size": 3, "gradient_accumulation_steps": 3},
-    )
-    plain = trained(run_cli, recipe, tmp_path, "fused_loss, fused_lora, skip_adapter_casts, deferred_metrics")
+    recipe = write_recipe(quantization=quantization, trainer=UNEVEN)
+    plain = train_without(run_cli, recipe, tmp_path, "fused_loss, fused_lora, skip_adapter_casts, deferred_metrics")
     for off in ("", "fused_loss", "fused_lora", "deferred_metrics"):
-        same_training(trained(run_cli, recipe, tmp_path, off), plain)
+        assert_same_result(train_without(run_cli, recipe, tmp_path, off), plain)
 
 
 @pytest.mark.numeric
@@ -272,21 +264,15 @@ def test_the_turns_of_chats_learn_the_same_with_every_lever_and_with_none(
         {"messages": [{"role": role, "content": f"{text} {'so ' * (number % 5)}{number}"} for role, text in turns]}
         for number in range(24)
     ]
-    (tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, chats)))
-    recipe = tmp_path / "chats.yaml"
-    recipe.write_text(
-        f"model: {{name: {tiny_llama}}}\ndataset: {{path: chats.jsonl, max_length: 128}}\n"
-        "trainer: {max_steps: 5, per_device_train_batch_size: 4, learning_rate: 1e-3, logging_steps: 1, "
-        "assistant_only_loss: true}\nevaluation: {rows: 2, max_new_tokens: 2}\n"
-    )
-    plain = trained(run_cli, recipe, tmp_path, "fused_loss, fused_lora, skip_adapter_casts, deferred_metrics")
-    same_training(trained(run_cli, recipe, tmp_path, ""), plain)
+    recipe = write_chats(tmp_path, tiny_llama, chats, assistant_only_loss=True)
+    plain = train_without(run_cli, recipe, tmp_path, "fused_loss, fused_lora, skip_adapter_casts, deferred_metrics")
+    assert_same_result(train_without(run_cli, recipe, tmp_path, ""), plain)
 
 
 @pytest.mark.numeric
 def test_in_16_bit_the_casts_change_no_loss(write_recipe: Write, run_cli: Cli, tmp_path: Path) -> None:
     recipe = write_recipe(model={"dtype": "bfloat16"}, trainer={"max_steps": 4})
-    same_training(*(trained(run_cli, recipe, tmp_path, off) for off in ("skip_adapter_casts", "")))
+    assert_same_result(*(train_without(run_cli, recipe, tmp_path, off) for off in ("skip_adapter_casts", "")))
 
 
 def test_the_plan_says_which_levers_it_uses(write_recipe: Write, run_cli: Cli, capfd: Any) -> None:
@@ -355,3 +341,28 @@ def test_a_template_in_the_place_of_its_file_is_refused(write_recipe: Write, run
     recipe = write_recipe(model={"chat_template": "{% for m in messages %}{{ m.content }}{% endfor %}"})
     assert run_cli("validate", recipe) == 2
     assert "model.chat_template is a template; it must be the path of a" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("trains_head", [False, True])
+def test_a_run_goes_on_where_the_triton_kernels_of_the_loss_fail(
+    write_recipe: Write,
+    run_cli: Cli,
+    tmp_path: Path,
+    capfd: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    trains_head: bool,
+) -> None:
+    """A CPU has no Triton, so TRL's kernels fail where TRL is told that it has."""
+    monkeypatch.setattr("peftcli.model.fused_loss.TRITON_DEVICE", "cpu")
+    for module in (trl.kernels.chunked_logprob, trl.trainer.utils):
+        monkeypatch.setattr(module, "_use_triton", lambda device: True)
+    monkeypatch.setattr(trl.trainer.utils, "_supports_trl_loss_kernel", trl.trainer.utils._supports_trl_loss_kernel)
+    adapter = {"modules_to_save": ["lm_head"]} if trains_head else {}
+    recipe = write_recipe(
+        adapter=adapter, quantization=None, trainer={"max_steps": 2}, performance={"disable": ["fused_loss"]}
+    )
+    assert run_cli("train", recipe, "--output-dir", "run") == 0
+    instead = "TRL's loss without Triton, which is slower," if trains_head else "peftcli's fused loss"
+    said = capfd.readouterr().err
+    assert "TRL's Triton kernels for the loss failed their check: " in said and f"; {instead} is used instead" in said
+    assert ("fused_loss" in read_json(tmp_path / "run" / "train.json")["levers"]) is not trains_head

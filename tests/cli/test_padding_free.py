@@ -1,15 +1,17 @@
 """Flat lines of rows: what each row gives alone, what a padded step gives, and when they are not used."""
 
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from attention_kernels import flash
 from comparisons import assert_same_adapter, assert_same_losses
-from helpers import Cli, logged_losses, same_training, train_twice
+from helpers import UNEVEN, Cli, logged_losses, same_training, train_twice, write_chats
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
@@ -22,9 +24,12 @@ from transformers import (
     Qwen3Config,
 )
 
-from peftcli.model.padding_free import SequenceLayout, enable_padding_free, row_problem, use_layout
+from peftcli.model import varlen_attention
+from peftcli.model.load import load_base
+from peftcli.model.padding_free import SequenceLayout, check_rows, enable_padding_free, use_layout
 from peftcli.run_dir import read_json
 from peftcli.train.micro_batch import MicroBatches, flatten_rows, parts_that_fit, split_evenly
+from peftcli.train.step import StepTrainer
 
 Write = Callable[..., Path]
 
@@ -99,14 +104,14 @@ def test_without_keeping_rows_apart_the_same_line_gives_something_else() -> None
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_proof_on_the_model_itself_passes_for_attention(family: str) -> None:
     model = model_of(family)
-    assert enable_padding_free(model) and row_problem(model) is None
+    assert enable_padding_free(model) and check_rows(model).problem is None
 
 
 def test_a_model_that_carries_a_state_from_row_to_row_is_found_out() -> None:
     torch.manual_seed(0)
     config = MambaConfig(vocab_size=200, hidden_size=32, num_hidden_layers=2, state_size=8)
     model = AutoModelForCausalLM.from_config(config).eval()
-    assert not enable_padding_free(model) or row_problem(model) is not None
+    assert not enable_padding_free(model) or check_rows(model).problem is not None
 
 
 def test_rows_of_a_group_are_of_similar_length() -> None:
@@ -182,10 +187,7 @@ def test_the_tokens_of_a_recipe_hold_for_padded_rows_and_their_forecast(
 def test_pairs_learn_the_same_in_lines_and_padded(
     write_recipe: Write, run_cli: Cli, tmp_path: Path, quantization: dict[str, Any] | None
 ) -> None:
-    recipe = write_recipe(
-        quantization=quantization,
-        trainer={"max_steps": 5, "per_device_train_batch_size": 3, "gradient_accumulation_steps": 3},
-    )
+    recipe = write_recipe(quantization=quantization, trainer=UNEVEN)
     same_training(*train_twice(run_cli, recipe, tmp_path))
 
 
@@ -202,13 +204,7 @@ def test_chats_learn_the_same_in_lines_and_padded_with_checkpointed_layers_too(
         }
         for number in range(30)
     ]
-    (tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, chats)))
-    recipe = tmp_path / "chats.yaml"
-    recipe.write_text(
-        f"model: {{name: {tiny_llama}}}\ndataset: {{path: chats.jsonl, max_length: 128}}\n"
-        "trainer: {max_steps: 5, per_device_train_batch_size: 4, learning_rate: 1e-3, logging_steps: 1, "
-        "activation_checkpointing: true}\nevaluation: {rows: 2, max_new_tokens: 2}\n"
-    )
+    recipe = write_chats(tmp_path, tiny_llama, chats, activation_checkpointing=True)
     same_training(*train_twice(run_cli, recipe, tmp_path))
 
 
@@ -226,3 +222,94 @@ def test_where_lines_cannot_keep_the_loss_rows_stay_padded_and_the_plan_says_why
     assert decision["value"] == "padded" and why in decision["reason"]
     assert run_cli("plan", recipe, "--set", "performance.batching=padding_free") == 2
     assert "performance.batching: padding_free cannot be had" in capfd.readouterr().err
+
+
+@pytest.fixture
+def without_checks() -> Iterator[None]:
+    """Forget what was found of kernels, before a test and after it."""
+    varlen_attention._chosen.cache_clear()
+    yield
+    varlen_attention._chosen.cache_clear()
+    varlen_attention.rejected.clear()
+
+
+def test_a_recipe_that_asks_for_padding_free_gets_it_where_no_kernel_works_and_a_note_says_which_failed(
+    write_recipe: Write,
+    run_cli: Cli,
+    tmp_path: Path,
+    capfd: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    without_checks: None,
+) -> None:
+    def other_arguments(query: Any, key: Any, value: Any, *, scale: float) -> Any:
+        raise AssertionError("never called")
+
+    monkeypatch.setattr(varlen_attention, "DEVICE_TYPE", "cpu")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.ops.aten, "_efficient_attention_forward", other_arguments)
+    recipe = write_recipe(trainer={"max_steps": 2}, performance={"batching": "padding_free"})
+    assert run_cli("train", recipe, "--output-dir", "run") == 0
+    found = read_json(tmp_path / "run" / "train.json")["batching"]
+    assert found["kind"] == "padding_free" and found["attention"] == ["side by side"]
+    assert found["rejected_kernels"]["efficient (float32)"].startswith("TypeError: ")
+    assert 0 <= found["row_difference"] < 1e-3  # float32
+    said = capfd.readouterr().err
+    assert "the attention kernel efficient (float32) failed its check on this machine: TypeError: " in said
+    assert "rows of similar length are laid side by side instead" in said and "padded batches are used" not in said
+
+
+def test_full_determinism_begins_before_the_first_product(
+    write_recipe: Write, run_cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """cuBLAS reads its configuration once, and kernels are checked before the trainer is made."""
+    seen = []
+
+    def record(*given: Any, **more: Any) -> Any:
+        seen.append((torch.are_deterministic_algorithms_enabled(), "CUBLAS_WORKSPACE_CONFIG" in os.environ))
+        return load_base(*given, **more)
+
+    kernels = ("CUDA_LAUNCH_BLOCKING", "FLASH_ATTENTION_DETERMINISTIC", "ASCEND_LAUNCH_BLOCKING", "HCCL_DETERMINISTIC")
+    for name in ("CUBLAS_WORKSPACE_CONFIG", *kernels):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setattr("peftcli.train.run.load_base", record)
+    try:
+        assert run_cli("train", write_recipe(trainer={"max_steps": 2, "full_determinism": True})) == 0
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.backends.cudnn.deterministic = False
+    assert seen == [(True, True)]
+
+
+def test_on_a_gpu_of_sm_80_rows_are_trained_by_a_kernel_that_was_checked_before(
+    write_recipe: Write, run_cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, without_checks: None
+) -> None:
+    """The CPU is taken for such a GPU; the kernel computes what FlashAttention does."""
+    monkeypatch.setattr(varlen_attention, "DEVICE_TYPE", "cpu")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", flash)
+    checked: list[str] = []
+    check, trained = varlen_attention.kernel_problem, StepTrainer.train
+
+    def record(kernel: Any, *given: Any, **more: Any) -> str | None:
+        checked.append(kernel)
+        return check(kernel, *given, **more)
+
+    def train(self: StepTrainer, *given: Any, **more: Any) -> Any:
+        checked.append("training")
+        return trained(self, *given, **more)
+
+    monkeypatch.setattr(varlen_attention, "kernel_problem", record)
+    monkeypatch.setattr(StepTrainer, "train", train)
+    recipe = write_recipe(
+        model={"dtype": "bfloat16"},
+        quantization=None,
+        trainer={"max_steps": 2, "activation_checkpointing": True},
+        performance={"batching": "padding_free"},
+    )
+    assert run_cli("train", recipe, "--output-dir", "run") == 0
+    found = read_json(tmp_path / "run" / "train.json")["batching"]
+    assert found["kind"] == "padding_free" and found["attention"] == ["flash"] and not found["rejected_kernels"]
+    assert checked == ["flash", "training"]

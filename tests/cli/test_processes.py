@@ -1,5 +1,6 @@
 """Several processes: their losses and figures are those of one, they go on with one's run, and how they end."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 from comparisons import assert_same_metrics
 
+from peftcli.cli.launcher import EXIT_FILE
 from peftcli.run_dir import read_json, read_log
 
 Cli = Callable[..., int]
@@ -142,3 +144,45 @@ def test_a_run_begun_by_one_process_is_ended_by_two(runs: Runs, stopped: Callabl
     assert said.returncode == 7, said.stderr
     assert read_json(run / "train.json")["resumed_from_step"] == 7
     assert losses(run) == pytest.approx(losses(runs.whole), abs=1e-5)
+
+
+ONE_LOSS_IS_NAN = """
+import os, sys
+import torch
+from float16 import train_in_float16
+from peftcli.cli.main import main
+from peftcli.train.trainers import Trainer
+
+train_in_float16()
+compute = Trainer.compute_loss
+
+def compute_loss(self, *given, **more):
+    loss = compute(self, *given, **more)
+    return loss * float("nan") if os.environ["RANK"] == "1" and self.state.global_step == 2 else loss
+
+Trainer.compute_loss = compute_loss
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_loss_of_one_process_that_is_not_finite_stops_all_of_them(write_recipe: Write, tmp_path: Path) -> None:
+    """In float16, where a process whose own loss is finite takes the gradient for one that the scaler will skip."""
+    recipe = write_recipe(quantization=None, evaluation={"samples": 0, "baseline": False})
+    script, exit_code = tmp_path / "train.py", tmp_path / "exit"
+    script.write_text(ONE_LOSS_IS_NAN, encoding="utf-8")
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    path = os.pathsep.join((str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")))
+    said = subprocess.run(
+        [sys.executable, *words, "train", str(recipe), "--output-dir", str(tmp_path / "run")],
+        check=False,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": path, EXIT_FILE: str(exit_code)},
+    )
+    assert exit_code.read_text() == "6", said.stderr
+    assert (
+        "step 3: the loss is nan" in said.stderr
+        and "float16, which ends at 65504, overflows in this model" in said.stderr
+    )
+    assert "bug of peftcli" not in said.stderr and "cannot go on" not in said.stderr
+    assert len(losses(tmp_path / "run")) == 2

@@ -1,12 +1,12 @@
 """The forecast: memory, time and disk of a run, before anything is downloaded or loaded."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from peftcli.methods.registry import METHODS
-from peftcli.plan.gpus import gpu_of
+from peftcli.plan.gpus import GPU, gpu_of
 from peftcli.plan.machine import Machine
 from peftcli.plan.memory.estimate import INT8_BITS, NF4_BITS, MicroBatchMemory
 from peftcli.plan.memory.model_shape import Linear, ModelDimensions
@@ -15,8 +15,17 @@ from peftcli.plan.memory.suggestions import suggest
 from peftcli.plan.memory.training_setup import FULL_LOGITS_HEAD, LogitsHead, TrainingSetup, tile_rows
 from peftcli.plan.optimizer import optimizer_bytes
 from peftcli.plan.plan import DTYPE_BYTES, Plan
-from peftcli.recipe.rules import CAUSAL
 from peftcli.recipe.schema import SelectSection
+from peftcli.results import (
+    Forecast,
+    ForecastChange,
+    ForecastDisk,
+    ForecastMemory,
+    ForecastRows,
+    ForecastTime,
+    MicroBatchTokens,
+)
+from peftcli.tasks.registry import TASKS
 
 FLASH_CAPABILITY = (8, 0)
 """From which on torch has an attention that lets query heads share a key head and keeps no probabilities.
@@ -47,31 +56,46 @@ class Rows:
         mean: tokens of a row.
         count: number of rows, None where the data were not read.
         known: False where both lengths are the recipe's `max_length`.
+        lengths: tokens of the longest rows, falling; may be shorter than a step, and empty where they are not known.
     """
 
     longest: int
     mean: float
     count: int | None = None
     known: bool = True
+    lengths: tuple[int, ...] = ()
+
+    def step_tokens(self, rows: int) -> int:
+        """Most tokens of a step of so many rows.
+
+        >>> Rows(9, 9.0).step_tokens(2), Rows(9, 3.0, 4, lengths=(9, 2)).step_tokens(3)
+        (18, 13)
+        """
+        if not self.lengths:
+            return rows * self.longest
+        taken = self.lengths[:rows]
+        return sum(taken) + (rows - len(taken)) * taken[-1]
 
 
-def rows_of(plan: Plan, data: Mapping[str, Any] | None) -> Rows:
+def rows_of(plan: Plan, data: Mapping[str, Any] | None, lengths: Sequence[int] = ()) -> Rows:
     """The rows as `data.json` describes them, or as long as the recipe allows where there is none.
 
     Args:
         data: the facts of the data, None before they were read.
+        lengths: tokens of the longest training rows, falling.
     """
     most = plan.labels.max_length
     if data is None:
         return Rows(most, float(most), known=False)
     rows = int(data["train_rows"])
     # The lengths are those before rows were cut.
-    return Rows(min(most, int(data["length"]["max"])), data["tokens"]["train"] / rows, rows)
+    longest = min(most, int(data["length"]["max"]))
+    return Rows(longest, data["tokens"]["train"] / rows, rows, lengths=tuple(lengths))
 
 
 def make_forecast(
-    plan: Plan, shape: ModelDimensions | None, machine: Machine, rows: Rows, disk: Mapping[str, int]
-) -> dict[str, Any] | None:
+    plan: Plan, shape: ModelDimensions | None, machine: Machine, rows: Rows, disk: ForecastDisk
+) -> Forecast | None:
     """Compute what a run will need.
 
     Args:
@@ -89,27 +113,24 @@ def make_forecast(
     largest = None if memory is None else load.largest(memory)
     fits = None if memory is None else load.total <= memory
     tight = None if memory is None else memory * (1 - MARGIN) < load.total <= memory
-    return {
-        "schema": 1,
-        "rows": {"longest_tokens": rows.longest, "mean_tokens": round(rows.mean, 1), "known": rows.known},
-        "micro_batch": {"tokens": load.tokens, "largest_tokens": largest},
-        "memory_bytes": {**parts, "total": load.total, "machine": memory},
-        "peak_memory_bytes": load.counted,
-        "fits": fits,
-        "tight": tight,
-        "mends": _suggestions(load, plan, memory, tight=bool(tight))
-        if memory is not None and (tight or not fits)
-        else [],
-        "time": _time(plan, load, machine, rows),
-        "disk_bytes": dict(disk),
-    }
+    return Forecast(
+        rows=ForecastRows(longest_tokens=rows.longest, mean_tokens=round(rows.mean, 1), known=rows.known),
+        micro_batch=MicroBatchTokens(tokens=load.tokens, largest_tokens=largest),
+        memory_bytes=ForecastMemory(parts=parts, total=load.total, machine=memory),
+        peak_memory_bytes=load.counted,
+        fits=fits,
+        tight=tight,
+        mends=() if memory is None or (fits and not tight) else _suggestions(load, plan, memory, tight=bool(tight)),
+        time=_time(plan, load, machine, rows),
+        disk_bytes=disk,
+    )
 
 
 def micro_batch_memory(plan: Plan, shape: ModelDimensions, machine: Machine, rows: Rows) -> MicroBatchMemory:
     """The largest micro-batch of a plan, in its setting."""
     whole = plan.trainer.get("packing") or plan.trainer.get("padding_free")
     at_once = plan.batch.per_device * (plan.labels.max_length if plan.trainer.get("packing") else rows.longest)
-    in_step = at_once * plan.batch.accumulation
+    in_step = rows.step_tokens(plan.batch.per_device * plan.batch.accumulation)
     tokens = min(plan.batching.tokens, in_step) if plan.batching.kind == "padding_free" else at_once
     tokens = min(tokens, plan.batching.most or tokens)
     tokens = max(tokens, rows.longest)
@@ -151,7 +172,7 @@ def training_setup(plan: Plan, shape: ModelDimensions, machine: Machine, *, one_
         activation_fit=plan.activation_fit,
         first_block=_first_block(plan, shape),
         freed=min(plan.trainable_parameters, shape.parameters) if plan.frees_base else 0,
-        norms_trained=plan.adapter.method in ("full", "freeze", "ln_tuning"),
+        norms_trained=METHODS[plan.adapter.method].trains_norms,
     )
 
 
@@ -168,8 +189,8 @@ def _first_block(plan: Plan, shape: ModelDimensions) -> int:
         return 0
     if plan.adapter.layers is not None and not isinstance(plan.adapter.layers, SelectSection):
         return min(plan.adapter.layers, default=0)
-    if plan.adapter.method == "freeze" and not arguments.get("embeddings"):
-        last = arguments.get("last_layers", METHODS["freeze"].defaults["last_layers"])
+    last = arguments.get("last_layers", METHODS[plan.adapter.method].defaults.get("last_layers"))
+    if last is not None and not arguments.get("embeddings"):
         return max(0, shape.layers - int(last))
     return 0
 
@@ -186,7 +207,7 @@ def weight_bits(quantization: Mapping[str, Any] | None) -> float | None:
 
 
 def _head(plan: Plan, shape: ModelDimensions) -> LogitsHead:
-    if plan.task != CAUSAL:
+    if not TASKS[plan.task].generates:
         return LogitsHead(None, len(plan.base.labels), FULL_LOGITS_HEAD.bytes)
     if plan.trainer.get("label_smoothing_factor"):
         return FULL_LOGITS_HEAD
@@ -238,38 +259,67 @@ def _attention(plan: Plan, shape: ModelDimensions, machine: Machine, one_row: bo
     return "repeated" if plan.batching.kind == "padding_free" else "math"
 
 
-def _suggestions(load: MicroBatchMemory, plan: Plan, memory: int, *, tight: bool) -> list[dict[str, Any]]:
+def _suggestions(load: MicroBatchMemory, plan: Plan, memory: int, *, tight: bool) -> tuple[ForecastChange, ...]:
     """What to change so that a load fits, or so that one that fits leaves the margin."""
     room = int(memory * (1 - MARGIN)) if tight else memory
-    return [
-        {"keys": fix.keys.split("\n"), "total_bytes": fix.load.total, "fits": fix.load.total <= memory}
+    return tuple(
+        ForecastChange(keys=tuple(fix.keys.split("\n")), total_bytes=fix.load.total, fits=fix.load.total <= memory)
         for fix in suggest(load, plan, room)
-    ]
+    )
 
 
-def _time(plan: Plan, load: MicroBatchMemory, machine: Machine, rows: Rows) -> dict[str, Any]:
-    """Steps and seconds; null for what is not known, such as the speed of a processor."""
-    alone = load.setting.shards == 1  # how fast cards exchange weights is not known
-    card = gpu_of(machine) if load.setting.on_gpu and load.setting.width == 2 and alone else None
+@dataclass(frozen=True)
+class _Step:
+    """The tokens of an optimizer step of one process.
+
+    Attributes:
+        tokens: padding included.
+        micro_batches: that the tokens are spread over.
+        attended: tokens that a token attends to, in the mean.
+    """
+
+    tokens: float
+    micro_batches: int
+    attended: float
+
+
+def _step(plan: Plan, load: MicroBatchMemory, rows: Rows) -> _Step:
     in_step = plan.batch.per_device * plan.batch.accumulation
     padding_free = plan.batching.kind == "padding_free"
-    tokens = in_step * (rows.mean if padding_free else rows.longest)
+    length = rows.mean if padding_free else rows.longest
+    tokens = in_step * length
     micro_batches = max(1, -(-round(tokens) // load.tokens)) if padding_free else plan.batch.accumulation
-    attended = (rows.mean if padding_free else rows.longest) / (2 if load.setting.attention == "flash" else 1)
-    seconds = None
-    if card is not None:
-        seconds = step_seconds(
-            load.shape, load.setting, card, tokens=tokens, micro_batches=micro_batches, attended=attended
-        )
-    steps = _steps(plan, rows)
-    return {
-        "steps": steps,
-        "flops_per_token": round(token_flops(load.shape, load.setting, attended)),
-        "tokens_per_step": round(tokens * plan.batch.processes),
-        "step_seconds": seconds,
-        "seconds": None if seconds is None or steps is None else seconds * steps,
-        "card": None if card is None else card.key,
-    }
+    return _Step(tokens, micro_batches, length / (2 if load.setting.attention == "flash" else 1))
+
+
+def step_time(plan: Plan, load: MicroBatchMemory, machine: Machine, rows: Rows) -> float | None:
+    """Seconds of an optimizer step; None on a processor, on a GPU that is not in the table, and for sharded weights."""
+    gpu = _timed_gpu(load, machine)
+    if gpu is None:
+        return None
+    step = _step(plan, load, rows)
+    return step_seconds(
+        load.shape, load.setting, gpu, tokens=step.tokens, micro_batches=step.micro_batches, attended=step.attended
+    )
+
+
+def _timed_gpu(load: MicroBatchMemory, machine: Machine) -> GPU | None:
+    unsharded = load.setting.shards == 1  # how fast GPUs exchange weights is not known
+    return gpu_of(machine) if load.setting.on_gpu and load.setting.width == 2 and unsharded else None
+
+
+def _time(plan: Plan, load: MicroBatchMemory, machine: Machine, rows: Rows) -> ForecastTime:
+    """Steps and seconds; null for what is not known, such as the speed of a processor."""
+    gpu, step = _timed_gpu(load, machine), _step(plan, load, rows)
+    seconds, steps = step_time(plan, load, machine, rows), _steps(plan, rows)
+    return ForecastTime(
+        steps=steps,
+        flops_per_token=round(token_flops(load.shape, load.setting, step.attended)),
+        tokens_per_step=round(step.tokens * plan.batch.processes),
+        step_seconds=seconds,
+        seconds=None if seconds is None or steps is None else seconds * steps,
+        card=None if gpu is None else gpu.key,
+    )
 
 
 def _steps(plan: Plan, rows: Rows) -> int | None:

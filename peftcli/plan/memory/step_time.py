@@ -1,7 +1,7 @@
 """Time of a training step: the products it takes, and the bytes it moves, against what a card does in a second.
 
 Source: the counts are those of the backward pass by hand, held against torch's FlopCounterMode (within 0.1 %);
-the bound is the roofline of Williams et al. 2009, doi:10.1145/1498765.1498785.
+the bound is the roofline of Williams et al. 2009, doi:10.1145/1498765.1498785, and the time to launch the kernels.
 """
 
 from peftcli.plan.gpus import GPU
@@ -11,6 +11,8 @@ from peftcli.plan.memory.training_setup import TrainingSetup
 
 WRITTEN_BYTES = 2
 """Of a weight that was unpacked; its 4 or 8 bits are read for that."""
+LAUNCH_SECONDS = 0.002
+"""For Python to launch the kernels of one layer, forward and backward; an assumption: 240 kernels of 8 us each."""
 
 
 def token_flops(shape: ModelDimensions, setting: TrainingSetup, attended: float) -> float:
@@ -46,4 +48,5 @@ def step_seconds(
     unpacking = 0.0
     if setting.weight_bits is not None:
         unpacking = passes * shape.quantizable * (setting.weight_bits / 8 + WRITTEN_BYTES) / card.bandwidth
-    return max(products, reading) + unpacking
+    launching = passes / 2 * shape.layers * LAUNCH_SECONDS
+    return max(products + unpacking, reading + unpacking, launching)

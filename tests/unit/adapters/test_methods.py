@@ -14,7 +14,7 @@ from peftcli.errors import MachineError, RecipeError
 from peftcli.merge.fold import bare_base, fold, refuse_unmergeable
 from peftcli.methods.registry import METHODS
 from peftcli.model.files import loaded_weights
-from peftcli.model.heads import AUTO_CLASSES
+from peftcli.model.heads import auto_class
 from peftcli.model.inspect import inspect_model, trainable_counter
 from peftcli.model.load import load_adapter, load_base
 from peftcli.plan.adapter import resolve_adapter
@@ -141,7 +141,7 @@ def test_a_method_trains_an_encoder_with_a_head_or_is_refused(tmp_path: Path, na
     adapter, _ = resolve_adapter(AdapterSection(method=name, **SETTINGS.get(name, {})), facts)
     adapter = with_head(adapter, facts, task)
     torch.manual_seed(0)
-    base = AUTO_CLASSES[task].from_config(config).eval()
+    base = auto_class(task).from_config(config).eval()
     with torch.no_grad():
         before = base(input_ids=ROWS).logits
     model = get_peft_model(base, peft_config(adapter, task))
@@ -167,6 +167,6 @@ def test_a_method_trains_an_encoder_with_a_head_or_is_refused(tmp_path: Path, na
             torch.testing.assert_close(model(input_ids=ROWS).logits, before, atol=1e-5, rtol=1e-5)
         model.save_pretrained(str(tmp_path))
         torch.manual_seed(0)
-        fresh = AUTO_CLASSES[task].from_config(config).eval()
+        fresh = auto_class(task).from_config(config).eval()
         again = load_adapter(fresh, tmp_path)
         torch.testing.assert_close(again(input_ids=ROWS).logits, tuned, atol=1e-5, rtol=1e-4)

@@ -10,25 +10,41 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from bench.workloads import REGIMES, TAIL, limit_of, tuned_for
+from bench.workloads import TOOLS as ALL_TOOLS
 from rich.console import Console
 
-from peftcli.bench import child, quick, rounds
-from peftcli.bench.gate import LARGEST_SHARE, judge_losses, limit_of
-from peftcli.bench.job import Job
-from peftcli.bench.make import flops, make_tokenizer
-from peftcli.bench.measure import Ran, measure
-from peftcli.bench.process import Ended, run_process
-from peftcli.bench.quick import FEWEST_STEPS, MOST_STEPS, Asked, quick_tools, steps_for
-from peftcli.bench.regimes import END, IGNORED, REGIMES, TAIL, attended, draw_rows, write_rows
-from peftcli.bench.result import regime_result, verdict
-from peftcli.bench.rounds import Measured, make_model, take_turns
-from peftcli.bench.shapes import SHAPES, choose_shape
-from peftcli.bench.tools import TOOLS, Tool, tuned_for
-from peftcli.cli.bench import bench_table, nameless
+from peftcli.bench import child, compare
+from peftcli.bench.child import flops, make_tokenizer
+from peftcli.bench.compare import (
+    FEWEST_STEPS,
+    MOST_STEPS,
+    BenchRequest,
+    make_model,
+    quick_tools,
+    steps_for,
+    take_turns,
+)
+from peftcli.bench.measure import Exited, Measurement, measure, run_process
+from peftcli.bench.result import LARGEST_SHARE, Measurements, judge_losses, regime_result, verdict
+from peftcli.bench.workload import (
+    END,
+    IGNORED,
+    SHAPES,
+    TOOLS,
+    Job,
+    Tool,
+    choose_shape,
+    draw_rows,
+    mean_attended,
+    write_rows,
+)
+from peftcli.cli.bench import bench_table, nameless, tool_line
 from peftcli.errors import MachineError
 from peftcli.plan.machine import Machine
 from peftcli.plan.memory.model_shape import Linear, ModelDimensions, Norm
 from peftcli.progress import Silent
+from peftcli.run_dir import read_json
 
 Cli = Callable[..., int]
 GIB = 2**30
@@ -48,7 +64,7 @@ def job_in(place: Path, *, steps: int = 3, regime: str = "skewed", bits: int = 1
     return Job(SHAPES["tiny"], bits, REGIMES[regime], steps, place, place / "model", "cpu")
 
 
-def ran(seconds: float, loss: float = 6.0, memory: int = 900, **more: Any) -> Ran:
+def ran(seconds: float, loss: float = 6.0, memory: int = 900, **more: Any) -> Measurement:
     found = {
         "seconds": seconds,
         "first_step_seconds": 5.0,
@@ -57,12 +73,12 @@ def ran(seconds: float, loss: float = 6.0, memory: int = 900, **more: Any) -> Ra
         "losses": (loss, loss, loss),
         "peak_bytes": memory,
         "above_bytes": memory // 2,
-        "card_bytes": None,
+        "gpu_bytes": None,
         "recomputed": 0.0,
         "adapter": Path("adapter"),
-        "figures": {},
+        "details": {},
     }
-    return Ran(**{**found, **more})
+    return Measurement(**{**found, **more})
 
 
 # Rows
@@ -111,7 +127,7 @@ def test_words_become_the_ids_that_they_were_drawn_as(tmp_path: Path) -> None:
 
 
 def test_a_token_sees_half_of_its_own_row() -> None:
-    assert attended(draw_rows(REGIMES["uniform"], 5, 2048, seed=0)) == 64
+    assert mean_attended(draw_rows(REGIMES["uniform"], 5, 2048, seed=0)) == 64
 
 
 def test_longer_rows_for_larger_models_keep_very_short_ones_short() -> None:
@@ -133,14 +149,14 @@ def test_every_tool_is_told_the_same_rate_steps_and_rows(tmp_path: Path) -> None
 
 
 def test_tuned_is_without_padding_and_checkpointing_and_has_no_length(tmp_path: Path) -> None:
-    told = job_in(tmp_path, bits=4).sft(TOOLS["trl_tuned"], tmp_path / "run")
+    told = job_in(tmp_path, bits=4).sft(ALL_TOOLS["trl_tuned"], tmp_path / "run")
     assert told["arguments"]["padding_free"] and told["arguments"]["activation_checkpointing"] is False
     assert told["arguments"]["max_length"] is None
     assert told["bits"] == 4
 
 
 def test_tuned_on_a_card_loads_its_weights_in_16_bit(tmp_path: Path) -> None:
-    tuned = tuned_for(TOOLS["trl_tuned"], on_gpu=True, flash=True)
+    tuned = tuned_for(ALL_TOOLS["trl_tuned"], on_gpu=True, flash=True)
     told = job_in(tmp_path).sft(tuned, tmp_path / "run")
     assert told["model_settings"] == {"dtype": "bfloat16", "attn_implementation": "flash_attention_2"}
     assert "dtype" not in told["arguments"]
@@ -164,9 +180,9 @@ def test_the_short_comparison_on_a_cpu_holds_float32_against_float32() -> None:
 def test_steps_go_by_the_minutes_and_by_what_a_short_run_took() -> None:
     trial = ran(0.4, step_seconds=(0.1, 0.1, 0.1), process_seconds=5.4)
     # 5.4 s are gone and nine starts of 5 s go; the rest is for three rounds of 0.1 s times 5.5.
-    assert steps_for(Asked(minutes=2.0, rounds=3), trial) == int((120 - 5.4 - 45) / (3 * 0.55))
-    assert steps_for(Asked(minutes=0.1), trial) == FEWEST_STEPS
-    assert steps_for(Asked(minutes=60), trial) == MOST_STEPS
+    assert steps_for(BenchRequest(minutes=2.0, rounds=3), trial) == int((120 - 5.4 - 45) / (3 * 0.55))
+    assert steps_for(BenchRequest(minutes=0.1), trial) == FEWEST_STEPS
+    assert steps_for(BenchRequest(minutes=60), trial) == MOST_STEPS
 
 
 # Processes
@@ -176,7 +192,7 @@ def test_a_process_is_timed_and_the_peak_of_its_memory_is_kept(tmp_path: Path) -
     words = [sys.executable, "-c", "import time; block = b'x' * 80_000_000; time.sleep(0.2); print('done')"]
     looks: list[int] = []
     ended = run_process(words, tmp_path / "log", lambda: looks.append(1))
-    assert ended.error is None and ended.said == "done\n"
+    assert ended.error is None and ended.output == "done\n"
     assert ended.seconds > 0.2 and looks
     assert ended.peak_bytes > 80_000_000
 
@@ -210,7 +226,6 @@ def test_with_other_steps_only_the_held_out_rows_are_compared() -> None:
 
 
 def test_the_limit_is_three_spreads_of_the_reference_and_at_most_half_a_percent() -> None:
-    assert limit_of([6.0]) == LARGEST_SHARE
     assert limit_of([6.0, 6.1]) == LARGEST_SHARE
     assert limit_of([6.0, 6.0006]) == pytest.approx(0.0003)
 
@@ -218,11 +233,11 @@ def test_the_limit_is_three_spreads_of_the_reference_and_at_most_half_a_percent(
 # Figures
 
 
-def figures(place: Path, runs: dict[str, list[Ran]], **more: Any) -> dict[str, Any]:
+def figures(place: Path, runs: dict[str, list[Measurement]], **more: Any) -> dict[str, Any]:
     job = job_in(place)
     rows = job.write()
     held_out = {name: made[0].losses[-1] for name, made in runs.items() if made}
-    measured = Measured(runs, more.get("errors", {}), more.get("held_out", held_out), LARGEST_SHARE)
+    measured = Measurements(runs, more.get("errors", {}), more.get("held_out", held_out), LARGEST_SHARE)
     names = [*runs, *more.get("errors", {})]
     return regime_result(job, rows, [TOOLS[name] for name in names], measured, {**MADE, **more.get("made", {})})
 
@@ -249,7 +264,7 @@ def test_tokens_a_second_count_no_padding_and_mfu_leaves_out_what_runs_twice(tmp
     assert flat["label_tokens_per_second"] == pytest.approx(found["label_tokens"] / 2, abs=0.1)
     assert flat["hardware_tflops"] == flat["model_tflops"]
     assert padded["hardware_tflops"] > 1.3 * padded["model_tflops"]
-    seen = attended(job_in(tmp_path).write())
+    seen = mean_attended(job_in(tmp_path).write())
     work = found["tokens"] * (1e7 + 1e4 * seen) / 2
     assert flat["mfu"] == pytest.approx(work / 1e12, abs=1e-4)
     assert padded["mfu"] == pytest.approx(flat["mfu"] / 2, abs=1e-4)
@@ -261,7 +276,7 @@ def test_another_loss_gets_no_speed_and_no_ratio(tmp_path: Path) -> None:
     assert not found["tools"]["trl"]["equal_loss"]
     assert "label_tokens_per_second" not in found["tools"]["trl"]
     assert set(found["ratios"]) == {"padded"}
-    assert verdict(found).startswith("no ratio is stated: the losses are not equal")
+    assert verdict(found).startswith("no ratio: the losses are not equal")
     shown = Console(width=200)
     with shown.capture() as text:
         shown.print(bench_table(found))
@@ -270,16 +285,17 @@ def test_another_loss_gets_no_speed_and_no_ratio(tmp_path: Path) -> None:
 
 def test_a_tool_that_does_not_run_has_a_line_with_its_error(tmp_path: Path) -> None:
     found = figures(tmp_path, {"flat": [ran(1.0)], "padded": [ran(2.0)]}, errors={"trl": "CUDA out of memory"})
-    assert found["tools"]["trl"] == {"title": "SFTTrainer as it comes", "error": "CUDA out of memory"}
-    assert verdict(found) == "no ratio: SFTTrainer as it comes did not run (CUDA out of memory)"
+    assert found["tools"]["trl"] == {"title": "SFTTrainer (defaults)", "error": "CUDA out of memory"}
+    assert tool_line(found["tools"]["trl"]) == "SFTTrainer (defaults) did not run: CUDA out of memory"
+    assert verdict(found) == "no ratio: SFTTrainer (defaults) did not run (CUDA out of memory)"
 
 
-def test_the_verdict_takes_the_faster_of_two_ways_to_run_it_as_it_comes(tmp_path: Path) -> None:
+def test_the_verdict_takes_the_faster_of_two_dtypes(tmp_path: Path) -> None:
     runs = {"flat": [ran(1.0)], "padded": [ran(2.0)], "trl": [ran(9.0)], "trl_fp32": [ran(2.5, memory=1800)]}
     said = verdict(figures(tmp_path, runs))
     assert said == (
-        "peftcli trains 2.50 times as fast as SFTTrainer as it comes, float32 here (2.50 to 2.50 over 1 round), "
-        "with 0.50 of its memory, at the same held-out loss (6.0000 against 6.0000)"
+        "peftcli trains 2.50 times as fast as SFTTrainer (defaults, float32) here (2.50 to 2.50 over 1 round), "
+        "with 0.50 of its memory, at the same held-out loss (6.0000 and 6.0000)"
     )
 
 
@@ -306,10 +322,10 @@ def test_the_work_of_a_token_is_four_products_a_weight_and_six_with_checkpointin
 def test_tools_take_turns_and_one_that_fails_is_not_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rounds, "judge", lambda job, adapters: dict.fromkeys(adapters, 6.0))
+    monkeypatch.setattr(compare, "judge", lambda job, adapters: dict.fromkeys(adapters, 6.0))
     called: list[str] = []
 
-    def run(tool: Tool, job: Job) -> Ran | str:
+    def run(tool: Tool, job: Job) -> Measurement | str:
         called.append(tool.name)
         (tmp_path / "made").mkdir(exist_ok=True)
         return "it is missing" if tool.name == "trl" else ran(1.0, adapter=tmp_path / "made")
@@ -338,18 +354,18 @@ def test_a_model_that_cannot_be_made_is_a_fault_of_the_machine(
 def test_bench_prints_a_table_and_writes_what_to_send_in(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_cli: Cli, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(quick, "make_model", lambda shape, bits, place: MADE)
-    monkeypatch.setattr(rounds, "judge", lambda job, adapters: dict.fromkeys(adapters, 6.0))
+    monkeypatch.setattr(compare, "make_model", lambda shape, bits, place: MADE)
+    monkeypatch.setattr(compare, "judge", lambda job, adapters: dict.fromkeys(adapters, 6.0))
     (tmp_path / "made").mkdir()
     taken = {"flat": 1.0, "padded": 2.0, "trl_fp32": 3.0}
 
-    def run(tool: Tool, job: Job) -> Ran:
+    def run(tool: Tool, job: Job) -> Measurement:
         return ran(taken[tool.name], adapter=tmp_path / "made")
 
-    monkeypatch.setattr(quick, "measure", run)
+    monkeypatch.setattr(compare, "measure", run)
     assert run_cli("bench", "--rounds", "2", "--output", "bench.json") == 0
     said = capfd.readouterr().out
-    assert "SFTTrainer as it comes, float32" in said and "peftcli trains 3.00 times as fast" in said
+    assert "SFTTrainer (defaults, float32)" in said and "peftcli trains 3.00 times as fast" in said
     text = (tmp_path / "bench.json").read_text()
     found = json.loads(text)
     assert found["regimes"][0]["ratios"]["trl_fp32"]["times_as_fast"] == 3.0
@@ -359,16 +375,16 @@ def test_bench_prints_a_table_and_writes_what_to_send_in(
     assert json.loads(out)["verdict"] == found["verdict"].replace("2 rounds", "3 rounds")
 
 
-def run_here(verb: str, spec: Path, result: Path) -> Ended:
+def run_here(verb: str, spec: Path, result: Path) -> Exited:
     """One verb of `peftcli.bench.child` in this process, which has loaded the libraries already."""
     child.main([verb, str(spec), str(result)])
-    return Ended(0, 0.0, 0, "")
+    return Exited(0, 0.0, 0, "")
 
 
 def test_flat_padded_and_plain_training_of_the_same_rows_have_the_same_losses(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rounds, "run_child", run_here)  # makes the model and judges; each tool has its own process
+    monkeypatch.setattr(compare, "run_child", run_here)  # makes the model and judges; each tool has its own process
     made = make_model("tiny", 16, tmp_path)
     job = Job(SHAPES["tiny"], 16, REGIMES["short"], 3, tmp_path, Path(made["folder"]), "cpu")
     rows = job.write()
@@ -384,6 +400,16 @@ def test_flat_padded_and_plain_training_of_the_same_rows_have_the_same_losses(
     flat = found["tools"]["flat"]
     assert (flat["tokens"], flat["trained_tokens"]) == (found["tokens"], found["label_tokens"])
     assert flat["first_loss"] > flat["last_loss"]  # there is something to learn
+    # What computed attention and loss is read from the run, not from what was asked for.
+    lines = {name: tool_line(tool) for name, tool in found["tools"].items()}
+    assert flat["micro_batch_tokens"] == read_json(tmp_path / "run-flat" / "plan.json")["batching"]["tokens"]
+    assert lines["flat"] == (
+        f"peftcli: attention {', '.join(flat['batching']['attention'])}, loss head fused_loss, "
+        f"up to {flat['micro_batch_tokens']:,} tokens per micro-batch"
+    )
+    padded = 32 * found["longest_tokens"]
+    assert lines["padded"].endswith(f": attention sdpa, loss head fused_loss, up to {padded} tokens per micro-batch")
+    assert lines["trl_fp32"].endswith(f": attention sdpa, loss head TRL nll, up to {padded} tokens per micro-batch")
 
 
 def test_the_process_that_starts_the_others_loads_no_torch() -> None:

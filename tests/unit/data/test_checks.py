@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from pretrain_tiny_llama import make_causal_tokenizer
 from safetensors import safe_open
 from tokenizers import normalizers
 from tokenizers.processors import TemplateProcessing
@@ -11,7 +12,6 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from peftcli.data.checks import Check, EmbeddingRows, check_embeddings, check_tokenizer, untrained_rows
 from peftcli.data.encode import stop_ids
-from peftcli.tiny.tokenizer import make_causal_tokenizer
 
 MODELS = Path(__file__).parents[4] / "shared" / "models"
 CHAT = [{"role": "user", "content": "Hi, you."}, {"role": "assistant", "content": "Hello!"}]

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from peftcli.data.formats import KINDS, Examples, RowFormat, choose_format
+from peftcli.data.formats import KINDS, Examples, Given, RowFormat, choose_text_format
 from peftcli.data.rows import Rows
 from peftcli.errors import DataError
+from peftcli.plan.plan import LossMask
 from peftcli.recipe.schema import DatasetSection
 from peftcli.recipe.template import render, template_columns, value_at
 
@@ -24,7 +25,8 @@ def rows_of(objects: list[dict[str, Any]], file: str = "a.jsonl") -> Rows:
 
 
 def choose(rows: Rows, *, chats: bool = True, **keys: Any) -> RowFormat:
-    return choose_format(rows, DatasetSection.model_validate({"path": "a", **keys}), chats=chats)
+    given = Given(LossMask(True, True, (), 1024), None, {}, chats=chats)
+    return choose_text_format(rows, DatasetSection.model_validate({"path": "a", **keys}), given)
 
 
 def read(objects: list[dict[str, Any]], *, chats: bool = True, **keys: Any) -> Examples:

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from pretrain_tiny_llama import make_causal_tokenizer
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
 from peftcli.data.preview import preview_rows, token_kinds
 from peftcli.data.spans import Part, shorten
-from peftcli.tiny.tokenizer import make_causal_tokenizer
 
 IGNORED = -100
 CORPUS = ["the cat sat on the mat and the dog ran", "a user asks, the model answers", "Zürich is wet today"] * 4

@@ -40,6 +40,7 @@ from peftcli.doctor.system import (
     probe_disk,
 )
 from peftcli.errors import DataError, MachineError, RecipeError
+from peftcli.installed import installed_versions
 from peftcli.model.hardware import core_quota, memory_limit, usable_memory
 from peftcli.model.load import FAST_CPU_PATH
 from peftcli.plan.machine import Machine
@@ -594,6 +595,7 @@ def made_up(monkeypatch: pytest.MonkeyPatch, card: Card) -> list[str]:
     monkeypatch.setattr(
         quantization, "try_4bit", lambda where, dtype: asked.append(where) or Trial(where, dtype, 0, 0, 0, 0)
     )
+    monkeypatch.setattr(gpu, "try_trl_loss", lambda number, dtype: asked.append(f"loss {number} {dtype}"))
     return asked
 
 
@@ -607,8 +609,9 @@ def test_a_card_without_kernels_is_not_asked_to_compute(monkeypatch: pytest.Monk
 def test_a_card_with_kernels_is_asked_and_gets_its_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = made_up(monkeypatch, T4)
     found = {verdict.name: verdict for verdict in run.run_checks(None, {"files": "utf-8"})}
-    assert asked == ["cuda:0", "cuda"]
+    assert asked == ["cuda:0", "loss 0 float16", "cuda"]
     expect(found["matmul 0"], "ok")
+    expect(found["loss kernel 0"], "ok")
     expect(found["precision"], "ok", "float16")
     expect(found["4-bit"], "ok", "NF4 in float16 on the GPU")
 
@@ -626,7 +629,7 @@ def test_an_8_bit_layer_is_tried_for_a_recipe_that_asks_for_one(
         found[verdict.name] = verdict
         if verdict.name == "8-bit":
             break
-    assert asked == ["cuda:0", "cuda", "8-bit"]
+    assert asked == ["cuda:0", "loss 0 float16", "cuda", "8-bit"]
     expect(found["8-bit"], "fail", "int8 in float16 is wrong on the GPU: dequantized weights by 0.5")
 
 
@@ -647,7 +650,7 @@ def test_a_recipe_that_this_machine_can_run_is_all_well(write_recipe: Write, run
     out = capfd.readouterr().out
     value = json.loads(out)
     found = {check["name"]: check for check in value["checks"]}
-    assert value["schema"] == 1 and value["versions"]["trl"] == packages.installed_versions(["trl"])["trl"]
+    assert value["schema"] == 1 and value["versions"]["trl"] == installed_versions(["trl"])["trl"]
     assert set(found["plan"]) == {"name", "result", "there", "mend"} and found["plan"]["mend"] is None
     assert [found[name]["result"] for name in ("model", "plan", "disk space", "4-bit")] == ["ok"] * 4
     assert str(Path.home()) not in out and str(ROOT) not in out and platform.node() not in out

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 from peftcli.adapters.build import peft_config
 from peftcli.cli.pipeline import plan_recipe
 from peftcli.methods.registry import METHODS
-from peftcli.model.activation_fit import COUNTED, fit_activation_memory
+from peftcli.model.activation_fit import fit_activation_memory
 from peftcli.model.inspect import inspect_model, trainable_counter
 from peftcli.plan.gpus import find_gpu, machine_with
 from peftcli.plan.memory.activations import norm_bytes, saved_activation_bytes
@@ -28,8 +28,11 @@ LOOSE = {"randlora": 0.2, "full": 0.2, "bottleneck": 0.12}
 """RandLoRA's number of matrices is rounded up, which no polynomial says; full training widens the whole stream."""
 LATE = ("shira",)
 """Its mask is a sparse matrix, whose bytes torch does not tell."""
+COUNTED = [name for name, method in METHODS.items() if method.counted]
 FITTED = [
-    name for name, method in METHODS.items() if method.targets in ("linear", "scaled") and name not in (*COUNTED, *LATE)
+    name
+    for name, method in METHODS.items()
+    if method.targets in ("linear", "scaled") and not method.counted and name not in LATE
 ]
 
 
@@ -63,10 +66,7 @@ def ratio(folder: Path, recipe: Path, method: str, dtype: str) -> float:
     config, machine = AutoConfig.from_pretrained(folder), machine_with(find_gpu("a100-80"))
     facts = inspect_model(str(folder), config, "causal-lm")
     counter = trainable_counter(str(folder), config, "causal-lm")
-    plan = make_plan(load_recipe(recipe).recipe, machine, facts, counter)
-    fitted = fit_activation_memory(plan)
-    assert fitted is not None
-    plan = replace(plan, activation_fit=fitted)
+    plan = make_plan(load_recipe(recipe).recipe, machine, facts, counter, fit_activations=fit_activation_memory)
     assert facts.shape is not None
     setting = training_setup(plan, facts.shape, machine, one_row=True)
     setting = replace(setting, on_gpu=False, attention="flash", filling=1.0)

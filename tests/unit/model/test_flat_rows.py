@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, FalconConfig, LlamaCo
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from peftcli.model.flat_rows import why_not_flat
-from peftcli.model.padding_free import enable_padding_free, row_problem
+from peftcli.model.padding_free import check_rows, enable_padding_free
 from peftcli.tiny.build import stand_in
 from peftcli.tiny.shrink import FAMILIES
 
@@ -40,7 +40,7 @@ def test_a_plan_says_of_a_family_what_its_architecture_allows(family: str) -> No
 def test_a_plan_says_what_training_finds_on_the_model(family: str) -> None:
     folder = stand_in(AutoConfig.for_model(family))
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa", dtype=torch.float32)
-    trains_flat = enable_padding_free(model) and row_problem(model) is None
+    trains_flat = enable_padding_free(model) and check_rows(model).problem is None
     assert trains_flat == (why_not_flat(AutoConfig.from_pretrained(folder)) == "")
 
 

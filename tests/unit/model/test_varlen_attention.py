@@ -9,57 +9,17 @@ from typing import Any
 
 import pytest
 import torch
+from attention_kernels import flash, rows_alone
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
 
 from peftcli.model import padding_free, varlen_attention
-from peftcli.model.padding_free import SequenceLayout, enable_padding_free, padding_free_attention, row_problem
-from peftcli.model.varlen_attention import KernelShape, attend, choose_kernel, kernel_for, kernel_problem
+from peftcli.model.padding_free import SequenceLayout, check_rows, enable_padding_free, padding_free_attention
+from peftcli.model.varlen_attention import KernelShape, attend, kernel_for, kernel_problem, kernels_to_try
 from peftcli.train.micro_batch import flatten_rows
 
 LENGTHS = (5, 1, 64, 17)
 WIDE = KernelShape(torch.bfloat16, 4, 2, 16)
-
-
-def rows_alone(
-    query: Tensor, key: Tensor, value: Tensor, edges: Tensor, longest: int, *, scale: float | None, behind: int
-) -> Tensor:
-    """(tokens, heads, size): causal attention of each row with itself, over `behind` tokens before, -1 for all."""
-    assert edges.dtype == torch.int32 and longest == int(edges.diff().max())
-    found = []
-    for begin, end in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
-        places = torch.arange(end - begin)
-        back = places[:, None] - places[None]
-        seen = (back >= 0) & ((behind < 0) | (back <= behind))
-        row = [part[begin:end].transpose(0, 1)[None] for part in (query, key, value)]
-        made = scaled_dot_product_attention(
-            *row, attn_mask=seen, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
-        )
-        found.append(made[0].transpose(0, 1))
-    return torch.cat(found)
-
-
-def flash(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    edges: Tensor,
-    edges_of_keys: Tensor,
-    longest: int,
-    longest_key: int,
-    dropout: float,
-    is_causal: bool,
-    return_debug_mask: bool,
-    *,
-    scale: float | None,
-    window_size_left: int,
-    window_size_right: int,
-) -> tuple[Tensor, ...]:
-    """What FlashAttention computes, with its arguments in every torch from 2.6 on."""
-    assert torch.equal(edges, edges_of_keys) and longest == longest_key and dropout == 0.0 and not return_debug_mask
-    assert window_size_right == 0 and is_causal == (window_size_left < 0)
-    return (rows_alone(query, key, value, edges, longest, scale=scale, behind=window_size_left),)
 
 
 def efficient(*given: Any, scale: float | None) -> tuple[Tensor, ...]:
@@ -87,14 +47,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def ampere(monkeypatch: pytest.MonkeyPatch) -> None:
     """Take the CPU for a GPU of sm_80 when kernels are chosen."""
-
-    def choose(query: Tensor, key: Tensor, value: Tensor, *, dropout: float, window: int | None) -> Any:
-        shape = KernelShape(varlen_attention.computed(query).dtype, query.shape[1], key.shape[1], query.shape[-1])
-        return varlen_attention._chosen(
-            query.device, shape, window is not None, torch.are_deterministic_algorithms_enabled()
-        )
-
-    monkeypatch.setattr(padding_free, "kernel_for", choose)
+    monkeypatch.setattr(varlen_attention, "DEVICE_TYPE", "cpu")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
     monkeypatch.setattr(torch.version, "hip", None)
 
@@ -122,29 +75,30 @@ def line(requires_grad: bool = False, **kwargs: Any) -> list[Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("capability", "shape", "windowed", "deterministic", "kernel"),
+    ("capability", "shape", "windowed", "deterministic", "kernels"),
     [
-        ((9, 0), WIDE, True, True, "flash"),
-        ((8, 0), WIDE._replace(dtype=torch.float16), False, False, "flash"),
-        ((8, 9), WIDE._replace(dtype=torch.float32), False, False, None),  # FlashAttention computes in 16 bit
-        ((8, 0), WIDE._replace(size=12), False, False, None),
-        ((8, 0), WIDE._replace(size=264), False, False, None),
-        ((7, 5), WIDE._replace(dtype=torch.float16), False, False, "efficient"),
-        ((7, 5), WIDE._replace(dtype=torch.float32), False, False, "efficient"),
-        ((7, 5), WIDE, False, False, None),  # no bfloat16 before sm_80
-        ((7, 5), WIDE._replace(dtype=torch.float16), True, False, None),
-        ((7, 5), WIDE._replace(dtype=torch.float16), False, True, None),
-        ((6, 0), WIDE._replace(dtype=torch.float16), False, False, "efficient"),
+        ((9, 0), WIDE, True, True, ("flash",)),
+        ((9, 0), WIDE, False, False, ("flash", "efficient")),
+        ((8, 0), WIDE._replace(dtype=torch.float16), False, True, ("flash",)),
+        ((8, 9), WIDE._replace(dtype=torch.float32), False, False, ()),  # FlashAttention computes in 16 bit
+        ((8, 0), WIDE._replace(size=12), False, False, ()),
+        ((8, 0), WIDE._replace(size=264), False, False, ()),
+        ((7, 5), WIDE._replace(dtype=torch.float16), False, False, ("efficient",)),
+        ((7, 5), WIDE._replace(dtype=torch.float32), False, False, ("efficient",)),
+        ((7, 5), WIDE, False, False, ()),  # no bfloat16 before sm_80
+        ((7, 5), WIDE._replace(dtype=torch.float16), True, False, ()),
+        ((7, 5), WIDE._replace(dtype=torch.float16), False, True, ()),
+        ((6, 0), WIDE._replace(dtype=torch.float16), False, False, ("efficient",)),
     ],
 )
-def test_each_card_has_its_kernel(
-    capability: Any, shape: KernelShape, windowed: bool, deterministic: bool, kernel: str | None
+def test_each_gpu_has_its_kernels(
+    capability: Any, shape: KernelShape, windowed: bool, deterministic: bool, kernels: tuple[str, ...]
 ) -> None:
-    assert choose_kernel(capability, shape, windowed=windowed, deterministic=deterministic) == kernel
+    assert kernels_to_try(capability, shape, windowed=windowed, deterministic=deterministic) == kernels
 
 
 def test_on_a_processor_rows_are_laid_side_by_side() -> None:
-    assert kernel_for(*line(), dropout=0.0, window=None) is None
+    assert kernel_for(*line(), dropout=0.0, window=None, longest=max(LENGTHS)) is None
 
 
 @pytest.mark.numeric
@@ -237,31 +191,169 @@ def test_without_a_sound_kernel_rows_are_laid_side_by_side(
     ampere: None, kernel: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", kernel)
+    monkeypatch.setattr(torch.ops.aten, "_efficient_attention_forward", is_not_in_the_wheel)
     model = small_llama()
-    assert enable_padding_free(model) and row_problem(model) is None
-    assert padding_free.kernels_used == {"side by side"} and list(varlen_attention.rejected) == ["flash"]
+    assert enable_padding_free(model) and check_rows(model).problem is None
+    assert padding_free.kernels_used == {"side by side"}
+    assert list(varlen_attention.rejected) == ["flash (bfloat16)", "efficient (bfloat16)"]
 
 
 def test_with_a_sound_kernel_rows_in_a_line_use_it(ampere: None, kernels: None) -> None:
     model = small_llama()
-    assert enable_padding_free(model) and row_problem(model) is None
+    assert enable_padding_free(model) and check_rows(model).problem is None
     assert padding_free.kernels_used == {"flash"} and not varlen_attention.rejected
 
 
-def test_a_first_check_inside_a_checkpointed_block_leaves_its_tensors_alone(ampere: None, kernels: None) -> None:
-    """Rows are longer than the window here for the first time, so the kernel with a window is checked in a block."""
+def test_where_flash_attention_fails_the_memory_efficient_kernel_is_next(
+    ampere: None, kernels: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", is_not_in_the_wheel)
+    model = small_llama()
+    assert enable_padding_free(model) and check_rows(model).problem is None
+    assert padding_free.kernels_used == {"efficient"} and list(varlen_attention.rejected) == ["flash (bfloat16)"]
+
+
+@pytest.mark.parametrize(("failures", "problem"), [(1, None), (2, "OutOfMemoryError: CUDA out of memory. Tried")])
+def test_a_check_that_runs_out_of_memory_is_made_once_more_after_memory_was_freed(
+    failures: int, problem: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+
+    def short_of_memory(*given: Any, **more: Any) -> Any:
+        if calls.count("kernel") < failures:
+            calls.append("kernel")
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return flash(*given, **more)
+
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", short_of_memory)
+    monkeypatch.setattr(varlen_attention, "free_memory", lambda: calls.append("freed"))
+    found = kernel_problem("flash", torch.device("cpu"), WIDE, window=None)
+    assert found == problem if problem is None else str(found).startswith(problem)
+    assert calls == ["kernel", "freed"] * failures
+
+
+def test_each_number_format_has_a_verdict_of_its_own(ampere: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def only_in_float16(query: Tensor, *given: Any, **more: Any) -> Any:
+        return flash(query, *given, **more) if query.dtype == torch.float16 else is_not_in_the_wheel()
+
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", only_in_float16)
+    monkeypatch.setattr(torch.ops.aten, "_efficient_attention_forward", is_not_in_the_wheel)
+    used = [
+        kernel_for(*line(dtype=dtype), dropout=0.0, window=None, longest=max(LENGTHS))
+        for dtype in (torch.bfloat16, torch.float16)
+    ]
+    assert used == [None, "flash"]
+
+
+def windowed_mistral() -> PreTrainedModel:
     torch.manual_seed(0)
-    model = MistralForCausalLM(MistralConfig(**SMALL, sliding_window=16)).to(torch.bfloat16)
-    assert enable_padding_free(model) and row_problem(model) is None
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    model.train()
-    rows = [{"input_ids": torch.arange(length) % 100, "labels": torch.arange(length) % 100} for length in (40, 9, 30)]
-    inputs, layout = flatten_rows(rows)
-    checked = varlen_attention._chosen.cache_info().currsize
+    return MistralForCausalLM(MistralConfig(**SMALL, sliding_window=16)).to(torch.bfloat16)
+
+
+def long_rows() -> tuple[dict[str, Any], SequenceLayout]:
+    """Rows of which some are longer than the window of `windowed_mistral`."""
+    return flatten_rows(
+        [{"input_ids": torch.arange(length) % 100, "labels": torch.arange(length) % 100} for length in (40, 9, 30)]
+    )
+
+
+def test_a_model_with_a_window_has_its_kernel_checked_with_and_without_one_before_training(
+    ampere: None, kernels: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked: list[int | None] = []
+    check = varlen_attention.kernel_problem
+
+    def record(*given: Any, window: int | None) -> str | None:
+        checked.append(window)
+        return check(*given, window=window)
+
+    monkeypatch.setattr(varlen_attention, "kernel_problem", record)
+    model = windowed_mistral()
+    assert enable_padding_free(model) and check_rows(model).problem is None
+    assert sorted(checked, key=str) == [varlen_attention.PROOF_WINDOW, None]
+    inputs, layout = long_rows()
     with padding_free.use_layout(layout):
         model(**{**inputs, "use_cache": False}).logits.float().mean().backward()
-    assert varlen_attention._chosen.cache_info().currsize == checked + 1
+    assert len(checked) == 2 and padding_free.kernels_used == {"flash"}
+
+
+def test_a_kernel_that_fails_with_a_window_still_serves_rows_that_fit_into_it(
+    ampere: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", ignores_the_window)
+    model = windowed_mistral()
+    assert enable_padding_free(model) and check_rows(model).problem is None
     assert padding_free.kernels_used == {"flash"}
+    assert list(varlen_attention.rejected) == ["flash (bfloat16, sliding window)"]
+    inputs, layout = long_rows()
+    with padding_free.use_layout(layout):
+        model(**{**inputs, "use_cache": False})
+    assert padding_free.kernels_used == {"flash", "side by side"}
+
+
+def test_a_first_check_inside_a_checkpointed_block_leaves_its_tensors_alone(ampere: None, kernels: None) -> None:
+    """Nothing was checked before here, as where training computes in another number format than loading did."""
+    model = windowed_mistral()
+    assert enable_padding_free(model)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    inputs, layout = long_rows()
+    assert varlen_attention._chosen.cache_info().currsize == 0
+    with padding_free.use_layout(layout):
+        model(**{**inputs, "use_cache": False}).logits.float().mean().backward()
+    assert varlen_attention._chosen.cache_info().currsize == 2
+    assert padding_free.kernels_used == {"flash"}
+
+
+def llama_of(layers: int) -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=384,
+        intermediate_size=1024,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        vocab_size=8000,
+        initializer_range=0.05,
+        attn_implementation="sdpa",
+    )
+    return LlamaForCausalLM(config).to(torch.bfloat16)
+
+
+def test_rounding_of_other_products_is_no_leak_between_rows() -> None:
+    """Products of 15 tokens are summed in two halves that are rounded, those of 6 and 9 at once, as GPUs do it."""
+    model = llama_of(32)
+
+    def in_halves(module: torch.nn.Module, given: tuple[Tensor, ...], made: Tensor) -> Tensor:
+        (x,), weight = given, module.weight
+        if x.shape[1] != sum(padding_free.CHECKED_ROWS):
+            return made
+        assert isinstance(weight, Tensor)
+        half = x.shape[-1] // 2
+        parts = [
+            (x[..., part].float() @ weight[:, part].float().T).bfloat16() for part in (slice(half), slice(half, None))
+        ]
+        return parts[0] + parts[1]
+
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_hook(in_halves)
+    assert enable_padding_free(model)
+    found = check_rows(model)
+    assert found.problem is None and found.difference is not None and found.difference > 0.0
+
+
+def test_a_leak_between_rows_of_a_deep_model_in_16_bits_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = llama_of(32)
+
+    def leaks(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **more: Any) -> Any:
+        return padding_free.sdpa_attention_forward(module, query, key, value, None, **(more | {"is_causal": True}))
+
+    monkeypatch.setattr(padding_free, "padding_free_attention", leaks)
+    assert enable_padding_free(model)
+    found = check_rows(model)
+    assert found.difference is not None and found.difference > 2 * padding_free.ROUNDED_LIMIT
+    assert found.problem is not None and "differ from those of the row alone" in found.problem
 
 
 def test_under_autocast_the_kernel_gets_its_number_format() -> None:

@@ -11,6 +11,7 @@ import pytest
 from peftcli.errors import MachineError, RecipeError
 from peftcli.plan.choices import check_wheel, processes_that_share
 from peftcli.plan.machine import Machine, ModelFacts
+from peftcli.plan.memory.model_shape import Experts, ModelDimensions, Norm
 from peftcli.plan.optimizer import Trained
 from peftcli.plan.plan import Plan
 from peftcli.plan.planner import make_plan
@@ -61,6 +62,20 @@ def test_the_dtype_follows_what_the_card_computes_itself(
     assert (plan.trainer["fp16"], plan.trainer["bf16"]) == (fp16, bf16)
     assert plan.adapter_dtype == "float32"
     assert plan.trainer["use_cpu"] is (machine is CPU)
+
+
+@pytest.mark.parametrize("architecture", ["Gemma2ForCausalLM", "Gemma3ForCausalLM", "T5ForTokenClassification"])
+def test_a_model_that_overflows_float16_is_computed_in_float32_where_there_is_no_bfloat16(
+    recipe: Any, architecture: str
+) -> None:
+    facts = replace(FACTS, architecture=architecture)
+    plan = plan_on(T4, recipe("quantization: {bits: 4}"), facts)
+    assert plan.base.dtype == "float32" and not plan.trainer["fp16"] and not plan.trainer["bf16"]
+    assert plan.base.quantization is not None and plan.base.quantization["compute_dtype"] == "float32"
+    why = next(one.reason for one in plan.decisions if one.key == "model.dtype")
+    assert "no native bfloat16" in why and f"{architecture} overflows float16" in why
+    assert plan_on(L4, recipe(), facts).base.dtype == "bfloat16"
+    assert plan_on(T4, recipe("model: {name: m, dtype: float16}"), facts).base.dtype == "float16"
 
 
 def test_nothing_in_a_plan_is_auto(recipe: Any) -> None:
@@ -207,3 +222,39 @@ def test_evaluations_and_checkpoints_come_within_the_few_steps_of_a_rehearsal(re
     asked = "trainer: {load_best_model_at_end: true, eval_strategy: steps, eval_steps: 100, save_steps: 200}\n"
     trainer = smoke_recipe(recipe(asked)).trainer
     assert trainer["eval_steps"] == trainer["save_steps"] < trainer["max_steps"]
+
+
+DENSE = ModelDimensions(
+    hidden=64,
+    layers=2,
+    queries=64,
+    keys=64,
+    heads=4,
+    mlp=128,
+    mlp_kept=3,
+    mlp_layers=2,
+    vocabulary=100,
+    parameters=7_000_000,
+    linears=(),
+    norms=(),
+    final_norm=Norm(64, 1, in_float32=True),
+)
+MIXTURE = replace(DENSE, experts=Experts(parameters=1000, per_token=1, total=4, mlp=64, layers=2))
+
+
+@pytest.mark.parametrize(
+    ("processes", "more", "facts", "expected"),
+    [
+        (2, "", replace(FACTS, shape=DENSE), False),
+        (1, "", replace(FACTS, shape=DENSE), None),
+        (2, "trainer: {ddp_find_unused_parameters: true}", replace(FACTS, shape=DENSE), True),
+        (2, "adapter: {method: adalora, r: 4}", replace(FACTS, shape=DENSE), None),
+        (2, "", replace(FACTS, shape=MIXTURE), None),  # an expert that no token was sent to has no gradient
+        (2, "", FACTS, None),  # nobody knows what it is made of
+    ],
+)
+def test_processes_that_train_lora_look_for_no_unused_parameters(
+    recipe: Any, processes: int, more: str, facts: ModelFacts, expected: bool | None
+) -> None:
+    plan = plan_on(replace(T4, processes=processes), recipe(more), facts)
+    assert plan.trainer.get("ddp_find_unused_parameters") is expected

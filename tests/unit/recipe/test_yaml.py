@@ -1,14 +1,17 @@
 """Anchors, aliases and merge keys of YAML: read within limits, with every problem at the line where it was written."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from peftcli import nearest
 from peftcli.errors import RecipeError
+from peftcli.nearest import nearest_names
 from peftcli.recipe.dump import dump_recipe, fingerprint
 from peftcli.recipe.load import Loaded, load_recipe
-from peftcli.recipe.problems import Problems
+from peftcli.recipe.problems import MOST_SHOWN, Problems
 from peftcli.recipe.yaml import MAX_ADDED, MAX_DEPTH, VALUE_SIZE, parse_yaml
 
 START = "model: {name: 'tiny:llama'}\ndataset: {path: a.csv}\n"
@@ -175,3 +178,24 @@ def test_at_most_ten_problems_are_shown_and_the_others_counted(tmp_path: Path) -
     assert lines[11:] == ["and 12 more"]
     ten = messages(tmp_path, START + "".join(wrong.splitlines(keepends=True)[:10]))
     assert len(ten) == 11 and "more" not in ten[-1]
+
+
+@pytest.mark.parametrize("section", ["", "dataset", "trainer", "adapter", "gates"])
+def test_only_problems_that_are_shown_are_compared_with_other_names(
+    section: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared = []
+
+    def counted(word: str, names: Iterable[str], **options: Any) -> list[str]:
+        compared.append(word)
+        return nearest_names(word, names, **options)
+
+    monkeypatch.setattr(nearest, "nearest_names", counted)
+    wrong = "".join(f"  lerning_rate_{number}: 1\n" for number in range(1000))
+    if section == "dataset":
+        text = f"model: {{name: 'tiny:llama'}}\ndataset:\n  path: a.csv\n{wrong}"
+    else:
+        text = START + (f"{section}:\n{wrong}" if section else wrong.replace("  ", ""))
+    lines = messages(tmp_path, text)
+    assert lines[0] == "FILE has 1000 problems" and lines[-1] == "and 990 more"
+    assert 0 < len(compared) <= 2 * MOST_SHOWN  # among the names of the section, then among all

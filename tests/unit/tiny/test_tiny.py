@@ -31,11 +31,11 @@ from transformers import (
 from peftcli.cache import built_once, cache_root
 from peftcli.errors import MachineError, RecipeError
 from peftcli.tiny.build import IMAGE_NAMES, NAMES, VOCABULARY_TOKENS, stand_in, tiny_model
+from peftcli.tiny.llama import FOLDER, WEIGHTS, llama_config, llama_tokenizer
 from peftcli.tiny.llama import TOKENIZER as TOKENIZER_FILE
-from peftcli.tiny.llama import WEIGHTS, llama_config, llama_tokenizer, shipped
 from peftcli.tiny.save import isolated
 from peftcli.tiny.shrink import FAMILIES, family_config, shrink
-from peftcli.tiny.tokenizer import load_chats, load_documents, make_encoder_tokenizer
+from peftcli.tiny.tokenizer import asset, load_chats, load_documents, make_encoder_tokenizer
 
 TOKENIZER = llama_tokenizer()
 MESSAGES = [
@@ -56,10 +56,17 @@ def sha256(path: Path) -> str:
 
 def test_tiny_llama_is_the_shipped_weights_in_float32(tmp_path: Path) -> None:
     folder = tiny_model("tiny:llama", tmp_path)
-    written, sent = load_file(folder / "model.safetensors"), load(shipped(WEIGHTS))
+    written, sent = load_file(folder / "model.safetensors"), load(asset(FOLDER, WEIGHTS))
     assert {tensor.dtype for tensor in sent.values()} == {torch.float16}
     assert written.keys() == sent.keys()
     assert all(torch.equal(written[name], sent[name].float()) for name in sent)
+
+
+@pytest.mark.parametrize("name", ["tiny:gpt2", "tiny:qwen3"])
+def test_random_causal_models_have_the_tokenizer_that_is_shipped(name: str, tmp_path: Path) -> None:
+    loaded = AutoTokenizer.from_pretrained(tiny_model(name, tmp_path))
+    assert loaded.get_vocab() == TOKENIZER.get_vocab()
+    assert loaded("Where is the milk?")["input_ids"] == TOKENIZER("Where is the milk?")["input_ids"]
 
 
 def test_two_caches_hold_the_same_bytes(tmp_path: Path) -> None:
@@ -103,7 +110,7 @@ def test_random_weights_do_not_depend_on_the_callers_random_state(tmp_path: Path
 
 
 def test_the_shipped_files_are_small() -> None:
-    assert len(shipped(WEIGHTS)) + len(shipped(TOKENIZER_FILE)) < 1_500_000
+    assert len(asset(FOLDER, WEIGHTS)) + len(asset(FOLDER, TOKENIZER_FILE)) < 1_500_000
 
 
 def test_the_script_trains_packs_and_measures() -> None:
@@ -238,7 +245,7 @@ def test_the_held_out_loss_is_far_below_the_unigram_loss(llama: torch.nn.Module)
     learned, held_out = pretraining.split_documents(documents, pretraining.Schedule().held_out_every)
     loss = pretraining.document_loss(llama, held_out, TOKENIZER.pad_token_id)
     assert loss < 0.3 * pretraining.unigram_loss(learned, held_out, len(TOKENIZER))
-    card = shipped("README.md").decode("utf-8")
+    card = asset(FOLDER, "README.md").decode("utf-8")
     stated = float(re.search(r"held-out loss \| ([0-9.]+)", card)[1])
     assert loss == pytest.approx(stated, abs=1e-3)  # the card has four digits; float32 sums differ by 1e-6
 

@@ -1,5 +1,6 @@
 """How the blocks run: some checkpointed, inputs not cast twice; the losses stay what they were."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from peftcli.train.callbacks import cast_inputs, keep_checkpointed
+from peftcli.train.callbacks import _undone, cast_inputs, keep_checkpointed
 
 LLAMA = LlamaConfig(
     vocab_size=256,
@@ -87,3 +88,15 @@ def test_adapters_cast_again_after_training() -> None:
     cast_inputs(model, True)
     with torch.no_grad():  # without autocast, as an evaluation runs
         assert model(input_ids=torch.tensor([[1, 2, 3]])).logits.isfinite().all()
+
+
+def test_taking_a_pass_back_asks_no_other_gpu_for_its_random_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of several GPUs torch saves the states of all, with a warning, unless it is told which; here it cannot."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    pieces = SimpleNamespace(real=1, padded=2)
+    trainer: Any = SimpleNamespace(args=SimpleNamespace(device=torch.device("cpu")), pieces=pieces)
+    model, before = torch.nn.Linear(2, 2), torch.get_rng_state()
+    with _undone(trainer, model):
+        torch.rand(3)
+        pieces.real = 7
+    assert torch.equal(torch.get_rng_state(), before) and pieces.real == 1
