@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from peftcli.filesystem import new_file_mode
+
 
 @dataclass(frozen=True)
 class RunDir:
@@ -117,7 +119,7 @@ def write_text(path: Path, text: str) -> None:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(beside, 0o644)
+        os.chmod(beside, new_file_mode())  # mkstemp makes private files
         os.replace(beside, path)
     except BaseException:
         Path(beside).unlink(missing_ok=True)
