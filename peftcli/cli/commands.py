@@ -215,8 +215,14 @@ def generate_command(
         try:
             lines = file.read_text(encoding="utf-8").split("\n") if file is not None else sys.stdin
             asked = prompts or read_prompts(lines)
+            for text in asked:
+                text.encode("utf-8")  # where Python let other bytes pass, it has put surrogates in their place
         except UnicodeDecodeError as problem:
             raise DataError(f"{file or 'standard input'}: byte {problem.start} is not UTF-8") from problem
+        except UnicodeEncodeError as problem:
+            where = "a prompt" if prompts else str(file or "standard input")
+            byte = ord(problem.object[problem.start]) & 0xFF
+            raise DataError(f"{where}: byte 0x{byte:02x} is not UTF-8; convert the text to UTF-8") from problem
         target = _open_for_prompts(name, recipe, shown)
         decoding = Decoding(flags.max_new_tokens, flags.temperature, flags.top_p, flags.seed)
         rows = int(target.identity.get("evaluation_batch", 16))
@@ -237,8 +243,13 @@ def _show_labels(made: Sequence[Any], flags: GenerateFlags, streams: Streams) ->
         return
     for one in made:
         # A tagged line shows its words already.
-        before = f"{one.asked}\t" if len(made) > 1 and not hasattr(one, "words") else ""
-        streams.out.write(before + one.line() + "\n")
+        before = f"{_one_line(one.asked)}\t" if len(made) > 1 and not hasattr(one, "words") else ""
+        streams.out.write(f"{before}{_one_line(one.line())}\n")
+
+
+def _one_line(text: str) -> str:
+    """Text that stays on its line, with control characters made visible."""
+    return printable(text).replace("\n", "\N{SYMBOL FOR LINE FEED}")
 
 
 def load(name: str, overrides: Sequence[str], *, smoke: bool) -> Loaded:

@@ -12,6 +12,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from peftcli.data.prepare import PreparedData
 from peftcli.errors import Diverged
+from peftcli.filesystem import apply_umask
 from peftcli.model.adapter_weights import CONFIG, WEIGHTS
 from peftcli.model.manifest import EARLIER, MANIFEST, build_manifest
 from peftcli.plan.choices import EIGHT_BIT
@@ -91,6 +92,7 @@ def replace_folder(staged: Path, final: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
     if final.exists():
         os.rename(final, old)
+    apply_umask(staged)
     os.rename(staged, final)
     shutil.rmtree(old, ignore_errors=True)
 

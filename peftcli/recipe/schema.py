@@ -62,6 +62,8 @@ Share = Annotated[float, BeforeValidator(read_share)]
 
 EXAMPLE = "{select: gradient, batches: 8, budget: 0.5%}"
 MOST_BATCHES = 1000
+MOST_ALPHA = 1e6
+"""Far above any use, and far below where the scale of an update overflows float16."""
 
 
 class Section(BaseModel):
@@ -200,7 +202,7 @@ class AdapterSection(Section):
     """PEFT method; `peftcli methods` lists them."""
     r: Annotated[int, Field(ge=1, le=4096)] | None = None
     """Rank of the update; for AdaLoRA the average final rank."""
-    alpha: Annotated[float, Field(gt=0)] | None = None
+    alpha: Annotated[float, Field(gt=0, le=MOST_ALPHA)] | None = None
     """Scaling of the update: alpha / r, or alpha / sqrt(r) with `use_rslora`."""
     dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
     """Dropout probability of the adapter's inputs."""

@@ -28,6 +28,7 @@ from peftcli.model.evaluate import (
 from peftcli.model.hardware import peak_memory_bytes
 from peftcli.model.init_from import load_initial_weights
 from peftcli.model.load import DTYPES, load_adapter, load_base
+from peftcli.model.manifest import refuse_unknown_tokens
 from peftcli.model.padding_free import RowCheck, check_rows, enable_padding_free, kernels_used
 from peftcli.model.varlen_attention import rejected
 from peftcli.plan.plan import DTYPE_BYTES, Plan
@@ -125,6 +126,7 @@ def train(
         # Not only in the trainer: cuBLAS reads its configuration once, and kernels are checked before training.
         enable_full_determinism(plan.seed)
     model = load_base(plan.base, shards=plan.shards)
+    refuse_unknown_tokens(model, max(side.store.largest_token() for side in (data.train, data.test_split)))
     plan, chosen = select_modules(plan, run, data, tokenizer, model, resuming=resume_from is not None)
     if chosen is not None:
         progress.note(chosen)
