@@ -4,7 +4,7 @@ import os
 import re
 from pathlib import Path
 
-_VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)\})")
+_VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})")
 
 
 def expand_path(text: str) -> str:

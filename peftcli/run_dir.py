@@ -58,6 +58,11 @@ class RunDir:
         return self.path / "ranks.json"
 
     @property
+    def rows(self) -> Path:
+        """Which rows were trained on and which were held out, by content."""
+        return self.path / "rows.npz"
+
+    @property
     def selection(self) -> Path:
         return self.path / "selection.json"
 

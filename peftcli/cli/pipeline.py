@@ -12,6 +12,7 @@ from peftcli.data.checks import Check, check_embeddings, check_tokenizer
 from peftcli.data.formats import LABELLED
 from peftcli.data.prepare import PreparedData, prepare
 from peftcli.data.preview import sample_rows
+from peftcli.data.split_record import SplitRecord, join_records
 from peftcli.errors import RecipeError
 from peftcli.model.activation_fit import fit_activation_memory
 from peftcli.model.classification import output_names
@@ -35,7 +36,8 @@ from peftcli.plan.smoke import stand_in_adapter
 from peftcli.progress import Progress
 from peftcli.recipe.load import Loaded
 from peftcli.recipe.schema import AdapterSection, Recipe
-from peftcli.results import Forecast, ForecastDisk
+from peftcli.results import DataJson, Forecast, ForecastDisk, load_or_default
+from peftcli.run_dir import RunDir
 from peftcli.tasks.registry import TASKS
 from peftcli.train.disk import forecast as disk_forecast
 
@@ -121,10 +123,50 @@ def prepare_for(planned: Planned, target: Target, progress: Progress) -> tuple[T
         raise RecipeError(f"{target.base.task} is what the target was trained for; the recipe's task is {plan.task}")
     if knows and not TASKS[plan.task].generates:
         plan = keep_labels(plan, target.base)
-    _, data = prepare_data(plan, progress, target.tokenizer_folder)
+    record = None if target.run is None else run_record(target.run)
+    _, data = prepare_data(plan, progress, target.tokenizer_folder, record=record)
+    if target.run is not None and record is None:
+        _note_unrecorded(target.run, data, progress)
     if knows or TASKS[plan.task].generates:
         return target, data
     return replace(target, base=plan_with_labels(planned, data).plan.base), data
+
+
+def run_record(run: RunDir) -> SplitRecord | None:
+    """Which rows a run held out; None where it held out none, and for runs of earlier versions."""
+    record = SplitRecord.load(run.rows) if run.rows.is_file() else None
+    return record if record is not None and len(record.test) else None
+
+
+def _note_unrecorded(run: RunDir, data: PreparedData, progress: Progress) -> None:
+    """Say that the test rows of an old run may have been trained on, where its data changed."""
+    before = load_or_default(DataJson, run.data).fingerprint
+    if before is not None and before.test not in (None, data.facts["fingerprint"]["test"]):
+        progress.note(
+            "note: the data changed since training, and this run did not record its split, so rows that it trained on "
+            "may be among the test rows"
+        )
+
+
+def earlier_record(recipe: Recipe, before: Sequence[RunDir]) -> SplitRecord | None:
+    """The rows of the trainings that a run continues.
+
+    Args:
+        before: the run itself where it resumes, and the runs of earlier stages.
+    """
+    runs = list(before)
+    if recipe.adapter.init_from is not None:
+        folder = Path(recipe.adapter.init_from)
+        runs.append(RunDir(folder if (folder / "recipe.yaml").is_file() else folder.parent))
+    return join_records([SplitRecord.load(run.rows) for run in runs if run.rows.is_file()])
+
+
+def save_record(run: RunDir, data: PreparedData, earlier: SplitRecord | None) -> None:
+    """Record the rows of a run, and those that it or the trainings before it have trained on."""
+    record = SplitRecord.of(data.train, data.test_split)
+    if earlier is not None:
+        record = replace(record, train=np.union1d(record.train, earlier.train))
+    record.save(run.rows)
 
 
 def plan_with_labels(planned: Planned, data: PreparedData) -> Planned:
@@ -164,16 +206,32 @@ def forecast_run(planned: Planned) -> Forecast | None:
 
 
 def prepare_data(
-    plan: Plan, progress: Progress, adapter: Path | None = None
+    plan: Plan,
+    progress: Progress,
+    adapter: Path | None = None,
+    *,
+    earlier: SplitRecord | None = None,
+    record: SplitRecord | None = None,
 ) -> tuple[PreTrainedTokenizerBase, PreparedData]:
     """Load the tokenizer and the rows of a plan.
 
     Args:
         adapter: folder whose tokenizer and chat template are used, as they were in training.
+        earlier, record: rows of other trainings, and of the run that is scored; see `prepare`.
     """
     tokenizer = load_tokenizer(plan.base.tokenizer, None if adapter is None else str(adapter))
     own = plan.own_tokenizer
-    data = prepare(plan.dataset, tokenizer, plan.labels, plan.seed, progress, smoke=plan.smoke, own_tokenizer=own)
+    data = prepare(
+        plan.dataset,
+        tokenizer,
+        plan.labels,
+        plan.seed,
+        progress,
+        smoke=plan.smoke,
+        own_tokenizer=own,
+        earlier=earlier,
+        record=record,
+    )
     return tokenizer, data
 
 

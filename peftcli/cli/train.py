@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
     from peftcli.cli.pipeline import Planned
     from peftcli.data.prepare import PreparedData
+    from peftcli.data.split_record import SplitRecord
 
 
 TIMEOUT_SECONDS = 1800.0
@@ -193,15 +194,17 @@ def _train(
     Args:
         before: the runs of earlier stages, whose results this one starts from.
     """
-    from peftcli.cli.pipeline import forecast_run
+    from peftcli.cli.pipeline import earlier_record, forecast_run, save_record
     from peftcli.model.files import base_facts
     from peftcli.model.hardware import describe_environment
     from peftcli.model.load import base_hash
     from peftcli.train.machines import check_alike, on_this_machine, what_must_be_alike
     from peftcli.train.run import Session, evaluate_trained, run_forecast, train
 
-    earlier = [str(on_this_machine(part.adapter, run.received)) for part in before]
-    planned, tokenizer, data = all_do(lambda: _planned_rows(loaded, run, shown, stops, earlier, smoke=flags.smoke))
+    resumes = beginning.resume_from is not None or beginning.trained
+    continued = earlier_record(loaded.recipe, [*([run] if resumes else []), *before])
+    heard = StoppableProgress(shown, stops, "before the first step")
+    planned, tokenizer, data = all_do(lambda: _planned_rows(loaded, run, heard, before, continued, smoke=flags.smoke))
     plan = planned.plan
     environment = describe_environment(planned.machine, command_line())
     base = base_facts(plan.base.path, plan.base.revision)
@@ -216,6 +219,7 @@ def _train(
         save(run.plan, decided)
         save(run.environment, environment)
         save(run.data, facts)
+        save_record(run, data, continued)
     all_do(lambda: data.raise_if_crossed(f"peftcli data {loaded.path}"))
     for line in [*plan_lines(decided, facts), *(f"  note: {notice}" for notice in plan.notices)]:
         shown.note(line)
@@ -241,12 +245,19 @@ def _train(
 
 
 def _planned_rows(
-    loaded: Loaded, run: RunDir, shown: Shown, stops: StopRequests, earlier: Sequence[str], *, smoke: bool
+    loaded: Loaded,
+    run: RunDir,
+    progress: StoppableProgress,
+    before: Sequence[RunDir],
+    continued: "SplitRecord | None",
+    *,
+    smoke: bool,
 ) -> tuple["Planned", "PreTrainedTokenizerBase", "PreparedData"]:
     """The plan of a recipe, its tokenizer and its rows, which one process of each machine prepares for all there.
 
     Args:
-        earlier: the adapters of earlier stages, on this machine.
+        before: the runs of earlier stages.
+        continued: the rows of the trainings that this one continues.
     """
     from peftcli.cli.pipeline import (
         SHOWN_ROWS,
@@ -259,7 +270,10 @@ def _planned_rows(
         real_tokenizer,
     )
     from peftcli.model.distributed import first_of_machine_first
+    from peftcli.train.machines import on_this_machine
     from peftcli.train.run import run_forecast
+
+    earlier = [str(on_this_machine(part.adapter, run.received)) for part in before]
 
     def prepare() -> tuple["Planned", "PreTrainedTokenizerBase", "PreparedData"]:
         planned = plan_recipe(loaded, smoke=smoke, merged_adapters=earlier)
@@ -267,7 +281,7 @@ def _planned_rows(
         if is_first_process():
             check_disk_space(run.path, run_forecast(plan, loaded.recipe.trainer))
         begun = time.monotonic()
-        tokenizer, data = prepare_data(plan, StoppableProgress(shown, stops, "before the first step"))
+        tokenizer, data = prepare_data(plan, progress, earlier=continued)
         data.facts["prepare_seconds"] = round(time.monotonic() - begun, 3)
         return plan_with_rows(plan_with_labels(planned, data), loaded.recipe, data), tokenizer, data
 

@@ -7,6 +7,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from transformers import PreTrainedTokenizerBase
@@ -22,8 +23,10 @@ from peftcli.data.readers.images import open_images
 from peftcli.data.readers.open import open_source
 from peftcli.data.rows import BATCH_ROWS, Source
 from peftcli.data.split import drop_duplicates_of_test, rehearsed_split, split_rows, weighted
+from peftcli.data.split_record import SplitRecord, find_test_rows
 from peftcli.data.stats import (
     EQUAL,
+    Indices,
     Split,
     balance,
     compare_rows,
@@ -136,6 +139,8 @@ def prepare(
     *,
     smoke: bool = False,
     own_tokenizer: bool = True,
+    earlier: SplitRecord | None = None,
+    record: SplitRecord | None = None,
 ) -> PreparedData:
     """Read, join, tokenize and split the data of a recipe, using the cache.
 
@@ -145,6 +150,8 @@ def prepare(
         seed: for the split if `dataset.split.seed` is not set, and for all other sampling.
         smoke: use only a few rows, and synthetic rows for a Hub dataset or a database.
         own_tokenizer: the tokenizer is the model's own, so the checks of a smoke run also apply to the real run.
+        earlier: for training: the rows of earlier trainings that this one continues keep their split.
+        record: for scoring a trained run: only rows that it held out, or has never seen, are test rows.
 
     Raises:
         DataError: a source cannot be read or has no usable rows, or a split is empty.
@@ -182,7 +189,10 @@ def prepare(
     scaled = None
     if smoke and test_store is None:
         dataset, scaled = rehearsed_split(dataset, store, rows)
-    train, test, split = split_rows(dataset, store, test_store, rows, seed)
+    if record is None:
+        train, test, split = split_rows(dataset, store, test_store, rows, seed, earlier)
+    else:
+        train, test, split = _recorded(record, store, test_store, rows, progress)
     facts = _facts(store, test_store, train, test, tokenizer, rule, duplicates, duplicate_places)
     facts |= {"split": split, "cache": "made" if built else "reused"}
     crossed = crossed_limits(facts, dataset.limits)
@@ -205,6 +215,21 @@ def prepare(
         labels=labels,
         problem_type=store.facts.get("problem"),
     )
+
+
+def _recorded(
+    record: SplitRecord, store: Store, test_store: Store | None, rows: Indices, progress: Progress
+) -> tuple[Split, Split, dict[str, Any]]:
+    """The training rows and the test rows of a run, found by content, and how many there are."""
+    searched = np.arange(test_store.rows) if test_store is not None else rows
+    found = find_test_rows(record, test_store or store, searched)
+    if (note := found.note()) is not None:
+        progress.note(note)
+    train = rows if test_store is not None else np.setdiff1d(rows, found.rows)
+    if not len(train):  # nothing is trained here, and what is said of the data needs a row
+        train = rows
+    counts = {"recorded": found.recorded, "new": found.new, "missing": found.missing}
+    return Split(store, train), Split(test_store or store, found.rows), counts
 
 
 def _rehearsed(

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from peftcli.data.dedup import first_occurrence
 from peftcli.data.rows import FIRST_PLACES
+from peftcli.data.split_record import SplitRecord
 from peftcli.data.stats import Indices, Split
 from peftcli.data.store import Store
 from peftcli.errors import DataError
@@ -47,17 +48,30 @@ def rehearsed_split(dataset: DatasetSection, store: Store, rows: Indices) -> tup
 
 
 def split_rows(
-    dataset: DatasetSection, store: Store, test_store: Store | None, rows: Indices, seed: int
+    dataset: DatasetSection,
+    store: Store,
+    test_store: Store | None,
+    rows: Indices,
+    seed: int,
+    earlier: SplitRecord | None = None,
 ) -> tuple[Split, Split, dict[str, Any]]:
-    """Both splits, and how they were made; the test split is empty if the recipe holds no rows out."""
+    """Both splits, and how they were made; the test split is empty if the recipe holds no rows out.
+
+    Args:
+        rows: of the store that are used.
+        earlier: of trainings that this one continues; their rows keep their split, and only new rows are drawn.
+
+    Raises:
+        DataError: a split is empty, or rows of a separate test file were trained on before.
+    """
     drawn = dataset.split.seed if dataset.split.seed is not None else seed
     split: dict[str, Any] = {}
     if test_store is not None:
         train, test = rows, np.arange(test_store.rows)
+        _refuse_trained(test_store, earlier)
     else:
         split = {"test_size": dataset.split.test_size, "seed": drawn}
-        indices = _draw(dataset, store, rows, drawn)
-        train, test = rows[indices[0]], rows[indices[1]]
+        train, test = _recorded_and_drawn(dataset, store, rows, drawn, earlier)
         split |= {key: getattr(dataset.split, key) for key in ("stratify", "group") if getattr(dataset.split, key)}
     if dataset.max_train_samples is not None and len(train) > dataset.max_train_samples:
         order = np.random.default_rng(seed).permutation(len(train))[: dataset.max_train_samples]
@@ -67,6 +81,31 @@ def split_rows(
         if count == 0 and (name == "training" or dataset.holds_out):
             raise DataError(f"the {name} split is empty ({len(rows)} usable rows); change dataset.split")
     return Split(store, train), Split(test_store or store, test), split
+
+
+def _recorded_and_drawn(
+    dataset: DatasetSection, store: Store, rows: Indices, seed: int, earlier: SplitRecord | None
+) -> tuple[Indices, Indices]:
+    if earlier is None or not dataset.holds_out:
+        sides = _draw(dataset, store, rows, seed)
+        return rows[sides[0]], rows[sides[1]]
+    hashes = store.column("exact")[rows]
+    trained, tested = np.isin(hashes, earlier.train), np.isin(hashes, earlier.test)
+    new = rows[~trained & ~tested]
+    sides = _draw(dataset, store, new, seed) if len(new) else (np.arange(0), np.arange(0))
+    train, test = rows[trained], rows[tested & ~trained]
+    return np.sort(np.concatenate([train, new[sides[0]]])), np.sort(np.concatenate([test, new[sides[1]]]))
+
+
+def _refuse_trained(test_store: Store, earlier: SplitRecord | None) -> None:
+    if earlier is None:
+        return
+    trained = np.flatnonzero(np.isin(test_store.column("exact"), earlier.train))
+    if len(trained):
+        raise DataError(
+            f"{len(trained):,} of the {test_store.rows:,} rows of dataset.test were trained on by the run that this "
+            f"one continues (first {test_store.places(trained[:1])[0]}), so they would be scored too well; remove them"
+        )
 
 
 def _draw(dataset: DatasetSection, store: Store, rows: Indices, seed: int) -> tuple[Indices, Indices]:

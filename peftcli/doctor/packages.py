@@ -33,6 +33,7 @@ TESTED = {
     "rich": "15.0.0",
     "psutil": "7.2.2",
     "filelock": "4.2.11",
+    "xxhash": "4.1.0",
     "rapidfuzz": "3.14.6",
     "matplotlib": "3.11.2",
     "jinja2": "3.1.6",

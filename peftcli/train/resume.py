@@ -182,7 +182,7 @@ def clear(run: RunDir) -> None:
         elif path.is_dir():
             shutil.rmtree(path)
     files = (run.recipe, run.plan, run.environment, run.data, run.log, run.library_log, run.train, run.eval, run.merge)
-    for path in (*files, run.selection, run.metrics, run.report_md, run.report_html, run.path / "STOP"):
+    for path in (*files, run.selection, run.rows, run.metrics, run.report_md, run.report_html, run.path / "STOP"):
         path.unlink(missing_ok=True)
 
 

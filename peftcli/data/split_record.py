@@ -1,0 +1,151 @@
+"""The rows that a run trained on and tested, by content, so that later commands find the same rows again.
+
+A split that is drawn from row numbers changes as soon as a file is sorted or rows are put in front, and then scores
+rows that were trained on.
+"""
+
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from peftcli.data.stats import Indices, Split
+from peftcli.data.store import Store
+from peftcli.errors import DataError, MachineError
+from peftcli.filesystem import new_file_mode
+
+Hashes = NDArray[np.uint64]
+
+
+@dataclass(frozen=True)
+class SplitRecord:
+    """64-bit hashes of the exact text of rows.
+
+    Attributes:
+        train: of the training rows, each once.
+        test: of the test rows, as often as they occur.
+    """
+
+    train: Hashes
+    test: Hashes
+
+    @classmethod
+    def of(cls, train: Split, test: Split) -> Self:
+        """The record of a split."""
+        return cls(np.unique(train.column("exact")), np.sort(test.column("exact")))
+
+    @classmethod
+    def load(cls, file: Path) -> Self:
+        """Read what `save` wrote.
+
+        Raises:
+            MachineError: the file cannot be read.
+        """
+        try:
+            with np.load(file) as found:
+                return cls(found["train"], found["test"])
+        except (OSError, ValueError, KeyError, EOFError) as problem:
+            raise MachineError(
+                f"{file}: cannot be read ({problem}), so it is not known which rows this run trained on; train it again"
+            ) from problem
+
+    def save(self, file: Path) -> None:
+        """Write the record; a reader sees all of it or nothing."""
+        descriptor, beside = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.", suffix=".npz")
+        try:
+            with os.fdopen(descriptor, "wb") as stream:
+                np.savez(stream, train=self.train, test=self.test)
+            os.chmod(beside, new_file_mode())
+            os.replace(beside, file)
+        except BaseException:
+            Path(beside).unlink(missing_ok=True)
+            raise
+
+
+def join_records(records: Sequence[SplitRecord]) -> SplitRecord | None:
+    """One record of several trainings that build on each other; a row that one of them trained on is no test row."""
+    if not records:
+        return None
+    train = np.unique(np.concatenate([one.train for one in records]))
+    test = np.unique(np.concatenate([one.test for one in records]))
+    return SplitRecord(train, test[~np.isin(test, train)])
+
+
+@dataclass(frozen=True)
+class TestRows:
+    """Rows that a trained model may be scored on.
+
+    Attributes:
+        rows: of the store, ascending.
+        recorded: how many of them the run held out itself.
+        new: rows that the run has never seen; scored only where none of its own test rows is left.
+        missing: test rows of the run that are no longer in the data.
+        trained: rows that the run trained on.
+    """
+
+    rows: Indices
+    recorded: int
+    new: int
+    missing: int
+    trained: int
+
+    def note(self) -> str | None:
+        """What changed since the training, None where nothing did."""
+        if not self.recorded:
+            return f"note: none of the run's own test rows is in these data; scored on {self.new:,} new rows" + (
+                f", without the {self.trained:,} that it trained on" if self.trained else ""
+            )
+        parts = []
+        if self.missing:
+            parts.append(f"{self.missing:,} of its {self.recorded + self.missing:,} test rows are gone")
+        if self.new:
+            parts.append(f"{self.new:,} rows are new and not scored")
+        if not parts:
+            return None
+        return (
+            f"note: the data changed since training: {' and '.join(parts)}; scored on {self.recorded:,} recorded rows"
+        )
+
+
+def find_test_rows(record: SplitRecord, store: Store, rows: Indices) -> TestRows:
+    """The rows of a store that a run held out, or, where none is left, those that it has never seen.
+
+    Args:
+        rows: of the store that may be taken.
+
+    Raises:
+        DataError: the run trained on all of them.
+    """
+    hashes = store.column("exact")[rows]
+    recorded = _as_often_as(hashes, record.test)
+    trained = np.isin(hashes, record.train) & ~recorded
+    new = ~recorded & ~trained & ~np.isin(hashes, record.test)
+    counts = int(recorded.sum()), int(new.sum()), len(record.test) - int(recorded.sum()), int(trained.sum())
+    if recorded.any():
+        return TestRows(rows[recorded], *counts)
+    if not new.any():
+        raise DataError(f"the run trained on all {len(rows):,} rows, so they say nothing about it; name other rows")
+    return TestRows(rows[new], *counts)
+
+
+def _as_often_as(hashes: Hashes, wanted: Hashes) -> NDArray[np.bool_]:
+    """For each hash whether it is wanted, the first ones where it occurs more often than that.
+
+    >>> _as_often_as(np.array([7, 5, 7, 7], np.uint64), np.array([7, 7], np.uint64)).tolist()
+    [True, False, True, False]
+    """
+    values, counts = np.unique(wanted, return_counts=True)
+    order = np.argsort(hashes, kind="stable")
+    ranked = hashes[order]
+    rank = np.arange(len(ranked)) - np.searchsorted(ranked, ranked, side="left")
+    at = np.searchsorted(values, ranked)
+    found = np.zeros(len(hashes), bool)
+    inside = at < len(values)
+    inside[inside] = values[at[inside]] == ranked[inside]
+    found[order[inside]] = rank[inside] < counts[at[inside]]
+    return found
