@@ -51,7 +51,7 @@ else:
 Text = Annotated[str, Field(min_length=1)]
 Seconds = Annotated[float, BeforeValidator(read_seconds)]
 Automatic = Annotated[int | Literal["auto"], BeforeValidator(read_tokens)]
-Optimization = Literal["fused_loss", "fused_lora", "skip_adapter_casts", "deferred_metrics"]
+Optimization = Literal["fused_loss", "fused_lora", "fused_norms", "skip_adapter_casts", "deferred_metrics"]
 """What makes a step cheaper and leaves its loss as it is; each can be switched off alone."""
 Tracker = Literal["wandb", "tensorboard", "mlflow", "trackio", "comet_ml", "swanlab"]
 
@@ -119,8 +119,8 @@ class PerformanceSection(Section):
     configuration of accelerate asks for FSDP."""
     disable: Annotated[tuple[Optimization, ...], BeforeValidator(freeze_rows)] = ()
     """Optimizations that are switched off: the loss of trained tokens alone (`fused_loss`), LoRA added in one pass
-    (`fused_lora`), adapter inputs that are not cast where they need not be (`skip_adapter_casts`), metrics that are
-    fetched once a step (`deferred_metrics`)."""
+    (`fused_lora`), RMSNorm in one kernel (`fused_norms`), adapter inputs that are not cast where they need not be
+    (`skip_adapter_casts`), metrics that are fetched once a step (`deferred_metrics`)."""
 
 
 class EvaluationSection(Section):

@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from peftcli.model.distributed import gather, is_fsdp
 from peftcli.model.fused_lora import disable_fused_lora, enable_fused_lora
+from peftcli.model.fused_norms import disable_fused_norms, enable_fused_norms
 from peftcli.model.hardware import peak_memory_bytes, resident_bytes
 from peftcli.plan.plan import Plan
 from peftcli.progress import Progress
@@ -338,23 +339,27 @@ def _undone(trainer: StepTrainer, model: Any) -> Iterator[None]:
 
 
 class ForwardCallback(TrainerCallback):  # type: ignore[misc]  # transformers' callbacks are untyped
-    """Sets the blocks up when training begins, and puts adapters back when it ends.
+    """Sets the blocks up when training begins, and puts adapters and norms back when it ends.
 
     None of it changes a loss: a block that runs again gives the same values, what PEFT casts to the adapter's dtype
-    autocast would cast back before the product, and LoRA's sum is the same in one pass.
+    autocast would cast back before the product, and LoRA's sum and the norms are the same in one pass.
 
     Attributes:
         optimizations: names of those in use; from the beginning of training on, without those that apply to nothing.
     """
 
-    def __init__(self, checkpointed_blocks: int | None, optimizations: frozenset[str]) -> None:
+    def __init__(
+        self, checkpointed_blocks: int | None, optimizations: frozenset[str], note: Callable[[str], None]
+    ) -> None:
         """
         Args:
             checkpointed_blocks: that run again in the backward pass; None leaves it to the trainer's argument.
             optimizations: names of those that the trainer uses.
+            note: shows people what of it this model or this machine cannot do.
         """
         self._blocks = checkpointed_blocks
         self.optimizations = optimizations
+        self._note = note
 
     def on_train_begin(
         self,
@@ -372,6 +377,15 @@ class ForwardCallback(TrainerCallback):  # type: ignore[misc]  # transformers' c
             cast_inputs(model, False)
         if "fused_lora" in self.optimizations and not enable_fused_lora(model):
             self.optimizations -= {"fused_lora"}
+        if "fused_norms" in self.optimizations:
+            self._fuse_norms(model, args.device)
+
+    def _fuse_norms(self, model: torch.nn.Module, device: torch.device) -> None:
+        found = enable_fused_norms(model, device)
+        for name, why in found.left.items():
+            self._note(f"  note: {name} is left as it is, without torch's fused kernel: {why}")
+        if not found.modules:
+            self.optimizations -= {"fused_norms"}
 
     def on_train_end(
         self,
@@ -384,6 +398,7 @@ class ForwardCallback(TrainerCallback):  # type: ignore[misc]  # transformers' c
         # Evaluation runs without autocast, so adapters need their inputs cast again.
         cast_inputs(model, True)
         disable_fused_lora(model)
+        disable_fused_norms(model)
 
 
 def keep_checkpointed(model: torch.nn.Module, blocks: int) -> int:

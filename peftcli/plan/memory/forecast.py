@@ -167,6 +167,7 @@ def training_setup(plan: Plan, shape: ModelDimensions, machine: Machine, *, one_
         first_block=_first_block(plan, shape),
         freed=min(plan.trainable_parameters, shape.parameters) if plan.frees_base else 0,
         norms_trained=METHODS[plan.adapter.method].trains_norms,
+        norms_fused="fused_norms" in plan.optimizations,
     )
 
 

@@ -258,3 +258,52 @@ def test_processes_that_train_lora_look_for_no_unused_parameters(
 ) -> None:
     plan = plan_on(replace(T4, processes=processes), recipe(more), facts)
     assert plan.trainer.get("ddp_find_unused_parameters") is expected
+
+
+LLAMA_SHAPE = ModelDimensions(
+    hidden=64,
+    layers=2,
+    queries=64,
+    keys=32,
+    heads=4,
+    mlp=128,
+    mlp_kept=3,
+    mlp_layers=2,
+    vocabulary=256,
+    parameters=7_000_000,
+    linears=(),
+    norms=(Norm(64, 4, in_float32=True, fusible=True),),
+    final_norm=Norm(64, 1, in_float32=True, fusible=True),
+)
+GEMMA_NORM = Norm(64, 4, in_float32=True)
+LAYER_NORM = Norm(64, 4, in_float32=False)
+TORCH_29 = replace(L4, fused_norms=True)
+
+
+def said_of(plan: Plan, key: str) -> str:
+    """Value and reason of a decision, empty where there is none of that key."""
+    return "".join(f"{one.value}: {one.reason}" for one in plan.decisions if one.key == key)
+
+
+@pytest.mark.parametrize(
+    ("machine", "norm", "more", "said"),
+    [
+        (TORCH_29, None, "", "torch's fused kernel"),
+        (TORCH_29, None, "performance: {disable: [fused_norms]}", "performance.disable"),
+        (TORCH_29, None, "trainer: {torch_compile: true}", "compiled code fuses"),
+        (TORCH_29, None, "trainer: {use_liger_kernel: true}", "use_liger_kernel brings its own"),
+        (TORCH_29, None, "adapter: {method: ln_tuning}", "trains the norms"),
+        (TORCH_29, GEMMA_NORM, "", "the norm of LlamaForCausalLM computes another formula"),
+        (TORCH_29, LAYER_NORM, "", ""),
+        (L4, None, "", "torch 2.9 and later have one"),
+        (CPU, None, "", ""),
+    ],
+)
+def test_the_plan_says_whether_the_norms_are_fused(
+    recipe: Any, machine: Machine, norm: Norm | None, more: str, said: str
+) -> None:
+    shape = LLAMA_SHAPE if norm is None else replace(LLAMA_SHAPE, norms=(norm,))
+    plan = plan_on(machine, recipe(more), replace(FACTS, shape=shape, norms=("model.norm",)))
+    found = said_of(plan, "norms")
+    assert said in found and bool(said) == bool(found)
+    assert ("fused_norms" in plan.optimizations) == ("torch's fused kernel" in found)
