@@ -486,8 +486,8 @@ def choose_batching(
         why = next((why for name, why in APART.items() if recipe.trainer.get(name)), None)
     if not TASKS[recipe.model.task].generates:
         why = "a head reads whole rows, which a line would not keep apart"
-    if why is None and choices.attention.value != "sdpa":
-        why = f"lines need model.attention sdpa, not {choices.attention.value}"
+    if why is None and choices.attention.value == "eager":
+        why = "eager attention takes no boundaries of rows, as sdpa and FlashAttention do"
     why = why or not_flat or None
     if asked == "padding_free" and why is not None:
         fix = "set padded or auto" if why == not_flat else "remove one of the two"

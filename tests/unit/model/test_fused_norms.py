@@ -13,6 +13,8 @@ from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNormG
 from peftcli.model.fused_norms import disable_fused_norms, enable_fused_norms, norm_problem
 from peftcli.train.callbacks import ForwardCallback
 
+pytestmark = pytest.mark.skipif(torch.__version__ < (2, 9), reason="the operator takes these arguments from 2.9 on")
+
 CPU = torch.device("cpu")
 SMALL = {
     "vocab_size": 200,

@@ -307,3 +307,14 @@ def test_the_plan_says_whether_the_norms_are_fused(
     found = said_of(plan, "norms")
     assert said in found and bool(said) == bool(found)
     assert ("fused_norms" in plan.optimizations) == ("torch's fused kernel" in found)
+
+
+@pytest.mark.parametrize(("attention", "kind"), [("flash_attention_2", "padding_free"), ("eager", "padded")])
+def test_flash_attention_keeps_padding_free_batches_and_eager_attention_does_not(
+    recipe: Any, attention: str, kind: str
+) -> None:
+    machine = replace(L4, flash_attention=("flash_attention_2",))
+    plan = plan_on(machine, recipe(f"model: {{name: org/model, attention: {attention}}}"))
+    assert plan.batching.kind == kind and plan.base.attention == attention
+    if kind == "padded":
+        assert "eager attention takes no boundaries" in said_of(plan, "batching")
