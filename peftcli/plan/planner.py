@@ -22,7 +22,7 @@ from peftcli.plan.memory.model_shape import Norm
 from peftcli.plan.memory.training_setup import ActivationFit
 from peftcli.plan.optimizer import Trained
 from peftcli.plan.parallelism import Sharding, choose_sharding
-from peftcli.plan.plan import BATCHING, DTYPE_BYTES, Base, Batch, Batching, Decision, LossMask, Plan
+from peftcli.plan.plan import BATCHING, DTYPE_BYTES, RANDOM_STATE, Base, Batch, Batching, Decision, LossMask, Plan
 from peftcli.plan.smoke import ROW_TOKENS
 from peftcli.plan.targets import choice_decisions, choice_of, match_saved, match_targets, named_targets, within_choice
 from peftcli.recipe.schedulers import LEARNING_RATE
@@ -396,6 +396,7 @@ def choose_optimizations(
         "fused_loss": _head_stays(recipe, choices, facts),
         "fused_lora": _sum_stays(recipe),
         "fused_norms": _why_python_norms(recipe, choices, facts, machine),
+        "skip_rng_state": _why_random_states(recipe, choices),
         "deferred_metrics": "" if TASKS[recipe.model.task].generates else "of a head none is fetched",
     }
     left = {name: why for name, why in reasons.items() if why} | dict.fromkeys(recipe.performance.disable, SWITCH)
@@ -409,6 +410,9 @@ def choose_optimizations(
     if choices.on_gpu and _rms_norms(facts):
         does = "one kernel in place of about ten, and half the saved bytes in 16 bit; one rounding less"
         decisions.append(_said("norms", "torch's fused kernel", does, left.get("fused_norms")))
+    if choices.checkpointing.value == "on":
+        does = "checkpointed layers draw no random numbers, so the second pass gives the same bits without it"
+        decisions.append(_said(RANDOM_STATE, "not saved for each layer", does, left.get("skip_rng_state")))
     return OPTIMIZATIONS - left.keys(), tuple(decisions)
 
 
@@ -455,6 +459,15 @@ def _why_python_norms(recipe: Recipe, choices: Choices, facts: ModelFacts, machi
         return f"{recipe.adapter.method} trains the norms, whose weights may be wider than their inputs"
     if recipe.trainer.get("use_liger_kernel"):
         return "trainer.use_liger_kernel brings its own"
+    return COMPILED if recipe.trainer.get("torch_compile") else ""
+
+
+def _why_random_states(recipe: Recipe, choices: Choices) -> str:
+    """Why random states are saved for checkpointed layers, empty where they are not."""
+    if choices.checkpointing.value != "on":
+        return "no layer is checkpointed"
+    if recipe.adapter.dropout:
+        return f"adapter.dropout {recipe.adapter.dropout} draws random numbers in each layer"
     return COMPILED if recipe.trainer.get("torch_compile") else ""
 
 

@@ -51,7 +51,9 @@ else:
 Text = Annotated[str, Field(min_length=1)]
 Seconds = Annotated[float, BeforeValidator(read_seconds)]
 Automatic = Annotated[int | Literal["auto"], BeforeValidator(read_tokens)]
-Optimization = Literal["fused_loss", "fused_lora", "fused_norms", "skip_adapter_casts", "deferred_metrics"]
+Optimization = Literal[
+    "fused_loss", "fused_lora", "fused_norms", "skip_adapter_casts", "skip_rng_state", "deferred_metrics"
+]
 """What makes a step cheaper and leaves its loss as it is; each can be switched off alone."""
 Tracker = Literal["wandb", "tensorboard", "mlflow", "trackio", "comet_ml", "swanlab"]
 
@@ -120,7 +122,8 @@ class PerformanceSection(Section):
     disable: Annotated[tuple[Optimization, ...], BeforeValidator(freeze_rows)] = ()
     """Optimizations that are switched off: the loss of trained tokens alone (`fused_loss`), LoRA added in one pass
     (`fused_lora`), RMSNorm in one kernel (`fused_norms`), adapter inputs that are not cast where they need not be
-    (`skip_adapter_casts`), metrics that are fetched once a step (`deferred_metrics`)."""
+    (`skip_adapter_casts`), random states that are not saved for checkpointed layers which draw no random numbers
+    (`skip_rng_state`), metrics that are fetched once a step (`deferred_metrics`)."""
 
 
 class EvaluationSection(Section):

@@ -16,6 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from peftcli.model.checkpoint_random import save_random_states, skip_random_states
 from peftcli.model.distributed import gather, is_fsdp
 from peftcli.model.fused_lora import disable_fused_lora, enable_fused_lora
 from peftcli.model.fused_norms import disable_fused_norms, enable_fused_norms
@@ -379,6 +380,8 @@ class ForwardCallback(TrainerCallback):  # type: ignore[misc]  # transformers' c
             self.optimizations -= {"fused_lora"}
         if "fused_norms" in self.optimizations:
             self._fuse_norms(model, args.device)
+        if "skip_rng_state" in self.optimizations and not skip_random_states(model, args.device):
+            self.optimizations -= {"skip_rng_state"}
 
     def _fuse_norms(self, model: torch.nn.Module, device: torch.device) -> None:
         found = enable_fused_norms(model, device)
@@ -399,6 +402,7 @@ class ForwardCallback(TrainerCallback):  # type: ignore[misc]  # transformers' c
         cast_inputs(model, True)
         disable_fused_lora(model)
         disable_fused_norms(model)
+        save_random_states(model)
 
 
 def keep_checkpointed(model: torch.nn.Module, blocks: int) -> int:

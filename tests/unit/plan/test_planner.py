@@ -318,3 +318,30 @@ def test_flash_attention_keeps_padding_free_batches_and_eager_attention_does_not
     assert plan.batching.kind == kind and plan.base.attention == attention
     if kind == "padded":
         assert "eager attention takes no boundaries" in said_of(plan, "batching")
+
+
+@pytest.mark.parametrize(
+    ("machine", "more", "said"),
+    [
+        (L4, "", "not saved for each layer"),
+        (L4, "adapter: {dropout: 0.1}", "adapter.dropout 0.1 draws random numbers"),
+        (L4, "performance: {disable: [skip_rng_state]}", "performance.disable"),
+        (L4, "trainer: {activation_checkpointing: false}", ""),
+        (CPU, "", ""),
+        (CPU, "trainer: {activation_checkpointing: true}", "not saved for each layer"),
+    ],
+)
+def test_the_plan_says_whether_checkpointed_layers_save_random_states(
+    recipe: Any, machine: Machine, more: str, said: str
+) -> None:
+    plan = plan_on(machine, recipe(more))
+    found = said_of(plan, "random state")
+    assert said in found and bool(said) == bool(found)
+    assert ("skip_rng_state" in plan.optimizations) == ("not saved" in found)
+
+
+def test_where_no_layer_is_checkpointed_in_the_end_nothing_is_said_of_random_states(recipe: Any) -> None:
+    roomy = replace(L4, memory_bytes=80 * 2**30)
+    plan = plan_on(roomy, recipe(), replace(FACTS, shape=LLAMA_SHAPE))
+    assert not plan.trainer["activation_checkpointing"] and said_of(plan, "random state") == ""
+    assert "skip_rng_state" not in plan.optimizations
