@@ -63,6 +63,7 @@ def probe_machine() -> Machine:
             name for name, package in FLASH_PACKAGES.items() if importlib.util.find_spec(package) is not None
         ),
         fused_norms=has_fused_kernel("cuda"),
+        liger=importlib.util.find_spec("liger_kernel") is not None,
         fsdp=asked,
         fsdp_more=more,
     )

@@ -237,8 +237,17 @@ def _row_difference(flat: Tensor, alone: Tensor) -> float:
 
 def _limit(model: PreTrainedModel, device: torch.device) -> float:
     exact = next(model.parameters()).dtype == torch.float32 and not torch.is_autocast_enabled(device.type)
+    return rounding_limit(torch.float32 if exact else torch.bfloat16, device)
+
+
+def rounding_limit(dtype: torch.dtype, device: torch.device) -> float:
+    """How much two ways to compute the logits of a model may differ, as `RowCheck.difference`.
+
+    Args:
+        dtype: of the computation.
+    """
     # On a GPU products of float32 may be rounded to TF32, which is as coarse as float16.
-    return EXACT_LIMIT if exact and device.type == "cpu" else ROUNDED_LIMIT
+    return EXACT_LIMIT if dtype == torch.float32 and device.type == "cpu" else ROUNDED_LIMIT
 
 
 def padding_free_mask(*args: Any, **kwargs: Any) -> Tensor | None:

@@ -26,6 +26,7 @@ class Machine:
         shares_batch: they share the rows of the recipe's step, in place of taking as many each.
         flash_attention: names of the installed FlashAttention implementations.
         fused_norms: the installed torch has a kernel for RMSNorm on its GPUs.
+        liger: liger-kernel is installed beside a GPU.
         fsdp: accelerate's own configuration asks for FSDP.
         fsdp_more: what it asks for besides, under accelerate's names.
     """
@@ -41,6 +42,7 @@ class Machine:
     shares_batch: bool = False
     flash_attention: tuple[str, ...] = ()
     fused_norms: bool = False
+    liger: bool = False
     fsdp: bool = False
     fsdp_more: tuple[str, ...] = ()
 

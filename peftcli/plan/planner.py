@@ -46,6 +46,8 @@ SWITCH = "performance.disable"
 OPTIMIZATIONS = frozenset(get_args(Optimization))
 COMPILED = "compiled code fuses what it can"
 
+TRITON_CAPABILITY = (8, 0)
+"""Compute capability from which Triton supports NVIDIA's GPUs, by its README."""
 CPU_TOKENS = 768
 """Of a line on a CPU, for the memory: 4096 take a fourteenth less time and twice the memory of the loop."""
 APART = {
@@ -104,7 +106,7 @@ def make_plan(
     _check_room(recipe, facts, machine, choices, sharding)
     batch = count_batch(recipe.trainer, machine.processes, shared=machine.shares_batch)
     batching, how = choose_batching(recipe, choices, batch, labels, facts.not_flat)
-    optimizations, switched = choose_optimizations(recipe, choices, facts, machine)
+    optimizations, switched = choose_optimizations(recipe, choices, facts, machine, sharding)
     adapter = with_head(settled, facts, recipe.model.task)
     trained = within_choice(count_trainable(adapter), choice)
     trainable = trained.parameters
@@ -389,13 +391,14 @@ def _notices(recipe: Recipe, machine: Machine, on_gpu: bool) -> tuple[str, ...]:
 
 
 def choose_optimizations(
-    recipe: Recipe, choices: Choices, facts: ModelFacts, machine: Machine
+    recipe: Recipe, choices: Choices, facts: ModelFacts, machine: Machine, sharding: Sharding
 ) -> tuple[frozenset[str], tuple[Decision, ...]]:
     """The optimizations that a plan uses, and what is said of those that have a meaning in it."""
     reasons = {
         "fused_loss": _head_stays(recipe, choices, facts),
         "fused_lora": _sum_stays(recipe),
         "fused_norms": _why_python_norms(recipe, choices, facts, machine),
+        "liger_layers": _why_python_layers(recipe, choices, machine, sharding),
         "skip_rng_state": _why_random_states(recipe, choices),
         "deferred_metrics": "" if TASKS[recipe.model.task].generates else "of a head none is fetched",
     }
@@ -410,6 +413,9 @@ def choose_optimizations(
     if choices.on_gpu and _rms_norms(facts):
         does = "one kernel in place of about ten, and half the saved bytes in 16 bit; one rounding less"
         decisions.append(_said("norms", "torch's fused kernel", does, left.get("fused_norms")))
+    if choices.on_gpu and TASKS[recipe.model.task].generates:
+        does = "rotary embeddings, gated activations, and norms where torch has no kernel; checked before training"
+        decisions.append(_said("layer kernels", "Liger's", does, left.get("liger_layers")))
     if choices.checkpointing.value == "on":
         does = "checkpointed layers draw no random numbers, so the second pass gives the same bits without it"
         decisions.append(_said(RANDOM_STATE, "not saved for each layer", does, left.get("skip_rng_state")))
@@ -460,6 +466,21 @@ def _why_python_norms(recipe: Recipe, choices: Choices, facts: ModelFacts, machi
     if recipe.trainer.get("use_liger_kernel"):
         return "trainer.use_liger_kernel brings its own"
     return COMPILED if recipe.trainer.get("torch_compile") else ""
+
+
+def _why_python_layers(recipe: Recipe, choices: Choices, machine: Machine, sharding: Sharding) -> str:
+    """Why rotary embeddings and activations are left to the model's own Python, empty where they are not."""
+    if not choices.on_gpu or not TASKS[recipe.model.task].generates:
+        return "Liger's kernels are for language models on a GPU"
+    if recipe.trainer.get("use_liger_kernel"):
+        return "trainer.use_liger_kernel brings them already"
+    if recipe.trainer.get("torch_compile"):
+        return COMPILED
+    if machine.capability is not None and machine.capability < TRITON_CAPABILITY:
+        return "Triton, which compiles Liger's kernels, supports GPUs of sm_80 and later"
+    if not METHODS[recipe.adapter.method].is_lora or sharding.shards > 1:
+        return "they were tried with LoRA on whole weights alone"
+    return "" if machine.liger else "liger-kernel is not installed"
 
 
 def _why_random_states(recipe: Recipe, choices: Choices) -> str:

@@ -52,7 +52,13 @@ Text = Annotated[str, Field(min_length=1)]
 Seconds = Annotated[float, BeforeValidator(read_seconds)]
 Automatic = Annotated[int | Literal["auto"], BeforeValidator(read_tokens)]
 Optimization = Literal[
-    "fused_loss", "fused_lora", "fused_norms", "skip_adapter_casts", "skip_rng_state", "deferred_metrics"
+    "fused_loss",
+    "fused_lora",
+    "fused_norms",
+    "liger_layers",
+    "skip_adapter_casts",
+    "skip_rng_state",
+    "deferred_metrics",
 ]
 """What makes a step cheaper and leaves its loss as it is; each can be switched off alone."""
 Tracker = Literal["wandb", "tensorboard", "mlflow", "trackio", "comet_ml", "swanlab"]
@@ -121,9 +127,10 @@ class PerformanceSection(Section):
     configuration of accelerate asks for FSDP."""
     disable: Annotated[tuple[Optimization, ...], BeforeValidator(freeze_rows)] = ()
     """Optimizations that are switched off: the loss of trained tokens alone (`fused_loss`), LoRA added in one pass
-    (`fused_lora`), RMSNorm in one kernel (`fused_norms`), adapter inputs that are not cast where they need not be
-    (`skip_adapter_casts`), random states that are not saved for checkpointed layers which draw no random numbers
-    (`skip_rng_state`), metrics that are fetched once a step (`deferred_metrics`)."""
+    (`fused_lora`), RMSNorm in one kernel (`fused_norms`), the kernels of liger-kernel where it is installed
+    (`liger_layers`), adapter inputs that are not cast where they need not be (`skip_adapter_casts`), random states that
+    are not saved for checkpointed layers which draw no random numbers (`skip_rng_state`), metrics that are fetched once
+    a step (`deferred_metrics`)."""
 
 
 class EvaluationSection(Section):

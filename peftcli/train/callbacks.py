@@ -21,6 +21,7 @@ from peftcli.model.distributed import gather, is_fsdp
 from peftcli.model.fused_lora import disable_fused_lora, enable_fused_lora
 from peftcli.model.fused_norms import disable_fused_norms, enable_fused_norms
 from peftcli.model.hardware import peak_memory_bytes, resident_bytes
+from peftcli.model.liger_layers import LigerLayers, enable_liger_layers
 from peftcli.plan.plan import Plan
 from peftcli.progress import Progress
 from peftcli.report.format import count, duration, size
@@ -361,6 +362,7 @@ class ForwardCallback(TrainerCallback):  # type: ignore[misc]  # transformers' c
         self._blocks = checkpointed_blocks
         self.optimizations = optimizations
         self._note = note
+        self._liger: LigerLayers | None = None
 
     def on_train_begin(
         self,
@@ -380,6 +382,8 @@ class ForwardCallback(TrainerCallback):  # type: ignore[misc]  # transformers' c
             self.optimizations -= {"fused_lora"}
         if "fused_norms" in self.optimizations:
             self._fuse_norms(model, args.device)
+        if "liger_layers" in self.optimizations:
+            self._use_liger(model, args)
         if "skip_rng_state" in self.optimizations and not skip_random_states(model, args.device):
             self.optimizations -= {"skip_rng_state"}
 
@@ -390,6 +394,14 @@ class ForwardCallback(TrainerCallback):  # type: ignore[misc]  # transformers' c
         if not found.modules:
             self.optimizations -= {"fused_norms"}
 
+    def _use_liger(self, model: Any, args: TrainingArguments) -> None:
+        dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+        base = model.get_base_model()
+        self._liger = enable_liger_layers(base, dtype, norms="fused_norms" not in self.optimizations)
+        if self._liger.problem is not None:
+            self._note(f"  note: Liger's layer kernels are not used: {self._liger.problem}")
+            self.optimizations -= {"liger_layers"}
+
     def on_train_end(
         self,
         args: TrainingArguments,
@@ -398,6 +410,8 @@ class ForwardCallback(TrainerCallback):  # type: ignore[misc]  # transformers' c
         model: Any = None,
         **kwargs: Any,
     ) -> None:
+        if self._liger is not None:
+            self._liger.restore()
         # Evaluation runs without autocast, so adapters need their inputs cast again.
         cast_inputs(model, True)
         disable_fused_lora(model)

@@ -345,3 +345,26 @@ def test_where_no_layer_is_checkpointed_in_the_end_nothing_is_said_of_random_sta
     plan = plan_on(roomy, recipe(), replace(FACTS, shape=LLAMA_SHAPE))
     assert not plan.trainer["activation_checkpointing"] and said_of(plan, "random state") == ""
     assert "skip_rng_state" not in plan.optimizations
+
+
+LIGER = replace(L4, liger=True)
+
+
+@pytest.mark.parametrize(
+    ("machine", "more", "said"),
+    [
+        (LIGER, "", "Liger's: rotary embeddings"),
+        (L4, "", "liger-kernel is not installed"),
+        (replace(T4, liger=True), "", "sm_80 and later"),
+        (LIGER, "performance: {disable: [liger_layers]}", "performance.disable"),
+        (LIGER, "trainer: {use_liger_kernel: true}", "use_liger_kernel brings them already"),
+        (LIGER, "trainer: {torch_compile: true}", "compiled code fuses"),
+        (LIGER, "adapter: {method: ia3}", "with LoRA on whole weights alone"),
+        (CPU, "", ""),
+    ],
+)
+def test_the_plan_says_whether_liger_computes_the_layers(recipe: Any, machine: Machine, more: str, said: str) -> None:
+    plan = plan_on(machine, recipe(more))
+    found = said_of(plan, "layer kernels")
+    assert said in found and bool(said) == bool(found)
+    assert ("liger_layers" in plan.optimizations) == found.startswith("Liger's")
