@@ -12,6 +12,7 @@ import psutil
 import torch
 
 from peftcli.installed import installed_versions
+from peftcli.model.fused_norms import has_fused_kernel
 from peftcli.plan.machine import SHARES_BATCH, Machine
 from peftcli.results import Device, EnvironmentJson
 
@@ -62,6 +63,8 @@ def probe_machine() -> Machine:
         flash_attention=tuple(
             name for name, package in FLASH_PACKAGES.items() if importlib.util.find_spec(package) is not None
         ),
+        fused_norms=has_fused_kernel("cuda"),
+        liger=importlib.util.find_spec("liger_kernel") is not None,
         fsdp=asked,
         fsdp_more=more,
     )

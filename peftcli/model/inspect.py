@@ -25,6 +25,7 @@ from peftcli.adapters.module_layout import all_widths, end_name, hidden_width, p
 from peftcli.errors import MachineError, RecipeError
 from peftcli.methods.registry import METHODS
 from peftcli.model.flat_rows import why_not_flat
+from peftcli.model.fused_norms import is_rms_norm, norm_problem
 from peftcli.model.heads import build_empty, head_modules, is_within, keeps_statistics, positions_of
 from peftcli.model.hub import explain_missing, look_for_network
 from peftcli.model.rehearsal import Rehearsal, rehearse
@@ -232,7 +233,9 @@ def read_shape(model: PreTrainedModel, config: PreTrainedConfig) -> ModelDimensi
         parameters=int(model.num_parameters()),
         linears=linears,
         norms=norms,
-        final_norm=Norm(hidden, 1, all(norm.in_float32 for norm in norms)),
+        final_norm=Norm(
+            hidden, 1, all(norm.in_float32 for norm in norms), bool(norms) and all(norm.fusible for norm in norms)
+        ),
         rotary=any("Rotary" in type(module).__name__ for module in model.modules()),
         fused_qkv=any(linear.outputs == queries + 2 * keys and ATTENTION.search(linear.name) for linear in linears),
         parallel=sum(norm.count for norm in norms if norm.width == hidden) == layers,
@@ -260,17 +263,21 @@ def _linears(inside: Iterable[tuple[str, nn.Module]]) -> tuple[Linear, ...]:
 
 
 def _norms(inside: Iterable[tuple[str, nn.Module]], size: int, heads: int, key_heads: int) -> tuple[Norm, ...]:
-    counts: dict[tuple[str, int, bool], int] = {}
+    counts: dict[tuple[str, int, bool, bool], int] = {}
+    checked: dict[tuple[type, int], bool] = {}
     for name, module in inside:
         weight = getattr(module, "weight", None)
         if "Norm" not in type(module).__name__ or not isinstance(weight, torch.Tensor):
             continue
         width, leaf = int(weight.shape[-1]), name.rsplit(".", 1)[-1]
+        kind = type(module), width
+        if kind not in checked:
+            checked[kind] = is_rms_norm(module) and norm_problem(module, torch.float32, torch.device("cpu")) is None
         if width == size and leaf.startswith(("q_", "k_", "query_", "key_")):
             width *= heads if leaf.startswith("q") else key_heads
-        key = (leaf, width, not isinstance(module, nn.LayerNorm))
+        key = (leaf, width, not isinstance(module, nn.LayerNorm), checked[kind])
         counts[key] = counts.get(key, 0) + 1
-    return tuple(Norm(width, count, wide) for (_, width, wide), count in counts.items())
+    return tuple(Norm(width, count, wide, fusible) for (_, width, wide, fusible), count in counts.items())
 
 
 def _head_size(linears: Iterable[Linear], hidden: int, heads: int, config: Any) -> int:

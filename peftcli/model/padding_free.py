@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
@@ -24,6 +24,10 @@ from peftcli.model.varlen_attention import attend, computed, kernel_for
 
 NAME = "documents"
 """Under which transformers knows this attention."""
+FLASH = "flash_attention_"
+"""How the names of FlashAttention begin in transformers."""
+STATE_LAYERS = ("linear_attention", "conv", "mamba", "hybrid", "recurrent")
+"""In `layer_types` of a configuration: layers that carry something from token to token, and so from row to row."""
 SIMILAR = 0.7
 """Rows of at least this share of the longest one's length are laid beside it."""
 SMALL_TOKENS = 512
@@ -69,6 +73,22 @@ class SequenceLayout:
     def edges(self) -> Tensor:
         """(rows + 1,), int32, where each row begins, and the end."""
         return torch.tensor([0, *self.lengths]).cumsum(0).int().to(self.device, non_blocking=True)
+
+    def boundaries(self) -> dict[str, Any]:
+        """The edges as arguments of a model: of FlashAttention, and of linear-attention layers and their convolutions.
+
+        Source: `FlashAttentionKwargs` in transformers/modeling_flash_attention_utils.py; `seq_idx` is what
+        `causal_conv1d_fn` takes, (1, tokens), the number of each token's row.
+        """
+        rows = torch.arange(len(self.lengths), dtype=torch.int32).repeat_interleave(torch.tensor(self.lengths))
+        longest = max(self.lengths)
+        return {
+            "cu_seq_lens_q": self.edges,
+            "cu_seq_lens_k": self.edges,
+            "max_length_q": longest,
+            "max_length_k": longest,
+            "seq_idx": rows[None].to(self.device, non_blocking=True),
+        }
 
     @cached_property
     def sides(self) -> tuple[tuple[Group, ...], Tensor]:
@@ -120,8 +140,35 @@ def use_layout(layout: SequenceLayout | None) -> Iterator[None]:
         _now.pop()
 
 
+def has_flash_attention(model: PreTrainedModel) -> bool:
+    """Whether a model computes attention by FlashAttention, which takes the boundaries of rows as arguments."""
+    return str(model.config._attn_implementation).startswith(FLASH)
+
+
+def takes_boundaries(model: PreTrainedModel) -> bool:
+    """Whether layers of a model may read the boundaries of rows from its arguments: FlashAttention, linear attention.
+
+    transformers refuses the arguments where the package is missing that could keep the rows apart, so that a leak which
+    is too small to measure is found too.
+    """
+    return has_flash_attention(model) or bool(state_layers(model.config))
+
+
+def state_layers(config: PreTrainedConfig) -> tuple[str, ...]:
+    """The kinds of layers of a model that carry a state from token to token, as its configuration names them."""
+    kinds = getattr(config.get_text_config(), "layer_types", None) or ()
+    return tuple(kind for kind in STATE_LAYERS if kind in kinds)
+
+
 def enable_padding_free(model: PreTrainedModel) -> bool:
-    """Give a model this attention, which is that of `sdpa` outside of `documents`; False where it cannot take it."""
+    """Give a model this attention, which is that of `sdpa` outside of `documents`; False where it cannot take it.
+
+    A model with FlashAttention keeps it.
+    """
+    if has_flash_attention(model):
+        kernels_used.clear()
+        kernels_used.add(model.config._attn_implementation)
+        return True
     if model.config._attn_implementation != "sdpa" or not model._can_set_attn_implementation():
         return False
     kernels_used.clear()
@@ -139,10 +186,12 @@ class RowCheck:
         problem: why they do not, or cannot be run; None where they do.
         difference: root mean square of the difference of the logits of a row over their standard deviation, of the row
             with the larger one; None where no logits could be compared.
+        boundaries: the model is given the boundaries of the rows as arguments.
     """
 
     problem: str | None
     difference: float | None = None
+    boundaries: bool = False
 
 
 @without_gradients
@@ -159,9 +208,12 @@ def check_rows(model: PreTrainedModel) -> RowCheck:
     rows = [(torch.arange(length, device=device) * 7 + 3) % vocabulary for length in CHECKED_ROWS]
     alone = torch.cat([model(input_ids=row[None], use_cache=False).logits[0] for row in rows]).float()
     places = torch.cat([torch.arange(len(row), device=device) for row in rows])
+    layout = SequenceLayout(CHECKED_ROWS, device)
+    boundaries = takes_boundaries(model)
+    given = layout.boundaries() if boundaries else {}
     try:
-        with use_layout(SequenceLayout(CHECKED_ROWS, device)):
-            flat = model(input_ids=torch.cat(rows)[None], position_ids=places[None], use_cache=False).logits[0]
+        with use_layout(layout):
+            flat = model(input_ids=torch.cat(rows)[None], position_ids=places[None], use_cache=False, **given).logits[0]
     except (TypeError, ValueError, RuntimeError) as problem:  # no such argument, or an attention that wants a mask
         if is_out_of_memory(problem):
             raise
@@ -172,7 +224,7 @@ def check_rows(model: PreTrainedModel) -> RowCheck:
         return RowCheck("the logits of a few tokens are not finite")
     difference = _row_difference(flat.float(), alone)
     if difference <= _limit(model, device):  # false for NaN too
-        return RowCheck(None, difference)
+        return RowCheck(None, difference, boundaries)
     said = f"in a padding-free batch the logits of a row differ from those of the row alone by {difference:.2g} of"
     return RowCheck(f"{said} their standard deviation", difference)
 
@@ -185,8 +237,17 @@ def _row_difference(flat: Tensor, alone: Tensor) -> float:
 
 def _limit(model: PreTrainedModel, device: torch.device) -> float:
     exact = next(model.parameters()).dtype == torch.float32 and not torch.is_autocast_enabled(device.type)
+    return rounding_limit(torch.float32 if exact else torch.bfloat16, device)
+
+
+def rounding_limit(dtype: torch.dtype, device: torch.device) -> float:
+    """How much two ways to compute the logits of a model may differ, as `RowCheck.difference`.
+
+    Args:
+        dtype: of the computation.
+    """
     # On a GPU products of float32 may be rounded to TF32, which is as coarse as float16.
-    return EXACT_LIMIT if exact and device.type == "cpu" else ROUNDED_LIMIT
+    return EXACT_LIMIT if dtype == torch.float32 and device.type == "cpu" else ROUNDED_LIMIT
 
 
 def padding_free_mask(*args: Any, **kwargs: Any) -> Tensor | None:

@@ -133,4 +133,5 @@ def machine_with(card: GPU, processes: int = 1) -> Machine:
         count=card.count,
         processes=processes,
         flash_attention=flash,
+        fused_norms=True,
     )

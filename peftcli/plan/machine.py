@@ -25,6 +25,8 @@ class Machine:
         processes: processes of this launch.
         shares_batch: they share the rows of the recipe's step, in place of taking as many each.
         flash_attention: names of the installed FlashAttention implementations.
+        fused_norms: the installed torch has a kernel for RMSNorm on its GPUs.
+        liger: liger-kernel is installed beside a GPU.
         fsdp: accelerate's own configuration asks for FSDP.
         fsdp_more: what it asks for besides, under accelerate's names.
     """
@@ -39,6 +41,8 @@ class Machine:
     processes: int = 1
     shares_batch: bool = False
     flash_attention: tuple[str, ...] = ()
+    fused_norms: bool = False
+    liger: bool = False
     fsdp: bool = False
     fsdp_more: tuple[str, ...] = ()
 

@@ -25,6 +25,8 @@ from peftcli.tasks.registry import DEFAULT, TASKS
 
 BATCHING = "batching"
 """Key of the decision about padding-free and padded batches."""
+RANDOM_STATE = "random state"
+"""Key of the decision about checkpointed layers that draw no random numbers."""
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 

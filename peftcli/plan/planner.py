@@ -18,10 +18,11 @@ from peftcli.plan.machine import Machine, ModelFacts
 from peftcli.plan.memory.estimate import INT8_BITS, NF4_BITS
 from peftcli.plan.memory.forecast import rows_of
 from peftcli.plan.memory.micro_batch import choose_micro_batch
+from peftcli.plan.memory.model_shape import Norm
 from peftcli.plan.memory.training_setup import ActivationFit
 from peftcli.plan.optimizer import Trained
 from peftcli.plan.parallelism import Sharding, choose_sharding
-from peftcli.plan.plan import BATCHING, DTYPE_BYTES, Base, Batch, Batching, Decision, LossMask, Plan
+from peftcli.plan.plan import BATCHING, DTYPE_BYTES, RANDOM_STATE, Base, Batch, Batching, Decision, LossMask, Plan
 from peftcli.plan.smoke import ROW_TOKENS
 from peftcli.plan.targets import choice_decisions, choice_of, match_saved, match_targets, named_targets, within_choice
 from peftcli.recipe.schedulers import LEARNING_RATE
@@ -45,6 +46,8 @@ SWITCH = "performance.disable"
 OPTIMIZATIONS = frozenset(get_args(Optimization))
 COMPILED = "compiled code fuses what it can"
 
+TRITON_CAPABILITY = (8, 0)
+"""Compute capability from which Triton supports NVIDIA's GPUs, by its README."""
 CPU_TOKENS = 768
 """Of a line on a CPU, for the memory: 4096 take a fourteenth less time and twice the memory of the loop."""
 APART = {
@@ -103,7 +106,7 @@ def make_plan(
     _check_room(recipe, facts, machine, choices, sharding)
     batch = count_batch(recipe.trainer, machine.processes, shared=machine.shares_batch)
     batching, how = choose_batching(recipe, choices, batch, labels, facts.not_flat)
-    optimizations, switched = choose_optimizations(recipe, choices, facts)
+    optimizations, switched = choose_optimizations(recipe, choices, facts, machine, sharding)
     adapter = with_head(settled, facts, recipe.model.task)
     trained = within_choice(count_trainable(adapter), choice)
     trainable = trained.parameters
@@ -388,12 +391,15 @@ def _notices(recipe: Recipe, machine: Machine, on_gpu: bool) -> tuple[str, ...]:
 
 
 def choose_optimizations(
-    recipe: Recipe, choices: Choices, facts: ModelFacts
+    recipe: Recipe, choices: Choices, facts: ModelFacts, machine: Machine, sharding: Sharding
 ) -> tuple[frozenset[str], tuple[Decision, ...]]:
     """The optimizations that a plan uses, and what is said of those that have a meaning in it."""
     reasons = {
         "fused_loss": _head_stays(recipe, choices, facts),
         "fused_lora": _sum_stays(recipe),
+        "fused_norms": _why_python_norms(recipe, choices, facts, machine),
+        "liger_layers": _why_python_layers(recipe, choices, machine, sharding),
+        "skip_rng_state": _why_random_states(recipe, choices),
         "deferred_metrics": "" if TASKS[recipe.model.task].generates else "of a head none is fetched",
     }
     left = {name: why for name, why in reasons.items() if why} | dict.fromkeys(recipe.performance.disable, SWITCH)
@@ -404,6 +410,15 @@ def choose_optimizations(
     if METHODS[recipe.adapter.method].is_lora:
         does = "PEFT passes through memory three times for it; same sum"
         decisions.append(_said("LoRA", "added in one pass", does, left.get("fused_lora")))
+    if choices.on_gpu and _rms_norms(facts):
+        does = "one kernel in place of about ten, and half the saved bytes in 16 bit; one rounding less"
+        decisions.append(_said("norms", "torch's fused kernel", does, left.get("fused_norms")))
+    if choices.on_gpu and TASKS[recipe.model.task].generates:
+        does = "rotary embeddings, gated activations, and norms where torch has no kernel; checked before training"
+        decisions.append(_said("layer kernels", "Liger's", does, left.get("liger_layers")))
+    if choices.checkpointing.value == "on":
+        does = "checkpointed layers draw no random numbers, so the second pass gives the same bits without it"
+        decisions.append(_said(RANDOM_STATE, "not saved for each layer", does, left.get("skip_rng_state")))
     return OPTIMIZATIONS - left.keys(), tuple(decisions)
 
 
@@ -430,6 +445,50 @@ def _sum_stays(recipe: Recipe) -> str:
         return "lora_bias adds to it"
     if recipe.quantization is not None and recipe.quantization.bits == 8:
         return "PEFT has a layer of its own for 8 bits"
+    return COMPILED if recipe.trainer.get("torch_compile") else ""
+
+
+def _rms_norms(facts: ModelFacts) -> tuple[Norm, ...]:
+    """The norms of a model that compute in float32, as RMS norms do."""
+    return () if facts.shape is None else tuple(norm for norm in facts.shape.norms if norm.in_float32)
+
+
+def _why_python_norms(recipe: Recipe, choices: Choices, facts: ModelFacts, machine: Machine) -> str:
+    """Why RMSNorm is left to the model's own Python, empty where it is not."""
+    if not any(norm.fusible for norm in _rms_norms(facts)):
+        return f"the norm of {facts.architecture} computes another formula than torch's"
+    if not choices.on_gpu:
+        return "a CPU has no fused kernel for it, and torch's operators take as long as the model's own"
+    if not machine.fused_norms:
+        return "the installed torch has no kernel for it; torch 2.9 and later have one"
+    if METHODS[recipe.adapter.method].trains_norms:
+        return f"{recipe.adapter.method} trains the norms, whose weights may be wider than their inputs"
+    if recipe.trainer.get("use_liger_kernel"):
+        return "trainer.use_liger_kernel brings its own"
+    return COMPILED if recipe.trainer.get("torch_compile") else ""
+
+
+def _why_python_layers(recipe: Recipe, choices: Choices, machine: Machine, sharding: Sharding) -> str:
+    """Why rotary embeddings and activations are left to the model's own Python, empty where they are not."""
+    if not choices.on_gpu or not TASKS[recipe.model.task].generates:
+        return "Liger's kernels are for language models on a GPU"
+    if recipe.trainer.get("use_liger_kernel"):
+        return "trainer.use_liger_kernel brings them already"
+    if recipe.trainer.get("torch_compile"):
+        return COMPILED
+    if machine.capability is not None and machine.capability < TRITON_CAPABILITY:
+        return "Triton, which compiles Liger's kernels, supports GPUs of sm_80 and later"
+    if not METHODS[recipe.adapter.method].is_lora or sharding.shards > 1:
+        return "they were tried with LoRA on whole weights alone"
+    return "" if machine.liger else "liger-kernel is not installed"
+
+
+def _why_random_states(recipe: Recipe, choices: Choices) -> str:
+    """Why random states are saved for checkpointed layers, empty where they are not."""
+    if choices.checkpointing.value != "on":
+        return "no layer is checkpointed"
+    if recipe.adapter.dropout:
+        return f"adapter.dropout {recipe.adapter.dropout} draws random numbers in each layer"
     return COMPILED if recipe.trainer.get("torch_compile") else ""
 
 
@@ -461,8 +520,8 @@ def choose_batching(
         why = next((why for name, why in APART.items() if recipe.trainer.get(name)), None)
     if not TASKS[recipe.model.task].generates:
         why = "a head reads whole rows, which a line would not keep apart"
-    if why is None and choices.attention.value != "sdpa":
-        why = f"lines need model.attention sdpa, not {choices.attention.value}"
+    if why is None and choices.attention.value == "eager":
+        why = "eager attention takes no boundaries of rows, as sdpa and FlashAttention do"
     why = why or not_flat or None
     if asked == "padding_free" and why is not None:
         fix = "set padded or auto" if why == not_flat else "remove one of the two"

@@ -51,7 +51,15 @@ else:
 Text = Annotated[str, Field(min_length=1)]
 Seconds = Annotated[float, BeforeValidator(read_seconds)]
 Automatic = Annotated[int | Literal["auto"], BeforeValidator(read_tokens)]
-Optimization = Literal["fused_loss", "fused_lora", "skip_adapter_casts", "deferred_metrics"]
+Optimization = Literal[
+    "fused_loss",
+    "fused_lora",
+    "fused_norms",
+    "liger_layers",
+    "skip_adapter_casts",
+    "skip_rng_state",
+    "deferred_metrics",
+]
 """Optimizations of the training step that do not change its loss; each can be disabled separately."""
 Tracker = Literal["wandb", "tensorboard", "mlflow", "trackio", "comet_ml", "swanlab"]
 
@@ -121,8 +129,10 @@ class PerformanceSection(Section):
     accelerate configuration enables FSDP."""
     disable: Annotated[tuple[Optimization, ...], BeforeValidator(freeze_rows)] = ()
     """Optimizations to disable: logits and loss for trained tokens only (`fused_loss`), LoRA added in one pass
-    (`fused_lora`), no unnecessary casts of adapter inputs (`skip_adapter_casts`), metrics fetched from the GPU once per
-    step (`deferred_metrics`)."""
+    (`fused_lora`), RMSNorm in one kernel (`fused_norms`), layer kernels of liger-kernel if it is installed
+    (`liger_layers`), no unnecessary casts of adapter inputs (`skip_adapter_casts`), no saved random state for
+    checkpointed layers that use none (`skip_rng_state`), metrics fetched from the GPU once per step
+    (`deferred_metrics`)."""
 
 
 class EvaluationSection(Section):

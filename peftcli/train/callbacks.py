@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,9 +16,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from peftcli.model.checkpoint_random import save_random_states, skip_random_states
 from peftcli.model.distributed import gather, is_fsdp
 from peftcli.model.fused_lora import disable_fused_lora, enable_fused_lora
+from peftcli.model.fused_norms import disable_fused_norms, enable_fused_norms
 from peftcli.model.hardware import peak_memory_bytes, resident_bytes
+from peftcli.model.liger_layers import LigerLayers, enable_liger_layers
 from peftcli.plan.plan import Plan
 from peftcli.progress import Progress
 from peftcli.report.format import count, duration, size
@@ -338,23 +341,28 @@ def _undone(trainer: StepTrainer, model: Any) -> Iterator[None]:
 
 
 class ForwardCallback(TrainerCallback):  # type: ignore[misc]  # transformers' callbacks are untyped
-    """Sets the blocks up when training begins, and puts adapters back when it ends.
+    """Sets the blocks up when training begins, and puts adapters and norms back when it ends.
 
     None of it changes a loss: a block that runs again gives the same values, what PEFT casts to the adapter's dtype
-    autocast would cast back before the product, and LoRA's sum is the same in one pass.
+    autocast would cast back before the product, and LoRA's sum and the norms are the same in one pass.
 
     Attributes:
         optimizations: names of those in use; from the beginning of training on, without those that apply to nothing.
     """
 
-    def __init__(self, checkpointed_blocks: int | None, optimizations: frozenset[str]) -> None:
+    def __init__(
+        self, checkpointed_blocks: int | None, optimizations: frozenset[str], note: Callable[[str], None]
+    ) -> None:
         """
         Args:
             checkpointed_blocks: that run again in the backward pass; None leaves it to the trainer's argument.
             optimizations: names of those that the trainer uses.
+            note: shows people what of it this model or this machine cannot do.
         """
         self._blocks = checkpointed_blocks
         self.optimizations = optimizations
+        self._note = note
+        self._liger: LigerLayers | None = None
 
     def on_train_begin(
         self,
@@ -372,6 +380,27 @@ class ForwardCallback(TrainerCallback):  # type: ignore[misc]  # transformers' c
             cast_inputs(model, False)
         if "fused_lora" in self.optimizations and not enable_fused_lora(model):
             self.optimizations -= {"fused_lora"}
+        if "fused_norms" in self.optimizations:
+            self._fuse_norms(model, args.device)
+        if "liger_layers" in self.optimizations:
+            self._use_liger(model, args)
+        if "skip_rng_state" in self.optimizations and not skip_random_states(model, args.device):
+            self.optimizations -= {"skip_rng_state"}
+
+    def _fuse_norms(self, model: torch.nn.Module, device: torch.device) -> None:
+        found = enable_fused_norms(model, device)
+        for name, why in found.left.items():
+            self._note(f"  note: {name} is left as it is, without torch's fused kernel: {why}")
+        if not found.modules:
+            self.optimizations -= {"fused_norms"}
+
+    def _use_liger(self, model: Any, args: TrainingArguments) -> None:
+        dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+        base = model.get_base_model()
+        self._liger = enable_liger_layers(base, dtype, norms="fused_norms" not in self.optimizations)
+        if self._liger.problem is not None:
+            self._note(f"  note: Liger's layer kernels are not used: {self._liger.problem}")
+            self.optimizations -= {"liger_layers"}
 
     def on_train_end(
         self,
@@ -381,9 +410,13 @@ class ForwardCallback(TrainerCallback):  # type: ignore[misc]  # transformers' c
         model: Any = None,
         **kwargs: Any,
     ) -> None:
+        if self._liger is not None:
+            self._liger.restore()
         # Evaluation runs without autocast, so adapters need their inputs cast again.
         cast_inputs(model, True)
         disable_fused_lora(model)
+        disable_fused_norms(model)
+        save_random_states(model)
 
 
 def keep_checkpointed(model: torch.nn.Module, blocks: int) -> int:

@@ -35,12 +35,18 @@ class MicroBatches:
     """
 
     def __init__(
-        self, *, tokens: int | None, most: int | None = None, agree: Callable[[int], list[int]] | None = None
+        self,
+        *,
+        tokens: int | None,
+        most: int | None = None,
+        boundaries: bool = False,
+        agree: Callable[[int], list[int]] | None = None,
     ) -> None:
         """
         Args:
             tokens: of a flat piece at most; None for the loader's padded micro-batches.
             most: tokens of a padded piece at most, a single longer row aside; None for whole micro-batches.
+            boundaries: give the model the boundaries of the rows of a flat piece as arguments.
             agree: gathers a number from all processes, which must run equally many pieces; None for a single one.
         """
         self.oom_retries = 0
@@ -49,6 +55,7 @@ class MicroBatches:
         self.count = 0
         self._tokens = tokens
         self._most = most
+        self._boundaries = boundaries
         self._agree = agree
         self._largest = 0
 
@@ -120,12 +127,15 @@ class MicroBatches:
                 wanted = max(self._agree(wanted))
         return [(piece, None) for batch in batches for piece in split_batch(batch, wanted * 2**self.oom_retries)]
 
-    def _flat(self, rows: Sequence[Inputs], lengths: Sequence[int]) -> list[tuple[Inputs, SequenceLayout | None]]:
+    def _flat(self, rows: Sequence[Inputs], lengths: Sequence[int]) -> list[tuple[Inputs, SequenceLayout]]:
         assert self._tokens is not None  # asked for flat pieces
         wanted = parts_that_fit(lengths, max(1, self._tokens // 2**self.oom_retries))
         if self._agree is not None:
             wanted = max(self._agree(wanted))
-        return [flatten_rows(rows[part]) for part in split_evenly(lengths, wanted)]
+        pieces = [flatten_rows(rows[part]) for part in split_evenly(lengths, wanted)]
+        if not self._boundaries:
+            return pieces
+        return [(inputs | layout.boundaries(), layout) for inputs, layout in pieces]
 
     def _shrink(self, said: str, step: int, batches: Sequence[Inputs]) -> None:
         rows = sum(batch["input_ids"].shape[0] for batch in batches)

@@ -164,7 +164,7 @@ def train(
         device=plan.base.device,
         writes=is_first_process(),
     )
-    forward = ForwardCallback(plan.checkpointed_blocks, trainer.optimizations)
+    forward = ForwardCallback(plan.checkpointed_blocks, trainer.optimizations, progress.note)
     trainer.add_callback(forward)
     trainer.add_callback(CalibrationCallback(trainer, plan, data.train.column("length"), progress))
     trainer.add_callback(watch)  # whose clock begins after the calibration

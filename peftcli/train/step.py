@@ -124,8 +124,12 @@ class StepTrainer(transformers.Trainer):  # type: ignore[misc]  # transformers' 
         if getattr(self, "aux_loss_enabled", False):  # a router's balance is computed over the rows of a micro-batch
             return MicroBatches(tokens=None, agree=agree)
         batching = self.setup.plan.batching
+        check = self.setup.row_check
         return MicroBatches(
-            tokens=batching.tokens if self.setup.padding_free else None, most=batching.most, agree=agree
+            tokens=batching.tokens if self.setup.padding_free else None,
+            most=batching.most,
+            boundaries=check is not None and check.boundaries,
+            agree=agree,
         )
 
     def _rank_allocation(self) -> RankAllocation | None:

@@ -48,10 +48,14 @@ def stream_bytes(shape: ModelDimensions, setting: TrainingSetup, tokens: int) ->
 def norm_bytes(norm: Norm, setting: TrainingSetup) -> int:
     """Bytes a token that a norm keeps: its input, in float32 where it computes so, and one figure or two.
 
-    On a card autocast runs LayerNorm in float32 on a copy; on a CPU it does not.
+    On a card autocast runs LayerNorm in float32 on a copy; on a CPU it does not. The fused RMSNorm keeps its input as
+    it is, whether its weight is trained or not.
 
-    Source: the list of operations that autocast to float32, https://docs.pytorch.org/docs/stable/amp.html.
+    Source: the list of operations that autocast to float32, https://docs.pytorch.org/docs/stable/amp.html;
+    `_fused_rms_norm` in torchgen/packaged/autograd/derivatives.yaml, torch 2.13.
     """
+    if norm.fusible and setting.norms_fused:
+        return setting.base_bytes * norm.width + 4
     # Of factors that are trained, the gradient needs the normed input.
     own = setting.width * norm.width if setting.norms_trained else 0
     if norm.in_float32:

@@ -164,7 +164,7 @@ def training_setup(plan: Plan, shape: ModelDimensions, machine: Machine, *, one_
         casts=_casts(plan),
         offloading=bool(plan.trainer.get("activation_offloading")),
         attention=_attention(plan, shape, machine, one_row),
-        filling=FILLING if plan.batching.kind == "padding_free" and not one_row else 1.0,
+        filling=_filling(plan, one_row),
         head=_head(plan, shape),
         head_trained=any(name in ("lm_head", "embed_out") for name in saved),
         processes=plan.batch.processes,
@@ -173,6 +173,7 @@ def training_setup(plan: Plan, shape: ModelDimensions, machine: Machine, *, one_
         first_block=_first_block(plan, shape),
         freed=min(plan.trainable_parameters, shape.parameters) if plan.frees_base else 0,
         norms_trained=METHODS[plan.adapter.method].trains_norms,
+        norms_fused="fused_norms" in plan.optimizations,
     )
 
 
@@ -241,6 +242,12 @@ def match_linears(targets: Mapping[str, int], shape: ModelDimensions) -> tuple[L
                 number = min(count, linear.count)
                 found[linear.name, linear.outputs] = Linear(linear.name, linear.inputs, linear.outputs, number)
     return tuple(found.values())
+
+
+def _filling(plan: Plan, one_row: bool) -> float:
+    """Places of attention for each token: FlashAttention reads rows by their boundaries, and fills nothing."""
+    beside = plan.batching.kind == "padding_free" and not plan.base.attention.startswith("flash")
+    return FILLING if beside and not one_row else 1.0
 
 
 def _attention(plan: Plan, shape: ModelDimensions, machine: Machine, one_row: bool) -> str:

@@ -14,7 +14,7 @@ from peftcli.plan.machine import Machine
 from peftcli.plan.memory.estimate import MicroBatchMemory
 from peftcli.plan.memory.forecast import Rows, micro_batch_memory, step_time
 from peftcli.plan.memory.model_shape import ModelDimensions
-from peftcli.plan.plan import BATCHING, Decision, Plan
+from peftcli.plan.plan import BATCHING, RANDOM_STATE, Decision, Plan
 from peftcli.recipe.schema import Recipe
 
 USED = 0.85
@@ -125,12 +125,14 @@ def _with(plan: Plan, tokens: int, layers: int, all_layers: int, machine: Machin
         changed[BATCHING] = replace(kept, value=f"{plan.batching.kind}, up to {tokens:,} tokens at once")
     partial = 0 < layers < all_layers
     checkpointing = bool(plan.trainer.get("activation_checkpointing")) and layers > 0
+    decisions = tuple(changed.get(old.key, old) for old in plan.decisions if checkpointing or old.key != RANDOM_STATE)
     return replace(
         plan,
         trainer={**plan.trainer, "activation_checkpointing": checkpointing},
         batching=replace(plan.batching, tokens=tokens),
         checkpointed_blocks=layers if partial else None,
-        decisions=tuple(changed.get(old.key, old) for old in plan.decisions),
+        decisions=decisions,
+        optimizations=plan.optimizations if checkpointing else plan.optimizations - {"skip_rng_state"},
     )
 
 

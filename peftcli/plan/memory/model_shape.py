@@ -37,11 +37,13 @@ class Norm:
         width: features of a token that go through it, those of all heads together.
         count: how many blocks have one.
         in_float32: it computes in float32 on a copy, as RMS norms do; torch's LayerNorm computes in place.
+        fusible: it computes what torch's fused RMSNorm does.
     """
 
     width: int
     count: int
     in_float32: bool
+    fusible: bool = False
 
 
 @dataclass(frozen=True)

@@ -112,6 +112,7 @@ class TrainingSetup:
         activation_fit: what adapters of a method other than LoRA keep, by the last name of their layer, "" for all
         others. first_block: before which nothing is trained, so that nothing is kept.
         norms_trained: the factors of the norms are trained.
+        norms_fused: those that are fusible are computed by torch's fused RMSNorm.
         freed: weights of the base that are not in memory while their trained copies are.
     """
 
@@ -139,6 +140,7 @@ class TrainingSetup:
     activation_fit: Mapping[str, ActivationFit] = field(default_factory=dict)
     first_block: int = 0
     norms_trained: bool = False
+    norms_fused: bool = False
     freed: int = 0
 
     @property

