@@ -60,7 +60,8 @@ def skip_random_states(model: nn.Module, device: torch.device) -> int:
 
 def save_random_states(model: nn.Module) -> None:
     """Give checkpointed layers back the function that they had."""
-    for module in model.modules():
+    modules: list[Any] = list(model.modules())
+    for module in modules:
         given = module.__dict__.get("_gradient_checkpointing_func")
         if isinstance(given, RandomStateCheckpoint):
             module._gradient_checkpointing_func = given.checkpoint

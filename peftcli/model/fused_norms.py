@@ -64,9 +64,8 @@ def enable_fused_norms(model: nn.Module, device: torch.device) -> FusedNorms:
         device: that the model computes on.
     """
     found = FusedNorms()
-    for module in model.modules():
-        if not is_rms_norm(module):
-            continue
+    norms: list[Any] = [module for module in model.modules() if is_rms_norm(module)]
+    for module in norms:
         problem = norm_problem(module, module.weight.dtype, device)
         if problem is None:
             module.forward = MethodType(_forward, module)
@@ -89,7 +88,7 @@ def is_rms_norm(module: nn.Module) -> bool:
     return named and isinstance(getattr(module, "weight", None), Tensor)
 
 
-def norm_problem(module: nn.Module, dtype: torch.dtype, device: torch.device) -> str | None:
+def norm_problem(module: Any, dtype: torch.dtype, device: torch.device) -> str | None:
     """Why torch's operator cannot take the place of a norm; None where it can.
 
     A copy of the module with random weights computes a few rows, forward and backward, and so does the operator. One
@@ -120,7 +119,7 @@ def _as_in_training(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
         yield
 
 
-def _difference(module: nn.Module, epsilon: float, dtype: torch.dtype, device: torch.device) -> str | None:
+def _difference(module: Any, epsilon: float, dtype: torch.dtype, device: torch.device) -> str | None:
     drawn = torch.Generator().manual_seed(0)
     width = module.weight.shape[0]
     weight = nn.Parameter((0.5 + torch.rand(width, generator=drawn)).to(device, dtype))
