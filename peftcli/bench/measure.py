@@ -206,7 +206,7 @@ def _peftcli_details(train: dict[str, Any], plan: dict[str, Any], tool: Tool) ->
     return {
         "attention": ", ".join(batching["attention"] or [decisions["model.attention"]]),
         "loss_head": "fused_loss"
-        if "fused_loss" in train["levers"]
+        if "fused_loss" in train["optimizations"]
         else f"TRL {plan['trainer'].get('loss_type', 'nll')}",
         "micro_batch_tokens": plan["batching"]["tokens"] if limited else None,
         "tokens": train["tokens"],

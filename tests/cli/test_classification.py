@@ -355,7 +355,7 @@ def test_flat_lines_are_refused_where_a_head_reads_rows(
     label_recipe: Write, run_cli: Cli, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_cli("plan", label_recipe(performance={"batching": "padding_free"})) == 2
-    assert "a head reads whole rows" in capsys.readouterr().err
+    assert "classification uses padded batches" in capsys.readouterr().err
 
 
 @pytest.mark.numeric

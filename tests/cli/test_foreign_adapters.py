@@ -112,7 +112,7 @@ def test_an_adapter_is_evaluated_and_merged_with_the_rows_of_a_recipe(
     assert run_cli("generate", writer, "big apple", "--recipe", recipe, "--max-new-tokens", "2", "--json") == 0
     assert json.loads(capfd.readouterr().out)["answers"][0]["prompt"] == "big apple ->:"
     assert run_cli("eval", writer) == 2
-    assert "name the recipe whose test rows count with --recipe" in capfd.readouterr().err
+    assert "pass --recipe to choose the test set" in capfd.readouterr().err
 
 
 def test_a_head_with_named_classes_labels_merges_and_is_evaluated(

@@ -208,8 +208,8 @@ def test_one_process_holds_the_whole_base_and_is_told_how_to_divide_it(recipe: A
 
 def test_on_cards_the_plan_says_that_it_was_tried_on_a_cpu_alone(recipe: Any) -> None:
     plan = plan_on(replace(L4, processes=2, count=2), recipe(SHARDED))
-    assert plan.shards == 2 and any("not yet on cards" in notice for notice in plan.notices)
-    assert not any("not yet on cards" in notice for notice in plan_on(TWO, recipe(SHARDED)).notices)
+    assert plan.shards == 2 and any("not yet on GPUs" in notice for notice in plan.notices)
+    assert not any("not yet on GPUs" in notice for notice in plan_on(TWO, recipe(SHARDED)).notices)
 
 
 def test_accelerates_own_wish_for_fsdp_is_heeded_or_refused_and_never_passed_over(recipe: Any) -> None:
@@ -225,7 +225,7 @@ def test_accelerates_own_wish_for_fsdp_is_heeded_or_refused_and_never_passed_ove
 
 
 def test_a_model_whose_blocks_transformers_does_not_know_is_not_divided(recipe: Any) -> None:
-    with pytest.raises(RecipeError, match="knows no parts of LlamaForCausalLM"):
+    with pytest.raises(RecipeError, match="cannot shard LlamaForCausalLM"):
         plan_on(TWO, recipe(SHARDED), replace(FACTS, divisible=False))
 
 
@@ -235,7 +235,7 @@ def test_gpt2_has_no_parts_and_llama_has(run_cli: Cli, write_recipe: Write, capf
     assert run_cli("plan", recipe) == 0
     assert "full, over 2 processes" in capfd.readouterr().out
     assert run_cli("plan", recipe, "--set", "model.name=tiny:gpt2") == 2
-    assert "knows no parts of GPT2LMHeadModel" in capfd.readouterr().err
+    assert "cannot shard GPT2LMHeadModel" in capfd.readouterr().err
 
 
 def test_weights_that_only_all_cards_hold_together_name_the_key(recipe: Any) -> None:

@@ -232,10 +232,10 @@ def test_without_the_real_files_a_rehearsal_says_what_it_could_not_check(
     )
     assert run_cli("train", recipe, "--smoke") == 0
     said = capfd.readouterr().err
-    assert "smoke: left out: model.dtype, gates" in said
+    assert "smoke: ignored: model.dtype, gates" in said
     assert "the configuration of org/llama-9b is not here" in said
     assert "the tokenizer of org/llama-9b is not here" in said and "hf download org/llama-9b" in said
-    assert "rows are cut at 1,024 tokens, dataset.max_length is 8,192" in said
+    assert "rows are truncated at 1,024 tokens; dataset.max_length is 8,192" in said
     run = tmp_path / "runs" / "r-smoke"
     assert read_json(run / "data.json")["eos_trained_rows"] > 0
     assert run_cli("generate", run, "Say 3.") == 0

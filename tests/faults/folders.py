@@ -150,7 +150,7 @@ CHANGES: dict[str, tuple[dict[str, Any], int, str]] = {
     "a budget, the logging and the saving": (
         {"budget.wall_clock": "1h", "trainer.logging_steps": 2, "trainer.save_steps": 5},
         0,
-        "going on from step 4",
+        "resuming from step 4",
     ),
 }
 

@@ -92,7 +92,7 @@ def test_the_report_says_that_nothing_was_held_out(written: Path, name: str) -> 
 def test_an_evaluation_without_test_rows_is_refused(
     written: Path, cli_in: Callable[..., int], capfd: Any, recipe_in: Write
 ) -> None:
-    said = "dataset.split.test_size is 0, so all rows were trained on and there are none to evaluate on"
+    said = "dataset.split.test_size is 0, so all rows were trained on and none is left to evaluate on"
     assert cli_in(written, "eval", "run") == 2
     assert said in capfd.readouterr().err
     assert cli_in(written, "eval", "run", "--set", "dataset.split.test_size=0.5") == 2

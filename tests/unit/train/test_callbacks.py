@@ -10,7 +10,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from peftcli.train.callbacks import _undone, cast_inputs, keep_checkpointed
+from peftcli.train.callbacks import _state_restored, cast_inputs, keep_checkpointed
 
 LLAMA = LlamaConfig(
     vocab_size=256,
@@ -96,7 +96,7 @@ def test_taking_a_pass_back_asks_no_other_gpu_for_its_random_numbers(monkeypatch
     pieces = SimpleNamespace(real=1, padded=2)
     trainer: Any = SimpleNamespace(args=SimpleNamespace(device=torch.device("cpu")), pieces=pieces)
     model, before = torch.nn.Linear(2, 2), torch.get_rng_state()
-    with _undone(trainer, model):
+    with _state_restored(trainer, model):
         torch.rand(3)
         pieces.real = 7
     assert torch.equal(torch.get_rng_state(), before) and pieces.real == 1

@@ -388,7 +388,7 @@ def test_every_card_is_found_by_its_key_and_by_the_name_that_torch_says() -> Non
 
 
 def test_an_unknown_card_names_the_nearest() -> None:
-    with pytest.raises(RecipeError, match=r"--gpu rtx4080: no card.*did you mean rtx4090\?\nknown are t4, "):
+    with pytest.raises(RecipeError, match=r"--gpu rtx4080: unknown GPU.*did you mean rtx4090\?\nknown GPUs are t4, "):
         find_gpu("rtx4080")
 
 
