@@ -66,7 +66,7 @@ class DiskSpace:
     """Free space of a file system, or of a folder with a quota."""
 
     free: int
-    location: str
+    place: str
 
 
 def forecast(
@@ -143,7 +143,7 @@ def check_disk_space(run: Path, needs: Forecast) -> None:
     if needs.total - existing <= space.free:
         return
     raise MachineError(
-        f"{run} needs {size(needs.total - existing)} more, but {space.location} has {size(space.free)} left: "
+        f"{run} needs {size(needs.total - existing)} more, but {space.place} has {size(space.free)} left: "
         f"{_parts(needs)}" + (f", minus {size(existing)} that already exist" if existing else "") + f"\n{_fix(needs)}"
     )
 
@@ -157,7 +157,7 @@ def has_space_for_checkpoint(folder: Path, needed: int) -> str | None:
     space = probe_disk_space(folder)
     if needed <= space.free:
         return None
-    return f"a checkpoint needs {size(needed)}, but {space.location} has {size(space.free)} left"
+    return f"a checkpoint needs {size(needed)}, but {space.place} has {size(space.free)} left"
 
 
 def check_writable(folder: Path) -> None:

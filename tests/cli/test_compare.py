@@ -228,7 +228,7 @@ def test_runs_that_are_there_are_compared_without_training(
 def test_the_verdict_says_when_the_rows_do_not_settle_it(three_runs: list[Path], run_cli: Cli, tmp_path: Path) -> None:
     run_cli("compare", *three_runs, "--output-dir", "out")
     report = (tmp_path / "out" / "compare.md").read_text(encoding="utf-8")
-    assert "r64 has the best exact match, 0.520 on 200 held-out rows. That does not settle it" in report
+    assert "r64 has the best exact match, 0.520 on 200 held-out rows. The difference is not significant" in report
     assert "interval of r16 overlaps its. The smallest adapter of these is that of r16" in report
 
 
@@ -321,7 +321,7 @@ def test_a_run_without_figures_is_a_row_and_no_point(three_runs: list[Path], run
 
 def test_a_comparison_of_nothing_measured_says_so() -> None:
     nothing = make_comparison(CompareJson(name="a", status="unfinished"))
-    assert "nothing to choose between yet" in render_markdown(nothing)
+    assert "there is no ranking" in render_markdown(nothing)
 
 
 @pytest.mark.parametrize(

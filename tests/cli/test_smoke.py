@@ -53,7 +53,7 @@ def test_any_model_and_a_hub_data_set_are_rehearsed_offline(
     assert run_cli("train", "large.yaml", "--smoke") == 0
     said = capfd.readouterr()
     assert f"smoke: {model} is replaced by a tiny random" in said.err
-    assert "the numbers say nothing about the real model" in said.out
+    assert "the metrics do not predict those of the real model" in said.out
     run = tmp_path / "runs" / "large-smoke"
     assert read_json(run / "plan.json")["model"]["architecture"] == architecture
     assert "made-up rows" in read_json(run / "data.json")["sources"][0]["path"]

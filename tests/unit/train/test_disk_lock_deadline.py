@@ -308,7 +308,7 @@ def test_a_disk_that_refuses_only_at_the_end_is_found_too(tmp_path: Path, monkey
         raise OSError(errno.EDQUOT, "Disk quota exceeded")
 
     monkeypatch.setattr(os, "fsync", refuse)
-    with pytest.raises(MachineError, match="this user's disk quota is used up; free some space there, or name another"):
+    with pytest.raises(MachineError, match="this user's disk quota is used up; free some space, or set another"):
         check_writable(tmp_path)
     assert written == [disk.PROBE_BYTES]
     assert list(tmp_path.iterdir()) == []
@@ -316,7 +316,7 @@ def test_a_disk_that_refuses_only_at_the_end_is_found_too(tmp_path: Path, monkey
 
 def test_a_read_only_disk_is_named_and_needs_no_lock(mounted: Callable[[str], Path]) -> None:
     folder = mounted("size=100k,ro")
-    with pytest.raises(MachineError, match="run cannot be written: the file system is read-only; name another"):
+    with pytest.raises(MachineError, match="run cannot be written: the file system is read-only; set another"):
         check_writable(folder / "run")
     with pytest.raises(MachineError, match="the file system is read-only"):
         RunLock(folder / "run").acquire()
@@ -334,9 +334,9 @@ def test_a_folder_of_another_user_is_named(tmp_path: Path) -> None:
             path.chmod(0o755)
         os.seteuid(65534)
         for folder in (tmp_path / "run", tmp_path / "closed" / "runs" / "run"):
-            with pytest.raises(MachineError, match="run cannot be written: this user has no permission; name another"):
+            with pytest.raises(MachineError, match="run cannot be written: this user has no permission; set another"):
                 check_writable(folder)
-            with pytest.raises(MachineError, match="run cannot be written: this user has no permission; name another"):
+            with pytest.raises(MachineError, match="run cannot be written: this user has no permission; set another"):
                 RunLock(folder).acquire()
     finally:
         os.seteuid(0)
@@ -355,7 +355,7 @@ def test_a_second_process_is_told_who_trains(tmp_path: Path) -> None:
             RunLock(run).acquire()
         since = time.strftime("%H:%M", time.localtime(read_json(run / ".lock")["since"]))
         who = f"{run} is being trained by process {holder.pid} on {os.uname().nodename} since {since}"
-        assert str(problem.value) == f"{who}; stop it, or name another output_dir"
+        assert str(problem.value) == f"{who}; stop it, or set another output_dir"
         assert holder.poll() is None
 
 

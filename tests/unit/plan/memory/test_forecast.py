@@ -452,7 +452,7 @@ def test_a_run_that_barely_fits_says_so_and_what_to_lower(make: Any) -> None:
     assert found is not None
     assert found.fits is True and found.tight is True
     said = verdict(found, machine)
-    assert said.startswith("barely fits into ") and "0.3% of it" in said
+    assert said.startswith("barely fits in ") and "0.3% of it" in said
     assert "fits" in outcomes(found)
     assert "barely fits" in (forecast_line(found) or "")
     roomy = replace(machine, memory_bytes=round(total / (1 - MARGIN)) + 1)
