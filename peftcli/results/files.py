@@ -38,7 +38,7 @@ def load(kind: type[T], path: Path) -> T | None:
             f"{path} has schema {schema!r}, but this peftcli reads schema {current}; "
             "run the stage again, or use the version that wrote it"
         )
-    renamed = earlier.get(schema, {})
+    renamed = {} if schema == current else earlier[schema]
     try:
         return parse(kind, {renamed.get(key, key): part for key, part in value.items()})
     except WrongType as error:

@@ -161,7 +161,7 @@ def test_4bit_parts_asked_for_by_accelerate_give_the_losses_of_one_process(
     )
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
-    assert "accelerate's configuration asks for FSDP" in train_in_two(recipe, tmp_path)
+    assert "accelerate is configured to use FSDP" in train_in_two(recipe, tmp_path)
     monkeypatch.delenv("ACCELERATE_USE_FSDP")
     monkeypatch.delenv("FSDP_CPU_RAM_EFFICIENT_LOADING")
     assert run_cli("train", recipe, "--output-dir", "one", "--set", "trainer.per_device_train_batch_size=8") == 0
@@ -218,7 +218,7 @@ def test_accelerates_own_wish_for_fsdp_is_heeded_or_refused_and_never_passed_ove
     assert plan_on(TWO, recipe("")).shards == 1
     with pytest.raises(RecipeError, match=r"performance\.sharding is none"):
         plan_on(wishes, recipe("performance: {sharding: none}\n"))
-    with pytest.raises(RecipeError, match=r"accelerate's configuration asks for FSDP: adapter\.use_dora"):
+    with pytest.raises(RecipeError, match=r"accelerate is configured to use FSDP: adapter\.use_dora"):
         plan_on(wishes, recipe("adapter: {use_dora: true}\n"))
     with pytest.raises(RecipeError, match="fsdp_offload_params of accelerate's configuration"):
         plan_on(replace(wishes, fsdp_more=("fsdp_offload_params",)), recipe(""))
