@@ -103,7 +103,7 @@ class RunDir:
                 torn.unlink(missing_ok=True)
 
 
-def is_foreign(folder: Path) -> bool:
+def is_external_adapter(folder: Path) -> bool:
     """Whether a folder holds an adapter that PEFT wrote for another tool, without what a run leaves beside it."""
     return (folder / "adapter_config.json").is_file() and not (folder / "peftcli.json").is_file()
 

@@ -20,7 +20,7 @@ from peftcli.report.data import data_section
 from peftcli.report.load import Stages, load_stages
 from peftcli.report.terminal import print_blocks, render_terminal, section_blocks
 from peftcli.results import DataJson, EvalJson, MetricsJson, as_text, load_or_default, save
-from peftcli.run_dir import RunDir, is_foreign
+from peftcli.run_dir import RunDir, is_external_adapter
 from peftcli.summary import unmet, write_metrics
 from peftcli.tasks.registry import TASKS
 from peftcli.train.disk import RESERVE_BYTES, Forecast, check_disk_space
@@ -88,11 +88,11 @@ def eval_command(name: str, recipe: str | None, overrides: Sequence[str], *, wit
 
 def _to_evaluate(name: str, recipe: str | None, overrides: Sequence[str], shown: Shown) -> tuple[Loaded, Any, Any, Any]:
     """The recipe, its plan, the target and its test rows."""
-    from peftcli.cli.foreign import opened, prepared
+    from peftcli.cli.external_adapters import opened, prepared
     from peftcli.cli.pipeline import plan_recipe, prepare_for
     from peftcli.model.target import open_target
 
-    if is_foreign(Path(name)):
+    if is_external_adapter(Path(name)):
         _refuse_untested(*_both(_recipe_for(recipe, None, overrides)))
         with opened(Path(name), recipe, overrides, shown) as (loaded, planned, target):
             return loaded, planned.plan, *prepared(planned, target, shown)
@@ -123,8 +123,8 @@ def merge_command(
     ):
         if value not in known:
             raise RecipeError(f"{flag} {value}: must be one of {', '.join(known)}")
-    if is_foreign(path):
-        _merge_foreign(path, recipe, (into, dtype), output_dir, as_json=as_json)
+    if is_external_adapter(path):
+        _merge_external_adapter(path, recipe, (into, dtype), output_dir, as_json=as_json)
         return
     run = RunDir(path)
     if not run.recipe.is_file():
@@ -168,14 +168,14 @@ def merge_command(
         raise_unmet(metrics)
 
 
-def _merge_foreign(
+def _merge_external_adapter(
     path: Path, recipe: str | None, settings: tuple[str, str | None], output_dir: Path | None, *, as_json: bool
 ) -> None:
     """Merge an adapter of another tool and print the results."""
     with shown_run(None) as (shown, streams):
-        from peftcli.cli.foreign import merge_foreign
+        from peftcli.cli.external_adapters import merge_external_adapter
 
-        found, folder = merge_foreign(path, recipe, settings, output_dir, shown)
+        found, folder = merge_external_adapter(path, recipe, settings, output_dir, shown)
         if as_json:
             print_json(streams, found)
             return
@@ -187,8 +187,8 @@ def _open_for_prompts(name: str, recipe: str | None, shown: Shown) -> Any:
     """The target of `generate`."""
     from peftcli.model.target import open_target
 
-    if is_foreign(Path(name)):
-        from peftcli.cli.foreign import opened
+    if is_external_adapter(Path(name)):
+        from peftcli.cli.external_adapters import opened
 
         with opened(Path(name), recipe, (), shown) as (_, _, target):
             return target

@@ -119,11 +119,11 @@ def explain_unfit(folder: Path, problem: Exception) -> str:
 
 def _difference(found: Mapping[str, str], stated: Mapping[str, str]) -> str:
     lacking = [name for name in stated if name not in found]
-    foreign = [name for name in found if name not in stated]
+    extra = [name for name in found if name not in stated]
     if lacking:
         return f"lacks {_listed(lacking)} of the {len(stated)} tensors that training wrote"
-    if foreign:
-        return f"contains {_listed(foreign)}, which training did not write"
+    if extra:
+        return f"contains {_listed(extra)}, which training did not write"
     name = next(name for name in stated if found[name] != stated[name])
     return f"{name} is {found[name]}, but training wrote {stated[name]}"
 

@@ -22,7 +22,7 @@ from peftcli.plan.plan import Base, Plan, TokenizerChoice
 from peftcli.run_dir import read_json
 from peftcli.tiny.build import NAMES as TINY_NAMES
 from peftcli.tiny.build import tiny_model
-from peftcli.tiny.own_files import tokenizer_files
+from peftcli.tiny.tokenizer_files import tokenizer_files
 
 MANIFEST = "peftcli.json"
 EARLIER = "earlier"

@@ -12,8 +12,8 @@ from peftcli.recipe.schema import ModelSection
 from peftcli.tasks.registry import TASKS
 from peftcli.tiny.build import stand_in
 from peftcli.tiny.images import image_stand_in
-from peftcli.tiny.own_files import holds_tokenizer
 from peftcli.tiny.shrink import family_config
+from peftcli.tiny.tokenizer_files import holds_tokenizer
 
 SMALL_FILES = "--include '*.json' --include '*.jinja' --include '*.model' --include '*.txt'"
 """Arguments of `hf download` for all files of a model except its weights."""

@@ -25,7 +25,7 @@ from peftcli.plan.plan import Base
 from peftcli.recipe.load import load_run_recipe
 from peftcli.run_dir import RunDir
 from peftcli.tasks.registry import TASKS
-from peftcli.tiny.own_files import holds_tokenizer
+from peftcli.tiny.tokenizer_files import holds_tokenizer
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def open_target(path: str, base: Base | None = None) -> Target:
         check_tokenizer(folder, found, merged)
         return Target(merged, None, found, run_of)
     if base is not None and (folder / CONFIG).is_file():
-        return _foreign_adapter(folder, base)
+        return _external_adapter(folder, base)
     if base is not None:
         if not _is_base(folder, path, base):
             raise MachineError(
@@ -167,7 +167,7 @@ def _place_of_run(run: RunDir) -> list[BaseLocation]:
     return [BaseLocation(model.name, None)] if Path(model.name).is_dir() else []
 
 
-def _foreign_adapter(folder: Path, base: Base) -> Target:
+def _external_adapter(folder: Path, base: Base) -> Target:
     """An adapter written by PEFT for another tool, on the base of a recipe."""
     check_adapter_files(folder, None)
     return Target(base, folder, {"kind": "adapter"}, None)

@@ -302,7 +302,7 @@ def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_taken(
     assert digest(run) == whole
 
 
-def test_a_foreign_folder_is_left_alone(write_recipe: Write, run_cli: Cli, capfd: Any, tmp_path: Path) -> None:
+def test_a_folder_with_other_files_is_left_alone(write_recipe: Write, run_cli: Cli, capfd: Any, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     for flags in ([], ["--overwrite"]):

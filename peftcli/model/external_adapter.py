@@ -23,7 +23,7 @@ PEFT_TYPES = {task.peft_type: task.name for task in TASKS.values() if task.peft_
 
 
 @dataclass(frozen=True)
-class Foreign:
+class ExternalAdapter:
     """An adapter without the files of a run.
 
     Attributes:
@@ -54,7 +54,7 @@ class Outputs:
     problem_type: str | None = None
 
 
-def read_foreign(folder: Path) -> Foreign:
+def read_external_adapter(folder: Path) -> ExternalAdapter:
     """Read the configuration of an adapter.
 
     Raises:
@@ -76,10 +76,10 @@ def read_foreign(folder: Path) -> Foreign:
     name = said.get("base_model_name_or_path") or None
     if name is not None and Path(name).is_dir():
         name = str(Path(name).resolve())
-    return Foreign(folder, name, said.get("revision"), None if task is None else PEFT_TYPES[task])
+    return ExternalAdapter(folder, name, said.get("revision"), None if task is None else PEFT_TYPES[task])
 
 
-def base_config(adapter: Foreign) -> PreTrainedConfig:
+def base_config(adapter: ExternalAdapter) -> PreTrainedConfig:
     """The configuration of the base that an adapter names.
 
     Raises:
@@ -99,7 +99,7 @@ def base_config(adapter: Foreign) -> PreTrainedConfig:
         ) from problem
 
 
-def task_of(adapter: Foreign, config: PreTrainedConfig) -> str:
+def task_of(adapter: ExternalAdapter, config: PreTrainedConfig) -> str:
     """The task of an adapter; if not stated, a language model is assumed if its base is one and it has no head.
 
     Raises:
@@ -116,7 +116,7 @@ def task_of(adapter: Foreign, config: PreTrainedConfig) -> str:
     )
 
 
-def outputs_of(adapter: Foreign, task: str, base: str, config: PreTrainedConfig) -> Outputs:
+def outputs_of(adapter: ExternalAdapter, task: str, base: str, config: PreTrainedConfig) -> Outputs:
     """The outputs of an adapter's head: as many as its weights have, with the names in its files.
 
     Args:
@@ -151,7 +151,7 @@ def _names(said: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(str(found[key]) for key in sorted(found, key=int))
 
 
-def _head_shapes(adapter: Foreign, head: tuple[str, ...]) -> dict[str, list[int]]:
+def _head_shapes(adapter: ExternalAdapter, head: tuple[str, ...]) -> dict[str, list[int]]:
     """Shapes of the head's tensors in an adapter's file, in the order of the head."""
     stored = read_tensors(adapter.folder / WEIGHTS)
     found = {}
@@ -163,7 +163,7 @@ def _head_shapes(adapter: Foreign, head: tuple[str, ...]) -> dict[str, list[int]
     return found
 
 
-def _refuse_headless(adapter: Foreign, head: tuple[str, ...], shapes: Mapping[str, Any], base: str) -> None:
+def _refuse_headless(adapter: ExternalAdapter, head: tuple[str, ...], shapes: Mapping[str, Any], base: str) -> None:
     stored = stored_names(base, adapter.revision) or set()
     lacking = [one for one in head if not any(is_within(name, (one,)) for name in (*shapes, *stored))]
     if lacking:

@@ -14,7 +14,14 @@ from peftcli.data.prepare import PreparedData
 from peftcli.errors import MachineError, RecipeError
 from peftcli.merge.fold import refuse_unmergeable
 from peftcli.merge.merge import MergeSettings, merge
-from peftcli.model.foreign import Foreign, Outputs, base_config, outputs_of, read_foreign, task_of
+from peftcli.model.external_adapter import (
+    ExternalAdapter,
+    Outputs,
+    base_config,
+    outputs_of,
+    read_external_adapter,
+    task_of,
+)
 from peftcli.model.inspect import resolve_model
 from peftcli.model.manifest import build_manifest
 from peftcli.model.target import Target, open_target
@@ -44,7 +51,7 @@ def opened(
         MachineError: the base cannot be loaded, or the files lack required information.
         RecipeError: the recipe is for another task.
     """
-    adapter = read_foreign(folder)
+    adapter = read_external_adapter(folder)
     with tempfile.TemporaryDirectory(prefix="peftcli-") as temporary:
         rows = Path(temporary) / "texts.jsonl"
         if recipe is None:
@@ -72,7 +79,7 @@ def prepared(planned: Planned, target: Target, progress: Progress) -> tuple[Targ
     return target, data
 
 
-def merge_foreign(
+def merge_external_adapter(
     folder: Path, recipe: str | None, settings: tuple[str, str | None], output_dir: Path | None, progress: Progress
 ) -> tuple[MergeJson, Path]:
     """Merge an adapter of another tool; `merge.json` is written into the folder of the merged model.
@@ -106,7 +113,7 @@ def merge_foreign(
     return found, final
 
 
-def _own_recipe(adapter: Foreign, rows: Path) -> tuple[Loaded, Outputs]:
+def _own_recipe(adapter: ExternalAdapter, rows: Path) -> tuple[Loaded, Outputs]:
     """A recipe built from the files of an adapter, with bundled texts as rows."""
     config = base_config(adapter)
     assert adapter.base is not None  # `base_config` refuses an adapter without one
@@ -142,7 +149,7 @@ def _write_rows(file: Path, task: str, outputs: Outputs) -> dict[str, str]:
     return {key: key for key in rows[0]}
 
 
-def _with_names(loaded: Loaded, adapter: Foreign, progress: Progress) -> tuple[Loaded, Outputs]:
+def _with_names(loaded: Loaded, adapter: ExternalAdapter, progress: Progress) -> tuple[Loaded, Outputs]:
     """A recipe with the labels in the order of the adapter's outputs, if its files name them."""
     recipe = loaded.recipe
     model = recipe.model
