@@ -33,7 +33,7 @@ def load(kind: type[T], path: Path) -> T | None:
         raise DataError(f"{path} is not JSON ({error}); {again}") from error
     schema = value.get("schema") if isinstance(value, dict) else None
     current, earlier = getattr(kind, "schema", SCHEMA), RENAMED_KEYS.get(kind, {})
-    if schema != current and schema not in earlier:
+    if not isinstance(schema, int) or (schema != current and schema not in earlier):
         raise DataError(
             f"{path} has schema {schema!r}, but this peftcli reads schema {current}; "
             "run the stage again, or use the version that wrote it"

@@ -164,7 +164,7 @@ def _page_others(results: Path) -> Iterable[str]:
 
 
 def main() -> None:
-    """Replace what stands between the marks of both files."""
+    """Replace the text between the markers in both files."""
     results = HERE / "results"
     lines = [line for path in sorted(results.glob("batching-*.json")) for line in _lines_of(path)]
     README.write_text(replaced(README, TABLE, [*lines, *other_lines(results)]), encoding="utf-8")

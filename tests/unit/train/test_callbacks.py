@@ -94,7 +94,7 @@ def test_taking_a_pass_back_asks_no_other_gpu_for_its_random_numbers(monkeypatch
     """Of several GPUs torch saves the states of all, with a warning, unless it is told which; here it cannot."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     pieces = SimpleNamespace(real=1, padded=2)
-    trainer: Any = SimpleNamespace(args=SimpleNamespace(device=torch.device("cpu")), pieces=pieces)
+    trainer: Any = SimpleNamespace(args=SimpleNamespace(device=torch.device("cpu")), micro_batches=pieces)
     model, before = torch.nn.Linear(2, 2), torch.get_rng_state()
     with _state_restored(trainer, model):
         torch.rand(3)
