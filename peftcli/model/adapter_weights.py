@@ -98,10 +98,10 @@ def refuse_unfit(folder: Path, missing: list[str], unexpected: list[str]) -> Non
     Raises:
         MachineError: there are any.
     """
-    for names, said in ((missing, "lacks"), (unexpected, "holds")):
+    for names, verb in ((missing, "lacks"), (unexpected, "contains")):
         if names:
-            why = f"which this base with this {CONFIG} {'needs' if said == 'lacks' else 'does not have'}"
-            raise MachineError(f"{folder / WEIGHTS}: {said} {_listed(names)}, {why}; restore the files of the adapter")
+            why = f"which this base with this {CONFIG} {'needs' if verb == 'lacks' else 'does not have'}"
+            raise MachineError(f"{folder / WEIGHTS}: {verb} {_listed(names)}, {why}; restore the files of the adapter")
 
 
 def explain_unfit(folder: Path, problem: Exception) -> str:

@@ -22,7 +22,7 @@ Write = Callable[..., Path]
     ("sections", "code", "said"),
     [
         ({"adapter": {"r": 0}}, 2, "adapter.r = 0"),
-        ({"adapter": {"target_modules": ["q_proj", "v_prj"]}}, 2, "[v_prj]; nearest: "),
+        ({"adapter": {"target_modules": ["q_proj", "v_prj"]}}, 2, "[v_prj]; nearest names: "),
         ({"dataset": {"path": "/nowhere/things.csv"}}, 3, "/nowhere/things.csv: no such file"),
         ({"dataset": {"prompt": "{thin} ->:"}}, 3, "no column thin; it has id, thing, kind"),
         ({"dataset": {"prompt": "{thing} " + "long " * 60}}, 3, "raise dataset.max_length"),

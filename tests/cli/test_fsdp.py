@@ -302,4 +302,4 @@ def test_stages_under_accelerates_fsdp_are_refused_before_the_first(
     assert run_cli("plan", recipe) == 0
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     assert run_cli("plan", recipe) == 2
-    assert "folded into whole weights" in capfd.readouterr().err
+    assert "needs unsharded weights" in capfd.readouterr().err

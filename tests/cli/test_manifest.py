@@ -144,7 +144,7 @@ def test_one_changed_projection_of_a_base_shows_in_its_hash(tiny_llama: Path, tm
 def test_another_base_of_the_same_shape_is_refused(project: Path, run_cli: Cli, capfd: Any) -> None:
     random_base(3, project / "base", project / "base")
     said = refusal(run_cli, capfd, project / "run")
-    assert f"{project / 'base'}: of the same shape, but its weights differ from those at training" in said
+    assert f"{project / 'base'}: has the same shape, but its weights differ from those at training" in said
 
 
 def test_another_base_in_the_recipe_for_an_adapter_is_refused(project: Path, run_cli: Cli, capfd: Any) -> None:
@@ -153,7 +153,7 @@ def test_another_base_in_the_recipe_for_an_adapter_is_refused(project: Path, run
     recipe.write_text(recipe.read_text().replace("./base", "./other"))
     capfd.readouterr()
     assert run_cli("eval", project / "run" / "adapter", "--recipe", recipe) == 4
-    assert f"{project / 'other'}: of the same shape, but its weights differ" in capfd.readouterr().err
+    assert f"{project / 'other'}: has the same shape, but its weights differ" in capfd.readouterr().err
 
 
 def test_a_config_written_anew_passes_and_a_changed_one_does_not(project: Path, run_cli: Cli, capfd: Any) -> None:
@@ -241,8 +241,8 @@ def poison(tensors: dict[str, torch.Tensor]) -> None:
     ("change", "said"),
     [
         (drop, ("lacks base_model.model.model.layers.0.", "tensors that training wrote; restore the file")),
-        (add, ("holds base_model.model.stray.lora_A.weight, which training did not write",)),
-        (reshape, ("lora_A.weight is F32 2x128, training wrote F32 4x128",)),
+        (add, ("contains base_model.model.stray.lora_A.weight, which training did not write",)),
+        (reshape, ("lora_A.weight is F32 2x128, but training wrote F32 4x128",)),
         (poison, ("has values that are not finite",)),
     ],
 )
@@ -267,7 +267,7 @@ def test_a_pickled_adapter_is_refused_by_name(project: Path, run_cli: Cli, capfd
     open_target(str(project / "run"))
     (project / WEIGHTS).unlink()
     said = refusal(run_cli, capfd, project / "run")
-    assert "adapter_model.bin: a pickle" in said and "safetensors only" in said
+    assert "adapter_model.bin: a pickle" in said and "only read from safetensors" in said
 
 
 def test_a_damaged_identity_or_configuration_is_refused(project: Path, run_cli: Cli, capfd: Any) -> None:
@@ -323,7 +323,10 @@ def test_an_adapter_of_peft_alone_is_measured_on_the_base_of_a_recipe(project: P
     ("change", "said"),
     [
         (drop, "lacks base_model.model.model.layers.0."),
-        (add, "holds base_model.model.stray.lora_A.weight, which this base with this adapter_config.json has not"),
+        (
+            add,
+            "contains base_model.model.stray.lora_A.weight, which this base with this adapter_config.json does not have",
+        ),
         (reshape, "size mismatch for base_model.model.model.layers.0."),
         (poison, "not finite"),
     ],
@@ -410,10 +413,10 @@ def test_a_base_of_the_hub_is_held_to_its_commit(
     with pytest.raises(MachineError, match=f"commit {first} of org/base, which is not in the local cache"):
         base_of(found, "cpu", [place])
     shutil.copytree(tmp_path / "hub" / "models--org--base", tmp_path / "hub" / "models--org--other")
-    with pytest.raises(MachineError, match="org/other: of the same shape, but its weights differ"):
+    with pytest.raises(MachineError, match="org/other: has the same shape, but its weights differ"):
         base_of(found, "cpu", [BaseLocation("org/other", None)])
     found["base"]["commit"] = None
-    with pytest.raises(MachineError, match="org/base: of the same shape, but its weights differ"):
+    with pytest.raises(MachineError, match="org/base: has the same shape, but its weights differ"):
         base_of(found, "cpu", [place])
 
 

@@ -210,7 +210,7 @@ def test_chats_learn_the_same_in_lines_and_padded_with_checkpointed_layers_too(
 
 @pytest.mark.parametrize(
     ("trainer", "why"),
-    [({"packing": True}, "packing builds its own batches"), ({"neftune_noise_alpha": 5.0}, "neftune")],
+    [({"packing": True}, "packing builds its own batches"), ({"neftune_noise_alpha": 5.0}, "NEFTune")],
 )
 def test_where_lines_cannot_keep_the_loss_rows_stay_padded_and_the_plan_says_why(
     write_recipe: Write, run_cli: Cli, capfd: Any, trainer: dict[str, Any], why: str

@@ -87,7 +87,7 @@ def test_a_wrong_target_is_found_by_a_smoke_run(run_cli: Cli, tmp_path: Path, ca
     }
     (tmp_path / "wrong.yaml").write_text(yaml.safe_dump(recipe))
     assert run_cli("train", "wrong.yaml", "--smoke") == 2
-    assert "[vproj]; nearest: v_proj" in capfd.readouterr().err
+    assert "[vproj]; nearest names: v_proj" in capfd.readouterr().err
 
 
 TEMPLATE = """{%- for message in messages -%}
