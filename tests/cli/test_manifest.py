@@ -325,7 +325,7 @@ def test_an_adapter_of_peft_alone_is_measured_on_the_base_of_a_recipe(project: P
         (drop, "lacks base_model.model.model.layers.0."),
         (
             add,
-            "contains base_model.model.stray.lora_A.weight, which this base with this adapter_config.json does not have",
+            "contains base_model.model.stray.lora_A.weight, which this base with this adapter_config.json does not",
         ),
         (reshape, "size mismatch for base_model.model.model.layers.0."),
         (poison, "not finite"),
