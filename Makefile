@@ -1,4 +1,4 @@
-# `make demo` and `make test` are all that a fresh machine needs; both build .venv from our own files first.
+# `make demo` and `make test` work on a fresh machine; both first build .venv from the files of this repository.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -21,7 +21,7 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $(READY)
 
-demo: $(READY)  ## the main job on a CPU, without network: train, compare, merge
+demo: $(READY)  ## the quickstart on a CPU, without network: train, compare, merge
 	$(BIN)/peftcli train quickstart --output-dir runs/demo --overwrite
 	$(BIN)/peftcli generate runs/demo "Oat Milk" "Frozen Peas"
 	$(BIN)/peftcli merge runs/demo
@@ -29,10 +29,10 @@ demo: $(READY)  ## the main job on a CPU, without network: train, compare, merge
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m 'not gpu and not slow'
 
-test-slow: $(READY)  ## walks that take minutes: every value of every trainer argument
+test-slow: $(READY)  ## slow tests: every value of every trainer argument
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m 'slow and not gpu'
 
-portability: $(READY)  ## the numeric tests with the kernels, threads and last bits of other machines
+portability: $(READY)  ## the numeric tests with the kernels, threads and rounding of other machines
 	scripts/portability.sh
 
 test-oldest: $(OLDEST_READY)  ## the tests on the lower bounds of pyproject.toml; several GB of CUDA libraries
@@ -56,19 +56,19 @@ check: $(READY)
 	$(BIN)/lint-imports --config .importlinter
 	$(BIN)/python scripts/words.py
 
-startup: $(READY)  ## seconds of the light commands beside bare Python
+startup: $(READY)  ## seconds of the light commands, compared with bare Python
 	$(BIN)/python scripts/startup.py
 
-bench-smoke: $(READY)  ## speed against plain SFTTrainer, beside the recorded ratios
+bench-smoke: $(READY)  ## speed compared with plain SFTTrainer, and the recorded ratios
 	$(BIN)/python scripts/bench/smoke.py
 
-recipes: $(READY)  ## every shipped recipe is valid
+recipes: $(READY)  ## check that every bundled recipe is valid
 	@for recipe in recipes/*.yaml; do $(BIN)/peftcli validate $$recipe || exit 1; done
 
-faults: $(READY)  ## the fault matrix as real commands, and how each ended
+faults: $(READY)  ## the fault matrix with real commands, and their exit codes
 	$(BIN)/python tests/faults
 
-docs: $(DOCS)  ## the documentation site, in build/site; a broken link fails
+docs: $(DOCS)  ## the documentation site, in build/site; fails on broken links
 	NO_MKDOCS_2_WARNING=1 build/docs-venv/bin/mkdocs build --strict --quiet
 
 $(DOCS): constraints.txt
@@ -76,7 +76,7 @@ $(DOCS): constraints.txt
 	build/docs-venv/bin/python -m pip install --quiet --constraint constraints.txt mkdocs-material
 	touch $@
 
-reference: $(READY)  ## the pages that are generated from code
+reference: $(READY)  ## update the pages generated from code
 	$(BIN)/python scripts/recipe_reference.py --write
 	$(BIN)/python scripts/cli_reference.py --write
 	$(BIN)/python scripts/methods_table.py --write

@@ -110,7 +110,7 @@ class RunDir:
                 torn.unlink(missing_ok=True)
 
 
-def is_foreign(folder: Path) -> bool:
+def is_external_adapter(folder: Path) -> bool:
     """Whether a folder contains a PEFT adapter from another tool, without peftcli's own files."""
     return (folder / "adapter_config.json").is_file() and not (folder / "peftcli.json").is_file()
 

@@ -92,7 +92,7 @@ def _usage(argument: Any) -> str:
 
 
 def _options(command: Any, context: Any) -> str:
-    """The table of a command's options, those aside that every command has; empty where there are none."""
+    """The table of a command's options, except those of every command; empty if there are none."""
     rows = ["| option | default | meaning |", "|---|---|---|"]
     for one in command.params:
         if one.param_type_name != "option" or one.hidden or {"--install-completion", "--show-completion"} & {*one.opts}:

@@ -1,4 +1,4 @@
-"""Pretrain tiny:llama and write what the package ships of it: weights, tokenizer and model card.
+"""Pretrain tiny:llama and write the bundled files: weights, tokenizer and model card.
 
     python scripts/pretrain_tiny_llama.py [FOLDER]
 
@@ -62,7 +62,7 @@ def main(folder: Path) -> None:
     save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
     tokenizer.backend_tokenizer.save(str(folder / TOKENIZER), pretty=False)
     (folder / "README.md").write_text(card(model, learned, schedule, loss, frequencies), encoding="utf-8", newline="\n")
-    print(f"held-out loss {loss:.4f} nats per token, {frequencies:.4f} with token frequencies alone; wrote {folder}")
+    print(f"held-out loss {loss:.4f} nats per token, {frequencies:.4f} with only token frequencies; wrote {folder}")
 
 
 def card(model: LlamaForCausalLM, learned: list[list[int]], schedule: Schedule, loss: float, frequencies: float) -> str:
@@ -87,7 +87,7 @@ invented sentences about shops, kitchens, animals and school that peftcli ships,
 | training | {schedule.steps} steps of {schedule.rows} x {schedule.block_tokens} tokens ({seen:,} in all) |
 | optimizer | AdamW, learning rate {schedule.learning_rate:g}, cosine, seed {schedule.seed} |
 | held-out loss | {loss:.4f} nats per token |
-| the same with token frequencies alone | {frequencies:.4f} nats per token |
+| the same with only token frequencies | {frequencies:.4f} nats per token |
 | precision | trained in float32, shipped in float16, loaded as float32 |
 
 Every document ends in `</s>`, which also ends an assistant turn of the chat template; `<s>` opens a text.
@@ -159,7 +159,7 @@ def unigram_loss(learned: list[list[int]], held_out: list[list[int]], vocabulary
 
 @torch.no_grad()
 def document_loss(model: LlamaForCausalLM, documents: list[list[int]], pad: int) -> float:
-    """Mean loss over all tokens of the documents, each seen alone, in nats per token."""
+    """Mean loss over all tokens of the documents, each by itself, in nats per token."""
     nll, tokens = 0.0, 0
     for first in range(0, len(documents), 32):
         batch = [torch.tensor(ids) for ids in documents[first : first + 32]]

@@ -75,7 +75,7 @@ def _sections(path: str, section: type[BaseModel], described: dict[type[BaseMode
     inner: list[tuple[str, type[BaseModel]]] = []
     for name, field in section.model_fields.items():
         if path == "adapter" and name == "arguments":
-            continue  # a recipe writes them beside the other keys
+            continue  # a recipe writes them next to the other keys
         value, meaning = value_text(field), meanings.get(name, "")
         for found in _models(field.annotation):
             if "section" not in value:

@@ -1,4 +1,4 @@
-"""Print the seconds of the light commands beside those of bare Python: the best of several runs."""
+"""Print the seconds of the light commands and of bare Python: the best of several runs."""
 
 import subprocess
 import sys

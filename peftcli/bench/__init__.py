@@ -1,1 +1,1 @@
-"""How fast this machine trains: the same rows with peftcli and with others, taking turns, at equal loss."""
+"""How fast this machine trains: peftcli and other tools on the same rows, interleaved, at equal loss."""

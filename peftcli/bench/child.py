@@ -45,7 +45,7 @@ VERSION = 1
 
 
 def main(words: Sequence[str]) -> None:
-    """Do one piece of work and write its result."""
+    """Run one verb and write its result."""
     verb, spec, result = words
     try:
         found = VERBS[verb](json.loads(Path(spec).read_text(encoding="utf-8")))
@@ -167,7 +167,7 @@ def make_tokenizer(vocabulary: int, max_length: int) -> PreTrainedTokenizerFast:
 
 
 class Clock(TrainerCallback):  # type: ignore[misc]  # transformers' callbacks are untyped
-    """Wall-clock time at which the loop began and each step ended."""
+    """Wall-clock time at which the loop started and each step ended."""
 
     def __init__(self) -> None:
         self.begun = self.ended = 0.0
@@ -289,7 +289,7 @@ def judge(given: dict[str, Any]) -> dict[str, float]:
 
 @torch.inference_mode()
 def held_out_loss(model: Any, rows: list[dict[str, list[int]]], device: str) -> float:
-    """Nats per trained token over all rows, each in a forward pass of its own."""
+    """Nats per trained token over all rows, each in a separate forward pass."""
     total, tokens = 0.0, 0
     for row in rows:
         ids = torch.tensor([row["input_ids"]], device=device)
@@ -305,13 +305,13 @@ def set_adapter_weights(model: Any, folder: Path) -> None:
     """Replace the weights of a model's adapter by those of a folder in PEFT's format.
 
     Raises:
-        ValueError: the folder holds another adapter; PEFT would silently skip what does not fit.
+        ValueError: the folder contains another adapter; PEFT would silently skip what does not fit.
     """
     given = load_file(folder / "adapter_model.safetensors")
     own = get_peft_model_state_dict(model, save_embedding_layers=False)
     unlike = set(own) ^ set(given)
     if unlike:
-        raise ValueError(f"{folder.name}: {len(unlike)} tensors are on one side only, such as {min(unlike)}")
+        raise ValueError(f"{folder.name}: {len(unlike)} tensors exist in only one of the two, such as {min(unlike)}")
     set_peft_model_state_dict(model, given)
 
 

@@ -1,4 +1,4 @@
-"""The comparison of a few minutes: tools run in turns, and peftcli beside SFTTrainer on the user's own machine."""
+"""The comparison of a few minutes: interleaved runs of peftcli and SFTTrainer on the user's machine."""
 
 import json
 import shutil
@@ -24,7 +24,7 @@ Run = Callable[[Tool, Job], Measurement | str]
 
 @dataclass(frozen=True)
 class BenchRequest:
-    """What a user asks for.
+    """The options of a comparison.
 
     Attributes:
         shape: a key of `SHAPES`, or `auto`.
@@ -50,7 +50,7 @@ def compare_quickly(request: BenchRequest, folder: Path, progress: Progress) -> 
 
     Raises:
         MachineError: the model cannot be made, or peftcli itself does not run here.
-        RecipeError: there is no such shape, or no such number of bits.
+        RecipeError: unknown shape or number of bits.
     """
     check_request(request)
     progress.note("making the model, or finding it in the cache")
@@ -76,7 +76,7 @@ def check_request(request: BenchRequest) -> None:
     """Check the options of the command line.
 
     Raises:
-        RecipeError: there is no such shape, or no such number of bits.
+        RecipeError: unknown shape or number of bits.
     """
     if request.shape not in ("auto", *SHAPES):
         raise RecipeError(f"--shape {request.shape}: the shapes are auto, {', '.join(SHAPES)}; choose one of them")
@@ -98,7 +98,7 @@ def steps_for(request: BenchRequest, trial: Measurement) -> int:
 
 
 def make_model(shape: str, bits: int, folder: Path) -> dict[str, Any]:
-    """Make the model in a process of its own, which also describes this machine.
+    """Make the model in a separate process, which also describes this machine.
 
     Raises:
         MachineError: it could not be made.
@@ -117,7 +117,7 @@ def make_model(shape: str, bits: int, folder: Path) -> dict[str, Any]:
 def take_turns(tools: Sequence[Tool], job: Job, rounds: int, progress: Progress, *, run: Run = measure) -> Measurements:
     """Run every tool once a round (A B C A B C), and judge the adapters of the first round.
 
-    In turns, because a machine that slows down then slows all tools. A tool that fails is not tried again.
+    Runs are interleaved, so that a machine that slows down affects all tools. A tool that fails is not tried again.
 
     Args:
         run: runs one tool once.

@@ -1,4 +1,4 @@
-"""One run of one tool in a process of its own, and the time and memory that it took."""
+"""One run of one tool in a separate process, with its time and memory."""
 
 import json
 import os
@@ -23,7 +23,7 @@ ENVIRONMENT = {"GOMP_SPINCOUNT": "2000", "CUDA_VISIBLE_DEVICES": "0"}
 most on shared cores; peftcli sets both itself."""
 SHOWN_LINES = 3
 ERROR = re.compile(r"error: |[\w.]*(Error|Exception|Exhausted|Interrupt)\b")
-"""How the line begins that says why a process failed, in peftcli's output and in Python's."""
+"""Start of the line with the reason of a failure, in the output of peftcli and Python."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def run_process(
     Args:
         log: file for its output.
         poll: called every `POLL_SECONDS`.
-        more: environment variables besides our own.
+        more: additional environment variables.
     """
     gpu = GPUMemory()
     environment = {**ENVIRONMENT, **os.environ, **(more or {})}
@@ -174,9 +174,9 @@ def _measure_peftcli(tool: Tool, job: Job, run: Path) -> Measurement | str:
             first.append(time.monotonic())
 
     command = [sys.executable, "-m", "peftcli", "train", str(recipe), "--output-dir", str(run)]
-    command += ["--num-processes", "1"]  # as the tools it is compared with
+    command += ["--num-processes", "1"]  # like the other tools
     begun = time.monotonic()
-    # A cache of its own, since the other tools prepare their rows each time too.
+    # A separate cache, because the other tools also prepare their rows every time.
     cache = job.folder / "cache"
     shutil.rmtree(cache, ignore_errors=True)
     ended = run_process(command, job.folder / f"{tool.name}.log", poll, {"PEFTCLI_CACHE": str(cache)})
@@ -206,7 +206,7 @@ def _peftcli_details(train: dict[str, Any], plan: dict[str, Any], tool: Tool) ->
     return {
         "attention": ", ".join(batching["attention"] or [decisions["model.attention"]]),
         "loss_head": "fused_loss"
-        if "fused_loss" in train["levers"]
+        if "fused_loss" in train["optimizations"]
         else f"TRL {plan['trainer'].get('loss_type', 'nll')}",
         "micro_batch_tokens": plan["batching"]["tokens"] if limited else None,
         "tokens": train["tokens"],

@@ -16,7 +16,7 @@ WARM_STEPS = 2
 PLAIN = ("trl", "trl_fp32")
 """SFTTrainer with its defaults."""
 
-# The gate: a tool whose losses differ gets no speed.
+# The gate: no speed for a tool whose losses differ.
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def judge_losses(
     return Gate(share, sum(differences) / sum(reference), max(differences), limit)
 
 
-# The figures of one regime
+# The results of one regime
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Measurements:
 def result_object(
     made: Mapping[str, Any], bits: int, results: list[dict[str, Any]], against: Sequence[Sequence[str]] = (PLAIN,)
 ) -> dict[str, Any]:
-    """The object of `--json`: the machine, the model and the figures.
+    """The object of `--json`: the machine, the model and the results.
 
     Args:
         made: what `make_model` returned.
@@ -104,7 +104,7 @@ def result_object(
 def regime_result(
     job: Job, rows: Sequence[Row], tools: Sequence[Tool], measured: Measurements, made: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The figures of all tools on one regime.
+    """The results of all tools on one regime.
 
     Args:
         made: what `make_model` returned.
@@ -181,10 +181,10 @@ def _memory(runs: Sequence[Measurement]) -> dict[str, Any]:
 
 
 def _details(run: Measurement, padded_tokens: int) -> dict[str, Any]:
-    """What the tool reports besides.
+    """Other values that the tool reports.
 
     Args:
-        padded_tokens: the most that a micro-batch holds which no limit splits: its rows times the longest row.
+        padded_tokens: maximum tokens of a micro-batch without a limit: its rows times the longest row.
     """
     known = {name: value for name, value in run.details.items() if value is not None}
     return {"attention": None, "loss_head": None, "micro_batch_tokens": padded_tokens} | known
@@ -250,7 +250,7 @@ def _share(flat: Mapping[str, Any], other: Mapping[str, Any], name: str) -> floa
 
 
 def verdict(result: Mapping[str, Any], against: Sequence[Sequence[str]] = (PLAIN,)) -> str:
-    """One sentence on what was found.
+    """The result in one sentence.
 
     Args:
         against: groups of tools; the fastest of the first group that has a ratio is the one compared with.

@@ -65,7 +65,7 @@ SHAPES = {
 }
 """tiny has 3.8 million parameters; the others have the sizes of Qwen3-0.6B, Llama-3.2-3B and Llama-3.1-8B."""
 LEAST_GIB = {16: {"3b": 36, "0.6b": 6}, 4: {"3b": 14, "0.6b": 6}}
-"""GPU memory from which a shape is chosen: SFTTrainer with its defaults keeps the weights in float32."""
+"""GPU memory from which a shape is chosen: SFTTrainer loads the weights in float32 by default."""
 
 
 def choose_shape(requested: str, bits: int, machine: Machine) -> BenchShape:
@@ -189,12 +189,12 @@ def _text(ids: Sequence[int]) -> str:
 
 
 def mean_attended(rows: Sequence[Row]) -> float:
-    """Mean number of tokens that a token attends to: half of its own row."""
+    """Mean number of tokens that a token attends to: half of its row."""
     lengths = [len(row.ids) for row in rows]
     return sum(length * length for length in lengths) / sum(lengths) / 2
 
 
-# The tools, and what each of them is told.
+# The tools and their settings.
 
 
 @dataclass(frozen=True)
@@ -232,7 +232,7 @@ TOOLS = {
 
 @dataclass(frozen=True)
 class Job:
-    """What every tool is given.
+    """The inputs of every tool.
 
     Attributes:
         shape: of the model.

@@ -1,1 +1,1 @@
-"""The commands: parse options, call the packages below, print."""
+"""The commands: parse options, call the packages below, print the results."""

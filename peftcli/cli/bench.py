@@ -1,4 +1,4 @@
-"""`peftcli bench`: a comparison of a few minutes, a table, and a file to send in."""
+"""`peftcli bench`: a comparison of a few minutes, a table, and a result file to share."""
 
 import json
 import tempfile
@@ -17,10 +17,10 @@ from peftcli.run_dir import write_json
 
 
 def bench_command(request: BenchRequest, output: Path | None, out: TextIO, err: TextIO, *, as_json: bool) -> None:
-    """Compare peftcli with SFTTrainer on this machine and print the figures.
+    """Compare peftcli with SFTTrainer on this machine and print the results.
 
     Args:
-        output: file for the object of `--json`.
+        output: file for the JSON object that `--json` prints.
     """
     shown = Shown(console(err))
     with tempfile.TemporaryDirectory(prefix="peftcli-bench-") as folder:
@@ -42,11 +42,11 @@ def bench_command(request: BenchRequest, output: Path | None, out: TextIO, err: 
 def _print_verdict(verdict: str, output: Path | None, out: Console) -> None:
     out.print(printable(f"\n{verdict}"))
     if output is not None:
-        out.print(printable(f"figures  {output}: without names or folders, to send in"))
+        out.print(printable(f"results  {output}: contains no names or folders, safe to share"))
 
 
 def tool_line(tool: Mapping[str, Any]) -> str:
-    """What computed attention and loss, and the size of a micro-batch; the error of a tool that did not run."""
+    """The attention and loss kernels of a tool and its micro-batch size; its error if it did not run."""
     if "error" in tool:
         return f"{tool['title']} did not run: {tool['error']}"
     attention, head = tool["attention"] or "unknown", tool["loss_head"] or "unknown"
@@ -57,7 +57,7 @@ def tool_line(tool: Mapping[str, Any]) -> str:
 
 
 def nameless(value: Any, private: Mapping[str, str]) -> Any:
-    """The same object without folders, and without names of users and hosts, in any text."""
+    """The same object without folders, user names and host names in any text."""
     if isinstance(value, str):
         return without_private(value, private)
     if isinstance(value, Mapping):
@@ -73,16 +73,16 @@ COLUMNS: dict[str, Callable[[Mapping[str, Any]], str | None]] = {
     "first step": lambda tool: f"{tool['first_step_seconds']['median']:.1f} s",
     "process": lambda tool: f"{tool['process_seconds']['median']:.1f} s",
     "peak": lambda tool: _size(tool["peak_memory_bytes"]),
-    "of it in loop": lambda tool: _size(tool["above_start_bytes"]),
+    "in the loop": lambda tool: _size(tool["above_start_bytes"]),
     "GPU": lambda tool: _size(tool["card_bytes"]),
     "MFU": lambda tool: None if tool.get("mfu") is None else f"{tool['mfu']:.1%}",
     "held-out loss": lambda tool: None if tool["held_out_loss"] is None else f"{tool['held_out_loss']:.4f}",
 }
-"""Columns of the table; one that no tool has a figure for is left out."""
+"""Columns of the table; columns without a value for any tool are omitted."""
 
 
 def bench_table(result: Mapping[str, Any]) -> Table:
-    """The figures of one regime, a line for each tool; one whose losses differ has no speed."""
+    """The results of one regime, one row per tool; a tool with a different loss has no speed."""
     tools = result["tools"]
     cells = {name: {title: cell(tool) for title, cell in COLUMNS.items()} for name, tool in _ran(tools).items()}
     titles = [title for title in COLUMNS if any(row[title] is not None for row in cells.values())]

@@ -1,4 +1,4 @@
-"""The bodies of the heavy commands: call the rooms, print what they return."""
+"""The bodies of the heavy commands: call the packages below and print what they return."""
 
 import sys
 import time
@@ -20,7 +20,7 @@ from peftcli.report.data import data_section
 from peftcli.report.load import Stages, load_stages
 from peftcli.report.terminal import print_blocks, render_terminal, section_blocks
 from peftcli.results import DataJson, EvalJson, MetricsJson, as_text, load_or_default, save
-from peftcli.run_dir import RunDir, is_foreign
+from peftcli.run_dir import RunDir, is_external_adapter
 from peftcli.summary import unmet, write_metrics
 from peftcli.tasks.registry import TASKS
 from peftcli.train.disk import RESERVE_BYTES, Forecast, check_disk_space
@@ -41,7 +41,7 @@ class GenerateFlags:
 
 
 def data_command(name: str, overrides: Sequence[str], *, preview: int, smoke: bool, as_json: bool) -> None:
-    """Print what the data of a recipe hold, and how some rows will be trained."""
+    """Print the statistics of a recipe's data and how some rows will be trained."""
     loaded = load(name, overrides, smoke=smoke)
     with shown_run(None) as (shown, streams):
         from peftcli.cli.pipeline import inspect_data
@@ -58,7 +58,7 @@ def data_command(name: str, overrides: Sequence[str], *, preview: int, smoke: bo
 
 
 def eval_command(name: str, recipe: str | None, overrides: Sequence[str], *, with_base: bool, as_json: bool) -> None:
-    """Measure a target and print the table; a run folder's `eval.json` is written again."""
+    """Evaluate a target and print the table; the `eval.json` of a run folder is updated."""
     with shown_run(None) as (shown, streams):
         from peftcli.evaluate import evaluate
 
@@ -75,7 +75,7 @@ def eval_command(name: str, recipe: str | None, overrides: Sequence[str], *, wit
         run = target.run
         if run is not None and target.kind == "adapter" and not overrides and recipe is None:
             before = load_or_default(EvalJson, run.eval)
-            # The forgetting is that of the training; the test rows say nothing about it.
+            # Forgetting was measured during training; it does not depend on the test rows.
             value = replace(value, base=value.base or before.base, retention=before.retention)
             save(run.eval, value)
             finish(run, loaded.recipe)
@@ -87,12 +87,12 @@ def eval_command(name: str, recipe: str | None, overrides: Sequence[str], *, wit
 
 
 def _to_evaluate(name: str, recipe: str | None, overrides: Sequence[str], shown: Shown) -> tuple[Loaded, Any, Any, Any]:
-    """What is evaluated: the recipe, its plan, the target and the rows."""
-    from peftcli.cli.foreign import opened, prepared
+    """The recipe, its plan, the target and its test rows."""
+    from peftcli.cli.external_adapters import opened, prepared
     from peftcli.cli.pipeline import plan_recipe, prepare_for
     from peftcli.model.target import open_target
 
-    if is_foreign(Path(name)):
+    if is_external_adapter(Path(name)):
         _refuse_untested(*_both(_recipe_for(recipe, None, overrides)))
         with opened(Path(name), recipe, overrides, shown) as (loaded, planned, target):
             return loaded, planned.plan, *prepared(planned, target, shown)
@@ -105,35 +105,35 @@ def _to_evaluate(name: str, recipe: str | None, overrides: Sequence[str], shown:
 
 
 def _both(loaded: Loaded) -> tuple[Loaded, Recipe]:
-    """A recipe with what `--set` changes in it, and without."""
+    """A recipe with and without its `--set` overrides."""
     return loaded, (load_run_recipe if loaded.of_run else load_recipe)(loaded.path).recipe
 
 
 def merge_command(
     path: Path, recipe: str | None, into: str, output_dir: Path | None, dtype: str | None, *, as_json: bool
 ) -> None:
-    """Merge the adapter of a run, or one of another tool, and print what was measured.
+    """Merge the adapter of a run or of another tool, and print the results.
 
     Args:
-        recipe: whose rows an adapter of another tool is compared on.
+        recipe: for an adapter of another tool, the recipe with the rows to compare on.
     """
     for flag, value, known in (
         ("--into", into, ("dequantized", "original", "best")),
         ("--dtype", dtype or "float32", ("float32", "bfloat16", "float16")),
     ):
         if value not in known:
-            raise RecipeError(f"{flag} {value}: may be {', '.join(known)}")
-    if is_foreign(path):
-        _merge_foreign(path, recipe, (into, dtype), output_dir, as_json=as_json)
+            raise RecipeError(f"{flag} {value}: must be one of {', '.join(known)}")
+    if is_external_adapter(path):
+        _merge_external_adapter(path, recipe, (into, dtype), output_dir, as_json=as_json)
         return
     run = RunDir(path)
     if not run.recipe.is_file():
         raise RecipeError(
-            f"{path}: no run folder (recipe.yaml is missing), and no adapter of another tool (adapter_config.json); "
-            f"`peftcli train RECIPE --output-dir {path}` makes a run"
+            f"{path}: not a run folder (no recipe.yaml) and not an adapter (no adapter_config.json); create a run with "
+            f"`peftcli train RECIPE --output-dir {path}`"
         )
     if recipe is not None:
-        raise RecipeError(f"--recipe {recipe}: {path} is a run and has its own recipe; leave it out")
+        raise RecipeError(f"--recipe {recipe}: {path} is a run and has its own recipe; remove --recipe")
     with shown_run(run.library_log) as (shown, streams):
         from peftcli.cli.pipeline import plan_recipe, prepare_for
         from peftcli.merge.fold import refuse_unmergeable
@@ -148,7 +148,7 @@ def merge_command(
         plan = planned.plan
         target, data = prepare_for(planned, target, shown)
         stored = DTYPE_BYTES[dtype or plan.base.dtype]
-        # Whole modules take the place of the base's in a merged model; those of LoRA may stand beside a tied one.
+        # Fully trained modules replace those of the base; LoRA on a tied weight can add one to the merged model.
         merged = plan.total_parameters - (plan.trainable_parameters if plan.frees_base else 0)
         check_disk_space(output_dir or run.merged, Forecast(0, 0, 0, merged * stored, RESERVE_BYTES))
         settings = MergeSettings(into, dtype, plan.gates, plan.evaluation, plan.evaluation_batch, plan.seed)
@@ -168,14 +168,14 @@ def merge_command(
         raise_unmet(metrics)
 
 
-def _merge_foreign(
+def _merge_external_adapter(
     path: Path, recipe: str | None, settings: tuple[str, str | None], output_dir: Path | None, *, as_json: bool
 ) -> None:
-    """Merge an adapter of another tool and print what was measured."""
+    """Merge an adapter of another tool and print the results."""
     with shown_run(None) as (shown, streams):
-        from peftcli.cli.foreign import merge_foreign
+        from peftcli.cli.external_adapters import merge_external_adapter
 
-        found, folder = merge_foreign(path, recipe, settings, output_dir, shown)
+        found, folder = merge_external_adapter(path, recipe, settings, output_dir, shown)
         if as_json:
             print_json(streams, found)
             return
@@ -187,13 +187,13 @@ def _open_for_prompts(name: str, recipe: str | None, shown: Shown) -> Any:
     """The target of `generate`."""
     from peftcli.model.target import open_target
 
-    if is_foreign(Path(name)):
-        from peftcli.cli.foreign import opened
+    if is_external_adapter(Path(name)):
+        from peftcli.cli.external_adapters import opened
 
         with opened(Path(name), recipe, (), shown) as (_, _, target):
             return target
     if recipe is not None:
-        raise RecipeError(f"--recipe {recipe}: {name} is no adapter of another tool, and knows its base; leave it out")
+        raise RecipeError(f"--recipe {recipe}: only for adapters of other tools; {name} has its own; remove --recipe")
     return open_target(name)
 
 
@@ -203,22 +203,24 @@ def generate_command(
     """Answer prompts.
 
     Args:
-        recipe: whose base and prompt template an adapter of another tool gets.
+        recipe: for an adapter of another tool, the recipe with its base and prompt template.
     """
     if file is not None and not file.is_file():
         raise RecipeError(f"--file {file}: no such file")
     with shown_run(None) as (shown, streams):
-        # Only in here: what the libraries print while they are imported belongs to no terminal.
+        # Imported here, so that what the libraries print on import goes to the log.
         from peftcli.generate import generate, label, read_prompts
         from peftcli.model.generation import Decoding
 
         try:
             lines = file.read_text(encoding="utf-8").split("\n") if file is not None else sys.stdin
-            asked = prompts or read_prompts(lines)
-            for text in asked:
+            texts = prompts or read_prompts(lines)
+            for text in texts:
                 text.encode("utf-8")  # where Python let other bytes pass, it has put surrogates in their place
         except UnicodeDecodeError as problem:
-            raise DataError(f"{file or 'standard input'}: byte {problem.start} is not UTF-8") from problem
+            raise DataError(
+                f"{file or 'standard input'}: byte {problem.start} is not UTF-8; convert the prompts to UTF-8"
+            ) from problem
         except UnicodeEncodeError as problem:
             where = "a prompt" if prompts else str(file or "standard input")
             byte = ord(problem.object[problem.start]) & 0xFF
@@ -227,9 +229,9 @@ def generate_command(
         decoding = Decoding(flags.max_new_tokens, flags.temperature, flags.top_p, flags.seed)
         rows = int(target.identity.get("evaluation_batch", 16))
         if not TASKS[target.base.task].generates:
-            _show_labels(label(target, asked, raw=flags.raw, batch_rows=rows, progress=shown), flags, streams)
+            _show_labels(label(target, texts, raw=flags.raw, batch_rows=rows, progress=shown), flags, streams)
             return
-        made = generate(target, asked, decoding, raw=flags.raw, batch_rows=rows, progress=shown)
+        made = generate(target, texts, decoding, raw=flags.raw, batch_rows=rows, progress=shown)
         if flags.as_json:
             print_json(streams, {"answers": [vars(one) for one in made]})
             return
@@ -242,7 +244,7 @@ def _show_labels(made: Sequence[Any], flags: GenerateFlags, streams: Streams) ->
         print_json(streams, {"answers": [one.as_dict() for one in made]})
         return
     for one in made:
-        # A tagged line shows its words already.
+        # The line of a tagged text already contains the text.
         before = f"{_one_line(one.asked)}\t" if len(made) > 1 and not hasattr(one, "words") else ""
         streams.out.write(f"{before}{_one_line(one.line())}\n")
 
@@ -266,24 +268,24 @@ def _recipe_for(name: str | None, run: RunDir | None, overrides: Sequence[str]) 
         return load_recipe(find_recipe(name), overrides)
     if run is not None and run.recipe.is_file():
         return load_run_recipe(run.recipe, overrides)
-    raise RecipeError("this target stands alone; name the recipe whose test rows count with --recipe")
+    raise RecipeError("this model has no run folder; pass --recipe to choose the test set")
 
 
 def _refuse_untested(loaded: Loaded, written: Recipe) -> None:
-    """Refuse to evaluate without test rows, and on rows that were trained on.
+    """Refuse to evaluate without test rows, or on rows that were trained on.
 
     Args:
-        loaded: the recipe with what `--set` changes in it.
-        written: the same without; what it trains on cannot be held out afterwards.
+        loaded: the recipe with its `--set` overrides.
+        written: the same without; rows that it trains on cannot be test rows later.
 
     Raises:
-        RecipeError: there are no test rows, or they are split off rows that were all trained on.
+        RecipeError: there are no test rows, or they would be split off rows that were all trained on.
     """
     trained_on_all = not written.dataset.holds_out and loaded.recipe.dataset.test is None
     if trained_on_all or not loaded.recipe.dataset.holds_out:
         raise RecipeError(
-            f"{loaded.path}: dataset.split.test_size is 0, so all rows were trained on and there are none to evaluate "
-            "on; name a recipe with other rows with --recipe"
+            f"{loaded.path}: dataset.split.test_size is 0, so all rows were trained on and none is left to "
+            "evaluate on; pass a recipe with other rows with --recipe"
         )
 
 
@@ -301,7 +303,7 @@ def show_result(run: RunDir, metrics: MetricsJson, streams: Streams, *, as_json:
 
 
 def _show(stages: Stages, names: Collection[str], streams: Streams, more: Sequence[str] = ()) -> None:
-    """Print some sections of the report of a run, and lines behind it."""
+    """Print some sections of the report of a run, followed by more lines."""
     out = console(streams.out)
     render_terminal(make_report(stages), out, names)
     for line in more:
@@ -326,14 +328,14 @@ def shown_run(log: Path | None) -> Iterator[tuple[Shown, Streams]]:
             raise MemoryExhausted(
                 f"out of memory: {' '.join(str(problem).split())[:200]}; halve trainer.per_device_train_batch_size and "
                 "double trainer.gradient_accumulation_steps, lower dataset.max_length or evaluation.batch_size, or set "
-                "quantization: {bits: 4} where the base is wider"
+                "quantization: {bits: 4} if the base is not quantized"
             ) from problem
         finally:
             shown.end()
 
 
 def _is_out_of_memory(problem: Exception) -> bool:
-    if "torch" not in sys.modules:  # which the light commands do not import
+    if "torch" not in sys.modules:  # the light commands do not import it
         return isinstance(problem, MemoryError)
     from peftcli.model.oom import is_out_of_memory
 

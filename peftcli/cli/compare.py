@@ -32,28 +32,28 @@ class CompareFlags:
 
 
 def compare_command(targets: Sequence[str], flags: CompareFlags, out: Any, err: Any) -> int:
-    """Compare runs that are there, or train the variants of recipes first.
+    """Compare existing runs, or train the variants of recipes first.
 
     Args:
         targets: run folders, or recipes.
         out: stream for the result.
-        err: stream for people.
+        err: stream for progress and notes.
 
     Returns:
-        The exit code: 0 where every variant is finished, else that of the first that is not.
+        The exit code: 0 if every variant finished, otherwise that of the first one that did not.
     """
     if all(is_run(Path(target)) for target in targets):
         return _compare_runs([Path(target) for target in targets], flags, out)
     for target in targets:
         if is_run(Path(target)):
-            raise RecipeError(f"{target} is a run, others are recipes; compare runs with runs, or recipes with recipes")
+            raise RecipeError(f"{target} is a run and other targets are recipes; compare only runs or only recipes")
     recipes = [find_recipe(target) for target in targets]
     variants = make_variants(recipes, read_axes(flags.vary), flags.overrides)
     check_variants(variants)
     name = recipes[0].stem if len(recipes) == 1 else "recipes"
     home = Path(os.path.abspath(flags.output_dir or Path("runs") / f"{name}-compare{'-smoke' if flags.smoke else ''}"))
     shown = Shown(console(err))
-    shown.note(f"{len(variants)} variants, one after the other, in {home}; a finished one is not trained again")
+    shown.note(f"{len(variants)} variants, one after the other, in {home}; finished variants are not trained again")
     entries: list[Entry] = []
     with VariantRunner() as children:
         for number, variant in enumerate(variants, start=1):
@@ -72,10 +72,10 @@ def compare_command(targets: Sequence[str], flags: CompareFlags, out: Any, err: 
 
 def _compare_runs(folders: Sequence[Path], flags: CompareFlags, out: Any) -> int:
     if flags.vary or flags.overrides or flags.smoke:
-        raise RecipeError("--vary, --set and --smoke belong to recipes; runs that are there are compared as they are")
+        raise RecipeError("--vary, --set and --smoke need recipes, but the targets are runs; remove these options")
     entries = open_runs(folders)
-    alone = folders[0] if len(folders) == 1 else Path("runs") / "compare"
-    home = Path(os.path.abspath(flags.output_dir or alone))
+    default = folders[0] if len(folders) == 1 else Path("runs") / "compare"
+    home = Path(os.path.abspath(flags.output_dir or default))
     _show(_write(home.name, entries, home), home, flags, out)
     return 0
 
@@ -88,7 +88,7 @@ def _train(
     flags = [*(["--smoke"] if smoke else []), *([] if source_run is None else ["--baseline-from", str(source_run)])]
     code, error = children.train(variant, folder, flags, shown)
     if children.stopped_by is not None and code not in (0, GATE_NOT_MET):
-        # The exit code is another one where the signal came before the child could listen to it.
+        # The exit code differs if the signal arrived before the child had installed its handler.
         code, error = Stopped.exit_code, None
     return Entry(variant.name, folder, dict(variant.varied), code, error)
 
@@ -114,7 +114,7 @@ def _say_cache(comparison: CompareJson, shown: Shown) -> None:
     caches = [row.data_cache for row in comparison.variants if row.data_cache]
     if caches:
         made, reused = caches.count("made"), caches.count("reused")
-        shown.note(f"data prepared by {several(made, 'variant', 'variants')}, taken from the cache by {reused}")
+        shown.note(f"data prepared by {several(made, 'variant', 'variants')}, reused from the cache by {reused}")
 
 
 def _raise_if_stopped(children: VariantRunner, entries: Sequence[Entry]) -> None:
@@ -123,10 +123,10 @@ def _raise_if_stopped(children: VariantRunner, entries: Sequence[Entry]) -> None
     done = sum(entry.exit_code in (0, GATE_NOT_MET) for entry in entries)
     if done == len(entries):
         return
-    said = f"with {done} of {len(entries)} variants finished; the same command goes on"
+    progress = f"with {done} of {len(entries)} variants finished; run the same command again to resume"
     if children.at_once:
-        raise Aborted(f"stopped at once {said} from the last checkpoint")
-    raise Stopped(f"stopped by {children.stopped_by} {said}")
+        raise Aborted(f"stopped at once {progress} from the last checkpoint")
+    raise Stopped(f"stopped by {children.stopped_by} {progress}")
 
 
 def _ended(entries: Sequence[Entry], shown: Shown) -> int:
@@ -134,7 +134,5 @@ def _ended(entries: Sequence[Entry], shown: Shown) -> int:
     if not bad:
         return 0
     first = bad[0]
-    shown.note(
-        f"{len(bad)} of {len(entries)} variants did not end well; exit code {first.exit_code} is that of {first.name}"
-    )
+    shown.note(f"{len(bad)} of {len(entries)} variants failed; the exit code {first.exit_code} is that of {first.name}")
     return first.exit_code or 0

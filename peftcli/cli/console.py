@@ -1,4 +1,4 @@
-"""The terminal: progress and notes; library output goes to a log file, control characters are escaped."""
+"""The terminal: progress and notes; library output goes to a log file, and control characters are escaped."""
 
 import os
 import sys
@@ -17,22 +17,22 @@ from peftcli.plan.choices import EIGHT_BIT
 from peftcli.results import DataJson, PlanJson
 
 PLAIN_SECONDS = (10.0, 30.0)
-"""Before the first progress line of a stretch, and between later ones, where the output is no terminal."""
+"""Seconds before the first progress line, and between later ones, if the output is not a terminal."""
 
 
 def console(stream: TextIO) -> Console:
-    """A console on a stream; text is never read as markup, and NO_COLOR is obeyed."""
+    """A console on a stream; text is never read as markup, and NO_COLOR is respected."""
     width = None if stream.isatty() else int(os.environ.get("COLUMNS", "120"))
     return Console(file=stream, markup=False, highlight=False, width=width, soft_wrap=not stream.isatty())
 
 
 class Shown:
-    """Progress for a person: one live line on a terminal, a plain line now and then elsewhere."""
+    """Progress display: one live line on a terminal, occasional plain lines elsewhere."""
 
     def __init__(self, out: Console, *, speaks: bool = True) -> None:
         """
         Args:
-            out: where to show it.
+            out: the console to print to.
             speaks: False for all but the first of several processes.
         """
         self._out = out
@@ -65,7 +65,7 @@ class Shown:
                 TimeRemainingColumn(),
                 console=self._out,
                 transient=True,
-                redirect_stdout=False,  # what the libraries print belongs into the log file
+                redirect_stdout=False,  # what the libraries print belongs in the log file
                 redirect_stderr=False,
             )
             self._live.start()
@@ -85,14 +85,14 @@ class Shown:
         if now - self._last_line >= self._wait:
             self._last_line, self._wait = now, PLAIN_SECONDS[1]
             of = f"/{self._total}" if self._total else ""
-            self._out.print(f"{self._what} {done}{of} {self._figures} {self._left(done, now)}".rstrip())
+            self._out.print(f"{self._what} {done}{of} {self._figures} {self._remaining(done, now)}".rstrip())
 
     def end(self) -> None:
         if self._live is not None:
             self._live.stop()
             self._live = self._task = None
 
-    def _left(self, done: int, now: float) -> str:
+    def _remaining(self, done: int, now: float) -> str:
         if done <= self._first or not self._total:
             return ""
         seconds = (now - self._begun) / (done - self._first) * (self._total - done)
@@ -100,7 +100,7 @@ class Shown:
 
 
 def duration(seconds: float) -> str:
-    """Seconds for people.
+    """Seconds in a readable form.
 
     >>> duration(96), duration(4.2), duration(7325)
     ('1m 36s', '4.2s', '2h 2m')
@@ -114,7 +114,7 @@ def duration(seconds: float) -> str:
 
 
 def plan_lines(plan: PlanJson, data: DataJson | None) -> list[str]:
-    """The plan and the data on a few lines: what will be trained, and on what."""
+    """A summary of the plan and the data: what will be trained, and on which rows."""
     chosen = plan.chosen
     trainable, batch = chosen["trainable"], chosen["batch"]
     lines = [f"{plan.name}: {chosen['adapter'].value} of {plan.model.architecture} ({plan.model.name})"]
@@ -130,7 +130,7 @@ def plan_lines(plan: PlanJson, data: DataJson | None) -> list[str]:
 
 
 def data_line(data: DataJson) -> str:
-    """The facts of the data on one line."""
+    """The statistics of the data on one line."""
     tested = f"{data.test_rows:,}" if data.test_rows else "no"
     parts = [
         f"{data.train_rows:,} train and {tested} test rows of {data.rows:,} ({data.format})",
@@ -138,7 +138,7 @@ def data_line(data: DataJson) -> str:
         f"{data.truncated_rows:,} truncated",
         *([f"{data.leaked_rows:,} test rows also in training"] if data.test_rows else []),
     ]
-    if data.eos_trained_rows is not None and data.tokens is not None:  # rows with labels have no tokens to train
+    if data.eos_trained_rows is not None and data.tokens is not None:  # labeled rows have no trained tokens
         tokens, trained = data.tokens.train or 0, data.tokens.trained or 0
         parts.append(f"{trained / tokens if tokens else 0.0:.0%} of {tokens:,} tokens trained")
         parts.append(f"end token trained in {data.eos_trained_rows:,}")
@@ -147,7 +147,7 @@ def data_line(data: DataJson) -> str:
 
 @dataclass(frozen=True)
 class Streams:
-    """Where we write while the libraries are kept quiet: for results, and for people."""
+    """Streams that still reach the terminal while library output goes to the log: results and messages."""
 
     out: TextIO
     err: TextIO
@@ -155,13 +155,13 @@ class Streams:
 
 @contextmanager
 def quiet(log: Path | None) -> Iterator[Streams]:
-    """Send file descriptors 1 and 2 to a log file, and give streams that still reach the terminal.
+    """Send file descriptors 1 and 2 to a log file, and return streams that still reach the terminal.
 
-    Descriptors, not `sys.stderr`: compiled libraries and child processes write there too. An error that passes
-    through restores them first, so that its message reaches the terminal.
+    This redirects descriptors and not only `sys.stderr`, because compiled libraries and child processes write to them
+    too. If an error is raised, the descriptors are restored first, so that its message reaches the terminal.
 
     Args:
-        log: file that is appended to; None keeps nothing once the context is left.
+        log: file to append to; None discards the output.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -184,7 +184,7 @@ def quiet(log: Path | None) -> Iterator[Streams]:
 
 
 def printable(text: str) -> str:
-    """Text with control characters made visible, so that data can neither colour nor rewrite the terminal.
+    """Text with control characters made visible, so that data cannot color or rewrite the terminal.
 
     >>> printable("a\\x1b[31mb")
     'a\\u241b[31mb'

@@ -1,4 +1,4 @@
-"""The body of `doctor`: one line per check; fails if a check fails."""
+"""The body of `doctor`: prints one line per check and fails if a check fails."""
 
 import json
 import platform
@@ -34,15 +34,15 @@ NEEDED = (
     *("psutil", "filelock", "huggingface_hub", "pyarrow", "matplotlib", "jinja2", "sacrebleu"),
     *("torch", "bitsandbytes", "transformers", "accelerate", "peft", "datasets", "trl"),
 )
-"""Packages that the other questions, or a run, import."""
+"""Packages that the other checks, or a run, import."""
 
 
 def doctor_command(name: str | None, overrides: Sequence[str], *, as_json: bool) -> None:
-    """Print what this machine can do, in general or for a recipe.
+    """Print what this machine supports, in general or for a recipe.
 
     Raises:
-        MachineError: at least one check fails.
-        RecipeError: the recipe itself is wrong.
+        MachineError: at least one check failed.
+        RecipeError: the recipe is invalid.
     """
     recipe = load_recipe(find_recipe(name), overrides).recipe if name is not None else None
     with quiet(None) as streams:
@@ -57,11 +57,11 @@ def doctor_command(name: str | None, overrides: Sequence[str], *, as_json: bool)
         streams.out.flush()
     failed = [verdict.name for verdict in verdicts if verdict.result == FAIL]
     if failed:
-        raise MachineError(f"{len(failed)} of {len(verdicts)} checks failed: {', '.join(failed)}; each names its mend")
+        raise MachineError(f"{len(failed)} of {len(verdicts)} checks failed: {', '.join(failed)}; see the fixes above")
 
 
 def ask_all(recipe: Recipe | None) -> Iterable[Check]:
-    """All verdicts; those that need the libraries are left out where one cannot be loaded."""
+    """All checks; those that need the libraries are skipped if one cannot be imported."""
     needs = installed_needs()
     installed = installed_versions([OURS, *TESTED, "sqlalchemy", *{need.what.name for need in needs}])
     python = platform.python_version()
@@ -86,7 +86,7 @@ def _reads_database(recipe: Recipe) -> bool:
 
 
 def print_verdicts(verdicts: Sequence[Check], out: Console) -> None:
-    """A line for each verdict; on a terminal it is wrapped under its own column."""
+    """One line per check; on a terminal, long lines wrap within their column."""
     width = max(len(verdict.name) for verdict in verdicts)
     if not out.is_terminal:
         for verdict in verdicts:
@@ -103,7 +103,7 @@ def print_verdicts(verdicts: Sequence[Check], out: Console) -> None:
 
 
 def as_object(verdicts: Sequence[Check], versions: dict[str, str | None]) -> dict[str, Any]:
-    """The object of `--json`; `mend` is null where nothing is to be mended."""
+    """The object of `--json`; the field for the fix is null if there is nothing to fix."""
     checks = [
         {"name": found.name, "result": found.result, "there": found.found, "mend": found.fix or None}
         for found in verdicts

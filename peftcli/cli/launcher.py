@@ -1,4 +1,4 @@
-"""Several processes: the same command line under `accelerate launch`, and what only rank 0 decides."""
+"""Several processes: the same command line under `accelerate launch`, and work that only rank 0 does."""
 
 import ctypes
 import os
@@ -24,21 +24,21 @@ from peftcli.train.stop import STARTED
 
 T = TypeVar("T")
 EXIT_FILE = "PEFTCLI_EXIT_FILE"
-"""Names the file in which the first process leaves its exit code; set for the launcher and its children."""
-CARDS = (*NVIDIA, WSL)
-"""Where Linux and WSL show NVIDIA's cards; without them torch need not be asked."""
+"""Names the file in which the first process saves its exit code; set for the launcher and its children."""
+GPU_FILES = (*NVIDIA, WSL)
+"""Device files of NVIDIA GPUs on Linux and WSL; without them torch need not be imported to count GPUs."""
 PR_SET_PDEATHSIG = 1
 """Option of Linux's prctl: the signal that a process gets when its parent dies."""
 
 
 def launch(name: str, overrides: Sequence[str], num_processes: int | None, *, smoke: bool) -> int | None:
-    """Train in as many processes as are asked for, or as there are cards that can share the recipe's steps.
+    """Train in the requested number of processes, or in one for each GPU that can share the recipe's batch.
 
     Returns:
-        The exit code of the first process, or None where this process is to train.
+        The exit code of the first process, or None if this process should train.
 
     Raises:
-        RecipeError: the recipe says something that it may not.
+        RecipeError: the recipe is invalid.
     """
     if num_processes is None and not smoke:
         return launch_if_asked(processes_for(name, overrides), shares_batch=True)
@@ -46,12 +46,12 @@ def launch(name: str, overrides: Sequence[str], num_processes: int | None, *, sm
 
 
 def processes_for(name: str, overrides: Sequence[str]) -> int:
-    """Processes that a recipe is trained with where nobody gives a number: one for each card that can share its steps.
+    """Default number of processes for a recipe: one for each GPU that can share its batch.
 
     Raises:
-        RecipeError: the recipe says something that it may not.
+        RecipeError: the recipe is invalid.
     """
-    if _is_launched() or not any(Path(place).exists() for place in CARDS):
+    if _is_launched() or not any(Path(file).exists() for file in GPU_FILES):
         return 1
     trainers = [stage.recipe.trainer for stage in loaded_stages(load(name, overrides, smoke=False), smoke=False)]
     import torch
@@ -60,25 +60,25 @@ def processes_for(name: str, overrides: Sequence[str]) -> int:
 
 
 def launch_if_asked(num_processes: int | None, *, shares_batch: bool = False) -> int | None:
-    """Run the unchanged command line in several processes, where that is asked for and this is not one of them.
+    """Run the unchanged command line in several processes, if requested and not already launched.
 
-    On GPUs the launcher is `accelerate launch`, with the machine's accelerate configuration; on a CPU it is torch's
-    own, since accelerate starts several processes there through MPI only. A signal to this process goes to the
-    launcher, which hands it to its children; should this process die, the launcher is told to stop as well.
+    On GPUs the launcher is `accelerate launch`, with the machine's accelerate configuration; on a CPU it is torchrun,
+    because accelerate can start several CPU processes only through MPI. A signal to this process is forwarded to the
+    launcher, which forwards it to its children; if this process dies, the launcher is stopped too.
 
     Args:
         num_processes: None or 1 for no launcher.
-        shares_batch: the processes share the rows of a step, in place of taking as many each.
+        shares_batch: the recipe's batch is split across the processes, instead of each taking all of it.
 
     Returns:
-        The exit code of the first process, or None where nothing was launched.
+        The exit code of the first process, or None if nothing was launched.
     """
     if not num_processes or num_processes == 1 or _is_launched():
         return None
     with tempfile.TemporaryDirectory() as folder:
-        answer = Path(folder) / "exit"
+        exit_file = Path(folder) / "exit"
         threads = str(max(1, (os.cpu_count() or 1) // num_processes))
-        settings = {"OMP_NUM_THREADS": threads, STARTED: str(time.time()), **os.environ, EXIT_FILE: str(answer)}
+        settings = {"OMP_NUM_THREADS": threads, STARTED: str(time.time()), **os.environ, EXIT_FILE: str(exit_file)}
         if shares_batch:
             settings[SHARES_BATCH] = "1"
         if _has_gpu():
@@ -91,38 +91,38 @@ def launch_if_asked(num_processes: int | None, *, shares_batch: bool = False) ->
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda received, _: launcher.send_signal(received))
         code = launcher.wait()
-        return int(answer.read_text()) if answer.is_file() else (code or 1)
+        return int(exit_file.read_text()) if exit_file.is_file() else (code or 1)
 
 
 def _port() -> list[str]:
-    """The words that have accelerate look for a free port, where its configuration settles nothing about that.
+    """Arguments that make accelerate pick a free port, unless its configuration sets one.
 
-    Left alone it takes 29500, on which another training may be listening. Several machines must agree on a port.
+    By default it uses 29500, which another training may already use. Several machines must agree on a port.
     """
     from accelerate.commands.config.config_args import default_config_file, load_config_from_file
 
     if Path(default_config_file).is_file():
-        settled = load_config_from_file(None)
-        if settled.main_process_port is not None or settled.num_machines > 1:
+        configured = load_config_from_file(None)
+        if configured.main_process_port is not None or configured.num_machines > 1:
             return []
     return ["--main_process_port", "0"]
 
 
 def hand_over(code: int) -> int:
-    """Give an exit code to the process that launched this one; a launcher takes any but 0 for a crash.
+    """Pass an exit code to the process that launched this one; a launcher treats any code but 0 as a crash.
 
     Returns:
-        The code with which this process should end.
+        The code that this process should exit with.
     """
     if EXIT_FILE not in os.environ:
         return code
-    answer = Path(os.environ[EXIT_FILE])
-    alone = code == MemoryExhausted.exit_code
-    lost = code == MachineError.exit_code  # the first process may have been killed, and the others tell it by this code
-    if os.environ.get("RANK", "0") == "0" or ((alone or lost) and not answer.exists()):
-        answer.write_text(str(code))
-    # A process that alone runs out of memory ends as a crash: the launcher then ends the others, which wait for it.
-    return code if code == 1 or alone else 0
+    exit_file = Path(os.environ[EXIT_FILE])
+    out_of_memory = code == MemoryExhausted.exit_code
+    lost = code == MachineError.exit_code  # the first process may have been killed; the others report it with this code
+    if os.environ.get("RANK", "0") == "0" or ((out_of_memory or lost) and not exit_file.exists()):
+        exit_file.write_text(str(code))
+    # If only one process runs out of memory, it exits as a crash: the launcher then ends the others, which wait for it.
+    return code if code == 1 or out_of_memory else 0
 
 
 def _is_launched() -> bool:
@@ -130,20 +130,20 @@ def _is_launched() -> bool:
 
 
 def _end_with_parent() -> None:
-    # Linux only; elsewhere a killed parent leaves the launcher, which a signal to it still ends.
+    # Linux only; elsewhere the launcher survives a killed parent, but a signal to the launcher still ends it.
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 @contextmanager
 def several_processes(timeout_seconds: float) -> Iterator[None]:
-    """Join the processes of this training, where it has several, and leave them once all have come to the end.
+    """Join the processes of this training, if there are several, and leave the group once all have finished.
 
     Args:
-        timeout_seconds: that one waits for the others at a place that all must reach.
+        timeout_seconds: how long a process waits for the others in a collective operation.
 
     Raises:
-        PeerLost: another process has ended, or cannot be reached.
+        PeerLost: another process has exited or is unreachable.
     """
     if not _has_others():
         yield
@@ -166,18 +166,17 @@ def several_processes(timeout_seconds: float) -> Iterator[None]:
     except Exception as problem:
         if not contact_was_lost(problem):
             raise
-        cause = told_by_other() or f"{_said(problem)}; the cause is in the output of that process"
+        cause = told_by_other() or f"{_backend_message(problem)}; see the output of that process"
         raise PeerLost(
-            f"process {os.environ['RANK']} of {os.environ['WORLD_SIZE']} cannot go on, since another one has ended or "
-            f"cannot be reached ({cause}); the same command, given again on every machine, goes on from the last "
-            "checkpoint"
+            f"process {os.environ['RANK']} of {os.environ['WORLD_SIZE']} cannot continue: another one has exited or "
+            f"is unreachable ({cause}); run the same command again on every machine to resume from the last checkpoint"
         ) from problem
 
 
 def _leave() -> None:
-    """Leave the other processes; from here on this one ends by itself, with its own exit code.
+    """Leave the process group; from here on this process exits on its own, with its own exit code.
 
-    A launcher takes any code but 0 for a crash, and ends the processes beside the first that it sees end.
+    A launcher treats any code but 0 as a crash, and kills the other processes.
     """
     from peftcli.model.distributed import destroy_process_group
 
@@ -186,7 +185,7 @@ def _leave() -> None:
 
 
 def first_decides(work: Callable[[], T]) -> T:
-    """Let the first of several processes do something to the run folder, and tell the others what came of it.
+    """Let the first of several processes change the run folder, and send its result to the others.
 
     Raises:
         PeftcliError: what the work raised, in every process.
@@ -199,7 +198,7 @@ def first_decides(work: Callable[[], T]) -> T:
 
 
 def all_do(work: Callable[[], T]) -> T:
-    """Let each of several processes do something on its machine, and fail in all of them where it fails in one.
+    """Let each of several processes do some work on its machine, and fail in all of them if it fails in one.
 
     Raises:
         PeftcliError: what the work raised in the first process in which it failed.
@@ -215,8 +214,8 @@ def _has_others() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
-def _said(problem: Exception) -> str:
-    """What a backend says first, without the place in its source that gloo begins with."""
+def _backend_message(problem: Exception) -> str:
+    """The first sentence of a backend's error, without the source location that gloo puts in front."""
     text = re.sub(r"^\[\S+:\d+\] ", "", " ".join(str(problem).split()))
     return text.partition(". ")[0][:200]
 

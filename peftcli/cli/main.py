@@ -1,4 +1,4 @@
-"""The commands of peftcli and their options; each body is imported when its command is called."""
+"""The commands of peftcli and their options; each body is imported when its command runs."""
 
 import errno
 import gc
@@ -18,15 +18,15 @@ from peftcli.errors import MachineError, MemoryExhausted, PeerLost, PeftcliError
 from peftcli.train.stop import is_first_of_machine
 
 NO_MEMORY_SIGNS = ("failed to map segment", "Cannot allocate memory", "cannot allocate memory")
-"""What the dynamic loader says where a library does not fit."""
-BUG = "error: this is a bug of peftcli; report it with the lines above and the output of `pip list`"
+"""Messages of the dynamic loader if a library does not fit into memory."""
+BUG = "error: this is a bug in peftcli; please report it with the lines above and the output of `pip list`"
 MACHINE_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
-"""Numbers of operating system errors that say what is wrong with the machine, not with us."""
+"""Operating system errors caused by the machine, not by peftcli."""
 
 app = typer.Typer(
     name="peftcli",
-    help="Fine-tune a language model from one recipe, and see in numbers what it did.",
-    epilog="Begin with: validate RECIPE; train RECIPE --smoke; train RECIPE; merge runs/NAME.",
+    help="Fine-tune a language model from one recipe, and measure the result.",
+    epilog="Start with: validate RECIPE; train RECIPE --smoke; train RECIPE; merge runs/NAME.",
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     no_args_is_help=True,
@@ -34,33 +34,33 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-RecipeArgument = Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped one such as quickstart.")]
+RecipeArgument = Annotated[str, typer.Argument(help="A recipe file, or the name of a bundled one such as quickstart.")]
 SetOption = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe; may be repeated.")
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe key; may be repeated.")
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on stdout; all else on stderr.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout, the rest to stderr.")]
 AdapterRecipeOption = Annotated[
-    str | None, typer.Option("--recipe", help="For an adapter of another tool: the recipe with its base and rows.")
+    str | None, typer.Option("--recipe", help="For an adapter of another tool: the recipe with its base and dataset.")
 ]
 SmokeOption = Annotated[
-    bool, typer.Option("--smoke", help="Rehearse on a CPU without network: a tiny stand-in, a few rows and steps.")
+    bool, typer.Option("--smoke", help="Quick offline rehearsal on a CPU: a tiny model, a few rows and steps.")
 ]
 RunArgument = Annotated[Path, typer.Argument(help="A run folder.")]
 
 COLLECTED_AFTER = (100_000, 20, 20)
-"""Objects, and collections of the younger kind, after which Python collects; its own numbers are 700, 10, 10.
+"""Thresholds of Python's garbage collector; the defaults are 700, 10, 10.
 
-The imports of a heavy command leave half a million objects, over which it would go again and again: a seventh of their
-time."""
+Importing the libraries of a heavy command creates half a million objects; with the defaults, collections take a seventh
+of the import time."""
 
 
 @app.callback(invoke_without_command=True)
 def options(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version of peftcli.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", help="With --version: those of the libraries too.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="With --version: also print library versions.")] = False,
 ) -> None:
-    """The options before a command."""
+    """Options before a command."""
     if version:
         from peftcli.doctor.packages import version_lines
 
@@ -68,14 +68,14 @@ def options(
             typer.echo(line)
         raise typer.Exit()
     if verbose:
-        raise RecipeError("--verbose: belongs to --version; write `peftcli --version --verbose`")
+        raise RecipeError("--verbose: only valid with --version; run `peftcli --version --verbose`")
     if context.invoked_subcommand is None:
-        raise RecipeError("no command is given; `peftcli --help` lists them")
+        raise RecipeError("no command given; `peftcli --help` lists the commands")
 
 
 @app.command()
 def validate(recipe: RecipeArgument, set_: SetOption = None, as_json: JsonOption = False) -> None:
-    """Check a recipe: every problem at once, with its line. Nothing is loaded."""
+    """Check a recipe and report every problem with its line. No model or data is loaded."""
     from peftcli.cli.recipes import find_recipe
     from peftcli.recipe.load import load_recipe
 
@@ -92,11 +92,11 @@ def validate(recipe: RecipeArgument, set_: SetOption = None, as_json: JsonOption
 def data(
     recipe: RecipeArgument,
     set_: SetOption = None,
-    preview: Annotated[int, typer.Option(min=0, help="Rows to show token by token.")] = 3,
+    preview: Annotated[int, typer.Option(min=0, help="Number of rows to show token by token.")] = 3,
     smoke: SmokeOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what will be trained: rows, tokens, duplicates, leaks, and rows with their trained tokens marked."""
+    """Show what will be trained: rows, tokens, duplicates, leaks, and sample rows with the trained tokens marked."""
     from peftcli.cli.commands import data_command
 
     data_command(recipe, set_ or (), preview=preview, smoke=smoke, as_json=as_json)
@@ -113,7 +113,7 @@ def plan(
     smoke: SmokeOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Say what will happen and what it needs: each choice with its reason, memory, time, disk. No weight is loaded."""
+    """Show each choice with its reason, and the memory, time and disk that training needs. No weights are loaded."""
     from peftcli.cli.plan import plan_command
 
     plan_command(recipe, set_ or (), gpu=gpu, smoke=smoke, as_json=as_json)
@@ -152,7 +152,7 @@ def train(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Train: plan, data, baseline, training, evaluation, report. The same command again goes on where it stopped."""
+    """Train: plan, data, baseline, training, evaluation, report. Run the same command again to resume."""
     from peftcli.cli.launcher import launch
 
     overrides = [*(set_ or ()), *([f"budget.wall_clock={max_time}"] if max_time else [])]
@@ -168,12 +168,12 @@ def train(
 @app.command("eval")
 def eval_(
     target: Annotated[str, typer.Argument(help="A run, an adapter, a merged model, or a base model with --recipe.")],
-    recipe: Annotated[str | None, typer.Option(help="The recipe whose test rows count; a run has its own.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="The recipe with the test rows. Default: that of the run.")] = None,
     set_: SetOption = None,
-    base: Annotated[bool, typer.Option(help="Measure the base behind an adapter too.")] = True,
+    base: Annotated[bool, typer.Option(help="Also evaluate the base model of an adapter.")] = True,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure a model on the whole test split."""
+    """Evaluate a model on the whole test split."""
     from peftcli.cli.commands import eval_command
 
     eval_command(target, recipe, set_ or (), with_base=base, as_json=as_json)
@@ -190,14 +190,14 @@ def merge(
         ),
     ] = "dequantized",
     output_dir: Annotated[
-        Path | None, typer.Option(help="Folder of the merged model; RUN/merged or ADAPTER-merged when left out.")
+        Path | None, typer.Option(help="Folder of the merged model. Default: RUN/merged or ADAPTER-merged.")
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="Stored as float32, bfloat16 or float16; the dtype of the run when left out.")
+        str | None, typer.Option(help="float32, bfloat16 or float16 for the merged model. Default: dtype of the run.")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Write a stand-alone model and measure its drift from the adapter; above the tolerance nothing is kept."""
+    """Write a stand-alone model and measure its drift from the adapter; above the tolerance the model is discarded."""
     from peftcli.cli.commands import merge_command
 
     merge_command(run, recipe, into, output_dir, dtype, as_json=as_json)
@@ -206,19 +206,19 @@ def merge(
 @app.command()
 def generate(
     target: Annotated[str, typer.Argument(help="A run, an adapter or a merged model.")],
-    prompts: Annotated[list[str] | None, typer.Argument(help="Prompts; standard input when none is given.")] = None,
+    prompts: Annotated[list[str] | None, typer.Argument(help="Prompts. Default: read from standard input.")] = None,
     recipe: AdapterRecipeOption = None,
-    file: Annotated[Path | None, typer.Option(help="A file with one prompt a line.")] = None,
-    raw: Annotated[bool, typer.Option("--raw", help="Take each prompt as it is, without the run's template.")] = False,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 128,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the most likely token each time.")] = 0.0,
+    file: Annotated[Path | None, typer.Option(help="A file with one prompt per line.")] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Use each prompt as is, without the run's template.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum length of an answer, in tokens.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0 means greedy decoding.")] = 0.0,
     top_p: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="Nucleus sampling: keep tokens up to this cumulative probability.")
     ] = 1.0,
     seed: Annotated[int, typer.Option(min=0, help="Random seed for sampling (with --temperature > 0).")] = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Answer prompts with the run's own template."""
+    """Answer prompts, formatted with the run's template."""
     from peftcli.cli.commands import GenerateFlags, generate_command
 
     flags = GenerateFlags(raw, max_new_tokens, temperature, top_p, seed, as_json)
@@ -227,7 +227,7 @@ def generate(
 
 @app.command()
 def report(run: RunArgument, as_json: JsonOption = False) -> None:
-    """Write report.md and report.html of a run again, from its JSON files."""
+    """Regenerate report.md and report.html of a run from its JSON files."""
     from peftcli.report.build import write_report
     from peftcli.run_dir import RunDir, read_json
 
@@ -244,11 +244,11 @@ def compare(
     targets: Annotated[list[str], typer.Argument(help="Recipes to train, or existing run folders.")],
     vary: Annotated[
         list[str] | None,
-        typer.Option(metavar="KEY=A,B", help="Try each of these values; may be repeated, for every combination."),
+        typer.Option(metavar="KEY=A,B", help="Values to try; repeat the option to try every combination."),
     ] = None,
     set_: SetOption = None,
     output_dir: Annotated[
-        Path | None, typer.Option(help="Folder of the comparison and its runs; runs/NAME-compare when left out.")
+        Path | None, typer.Option(help="Folder of the comparison and its runs. Default: runs/NAME-compare.")
     ] = None,
     smoke: SmokeOption = False,
     as_json: JsonOption = False,
@@ -262,10 +262,10 @@ def compare(
 
 @app.command()
 def methods(
-    name: Annotated[str | None, typer.Argument(help="A method, to see all of it.")] = None,
+    name: Annotated[str | None, typer.Argument(help="A method to show in detail.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show the methods: what each trains, whether it works in 4 bit, whether it can be merged, for which tasks."""
+    """List the methods: what each trains, its 4-bit and merge support, and the tasks it supports."""
     from peftcli.cli.methods import methods_command
 
     methods_command(name, as_json=as_json)
@@ -287,15 +287,17 @@ def doctor(
 
 def bench(
     shape: Annotated[
-        str, typer.Option(metavar="auto|tiny|0.6b|3b|8b", help="Model with random weights; auto goes by the machine.")
+        str, typer.Option(metavar="auto|tiny|0.6b|3b|8b", help="Model size (random weights); auto picks one.")
     ] = "auto",
-    bits: Annotated[int, typer.Option(metavar="4|16", help="Bits of each weight of the base.")] = 16,
-    rounds: Annotated[int, typer.Option(min=1, help="Runs of each tool, taking turns.")] = 3,
-    minutes: Annotated[float, typer.Option(min=0.1, help="About how long; ten steps at least are run.")] = 2.0,
-    output: Annotated[Path | None, typer.Option(help="A file for the object of --json, to send in.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout; all else on stderr.")] = False,
+    bits: Annotated[int, typer.Option(metavar="4|16", help="Bits per base weight.")] = 16,
+    rounds: Annotated[int, typer.Option(min=1, help="Runs per tool, interleaved.")] = 3,
+    minutes: Annotated[float, typer.Option(min=0.1, help="Approximate duration; at least ten steps are run.")] = 2.0,
+    output: Annotated[Path | None, typer.Option(help="A file for the JSON result, to share.")] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object to stdout, the rest to stderr.")
+    ] = False,
 ) -> None:
-    """Measure how fast this machine trains: peftcli beside plain SFTTrainer on the same rows, at equal loss."""
+    """Measure how fast this machine trains: peftcli and plain SFTTrainer on the same rows, at equal loss."""
     from peftcli.bench.compare import BenchRequest
     from peftcli.cli.bench import bench_command
 
@@ -309,7 +311,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code.
 
     Args:
-        argv: the words after the program's name; those of this process when None.
+        argv: the arguments after the program's name; None for those of this process.
     """
     settle_process()
     code = _run(argv)
@@ -333,7 +335,7 @@ def _run(argv: Sequence[str] | None) -> int:
 
         if show_trace:
             traceback.print_exc()
-        # One process speaks for each machine, and one that alone runs out of memory or is left by the others.
+        # Only one process per machine prints, unless a process runs out of memory or loses contact on its own.
         if is_first_of_machine() or isinstance(error, MemoryExhausted | PeerLost):
             typer.echo(f"error: {printable(str(error))}", err=True)
         return error.exit_code
@@ -379,6 +381,6 @@ def _print_json(value: dict[str, Any]) -> None:
 
 
 def settle_process() -> None:
-    """Set what torch and Python read later."""
+    """Set the environment variables and the garbage collector's thresholds."""
     set_variables()
     gc.set_threshold(*COLLECTED_AFTER)

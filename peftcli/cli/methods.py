@@ -32,7 +32,7 @@ def methods_command(name: str | None, *, as_json: bool) -> None:
 
 
 def method_lines(name: str | None = None) -> Iterator[str]:
-    """The lines of the table, or all that is known of one method."""
+    """The lines of the table, or the details of one method."""
     if name is not None:
         yield from _one(name)
         return
@@ -41,15 +41,15 @@ def method_lines(name: str | None = None) -> Iterator[str]:
         marks = "".join(f"{'no' if why else 'yes':<7}" for why in (one.four_bit, one.eight_bit, one.merge))
         yield f"{one.name:<17}{marks}{tasks_text(one):<21}{one.what}"
     yield ""
-    yield "LoRA with a key more"
+    yield "LoRA variants set by one more key"
     for option in OPTIONS:
         yield f"  {option.name:<8}{option.keys:<28}{option.what}" + (f"; needs {option.needs}" if option.needs else "")
     yield ""
-    yield "not offered, of the installed PEFT"
+    yield "methods of the installed PEFT that are not supported"
     for kind, reason in LEFT_OUT.items():
         yield f"  {kind:<26}{reason}"
     yield ""
-    yield "`peftcli methods NAME` tells all of one: its arguments, and why something is a no"
+    yield "`peftcli methods NAME` shows one method: its arguments, and the reason for each no"
 
 
 def _one(name: str) -> Iterator[str]:
@@ -65,7 +65,7 @@ def _one(name: str) -> Iterator[str]:
             f"; {one.checkpointing}" if one.checkpointing else ""
         )
     shared = [f"{key} ({one.defaults.get(key)})" for key in one.argument_names]
-    yield from _wrapped("keys", ", ".join(shared) or "none of r, alpha and dropout")
+    yield from _wrapped("keys", ", ".join(shared) or "none (no r, alpha or dropout)")
     yield from _wrapped("arguments", ", ".join(recipe_arguments(name)) or "none")
 
 

@@ -1,4 +1,4 @@
-"""The steps that the heavy commands share: recipe, machine, model structure, plan, tokenizer, data."""
+"""Steps shared by the heavy commands: recipe, machine, model structure, plan, tokenizer, data."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -42,18 +42,18 @@ from peftcli.tasks.registry import TASKS
 from peftcli.train.disk import forecast as disk_forecast
 
 SHOWN_ROWS = 3
-"""Rows of the preview where nobody asks for another number."""
+"""Default number of preview rows."""
 EMBEDDINGS = {"embed_tokens", "lm_head", "wte", "embed_in", "embed_out", "word_embeddings"}
-"""Names of the modules at both ends of a model."""
+"""Names of embedding and output modules."""
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A plan, the machine it was made for, and the widths of its model where they can be read.
+    """A plan, the machine it was made for, and the dimensions of its model if they can be read.
 
     Attributes:
         counter: makes a function that counts trainable parameters, given the labels of the head.
-        rows: the lengths of the training rows, None before the data were read.
+        rows: the lengths of the training rows; None before the data is read.
     """
 
     plan: Plan
@@ -66,15 +66,15 @@ class Planned:
 def plan_recipe(
     loaded: Loaded, *, smoke: bool = False, machine: Machine | None = None, merged_adapters: Sequence[str] = ()
 ) -> Planned:
-    """Make the plan of a recipe; no weight is loaded.
+    """Make the plan of a recipe; no weights are loaded.
 
     Args:
-        machine: to plan for; the one at hand when None.
+        machine: the machine to plan for; None for this one.
         merged_adapters: folders of the adapters of earlier stages.
     """
     recipe = loaded.recipe
     if recipe.adapter.init_from is not None:
-        adapter_folder(recipe.adapter.init_from)  # whether there is one is known before anything is loaded
+        adapter_folder(recipe.adapter.init_from)  # fail before anything is loaded if there is none
     machine = probe_machine() if machine is None else machine
     located = resolve_model(recipe.model, smoke=smoke, longest=recipe.dataset.max_length)
     path, config = located.path, located.config
@@ -98,7 +98,7 @@ def plan_recipe(
 
 
 def _on_stand_in(recipe: Recipe, facts: ModelFacts, rehearsal: Rehearsal) -> tuple[Recipe, ModelFacts]:
-    """A recipe that fits the stand-in of its model, and the facts of that, after the real model was checked."""
+    """A recipe adapted to the tiny stand-in model, and the stand-in's facts, after checking against the real model."""
     notes = rehearsal.notes
     if rehearsal.config is not None:
         name, config, task = recipe.model.name, rehearsal.config, recipe.model.task
@@ -106,21 +106,24 @@ def _on_stand_in(recipe: Recipe, facts: ModelFacts, rehearsal: Rehearsal) -> tup
         real = inspect_model(name, config, task, labels=labels, needs_weights=False)
         check_recipe(recipe, real, trainable_counter(name, config, task, labels=labels))
     if recipe.adapter.init_from is not None:
-        notes = (*notes, f"smoke: left out: the weights of adapter.init_from, which belong to {recipe.model.name}")
+        notes = (*notes, f"smoke: adapter.init_from is not loaded; its weights belong to {recipe.model.name}")
     adapter = stand_in_adapter(recipe.adapter)
     facts = replace(facts, notes=notes, own_tokenizer=rehearsal.own_tokenizer)
     return recipe.model_copy(update={"adapter": adapter}), facts
 
 
 def prepare_for(planned: Planned, target: Target, progress: Progress) -> tuple[Target, PreparedData]:
-    """The rows of a plan as a target reads them, and the target; one without labels of its own gets those of the rows.
+    """The rows of a plan tokenized for a target, and the target; one without labels gets those of the rows.
 
     Raises:
         RecipeError: the target was trained for another task.
     """
     plan, knows = planned.plan, "base" in target.identity
     if target.base.task != plan.task:
-        raise RecipeError(f"{target.base.task} is what the target was trained for; the recipe's task is {plan.task}")
+        raise RecipeError(
+            f"the target was trained for {target.base.task}, but model.task of the recipe is {plan.task}; use a recipe "
+            f"for {target.base.task}"
+        )
     if knows and not TASKS[plan.task].generates:
         plan = keep_labels(plan, target.base)
     record = None if target.run is None else run_record(target.run)
@@ -170,7 +173,7 @@ def save_record(run: RunDir, data: PreparedData, earlier: SplitRecord | None) ->
 
 
 def plan_with_labels(planned: Planned, data: PreparedData) -> Planned:
-    """The plan with the labels that the rows turned out to have; of a language model as it was."""
+    """The plan with the labels found in the rows; that of a language model is unchanged."""
     if TASKS[planned.plan.task].generates or planned.counter is None:
         return planned
     labels = output_names(data)
@@ -179,7 +182,7 @@ def plan_with_labels(planned: Planned, data: PreparedData) -> Planned:
 
 
 def plan_with_rows(planned: Planned, recipe: Recipe, data: PreparedData) -> Planned:
-    """The plan with the micro-batch that suits the lengths of the training rows."""
+    """The plan with a micro-batch size that fits the lengths of the training rows."""
     plan = planned.plan
     if planned.shape is None:
         return replace(planned, rows=rows_of(plan, data.facts))
@@ -190,9 +193,9 @@ def plan_with_rows(planned: Planned, recipe: Recipe, data: PreparedData) -> Plan
 
 
 def forecast_run(planned: Planned) -> Forecast | None:
-    """What a planned run will need; None where the model's widths cannot be read."""
+    """The resources that a planned run needs; None if the model's dimensions cannot be read."""
     plan, given = planned.plan, planned.plan.trainer
-    # As the trainer counts them, without importing it for a plan.
+    # Counted as the trainer does, but without importing it for a plan.
     keep = int(given.get("save_total_limit") or 2) + bool(given.get("load_best_model_at_end"))
     width = DTYPE_BYTES[plan.adapter_dtype]
     needs = disk_forecast(plan.trained, optimizer=str(given.get("optim", OPTIMIZER)), keep=keep, width=width)
@@ -216,7 +219,7 @@ def prepare_data(
     """Load the tokenizer and the rows of a plan.
 
     Args:
-        adapter: folder whose tokenizer and chat template are used, as they were in training.
+        adapter: folder with the tokenizer and chat template used in training.
         earlier, record: rows of other trainings, and of the run that is scored; see `prepare`.
     """
     tokenizer = load_tokenizer(plan.base.tokenizer, None if adapter is None else str(adapter))
@@ -236,7 +239,7 @@ def prepare_data(
 
 
 def inspect_data(recipe: Recipe, progress: Progress, *, smoke: bool, preview: int) -> PreparedData:
-    """The data of a recipe with their checks and preview; of the model only the tokenizer and the length are asked."""
+    """The data of a recipe with checks and preview; only the tokenizer and maximum length of the model are read."""
     located = resolve_model(recipe.model, smoke=smoke, longest=recipe.dataset.max_length)
     path, config, made = located.path, located.config, located.rehearsal
     real = config if made is None or made.config is None else made.config
@@ -258,13 +261,13 @@ def inspect_data(recipe: Recipe, progress: Progress, *, smoke: bool, preview: in
 def add_view(
     data: PreparedData, tokenizer: PreTrainedTokenizerBase, rule: LossMask, preview: int, more: Sequence[Check]
 ) -> None:
-    """Put the checks of the tokenizer and the preview of some rows into the facts of the data.
+    """Add the tokenizer checks and the preview of some rows to the statistics of the data.
 
     Args:
-        more: checks that were made already.
+        more: results of checks that were already made.
     """
     checks = list(more)
-    if data.format not in LABELLED:  # where no row ends on a token that must be trained
+    if data.format not in LABELLED:  # labeled rows have no trained end token
         checks = check_tokenizer(
             tokenizer, data.format, sample_chats=data.sample_chats(), assistant_only=rule.assistant_only
         )
@@ -279,7 +282,7 @@ def add_view(
 
 
 def real_tokenizer(plan: Plan) -> TokenizerChoice:
-    """The tokenizer of a plan, with the path of the real model where a smoke run loads another one."""
+    """The tokenizer of a plan, with the path of the real model if a smoke run loads a stand-in."""
     choice = plan.base.tokenizer
     return replace(choice, path=plan.base.name) if plan.smoke and not plan.base.name.startswith(TINY) else choice
 
@@ -287,7 +290,7 @@ def real_tokenizer(plan: Plan) -> TokenizerChoice:
 def check_ends(
     choice: TokenizerChoice, tokenizer: PreTrainedTokenizerBase, data: PreparedData, adapter: AdapterSection
 ) -> list[Check]:
-    """Ask the base's embedding whether it knows the end tokens and the added tokens; nothing where it is not here."""
+    """Check that the base's embeddings of end tokens and added tokens are trained; skipped without local weights."""
     if data.format in LABELLED:
         return []
     added = set(tokenizer.get_added_vocab().values()) & data.used_ids()

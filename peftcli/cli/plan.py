@@ -1,4 +1,4 @@
-"""The body of `plan`: what will happen and what it needs, stage by stage."""
+"""The body of `plan`: what each stage will do and the resources it needs."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -23,18 +23,18 @@ if TYPE_CHECKING:
 
 
 def plan_command(name: str, overrides: Sequence[str], *, gpu: str | None, smoke: bool, as_json: bool) -> None:
-    """Print the plan of a recipe and what it will need, on this machine or on a card by name."""
-    card = None if gpu is None else find_gpu(gpu)
+    """Print the plan of a recipe and the resources it needs, on this machine or on a named GPU."""
+    named = None if gpu is None else find_gpu(gpu)
     loaded = load(name, overrides, smoke=smoke)
-    if card is None:
+    if named is None:
         check_packages(loaded.recipe)
     stages = loaded_stages(loaded, smoke=smoke)
     with shown_run(None) as (_, streams):
         from peftcli.cli.pipeline import forecast_run, plan_recipe
         from peftcli.model.hardware import probe_machine
 
-        machine = probe_machine() if card is None else machine_with(card)
-        if machine.processes == 1 and not smoke:  # as `train` would use its cards
+        machine = probe_machine() if named is None else machine_with(named)
+        if machine.processes == 1 and not smoke:  # use the GPUs as `train` does
             trainers = [stage.recipe.trainer for stage in stages]
             processes = processes_that_share(trainers, machine.count)
             machine = replace(machine, processes=processes, shares_batch=True)
@@ -50,11 +50,11 @@ def plan_command(name: str, overrides: Sequence[str], *, gpu: str | None, smoke:
         for number, (planned, forecast) in enumerate(zip(known, forecasts, strict=True), start=1):
             if len(known) > 1:
                 out.print(f"stage {number} of {len(known)}: {planned.plan.name}", style="bold")
-            _show(planned, forecast, card, out)
+            _show(planned, forecast, named, out)
 
 
-def _show(planned: "Planned", forecast: Forecast | None, card: GPU | None, out: Console) -> None:
+def _show(planned: "Planned", forecast: Forecast | None, gpu: GPU | None, out: Console) -> None:
     plan = planned.plan
-    notes = (*plan.notices, *((card.note,) if card is not None and card.note else ()))
+    notes = (*plan.notices, *((gpu.note,) if gpu is not None and gpu.note else ()))
     blocks = [decision_table(plan.decisions), *forecast_blocks(forecast, planned.machine), Notices(notes)]
     print_blocks(blocks, out)

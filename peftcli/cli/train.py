@@ -47,15 +47,15 @@ if TYPE_CHECKING:
 
 
 TIMEOUT_SECONDS = 1800.0
-"""That one of several processes waits for the others where `trainer.ddp_timeout` says nothing, as in transformers."""
+"""Default of `trainer.ddp_timeout` in transformers: how long a process waits for the others."""
 
 OWN_OPTIMIZERS = (None, "adamw_torch", "adamw_torch_fused", "adafactor", "adagrad", "sgd")
-"""Of torch and transformers; of the others many are those of bitsandbytes. None is the trainer's default."""
+"""Optimizers of torch and transformers; many of the others need bitsandbytes. None is the trainer's default."""
 
 
 @dataclass(frozen=True)
 class TrainFlags:
-    """The flags of `train` that are no part of the recipe."""
+    """The flags of `train` that are not recipe keys."""
 
     output_dir: Path | None
     resume: bool
@@ -67,7 +67,7 @@ class TrainFlags:
 
 
 def train_command(name: str, overrides: Sequence[str], flags: TrainFlags) -> None:
-    """Train a recipe, or go on with its run."""
+    """Train a recipe, or resume its run."""
     loaded = load(name, overrides, smoke=flags.smoke)
     run = RunDir(flags.output_dir or Path(loaded.recipe.output_dir or Path("runs") / loaded.recipe.name))
     now, budget = time.time(), loaded.recipe.budget.wall_clock
@@ -102,11 +102,11 @@ def train_command(name: str, overrides: Sequence[str], flags: TrainFlags) -> Non
                 show_result(run, metrics, streams, as_json=flags.as_json)
                 _raise_unless_good(run, metrics, reason)
 
-            first_decides(conclude)  # and all end with its exit code
+            first_decides(conclude)  # all exit with its code
 
 
 def _prepare_here(run: RunDir, beginning: OpenedRun) -> None:
-    """Make the run folder on this machine, which may have a disk of its own, and forget what it was told before."""
+    """Create the run folder on this machine, which may have its own disk, and remove leftovers of an earlier launch."""
     if not is_first_of_machine():
         return
     if not beginning.finished:
@@ -122,10 +122,10 @@ def _prepare_here(run: RunDir, beginning: OpenedRun) -> None:
 def _train_stages(
     loaded: Loaded, run: RunDir, shown: Shown, stops: StopRequests, beginning: OpenedRun, flags: TrainFlags
 ) -> str | None:
-    """Train the stages of a recipe, the last one in the run's own folder; returns why that stopped early, if it did.
+    """Train the stages of a recipe, the last one in the run folder itself; returns why that one stopped early, if so.
 
     Raises:
-        Stopped: in a stage before the last.
+        Stopped: an earlier stage stopped.
     """
     check_packages(loaded.recipe)
     import_peft(loaded.recipe)
@@ -154,7 +154,7 @@ def _train_part(
     flags: TrainFlags,
     before: Sequence[RunDir],
 ) -> None:
-    """Train a stage before the last in a folder of its own, unless that was done."""
+    """Train an earlier stage in its own folder, unless it is finished."""
     recipe = loaded.recipe.model_copy(update={"gates": ()})
 
     def prepare_folder() -> OpenedRun:
@@ -173,8 +173,8 @@ def _train_part(
     first_decides(lambda: finish(run, recipe))
     if reason is not None:
         stopped = Stopped(
-            f"stopped in stage {run.path.name} by {reason}; a whole checkpoint is in {run.checkpoints}; "
-            "the same command goes on"
+            f"stopped in stage {run.path.name} by {reason}; a complete checkpoint is in {run.checkpoints}; "
+            "run the same command again to resume"
         )
         stopped.in_all = True
         raise stopped
@@ -189,10 +189,10 @@ def _train(
     flags: TrainFlags,
     before: Sequence[RunDir],
 ) -> str | None:
-    """The heavy part of `train`; returns why it stopped early, if it did.
+    """The heavy part of `train`; returns why it stopped early, if so.
 
     Args:
-        before: the runs of earlier stages, whose results this one starts from.
+        before: the runs of earlier stages, whose results are merged into the base.
     """
     from peftcli.cli.pipeline import earlier_record, forecast_run, save_record
     from peftcli.model.files import base_facts
@@ -224,22 +224,22 @@ def _train(
     for line in [*plan_lines(decided, facts), *(f"  note: {notice}" for notice in plan.notices)]:
         shown.note(line)
     if twice := plan.batch.repeated(len(data.train.rows)):
-        shown.note(f"  note: each pass over the data takes {twice} rows twice, so that all processes have as many")
+        shown.note(f"  note: {twice} rows are repeated per epoch so that every process gets the same number of batches")
     for warning in facts.warnings:
         shown.note(f"  note: {warning}")
-    if foretold := forecast_line(forecast):
-        shown.note(foretold)
+    if summary := forecast_line(forecast):
+        shown.note(summary)
     shown.note(f"  run folder {run.path}")
     baseline = first_decides(
         lambda: before[0].eval if before else _reused_baseline(loaded.recipe, plan, stamp, shown, flags.baseline_from)
     )
     resume_from = beginning.resume_from and on_this_machine(beginning.resume_from, run.received)
-    asked = loaded.recipe.trainer
-    checkpoint_bytes = run_forecast(plan, asked).checkpoint_bytes
-    session = Session(stops, resume_from, stamp, checkpoint_bytes, baseline, asked)
-    work = evaluate_trained if beginning.trained else train
+    trainer = loaded.recipe.trainer
+    checkpoint_bytes = run_forecast(plan, trainer).checkpoint_bytes
+    session = Session(stops, resume_from, stamp, checkpoint_bytes, baseline, trainer)
+    run_stage = evaluate_trained if beginning.trained else train
     try:
-        return work(plan, run, data, tokenizer, shown, session).stop_reason
+        return run_stage(plan, run, data, tokenizer, shown, session).stop_reason
     finally:
         _forget_received(run)
 
@@ -253,7 +253,7 @@ def _planned_rows(
     *,
     smoke: bool,
 ) -> tuple["Planned", "PreTrainedTokenizerBase", "PreparedData"]:
-    """The plan of a recipe, its tokenizer and its rows, which one process of each machine prepares for all there.
+    """The plan of a recipe, its tokenizer and its rows, prepared by one process per machine.
 
     Args:
         before: the runs of earlier stages.
@@ -293,7 +293,7 @@ def _planned_rows(
 
 
 def _forget_received(run: RunDir) -> None:
-    """Remove what the first process has sent to this machine; nothing happens where nothing was."""
+    """Remove the files that the first process sent to this machine, if any."""
     if is_first_of_machine():
         shutil.rmtree(run.received, ignore_errors=True)
 
@@ -301,12 +301,14 @@ def _forget_received(run: RunDir) -> None:
 def _reused_baseline(
     recipe: Recipe, plan: Plan, stamp: Mapping[str, Any], shown: Shown, source_run: Path | None
 ) -> Path | None:
-    """The file of another run with the figures of this run's base, where they may be taken over."""
+    """The `eval.json` of another run, if its baseline evaluation can be reused."""
     if source_run is None or (not recipe.dataset.holds_out and recipe.evaluation.forgetting_text is None):
         return None
     reason = reuse_blocker(RunDir(source_run), recipe, plan, stamp)
-    taken = "the figures of the base are those of" if reason is None else "the base is measured anew, not as in"
-    shown.note(f"  {taken} {source_run.name}" + (f" ({reason})" if reason else ""))
+    if reason is None:
+        shown.note(f"  reusing the baseline of {source_run.name}")
+    else:
+        shown.note(f"  re-running the baseline; cannot reuse the one from {source_run.name} ({reason})")
     return RunDir(source_run).eval if reason is None else None
 
 
@@ -314,8 +316,8 @@ def _raise_unless_good(run: RunDir, metrics: MetricsJson, stop_reason: str | Non
     if stop_reason is not None:
         steps = metrics.train.steps if metrics.train else None
         raise Stopped(
-            f"stopped at step {steps} by {stop_reason}; a whole checkpoint is in {run.checkpoints}; "
-            "the same command goes on"
+            f"stopped at step {steps} by {stop_reason}; a complete checkpoint is in {run.checkpoints}; "
+            "run the same command again to resume"
         )
     raise_unmet(metrics)
 
@@ -325,11 +327,11 @@ def command_line() -> str:
 
 
 def import_peft(recipe: Recipe) -> None:
-    """Import PEFT and transformers without packages that they import where they are installed, used or not.
+    """Import PEFT and transformers without packages that they would import needlessly if installed.
 
-    bitsandbytes brings torch's compiler with it, and only a loss of object detection wants scipy: together a fifth of
-    the start of a training and 70 MB, and on a CUDA machine more. Older transformers import scikit-learn for assisted
-    generation, and it does not load without scipy, so both are hidden.
+    bitsandbytes imports torch's compiler, and only an object detection loss needs scipy: together a fifth of the
+    startup time and 70 MB, and more on a CUDA machine. Older versions of transformers import scikit-learn for assisted
+    generation, which does not load without scipy, so both are hidden.
     """
     if "peft" in sys.modules:
         return
@@ -338,11 +340,11 @@ def import_peft(recipe: Recipe) -> None:
     if own and recipe.quantization is None:
         unused.add("bitsandbytes")
     hidden = unused - sys.modules.keys()
-    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]  # None stands for what is not found
+    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]  # None means not found
     try:
         from peft.import_utils import is_bnb_available
 
-        is_bnb_available()  # PEFT remembers the answer
+        is_bnb_available()  # PEFT caches the result
     finally:
         for name in hidden:
             del sys.modules[name]

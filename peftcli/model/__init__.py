@@ -1,1 +1,1 @@
-"""Everything that touches weights or the device."""
+"""Code that loads weights or uses the device."""

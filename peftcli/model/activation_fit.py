@@ -19,19 +19,19 @@ from peftcli.plan.plan import Plan
 from peftcli.recipe.schema import AdapterSection
 
 SCALED = "feedforward_modules"
-"""Argument of IA3 that names the layers whose inputs it scales, and not their outputs."""
+"""Argument of IA3 that names the layers whose inputs, not outputs, it scales."""
 WIDTHS = ((1, 1), (1, 2), (2, 1), (2, 2), (3, 2), (2, 3), (3, 3), (1, 3), (3, 1), (4, 1), (1, 4))
-"""Inputs and outputs of the layers that are run, in units of their width."""
+"""Inputs and outputs of the test layers, in units of their width."""
 TOKENS = (16, 48)
 UNIT = 128
-"""Least width; that of published models is a multiple of it."""
+"""Minimum width; that of published models is a multiple of it."""
 
 
 def fit_activation_memory(plan: Plan) -> dict[str, ActivationFit] | None:
-    """What the plan's adapter keeps, by the layer's last name; under "" for all that are not named.
+    """The activation memory of the plan's adapter, by the last part of the layer name; "" is for all other layers.
 
-    Empty where the forecast knows the method's tensors, or where the method stands on no linear layers; None where it
-    does not run on small layers, so that only LoRA's tensors can be counted.
+    Empty if the forecast models the method itself, or if the method targets no linear layers; None if it does not run
+    on small layers, so that only LoRA's tensors can be counted.
     """
     method = METHODS[plan.adapter.method]
     if method.counted or method.prompts or not plan.targets or method.targets in ("norms", "embeddings"):
@@ -50,7 +50,7 @@ def fit_activation_memory(plan: Plan) -> dict[str, ActivationFit] | None:
 def _fit(
     adapter: AdapterSection, task: str, dtype: torch.dtype, *, autocast: bool, scales_inputs: bool
 ) -> ActivationFit | None:
-    """Run a few layers and solve for the coefficients; None where the method does not run on small layers."""
+    """Run a few layers and solve for the coefficients; None if the method does not run on small layers."""
     arguments = {name: value for name, value in adapter.arguments.items() if name != SCALED}
     alone = adapter.model_copy(update={"target_modules": ("layer",), "modules_to_save": None, "arguments": arguments})
     rows, counted, reads = [], [], False
@@ -69,14 +69,14 @@ def _fit(
         reads = found[0][1]
         for tokens, (kept, _) in zip(TOKENS, found, strict=True):
             rows.append(terms(tokens, inputs, outputs))
-            counted.append(kept - (2 * own if autocast else 0))  # which the forecast counts among the weights
+            counted.append(kept - (2 * own if autocast else 0))  # the forecast counts these as weights
     scale = np.array(rows).max(0)
     solved = np.linalg.lstsq(np.array(rows) / scale, np.array(counted, float), rcond=None)[0] / scale
     return ActivationFit(reads, tuple(float(one) for one in solved))
 
 
 def _unit(adapter: AdapterSection) -> int:
-    """A width that the method's own numbers divide, and that its rank does not exceed."""
+    """A width divisible by the method's size arguments, and not smaller than its rank."""
     names = METHODS[adapter.method].must_divide
     numbers = [adapter.arguments.get(name, METHODS[adapter.method].defaults.get(name)) for name in names]
     unit = math.lcm(UNIT, *(number for number in numbers if isinstance(number, int) and number > 0))
@@ -87,7 +87,7 @@ def _adapted(config: PeftConfig, inputs: int, outputs: int, dtype: torch.dtype, 
     model = torch.nn.Sequential()
     model.add_module("layer", torch.nn.Linear(inputs, outputs, bias=False, dtype=dtype))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of PEFT, on layers that no user has
+        warnings.simplefilter("ignore")  # PEFT's, about test layers that no user has
         layer: torch.nn.Module = get_peft_model(model, config).train()
     for part in layer.parameters():
         if part.requires_grad:
@@ -101,7 +101,7 @@ def _adapted(config: PeftConfig, inputs: int, outputs: int, dtype: torch.dtype, 
 def _saved_bytes(
     layer: torch.nn.Module, tokens: int, inputs: int, dtype: torch.dtype, *, autocast: bool
 ) -> tuple[int, bool]:
-    """Bytes that a forward pass keeps, parameters and the input aside, and whether it keeps the input."""
+    """Bytes saved in a forward pass, except parameters and input, and whether the input is saved."""
     owned = {_place(part) for part in (*layer.parameters(), *layer.buffers())}
     given = torch.zeros(1, tokens, inputs, dtype=dtype, requires_grad=True) * 1
     with _keeping() as tensors, torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
@@ -113,11 +113,11 @@ def _saved_bytes(
 
 @contextmanager
 def _keeping() -> Iterator[list[Tensor]]:
-    """The tensors that autograd keeps inside; held, so that no other takes their place."""
+    """The tensors that autograd saves inside; referenced, so that their memory is not reused."""
     kept: list[Tensor] = []
 
     def pack(tensor: Tensor) -> Tensor:
-        # The parts of a sparse tensor have a place, the tensor itself has none.
+        # The parts of a sparse tensor have an address, the tensor itself has none.
         kept.extend([tensor._indices(), tensor._values()] if tensor.is_sparse else [tensor])
         return tensor
 

@@ -32,18 +32,18 @@ def save_adapter(
     data: PreparedData,
     folder: Path,
 ) -> None:
-    """Write the adapter beside its name, then move it there.
+    """Write the adapter to a temporary folder, then rename it.
 
     Raises:
         Diverged: a trainable weight is not finite; nothing is written.
     """
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not torch.isfinite(parameter).all():
-            raise Diverged(f"{name} of the adapter holds values that are not finite, so it was not saved")
+            raise Diverged(f"{name} of the adapter has values that are not finite, so it was not saved")
     staging = folder.with_name(folder.name + ".staging")
     shutil.rmtree(staging, ignore_errors=True)
     sort_targets(model)
-    # Whether embeddings changed is known here: asking the Hub for the base's vocabulary would need a network.
+    # Whether embeddings changed is known here; checking the Hub for the base's vocabulary would need a network.
     model.save_pretrained(str(staging), save_embedding_layers=False)
     write_companions(model, tokenizer, data.stop_ids, staging)
     for number, earlier in enumerate(plan.base.absorbed, start=1):
@@ -53,14 +53,14 @@ def save_adapter(
 
 
 def copy_adapter(folder: Path, target: Path) -> None:
-    """Copy the files of an adapter that decide what it computes."""
+    """Copy the files of an adapter that determine its results."""
     target.mkdir(parents=True)
     for name in (WEIGHTS, CONFIG):
         shutil.copyfile(folder / name, target / name)
 
 
 def sort_targets(model: PeftModel) -> None:
-    """Give the targets in the saved configuration one order, so that equal runs write equal files."""
+    """Sort the targets in the saved configuration, so that equal runs write equal files."""
     for config in model.peft_config.values():
         for name in ("target_modules", "feedforward_modules"):
             if isinstance(getattr(config, name, None), (set, list, tuple)):
@@ -68,9 +68,9 @@ def sort_targets(model: PeftModel) -> None:
 
 
 def write_companions(model: Any, tokenizer: PreTrainedTokenizerBase, stop_ids: frozenset[int], folder: Path) -> None:
-    """Write the tokenizer with its chat template, and a generation config that stops where training did.
+    """Write the tokenizer with its chat template, and a generation config with the stop tokens of training.
 
-    A model that gives labels has none; its configuration is written instead, which holds their names.
+    A model with labels has no generation config; its configuration is written instead, which contains their names.
     """
     tokenizer.save_pretrained(str(folder))
     if getattr(model, "generation_config", None) is None:
@@ -87,7 +87,7 @@ def write_companions(model: Any, tokenizer: PreTrainedTokenizerBase, stop_ids: f
 
 
 def replace_folder(staged: Path, final: Path) -> None:
-    """Put a finished folder in the place of another, without a moment in which both are gone for good."""
+    """Replace a folder by a finished one, without a moment in which both are lost."""
     old = final.with_name(final.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if final.exists():
@@ -98,7 +98,7 @@ def replace_folder(staged: Path, final: Path) -> None:
 
 
 def folder_bytes(folder: Path, pattern: str) -> int:
-    """Bytes of the files of a folder that match."""
+    """Bytes of the matching files in a folder."""
     return sum(file.stat().st_size for file in folder.glob(pattern))
 
 
@@ -122,14 +122,14 @@ def write_card(run: RunDir) -> None:
         f"# {plan.name}",
         "",
         f"A PEFT adapter ({chosen['adapter']}) for {base}, made with peftcli.",
-        *(["", "**A smoke run on a random stand-in: of no use but as a rehearsal.**"] if plan.smoke else []),
+        *(["", "**A smoke run on a random stand-in: only a rehearsal, not a usable adapter.**"] if plan.smoke else []),
         "",
         f"- trained on {data.train_rows} rows ({data.format}), {_tested(data)}",
         f"- data fingerprint {(data.fingerprint.train or '')[:16]}",
         f"- {plan.parameters.trainable} trainable parameters, base in {chosen['model.dtype']}"
         + (" quantized to 4 bit" if "quantization.compute_dtype" in chosen else "")
         + (" quantized to 8 bit" if EIGHT_BIT in chosen else ""),
-        "- licence: to be stated by whoever publishes it; that of the base and of the data apply",
+        "- license: to be added by the publisher; the licenses of the base and of the data apply",
         "",
         *_results(task, evaluation),
     ]
@@ -139,11 +139,11 @@ def write_card(run: RunDir) -> None:
 
 
 def _tested(data: DataJson) -> str:
-    return f"tested on {data.test_rows} others" if data.test_rows else "all there are, so it was not tested"
+    return f"tested on {data.test_rows} others" if data.test_rows else "all rows, so it was not tested"
 
 
 def _results(task: str, evaluation: EvalJson) -> list[str]:
-    """The table of metrics of the report, as far as something was measured."""
+    """The report's table of metrics, as far as they were measured."""
     figures = MetricsJson(task=task, base=evaluation.base, adapter=evaluation.adapter)
     made = metric_table(Stages(metrics=figures, eval=evaluation))
     return [] if made is None else [markdown_table(made.without_empty_columns())]

@@ -31,19 +31,19 @@ Row: TypeAlias = Sequence[int] | str
 """Token ids, or the path of an image."""
 PIXELS = "pixel_values"
 APPLIES = 0.5
-"""A label of several is given from this probability on."""
+"""Probability from which a label is predicted in multi-label classification."""
 
 
 @dataclass(frozen=True)
 class TaskHead:
-    """What the outputs of a head mean.
+    """The meaning of a head's outputs.
 
     Attributes:
-        names: of the outputs, in their order.
-        problem_type: `single-label`, `multi-label`, `regression`, or `tagging`: a class for each marked token.
-        pad: token id that fills short rows.
-        separator: token id behind the first of two texts, None for a model that is not told which is which.
-        images: reads the image files that rows are; None where they are tokens.
+        names: names of the outputs, in order.
+        problem_type: `single-label`, `multi-label`, `regression`, or `tagging`: a class per labeled token.
+        pad: token id used for padding.
+        separator: token id after the first text of a pair; None if the model does not distinguish the texts.
+        images: loads the image files of the rows; None for tokens.
     """
 
     names: tuple[str, ...]
@@ -54,21 +54,21 @@ class TaskHead:
 
     @property
     def column(self) -> str:
-        """Of the rows, what the model reads: `input_ids`, or the paths in `image`."""
+        """The column of the rows that the model reads: `input_ids`, or the paths in `image`."""
         return "input_ids" if self.images is None else "image"
 
     def losses(self, logits: Tensor, labels: Tensor, *, smoothing: float = 0.0) -> Tensor:
         """The loss of each row, or of each token.
 
         Args:
-            logits: (B, C), of tagging (B, T, C); any float dtype.
-            labels: (B,) int64 of single-label; (B, C) float of 0 and 1, or of numbers; (B, T) int64 of tagging, where
-                -100 marks a token without a label.
-            smoothing: share of the weight that is spread over all classes.
+            logits: (B, C), for tagging (B, T, C); any float dtype.
+            labels: (B,) int64 for single-label; (B, C) float of 0 and 1, or of numbers; (B, T) int64 for tagging, with
+                -100 for tokens without a label.
+            smoothing: share of the weight spread over all classes.
 
         Returns:
-            (B,) or (B, T) float32: nats, of several labels their mean, of numbers the squared error; 0 where there is
-            no label.
+            (B,) or (B, T) float32: nats; for several labels their mean, for numbers the squared error; 0 without a
+            label.
         """
         logits = logits.float()
         if self.problem_type == "regression":
@@ -85,25 +85,25 @@ class TaskHead:
         return flat.view(labels.shape)
 
     def targets(self, labels: Tensor) -> Tensor:
-        """How many rows, or tokens, some labels hold: (), int64."""
+        """Number of rows, or tokens, with a label: (), int64."""
         if self.problem_type == "tagging":
             return (labels != IGNORED).sum()
         return torch.tensor(labels.shape[0], device=labels.device)
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """What the outputs say of each label, of a number the number itself: float32 of the shape of `logits`."""
+        """The probability of each label, or the value of a regression: float32 in the shape of `logits`."""
         if self.problem_type == "regression":
             return logits.float()
         return logits.float().sigmoid() if self.problem_type == "multi-label" else logits.float().softmax(-1)
 
     def chosen(self, logits: Tensor) -> Any:
-        """The labels that the outputs of one row stand for.
+        """The predicted labels of one row.
 
         Args:
-            logits: (C,), of tagging (N, C) at the marked tokens.
+            logits: (C,), for tagging (N, C) at the labeled tokens.
 
         Returns:
-            The number of a class, a list of them (also for each marked token), or of a regression its numbers.
+            The index of a class, a list of them (also per labeled token), or the numbers of a regression.
         """
         if self.problem_type == "regression":
             return [float(value) for value in logits]
@@ -112,7 +112,7 @@ class TaskHead:
         return logits.argmax(-1).tolist()
 
     def said(self, chosen: Any) -> str:
-        """Chosen labels as text.
+        """Predicted labels as text.
 
         >>> TaskHead(("ham", "spam"), "single-label").said(1), TaskHead(("a", "b"), "multi-label").said([0, 1])
         ('spam', 'a, b')
@@ -148,15 +148,15 @@ def task_head(
 
 
 def make_batch(ids: Sequence[Row], labels: Sequence[Sequence[float]] | None, head: TaskHead) -> dict[str, Tensor]:
-    """Rows filled up at their end, as a model takes them.
+    """Right-padded rows as model inputs.
 
     Args:
         ids: token ids of each row, or the path of its image.
-        labels: as the store holds them; None for rows that are to be labelled.
+        labels: as stored; None for rows to predict.
 
     Returns:
-        `input_ids` and `attention_mask` (B, T) int64, `token_type_ids` where the model tells two texts apart, and
-        `labels`; of images `pixel_values` (B, 3, H, W) float32, and one token each, which only counts them.
+        `input_ids` and `attention_mask` (B, T) int64, `token_type_ids` if the model distinguishes two texts, and
+        `labels`; for images `pixel_values` (B, 3, H, W) float32, and one token each, which is only used for counting.
     """
     if head.images is not None:
         return _image_batch([str(path) for path in ids], labels, head)
@@ -179,14 +179,14 @@ def _image_batch(paths: Sequence[str], labels: Sequence[Sequence[float]] | None,
     try:
         pixels = head.images.pixels(paths)
     except SkipRow as reason:
-        raise DataError(f"an image was changed while it was in use: a row {reason}; run again") from reason
+        raise DataError(f"an image changed during the run: a row {reason}; run again") from reason
     ones = torch.ones((len(paths), 1), dtype=torch.int64)
     batch = {PIXELS: pixels, "input_ids": torch.zeros_like(ones), "attention_mask": ones}
     return batch if labels is None else batch | {"labels": targets_of(labels, head, 1)}
 
 
 def segments(inputs: Tensor, mask: Tensor, separator: int) -> Tensor:
-    """Number of the text that each token belongs to: 0 up to the first separator, 1 behind it, 0 in padding.
+    """Index of the text of each token: 0 up to the first separator, 1 after it, 0 in padding.
 
     Args:
         inputs, mask: (B, T) int64.
@@ -201,11 +201,11 @@ def segments(inputs: Tensor, mask: Tensor, separator: int) -> Tensor:
 
 
 def targets_of(labels: Sequence[Sequence[float]], head: TaskHead, longest: int) -> Tensor:
-    """The labels of rows as a loss takes them.
+    """The labels of rows as needed by the loss.
 
     Args:
-        labels: as the store holds them.
-        longest: tokens of the longest row, which counts for tagging alone.
+        labels: as stored.
+        longest: tokens of the longest row, only used for tagging.
     """
     if head.problem_type == "single-label":
         return torch.tensor([int(row[0]) for row in labels], dtype=torch.int64)
@@ -223,7 +223,7 @@ def targets_of(labels: Sequence[Sequence[float]], head: TaskHead, longest: int) 
 
 
 def forward(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
-    """The outputs for a batch; of tagging those at its own tokens, virtual ones before them aside."""
+    """The outputs for a batch; for tagging, without those of virtual tokens."""
     if PIXELS in batch:
         weights = next(weight.dtype for weight in model.parameters() if weight.is_floating_point())
         outputs: Tensor = model(pixel_values=batch[PIXELS].to(weights)).logits
@@ -235,18 +235,18 @@ def forward(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
 
 @dataclass(frozen=True)
 class LabelMetrics:
-    """The metrics of one model that gives labels.
+    """The metrics of one model with labels.
 
     Attributes:
-        loss: nats per row or tagged word, of several labels their mean; of numbers the mean squared error.
-        figures: accuracy and all else, by the names of `metrics.json`.
+        loss: nats per row or tagged word; for several labels their mean; for numbers the mean squared error.
+        figures: accuracy and all other metrics, by the names of `metrics.json`.
     """
 
     loss: float
     figures: dict[str, Any]
 
     def as_dict(self) -> dict[str, Any]:
-        """The figures as `metrics.json` holds them."""
+        """The metrics in the form of `metrics.json`."""
         return {"loss": self.loss, **self.figures}
 
 
@@ -261,17 +261,17 @@ def row_logits(
     progress: Progress,
     what: str,
 ) -> list[Tensor]:
-    """The outputs of a model for rows, in their order.
+    """The outputs of a model for rows, in order.
 
     Args:
-        model: in evaluation mode or not; it is put back as it was.
+        model: in any mode; the mode is restored.
         ids: token ids of each row, or the path of its image.
-        marks: of tagging, for each token a label, or -100 where its output is not wanted.
-        batch_rows: rows of one forward pass; the result does not depend on it.
-        what: name of the stretch for `progress`.
+        marks: for tagging, a label per token, or -100 if its output is not needed.
+        batch_rows: batch size; the result does not depend on it.
+        what: name of the task for `progress`.
 
     Returns:
-        For each row float32 on the CPU: (C,), of tagging (N, C) at the marked tokens.
+        For each row float32 on the CPU: (C,), for tagging (N, C) at the labeled tokens.
     """
     found: list[Tensor | None] = [None] * len(ids)
     order = sorted(range(len(ids)), key=lambda row: len(ids[row]), reverse=True)
@@ -307,7 +307,7 @@ def evaluate_labels(
     progress: Progress,
     what: str,
 ) -> tuple[LabelMetrics, list[Answer]]:
-    """Measure a model with a head on all test rows; several processes share the rows and all get the whole result."""
+    """Evaluate a model with a head on all test rows; processes share the rows and all get the full result."""
     head = task_head(output_names(data), data.problem_type, model, tokenizer)
     ids, labels = (data.test.column(name).to_pylist() for name in (head.column, "labels"))
     mine = local_rows(len(ids))
@@ -328,11 +328,11 @@ def evaluate_labels(
 
 
 def label_loss(head: TaskHead, logits: Sequence[Tensor], labels: Sequence[Sequence[float]]) -> float:
-    """Mean loss over all rows, or all marked tokens, each weighing the same.
+    """Mean loss over all rows, or all labeled tokens, with equal weight.
 
     Args:
         logits: as `row_logits` returns them.
-        labels: as the store holds them.
+        labels: as stored.
     """
     if head.problem_type == "tagging":
         marked = [int(one) for row in labels for one in row if one != IGNORED]
@@ -345,11 +345,11 @@ def label_loss(head: TaskHead, logits: Sequence[Tensor], labels: Sequence[Sequen
 def label_figures(
     head: TaskHead, chosen: Sequence[Any], labels: Sequence[Sequence[float]], *, positive: str | None = None
 ) -> dict[str, Any]:
-    """The figures of chosen labels against those of the rows.
+    """Compare predicted labels with those of the rows.
 
     Args:
-        chosen: as `Head.chosen` returns them.
-        labels: as the store holds them.
+        chosen: as `TaskHead.chosen` returns them.
+        labels: as stored.
         positive: `evaluation.positive_label`.
     """
     if head.problem_type == "regression":

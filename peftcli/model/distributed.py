@@ -30,22 +30,22 @@ def rank_and_world_size() -> tuple[int, int]:
 
 
 def is_fsdp(model: torch.nn.Module) -> bool:
-    """Whether each process holds a part of the model, so that all must run it equally often and at the same time."""
+    """Whether the model is sharded, so that all processes must run it together and equally often."""
     return bool(getattr(model, "is_distributed_loading_by_transformers", False))
 
 
 def disable_accelerate_fsdp() -> None:
-    """Forget that accelerate's configuration asks for FSDP, which the plan has heeded.
+    """Disable FSDP in accelerate's configuration, because the plan handles it.
 
-    transformers would leave the weights of all processes but the first unread, and accelerate divide them again.
+    Otherwise transformers would load the weights in the first process only, and accelerate would shard them again.
     """
     os.environ.pop("ACCELERATE_USE_FSDP", None)
 
 
 def without_gradients(work: Callable[Concatenate[M, P], T]) -> Callable[Concatenate[M, P], T]:
-    """Let some work on a model, its first argument, build no graph.
+    """Run some work on a model, its first argument, without building a graph.
 
-    What torch gathers of a divided model in inference mode it could not gather again in training.
+    torch cannot gather sharded parameters for training again if they were gathered in inference mode.
     """
 
     @functools.wraps(work)
@@ -57,10 +57,10 @@ def without_gradients(work: Callable[Concatenate[M, P], T]) -> Callable[Concaten
 
 
 def local_rows(rows: int, *, in_step: bool = False) -> list[int]:
-    """Indices of the rows that this process takes: every n-th, so that the shares are alike.
+    """Indices of the rows of this process: every n-th row, so that the shares are similar.
 
     Args:
-        in_step: all shares have equally many rows, the last one of some being a row of another process.
+        in_step: all shares have equally many rows; the last row of some is a copy of another process's row.
     """
     rank, count = rank_and_world_size()
     mine = list(range(rank, rows, count))
@@ -70,7 +70,7 @@ def local_rows(rows: int, *, in_step: bool = False) -> list[int]:
 
 
 def gather(value: Any) -> list[Any]:
-    """The value of every process, in the order of ranks, on every process."""
+    """The values of all processes, by rank, on every process."""
     _, count = rank_and_world_size()
     if count == 1:
         return [value]
@@ -80,7 +80,7 @@ def gather(value: Any) -> list[Any]:
 
 
 def from_first(work: Callable[[], T]) -> T:
-    """Do some work in the first process alone, and return what it gave in every process.
+    """Run some work only in the first process, and return its result in every process.
 
     Raises:
         PeftcliError: what the work raised, in every process.
@@ -103,7 +103,7 @@ def from_first(work: Callable[[], T]) -> T:
 
 
 def in_all(work: Callable[[], T]) -> T:
-    """Do some work in every process, and fail in all of them where it fails in one.
+    """Run some work in every process, and fail in all of them if it fails in one.
 
     Raises:
         PeftcliError: of the first process that failed.
@@ -122,19 +122,19 @@ def in_all(work: Callable[[], T]) -> T:
 
 
 def contact_was_lost(problem: BaseException) -> bool:
-    """Whether an error says that another process has ended, does not answer or cannot be reached."""
+    """Whether an error means that another process has exited, does not respond or is unreachable."""
     # gloo's errors have no type of their own.
     return isinstance(problem, dist.DistError) or (isinstance(problem, RuntimeError) and "gloo" in str(problem))
 
 
 def tell_others(problem: PeftcliError) -> None:
-    """Leave what ends this process alone where the others look once they have lost it."""
-    with suppress(dist.DistError):  # whoever keeps the store has ended as well
+    """Publish the error that ends this process, for the others to read after losing contact."""
+    with suppress(dist.DistError):  # the process that hosts the store has exited too
         _store().set(ENDED_BY, f"process {rank_and_world_size()[0]}: {problem}")
 
 
 def told_by_other() -> str | None:
-    """What another process has ended by, None where it could not tell."""
+    """The error that ended another process; None if it was not published."""
     with suppress(dist.DistError):
         if _store().check([ENDED_BY]):
             return str(_store().get(ENDED_BY).decode())
@@ -142,12 +142,12 @@ def told_by_other() -> str | None:
 
 
 def first_of_machine_first(work: Callable[[], T], *, is_first: bool) -> T:
-    """Let one process of each machine do some work before the others there, which then find it in the cache.
+    """Let one process of each machine do some work first, so that the others on it find the result in the cache.
 
-    The others ask torch's store and wait in no collective: one of NCCL ends the training after `trainer.ddp_timeout`.
+    The others poll torch's store instead of a collective: one of NCCL would abort training after `trainer.ddp_timeout`.
 
     Args:
-        is_first: this is the one of its machine.
+        is_first: this is that process of its machine.
     """
     if rank_and_world_size()[1] == 1:
         return work()
@@ -159,7 +159,7 @@ def first_of_machine_first(work: Callable[[], T], *, is_first: bool) -> T:
     try:
         return work()
     finally:
-        _store().set(key, "over")  # what the first one could not do, the others run into as well
+        _store().set(key, "over")  # if it failed, the others will fail too
 
 
 def _store() -> Any:
@@ -167,7 +167,7 @@ def _store() -> Any:
 
 
 def destroy_process_group() -> None:
-    """Wait for all processes and take the group apart; a process that ends inside it can abort."""
+    """Wait for all processes and destroy the group; a process that exits within it can abort."""
     _, count = rank_and_world_size()
     if count > 1:
         dist.barrier()

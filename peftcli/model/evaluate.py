@@ -192,7 +192,7 @@ def load_retention(plan: Plan, tokenizer: PreTrainedTokenizerBase) -> RetentionT
 def base_retention(
     plan: Plan, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, progress: Progress
 ) -> Retention | None:
-    """Measure the base: what stands in `eval.json` under `retention`, whose change is not known yet.
+    """Measure the base: the value in `eval.json` under `retention`, whose change is not known yet.
 
     Args:
         model: without its adapter.

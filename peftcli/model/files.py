@@ -1,6 +1,6 @@
-"""Reads the weights of a base model: what identifies it, tensors by name, and single embedding rows.
+"""Reads the weights of a base model: hashes, tensors by name, and single embedding rows.
 
-The identifying data are read from the files in milliseconds, without a network.
+The hashes are read from the files in milliseconds, without a network.
 """
 
 import hashlib
@@ -27,19 +27,19 @@ from peftcli.errors import MachineError
 from peftcli.plan.plan import Base
 
 INPUTS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight", "tok_embeddings.weight")
-"""Ends of the names that architectures give to the embedding."""
+"""Suffixes of the embedding's name in various architectures."""
 UNSAID = ("_name_or_path", "_commit_hash", "transformers_version")
-"""Keys of a config.json that say where it lay and who wrote it, and nothing of the model."""
+"""Keys of a config.json about its path and writer, not about the model."""
 PER_BLOCK = 32
-"""Matrices sampled of one block at most; a mixture of experts has hundreds."""
+"""Maximum number of matrices hashed per block; a mixture of experts has hundreds."""
 COLUMNS = 4096
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 Source = Callable[[str], Tensor]
-"""Gives the base's tensor of a name."""
+"""Returns the base's tensor with a given name."""
 
 OUTPUTS = ("lm_head.weight", "embed_out.weight", "output.weight")
-"""Ends of the names that architectures give to the output layer; a tied one has no tensor of its own."""
+"""Suffixes of the output layer's name in various architectures; a tied one has no tensor."""
 SAMPLE_ROWS = 1000
 
 
@@ -78,14 +78,14 @@ def weights_damage(folder: Path) -> str | None:
 
 
 def embedding_rows(path: str, revision: str | None, ids: Sequence[int]) -> EmbeddingRows | None:
-    """Rows of the matrix that writes tokens, and an even sample of others.
+    """Rows of the output matrix, and an even sample of other rows.
 
     Args:
-        path: local folder or Hub id; of the Hub only files that were downloaded already are read.
-        ids: token ids; those beyond the matrix are left out.
+        path: local folder or Hub id; for the Hub, only files in the cache are read.
+        ids: token ids; those outside the matrix are omitted.
 
     Returns:
-        None where the files are not here, or hold no such matrix under a known name.
+        None if the files are not local, or have no such matrix under a known name.
     """
     folder = local_folder(path, revision)
     found = _find(folder) if folder is not None else None
@@ -109,13 +109,13 @@ def embedding_rows(path: str, revision: str | None, ids: Sequence[int]) -> Embed
 
 @dataclass(frozen=True)
 class BaseFacts:
-    """What the files of a base model say; None for what is not here to be read.
+    """Data from the files of a base model; None for what cannot be read locally.
 
     Attributes:
-        config_sha256: of what config.json says of the model; white space and the writer's version aside.
-        weights_sha256: over a few rows of its embedding, its output layer and its first, a middle and its last block.
-        embedding_rows: number of token ids that the model has a row for.
-        commit: of the Hub, None for a local folder.
+        config_sha256: of config.json without paths, formatting and the writer's version.
+        weights_sha256: over a few rows of the embedding, the output layer and the first, a middle and the last block.
+        embedding_rows: number of embedding rows.
+        commit: on the Hub, None for a local folder.
     """
 
     config_sha256: str | None = None
@@ -128,7 +128,7 @@ def base_facts(path: str, revision: str | None) -> BaseFacts:
     """Read the facts of a base model.
 
     Args:
-        path: local folder or Hub id; of the Hub only files that were downloaded already are read.
+        path: local folder or Hub id; for the Hub, only files in the cache are read.
     """
     folder = local_folder(path, revision)
     if folder is None:
@@ -137,31 +137,31 @@ def base_facts(path: str, revision: str | None) -> BaseFacts:
     try:
         tensors = _tensors(folder)
         return BaseFacts(_config_hash(folder), _weights_hash(tensors), _embedding_rows(tensors), commit)
-    except (OSError, ValueError, KeyError, MachineError):  # damaged files; loading them says more
+    except (OSError, ValueError, KeyError, MachineError):  # damaged files; loading them gives a better message
         return BaseFacts(_config_hash(folder), commit=commit)
 
 
 def stored_names(path: str, revision: str | None) -> set[str] | None:
-    """Names of the tensors in a model's files, None where they are not here or cannot be read."""
+    """Names of the tensors in a model's files; None if they are not local or unreadable."""
     folder = local_folder(path, revision)
     try:
         return None if folder is None else set(_tensors(folder)) or None
-    except (OSError, ValueError, KeyError, MachineError):  # loading them says more than could be said here
+    except (OSError, ValueError, KeyError, MachineError):  # loading them gives a better message
         return None
 
 
 def local_folder(path: str, revision: str | None) -> Path | None:
-    """The folder of a model on this disk, or None for one of the Hub that was never downloaded."""
+    """The local folder of a model; None if it was never downloaded from the Hub."""
     if Path(path).is_dir():
         return Path(path)
     try:
         return Path(snapshot_download(path, revision=revision, local_files_only=True))
-    except (OSError, ValueError):  # never downloaded, or no id of the Hub
+    except (OSError, ValueError):  # never downloaded, or not a Hub id
         return None
 
 
 def _config_hash(folder: Path) -> str | None:
-    """SHA-256 of the model that a folder's config.json describes, None where it has none that can be read."""
+    """SHA-256 of the model that a folder's config.json describes; None without a readable one."""
     try:
         content = json.loads((folder / "config.json").read_text(encoding="utf-8"), object_hook=_said)
     except (OSError, ValueError):
@@ -174,9 +174,9 @@ def _said(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def _tensors(folder: Path) -> dict[str, tuple[Path, list[int]]]:
-    """File and shape of each tensor by name; empty where a file of the model is not here."""
+    """File and shape of each tensor by name; empty if a file of the model is missing."""
     if (folder / INDEX).is_file():
-        # Not every *.safetensors: some repositories hold the same weights a second time under other names.
+        # Not every *.safetensors: some repositories contain the same weights again under other names.
         names = set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
         files = [folder / name for name in sorted(names)]
     else:
@@ -211,9 +211,9 @@ def _weights_hash(tensors: Mapping[str, tuple[Path, list[int]]]) -> str | None:
 
 
 def sampled_names(shapes: Mapping[str, Sequence[int]]) -> list[str]:
-    """The matrices that are looked at: those outside of the blocks, and of the first, a middle and the last block.
+    """The matrices that are hashed: those outside the blocks, and those of the first, a middle and the last block.
 
-    All of a block, since a model that was merged with an adapter may differ from its base in one projection only.
+    Blocks are hashed in full, because a merged model may differ from its base in only one projection.
 
     >>> sampled_names({"norm": [4], "head": [9, 4], **{f"h.{block}.q": [4, 4] for block in range(12)}})
     ['head', 'h.0.q', 'h.6.q', 'h.11.q']
@@ -241,7 +241,7 @@ def _add_rows(digest: Any, name: str, matrix: Any) -> None:
 
 
 def loaded_weights(model: PreTrainedModel) -> Source:
-    """The weights that a loaded base computes with: its quantized layers unpacked, the others as they are."""
+    """The weights of a loaded base; those of quantized layers are dequantized."""
     modules = dict(model.named_modules())
     state = model.state_dict(keep_vars=True)
     turned = turned_layers(model)
@@ -250,7 +250,7 @@ def loaded_weights(model: PreTrainedModel) -> Source:
         owner, _, leaf = name.rpartition(".")
         if leaf == "weight" and is_quantized_layer(modules.get(owner)):
             unpacked = dequantized_weight(modules[owner])
-            # GPT-2's layers hold their weight turned round; quantized they are linear layers like all others.
+            # GPT-2's layers store their weight transposed; quantized they are ordinary linear layers.
             return unpacked.t() if owner in turned else unpacked
         return Tensor.detach(state[name])
 
@@ -258,26 +258,26 @@ def loaded_weights(model: PreTrainedModel) -> Source:
 
 
 def end_names(model: PreTrainedModel) -> tuple[str, ...]:
-    """Names of the embedding and of the output layer, empty where the model has no output layer."""
+    """Names of the embedding and the output layer; empty if the model has no output layer."""
     embedding, output = end_name(model, "input"), end_name(model, "output")
     return (embedding, output) if embedding is not None and output is not None else ()
 
 
 def turned_layers(model: PreTrainedModel) -> set[str]:
-    """Layers whose file holds their weight turned round, as GPT-2's does; quantized they are linear like all others."""
-    # Asked of the structure without the adapter and without quantization, both of which put other modules there.
+    """Layers whose file stores their weight transposed, as GPT-2's does; quantized they are ordinary linear layers."""
+    # Read from the structure without adapter and quantization, which both replace modules.
     return {name for name, module in skeleton_of(model).named_modules() if isinstance(module, Conv1D)}
 
 
 def original_weights(base: Base, model: PreTrainedModel) -> Source:
-    """The weights as they lie in the base's safetensors files, read one by one.
+    """The weights in the base's safetensors files, read one by one.
 
     Args:
-        base: whose files are read.
-        model: the loaded base; where its output layer has no tensor of its own, the embedding's is meant.
+        base: the base whose files are read.
+        model: the loaded base; if its output layer has no tensor, the embedding's is used.
 
     Raises:
-        MachineError: a weight is not there under its name.
+        MachineError: a weight is missing.
     """
     folder = Path(base.path)
     if not folder.is_dir():
@@ -293,7 +293,7 @@ def original_weights(base: Base, model: PreTrainedModel) -> Source:
     def read(name: str) -> Tensor:
         name = name if name in files else tied.get(name, name)
         if name not in files:
-            raise MachineError(f"{base.path}: its files hold no weight named {name}; merge with --into dequantized")
+            raise MachineError(f"{base.path}: its files have no weight {name}; merge with --into dequantized")
         with open_weights(files[name]) as stream:
             tensor: Tensor = stream.get_tensor(name)
         return tensor

@@ -1,4 +1,4 @@
-"""Whether a model can train rows in flat lines, found out for a plan before its weights are here."""
+"""Determines whether a model supports padding-free batches, for a plan, before its weights are loaded."""
 
 import importlib.util
 
@@ -13,32 +13,32 @@ from peftcli.tiny.save import isolated
 from peftcli.tiny.shrink import shrink
 
 ATTENTION = "sdpa"
-"""The attention that lines take the place of; a model without it is padded for that reason."""
+"""The attention that padding-free batches replace; a model without it uses padded batches."""
 STATE_KERNELS = {"fla": "flash-linear-attention", "causal_conv1d": "causal-conv1d"}
-"""Modules, with their packages, that transformers computes linear attention and its convolutions by where they are.
+"""Modules, with their packages, that transformers uses for linear attention and its convolutions if installed.
 
-Source: `use_kernel_func_from_hub_with_fallback` in transformers/integrations/hub_kernels.py, which refuses the
-boundaries of rows without them.
+Source: `use_kernel_func_from_hub_with_fallback` in transformers/integrations/hub_kernels.py, which refuses
+row boundaries without them.
 """
 SPECIAL = ("pad", "bos", "eos", "sep", "cls", "mask")
 UNKNOWN = (ValueError, TypeError, KeyError, IndexError, AttributeError, AssertionError, RuntimeError)
-"""What a tiny model raises whose sizes do not go together: it tells nothing then, and training asks the real one."""
+"""Errors of a tiny model with inconsistent sizes: then nothing is known, and training checks the real model."""
 
 
 def why_not_flat(config: PreTrainedConfig) -> str:
-    """Why the rows of a flat line would not stay apart in a model; empty where they do, or where nobody knows.
+    """Why a model does not support padding-free batches; empty if it does, or if unknown.
 
-    A tiny random model of the same configuration is asked, by the same proof that training makes on the real one. It
-    takes a tenth of a second, and unlike a list of architectures it knows the options of a configuration (alibi,
-    windows, encoder or decoder) and the models of a later transformers. Layers with a state are known by the
-    configuration: what they carry over may be too small to measure in a random model.
+    This runs the same check as training, on a tiny random model with the same configuration. It takes a tenth of a
+    second, and unlike a list of architectures it covers the options of a configuration (alibi, windows, encoder or
+    decoder) and the models of later versions of transformers. Layers with a
+    state are recognized by the configuration: what they carry over may be too small to measure in a random model.
 
     Args:
         config: of the real model; it is not changed.
     """
     try:
         if type(config.get_text_config()) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-            return ""  # code of its own
+            return ""  # custom code
         if state_layers(config):
             return _why_state_is_shared(config)
         with isolated(seed=0):
@@ -47,9 +47,9 @@ def why_not_flat(config: PreTrainedConfig) -> str:
                 small, dtype=torch.float32, attn_implementation=ATTENTION
             )
             if not enable_padding_free(model):
-                return f"{_name(model)} has an attention of its own, which cannot read rows by their edges"
+                return f"{_name(model)} has its own attention, which does not support row boundaries"
             problem = check_rows(model).problem
-            return "" if problem is None else f"{_name(model)} does not keep the rows of a line apart: {problem}"
+            return "" if problem is None else f"{_name(model)} mixes the rows of a padding-free batch: {problem}"
     except UNKNOWN:
         return ""
 
@@ -74,7 +74,7 @@ def _name(model: PreTrainedModel) -> str:
 
 
 def _bare_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer with the special tokens and no others, for their ids."""
+    """A tokenizer with only special tokens, for their ids."""
     words = [f"<{kind}>" for kind in SPECIAL]
     backend = Tokenizer(WordLevel({word: number for number, word in enumerate(words)}, unk_token=words[0]))
     return PreTrainedTokenizerFast(

@@ -7,19 +7,19 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.distributed.configuration_utils import DistributedConfig
 
 PACKING = ("compress_statistics", "quant_type")
-"""What PEFT asks of a 4-bit weight; a part of one is a plain tensor that does not know it."""
+"""Attributes that PEFT reads from a 4-bit weight; a shard is a plain tensor without them."""
 
 
 def load_sharded(path: str, arguments: dict[str, Any], shards: int) -> PreTrainedModel:
-    """Load a language model of which each process holds a part, its own share of every block.
+    """Load a language model sharded across processes: each holds a part of every block.
 
-    Without quantization a process reads its part alone. In 4 bits each packs all weights in the machine's memory first
-    and hands its part to its card block by block: transformers would cut a weight before packing it, and the codes of
-    a part fit no layer.
+    Without quantization, a process reads only its shards. In 4 bits, each process quantizes all weights in CPU memory
+    first and moves its shards to its GPU block by block: transformers would shard a weight before quantizing it, and
+    the codes of a shard fit no layer.
 
     Args:
-        arguments: of `from_pretrained`; the device is the process's own.
-        shards: number of processes, all of this launch.
+        arguments: for `from_pretrained`; the device is that of the process.
+        shards: number of processes in this launch.
     """
     parts = DistributedConfig(fsdp_size=shards)
     given = {name: value for name, value in arguments.items() if name != "device_map"}
@@ -28,12 +28,12 @@ def load_sharded(path: str, arguments: dict[str, Any], shards: int) -> PreTraine
     if packing is None:
         model = AutoModelForCausalLM.from_pretrained(path, distributed_config=parts, **given)
     else:
-        # Codes in the format of all other weights are gathered with them in one go.
+        # Codes viewed in the dtype of the other weights are gathered together with them.
         packing.bnb_4bit_quant_storage = given["dtype"]
         model = _divide_packed(AutoModelForCausalLM.from_pretrained(path, device_map={"": "cpu"}, **given), parts)
-    # Of a model with a size here, though it be 1, PEFT gathers all weights to save an adapter.
+    # With a tensor parallel size, even 1, PEFT would gather all weights to save an adapter.
     model._tp_size = None
-    # Before the first pass: what torch gathers there would have gradients for good, and they would be clipped by.
+    # Before the first pass: otherwise gathered parameters would permanently require gradients, which would be clipped.
     model.requires_grad_(False)
     return model
 

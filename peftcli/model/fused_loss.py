@@ -1,6 +1,6 @@
 """Log-probabilities of the tokens that are trained, and of no others, with each product of the head made once.
 
-TRL's fused head computes the logits a second time in the backward pass, which its kernels on a card make worth while,
+TRL's fused head computes the logits a second time in the backward pass, which its GPU kernels make worth while,
 and without those kernels it scores the tokens of the prompt too. Here the gradient of a token is made beside its
 log-probability while its logits are there, and kept: it is as wide as the hidden state.
 """
@@ -129,7 +129,7 @@ def _scored(model: PreTrainedModel, args: tuple[Any, ...], given: dict[str, Any]
 
 
 def _is_linear(model: PreTrainedModel) -> bool:
-    """Whether nothing but a frozen linear layer stands between the hidden states and the logits."""
+    """Whether only a frozen linear layer is between the hidden states and the logits."""
     text = model.config.get_text_config()
     if getattr(text, "final_logit_softcapping", None) is not None or getattr(text, "output_router_logits", False):
         return False

@@ -15,13 +15,13 @@ from peftcli.progress import Progress
 
 @dataclass(frozen=True)
 class Decoding:
-    """How answers are drawn.
+    """Sampling settings.
 
     Attributes:
-        max_new_tokens: an answer longer than this is cut off and counts as unfinished.
-        temperature: 0 takes the most likely token each time.
-        top_p: with a temperature, the share of probability mass that is drawn from.
-        seed: of the draw.
+        max_new_tokens: longer answers are truncated and count as unfinished.
+        temperature: 0 for greedy decoding.
+        top_p: nucleus sampling threshold, used with a temperature.
+        seed: random seed for sampling.
     """
 
     max_new_tokens: int
@@ -32,7 +32,7 @@ class Decoding:
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer; `finished` says that the model stopped by itself."""
+    """One answer; `finished` means that the model generated a stop token."""
 
     text: str
     finished: bool
@@ -50,16 +50,16 @@ def generate_answers(
     progress: Progress,
     what: str,
 ) -> list[Answer]:
-    """Answer every prompt, in the order given.
+    """Answer every prompt, in the given order.
 
     Args:
-        model: causal language model; it is put back into the mode that it was in.
+        model: causal language model; its mode is restored.
         tokenizer: for decoding and the pad token.
         prompts: token ids.
-        stop_ids: ids that end an answer; they are not part of its text.
-        decoding: how tokens are drawn; the state of the global random generator is left as it was.
-        batch_rows: prompts of one batch.
-        what: name of the stretch for `progress`.
+        stop_ids: ids that end an answer; they are not included in its text.
+        decoding: sampling settings; the global random state is restored.
+        batch_rows: prompts per batch.
+        what: name of the task for `progress`.
     """
     answers: list[Answer | None] = [None] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]), reverse=True)

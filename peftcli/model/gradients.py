@@ -1,4 +1,4 @@
-"""How much a loss would change each layer's weight: the norms of gradients that are never stored."""
+"""Gradient norms of each layer's weight, without storing the gradients."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,21 +14,21 @@ from peftcli.model.distributed import gather
 
 Inputs = Mapping[str, Tensor]
 FLOAT16_SCALE = 1024.0
-"""Small gradients of float16 would be zero; the loss is made larger, and the norms smaller again."""
+"""Loss scale: small gradients would underflow in float16; the norms are scaled back."""
 
 
 def gradient_norms(
     model: nn.Module, names: Sequence[str], batches: Sequence[Inputs], loss: Callable[[Any, Inputs], Tensor]
 ) -> dict[str, float]:
-    """Mean over batches of the norm of the loss's gradient by the weight of each layer, per root of its size.
+    """The norm of the loss's gradient for each layer's weight, averaged over batches, per root of the weight's size.
 
-    The weights themselves need no gradient, so that quantized layers are measured like all others: from a layer's
-    inputs x and the gradients g of its outputs, the gradient by its weight is the sum over tokens of g xᵀ.
+    The weights do not need gradients, so quantized layers are supported: the gradient of a weight is the sum over
+    tokens of g xᵀ, with the layer's inputs x and the gradients g of its outputs.
 
     Args:
-        model: left as it was.
-        names: of linear layers.
-        batches: inputs with labels; where there are several processes, those of this one.
+        model: not changed.
+        names: names of linear layers.
+        batches: inputs with labels; with several processes, those of this one.
         loss: of the model on a batch.
 
     Returns:
@@ -57,18 +57,18 @@ def gradient_norms(
         found[name] = sum(share[name] for share, _ in shares) / count / math.sqrt(inputs * outputs)
     broken = [name for name, norm in found.items() if not math.isfinite(norm)]
     if broken:
-        raise Diverged(f"the gradient by {broken[0]} is not finite before training; set model.dtype to another format")
+        raise Diverged(f"the gradient of {broken[0]} is not finite before training; set another model.dtype")
     return found
 
 
 def gradient_matrices(
     model: nn.Module, names: Sequence[str], batches: Iterable[Inputs], loss: Callable[[Any, Inputs], Tensor]
 ) -> dict[str, Tensor]:
-    """The gradient by each layer's weight, summed over batches, float32 on the CPU, of the shape (outputs, inputs).
+    """The gradient of each layer's weight, summed over batches: float32 on the CPU, (outputs, inputs).
 
     Args:
-        model: left as it was.
-        names: of linear layers.
+        model: not changed.
+        names: names of linear layers.
         loss: of the model on a batch.
     """
     sums: dict[str, Tensor] = {}
@@ -85,11 +85,11 @@ def gradient_matrices(
 
 
 def squared_norm(inputs: Tensor, gradient: Tensor) -> float:
-    """The squared Frobenius norm of a weight's gradient, by the shorter one of two ways.
+    """The squared Frobenius norm of a weight's gradient, computed in the cheaper of two ways.
 
     Args:
         inputs: (..., inputs) of a layer.
-        gradient: (..., outputs), of the loss by its outputs.
+        gradient: (..., outputs), of the loss with respect to its outputs.
 
     >>> squared_norm(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0]]))
     45.0
@@ -120,7 +120,7 @@ def _watched(model: nn.Module, names: Sequence[str], add: Callable[[str, Tensor,
 
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
-    """No dropout, and gradients by activations alone, from the embeddings on."""
+    """Disables dropout, and computes gradients only for activations, from the embeddings on."""
     training, wanted = model.training, [weight for weight in model.parameters() if weight.requires_grad]
     model.requires_grad_(False)
     model.eval()

@@ -1,4 +1,4 @@
-"""This machine and the limits of its container: for the plan, and for `environment.json`."""
+"""This machine and the limits of its container, for the plan and for `environment.json`."""
 
 import importlib.util
 import os
@@ -20,16 +20,16 @@ PACKAGES = ("peftcli", "torch", "transformers", "trl", "peft", "bitsandbytes", "
 FLASH_PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
 
 FSDP_MORE = ("FSDP_OFFLOAD_PARAMS", "FSDP_ACTIVATION_CHECKPOINTING")
-"""What accelerate's configuration may ask of FSDP, by its variables, and is not done here."""
+"""Variables of accelerate's FSDP options that are not supported here."""
 
 NATIVE_BF16 = (8, 0)
-"""Compute capability from which NVIDIA's GPUs compute bfloat16."""
+"""Compute capability from which NVIDIA GPUs support bfloat16 natively."""
 NO_LIMIT_BYTES = 2**60
-"""Version 1 of control groups writes a number near 2**63 for no limit."""
+"""Control groups version 1 write a number near 2**63 for no limit."""
 
 
 def probe_machine() -> Machine:
-    """Ask torch and the operating system what is here; a CPU where no CUDA device is usable."""
+    """Read the hardware from torch and the operating system; a CPU if no CUDA device is usable."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     asked = _is_set("ACCELERATE_USE_FSDP")
     more = tuple(name.lower() for name in FSDP_MORE if _is_set(name))
@@ -52,7 +52,7 @@ def probe_machine() -> Machine:
         device="cuda",
         name=" and ".join(dict.fromkeys(gpu.name for gpu in gpus)),
         capability=capability,
-        # torch answers for the current device alone, and asking it of another one opens a context there.
+        # torch only answers for the current device, and selecting another one would create a context there.
         native_bf16=torch.cuda.is_bf16_supported(including_emulation=False)
         and (torch.version.hip is not None or capability >= NATIVE_BF16),
         arch_list=tuple(torch.cuda.get_arch_list()),
@@ -71,9 +71,9 @@ def probe_machine() -> Machine:
 
 
 def _used_gpus(processes: int) -> list[Any]:
-    """The properties of the GPUs of this machine that a launch of some processes uses: the first ones, one for each.
+    """The properties of the GPUs used by a launch: the first ones, one per process.
 
-    Every process must plan the same, so a plan is for the smallest of them.
+    Every process must make the same plan, so it is made for the smallest of them.
     """
     here = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
     return [torch.cuda.get_device_properties(number) for number in range(min(here, torch.cuda.device_count()))]
@@ -84,7 +84,7 @@ def _is_set(name: str) -> bool:
 
 
 def describe_environment(machine: Machine, command: str) -> EnvironmentJson:
-    """The content of `environment.json`: versions and hardware, no name of a user, host or folder."""
+    """The content of `environment.json`: versions and hardware, without names of users, hosts or folders."""
     capability = machine.capability
     return EnvironmentJson(
         python=platform.python_version(),
@@ -108,7 +108,7 @@ def peak_memory_bytes(device: str) -> int:
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")
-    if status.is_file():  # the other count begins with the memory of whoever started this process
+    if status.is_file():  # ru_maxrss starts with the memory of the parent process
         found = re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(encoding="ascii", errors="replace"), re.MULTILINE)
         if found is not None:
             return int(found[1]) * 1024
@@ -119,7 +119,7 @@ def peak_memory_bytes(device: str) -> int:
 
 
 def resident_bytes() -> int:
-    """Memory of this process that is in the machine's memory now."""
+    """Resident memory of this process."""
     return int(psutil.Process().memory_info().rss)
 
 
@@ -133,10 +133,10 @@ def _processor() -> str:
 
 
 def usable_memory(root: Path = Path("/")) -> int:
-    """Bytes of the machine's memory or, where that is less, of what the container allows.
+    """Bytes of the machine's memory, or of the container's limit if that is lower.
 
     Args:
-        root: where `proc` and `sys` lie.
+        root: folder with `proc` and `sys`.
     """
     limit, _ = memory_limit(root)
     total = int(psutil.virtual_memory().total)
@@ -144,7 +144,7 @@ def usable_memory(root: Path = Path("/")) -> int:
 
 
 def memory_limit(root: Path) -> tuple[int | None, int]:
-    """Bytes that the tightest control group around this process allows, and how many of those are used."""
+    """The tightest memory limit in bytes of this process's control groups, and how much of it is used."""
     found = []
     for folder in _groups(root, "memory"):
         for limit, used, cache in (
@@ -153,13 +153,13 @@ def memory_limit(root: Path) -> tuple[int | None, int]:
         ):
             allowed = _number(folder / limit)
             if allowed is not None and allowed < NO_LIMIT_BYTES:
-                # Files that were read and not touched again are given up first, so they count as free.
+                # Cached files that are not in active use are evicted first, so they count as free.
                 found.append((int(allowed), max(0, int(_number(folder / used) or 0) - _stat(folder, cache))))
     return min(found, default=(None, 0), key=lambda pair: pair[0] - pair[1])
 
 
 def core_quota(root: Path) -> float | None:
-    """Cores' worth of time that the tightest control group around this process allows."""
+    """The tightest CPU limit of this process's control groups, in cores."""
     found = []
     for folder in _groups(root, "cpu"):
         words = _text(folder / "cpu.max").split() or [
@@ -172,7 +172,7 @@ def core_quota(root: Path) -> float | None:
 
 
 def _groups(root: Path, controller: str) -> Iterator[Path]:
-    """The folders of the control groups around this process, of both versions."""
+    """The folders of this process's control groups, in both versions."""
     for line in _text(root / "proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
         names = controllers.split(",")
@@ -182,14 +182,14 @@ def _groups(root: Path, controller: str) -> Iterator[Path]:
         tops = (top / controllers, top / controller) if controllers else (top, top / "unified")
         for base in {place for place in tops if place.is_dir()}:
             inner = base / path.lstrip("/")
-            # In a container the path is often that of the machine outside, and only the top can be seen.
+            # In a container the path is often that of the host, and only the root is visible.
             yield from (place for place in (inner, *inner.parents) if place.is_dir() and place.is_relative_to(base))
 
 
 def _text(file: Path) -> str:
     try:
         return file.read_text(encoding="ascii", errors="replace").strip()
-    except OSError:  # another version of control groups, or hidden from us
+    except OSError:  # another version of control groups, or not visible
         return ""
 
 

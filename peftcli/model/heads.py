@@ -1,6 +1,6 @@
 """The head of a task: its transformers class, its modules, and its initialization.
 
-The running statistics of batch norms stay those of the base, so that a disabled adapter leaves the base unchanged.
+The running statistics of batch norms stay those of the base, so that a disabled adapter gives the base.
 """
 
 from collections.abc import Mapping
@@ -23,20 +23,20 @@ PROBLEM_TYPES = {
     "multi-label": "multi_label_classification",
     "regression": "regression",
 }
-"""Of transformers, by our name."""
+"""Problem types of transformers, by our name."""
 POOLER = "pooler"
-"""A module of the base model that a checkpoint trained without it lacks, as those of masked language models do."""
+"""Modules that base checkpoints may lack, such as those of masked language models."""
 OFFSET_POSITIONS = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "data2vec-text", "roberta-prelayernorm")
-"""Model types that count positions from the pad token's id on."""
+"""Model types whose position ids start after the pad token's id."""
 
 
 def auto_class(task: str) -> Any:
-    """The class in transformers that loads the model of a task."""
+    """The auto class of transformers for a task."""
     return getattr(transformers, TASKS[task].auto_class)
 
 
 def label_settings(task: str, labels: tuple[str, ...], problem_type: str | None) -> dict[str, Any]:
-    """What a model's configuration says of its labels; nothing for a language model.
+    """The configuration values for a model's labels; empty for a language model.
 
     >>> label_settings("token-classification", ("O", "B-group"), None)["id2label"]
     {0: 'O', 1: 'B-group'}
@@ -64,7 +64,7 @@ def build_empty(
     Raises:
         MachineError: transformers has no such model of this type.
     """
-    # A copy, since building a model writes into its configuration.
+    # A copy, because building a model changes its configuration.
     config = type(config).from_dict(config.to_dict())
     if not TASKS[task].generates:
         config.num_labels = len(labels)
@@ -74,17 +74,17 @@ def build_empty(
     except (ValueError, KeyError) as problem:
         kind = getattr(config, "model_type", "?")
         raise MachineError(
-            f"{path}: transformers has no {TASKS[task].model} of type {kind}; name another model"
+            f"{path}: transformers has no {TASKS[task].model} of type {kind}; set another model.name"
         ) from problem
     return model
 
 
 def head_modules(model: PreTrainedModel, task: str, path: str, revision: str | None = None) -> tuple[str, ...]:
-    """Names of the modules that are trained whole with a task: those that the bare model lacks or its files lack.
+    """Names of the modules that are fully trained for a task: those that the bare model or its files lack.
 
     Args:
         model: of the task, also on the meta device.
-        path: of the base, whose files tell whether they hold its pooler; one that is not here yet is taken to.
+        path: of the base, whose files tell whether it has a pooler; if it is not local, it is assumed to have one.
     """
     if TASKS[task].generates:
         return ()
@@ -101,16 +101,16 @@ def head_modules(model: PreTrainedModel, task: str, path: str, revision: str | N
 
 
 def _parts(name: str, module: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
-    """A module, or what a sequence is made of: PEFT cannot take every method off beside a sequence that was trained."""
+    """A module, or the parts of a Sequential: PEFT cannot unload every method next to a trained Sequential."""
     if not isinstance(module, torch.nn.Sequential):
         return [(name, module)]
     return [(f"{name}.{inner}", part) for inner, part in module.named_children()]
 
 
 def unquantized_modules(base: Base) -> list[str] | None:
-    """Modules that stay as they are where a base is quantized: what transformers leaves out by itself, and the head.
+    """Modules that are not quantized: those that transformers skips by default, and the head.
 
-    An explicit list takes the place of transformers' own; None leaves it to that.
+    An explicit list replaces that of transformers; None keeps it.
     """
     if TASKS[base.task].generates:
         return None
@@ -121,13 +121,13 @@ def unquantized_modules(base: Base) -> list[str] | None:
 
 
 def load_with_head(base: Base, arguments: Mapping[str, Any]) -> PreTrainedModel:
-    """Load a base with the head of its task; a head that the files lack begins at random, the same each time.
+    """Load a base with the head of its task; a missing head is initialized randomly with a fixed seed.
 
     Args:
         arguments: for `from_pretrained`.
 
     Raises:
-        MachineError: the files lack weights besides those of the head.
+        MachineError: the files lack weights other than those of the head.
     """
     cards = [torch.cuda.current_device()] if base.device == "cuda" else []
     with torch.random.fork_rng(devices=cards):
@@ -143,15 +143,15 @@ def load_with_head(base: Base, arguments: Mapping[str, Any]) -> PreTrainedModel:
     outside = [name for name in (*said["missing_keys"], *mismatched) if not is_within(name, base.head)]
     if outside:
         raise MachineError(
-            f"{base.path}: its files hold no fitting weights for {', '.join(sorted(outside)[:3])}, which would stay "
-            "random; name a base whose files hold them"
+            f"{base.path}: its files have no matching weights for {', '.join(sorted(outside)[:3])}, which would stay "
+            "random; set model.name to a base that has them"
         )
     loaded: PreTrainedModel = model
     return loaded
 
 
 def positions_of(config: PreTrainedConfig) -> int | None:
-    """The longest row that a model was made for, tokens; None where it does not say."""
+    """The maximum sequence length of a model in tokens; None if unknown."""
     text = config.get_text_config()
     positions = getattr(text, "max_position_embeddings", None)
     if positions is not None and text.model_type in OFFSET_POSITIONS:
@@ -160,7 +160,7 @@ def positions_of(config: PreTrainedConfig) -> int | None:
 
 
 def is_within(name: str, modules: tuple[str, ...]) -> bool:
-    """Whether a name is that of a module, or of a part of one.
+    """Whether a name is that of a module or inside one.
 
     >>> is_within("classifier.weight", ("classifier",)), is_within("classifiers", ("classifier",))
     (True, False)
@@ -169,18 +169,18 @@ def is_within(name: str, modules: tuple[str, ...]) -> bool:
 
 
 def keeps_statistics(module: nn.Module) -> bool:
-    """Whether a forward pass in training changes a module, as the running means of a batch norm."""
+    """Whether a forward pass in training changes a module, such as the running statistics of a batch norm."""
     return isinstance(module, _BatchNorm)
 
 
 def freeze_statistics(model: nn.Module) -> None:
-    """Let each batch norm compute with the statistics of the base, in training too.
+    """Make each batch norm use the statistics of the base, in training too.
 
-    A forward pass then depends on no other row of its batch, and changes nothing.
+    Then a forward pass does not depend on other rows of its batch, and changes nothing.
     """
     for module in model.modules():
         if keeps_statistics(module):
-            # A trainer puts the whole model into training mode before each step.
+            # The trainer sets the whole model to training mode before each step.
             module.register_forward_pre_hook(_as_in_evaluation)
 
 

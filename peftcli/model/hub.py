@@ -1,4 +1,4 @@
-"""Whether the Hub can be asked, and what to say when a model cannot be had."""
+"""Whether the Hub is reachable, and messages for models that cannot be loaded."""
 
 import socket
 from functools import cache
@@ -11,14 +11,14 @@ from huggingface_hub import constants
 from peftcli.nearest import nearest
 
 CONNECT_SECONDS = 5.0
-"""After which a server that does not answer counts as out of reach."""
+"""Timeout after which a server counts as unreachable."""
 
 
 def look_for_network(path: str) -> None:
-    """Take the Hub's files from the local cache alone where the Hub cannot be reached.
+    """Use only the local cache if the Hub is unreachable.
 
-    The libraries would wait for half a minute for each of a dozen files, all of which are in the cache. Asked once
-    in a process, and for a Hub id only. What stands behind a proxy is left to the libraries.
+    Otherwise the libraries would wait half a minute for each of a dozen files, even if all are cached. Checked once per
+    process, and only for a Hub id. With a proxy, this is left to the libraries.
 
     Args:
         path: local folder or Hub id.
@@ -41,22 +41,22 @@ def _is_reachable(endpoint: str) -> bool:
 
 
 def why_offline() -> str:
-    """Why nothing is asked of the Hub, as a part of a sentence; for a process that is offline."""
+    """Why the Hub is not used, as part of a sentence; for an offline process."""
     if _is_reachable.cache_info().currsize and not _is_reachable(constants.ENDPOINT):
-        return f"{urlsplit(constants.ENDPOINT).hostname} cannot be reached"
+        return f"{urlsplit(constants.ENDPOINT).hostname} is unreachable"
     return "HF_HUB_OFFLINE is set"
 
 
 def explain_missing(name: str, problem: Exception) -> str:
-    """One line on why a model folder or Hub id could not be loaded, and the mend.
+    """One line on why a model folder or Hub id could not be loaded, and the fix.
 
     Args:
-        name: as asked for.
-        problem: what the library raised.
+        name: as requested.
+        problem: the exception of the library.
     """
     path = Path(name).expanduser()
     if path.is_dir():
-        return f"{name}: this folder holds no usable model: {_first_line(problem)}"
+        return f"{name}: this folder has no usable model: {_first_line(problem)}"
     looks_local = name.startswith(("/", "./", "../", "~")) or name.count("/") != 1
     if looks_local:
         beside = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
@@ -65,7 +65,7 @@ def explain_missing(name: str, problem: Exception) -> str:
     if constants.is_offline_mode():
         return (
             f"model.name {name}: not in the local cache, and {why_offline()}; download it once with a network, "
-            "give a local folder, or rehearse with --smoke"
+            "set a local folder, or rehearse with --smoke"
         )
     return (
         f"model.name {name}: cannot be loaded from the Hub or the local cache ({_first_line(problem)}); check the id, "

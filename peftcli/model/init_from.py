@@ -1,4 +1,4 @@
-"""`adapter.init_from`: starts a training from an adapter that was trained before."""
+"""`adapter.init_from`: starts training from an existing adapter."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,49 +17,49 @@ from peftcli.plan.plan import Base
 from peftcli.run_dir import RunDir, read_json
 
 SHOWN = 3
-"""Tensors named in a message."""
+"""Maximum number of tensors listed in a message."""
 
 
 def adapter_folder(path: str) -> Path:
-    """The folder of the adapter that a recipe names: a run or the adapter itself.
+    """The folder of the adapter that a recipe names: a run or an adapter folder.
 
     Raises:
-        RecipeError: no adapter lies there, or one that stands on those of earlier stages.
+        RecipeError: there is no adapter, or it depends on earlier stages.
     """
     folder = RunDir(Path(path)).adapter if (Path(path) / "recipe.yaml").is_file() else Path(path)
     if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
         raise RecipeError(
-            f"adapter.init_from {path}: no adapter there ({CONFIG} and {WEIGHTS}); name a run or its adapter"
+            f"adapter.init_from {path}: no adapter there ({CONFIG} and {WEIGHTS}); set a run or an adapter folder"
         )
     if (folder / EARLIER).is_dir():
         raise RecipeError(
-            f"adapter.init_from {path}: this adapter stands on those of earlier stages; merge that run and name the "
-            "merged model in model.name"
+            f"adapter.init_from {path}: this adapter depends on adapters of earlier stages; merge that run and set "
+            "model.name to the merged model"
         )
     return folder
 
 
 def load_initial_weights(model: PeftModel, path: str, base: Base) -> str:
-    """Give an adapter the weights of one that was trained before; what that one lacks stays as it is.
+    """Load the weights of an existing adapter into a new one; missing ones keep their initialization.
 
     Args:
-        model: with the recipe's adapter, not trained yet.
+        model: with the recipe's adapter, untrained.
         path: of a run or an adapter.
         base: under the adapter.
 
     Returns:
-        What was taken over, for people.
+        A note on what was loaded.
 
     Raises:
         RecipeError: the adapter is of another method, or does not fit.
-        MachineError: it stands on another base.
+        MachineError: it has another base.
     """
     folder = adapter_folder(path)
     config = model.active_peft_config
     method = read_json(folder / CONFIG).get("peft_type")
     if method != str(config.peft_type.value):
         raise RecipeError(
-            f"adapter.init_from {path}: a {method} adapter, and the recipe trains {config.peft_type.value}"
+            f"adapter.init_from {path}: a {method} adapter, but the recipe trains {config.peft_type.value}"
         )
     identity = read_manifest(folder)
     if identity is not None:
@@ -71,12 +71,12 @@ def load_initial_weights(model: PeftModel, path: str, base: Base) -> str:
         mine = own.get(name)
         of_head = is_within(name.removeprefix(PREFIX), base.head)
         if of_head and other:
-            continue  # of the same size it would still be that of other labels
+            continue  # even with the same size, it would be for other labels
         if mine is not None and mine.shape == tensor.shape:
             taken[name] = tensor
         elif not of_head:
             raise RecipeError(f"adapter.init_from {path}: {_unfit(name, tensor, mine)}")
-    set_peft_model_state_dict(model, own | taken)  # PEFT wants a head whole, also where it stays as it is
+    set_peft_model_state_dict(model, own | taken)  # PEFT requires a complete head, even if unchanged
     fresh = [name for name in own if name not in taken]
     return f"  starts from {path}: {len(taken)} of {len(own)} tensors" + (f", new {_some(fresh)}" if fresh else "")
 
@@ -92,10 +92,8 @@ def _same_labels(stated: Mapping[str, Any], base: Base) -> bool:
 def _unfit(name: str, tensor: torch.Tensor, mine: torch.Tensor | None) -> str:
     bare = name.removeprefix(PREFIX)
     if mine is None:
-        return f"the recipe's adapter has no place for {bare}; add its module to adapter.target_modules"
-    return (
-        f"{bare} is {_size(tensor)} there and {_size(mine)} here; give adapter the arguments that it was trained with"
-    )
+        return f"the recipe's adapter has no {bare}; add its module to adapter.target_modules"
+    return f"{bare} is {_size(tensor)} in that adapter, but {_size(mine)} in the recipe; use the same arguments"
 
 
 def _some(names: list[str]) -> str:

@@ -1,6 +1,6 @@
-"""The structure of a base model from its config alone: dimensions, modules, trainable parameters.
+"""The structure of a base model from its configuration: dimensions, modules, trainable parameters.
 
-No weight is loaded: the model is built on the meta device. Also where a model is: a tiny one built here, a local
+No weights are loaded: the model is built on the meta device. Also finds the model: a tiny built-in one, a local
 folder, a Hub id, or the stand-in of a smoke run.
 """
 
@@ -39,7 +39,7 @@ from peftcli.tiny.build import tiny_model
 TINY = "tiny:"
 
 ACTIVATIONS_KEPT = {"gelu_new": 4, "gelu_fast": 5, "quick_gelu": 3, "gelu_python": 3}
-"""Tensors that an activation written out in Python keeps for its backward pass; torch's own keep one, their input."""
+"""Tensors saved for the backward pass by activations written in Python; torch's own save only their input."""
 ATTENTION = re.compile(r"(^|\.)(self_)?att(n|ention)\b|_attn\b|_attention\b")
 BLOCK = re.compile(r"^(?P<before>.*?\.)(?P<number>\d+)\.(?P<name>.+)$")
 
@@ -48,7 +48,7 @@ def load_config(path: str, revision: str | None, *, trust_remote_code: bool = Fa
     """Load the configuration of a model.
 
     Raises:
-        MachineError: the folder or the Hub id cannot be had.
+        MachineError: the folder or Hub id cannot be loaded.
     """
     look_for_network(path)
     try:
@@ -66,22 +66,22 @@ def inspect_model(
     trust_remote_code: bool = False,
     needs_weights: bool = True,
 ) -> ModelFacts:
-    """Build the model on the meta device and name its parts.
+    """Build the model on the meta device and read its structure.
 
     Args:
-        labels: what the head of the task gives; none for a language model.
-        needs_weights: refuse a folder that holds none; pickled ones are refused in any case.
+        labels: the outputs of the task head; empty for a language model.
+        needs_weights: refuse a folder without weights; pickled ones are always refused.
 
     Raises:
-        MachineError: the architecture has no model for the task, or holds only pickled weights.
-        RecipeError: the weights are quantized already.
+        MachineError: the architecture has no model for the task, or only pickled weights.
+        RecipeError: the weights are already quantized.
     """
     _refuse_pickles(path, needs_weights=needs_weights)
     packed = getattr(config, "quantization_config", None)
     if packed is not None:
         method = packed.get("quant_method") if isinstance(packed, dict) else getattr(packed, "quant_method", None)
         raise RecipeError(
-            f"model.name {path}: its weights are quantized already ({method}); name the repository with the full "
+            f"model.name {path}: its weights are already quantized ({method}); use the repository with the full "
             "weights and let `quantization: {bits: 4}` quantize them"
         )
     model = build_empty(path, config, task, labels, trust_remote_code=trust_remote_code)
@@ -110,7 +110,7 @@ def inspect_model(
         widths=all_widths(model),
         hidden=hidden_width(model),
         head=head,
-        reads_end=TASKS[task].labels_texts and "score" in head,  # so transformers calls a head on the last token
+        reads_end=TASKS[task].labels_texts and "score" in head,  # transformers' name for a head on the last token
         convolutions=bool(convolutions),
         statistics=any(keeps_statistics(module) for module in names.values()),
         checkpointing=bool(model.supports_gradient_checkpointing),
@@ -120,13 +120,13 @@ def inspect_model(
 
 
 def _is_divisible(model: torch.nn.Module, names: Mapping[str, torch.nn.Module]) -> bool:
-    """Whether transformers' plan of parts names the blocks of the model; with no block in it all would be one part."""
+    """Whether transformers' FSDP plan covers the blocks of the model; otherwise everything would be one shard group."""
     rules = getattr(model, "fsdp_plan", None) or {}
     return any("*" in rule and rule.partition(".*")[0] in names for rule in rules)
 
 
 def _convolutions(modules: Mapping[str, torch.nn.Module]) -> tuple[str, ...]:
-    """Names of the convolutions of images; those in groups aside, whose rank the groups would have to divide."""
+    """Names of 2D convolutions, except grouped ones, whose rank the groups would have to divide."""
     return tuple(name for name, module in modules.items() if isinstance(module, torch.nn.Conv2d) and module.groups == 1)
 
 
@@ -138,7 +138,7 @@ def trainable_counter(
     labels: tuple[str, ...] = (),
     trust_remote_code: bool = False,
 ) -> Callable[[AdapterSection], Trained]:
-    """A function that counts the trainable parameters of an adapter on this model, by letting PEFT build it there."""
+    """Returns a function that counts the trainable parameters of an adapter on this model, using PEFT itself."""
 
     def count(adapter: AdapterSection) -> Trained:
         model = build_empty(path, config, task, labels, trust_remote_code=trust_remote_code)
@@ -154,21 +154,21 @@ def _refuse_pickles(path: str, *, needs_weights: bool) -> None:
     pickled = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in folder.glob(pattern))
     if pickled:
         raise MachineError(
-            f"{path}: holds {pickled[0]} and no safetensors; a pickle can run code when it is loaded, so it is not "
-            "read; convert it to safetensors"
+            f"{path}: has {pickled[0]} and no safetensors; a pickle can run code when loaded, so it is not read; "
+            "convert it to safetensors"
         )
     if needs_weights:
-        raise MachineError(f"{path}: no *.safetensors in this folder, so no weights to load")
+        raise MachineError(f"{path}: no *.safetensors in this folder, so there are no weights to load; download them")
 
 
 @dataclass(frozen=True)
 class Located:
-    """What is loaded for the model of a recipe.
+    """The model to load for a recipe.
 
     Attributes:
         path: local folder or Hub id.
         config: its configuration.
-        rehearsal: what stands in for the real model in a smoke run; None where nothing does.
+        rehearsal: the stand-in of a smoke run; None otherwise.
     """
 
     path: str
@@ -180,12 +180,12 @@ def resolve_model(model: ModelSection, *, smoke: bool, longest: int = 0) -> Loca
     """Find or make the model of a recipe.
 
     Args:
-        smoke: replace a real model by a tiny random one of the same architecture, without asking the network.
-        longest: tokens of the longest row that the recipe allows; a smoke run needs it.
+        smoke: replace a real model by a tiny random one of the same architecture, without network access.
+        longest: maximum tokens of a row in the recipe; needed by a smoke run.
 
     Raises:
-        MachineError: the model cannot be had.
-        RecipeError: no tiny model has that name.
+        MachineError: the model cannot be loaded.
+        RecipeError: there is no tiny model of that name.
     """
     if model.name.startswith(TINY):
         path = str(tiny_model(model.name))
@@ -198,14 +198,14 @@ def resolve_model(model: ModelSection, *, smoke: bool, longest: int = 0) -> Loca
 
 
 def read_shape(model: PreTrainedModel, config: PreTrainedConfig) -> ModelDimensions | None:
-    """Read the widths of a model.
+    """Read the dimensions of a model.
 
     Args:
-        model: on any device, also the meta device.
+        model: on any device, including the meta device.
         config: of its text part.
 
     Returns:
-        None where the model is not built of blocks with linear layers.
+        None if the model does not consist of blocks with linear layers.
     """
     inside = _blocks(model)
     linears = _linears(inside)
@@ -244,7 +244,7 @@ def read_shape(model: PreTrainedModel, config: PreTrainedConfig) -> ModelDimensi
 
 
 def _blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The modules of the blocks under their names without the block's number."""
+    """The modules of the blocks, named without the block number."""
     found = [(BLOCK.match(name), module) for name, module in model.named_modules()]
     return [(match["name"], module) for match, module in found if match is not None]
 
@@ -296,14 +296,14 @@ def _key_heads(linears: Iterable[Linear], size: int, heads: int, config: Any) ->
 
 
 def _kept(feed: Iterable[Linear], hidden: int, mlp: int, config: Any) -> int:
-    """Tensors that stay between the first and the last linear layer of the feed-forward part."""
+    """Number of tensors saved between the first and the last linear layer of the MLP."""
     names = ("hidden_activation", "hidden_act", "activation_function", "ffn_act_fn")
     name = next((value for value in (getattr(config, key, None) for key in names) if isinstance(value, str)), "")
     inner = {
         linear.name: linear.outputs for linear in feed if linear.inputs == hidden and linear.outputs in (mlp, 2 * mlp)
     }
     gated = sum(inner.values()) >= 2 * mlp
-    # A gate keeps both of its factors; the activation keeps its input besides.
+    # A gated MLP saves both factors and the input of the activation.
     return ACTIVATIONS_KEPT.get(name, 1) + (2 if gated else 0)
 
 
@@ -323,12 +323,12 @@ def _experts(model: nn.Module, config: Any) -> Experts | None:
 
 
 def _number(config: Any, *names: str) -> int:
-    """The first of some settings that is a number, 0 where none is."""
+    """The first of some settings that is a number; 0 if none is."""
     return next((value for value in (getattr(config, name, None) for name in names) if isinstance(value, int)), 0)
 
 
 def count_trainable(model: PreTrainedModel, adapter: AdapterSection, task: str) -> Trained:
-    """The trainable parameters, each stored one once.
+    """The trainable parameters; shared ones count once.
 
     Args:
         model: on the meta device; it is changed.
@@ -341,23 +341,23 @@ def count_trainable(model: PreTrainedModel, adapter: AdapterSection, task: str) 
         try:
             with torch.device("meta"):
                 wrapped = get_peft_model(model, config, low_cpu_mem_usage=not _needs_own_weights(adapter))
-        except (NotImplementedError, RuntimeError):  # of a method that computes with the weights when it is built
-            return _count_on_samples(spare, config)  # the other is half wrapped
+        except (NotImplementedError, RuntimeError):  # the method needs weights at construction
+            return _count_on_samples(spare, config)  # the first copy is partly wrapped
     except (ValueError, TypeError, AssertionError, KeyError) as problem:
         said = " ".join(str(problem).split())[:400] or type(problem).__name__
         raise RecipeError(f"adapter.method {adapter.method} does not fit this model: {said}") from problem
     if not METHODS[adapter.method].prompts and not any(
         isinstance(one, (BaseTunerLayer, AuxiliaryTrainingWrapper)) for one in wrapped.modules()
     ):
-        raise RecipeError(f"adapter.method {adapter.method} found no module to stand on in {model.config.name_or_path}")
+        raise RecipeError(f"adapter.method {adapter.method} matches no module of {model.config.name_or_path}")
     return sort_trained(wrapped)
 
 
 def sort_trained(model: torch.nn.Module) -> Trained:
-    """The trainable parameters of a model, as an optimizer tells them apart."""
+    """The trainable parameters of a model, grouped as optimizers treat them."""
     embedded = {id(one.weight) for one in model.modules() if isinstance(one, torch.nn.Embedding)}
     parts = Counter[str]()
-    for parameter in model.parameters():  # a shared one comes once
+    for parameter in model.parameters():  # yields shared ones once
         size, shape = parameter.numel(), parameter.shape
         if not parameter.requires_grad or not size:
             continue
@@ -372,9 +372,9 @@ def sort_trained(model: torch.nn.Module) -> Trained:
 
 
 def _needs_own_weights(adapter: AdapterSection) -> bool:
-    """Whether PEFT may not put weights of its own making in the place of those that a method hands it.
+    """Whether PEFT must not replace the weights that a method passes to it.
 
-    It would do so while it builds without memory, and two layers that share a weight would then be counted as two.
+    It would do so when building without memory, and two layers that share a weight would count twice.
     """
     method = METHODS[adapter.method]
     return method.prompts or method.targets == "whole" or bool(adapter.arguments.get("ensure_weight_tying"))
@@ -384,11 +384,11 @@ def count_on_layer(adapter: AdapterSection, task: str, inputs: int, outputs: int
     """Number of trainable parameters of an adapter on one linear layer of these widths.
 
     Raises:
-        RecipeError: the method does not fit such a layer, in PEFT's words.
+        RecipeError: the method does not fit the layer, in PEFT's words.
     """
     alone = adapter.model_copy(update={"target_modules": ("layer",), "modules_to_save": None})
     config = peft_config(alone, task)
-    config.task_type = config.modules_to_save = None  # it is no model of a task
+    config.task_type = config.modules_to_save = None  # a plain layer has no task
     with torch.device("meta"):
         model = torch.nn.Sequential()
         model.add_module("layer", torch.nn.Linear(inputs, outputs, bias=bias))
@@ -408,7 +408,7 @@ def count_on_layer(adapter: AdapterSection, task: str, inputs: int, outputs: int
 
 
 def _count_on_samples(model: PreTrainedModel, config: PeftConfig) -> Trained:
-    """Count on two layers of each shape, with zeros for weights: on all of them it would take minutes."""
+    """Count on two layers of each shape with zero weights; all layers would take minutes."""
     drop_parameters(model)
     output = model.get_output_embeddings()
     groups: dict[tuple[Any, ...], list[str]] = {}
@@ -429,7 +429,7 @@ def _count_on_samples(model: PreTrainedModel, config: PeftConfig) -> Trained:
         for parameter in wrapped.parameters()
         if parameter.requires_grad
     ]
-    # What several layers share is there once, however many they are.
+    # Shared parameters count once, however many layers use them.
     found = sum(round(size * (samples.get(next(iter(own)), 1.0) if len(own) == 1 else 1.0)) for size, own in counted)
     return sort_trained(wrapped).resized(found)
 
@@ -440,7 +440,7 @@ def _is_target(name: str, config: PeftConfig) -> bool:
 
 
 def _first_entries(layer: Any, r: int, **_: Any) -> torch.Tensor:
-    """A mask of as many entries as SHiRA's random one, without drawing among all of them."""
+    """A mask with as many entries as SHiRA's random one, without sampling from all of them."""
     mask = torch.zeros(layer.weight.shape)
     mask.view(-1)[: r * sum(layer.weight.shape)] = 1
     return mask
@@ -449,7 +449,7 @@ def _first_entries(layer: Any, r: int, **_: Any) -> torch.Tensor:
 def drop_parameters(model: torch.nn.Module) -> None:
     """Replace each weight by zeros of its shape that take no memory, on the CPU.
 
-    Not left on the meta device, where PEFT would put the adapter's weights too, and where nothing can be computed.
+    The meta device does not work: PEFT would put the adapter there too, and nothing could be computed.
     """
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):

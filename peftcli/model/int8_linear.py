@@ -1,8 +1,8 @@
-"""8-bit linear layers that compute with the unpacked weights in floating point.
+"""8-bit linear layers that compute with dequantized weights in floating point.
 
-LLM.int8's own product also rounds the inputs to 8 bits, except columns in which any row of the batch has an outlier, so
-that an answer depends on the other rows of its batch; on a CPU it does so in evaluation only, which then measures
-another model than the one that is trained.
+LLM.int8's own matmul also rounds the inputs to 8 bits, except columns in which any row of the batch has an outlier, so
+an answer depends on the other rows of its batch; on a CPU it does so only in evaluation, which then measures another
+model than the trained one.
 
 Source: Dettmers et al. 2022, arXiv:2208.07339, and `matmul` in bitsandbytes/autograd/_functions.py, 0.50.
 """
@@ -17,10 +17,10 @@ from peftcli.adapters.quantized import dequantize_rows, row_scale
 
 
 class Int8FloatLinear(Linear8bitLt):  # type: ignore[misc]  # bitsandbytes is untyped
-    """An 8-bit layer that computes what a linear layer of its unpacked weights would."""
+    """An 8-bit layer that computes like a linear layer with its dequantized weights."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """The product in the dtype of the inputs, or of autocast."""
+        """The output in the dtype of the inputs, or of autocast."""
         kind = x.device.type
         if torch.is_autocast_enabled(kind):
             x = x.to(torch.get_autocast_dtype(kind))
@@ -30,7 +30,7 @@ class Int8FloatLinear(Linear8bitLt):  # type: ignore[misc]  # bitsandbytes is un
 
 
 class _Product(torch.autograd.Function):
-    """x Wᵀ + b, whose backward pass unpacks W anew: kept as floats it would take what 8 bits save."""
+    """x Wᵀ + b, whose backward pass dequantizes W again: saving it as floats would lose the benefit of 8 bits."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
@@ -49,7 +49,7 @@ class _Product(torch.autograd.Function):
 
 
 def compute_in_float(model: torch.nn.Module) -> None:
-    """Let all 8-bit layers of a model compute with their unpacked weights, in training as in evaluation."""
+    """Make all 8-bit layers of a model compute with dequantized weights, in training and evaluation."""
     for module in model.modules():
         if type(module) is Linear8bitLt:
             module.__class__ = Int8FloatLinear

@@ -1,6 +1,6 @@
-"""Loads tokenizers, image processors, base models and adapters in one way for every command.
+"""Loads tokenizers, image processors, base models and adapters in the same way for every command.
 
-The adapters of earlier stages are merged into a base as it is loaded.
+The adapters of earlier stages are merged into a base when it is loaded.
 """
 
 import hashlib
@@ -39,19 +39,19 @@ FAST_CPU_PATH = "support_avx512bf16_for_cpu"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 PREFIX = "base_model.model."
-"""What PEFT writes before the names of the base."""
+"""Prefix that PEFT adds to the names of the base."""
 
 
 def load_tokenizer(choice: TokenizerChoice, path: str | None = None) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a base model, with the recipe's chat template and end token, and a pad token.
+    """Load the tokenizer of a base model, with the recipe's chat template and EOS token, and a pad token.
 
     Args:
         choice: of the plan.
-        path: a folder to load from instead, such as an adapter's, which has its template and end token.
+        path: a folder to load from instead, such as an adapter's, which contains its template and EOS token.
 
     Raises:
         MachineError: there is none, or the chat template file cannot be read.
-        RecipeError: the tokenizer has no such end token.
+        RecipeError: the tokenizer has no such EOS token.
     """
     look_for_network(path or choice.path)
     if choice.images:
@@ -65,7 +65,7 @@ def load_tokenizer(choice: TokenizerChoice, path: str | None = None) -> PreTrain
     except (OSError, ValueError) as problem:
         raise MachineError(explain_missing(path or choice.path, problem)) from problem
     except Exception as problem:
-        if type(problem) is not Exception:  # what the tokenizers library raises for a damaged tokenizer.json
+        if type(problem) is not Exception:  # the tokenizers library raises this for a damaged tokenizer.json
             raise
         raise MachineError(f"{path or choice.path}: its tokenizer.json is damaged ({problem}); restore it") from problem
     if choice.chat_template is not None and path is None:
@@ -76,7 +76,7 @@ def load_tokenizer(choice: TokenizerChoice, path: str | None = None) -> PreTrain
     if choice.eos_token is not None and path is None:
         _set_end(tokenizer, choice.eos_token)
     if tokenizer.pad_token is None:
-        # Labels are masked by length and never by token, so an end token that pads is still trained.
+        # Labels are masked by length and never by token, so an EOS token used for padding is still trained.
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
@@ -101,15 +101,15 @@ def load_base(base: Base, *, quantized: bool = True, shards: int = 1) -> PreTrai
 
     Args:
         base: of the plan.
-        quantized: False loads the weights as they are even where the plan quantizes.
-        shards: processes that each hold a part of the weights, all of this launch; 1 for whole weights.
+        quantized: False loads the weights unquantized even if the plan quantizes.
+        shards: number of processes across which the weights are sharded; 1 for no sharding.
 
     Raises:
-        MachineError: the weights cannot be had, or this machine cannot load them.
+        MachineError: the weights are not available, or this machine cannot load them.
     """
     disable_accelerate_fsdp()
     use_fused_attention(local_device(base.device))
-    register()  # an adapter of ours may be folded into it, or loaded on it
+    register()  # one of our own adapters may be merged or loaded
     arguments: dict[str, Any] = {
         "dtype": DTYPES[base.dtype],
         "attn_implementation": base.attention,
@@ -134,22 +134,22 @@ def load_base(base: Base, *, quantized: bool = True, shards: int = 1) -> PreTrai
     except RuntimeError as problem:
         if not re.search("size mismatch|SafetensorError|corrupt", str(problem)):
             raise
-        raise MachineError(f"{base.path}: the weights do not fit the configuration: {problem}") from problem
+        raise MachineError(f"{base.path}: the weights do not match the configuration: {problem}") from problem
     keep_gradients_of_4bit(model)
     if eight_bit(base):
-        # It brings bitsandbytes, whose import takes seconds on a CUDA machine.
+        # It imports bitsandbytes, which takes seconds on a CUDA machine.
         from peftcli.model.int8_linear import compute_in_float
 
         compute_in_float(model)
     if TASKS[base.task].labels_texts:
-        # The last token that is no padding decides for a decoder, which its configuration must know.
+        # A decoder classifies by the last token that is not padding, so its configuration must have the pad token.
         model.config.get_text_config().pad_token_id = load_tokenizer(base.tokenizer).pad_token_id or 0
     return merge_previous_stages(model, base.absorbed)
 
 
 def _load(base: Base, arguments: dict[str, Any], shards: int) -> PreTrainedModel:
     if shards > 1:
-        # It brings bitsandbytes, whose import takes seconds on a CUDA machine.
+        # It imports bitsandbytes, which takes seconds on a CUDA machine.
         from peftcli.model.fsdp import load_sharded
 
         return load_sharded(base.path, arguments, shards)
@@ -160,13 +160,13 @@ def _load(base: Base, arguments: dict[str, Any], shards: int) -> PreTrainedModel
 
 
 def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
-    """Put a saved adapter onto its base, for inference.
+    """Load a saved adapter onto its base, for inference.
 
     Args:
         folder: of an adapter whose files were checked.
 
     Raises:
-        MachineError: it does not fit the base, or only a part of it does.
+        MachineError: it does not fit the base, or only partly.
     """
     place = str(folder)
     device = str(model.device)
@@ -176,7 +176,7 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
         fit = _fit(tuned, place, device, renamed)
     except (RuntimeError, ValueError, KeyError) as problem:
         raise MachineError(explain_unfit(folder, problem)) from problem
-    # PEFT hands the vectors of a prompt to its encoder by itself, under another name.
+    # PEFT passes the vectors of a prompt to its encoder itself, under another name.
     taken = {"prompt_embeddings"} if tuned.active_peft_config.is_prompt_learning else set()
     unexpected = [name for name in fit.unexpected_keys if name not in taken]
     refuse_unfit(folder, _unfilled(tuned, fit.missing_keys), unexpected)
@@ -184,12 +184,12 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
 
 
 def _fit(tuned: PeftModel, place: str, device: str, renamed: Any) -> Any:
-    """Read the adapter a second time for what PEFT says: the first only warns of weights that are missing."""
+    """Load the adapter a second time for PEFT's report: the first load only warns about missing weights."""
     config = tuned.active_peft_config
     cut = config.peft_type == PeftType.ADALORA
     pattern = config.rank_pattern if cut else None
     if cut:
-        config.rank_pattern = None  # the first reading has cut the ranks already
+        config.rank_pattern = None  # the first load has already reduced the ranks
     fit = tuned.load_adapter(place, "default", torch_device=device, key_mapping=renamed)
     if cut:
         config.rank_pattern = pattern
@@ -197,7 +197,7 @@ def _fit(tuned: PeftModel, place: str, device: str, renamed: Any) -> Any:
 
 
 def _unfilled(model: PeftModel, missing: list[str]) -> list[str]:
-    """The names among the missing ones that no other name stands for: what layers share is stored once."""
+    """The missing names without an alias in the file: shared weights are stored once."""
     tensors = dict(model.named_parameters(remove_duplicate=False))
     filled = {id(tensor) for name, tensor in tensors.items() if name not in missing}
     return [name for name in missing if id(tensors.get(name)) not in filled]
@@ -223,10 +223,10 @@ def eight_bit(base: Base) -> bool:
 
 
 def keep_gradients_of_4bit(model: torch.nn.Module) -> None:
-    """Keep 4-bit layers on the path that has gradients, also after an evaluation.
+    """Keep 4-bit layers on the path with gradients, also after an evaluation.
 
-    On a CPU with AVX512_BF16, bitsandbytes 0.50 packs the weights of a layer anew in its first evaluation; the packed
-    product has no gradient and training does not unpack, so every later gradient is wrong and the loss looks normal.
+    On a CPU with AVX512_BF16, bitsandbytes 0.50 repacks the weights of a layer in its first evaluation; the repacked
+    matmul has no gradient and training does not undo it, so all later gradients would be wrong with a normal loss.
     """
     for module in model.modules():
         if hasattr(module, FAST_CPU_PATH):
@@ -234,7 +234,7 @@ def keep_gradients_of_4bit(model: torch.nn.Module) -> None:
 
 
 def local_device(device: str) -> torch.device:
-    """The device of this process: its own card among several, or the CPU."""
+    """The device of this process: its GPU, or the CPU."""
     if device != "cuda":
         return torch.device("cpu")
     import os
@@ -243,16 +243,16 @@ def local_device(device: str) -> torch.device:
 
 
 def merge_previous_stages(model: PreTrainedModel, folders: Sequence[str]) -> PreTrainedModel:
-    """Fold adapters into a base, one after the other.
+    """Merge adapters into a base, one after the other.
 
-    A quantized layer that one of them changes becomes a layer of floats: packed again it would not be what was trained.
+    A quantized layer that an adapter changes is converted to floats: quantizing it again would change the result.
 
     Args:
         model: the loaded base; its weights are changed.
-        folders: of the adapters, in the order in which they were trained.
+        folders: of the adapters, in training order.
 
     Raises:
-        MachineError: one cannot be folded.
+        MachineError: one cannot be merged.
     """
     for folder in folders:
         try:
@@ -268,7 +268,7 @@ def merge_previous_stages(model: PreTrainedModel, folders: Sequence[str]) -> Pre
 
 
 def base_hash(base: str | None, folders: Sequence[str]) -> str | None:
-    """What tells a base, with the adapters that are folded into it, from any other.
+    """A hash of a base together with the adapters merged into it.
 
     Args:
         base: hash of its own weights.
@@ -282,7 +282,7 @@ def base_hash(base: str | None, folders: Sequence[str]) -> str | None:
 def changed_layers(model: torch.nn.Module, folder: Path) -> list[str]:
     """Names of the quantized layers that an adapter has weights for."""
     with safe_open(str(folder / WEIGHTS), framework="pt") as stream:
-        keys = [key.removeprefix(PREFIX) for key in stream.keys()]  # noqa: SIM118  # no mapping, only named like one
+        keys = [key.removeprefix(PREFIX) for key in stream.keys()]  # noqa: SIM118  # not a mapping, despite the name
     return [
         name
         for name, module in model.named_modules()
@@ -291,7 +291,7 @@ def changed_layers(model: torch.nn.Module, folder: Path) -> list[str]:
 
 
 def unpack_layers(model: torch.nn.Module, names: Sequence[str]) -> None:
-    """Replace quantized layers by linear layers of the weights that they compute with."""
+    """Replace quantized layers by linear layers with the dequantized weights."""
     for name in names:
         packed: Any = model.get_submodule(name)
         weight = dequantized_weight(packed)
@@ -303,7 +303,7 @@ def unpack_layers(model: torch.nn.Module, names: Sequence[str]) -> None:
 
 
 def _dtype_of(packed: Any, model: torch.nn.Module) -> torch.dtype:
-    """The dtype of a packed layer's products: what 4 bits are unpacked to, or that of the model."""
+    """The compute dtype of a quantized layer: that of 4-bit matmuls, or that of the model."""
     if getattr(packed, "compute_dtype", None) is not None:
         asked: torch.dtype = packed.compute_dtype
         return asked
@@ -311,7 +311,7 @@ def _dtype_of(packed: Any, model: torch.nn.Module) -> torch.dtype:
 
 
 def load_image_processor(path: str, choice: TokenizerChoice, *, revision: str | None) -> ImageProcessor:
-    """Load the image processor of a folder or a Hub id, as Pillow carries it out on every machine alike.
+    """Load the image processor of a folder or Hub id, in its Pillow version, which is the same on every machine.
 
     Raises:
         MachineError: there is none, or Pillow is not installed.
@@ -325,7 +325,7 @@ def load_image_processor(path: str, choice: TokenizerChoice, *, revision: str | 
         if "preprocessor_config" not in str(problem) and not isinstance(problem, ImportError):
             raise MachineError(explain_missing(path, problem)) from problem
         raise MachineError(
-            f"{path}: holds no image processor that can be used here (preprocessor_config.json): "
-            f"{' '.join(str(problem).split())[:200]}; name a model with one"
+            f"{path}: has no supported image processor (preprocessor_config.json): "
+            f"{' '.join(str(problem).split())[:200]}; set model.name to a model with one"
         ) from problem
     return ImageProcessor(processor)

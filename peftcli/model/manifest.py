@@ -1,4 +1,4 @@
-"""`peftcli.json`: what an adapter or a merged model was made of, and whether its files still agree with it."""
+"""`peftcli.json`: the origin of an adapter or a merged model, and checks that its files still match it."""
 
 import hashlib
 import json
@@ -22,33 +22,33 @@ from peftcli.plan.plan import Base, Plan, TokenizerChoice
 from peftcli.run_dir import read_json
 from peftcli.tiny.build import NAMES as TINY_NAMES
 from peftcli.tiny.build import tiny_model
-from peftcli.tiny.own_files import tokenizer_files
+from peftcli.tiny.tokenizer_files import tokenizer_files
 
 MANIFEST = "peftcli.json"
 EARLIER = "earlier"
-"""Folder in that of an adapter, with the adapters of earlier stages, which its base is folded with."""
+"""Subfolder of an adapter folder with the adapters of earlier stages, which are merged into its base."""
 SCHEMA = 2
-"""1 held the hash of the bytes of config.json, and nothing of weights, tokenizer and tensors."""
+"""Schema 1 has the hash of the bytes of config.json, and nothing about weights, tokenizer and tensors."""
 OPTIONAL = {field.name for field in fields(Base) if field.default is not MISSING}
-"""Of a base; they came later than the first identities."""
+"""Keys of a base that the first manifests lack."""
 
 KEYS = {"problem_type": "problem"}
-"""Keys of the file that are not named as the field of a base; adapters of earlier versions have them too."""
+"""Keys of the file whose names differ from the fields of a base; adapters of earlier versions have them too."""
 
 
 @dataclass(frozen=True)
 class BaseLocation:
-    """Where a base may lie now."""
+    """A possible location of a base."""
 
     path: str
     revision: str | None
 
 
 def build_manifest(plan: Plan, data: PreparedData, folder: Path) -> dict[str, Any]:
-    """What somebody who has only the folder must know.
+    """Everything that is needed to use the folder by itself.
 
     Args:
-        folder: holds the written adapter and its tokenizer.
+        folder: with the saved adapter and its tokenizer.
     """
     base = _stated(plan.base) | asdict(base_facts(plan.base.path, plan.base.revision))
     base["absorbed"] = [os.path.relpath(one, folder) for one in earlier_in(folder)]
@@ -76,15 +76,15 @@ def _stated(base: Base) -> dict[str, Any]:
 
 
 def earlier_in(folder: Path) -> list[Path]:
-    """The adapters of earlier stages that an adapter's folder holds, in the order in which they were trained."""
+    """The adapters of earlier stages in an adapter's folder, in training order."""
     return sorted((folder / EARLIER).glob("*"), key=lambda path: int(path.name))
 
 
 def build_merged_manifest(found: dict[str, Any], dtype: str, folder: Path, choice: TokenizerChoice) -> dict[str, Any]:
-    """The identity of a model that was merged from an adapter.
+    """The manifest of a model that was merged from an adapter.
 
     Args:
-        found: identity of the adapter.
+        found: manifest of the adapter.
         dtype: of the stored weights.
         folder: of the merged model, with its tokenizer.
     """
@@ -94,7 +94,7 @@ def build_merged_manifest(found: dict[str, Any], dtype: str, folder: Path, choic
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """`peftcli.json` of a folder, or None where it has none.
+    """`peftcli.json` of a folder; None if it has none.
 
     Raises:
         MachineError: it is damaged.
@@ -106,14 +106,14 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         found = read_json(file)
         missing = {"kind", "base"} - found.keys() or {field.name for field in fields(Base)} - found["base"].keys()
     except (ValueError, AttributeError, TypeError) as problem:
-        raise MachineError(f"{file}: damaged, not what training wrote ({problem}); restore the file") from problem
+        raise MachineError(f"{file}: damaged ({problem}); restore the file") from problem
     if missing - OPTIONAL:
         raise MachineError(f"{file}: damaged, lacks {', '.join(sorted(missing - OPTIONAL))}; restore the file")
     return found
 
 
 def stated_base(found: dict[str, Any]) -> Base:
-    """The base as an identity states it."""
+    """The base according to a manifest."""
     keys = {field.name: KEYS.get(field.name, field.name) for field in fields(Base)}
     given: dict[str, Any] = {name: found["base"][key] for name, key in keys.items() if key in found["base"]}
     lists = {key: tuple(value) for key, value in given.items() if isinstance(value, list)}
@@ -121,23 +121,24 @@ def stated_base(found: dict[str, Any]) -> Base:
 
 
 def base_of(found: dict[str, Any], device: str, places: Sequence[BaseLocation]) -> Base:
-    """The base that an identity names, on the device of now.
+    """The base of a manifest, on the current device.
 
     Args:
-        found: the identity.
-        places: where the base may lie; the first that holds it is taken.
+        found: the manifest.
+        places: possible locations of the base; the first that contains it is used.
 
     Raises:
-        MachineError: it lies at none of them, or another one does.
+        MachineError: it is at none of them, or another one is.
     """
     stated = stated_base(found)
     if stated.name in TINY_NAMES and not any(Path(place.path).is_dir() for place in places):
-        places = [BaseLocation(str(tiny_model(stated.name)), None)]  # made anew where the cache was emptied
+        places = [BaseLocation(str(tiny_model(stated.name)), None)]  # made again if the cache was cleared
     present = [place for place in places if not _is_gone(place)]
     if not present:
         raise MachineError(
-            f"{stated.path}: the base that the adapter was trained on is no longer there; put it back, or write its "
-            "new place into model.name of the run's recipe.yaml (of an adapter alone: of a recipe for --recipe)"
+            f"{stated.path}: the base that the adapter was trained on is no longer there; put it back, or set "
+            "model.name of the run's recipe.yaml to its new location (for an adapter without run: in a recipe passed "
+            "with --recipe)"
         )
     refusals = []
     for place in present:
@@ -157,7 +158,7 @@ def _is_gone(place: BaseLocation) -> bool:
 
 
 def _pinned(base: Base, commit: str | None) -> Base:
-    """The base at the commit that was trained on, however the branch has moved since."""
+    """The base at the commit of the training, even if the branch has moved since."""
     if commit is None or Path(base.path).is_dir():
         return base
     if is_offline_mode() and local_folder(base.path, commit) is None:
@@ -169,7 +170,7 @@ def _pinned(base: Base, commit: str | None) -> Base:
 
 
 def refuse_other_base(found: dict[str, Any], base: Base) -> None:
-    """Refuse a base that is not the one of an identity; what was not recorded, or is not here, is not compared.
+    """Refuse a base that is not that of a manifest; data that is missing or not local is not compared.
 
     Raises:
         MachineError: it is another one.
@@ -178,25 +179,25 @@ def refuse_other_base(found: dict[str, Any], base: Base) -> None:
     rows, expected = now.embedding_rows, stated.get("embedding_rows")
     if rows is not None and expected is not None and rows != expected:
         raise MachineError(
-            f"{base.path}: its embedding has {rows} rows, the base that the adapter was trained on had {expected}; "
-            "give it the base that it was trained on"
+            f"{base.path}: its embedding has {rows} rows, but the base that the adapter was trained on had {expected}; "
+            "use the base that it was trained on"
         )
     if _differ(stated.get("config_sha256"), _config_now(found, base, now)):
         raise MachineError(
             f"{base.path}: its config.json differs from the one at training, so this is not the base that the adapter "
-            "was trained on; give it that one"
+            "was trained on; use that base"
         )
-    # A tiny model that was made on another machine is rounded otherwise; its folder's name says of what it was made.
+    # A tiny model made on another machine has other rounding; its folder name contains its origin.
     made_alike = base.name in TINY_NAMES and Path(base.path).name == Path(stated["path"]).name
     if not made_alike and _differ(stated.get("weights_sha256"), now.weights_sha256):
         raise MachineError(
-            f"{base.path}: of the same shape, but its weights differ from those at training, so this is not the base "
-            "that the adapter was trained on; give it that one"
+            f"{base.path}: has the same shape, but its weights differ from those at training, so this is not the base "
+            "that the adapter was trained on; use that base"
         )
 
 
 def config_hash(base: Base) -> str | None:
-    """SHA-256 of the model that the base's config.json describes, None where it is not here."""
+    """SHA-256 of the model that the base's config.json describes; None if it is not local."""
     return base_facts(base.path, base.revision).config_sha256
 
 
@@ -212,7 +213,7 @@ def _differ(stated: str | None, now: str | None) -> bool:
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The highest id of a tokenizer and 1: the rows that an embedding needs."""
+    """The highest id of a tokenizer plus 1: the number of embedding rows needed."""
     return max(tokenizer.get_vocab().values(), default=-1) + 1
 
 
@@ -237,8 +238,8 @@ def refuse_small_embedding(found: dict[str, Any], rows: int | None, ids: int, pa
     """Refuse a base without a row for every token id, unless it was trained like that.
 
     Args:
-        found: the identity, empty for an adapter that is not ours.
-        rows: of the base's embedding, None where that is not known.
+        found: the manifest, empty for an adapter of another tool.
+        rows: rows of the base's embedding; None if unknown.
         ids: `token_ids` of the tokenizer.
 
     Raises:
@@ -247,32 +248,32 @@ def refuse_small_embedding(found: dict[str, Any], rows: int | None, ids: int, pa
     trained_so = (found.get("tokenizer") or {}).get("token_ids") == ids
     if rows is not None and rows < ids and not trained_so:
         raise MachineError(
-            f"{path}: its embedding has {rows} rows, the adapter's tokenizer needs {ids}; "
-            "give the adapter the base and the tokenizer that it was trained with"
+            f"{path}: its embedding has {rows} rows, but the adapter's tokenizer needs {ids}; "
+            "use the base and the tokenizer that the adapter was trained with"
         )
 
 
 def tokenizer_record(folder: Path, choice: TokenizerChoice) -> dict[str, Any]:
-    """What tells a folder's tokenizer from any other: the hashes of its files, and those of what they make.
+    """A record that identifies a folder's tokenizer: the hashes of its files, and of the loaded tokenizer.
 
-    The files alone decide where they are as they were; what they make decides where they were written anew.
+    Unchanged files are sufficient; if they were rewritten, the loaded tokenizer is compared.
     """
     record = {"files": _files(folder), "sha256": None, "template_sha256": None, "token_ids": None}
     try:
         return record | _made(load_tokenizer(choice, str(folder)))
-    except Exception:  # an adapter must not be lost over the proof of its tokenizer; the files' hashes are one
+    except Exception:  # saving must not fail here; the hashes of the files remain
         return record
 
 
 def check_tokenizer(folder: Path, found: dict[str, Any], base: Base) -> None:
-    """Refuse a folder whose tokenizer or chat template is not the one of the training.
+    """Refuse a folder whose tokenizer or chat template differs from that of the training.
 
     Args:
-        found: the identity of the folder.
-        base: under the adapter, or the merged model itself.
+        found: the manifest of the folder.
+        base: of the adapter, or the merged model itself.
 
     Raises:
-        MachineError: it was changed; the message names the files.
+        MachineError: it was changed; the message lists the files.
     """
     stated = found.get("tokenizer")
     if stated is None:
@@ -283,7 +284,7 @@ def check_tokenizer(folder: Path, found: dict[str, Any], base: Base) -> None:
         return
     try:
         tokenizer = load_tokenizer(base.tokenizer, str(folder))
-    except Exception as problem:  # the tokenizers library raises bare ones
+    except Exception as problem:  # the tokenizers library raises plain exceptions
         raise _changed(folder, ["tokenizer"], changed) from problem
     rows = base_facts(base.path, base.revision).embedding_rows
     refuse_small_embedding(found, rows, token_ids(tokenizer), base.path)
@@ -303,14 +304,14 @@ def _changed(folder: Path, what: list[str], files: list[str]) -> MachineError:
 
 
 def _files(folder: Path) -> dict[str, str]:
-    """Hash of each file that a tokenizer may be read from, by its name in the folder."""
+    """Hash of each tokenizer file by its name in the folder."""
     return {
         str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in tokenizer_files(folder)
     }
 
 
 def _made(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Hashes of a tokenizer and of its template; the template is taken off."""
+    """Hashes of a tokenizer and of its template, separately."""
     template = json.dumps(tokenizer.chat_template, sort_keys=True)
     tokenizer.chat_template = None
     return {

@@ -13,26 +13,26 @@ from peftcli.progress import Progress
 T = TypeVar("T")
 MOST_HALVINGS = 3
 FROM_THE_DRIVER = ("[CUDA]: out of memory", "CUDA error: out of memory", "_STATUS_ALLOC_FAILED")
-"""What a RuntimeError says where something beside torch's allocator found no memory: a kernel of Triton, the CUDA
+"""Messages of a RuntimeError if something other than torch's allocator ran out of memory: a Triton kernel, the CUDA
 driver, the workspace of cuBLAS, cuDNN or cuSOLVER."""
 
 
 def is_out_of_memory(problem: Exception) -> bool:
-    """Whether an error says that the memory of the card, or of the machine, is used up."""
+    """Whether an error means that the memory of the GPU or the machine is exhausted."""
     if isinstance(problem, torch.OutOfMemoryError | MemoryError) or should_reduce_batch_size(problem):
         return True
     return isinstance(problem, RuntimeError) and any(text in str(problem) for text in FROM_THE_DRIVER)
 
 
 def free_memory() -> None:
-    """Give what a failed attempt has left behind back to the device."""
+    """Return unused memory of a failed attempt to the device."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 def memory_said(device: torch.device) -> str:
-    """What is used of the memory there is, for messages."""
+    """The used and available memory, for messages."""
     if device.type != "cuda":
         return "the memory of this machine"
     free, total = torch.cuda.mem_get_info(device)
@@ -44,14 +44,14 @@ def memory_said(device: torch.device) -> str:
 
 
 class ShrinkingBatches:
-    """Rows of one forward pass, halved when memory does not hold them."""
+    """Batch size of a forward pass, halved when memory runs out."""
 
     def __init__(self, rows: int, what: str, progress: Progress, *, in_step: bool = False) -> None:
         """
         Args:
-            rows: to begin with.
-            what: name of the work, for people.
-            in_step: other processes take as many, so that they cannot be halved here alone.
+            rows: initial batch size.
+            what: name of the work, for messages.
+            in_step: other processes use the same size, so it cannot be halved only here.
         """
         self.rows = rows
         self._what = what
@@ -59,13 +59,13 @@ class ShrinkingBatches:
         self._halvings = MOST_HALVINGS if in_step else 0
 
     def attempt(self, taken: int, device: torch.device, work: Callable[[], T]) -> T | None:
-        """What the work returns; None where memory ran out, so that fewer rows are to be taken.
+        """Run the work; returns None if memory ran out and fewer rows must be used.
 
         Args:
-            taken: rows that the work is on, which may be fewer than `rows`.
+            taken: number of rows of this attempt, which may be less than `rows`.
 
         Raises:
-            MemoryExhausted: a single row does not fit, or they were halved three times already.
+            MemoryExhausted: a single row does not fit, or the size was halved three times already.
         """
         try:
             return work()
@@ -73,15 +73,15 @@ class ShrinkingBatches:
             if not is_out_of_memory(problem):
                 raise
             said = str(problem)
-        # Outside the handler, which keeps the tensors of the failed attempt alive.
+        # Outside the except block, which keeps the tensors of the failed attempt alive.
         if taken == 1 or self._halvings == MOST_HALVINGS:
             raise MemoryExhausted(
-                f"{self._what}: {taken} rows at once do not fit into {memory_said(device)} ({said[:120]}); lower "
+                f"{self._what}: {taken} rows at once do not fit in {memory_said(device)} ({said[:120]}); lower "
                 "evaluation.batch_size, evaluation.max_new_tokens or dataset.max_length, or set "
-                "quantization: {bits: 4} where the base is wider"
+                "quantization: {bits: 4} if the base is not quantized"
             )
         self._halvings += 1
         self.rows = taken // 2
         free_memory()
-        self._progress.note(f"{self._what}: out of memory, so {self.rows} rows are taken at once")
+        self._progress.note(f"{self._what}: out of memory; continuing with {self.rows} rows at once")
         return None

@@ -1,6 +1,6 @@
-"""Attention over rows that stand behind one another in one line, each row seeing itself alone.
+"""Attention over the concatenated rows of a padding-free batch, in which each row attends only to itself.
 
-No mask of tokens by tokens is made. A card whose kernels read rows by their edges uses them; elsewhere rows of similar
+No mask of tokens by tokens is built. A GPU whose kernels take row boundaries uses them; elsewhere rows of similar
 length are laid side by side, and a causal attention never lets a row see what fills up the shorter ones. The result is
 that of each row alone.
 """
@@ -57,7 +57,7 @@ class SequenceLayout:
     """How a line of rows is laid out for attention.
 
     Attributes:
-        lengths: of the rows, in the order in which they stand in the line.
+        lengths: of the rows, in their order in the batch.
         device: of the line.
     """
 
@@ -298,7 +298,7 @@ def padding_free_attention(
 
 
 def repeats_heads(device: torch.device) -> bool:
-    """Whether a card has no kernel that shares keys and values among query heads without making all probabilities.
+    """Whether a GPU has no kernel that shares keys and values among query heads without making all probabilities.
 
     Source: torch's documentation of `scaled_dot_product_attention`: `enable_gqa` is for the flash kernel, which begins
     with sm_80, and the math kernel.

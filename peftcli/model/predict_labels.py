@@ -22,17 +22,17 @@ from peftcli.progress import Progress
 from peftcli.recipe.template import fill_template
 
 WORD = re.compile(r"[@#$]?\w+(?:[-'\u2019.,:/@]\w+)*|[^\w\s]")
-"""A word of running text, or a single sign beside words."""
+"""A word of running text, or a single punctuation mark."""
 
 
 @dataclass(frozen=True)
 class Labelled:
-    """What a model says of a text.
+    """The prediction for a text.
 
     Attributes:
-        asked: as it was given.
-        label: one class, several in a list, a number, or of tagged words None.
-        probabilities: of each class; none of a number and of tagged words.
+        asked: the input text.
+        label: one class, a list of classes, a number, or None for tagged words.
+        probabilities: of each class; empty for a number and for tagged words.
     """
 
     asked: str
@@ -40,7 +40,7 @@ class Labelled:
     probabilities: dict[str, float]
 
     def as_dict(self) -> dict[str, Any]:
-        """The answer as `--json` writes it."""
+        """The answer in the form of `--json`."""
         return vars(self)
 
     def line(self) -> str:
@@ -53,12 +53,12 @@ class Labelled:
 
 @dataclass(frozen=True)
 class Tagged:
-    """What a model says of the words of a text.
+    """The prediction for the words of a text.
 
     Attributes:
-        tags: of each word; None for one that no token stands for, or that is beyond the longest row.
+        tags: of each word; None for a word without a token, or beyond the maximum length.
         probabilities: of those tags.
-        entities: type, words and first and last word (from 0) of each.
+        entities: type, words, and first and last word (from 0) of each entity.
     """
 
     asked: str
@@ -68,24 +68,24 @@ class Tagged:
     entities: list[dict[str, Any]]
 
     def as_dict(self) -> dict[str, Any]:
-        """The answer as `--json` writes it."""
+        """The answer in the form of `--json`."""
         return vars(self)
 
     def line(self) -> str:
-        """The answer as a line of words, each with its tag."""
+        """The answer as one line of words with their tags."""
         return " ".join(f"{word}/{tag or '?'}" for word, tag in zip(self.words, self.tags, strict=True))
 
 
 def label_texts(
     target: Target, asked: Sequence[str], *, raw: bool, batch_rows: int, progress: Progress
 ) -> list[Labelled]:
-    """Label texts and pairs of texts.
+    """Predict labels of texts and pairs of texts.
 
     Args:
         target: a model with a head for whole texts.
         asked: texts, or values for the columns of the run's template; a JSON object with `text` and `text_pair` is a
             pair.
-        raw: take each as it is, without a template and not as JSON.
+        raw: use each text as is, without a template and not as JSON.
 
     Raises:
         RecipeError: a value does not fit the template.
@@ -109,11 +109,11 @@ def tag_texts(target: Target, asked: Sequence[str], *, raw: bool, batch_rows: in
 
     Args:
         target: a model with a head for tokens.
-        asked: texts, or values for the columns of the run's template; a JSON list holds the words of a text.
-        raw: split words at white space only, and take no text for JSON.
+        asked: texts, or values for the columns of the run's template; a JSON list contains the words of a text.
+        raw: split words only at whitespace, and do not parse JSON.
 
     Raises:
-        DataError: the tokenizer does not tell which word a token belongs to.
+        DataError: the tokenizer does not map tokens to words.
         RecipeError: a value does not fit the template.
     """
     texts = _filled(target, asked, raw=raw)
@@ -140,7 +140,7 @@ def _limit(target: Target, tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def split_words(text: str, *, raw: bool = False) -> list[str]:
-    """The words of a text, each sign beside them apart; a JSON list holds them ready.
+    """Split a text into words and punctuation marks; a JSON list is already split.
 
     >>> split_words("Arsenal's coach (Wenger) left, didn't he?")
     ["Arsenal's", 'coach', '(', 'Wenger', ')', 'left', ',', "didn't", 'he', '?']
@@ -152,7 +152,7 @@ def split_words(text: str, *, raw: bool = False) -> list[str]:
     if words is None:
         words = text.split() if raw else WORD.findall(text)
     if not words:
-        raise DataError(f"{text[:60]!r} holds no word to tag")
+        raise DataError(f"{text[:60]!r} has no word to tag; pass a text with words")
     return [str(word) for word in words]
 
 
@@ -163,7 +163,7 @@ def _encode(text: str, tokenizer: PreTrainedTokenizerBase, *, raw: bool, limit: 
 
 
 def _json(text: str, kind: type) -> Any:
-    """The JSON that a text is, where it is of a kind."""
+    """The JSON value of a text, if it is of a given type."""
     if text.lstrip()[:1] not in ("[", "{"):
         return None
     try:
@@ -176,11 +176,11 @@ def _json(text: str, kind: type) -> Any:
 def _tell_cut(count: int, limit: int, progress: Progress) -> None:
     if count:
         are = "text is" if count == 1 else "texts are"
-        progress.note(f"{count} {are} cut at {limit} tokens, the longest row of the training")
+        progress.note(f"{count} {are} truncated at {limit} tokens, the maximum length in training")
 
 
 def labelled(head: TaskHead, asked: str, logits: Tensor) -> Labelled:
-    """What the outputs for one text or image stand for.
+    """The prediction from the outputs for one text or image.
 
     Args:
         logits: (C,).
@@ -211,21 +211,21 @@ def _tagged(head: TaskHead, asked: str, words: list[str], aligned: AlignedWords,
 def label_images(
     target: Target, asked: Sequence[str], *, raw: bool, batch_rows: int, progress: Progress
 ) -> list[Labelled]:
-    """Label image files.
+    """Predict labels of image files.
 
     Args:
         target: a model with a head for images.
         asked: paths of the files, relative to the working directory.
-        raw: has no meaning for images.
+        raw: ignored for images.
 
     Raises:
-        DataError: one of them cannot be read; nothing is labelled then.
+        DataError: one of them cannot be read; then none is predicted.
     """
     for path in asked:
         try:
             read_image(Path(path))
         except SkipRow as reason:
-            raise DataError(f"{path}: {str(reason).removeprefix('with ')}; name image files") from reason
+            raise DataError(f"{path}: {str(reason).removeprefix('with ')}; pass image files") from reason
     model, reader = target.load()
     head = task_head(target.base.labels, target.base.problem_type, model, reader)
     logits = row_logits(model, list(asked), None, head, batch_rows=batch_rows, progress=progress, what="labels")

@@ -1,4 +1,4 @@
-"""What a smoke run can use of a real model: its configuration and tokenizer, from this disk, never the network."""
+"""What a smoke run uses of a real model: its configuration and tokenizer, from the local disk only."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,22 +12,22 @@ from peftcli.recipe.schema import ModelSection
 from peftcli.tasks.registry import TASKS
 from peftcli.tiny.build import stand_in
 from peftcli.tiny.images import image_stand_in
-from peftcli.tiny.own_files import holds_tokenizer
 from peftcli.tiny.shrink import family_config
+from peftcli.tiny.tokenizer_files import holds_tokenizer
 
 SMALL_FILES = "--include '*.json' --include '*.jinja' --include '*.model' --include '*.txt'"
-"""For `hf download`: all of a model but its weights."""
+"""Arguments of `hf download` for all files of a model except its weights."""
 
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """A stand-in for a real model, and what it has of it.
+    """A stand-in for a real model.
 
     Attributes:
         path: folder of the stand-in.
-        config: the real configuration, None where it is not here.
-        own_tokenizer: the stand-in has the real tokenizer, chat template and vocabulary.
-        notes: what was replaced, and what could not be rehearsed; a sentence each.
+        config: the real configuration; None if it is not local.
+        own_tokenizer: the stand-in has the tokenizer, chat template and vocabulary of the real model.
+        notes: messages on what was replaced or could not be rehearsed.
     """
 
     path: str
@@ -37,14 +37,14 @@ class Rehearsal:
 
 
 def rehearse(model: ModelSection, longest: int) -> Rehearsal:
-    """Make the stand-in of a model from what is on this disk: a local folder, or the cache of the Hub.
+    """Make the stand-in of a model from local files: a folder, or the cache of the Hub.
 
     Args:
-        longest: tokens of the longest row that the recipe allows; where the model's own limit is not known, the
-            stand-in reads rows of this length.
+        longest: maximum tokens of a row in the recipe; used as the stand-in's maximum length if that of the model is
+            unknown.
 
     Raises:
-        MachineError: what is here cannot be read, or no small model can be made of this type.
+        MachineError: the local files cannot be read, or no small model of this type can be made.
     """
     folder = local_folder(model.name, model.revision)
     config = None if folder is None else _config(folder, model)
@@ -64,7 +64,7 @@ def rehearse(model: ModelSection, longest: int) -> Rehearsal:
 
 
 def _config(folder: Path, model: ModelSection) -> PreTrainedConfig | None:
-    """The configuration in a folder; None where it has none, or one that needs the repository's own code."""
+    """The configuration in a folder; None if it has none, or one that needs custom code."""
     if not (folder / "config.json").is_file():
         return None
     try:
@@ -81,7 +81,9 @@ def _guess(model: ModelSection) -> tuple[PreTrainedConfig, str]:
 
 
 def _unknown_config(model: ModelSection) -> str:
-    why = "needs code from its repository, which a smoke run does not run" if model.trust_remote_code else "is not here"
+    why = (
+        "needs code from its repository, which a smoke run does not run" if model.trust_remote_code else "is not local"
+    )
     return (
         f"smoke: the configuration of {model.name} {why}, so neither the adapter's targets nor dataset.max_length were "
         "checked against the real model"
@@ -93,7 +95,7 @@ def _unknown_tokenizer(model: ModelSection) -> str:
     unchecked = "so its chat template, its end token and the lengths of the rows in its tokens were not checked"
     if model.trust_remote_code:
         return f"{start} {model.name} may need code from its repository, which a smoke run does not run, {unchecked}"
-    missing = f"{start} {model.name} is not here, {unchecked}"
+    missing = f"{start} {model.name} is not available locally, {unchecked}"
     if Path(model.name).is_absolute():
         return f"{missing}; copy its files into that folder to rehearse with it"
-    return f"{missing}; `hf download {model.name} {SMALL_FILES}` fetches it"
+    return f"{missing}; `hf download {model.name} {SMALL_FILES}` downloads it"

@@ -16,14 +16,14 @@ from peftcli.model.oom import ShrinkingBatches
 from peftcli.progress import Progress
 
 LOGIT_BYTES = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}
-"""Bytes of float32 logits that may be alive at once; a processor is as fast with fewer."""
+"""Bytes of float32 logits that may exist at once; a CPU is as fast with fewer."""
 CPU_TOKENS = 2048
-"""Of a batch on a processor: larger ones fill short rows up to long ones and gain nothing by it."""
+"""Tokens of a batch on a CPU: larger ones only add padding."""
 
 
 @dataclass(frozen=True)
 class Sums:
-    """Totals over rows; divide once, at the end."""
+    """Sums over rows; divide once, at the end."""
 
     nll: float
     tokens: int
@@ -37,16 +37,16 @@ class Sums:
 def completion_nll(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Sum the negative log-likelihood of the trained tokens.
 
-    Sums, not means: a mean of batch means weighs short batches too much.
+    Sums, not means: a mean of batch means would overweight short batches.
 
     Args:
         logits: (N, V), any float dtype; row n predicts label n.
-        labels: (N,), int64; -100 marks a token that counts in no sum.
+        labels: (N,), int64; -100 marks a token that is ignored.
 
     Returns:
         nll: (), float64, nats.
         tokens: (), int64.
-        correct: (), int64, tokens that are the first choice.
+        correct: (), int64, tokens with the highest probability.
     """
     chosen = labels != IGNORED
     losses = torch.nn.functional.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="none")
@@ -68,12 +68,12 @@ def score(
     """Run every row through the model once.
 
     Args:
-        model: in evaluation mode or not; it is put back as it was.
+        model: in any mode; the mode is restored.
         rows: `input_ids` and `labels`.
-        pad_id: token id that fills short rows; any id, since padding is masked.
-        batch_rows: rows of one forward pass; the result does not depend on it.
-        what: name of the stretch for `progress`.
-        repeated: rows at the end that are run to keep step with other processes, and not counted.
+        pad_id: token id used for padding; any id, because padding is masked.
+        batch_rows: batch size; the result does not depend on it.
+        what: name of the task for `progress`.
+        repeated: number of rows at the end that are run only to keep processes in step, and not counted.
     """
     ids, labels = rows.column("input_ids").to_pylist(), rows.column("labels").to_pylist()
     for row in range(len(ids) - repeated, len(ids)):
@@ -107,7 +107,7 @@ def score(
 def score_shared(
     model: torch.nn.Module, rows: pa.Table, *, pad_id: int, batch_rows: int, progress: Progress, what: str
 ) -> list[Sums]:
-    """`score` of rows that the processes share; the sums of each process, known to all."""
+    """`score` on rows shared across the processes; returns the sums of all."""
     count = rows.num_rows
     mine = local_rows(count, in_step=is_fsdp(model))
     repeated = len(mine) - len(local_rows(count))
@@ -118,7 +118,7 @@ def score_shared(
 
 
 def _score_batch(model: torch.nn.Module, inputs: Tensor, labels: Tensor, mask: Tensor) -> tuple[float, int, int]:
-    # Position t predicts token t + 1; only positions that predict a trained token of some row need logits.
+    # Position t predicts token t + 1; logits are needed only for positions that predict a trained token of some row.
     targets = labels[:, 1:]
     wanted = (targets != IGNORED).any(0).nonzero().squeeze(1)
     if takes_positions(model):
@@ -137,7 +137,7 @@ def _score_batch(model: torch.nn.Module, inputs: Tensor, labels: Tensor, mask: T
 
 
 def rows_at_once(batch_rows: int, longest: int, vocabulary: int, device: str) -> int:
-    """Rows whose logits fit the memory set aside, at most `batch_rows` and at least one.
+    """Number of rows whose logits fit in the reserved memory, at most `batch_rows` and at least one.
 
     >>> rows_at_once(16, longest=1024, vocabulary=152_064, device="cuda")
     3
@@ -147,7 +147,7 @@ def rows_at_once(batch_rows: int, longest: int, vocabulary: int, device: str) ->
 
 
 def rows_alike(batch_rows: int, longest: int, device: str) -> int:
-    """Rows of one batch, where they are sorted by length: at most `batch_rows` and at least one.
+    """Number of rows per batch when sorted by length: at most `batch_rows` and at least one.
 
     >>> rows_alike(128, longest=400, device="cpu"), rows_alike(128, longest=400, device="cuda")
     (5, 128)
@@ -156,21 +156,21 @@ def rows_alike(batch_rows: int, longest: int, device: str) -> int:
 
 
 def vocabulary_of(model: Any) -> int:
-    """Width of the logits."""
+    """Size of the logits."""
     return int(model.config.get_text_config().vocab_size)
 
 
 def takes_positions(model: Any) -> bool:
-    """Whether the model can compute logits for chosen positions only."""
+    """Whether the model can compute logits for selected positions only."""
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
         return False  # virtual tokens shift the positions
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
-    forward: Any = type(base).forward  # the instance's may be wrapped
+    forward: Any = type(base).forward  # that of the instance may be wrapped
     return "logits_to_keep" in inspect.signature(forward).parameters
 
 
 def pad_right(rows: list[list[int]], labels: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Input ids, labels and attention mask of rows, each (B, T) int64, filled up at the end."""
+    """Right-padded input ids, labels and attention mask of rows, each (B, T) int64."""
     longest = max(len(row) for row in rows)
     inputs = torch.full((len(rows), longest), pad_id, dtype=torch.int64)
     targets = torch.full((len(rows), longest), IGNORED, dtype=torch.int64)

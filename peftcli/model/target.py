@@ -1,4 +1,4 @@
-"""What `eval`, `merge` and `generate` are pointed at: a run folder, an adapter, a merged model or a base."""
+"""The targets of `eval`, `merge` and `generate`: a run folder, an adapter, a merged model or a base."""
 
 import os
 from dataclasses import dataclass, replace
@@ -25,7 +25,7 @@ from peftcli.plan.plan import Base
 from peftcli.recipe.load import load_run_recipe
 from peftcli.run_dir import RunDir
 from peftcli.tasks.registry import TASKS
-from peftcli.tiny.own_files import holds_tokenizer
+from peftcli.tiny.tokenizer_files import holds_tokenizer
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,9 @@ class Target:
 
     Attributes:
         base: the weights to load.
-        adapter: folder of the adapter on it, None for a merged model or a base.
-        identity: what training left in the folder: format, templates, stop ids; empty for a plain base.
-        run: the run that it belongs to, None where it stands alone.
+        adapter: folder of the adapter; None for a merged model or a base.
+        identity: the manifest in the folder: format, templates, stop ids; empty for a plain base.
+        run: the run that it belongs to; None without a run folder.
     """
 
     base: Base
@@ -51,11 +51,11 @@ class Target:
 
     @property
     def tokenizer_folder(self) -> Path | None:
-        """The adapter's folder where it holds a tokenizer; None where that of the base is used."""
+        """The adapter's folder if it contains a tokenizer; None if that of the base is used."""
         return self.adapter if self.adapter is not None and holds_tokenizer(self.adapter) else None
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Load the tokenizer alone.
+        """Load only the tokenizer.
 
         Raises:
             MachineError: it cannot be loaded.
@@ -73,7 +73,7 @@ class Target:
         tokenizer = self.tokenizer()
         if self.adapter is not None:
             if "base" in self.identity:
-                refuse_other_base(self.identity, self.base)  # again, since it may have been downloaded just now
+                refuse_other_base(self.identity, self.base)  # again, because it may have just been downloaded
             elif not TASKS[self.base.task].images:
                 rows = int(model.get_input_embeddings().weight.shape[0])
                 refuse_small_embedding({}, rows, token_ids(tokenizer), self.base.path)
@@ -83,22 +83,22 @@ class Target:
 
 
 def open_target(path: str, base: Base | None = None) -> Target:
-    """Find out what a path is, and whether it is still what training or merging left there.
+    """Determine what a path is, and check that its files are unchanged since training or merging.
 
     Args:
         path: of a run folder, an adapter folder or a merged model; or the name of a base.
-        base: the base of a recipe: for a target that is no folder of ours, and where an adapter's base lies now.
+        base: the base of a recipe: for targets of other tools, and as the current location of an adapter's base.
 
     Raises:
-        MachineError: nothing usable is there, or an adapter, its tokenizer or its base was changed.
+        MachineError: there is nothing usable, or an adapter, its tokenizer or its base was changed.
     """
     folder = Path(path)
     if (folder / "recipe.yaml").is_file():
         run = RunDir(folder)
         found = read_manifest(run.adapter)
         if found is None:
-            fix = f"`peftcli train RECIPE --output-dir {path}` makes one"
-            raise MachineError(f"{path}: this run holds no adapter yet; {fix}")
+            fix = f"`peftcli train RECIPE --output-dir {path}` creates one"
+            raise MachineError(f"{path}: this run has no adapter yet; {fix}")
         return _adapter(run.adapter, found, base, run)
     found = read_manifest(folder) if folder.is_dir() else None
     run_of = RunDir(folder.parent) if (folder.parent / "recipe.yaml").is_file() else None
@@ -109,19 +109,19 @@ def open_target(path: str, base: Base | None = None) -> Target:
         check_tokenizer(folder, found, merged)
         return Target(merged, None, found, run_of)
     if base is not None and (folder / CONFIG).is_file():
-        return _foreign_adapter(folder, base)
+        return _external_adapter(folder, base)
     if base is not None:
         if not _is_base(folder, path, base):
             raise MachineError(
-                f"{path}: nothing of ours, and not the base of the recipe ({base.name}); name one of these"
+                f"{path}: not written by peftcli, and not the base of the recipe ({base.name}); pass one of these"
             )
         return Target(base, None, {}, None)
     if folder.is_dir():
         raise MachineError(
-            f"{path}: neither a run folder (recipe.yaml) nor an adapter or merged model of ours (peftcli.json); "
-            "a base model needs --recipe"
+            f"{path}: neither a run folder (recipe.yaml) nor an adapter or merged model of peftcli (peftcli.json); "
+            "for a base model, pass --recipe"
         )
-    raise MachineError(f"{path}: no such folder; a base model needs --recipe")
+    raise MachineError(f"{path}: no such folder; for a base model, pass --recipe")
 
 
 def _is_base(folder: Path, path: str, base: Base) -> bool:
@@ -135,7 +135,7 @@ def _device() -> str:
 
 
 def _adapter(folder: Path, found: dict[str, Any], base: Base | None, run: RunDir | None) -> Target:
-    """An adapter of ours, after its files, its base and its tokenizer were held against its identity."""
+    """One of our adapters, after checking its files, base and tokenizer against its manifest."""
     check_adapter_files(folder, found.get("tensors"))
     refuse_changed(folder, found.get("files") or {})
     under = base_of(found, _device(), _places(folder, found, base, run))
@@ -145,9 +145,9 @@ def _adapter(folder: Path, found: dict[str, Any], base: Base | None, run: RunDir
 
 
 def _places(folder: Path, found: dict[str, Any], base: Base | None, run: RunDir | None) -> list[BaseLocation]:
-    """Where the base of an adapter may lie: where a recipe says now, where it lay, and where it lies beside."""
+    """Possible locations of an adapter's base: that of a recipe, the original one, and one relative to the adapter."""
     stated = stated_base(found)
-    if base is not None and not found.get("smoke"):  # a rehearsal stands on a stand-in, never on the recipe's base
+    if base is not None and not found.get("smoke"):  # a smoke run uses a stand-in, never the recipe's base
         return [BaseLocation(base.path, base.revision)]
     places = [BaseLocation(stated.path, stated.revision)]
     beside = found["base"].get("beside")
@@ -159,16 +159,16 @@ def _places(folder: Path, found: dict[str, Any], base: Base | None, run: RunDir 
 
 
 def _place_of_run(run: RunDir) -> list[BaseLocation]:
-    """The local folder that the recipe in a run folder names: whoever moves a base may write its new place there."""
+    """The local folder in a run's recipe: users who move a base may set its new location there."""
     try:
         model = load_run_recipe(run.recipe).recipe.model
-    except RecipeError:  # the command that needs the recipe says what is wrong with it
+    except RecipeError:  # the command that needs the recipe reports its problems
         return []
     return [BaseLocation(model.name, None)] if Path(model.name).is_dir() else []
 
 
-def _foreign_adapter(folder: Path, base: Base) -> Target:
-    """An adapter that PEFT wrote for another tool, on the base of a recipe."""
+def _external_adapter(folder: Path, base: Base) -> Target:
+    """An adapter written by PEFT for another tool, on the base of a recipe."""
     check_adapter_files(folder, None)
     return Target(base, folder, {"kind": "adapter"}, None)
 

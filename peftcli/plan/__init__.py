@@ -1,1 +1,1 @@
-"""Recipe and machine to Plan: what will happen, each choice with its reason."""
+"""From recipe and machine to Plan: what will happen, each choice with its reason."""

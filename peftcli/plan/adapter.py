@@ -1,4 +1,4 @@
-"""The adapter settled on a model: targets by name, and sizes that divide the widths they stand on."""
+"""Resolves an adapter for a model: target names, and sizes that divide the widths of the targets."""
 
 import math
 from collections.abc import Iterable
@@ -12,23 +12,23 @@ from peftcli.plan.targets import ALL_LINEAR, named_targets, stand_in_layers, str
 from peftcli.recipe.schema import AdapterSection
 
 SCALED = ("k_proj", "v_proj", "key", "value", "c_attn", "query_key_value", "qkv_proj", "k_lin", "v_lin")
-"""Layers that make keys and values, by the names that families give them."""
+"""Names of key and value projections in various model families."""
 SCALED_INPUTS = ("down_proj", "fc2", "mlp.c_proj", "output.dense", "dense_4h_to_h", "lin2", "fc_out")
-"""Second layers of the feed-forward part, whose input IA3 scales.
+"""Second layers of the MLP, whose input IA3 scales.
 
 Source: TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING in peft/utils/constants.py.
 """
 
 
 def resolve_adapter(adapter: AdapterSection, facts: ModelFacts) -> tuple[AdapterSection, tuple[Decision, ...]]:
-    """Put names in the place of what the recipe leaves to the method.
+    """Resolve what the recipe leaves to the method.
 
     Returns:
-        The adapter, whose targets are names, `all-linear` or None for a method that stands on no module, and what was
-        decided.
+        The adapter, whose targets are names, `all-linear`, or None for a method without target modules, and the
+        decisions made.
 
     Raises:
-        RecipeError: the model has nothing that the method stands on.
+        RecipeError: the model has no module for the method.
     """
     method = METHODS[adapter.method]
     if method.targets == "whole" or (method.targets == "writers" and adapter.target_modules is None):
@@ -37,7 +37,7 @@ def resolve_adapter(adapter: AdapterSection, facts: ModelFacts) -> tuple[Adapter
         adapter = adapter.model_copy(update={"target_modules": _own_targets(method, facts)})
     adapter = stand_in_layers(adapter, facts)
     if method.targets == "scaled" and "feedforward_modules" not in adapter.arguments:
-        assert adapter.target_modules is not None  # settled above
+        assert adapter.target_modules is not None  # set above
         inputs = [name for name in _names(adapter, facts) if any(_ends(name, one) for one in SCALED_INPUTS)]
         adapter = _with_argument(adapter, "feedforward_modules", inputs)
     decisions = []
@@ -47,7 +47,7 @@ def resolve_adapter(adapter: AdapterSection, facts: ModelFacts) -> tuple[Adapter
         size = _divisor(_widths(adapter, facts), most)
         if size is not None and size < most:
             adapter = _with_argument(adapter, argument, size)
-            decisions.append(Decision(f"adapter.{argument}", str(size), "it divides the widths of all targets"))
+            decisions.append(Decision(f"adapter.{argument}", str(size), "largest divisor of the widths of all targets"))
     return adapter, tuple(decisions)
 
 
@@ -67,8 +67,8 @@ def _own_targets(method: Method, facts: ModelFacts) -> tuple[str, ...]:
         found = tuple(name for name in present if any(_ends(module, name) for module in facts.linear))
     if not found:
         raise RecipeError(
-            f"adapter.method {method.name}: {facts.architecture} has none of the modules that it stands on; name some "
-            "in adapter.target_modules"
+            f"adapter.method {method.name}: {facts.architecture} has none of the method's default modules; list "
+            "modules in adapter.target_modules"
         )
     return found
 
@@ -95,7 +95,7 @@ def _widths(adapter: AdapterSection, facts: ModelFacts) -> tuple[int, ...]:
 
 
 def _divisor(widths: tuple[int, ...], most: int) -> int | None:
-    """The largest number up to `most` that divides all widths, None where they are not known.
+    """The largest number up to `most` that divides all widths; None if they are unknown.
 
     >>> _divisor((896, 4864, 128), 256), _divisor((), 64)
     (128, None)

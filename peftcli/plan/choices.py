@@ -1,4 +1,4 @@
-"""The choices of a plan that depend on the machine alone: each with its reason, or refused with the mend."""
+"""The choices of a plan that depend on the machine: each with its reason, or an error with the fix."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,10 +13,10 @@ from peftcli.recipe.schema import QuantizationSection, Recipe
 CHECKPOINTING = "activation checkpointing"
 """Key of the decision."""
 EIGHT_BIT = "quantization"
-"""Key of the decision over a base in 8 bits."""
+"""Key of the decision for an 8-bit base."""
 OVERFLOWS_FLOAT16 = ("Gemma2", "Gemma3", "T5", "MT5", "UMT5")
-"""How architectures begin that were trained in bfloat16 and whose activations leave float16 (65504) in the forward
-pass, so that no gradient scaler helps. Training finds any other one with its first row.
+"""Prefixes of architectures trained in bfloat16 whose activations overflow float16 (65504) in the forward pass, so
+that a gradient scaler does not help. For any other architecture, training detects it at the first row.
 
 Source: transformers issues 36822 and 39972 (Gemma 3), google-research/text-to-text-transfer-transformer issue 539.
 """
@@ -24,7 +24,7 @@ Source: transformers issues 36822 and 39972 (Gemma 3), google-research/text-to-t
 
 @dataclass(frozen=True)
 class Choices:
-    """What the machine decides; `products` is how quantized weights are computed with, None where they are not."""
+    """What depends on the machine; `products` is how quantized weights are multiplied, None without quantization."""
 
     device: Decision
     dtype: Decision
@@ -41,8 +41,8 @@ def choose(recipe: Recipe, machine: Machine, facts: ModelFacts) -> Choices:
     """Make all choices that depend on the machine.
 
     Raises:
-        MachineError: this machine cannot do what the recipe asks for.
-        RecipeError: the model cannot.
+        MachineError: this machine does not support what the recipe requires.
+        RecipeError: the model does not support it.
     """
     device = choose_device(recipe, machine)
     on_gpu = device.value == "cuda"
@@ -59,22 +59,22 @@ def choose(recipe: Recipe, machine: Machine, facts: ModelFacts) -> Choices:
 
 
 def _not_twice(recipe: Recipe, facts: ModelFacts) -> str:
-    """Why activations cannot be computed a second time, empty where they can."""
+    """Why activations cannot be recomputed; empty if they can."""
     if facts.checkpointing:
         return METHODS[recipe.adapter.method].checkpointing
     if recipe.trainer.get("activation_checkpointing"):
-        raise RecipeError(f"trainer.activation_checkpointing: {facts.architecture} does not support it; leave it out")
+        raise RecipeError(f"trainer.activation_checkpointing: {facts.architecture} does not support it; remove it")
     return f"{facts.architecture} does not support it"
 
 
 def check_wheel(machine: Machine) -> None:
-    """Hold the architectures of the installed torch wheel against the card.
+    """Check the architectures of the installed torch wheel against the GPU.
 
-    A kernel built for sm_XY runs on cards of the same major version and the same or a later minor one; PTX
-    (`compute_XY`) runs on every later card.
+    A kernel built for sm_XY runs on GPUs of the same major version and the same or a later minor one; PTX
+    (`compute_XY`) runs on every later GPU.
 
     Raises:
-        MachineError: the wheel has no kernel for this card.
+        MachineError: the wheel has no kernel for this GPU.
 
     Source: CUDA C++ programming guide, binary and PTX compatibility.
     """
@@ -93,7 +93,7 @@ def check_wheel(machine: Machine) -> None:
             return
     raise MachineError(
         f"the installed torch has no kernels for {machine.label}; it was built for {', '.join(machine.arch_list)}; "
-        "choose another card (on Kaggle: GPU T4 x2) or install a torch wheel for this one"
+        "choose another GPU (on Kaggle: GPU T4 x2) or install a torch wheel that supports this one"
     )
 
 
@@ -102,44 +102,44 @@ def choose_device(recipe: Recipe, machine: Machine) -> Decision:
         return Decision("device", "cpu", "trainer.use_cpu")
     if machine.device == "cuda":
         return Decision("device", "cuda", machine.label)
-    return Decision("device", "cpu", f"no CUDA device here; {machine.label}")
+    return Decision("device", "cpu", f"no CUDA device; {machine.label}")
 
 
 def choose_dtype(recipe: Recipe, machine: Machine, on_gpu: bool, architecture: str = "") -> Decision:
-    """The format of the base's weights and products.
+    """The dtype of the base weights and matmuls.
 
     Args:
-        architecture: class name of the model, empty where none is meant.
+        architecture: class name of the model; empty if not specific to one.
 
     Raises:
-        MachineError: this machine does not compute in the one that the recipe asks for.
+        MachineError: the machine does not support the requested dtype.
     """
     asked = recipe.model.dtype
     key = "model.dtype"
     if asked == "auto":
         if not on_gpu:
-            return Decision(key, "float32", "a CPU: exact, and as fast as 16 bit on most")
+            return Decision(key, "float32", "on a CPU: exact, and on most as fast as 16 bit")
         if machine.native_bf16:
             return Decision(key, "bfloat16", f"{machine.label} computes it natively")
         if architecture.startswith(OVERFLOWS_FLOAT16):
             why = f"{machine.label} has no native bfloat16, and {architecture} overflows float16; slower, but finite"
             return Decision(key, "float32", why)
-        return Decision(key, "float16", f"{machine.label} has no native bfloat16; with a gradient scaler")
+        return Decision(key, "float16", f"{machine.label} has no native bfloat16; uses a gradient scaler")
     if asked == "bfloat16" and on_gpu and not machine.native_bf16:
         raise MachineError(
-            f"this recipe needs bfloat16, but {machine.label} has none of its own (it would be emulated, several times "
+            f"this recipe needs bfloat16, but {machine.label} does not support it natively (emulation is several times "
             "slower); set model.dtype: float16 or auto, or use a GPU of sm_80 or later"
         )
     if asked == "float16" and not on_gpu:
-        raise MachineError("this recipe needs float16, which trains on a GPU only; set model.dtype: auto")
-    return Decision(key, asked, "the recipe")
+        raise MachineError("this recipe needs float16, which only trains on a GPU; set model.dtype: auto")
+    return Decision(key, asked, "set in the recipe")
 
 
 def choose_trained_dtype(recipe: Recipe, choices: Choices) -> Decision:
-    """The format of the trained weights.
+    """The dtype of the trained weights.
 
     Raises:
-        MachineError: they are to be bfloat16 and the base is not.
+        MachineError: bfloat16 is requested, but the base has another dtype.
     """
     key = "adapter dtype"
     base = choices.dtype
@@ -147,15 +147,15 @@ def choose_trained_dtype(recipe: Recipe, choices: Choices) -> Decision:
         if base.value != "bfloat16":
             fix = "set adapter.dtype: float32" if choices.on_gpu else "set model.dtype: bfloat16"
             raise MachineError(
-                f"adapter.dtype: bfloat16 trains the weights of the base as they are, and here they are {base.value} "
+                f"adapter.dtype: bfloat16 trains the base weights in their own dtype, but here they are {base.value} "
                 f"({base.reason}); {fix}"
             )
-        return Decision(key, "bfloat16", "the recipe: no float32 copy of the weights")
+        return Decision(key, "bfloat16", "set in the recipe; no float32 copy of the weights")
     if base.value == "float16" and choices.on_gpu:
-        return Decision(key, "float32", "the gradient scaler of float16 needs it")
+        return Decision(key, "float32", "required by the gradient scaler of float16")
     if METHODS[recipe.adapter.method].targets == "whole":
-        return Decision(key, "float32", "small updates survive; adapter.dtype: bfloat16 takes half the memory")
-    return Decision(key, "float32", "small updates survive; the adapter is small")
+        return Decision(key, "float32", "keeps small updates; adapter.dtype: bfloat16 halves the memory")
+    return Decision(key, "float32", "keeps small updates; the adapter is small")
 
 
 def choose_products(
@@ -164,17 +164,18 @@ def choose_products(
     if quantization is None:
         return None
     if quantization.bits == 8:
-        why = f"{dtype} products of the unpacked weights, so that no row depends on those beside it"
+        why = f"dequantized weights, matmuls in {dtype}, so that no row depends on the others in its batch"
         return Decision(EIGHT_BIT, "8 bit", why)
     key = "quantization.compute_dtype"
     asked = quantization.compute_dtype
     if asked == "auto":
-        return Decision(key, dtype, f"{quantization.type} products in the dtype of the model")
+        return Decision(key, dtype, f"{quantization.type} weights, matmuls in the dtype of the model")
     if asked == "bfloat16" and on_gpu and not machine.native_bf16:
         raise MachineError(
-            f"quantization.compute_dtype is bfloat16, but {machine.label} has none of its own; set float16 or auto"
+            f"quantization.compute_dtype is bfloat16, but {machine.label} does not support it natively; "
+            "set float16 or auto"
         )
-    return Decision(key, asked, "the recipe")
+    return Decision(key, asked, "set in the recipe")
 
 
 def choose_attention(recipe: Recipe, machine: Machine, facts: ModelFacts, on_gpu: bool) -> Decision:
@@ -184,34 +185,34 @@ def choose_attention(recipe: Recipe, machine: Machine, facts: ModelFacts, on_gpu
             raise MachineError(f"model.attention: sdpa is not supported by {facts.architecture}; set eager or auto")
         return Decision("model.attention", "eager", f"{facts.architecture} does not support sdpa")
     if asked == "auto":
-        return Decision("model.attention", "sdpa", "torch's own, on every device")
+        return Decision("model.attention", "sdpa", "torch's attention, on every device")
     if asked.startswith("flash_attention"):
         if not on_gpu:
-            raise MachineError(f"model.attention: {asked} needs a CUDA GPU, and there is none here; set auto")
+            raise MachineError(f"model.attention: {asked} needs a CUDA GPU, and this machine has none; set auto")
         if machine.capability is not None and machine.capability < (8, 0):
             raise MachineError(f"model.attention: {asked} needs sm_80 or later, but this is {machine.label}; set auto")
         if asked not in machine.flash_attention:
-            raise MachineError(f"model.attention: {asked} is not installed here; install it or set auto")
-    return Decision("model.attention", asked, "the recipe")
+            raise MachineError(f"model.attention: {asked} is not installed; install it or set auto")
+    return Decision("model.attention", asked, "set in the recipe")
 
 
 def choose_checkpointing(trainer: Mapping[str, Any], on_gpu: bool, excluded: str = "") -> Decision:
     key = CHECKPOINTING
     asked = trainer.get("activation_checkpointing")
     if asked is not None:
-        return Decision(key, "on" if asked else "off", "the recipe")
+        return Decision(key, "on" if asked else "off", "set in the recipe")
     if excluded:
         return Decision(key, "off", excluded)
     if on_gpu:
-        return Decision(key, "on", "saves activation memory for about a third more compute")
-    return Decision(key, "off", "a CPU has the memory, and it costs a third more compute")
+        return Decision(key, "on", "saves activation memory at about a third more compute")
+    return Decision(key, "off", "a CPU has enough memory, and it would cost a third more compute")
 
 
 def count_batch(trainer: Mapping[str, Any], processes: int, *, shared: bool = False) -> Batch:
-    """The rows of a step, as the trainer section shares them out.
+    """The batch size of a step, as the trainer section sets it.
 
     Args:
-        shared: the section speaks of one process, whose rows all share; several processes then keep its steps.
+        shared: the section is for one process, and its batch is split; the number of steps stays the same.
     """
     batch = Batch(
         per_device=int(trainer.get("per_device_train_batch_size", 8)),
@@ -222,7 +223,7 @@ def count_batch(trainer: Mapping[str, Any], processes: int, *, shared: bool = Fa
 
 
 def share_batch(batch: Batch, processes: int) -> Batch | None:
-    """The rows of a step shared among processes, each with as many at once as there is room for; None if odd.
+    """The batch split across processes, each with the largest micro-batch that divides its rows; None if not divisible.
 
     >>> share_batch(Batch(4, 4, 1), 2), share_batch(Batch(8, 1, 1), 2), share_batch(Batch(3, 1, 1), 2)
     (Batch(per_device=4, accumulation=2, processes=2), Batch(per_device=4, accumulation=1, processes=2), None)
@@ -234,12 +235,12 @@ def share_batch(batch: Batch, processes: int) -> Batch | None:
     return Batch(at_once, own // at_once, processes)
 
 
-def processes_that_share(trainers: Sequence[Mapping[str, Any]], cards: int) -> int:
-    """The largest number of processes, one for each card, among which the steps of all stages can be shared.
+def processes_that_share(trainers: Sequence[Mapping[str, Any]], gpus: int) -> int:
+    """The largest number of processes, one per GPU, across which the batches of all stages can be split.
 
     >>> processes_that_share([{"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2}], 4)
     3
     """
     batches = [count_batch(trainer, 1) for trainer in trainers]
-    numbers = range(max(1, cards), 0, -1)
+    numbers = range(max(1, gpus), 0, -1)
     return next(number for number in numbers if all(share_batch(batch, number) is not None for batch in batches))

@@ -9,32 +9,32 @@ from peftcli.plan.machine import Machine
 
 GIB = 2**30
 SUSTAINED = 0.45
-"""Share of the peak that training reaches; of the published runs, taken over all of a step.
+"""Share of the peak that training reaches, from published runs, over a whole step.
 
 LLaMA-Factory, Llama-2-7B in 4 bit on an A100, 8192 tokens: 3,128 tokens/s, 0.48 of the peak; 1024 tokens: 0.31
 (https://github.com/hiyouga/LLaMA-Factory/wiki/Performance-comparison). torchtune, compiled, Llama-3.2-3B with LoRA on
 an A100: 8,210 tokens/s, 0.53; Llama-3.1-8B in 4 bit on a 4090: 2,413 tokens/s, 0.67 (README of pytorch/torchtune).
 """
 THROTTLED = 0.35
-"""The same for a T4, which its limit of 70 W holds back; an assumption, no published run was found."""
+"""The same for a T4, which is throttled by its 70 W limit; an assumption, no published run was found."""
 
 
 @dataclass(frozen=True)
 class GPU:
-    """One kind of GPU.
+    """One GPU model.
 
     Attributes:
-        key: for `--gpu`.
-        name: as torch says it.
+        key: value of `--gpu`.
+        name: as reported by torch.
         capability: (major, minor).
-        memory_gib: that torch reports; drivers differ by a few percent.
-        tflops: peak of dense 16-bit products that are summed in float32, in 10^12 a second.
-        gb_per_second: memory bandwidth in 10^9 bytes a second.
-        count: how many there are.
+        memory_gib: as reported by torch; drivers differ by a few percent.
+        tflops: peak of dense 16-bit matmuls with float32 accumulation, in 10^12 per second.
+        gb_per_second: memory bandwidth in 10^9 bytes per second.
+        count: number of GPUs.
         sustained: share of the peak that training reaches.
-        note: what else one should know.
+        note: advice that is printed with the plan.
 
-    Source: NVIDIA's data sheets; where they give the figure with sparsity, half of it.
+    Source: NVIDIA's data sheets; half of the figure if it is given with sparsity.
     """
 
     key: str
@@ -49,12 +49,12 @@ class GPU:
 
     @property
     def flops(self) -> float:
-        """Products and sums a second that training reaches."""
+        """FLOPs per second that training reaches."""
         return self.tflops * 1e12 * self.sustained
 
     @property
     def bandwidth(self) -> float:
-        """Bytes a second."""
+        """Bytes per second."""
         return self.gb_per_second * 1e9
 
 
@@ -92,45 +92,45 @@ def find_gpu(key: str) -> GPU:
     """The GPU that `--gpu` names.
 
     Raises:
-        RecipeError: there is none of that name.
+        RecipeError: the name is unknown.
 
     >>> find_gpu("T4 x2").count
     2
     """
     plain = re.sub(r"[\s_]|nvidia|tesla|geforce", "", key.lower())
-    known = {card.key: card for card in GPUS}
-    bare = {card.key.replace("-", ""): card for card in GPUS} | {card.key.removeprefix("rtx"): card for card in GPUS}
+    known = {gpu.key: gpu for gpu in GPUS}
+    bare = {gpu.key.replace("-", ""): gpu for gpu in GPUS} | {gpu.key.removeprefix("rtx"): gpu for gpu in GPUS}
     found = known.get(plain) or bare.get(plain.replace("-", ""))
     if found is not None:
         return found
     near = nearest(plain, known, least=0.5)
-    mean = f"; did you mean {near}?" if near else ""
-    raise RecipeError(f"--gpu {key}: no card of that name is known{mean}\nknown are {', '.join(known)}")
+    hint = f"; did you mean {near}?" if near else ""
+    raise RecipeError(f"--gpu {key}: unknown GPU{hint}\nknown GPUs are {', '.join(known)}")
 
 
 def gpu_of(machine: Machine) -> GPU | None:
-    """The card that a machine has, by its name and memory; None for one that is not in the table."""
+    """The GPU of a machine, by its name and memory; None if it is not in the table."""
     if machine.device != "cuda":
         return None
     words = re.sub(r"nvidia|tesla|geforce", "", machine.name.lower())
     parts = re.sub(r"rtx (?=\d)", "rtx", re.sub(r"[^a-z0-9]+", " ", words).strip()).split()
-    fitting = [card for card in GPUS if card.count == 1 and card.key.split("-")[0] in parts]
-    near = [card for card in fitting if abs(card.memory_gib * GIB - machine.memory_bytes) < 0.1 * machine.memory_bytes]
+    fitting = [gpu for gpu in GPUS if gpu.count == 1 and gpu.key.split("-")[0] in parts]
+    near = [gpu for gpu in fitting if abs(gpu.memory_gib * GIB - machine.memory_bytes) < 0.1 * machine.memory_bytes]
     return near[0] if near else None
 
 
-def machine_with(card: GPU, processes: int = 1) -> Machine:
-    """A machine that has this card, with everything installed that the card can run."""
-    major, minor = card.capability
-    flash = ("flash_attention_2",) * (major >= 8) + ("flash_attention_3",) * (card.capability == (9, 0))
+def machine_with(gpu: GPU, processes: int = 1) -> Machine:
+    """A machine with this GPU, and with everything installed that the GPU supports."""
+    major, minor = gpu.capability
+    flash = ("flash_attention_2",) * (major >= 8) + ("flash_attention_3",) * (gpu.capability == (9, 0))
     return Machine(
         device="cuda",
-        name=card.name,
-        capability=card.capability,
+        name=gpu.name,
+        capability=gpu.capability,
         native_bf16=major >= 8,
         arch_list=(f"sm_{major}{minor}",),
-        memory_bytes=int(card.memory_gib * GIB),
-        count=card.count,
+        memory_bytes=int(gpu.memory_gib * GIB),
+        count=gpu.count,
         processes=processes,
         flash_attention=flash,
         fused_norms=True,

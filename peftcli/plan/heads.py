@@ -1,4 +1,4 @@
-"""What a task with labels changes in a plan: the head that is trained whole, and its size once the labels are known."""
+"""What classification and regression change in a plan: the head that is fully trained, and its size by the labels."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,13 +14,13 @@ from peftcli.recipe.schema import AdapterSection, Recipe
 from peftcli.tasks.registry import TASKS
 
 NUMBER = "value"
-"""Name of the one output of a regression."""
+"""Name of the single output of a regression."""
 ADDED_BY_PEFT = ("classifier", "score")
-"""Ends of the names of modules that PEFT trains whole by itself for these tasks."""
+"""Suffixes of modules that PEFT trains in full by itself for these tasks."""
 
 
 def first_labels(recipe: Recipe) -> tuple[str, ...]:
-    """The outputs of the head as far as the recipe alone tells; two stand in for those that the rows will name."""
+    """The outputs of the head as far as the recipe defines them; two placeholders until the rows are read."""
     if TASKS[recipe.model.task].generates:
         return ()
     if recipe.model.problem_type == "regression":
@@ -29,7 +29,7 @@ def first_labels(recipe: Recipe) -> tuple[str, ...]:
 
 
 def with_head(adapter: AdapterSection, facts: ModelFacts, task: str) -> AdapterSection:
-    """The adapter section with the parts of the head that PEFT would not train by itself, and no target among them."""
+    """The adapter section with the head modules that PEFT would not train by itself, and no targets in the head."""
     if facts.head:
         adapter = adapter.model_copy(update={"target_modules": targets_beside_head(adapter.target_modules, facts)})
     added = () if TASKS[task].peft_type is None else ADDED_BY_PEFT
@@ -40,7 +40,7 @@ def with_head(adapter: AdapterSection, facts: ModelFacts, task: str) -> AdapterS
 
 
 def targets_beside_head(wanted: Any, facts: ModelFacts) -> Any:
-    """Targets by their whole names where a short one would match a part of the head too, which is trained whole."""
+    """Targets by full name if a short name would also match the head, which is fully trained."""
     if wanted == ALL_LINEAR:
         return facts.linear
     if not isinstance(wanted, tuple):
@@ -51,27 +51,27 @@ def targets_beside_head(wanted: Any, facts: ModelFacts) -> Any:
 
 
 def head_decisions(recipe: Recipe, facts: ModelFacts) -> tuple[Decision, ...]:
-    """What a person should know of the head.
+    """The decisions to show about the head.
 
     Raises:
-        RecipeError: the method cannot tell where a row ends, which this model's head reads, or nothing of the model can
-            be quantized.
+        RecipeError: the method hides the end of a row from a head that reads it there, or no layer of the model can be
+        quantized.
     """
     if not facts.head:
         return ()
     if TASKS[recipe.model.task].images and recipe.adapter.arguments.get("init_lora_weights") == "eva":
         raise RecipeError(
-            "adapter.init_lora_weights: eva begins from rows of text, and the rows are images; leave it out"
+            "adapter.init_lora_weights: eva is initialized from texts, but the rows are images; remove it"
         )
     if facts.convolutions and recipe.quantization is not None:
         raise RecipeError(
-            f"quantization: {facts.architecture} is made of convolutions, and only linear layers can be quantized; "
-            "leave it out"
+            f"quantization: {facts.architecture} consists of convolutions, but only linear layers can be quantized; "
+            "remove it"
         )
     if facts.reads_end and METHODS[recipe.adapter.method].hides_tokens:
         raise RecipeError(
-            f"adapter.method: {recipe.adapter.method} hides from {facts.architecture} where a row ends, and its class "
-            "is read there; take lora or prefix, or an encoder"
+            f"adapter.method: {recipe.adapter.method} hides the end of a row from {facts.architecture}, whose "
+            "head reads it; use lora or prefix, or an encoder model"
         )
     where = (
         "reads the last token of a row"
@@ -80,44 +80,44 @@ def head_decisions(recipe: Recipe, facts: ModelFacts) -> tuple[Decision, ...]:
         if _of_rows(recipe)
         else "reads each token"
     )
-    kept = "" if recipe.quantization is None else f", and stays out of {recipe.quantization.bits} bits"
-    head = Decision("head", ", ".join(facts.head), f"new for the task, trained whole{kept}; it {where}")
+    unquantized = "" if recipe.quantization is None else f", and not quantized to {recipe.quantization.bits} bits"
+    head = Decision("head", ", ".join(facts.head), f"new for the task, fully trained{unquantized}; it {where}")
     return (head, *_of_convolutions(recipe, facts))
 
 
 def _of_convolutions(recipe: Recipe, facts: ModelFacts) -> tuple[Decision, ...]:
-    said = []
+    found = []
     if facts.convolutions and recipe.adapter.target_modules in (None, ALL_LINEAR):
-        why = f"{facts.architecture} has no linear layer but in its head; {ALL_LINEAR} means its convolutions"
-        said.append(Decision("targets", f"{len(facts.linear)} convolutions", why))
+        why = f"{facts.architecture} has linear layers only in its head; {ALL_LINEAR} selects its convolutions"
+        found.append(Decision("targets", f"{len(facts.linear)} convolutions", why))
     if facts.statistics:
-        why = "the running means of the batch norms stay those of the base, also in training"
-        said.append(Decision("batch norms", "frozen", why))
-    return tuple(said)
+        why = "the running statistics of the batch norms stay those of the base, also in training"
+        found.append(Decision("batch norms", "frozen", why))
+    return tuple(found)
 
 
 def head_notices(recipe: Recipe) -> tuple[str, ...]:
-    """What the figures of the base mean for such a task."""
-    honest = TASKS[recipe.model.task].baseline
-    if not honest or not recipe.evaluation.baseline:
+    """What the baseline metrics of such a task mean."""
+    fair_baseline = TASKS[recipe.model.task].baseline
+    if not fair_baseline or not recipe.evaluation.baseline:
         return ()
     if recipe.model.problem_type == "regression":
-        honest = "the error of the mean"
-    return (f"the base has a new, untrained head, so its figures are those of a guess; compare with {honest}",)
+        fair_baseline = "the error of the mean"
+    return (f"the base has a new, untrained head, so its metrics are chance level; compare with {fair_baseline}",)
 
 
 def resolve_labels(
     plan: Plan, labels: tuple[str, ...], problem_type: str | None, count: Callable[[AdapterSection], Trained]
 ) -> Plan:
-    """The plan with the labels that the rows turned out to have.
+    """The plan with the labels found in the rows.
 
     Args:
-        labels: names by number; empty for a regression.
-        problem_type: of sequence-classification, as the rows decide it.
-        count: the trainable parameters of an adapter with a head of that size.
+        labels: label names by index; empty for a regression.
+        problem_type: of sequence-classification, as detected from the rows.
+        count: counts the trainable parameters of an adapter with a head of that size.
 
     Raises:
-        RecipeError: `evaluation.positive_label` is none of two classes.
+        RecipeError: `evaluation.positive_label` is not one of two classes.
     """
     if TASKS[plan.task].generates:
         return plan
@@ -125,8 +125,8 @@ def resolve_labels(
     names = labels or (NUMBER,)
     trained = count(plan.adapter)
     trainable = trained.parameters
-    grown = trainable - plan.trainable_parameters
-    total = plan.total_parameters + 2 * grown  # the untrained head stays in the base beside the trained one
+    added = trainable - plan.trainable_parameters
+    total = plan.total_parameters + 2 * added  # the base contains the untrained head too
     decisions = tuple(
         replace(one, value=f"{trainable:,} parameters", reason=f"{trainable / total:.2%} of {total:,}")
         if one.key == "trainable"
@@ -147,13 +147,15 @@ def _check_positive(positive: str | None, labels: tuple[str, ...], problem_type:
         return
     if problem_type != "single-label" or len(labels) != 2:
         what = "the labels are numbers" if problem_type == "regression" else f"the rows have {len(labels)} labels"
-        raise RecipeError(f"evaluation.positive_label chooses one of two classes, and {what}; leave it out")
+        raise RecipeError(f"evaluation.positive_label needs exactly two classes, but {what}; remove it")
     if positive not in labels:
-        raise RecipeError(f"evaluation.positive_label is {positive}, and the classes are {labels[0]} and {labels[1]}")
+        raise RecipeError(
+            f"evaluation.positive_label is {positive}, but the classes are {labels[0]} and {labels[1]}; set one of them"
+        )
 
 
 def keep_labels(plan: Plan, base: Base) -> Plan:
-    """The plan with rows read by the labels of a trained base, so that each keeps its number."""
+    """The plan with the labels of a trained base, so that each keeps its index."""
     problem_type = base.problem_type or "auto"
     dataset = plan.dataset
     if problem_type != "regression":

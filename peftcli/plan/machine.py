@@ -7,28 +7,28 @@ from types import MappingProxyType
 from peftcli.plan.memory.model_shape import ModelDimensions
 
 SHARES_BATCH = "PEFTCLI_SHARES_BATCH"
-"""Variable that is set where nobody asked for the processes of this launch by number: they keep the steps of one."""
+"""Set if the number of processes was not requested explicitly: they then split the batch of one process."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What this machine can do; `model.probe` asks it, tests make their own.
+    """What this machine supports; `model.hardware` probes it, tests construct it.
 
     Attributes:
         device: `cuda` or `cpu`.
-        name: of the processor, or of the GPUs that are used.
-        capability: (major, minor) of the GPU, the least of several; None on a CPU.
-        native_bf16: the card computes bfloat16 itself (an emulation does not count).
+        name: of the processor, or of the GPUs.
+        capability: (major, minor) of the GPU, the lowest of several; None on a CPU.
+        native_bf16: the GPU supports bfloat16 natively (emulation does not count).
         arch_list: architectures the installed torch wheel was built for, such as `sm_75` or `compute_90`.
-        memory_bytes: of one GPU, the smallest of several, or the RAM on a CPU.
-        count: cards that this process sees, 1 on a CPU.
+        memory_bytes: of one GPU (the smallest of several), or the RAM on a CPU.
+        count: number of visible GPUs, 1 on a CPU.
         processes: processes of this launch.
-        shares_batch: they share the rows of the recipe's step, in place of taking as many each.
+        shares_batch: the batch of the recipe is split across the processes, instead of each taking all of it.
         flash_attention: names of the installed FlashAttention implementations.
         fused_norms: the installed torch has a kernel for RMSNorm on its GPUs.
         liger: liger-kernel is installed beside a GPU.
-        fsdp: accelerate's own configuration asks for FSDP.
-        fsdp_more: what it asks for besides, under accelerate's names.
+        fsdp: accelerate is configured to use FSDP.
+        fsdp_more: other settings of accelerate's configuration, by accelerate's names.
     """
 
     device: str
@@ -48,7 +48,7 @@ class Machine:
 
     @property
     def label(self) -> str:
-        """The name with the architecture, for messages."""
+        """The name with the compute capability, for messages."""
         if self.capability is None:
             return self.name
         return f"{self.name} (sm_{self.capability[0]}{self.capability[1]})"
@@ -56,32 +56,32 @@ class Machine:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """The structure of a base model, known from its configuration alone.
+    """The structure of a base model, read from its configuration.
 
     Attributes:
-        path: local folder, or the Hub id where nothing is local.
+        path: local folder, or the Hub id if it is not local.
         architecture: class name, such as LlamaForCausalLM.
         parameters: number of parameters.
         modules: names of all modules.
-        linear: names of the modules that an adapter of LoRA's kind can stand on, the output layer aside.
-        output_layer: name of the module that makes the logits, None where there is none.
-        positions: longest row that the model was made for, None where it does not say.
-        norms: paths of the norms.
-        embeddings: paths of the embeddings of tokens, that of the input first.
-        sdpa: the architecture can use torch's scaled dot product attention.
-        notes: what is unusual about where the structure comes from, none as a rule.
-        own_tokenizer: the tokenizer is the model's own; a smoke run may have to take another.
-        shape: the widths that memory and time are computed from, None where they cannot be read.
-        owners: names of the modules that own parameters, in order; empty where they do not stand apart.
+        linear: names of the modules that LoRA-like adapters can target, except the output layer.
+        output_layer: name of the module that computes the logits; None if there is none.
+        positions: maximum sequence length of the model; None if its configuration does not say.
+        norms: names of the norms.
+        embeddings: names of the token embeddings, the input embedding first.
+        sdpa: the architecture supports torch's scaled dot product attention.
+        notes: anything unusual about the source of the structure, normally empty.
+        own_tokenizer: the tokenizer is the model's own; a smoke run may have to use another one.
+        shape: the dimensions from which memory and time are computed; None if they cannot be read.
+        owners: names of the modules that own parameters, in order; empty if they are not separate.
         widths: inputs and outputs of all linear layers by name, in order.
-        hidden: width of the residual stream, 0 where it is not known.
-        head: names of the modules that a task adds and trains whole, empty for a language model.
-        reads_end: a text is classified by its last token, as a model does that reads from left to right.
-        convolutions: it has no linear layer but in its head, so `linear` names its convolutions.
-        statistics: it keeps running statistics of what it has seen, as batch norms do.
-        checkpointing: it can compute its activations a second time.
-        not_flat: why the rows of a flat line would not stay apart in it; empty where they do, or where nobody knows.
-        divisible: transformers knows its blocks, so that processes can each hold a part of them.
+        hidden: width of the residual stream, 0 if unknown.
+        head: names of the modules that a task adds and trains in full; empty for a language model.
+        reads_end: texts are classified by their last token, as in decoder models.
+        convolutions: only its head has linear layers, so `linear` has its convolutions.
+        statistics: it has running statistics, as batch norms do.
+        checkpointing: it supports activation checkpointing.
+        not_flat: why it does not support padding-free batches; empty if it does, or if unknown.
+        divisible: transformers knows its blocks, so that it can be sharded with FSDP.
     """
 
     path: str

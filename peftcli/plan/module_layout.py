@@ -11,13 +11,13 @@ PLACEMENTS = ("houlsby", "pfeiffer")
 
 @dataclass(frozen=True)
 class ModelLayout:
-    """The modules of a model that hold parameters of their own, in order, by where they stand.
+    """The modules of a model that own parameters, in order, grouped by position.
 
     Attributes:
-        embedding, output: names of the layers at both ends; None where there is none.
-        before: the other modules before the first block, such as those of positions.
+        embedding, output: names of the first and last layers; None if there is none.
+        before: other modules before the first block, such as position embeddings.
         blocks: the modules of each block.
-        after: the modules behind the last block, the output layer aside.
+        after: modules after the last block, except the output layer.
     """
 
     embedding: str | None
@@ -32,7 +32,7 @@ class ModelLayout:
 
 
 def block_number(name: str) -> int | None:
-    """Number of the block that a module stands in, None outside of all blocks.
+    """Number of the block that contains a module; None outside of all blocks.
 
     >>> block_number("model.layers.11.mlp.down_proj"), block_number("model.norm")
     (11, None)
@@ -42,21 +42,21 @@ def block_number(name: str) -> int | None:
 
 
 def layout_of(owners: Sequence[str], embedding: str | None, output: str | None) -> ModelLayout:
-    """Sort the modules of a model by where they stand.
+    """Group the modules of a model by position.
 
     Args:
         owners: names of the modules that own parameters, in the order of the model.
-        embedding, output: names of the layers at both ends.
+        embedding, output: names of the first and last layers.
 
     Raises:
-        ValueError: one of them stands inside another, so no copy of it alone can be made.
+        ValueError: one of them contains another one, so it cannot be copied separately.
     """
     known = set(owners)
     for name in owners:
         above = name
         while above := above.rpartition(".")[0]:
             if above in known:
-                raise ValueError(f"{above} owns parameters beside those of {name}, so it is not trained as one module")
+                raise ValueError(f"{above} owns parameters besides those of {name}, so it cannot be one trained module")
     stack = _stack(owners)
     blocks: dict[int, list[str]] = {}
     before: list[str] = []
@@ -83,21 +83,21 @@ def full_targets(
     embeddings: bool,
     everything: bool,
 ) -> list[str]:
-    """Names of the modules that are trained whole, in the order of the model.
+    """Names of the modules that are fully trained, in the order of the model.
 
     Args:
         last_layers: number of blocks, counted from the output.
-        layers: numbers of the blocks, in place of `last_layers`.
-        head: what stands behind the last block.
-        embeddings: what stands before the first one.
-        everything: all of it.
+        layers: block numbers, instead of `last_layers`.
+        head: the modules after the last block.
+        embeddings: the modules before the first block.
+        everything: all modules.
 
     Raises:
-        ValueError: there are not so many blocks.
+        ValueError: the model has fewer blocks.
     """
     count = len(parts.blocks)
     if last_layers > count:
-        raise ValueError(f"last_layers {last_layers}: this model has {count}")
+        raise ValueError(f"last_layers {last_layers}: this model has {count} blocks; set at most {count}")
     refuse_unknown_layers(layers or (), count)
     numbers = range(count - last_layers, count) if layers is None else sorted(layers)
     if everything:
@@ -111,22 +111,22 @@ def full_targets(
 def bottleneck_targets(
     linears: Mapping[str, tuple[int, int]], hidden: int, placement: str, layers: Sequence[int] | None = None
 ) -> list[str]:
-    """Names of the layers behind whose output a bottleneck stands: those that write into the residual stream.
+    """Names of the layers after which a bottleneck is added: those that write into the residual stream.
 
     Args:
         linears: inputs and outputs of all linear layers, in the order of the model.
         hidden: width of the residual stream.
-        placement: `houlsby`, behind both parts of each block, or `pfeiffer`, behind the feed-forward part alone.
-        layers: numbers of the blocks, all when None.
+        placement: `houlsby` (after attention and MLP of each block) or `pfeiffer` (only after the MLP).
+        layers: block numbers; None for all.
 
     Raises:
-        ValueError: a block has no layer that could be told as the last one of a part, or there is no such block.
+        ValueError: the last layer of a block's attention or MLP cannot be identified, or a block does not exist.
 
     Source: Houlsby et al. 2019, arXiv:1902.00751, figure 2; Pfeiffer et al. 2021, arXiv:2005.00247, figure 3.
     """
     if placement not in PLACEMENTS:
         raise ValueError(f"placement {placement}: must be {' or '.join(PLACEMENTS)}")
-    places: list[str] = []
+    targets: list[str] = []
     for block, names in _by_block(linears, layers).items():
         writers = [name for name in names if linears[name][1] == hidden]
         attention = [name for name in writers if ATTENTION.search(name.removeprefix(block))]
@@ -134,29 +134,29 @@ def bottleneck_targets(
         if not feed or (placement == "houlsby" and not attention):
             what = "feed-forward" if not feed else "attention"
             raise ValueError(
-                f"the {what} part of {block}* has no linear layer that writes {hidden} values, so the place of a "
-                "bottleneck adapter is not known; name the layers in adapter.target_modules"
+                f"the {what} part of {block}* has no linear layer with {hidden} outputs, so no bottleneck adapter can "
+                "be added there; list the layers in adapter.target_modules"
             )
-        # The projection back is made last in both parts, whatever it is called.
-        places += ([attention[-1]] if placement == "houlsby" else []) + [feed[-1]]
-    if not places:
-        raise ValueError("this model has no blocks of linear layers, so there is no place for a bottleneck adapter")
-    return places
+        # The output projection is registered last in both parts, whatever its name.
+        targets += ([attention[-1]] if placement == "houlsby" else []) + [feed[-1]]
+    if not targets:
+        raise ValueError("this model has no blocks of linear layers to add a bottleneck adapter to; use another method")
+    return targets
 
 
 def refuse_unknown_layers(layers: Sequence[int], count: int) -> None:
-    """Refuse the number of a block that is not there.
+    """Refuse block numbers that do not exist.
 
     Raises:
-        ValueError: it is not.
+        ValueError: one does not exist.
     """
     unknown = [number for number in layers if not 0 <= number < count]
     if unknown:
-        raise ValueError(f"layers {unknown}: this model has {count}, numbered 0 to {count - 1}")
+        raise ValueError(f"layers {unknown}: this model has {count} blocks, numbered 0 to {count - 1}")
 
 
 def within(name: str, above: str) -> bool:
-    """Whether a module is another one or a part of it."""
+    """Whether a module is another one or is inside it."""
     return name == above or name.startswith(f"{above}.")
 
 
@@ -175,7 +175,7 @@ def _by_block(linears: Mapping[str, tuple[int, int]], layers: Sequence[int] | No
 
 
 def _stack(owners: Sequence[str]) -> str | None:
-    """What stands before the numbers of the blocks: the stack with the most modules, if there are several."""
+    """The name prefix of the blocks: of the stack with the most modules, if there are several."""
     counts: dict[str, int] = {}
     for name in owners:
         found = BLOCK.match(name)

@@ -8,18 +8,18 @@ from peftcli.errors import RecipeError
 from peftcli.plan.module_layout import block_number
 
 MOST_NAMED = 4
-"""Chosen modules that a line names."""
+"""Maximum number of modules that a message lists."""
 
 
 @dataclass(frozen=True)
 class SelectionRule:
-    """What the gradient will choose before the first step.
+    """How modules will be selected by gradient before the first step.
 
     Attributes:
         kind: `modules` or `layers`.
-        batches: training batches that the gradient is a mean of.
+        batches: number of training batches over which the gradient is averaged.
         budget: share of the base's parameters.
-        parameters: trainable ones, at most.
+        parameters: maximum number of trainable parameters.
     """
 
     kind: str
@@ -30,13 +30,13 @@ class SelectionRule:
 
 @dataclass(frozen=True)
 class ScoredModule:
-    """One module or layer that may be trained.
+    """A module or layer that can be selected.
 
     Attributes:
         name: path of the module, or the number of the layer.
-        score: root mean square of the gradient by its weights.
-        cost: trainable parameters that its adapters have.
-        chosen: it is trained.
+        score: root mean square of the gradient of its weights.
+        cost: trainable parameters of its adapters.
+        chosen: it is selected.
     """
 
     name: str
@@ -47,15 +47,15 @@ class ScoredModule:
 
 @dataclass(frozen=True)
 class Selection:
-    """What was chosen, and by which figures.
+    """The selected modules and their scores.
 
     Attributes:
         kind: `modules` or `layers`.
-        batches: number of batches that the gradient is a mean of.
+        batches: number of batches over which the gradient was averaged.
         budget: share of the base's parameters.
-        budget_parameters, used_parameters: trainable parameters that were allowed, and that are used.
-        scored: all that could be chosen, in the order of the model.
-        modules: full names of the modules that are trained.
+        budget_parameters, used_parameters: trainable parameters allowed and used.
+        scored: all candidates, in the order of the model.
+        modules: full names of the trained modules.
     """
 
     kind: str
@@ -67,13 +67,13 @@ class Selection:
     modules: tuple[str, ...]
 
     def sentence(self) -> str:
-        """One line on what was chosen."""
+        """A one-line summary of the selection."""
         taken = [one for one in self.scored if one.chosen]
         best = ", ".join(one.name for one in sorted(taken, key=lambda one: -one.score)[:MOST_NAMED])
         more = f" and {len(taken) - MOST_NAMED} more" if len(taken) > MOST_NAMED else ""
         return (
-            f"  chosen by gradient: {len(taken)} of {len(self.scored)} {self.kind} with {self.used_parameters:,} of "
-            f"{self.budget_parameters:,} trainable parameters, the largest first: {best}{more}"
+            f"  selected by gradient: {len(taken)} of {len(self.scored)} {self.kind} with {self.used_parameters:,} of "
+            f"{self.budget_parameters:,} trainable parameters, largest gradient first: {best}{more}"
         )
 
     def as_json(self) -> dict[str, Any]:
@@ -82,7 +82,7 @@ class Selection:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "Selection":
-        """What `as_json` wrote."""
+        """Read what `as_json` wrote."""
         fields = {key: value[key] for key in cls.__dataclass_fields__}
         scored = tuple(ScoredModule(**one) for one in value["scored"])
         return cls(**{**fields, "scored": scored, "modules": tuple(value["modules"])})
@@ -91,17 +91,17 @@ class Selection:
 def choose_modules(
     scores: Mapping[str, float], costs: Mapping[str, int], base_parameters: int, budget: float, batches: int
 ) -> Selection:
-    """Take whole modules, those with the largest gradient first, as long as their adapters fit the budget.
+    """Select modules by descending gradient as long as their adapters fit the budget.
 
-    A module that does not fit is passed over, and a smaller one behind it may still be taken.
+    A module that does not fit is skipped, and a smaller one after it may still be selected.
 
     Args:
-        scores: root mean square of the gradient by module, in the order of the model.
+        scores: root mean square of the gradient per module, in the order of the model.
         costs: trainable parameters of an adapter on it.
-        base_parameters: of the whole base, of which the budget is a share.
+        base_parameters: of the whole base; the budget is a share of it.
 
     Raises:
-        RecipeError: not one module fits.
+        RecipeError: no module fits.
     """
     allowed = int(budget * base_parameters)
     chosen = _greedy(scores, costs, allowed)
@@ -119,10 +119,10 @@ def choose_layers(
     budget: float,
     batches: int,
 ) -> Selection:
-    """Take whole layers in the same way, each with all of its targets.
+    """Select layers in the same way, each with all of its targets.
 
     Args:
-        sizes: parameters of each module, by which the scores of a layer's modules are averaged.
+        sizes: parameters of each module, used as weights when averaging the scores of a layer.
     """
     layers: dict[int, list[str]] = {}
     for name in scores:
@@ -146,7 +146,7 @@ def choose_layers(
 def _greedy(scores: Mapping[str, float], costs: Mapping[str, int], allowed: int) -> set[str]:
     chosen: set[str] = set()
     left = allowed
-    # Equal scores keep the order of the model, so that every run chooses alike.
+    # Ties keep the order of the model, so that every run selects the same.
     for name in sorted(scores, key=lambda name: -scores[name]):
         if costs[name] <= left:
             chosen.add(name)
@@ -161,6 +161,6 @@ def _refuse_none(
         return
     least = min(costs.values(), default=0)
     raise RecipeError(
-        f"adapter.{key}.budget = {budget:.4%} of {base:,} parameters allows {allowed:,} trainable ones, and the "
+        f"adapter.{key}.budget = {budget:.4%} of {base:,} parameters allows {allowed:,} trainable ones, but the "
         f"smallest adapter has {least:,}; raise the budget to {least / base:.4%} or lower adapter.r"
     )

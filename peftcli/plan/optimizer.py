@@ -1,17 +1,17 @@
-"""What an optimizer keeps for the weights that it trains."""
+"""The state that an optimizer stores for the trained weights."""
 
 from dataclasses import dataclass
 
 FLOAT32_BYTES = 4
 SMALL = 4096
-"""Weights from which on a tensor has a state of 8 or 4 bits; below, it stays in float32.
+"""Minimum number of weights of a tensor with 8-bit or 4-bit state; smaller tensors use float32.
 
 Source: `min_8bit_size` of bitsandbytes/optim/adamw.py, 0.50, and `_new_buffer` of torchao/optim/adam.py.
 """
 SCALE_BYTES = 4 / 256
-"""Of a state of 8 or 4 bits, for each weight: one float32 for each block of 256."""
+"""Bytes per weight for the scales of an 8-bit or 4-bit state: one float32 per block of 256."""
 FACTORED = ("adafactor", "adalomo")
-"""Optimizers that keep the sums of the rows and columns of a matrix, in float32, by a part of their name."""
+"""Optimizers with factored state (row and column sums in float32), by a part of their name."""
 STATES = {
     "lomo": 0,
     "ademamix": 3,
@@ -19,26 +19,26 @@ STATES = {
     "rmsprop": 1,
     "adagrad": 1,
     "schedule_free_sgd": 1,
-    "sgd": 1,  # with momentum, which trainer.optim_args may ask for
+    "sgd": 1,  # with momentum, which trainer.optim_args may set
     "adamw": 2,
 }
-"""Numbers that an optimizer keeps for a weight, by a part of its name; the first that fits counts."""
+"""Number of states per weight, by a part of the optimizer's name; the first match counts."""
 NARROW_BYTES = {"8bit": 1 + SCALE_BYTES, "4bit": 0.5 + SCALE_BYTES}
 BITSANDBYTES = ("bnb", "paged", "ademamix", "lion")
-"""Parts of the names of bitsandbytes' optimizers, whose wide state is in float32 whatever the weights are; torch's own
-have the dtype of the weights."""
+"""Parts of the names of bitsandbytes' optimizers, whose unquantized state is float32 whatever the dtype of the weights;
+in torch's optimizers it has the dtype of the weights."""
 
 
 @dataclass(frozen=True)
 class Trained:
-    """The trained weights, as an optimizer tells them apart.
+    """The trained weights, grouped as optimizers treat them.
 
     Attributes:
-        parameters: all of them, each stored one once.
-        embeddings: of `nn.Embedding` modules, and of what shares its weight with one.
-        small: in other tensors, of fewer than `SMALL` weights each.
-        factors: sums of rows and columns of the matrices, and the weights of the vectors; None where not counted.
-        repeated: of those that several modules share, the copies that a file holds beside the first.
+        parameters: all of them; shared ones count once.
+        embeddings: weights of `nn.Embedding` modules, and of modules tied to one.
+        small: weights in other tensors with fewer than `SMALL` weights each.
+        factors: row and column sums of the matrices, and the weights of the vectors; None if not counted.
+        repeated: extra copies of shared weights that a file contains.
     """
 
     parameters: int
@@ -48,7 +48,7 @@ class Trained:
     repeated: int = 0
 
     def resized(self, parameters: int) -> "Trained":
-        """As many weights as given, of the same kinds in the same shares."""
+        """A given number of weights, with the same proportions of kinds."""
         share = parameters / self.parameters if self.parameters else 0.0
         return Trained(
             parameters,
@@ -60,7 +60,7 @@ class Trained:
 
 
 def is_bitsandbytes(optimizer: str) -> bool:
-    """Whether an optimizer of `trainer.optim` is one of bitsandbytes.
+    """Whether a value of `trainer.optim` is an optimizer of bitsandbytes.
 
     >>> is_bitsandbytes("adamw_8bit"), is_bitsandbytes("adamw_torch_8bit")
     (True, False)
@@ -69,13 +69,13 @@ def is_bitsandbytes(optimizer: str) -> bool:
 
 
 def optimizer_bytes(optimizer: str, trained: Trained, width: int = FLOAT32_BYTES) -> int:
-    """Bytes of the state of an optimizer, in memory and in a checkpoint.
+    """Bytes of optimizer state, in memory and in a checkpoint.
 
-    transformers leaves the state of embeddings in float32 with the 8-bit optimizers of bitsandbytes.
+    With the 8-bit optimizers of bitsandbytes, transformers keeps the state of embeddings in float32.
 
     Args:
         optimizer: `trainer.optim`, a name of transformers; an unknown one counts as AdamW.
-        width: bytes of a trained weight.
+        width: bytes per trained weight.
 
     Source: `create_optimizer` of transformers/trainer.py, 5.23.
 
@@ -86,7 +86,7 @@ def optimizer_bytes(optimizer: str, trained: Trained, width: int = FLOAT32_BYTES
     (2031250, 5015625)
     """
     if any(part in optimizer for part in FACTORED):
-        # Two vectors for a matrix: a quarter of it at rank 4, and less for all that is wider.
+        # Two vectors per matrix: a quarter of its size at rank 4, and less for larger ones.
         return FLOAT32_BYTES * (trained.parameters // 4 if trained.factors is None else trained.factors)
     states = next((count for part, count in STATES.items() if part in optimizer), STATES["adamw"])
     from_bitsandbytes = is_bitsandbytes(optimizer)
@@ -94,5 +94,5 @@ def optimizer_bytes(optimizer: str, trained: Trained, width: int = FLOAT32_BYTES
     narrow = next((count for part, count in NARROW_BYTES.items() if part in optimizer), None)
     if narrow is None:
         return states * wide * trained.parameters
-    kept_wide = trained.small + (trained.embeddings if from_bitsandbytes else 0)
-    return round(states * (narrow * (trained.parameters - kept_wide) + wide * kept_wide))
+    in_float32 = trained.small + (trained.embeddings if from_bitsandbytes else 0)
+    return round(states * (narrow * (trained.parameters - in_float32) + wide * in_float32))

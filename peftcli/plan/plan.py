@@ -24,23 +24,23 @@ from peftcli.results import (
 from peftcli.tasks.registry import DEFAULT, TASKS
 
 BATCHING = "batching"
-"""Key of the decision about padding-free and padded batches."""
+"""Key of the decision about padding-free or padded batches."""
 RANDOM_STATE = "random state"
-"""Key of the decision about checkpointed layers that draw no random numbers."""
+"""Key of the decision about checkpointed layers that use no random numbers."""
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)
 class TokenizerChoice:
-    """The tokenizer as it is loaded.
+    """The tokenizer to load.
 
     Attributes:
         path: local folder or Hub id of the base model.
-        revision: of the Hub, None for the default.
+        revision: on the Hub, None for the default.
         chat_template: path of a Jinja file that replaces the tokenizer's, or None.
-        eos_token: token that takes the place of the tokenizer's end token, or None.
+        eos_token: token that replaces the tokenizer's EOS token, or None.
         trust_remote_code: run code that comes with the model.
-        images: it is an image processor, which stands in the place of a tokenizer.
+        images: it is an image processor instead of a tokenizer.
     """
 
     path: str
@@ -53,25 +53,25 @@ class TokenizerChoice:
 
 @dataclass(frozen=True)
 class Base:
-    """The base model as it is loaded.
+    """The base model to load.
 
     Attributes:
-        name: as the recipe says it.
+        name: as written in the recipe.
         path: what is loaded: a local folder or a Hub id.
-        revision: of the Hub, None for the default.
-        dtype: of the weights that are not quantized: bfloat16, float16 or float32.
+        revision: on the Hub, None for the default.
+        dtype: of the unquantized weights: bfloat16, float16 or float32.
         attention: an attention implementation of transformers.
         device: `cuda` or `cpu`.
-        quantization: bits, of 4 bits also type, double_quant and compute_dtype; or None.
+        quantization: bits, and for 4 bits also type, double_quant and compute_dtype; or None.
         chat_template: path of a Jinja file that replaces the tokenizer's, or None.
         trust_remote_code: run code that comes with the model.
-        eos_token: token that takes the place of the tokenizer's end token, or None.
-        absorbed: folders of adapters that are folded into the weights, in the order in which they were trained.
-        task: of the recipe; it decides which head the model has.
-        labels: what the head gives, in the order of its outputs; empty for a language model.
-        problem_type: of whole texts and images: `single-label`, `multi-label` or `regression`.
-        head: names of the modules that are trained whole with the task and are not quantized.
-        seed: of a head that begins at random.
+        eos_token: token that replaces the tokenizer's EOS token, or None.
+        absorbed: folders of adapters that are merged into the weights, in training order.
+        task: of the recipe; it determines the head.
+        labels: the outputs of the head, in order; empty for a language model.
+        problem_type: for whole texts and images: `single-label`, `multi-label` or `regression`.
+        head: names of the modules that are fully trained for the task and not quantized.
+        seed: of a randomly initialized head.
     """
 
     name: str
@@ -101,15 +101,15 @@ class Base:
 
 @dataclass(frozen=True)
 class LossMask:
-    """Which tokens are trained, or which labels a row is given.
+    """Which tokens are trained, or which labels a row has.
 
     Attributes:
         completion_only: prompt tokens are not trained.
-        assistant_only: of messages, only the assistant's turns are trained, each with its end token.
-        asked: names of the two rules that the recipe demands; data on which one has no meaning are refused.
-        max_length: tokens of a row; what is beyond is cut off at the end.
+        assistant_only: in chats, only assistant messages are trained, including their end token.
+        asked: names of the two rules that the recipe requires; data without prompts or chats is then refused.
+        max_length: maximum tokens per row; longer rows are truncated at the end.
         task: of the recipe.
-        problem_type: of whole texts and images: `single-label`, `multi-label`, `regression`; `auto` asks the data.
+        problem_type: for texts and images: `single-label`, `multi-label`, `regression`, or `auto` to detect it.
     """
 
     completion_only: bool
@@ -133,11 +133,11 @@ class Batch:
         return self.per_device * self.accumulation * self.processes
 
     def arguments(self) -> dict[str, int]:
-        """The same for the trainer of one process."""
+        """The batch as trainer arguments of one process."""
         return {"per_device_train_batch_size": self.per_device, "gradient_accumulation_steps": self.accumulation}
 
     def repeated(self, rows: int) -> int:
-        """Rows that each pass over the data takes twice, since all processes must have equally many micro-batches.
+        """Rows repeated per epoch, because all processes need the same number of micro-batches.
 
         >>> Batch(4, 1, 2).repeated(36), Batch(4, 1, 1).repeated(35)
         (4, 0)
@@ -152,12 +152,12 @@ class Batch:
 
 @dataclass(frozen=True)
 class Batching:
-    """How the rows of a step are run.
+    """How the rows of a step are batched.
 
     Attributes:
         kind: `padding_free` (rows concatenated without padding) or `padded` (the loader's micro-batches).
-        tokens: of one line at most.
-        firm: the recipe says so, and a padded micro-batch is cut to as many too.
+        tokens: maximum tokens of a padding-free batch.
+        firm: set by the recipe; a padded micro-batch is then split to this size too.
     """
 
     kind: str
@@ -166,31 +166,31 @@ class Batching:
 
     @property
     def most(self) -> int | None:
-        """Tokens of a padded piece, None where it is the loader's micro-batch."""
+        """Maximum tokens of a padded micro-batch; None if it is not split."""
         return self.tokens if self.firm else None
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What will happen. Nothing below this floor decides, and nothing here is `auto`.
+    """What will happen, without any `auto` left; no later step makes decisions.
 
     Attributes:
-        trainer: arguments for SFTConfig, the recipe's and those decided here.
+        trainer: arguments for SFTConfig: the recipe's and those decided here.
         labels: which tokens are trained.
         adapter_dtype: of the trainable weights.
-        evaluation_batch: rows that are evaluated and answered at once.
-        targets: number of modules by name of the target.
+        evaluation_batch: batch size of evaluation and generation.
+        targets: number of modules per target name.
         trained: the trainable parameters, counted on the model's structure.
-        total_parameters: those and the base's.
-        decisions: for people, in the order of the work.
-        choice: what the gradient chooses before the first step; until then `adapter` and `targets` hold all that may be
-            chosen, and `trained` is a bound.
-        shards: processes that each hold a part of the base; 1 where each has all of it.
-        possible_shards: cards or processes here that the base could be divided among; 1 where it cannot be.
-        activation_fit: what adapters of a method other than LoRA keep for the backward pass, by the last name of their
-        layer. checkpointed_blocks: that run again in the backward pass, None for all or none, as `trainer` says.
-        own_tokenizer: the rows are read by the model's own tokenizer; a smoke run may have to take another.
-        optimizations: names of what makes a step cheaper and leaves its loss as it is.
+        total_parameters: trainable parameters and those of the base.
+        decisions: shown to the user, in the order of the work.
+        choice: modules to be selected by gradient before the first step; until then `adapter` and `targets` contain all
+            candidates, and `trained` is an upper bound.
+        shards: number of processes across which the base is sharded; 1 if each has all of it.
+        possible_shards: number of GPUs or processes across which the base could be sharded; 1 if it cannot.
+        activation_fit: what adapters of methods other than LoRA save for the backward pass, by the last part of the
+            layer name. checkpointed_blocks: number of checkpointed blocks, None for all or none, as `trainer` says.
+        own_tokenizer: the tokenizer is the model's own; a smoke run may have to use another one.
+        optimizations: names of the optimizations in use; they do not change the loss.
     """
 
     name: str
@@ -225,7 +225,7 @@ class Plan:
 
     @property
     def frees_base(self) -> bool:
-        """Whether weights of the base that have a trained copy leave the memory while the copies are trained."""
+        """Whether base weights with a trained copy are removed from memory during training."""
         whole = METHODS[self.adapter.method].targets == "whole"
         return whole and self.base.quantization is None and self.shards == 1
 

@@ -1,6 +1,6 @@
-"""`make_plan`: every `auto` of the recipe decided from the machine and the model, with its reason.
+"""`make_plan`: resolves every `auto` of the recipe for the machine and the model, with its reason.
 
-Also which optimizations a plan uses (none of them changes the loss), and whether batches are padding-free.
+It also decides which optimizations a plan uses (none of them changes the loss), and whether batches are padding-free.
 """
 
 from collections.abc import Callable, Mapping
@@ -31,38 +31,38 @@ from peftcli.recipe.trainer_together import default_logging_steps, save_strategy
 from peftcli.tasks.registry import TASKS
 
 ROUNDED = (
-    "adapter.dtype bfloat16: an update of less than about 1/256 of its weight is rounded away, so small learning rates "
-    "learn less than the loss of the first steps suggests; float32 weights (adapter.dtype: float32) keep them, and so "
+    "adapter.dtype bfloat16: updates smaller than about 1/256 of a weight are rounded away, so small learning rates "
+    "learn less than the loss of the first steps suggests; float32 weights (adapter.dtype: float32) avoid this, and so "
     "does stochastic rounding (trainer.optim: adamw_torch_8bit with optim_args: bf16_stochastic_round=True, of torchao)"
 )
-"""bfloat16 has 8 bits of precision: halfway to the next number is 1/512 to 1/256 of a weight.
+"""bfloat16 has 8 bits of precision: half the distance to the next number is 1/512 to 1/256 of a weight.
 
 Source: Gupta et al. 2015, arXiv:1502.02551, on what stochastic rounding keeps.
 """
 LOSS_MASK_KEYS = ("completion_only_loss", "assistant_only_loss")
 
 SWITCH = "performance.disable"
-"""The key that switches one off."""
+"""The recipe key that disables optimizations."""
 OPTIMIZATIONS = frozenset(get_args(Optimization))
-COMPILED = "compiled code fuses what it can"
+COMPILED = "torch.compile fuses what it can"
 
 TRITON_CAPABILITY = (8, 0)
 """Compute capability from which Triton supports NVIDIA's GPUs, by its README."""
 CPU_TOKENS = 768
-"""Of a line on a CPU, for the memory: 4096 take a fourteenth less time and twice the memory of the loop."""
+"""Tokens of a padding-free batch on a CPU: 4096 take a fourteenth less time, but twice the memory in the loop."""
 APART = {
-    "packing": "packing makes lines of its own",
-    "padding_free": "padding_free makes lines of its own",
-    "neftune_noise_alpha": "the noise of neftune depends on the length of a padded row",
+    "packing": "packing builds its own batches",
+    "padding_free": "TRL's padding_free builds its own batches",
+    "neftune_noise_alpha": "the noise of NEFTune depends on the length of a padded row",
     "label_smoothing_factor": "label smoothing is computed on padded rows",
-    "use_liger_kernel": "liger's kernels bring an attention and a loss of their own",
-    "torch_compile": "compiled code would be compiled anew for every length",
+    "use_liger_kernel": "Liger replaces attention and loss",
+    "torch_compile": "torch.compile would recompile for every length",
 }
-"""Trainer arguments with which rows stay padded, and why."""
+"""Trainer arguments that require padded batches, and why."""
 
 
 FitActivations: TypeAlias = Callable[[Plan], Mapping[str, ActivationFit] | None]
-"""By the last name of a layer, what an adapter saves there; None where that cannot be measured."""
+"""By the last part of the layer name, what an adapter saves there; None if that cannot be measured."""
 
 
 def make_plan(
@@ -78,28 +78,28 @@ def make_plan(
 ) -> Plan:
     """Decide what will happen.
 
-    Three facts are known later and change the plan then: the names of the classes (`resolve_labels`), the lengths of
-    the rows (`choose_micro_batch`) and the modules that the gradient selects (`resolve_targets`).
+    Three things are known only later and then change the plan: the label names (`resolve_labels`), the lengths of the
+    rows (`choose_micro_batch`) and the modules selected by gradient (`resolve_targets`).
 
     Args:
-        recipe: what was asked.
-        machine: what is there.
+        recipe: the recipe.
+        machine: the machine to run on.
         facts: the base model's structure.
-        count_trainable: the trainable parameters of an adapter on that structure.
-        smoke: the base is a stand-in and the run a rehearsal.
-        notices: of the loading of the recipe.
+        count_trainable: counts the trainable parameters of an adapter on that structure.
+        smoke: the base is a tiny stand-in and the run a rehearsal.
+        notices: from loading the recipe.
         merged_adapters: folders of the adapters of earlier stages, which are merged into the base.
         fit_activations: measures what an adapter saves for the backward pass; without it the forecast counts LoRA's.
 
     Raises:
-        RecipeError: an adapter target matches nothing.
-        MachineError: this machine cannot do it.
+        RecipeError: an adapter target matches no module.
+        MachineError: this machine does not support the recipe.
     """
     choices = choose(recipe, machine, facts)
     widest, choice = choice_of(recipe.adapter, facts)
-    settled, sizes = resolve_adapter(widest, facts)
-    check_ranks(settled, recipe.trainer.get("max_steps"))
-    targets = match_targets(named_targets(settled), facts)
+    resolved, sizes = resolve_adapter(widest, facts)
+    check_ranks(resolved, recipe.trainer.get("max_steps"))
+    targets = match_targets(named_targets(resolved), facts)
     match_saved(recipe.adapter.modules_to_save or (), facts)
     labels = loss_mask(recipe, facts.positions, smoke=smoke)
     sharding = choose_sharding(recipe, machine, facts, choices)
@@ -107,7 +107,7 @@ def make_plan(
     batch = count_batch(recipe.trainer, machine.processes, shared=machine.shares_batch)
     batching, how = choose_batching(recipe, choices, batch, labels, facts.not_flat)
     optimizations, switched = choose_optimizations(recipe, choices, facts, machine, sharding)
-    adapter = with_head(settled, facts, recipe.model.task)
+    adapter = with_head(resolved, facts, recipe.model.task)
     trained = within_choice(count_trainable(adapter), choice)
     trainable = trained.parameters
     total = facts.parameters + trainable
@@ -188,7 +188,7 @@ def _quantization(asked: QuantizationSection | None, choices: Choices) -> dict[s
     if asked is None or choices.products is None:
         return None
     if asked.bits == 8:
-        return {"bits": 8}  # the other keys belong to 4
+        return {"bits": 8}  # the other keys are for 4 bits
     return {
         "bits": asked.bits,
         "type": asked.type,
@@ -214,11 +214,11 @@ def _decisions(
         Decision(
             "batch",
             str(batch.effective),
-            f"rows a step: {batch.per_device} a device x {batch.accumulation} accumulated x {processes}",
+            f"rows per step: {batch.per_device} per device x {batch.accumulation} accumulated x {processes}",
         ),
         Decision(
             "adapter",
-            _adapter_said(recipe.adapter, sum(targets.values())),
+            _adapter_summary(recipe.adapter, sum(targets.values())),
             ", ".join(f"{name} x {count}" for name, count in targets.items()) or METHODS[recipe.adapter.method].what,
         ),
         Decision("trainable", f"{trainable:,} parameters", _share(recipe.adapter, trainable, total)),
@@ -228,11 +228,11 @@ def _decisions(
 def _share(adapter: AdapterSection, trainable: int, total: int) -> str:
     base = total - trainable
     if METHODS[adapter.method].targets == "whole":
-        return f"{trainable / base:.2%} of the {base:,} of the base, in a copy beside it"
+        return f"{trainable / base:.2%} of the {base:,} base parameters, as a trained copy"
     return f"{trainable / total:.2%} of {total:,}"
 
 
-def _adapter_said(adapter: AdapterSection, modules: int) -> str:
+def _adapter_summary(adapter: AdapterSection, modules: int) -> str:
     rank = "" if adapter.r is None else f" r {adapter.r}"
     if METHODS[adapter.method].prompts:
         return f"{adapter.method}, {adapter.arguments.get('num_virtual_tokens', VIRTUAL_TOKENS)} virtual tokens"
@@ -240,21 +240,21 @@ def _adapter_said(adapter: AdapterSection, modules: int) -> str:
 
 
 def check_recipe(recipe: Recipe, facts: ModelFacts, count_trainable: Callable[[AdapterSection], Trained]) -> None:
-    """Check what a recipe asks of a model that will not be loaded, as that of a smoke run.
+    """Check a recipe against a model that will not be loaded, such as the real model of a smoke run.
 
     Args:
         facts: the structure of the real model.
-        count_trainable: the trainable parameters of an adapter on that structure.
+        count_trainable: counts the trainable parameters of an adapter on that structure.
 
     Raises:
-        RecipeError: the model lacks a module or a layer that the recipe names, cannot read rows of that length, or
-            cannot have that adapter.
+        RecipeError: the model lacks a module or layer of the recipe, does not support rows of that length, or does not
+            support the adapter.
     """
     widest, choice = choice_of(recipe.adapter, facts)
-    settled, _ = resolve_adapter(widest, facts)
-    match_targets(named_targets(settled), facts)
+    resolved, _ = resolve_adapter(widest, facts)
+    match_targets(named_targets(resolved), facts)
     match_saved(recipe.adapter.modules_to_save or (), facts)
-    within_choice(count_trainable(with_head(settled, facts, recipe.model.task)), choice)
+    within_choice(count_trainable(with_head(resolved, facts, recipe.model.task)), choice)
     loss_mask(recipe, facts.positions)
 
 
@@ -262,11 +262,11 @@ def loss_mask(recipe: Recipe, positions: int | None, *, smoke: bool = False) -> 
     """Which tokens of a recipe's rows are trained.
 
     Args:
-        positions: longest row that the model was made for, None where it does not say.
-        smoke: cut rows at `ROW_TOKENS`, after the recipe's own limit was checked.
+        positions: maximum sequence length of the model; None if unknown.
+        smoke: truncate rows at `ROW_TOKENS`, after checking the recipe's own limit.
 
     Raises:
-        RecipeError: the recipe asks for longer rows than that.
+        RecipeError: the recipe sets a longer maximum.
     """
     return LossMask(
         completion_only=recipe.trainer.get("completion_only_loss") is not False,
@@ -279,30 +279,30 @@ def loss_mask(recipe: Recipe, positions: int | None, *, smoke: bool = False) -> 
 
 
 def _max_length(recipe: Recipe, positions: int | None) -> int:
-    asked = recipe.dataset.max_length
-    if positions is None or asked <= positions:
-        return asked
+    requested = recipe.dataset.max_length
+    if positions is None or requested <= positions:
+        return requested
     if "max_length" not in recipe.dataset.model_fields_set:
         return positions
     raise RecipeError(
-        f"dataset.max_length = {asked}, but {recipe.model.name} was made for at most {positions} tokens; lower it"
+        f"dataset.max_length = {requested}, but {recipe.model.name} supports at most {positions} tokens; lower it"
     )
 
 
 def _check_room(recipe: Recipe, facts: ModelFacts, machine: Machine, choices: Choices, sharding: Sharding) -> None:
     if machine.device != choices.device.value:
-        return  # a CPU was asked for on a machine whose memory is stated for its card
-    # Only what is certain: the weights alone, as if all of them were quantized.
+        return  # a CPU run on a machine whose memory_bytes is that of its GPU
+    # Only the certain part: the weights, as if all of them were quantized.
     bits = _least_bits(recipe.quantization, choices.dtype.value)
     whole = facts.parameters * bits / 8
     needed = whole / sharding.shards if choices.on_gpu else whole
     if needed > machine.memory_bytes:
         where = machine.label if choices.on_gpu else "this machine's memory"
-        divided = choices.on_gpu and whole / sharding.possible <= machine.memory_bytes
-        mend = f"add {sharding.fix(machine.processes)}" if divided else _smaller_weights(recipe)
+        shardable = choices.on_gpu and whole / sharding.possible <= machine.memory_bytes
+        fix = f"add {sharding.fix(machine.processes)}" if shardable else _smaller_weights(recipe)
         raise MachineError(
-            f"the weights of {recipe.model.name} alone take {needed / 2**30:.1f} GiB, more than the "
-            f"{machine.memory_bytes / 2**30:.1f} GiB of {where}; {mend}, or rehearse with --smoke"
+            f"the weights of {recipe.model.name} need {needed / 2**30:.1f} GiB, more than the "
+            f"{machine.memory_bytes / 2**30:.1f} GiB of {where}; {fix}, or rehearse with --smoke"
         )
 
 
@@ -313,7 +313,7 @@ def _least_bits(quantization: QuantizationSection | None, dtype: str) -> float:
 
 
 def _smaller_weights(recipe: Recipe) -> str:
-    """What to do about weights that do not fit: fewer bits, where the method works on them."""
+    """How to shrink weights that do not fit: fewer bits, if the method supports them."""
     bits, now = METHODS[recipe.adapter.method].fewest_bits, recipe.quantization
     if bits >= (16 if now is None else now.bits):
         return "use a larger GPU"
@@ -329,9 +329,9 @@ def _trainer_arguments(recipe: Recipe, labels: LossMask, choices: Choices, proce
     # The labels are made before the trainer sees the rows, so it must not look for columns to make them from.
     given = {name: value for name, value in recipe.trainer.items() if name not in LOSS_MASK_KEYS}
     asked = recipe.evaluation.batch_size
-    # transformers would take it for a process group that is there already.
+    # With one process, transformers would take it for an existing process group.
     given = {name: value for name, value in given.items() if name != "ddp_backend" or processes > 1}
-    # torch takes two floats or two tensors.
+    # torch requires two floats or two tensors.
     given |= {name: float(given[name]) for name in ("adam_beta1", "adam_beta2") if name in given}
     packs = given.get("packing") or given.get("eval_packing")
     defaults: dict[str, Any] = {
@@ -339,12 +339,12 @@ def _trainer_arguments(recipe: Recipe, labels: LossMask, choices: Choices, proce
         "logging_first_step": True,
         "save_strategy": save_strategy(given),
         "save_total_limit": 2,
-        # The rows are cut already; packing still needs to know the length of a packed row.
+        # The rows are already truncated; packing still needs the length of a packed row.
         **({"max_length": labels.max_length if packs else None} if TASKS[labels.task].generates else {}),
         "learning_rate": LEARNING_RATE,
-        # Nothing else is measured on the way, and without a name transformers refuses save_strategy: best.
+        # Only the loss is measured during training, and without a metric transformers refuses save_strategy: best.
         **({"metric_for_best_model": "loss"} if save_strategy(given) == "best" else {}),
-        # The evaluation on the way has as many rows at once as training, which is known to fit, unless told otherwise.
+        # By default, evaluation during training uses the training batch size, which is known to fit.
         "per_device_eval_batch_size": asked if isinstance(asked, int) else count_batch(given, 1).per_device,
     }
     decided = {
@@ -362,10 +362,10 @@ def _trainer_arguments(recipe: Recipe, labels: LossMask, choices: Choices, proce
 
 
 def _ddp_arguments(recipe: Recipe, processes: int, facts: ModelFacts) -> dict[str, Any]:
-    """Let DDP wait for no gradient that does not come, without looking for those in every backward pass.
+    """Disable DDP's search for unused parameters, unless some parameters may get no gradient.
 
-    transformers has it look wherever a model is wrapped by PEFT. Each matrix of LoRA in a language model has a gradient
-    in every pass, other than those of experts that no token was sent to.
+    transformers enables the search for every PEFT model. Each LoRA matrix of a language model has a gradient in every
+    pass, except those of experts that no token was routed to.
     """
     dense = facts.shape is not None and facts.shape.experts is None
     experts = any(".experts." in name for name in facts.modules)
@@ -377,74 +377,80 @@ def _ddp_arguments(recipe: Recipe, processes: int, facts: ModelFacts) -> dict[st
 def _notices(recipe: Recipe, machine: Machine, on_gpu: bool) -> tuple[str, ...]:
     notices = []
     if not recipe.dataset.holds_out:
-        notices.append("dataset.split.test_size is 0: all rows are trained on, so nothing is measured on held-out rows")
+        notices.append("dataset.split.test_size is 0: all rows are trained on, so no held-out rows are evaluated")
     if on_gpu and machine.count > 1 and machine.processes == 1:
         notices.append(
-            f"{machine.count} GPUs are here and one is used; without --num-processes all of them share the rows of a "
-            "step, where their number divides it"
+            f"{machine.count} GPUs are available, but one is used; without --num-processes the batch is split across "
+            "all of them, if it is divisible"
         )
     if recipe.adapter.dtype == "bfloat16":
         notices.append(ROUNDED)
     if recipe.adapter.dropout and recipe.quantization is None and not on_gpu:
-        notices.append(f"adapter.dropout {recipe.adapter.dropout} costs time and memory on a CPU")
+        notices.append(f"adapter.dropout {recipe.adapter.dropout} takes extra time and memory on a CPU")
     return tuple(notices)
 
 
 def choose_optimizations(
     recipe: Recipe, choices: Choices, facts: ModelFacts, machine: Machine, sharding: Sharding
 ) -> tuple[frozenset[str], tuple[Decision, ...]]:
-    """The optimizations that a plan uses, and what is said of those that have a meaning in it."""
+    """The optimizations that a plan uses, and the decisions to show for those that apply to it."""
     reasons = {
         "fused_loss": _head_stays(recipe, choices, facts),
         "fused_lora": _sum_stays(recipe),
         "fused_norms": _why_python_norms(recipe, choices, facts, machine),
         "liger_layers": _why_python_layers(recipe, choices, machine, sharding),
         "skip_rng_state": _why_random_states(recipe, choices),
-        "deferred_metrics": "" if TASKS[recipe.model.task].generates else "of a head none is fetched",
+        "deferred_metrics": "" if TASKS[recipe.model.task].generates else "no per-batch metrics for classification",
     }
     left = {name: why for name, why in reasons.items() if why} | dict.fromkeys(recipe.performance.disable, SWITCH)
     decisions = []
     if TASKS[recipe.model.task].generates and not choices.on_gpu:
-        does = "a CPU has no kernels for TRL's, which scores prompts too and makes each product twice; same loss"
-        decisions.append(_said("output layer", "trained tokens alone, each product once", does, left.get("fused_loss")))
+        does = "TRL's fused loss needs GPU kernels, includes prompt tokens and computes logits twice; same loss"
+        decisions.append(
+            _optimization_decision(
+                "output layer", "only trained tokens, logits computed once", does, left.get("fused_loss")
+            )
+        )
     if METHODS[recipe.adapter.method].is_lora:
-        does = "PEFT passes through memory three times for it; same sum"
-        decisions.append(_said("LoRA", "added in one pass", does, left.get("fused_lora")))
+        does = "PEFT reads and writes the output three times; same result"
+        decisions.append(_optimization_decision("LoRA", "added in one pass", does, left.get("fused_lora")))
     if choices.on_gpu and _rms_norms(facts):
-        does = "one kernel in place of about ten, and half the saved bytes in 16 bit; one rounding less"
-        decisions.append(_said("norms", "torch's fused kernel", does, left.get("fused_norms")))
+        does = "one kernel instead of about ten, and half the saved bytes in 16 bit; one rounding fewer"
+        decisions.append(_optimization_decision("norms", "torch's fused kernel", does, left.get("fused_norms")))
     if choices.on_gpu and TASKS[recipe.model.task].generates:
         does = "rotary embeddings, gated activations, and norms where torch has no kernel; checked before training"
-        decisions.append(_said("layer kernels", "Liger's", does, left.get("liger_layers")))
+        decisions.append(_optimization_decision("layer kernels", "Liger's", does, left.get("liger_layers")))
     if choices.checkpointing.value == "on":
-        does = "checkpointed layers draw no random numbers, so the second pass gives the same bits without it"
-        decisions.append(_said(RANDOM_STATE, "not saved for each layer", does, left.get("skip_rng_state")))
+        does = "checkpointed layers use no random numbers, so recomputation gives the same bits without it"
+        decisions.append(
+            _optimization_decision(RANDOM_STATE, "not saved for each layer", does, left.get("skip_rng_state"))
+        )
     return OPTIMIZATIONS - left.keys(), tuple(decisions)
 
 
 def _head_stays(recipe: Recipe, choices: Choices, facts: ModelFacts) -> str:
-    """Why the output layer is left to TRL, empty where it is not; what only the weights tell is seen later."""
+    """Why the loss is left to TRL; empty if it is not. Reasons that depend on the weights are found later."""
     name = (facts.output_layer or "").rpartition(".")[2]
     saved = {module.rpartition(".")[2] for module in recipe.adapter.modules_to_save or ()}
     if not TASKS[recipe.model.task].generates or choices.on_gpu:
-        return "TRL's kernels on a card score trained tokens alone, and make the second product worth while"
+        return "on GPU, TRL's fused kernel already skips masked tokens"
     if METHODS[recipe.adapter.method].targets == "whole" or name in saved:
-        return "it is trained"
+        return "the output layer is trained"
     if recipe.trainer.get("label_smoothing_factor"):
-        return "label smoothing wants all logits"
+        return "label smoothing needs all logits"
     return COMPILED if recipe.trainer.get("torch_compile") else ""
 
 
 def _sum_stays(recipe: Recipe) -> str:
-    """Why LoRA's sum is left to PEFT, empty where it is not."""
+    """Why adding LoRA's output is left to PEFT; empty if it is not."""
     if not METHODS[recipe.adapter.method].is_lora:
-        return "there is no LoRA"
+        return "the method is not LoRA"
     if recipe.adapter.use_dora:
-        return "DoRA scales the sum"
+        return "DoRA rescales the output"
     if recipe.adapter.arguments.get("lora_bias"):
-        return "lora_bias adds to it"
+        return "lora_bias adds a bias"
     if recipe.quantization is not None and recipe.quantization.bits == 8:
-        return "PEFT has a layer of its own for 8 bits"
+        return "PEFT has a separate layer for 8 bits"
     return COMPILED if recipe.trainer.get("torch_compile") else ""
 
 
@@ -454,11 +460,11 @@ def _rms_norms(facts: ModelFacts) -> tuple[Norm, ...]:
 
 
 def _why_python_norms(recipe: Recipe, choices: Choices, facts: ModelFacts, machine: Machine) -> str:
-    """Why RMSNorm is left to the model's own Python, empty where it is not."""
+    """Why the norms keep the model's own implementation; empty if they do not."""
     if not any(norm.fusible for norm in _rms_norms(facts)):
-        return f"the norm of {facts.architecture} computes another formula than torch's"
+        return f"the norm of {facts.architecture} uses a different formula from torch's"
     if not choices.on_gpu:
-        return "a CPU has no fused kernel for it, and torch's operators take as long as the model's own"
+        return "a CPU has no fused kernel for it, so it would not be faster"
     if not machine.fused_norms:
         return "the installed torch has no kernel for it; torch 2.9 and later have one"
     if METHODS[recipe.adapter.method].trains_norms:
@@ -469,45 +475,45 @@ def _why_python_norms(recipe: Recipe, choices: Choices, facts: ModelFacts, machi
 
 
 def _why_python_layers(recipe: Recipe, choices: Choices, machine: Machine, sharding: Sharding) -> str:
-    """Why rotary embeddings and activations are left to the model's own Python, empty where they are not."""
+    """Why rotary embeddings and activations keep the model's own implementation; empty if they do not."""
     if not choices.on_gpu or not TASKS[recipe.model.task].generates:
         return "Liger's kernels are for language models on a GPU"
     if recipe.trainer.get("use_liger_kernel"):
-        return "trainer.use_liger_kernel brings them already"
+        return "trainer.use_liger_kernel already brings them"
     if recipe.trainer.get("torch_compile"):
         return COMPILED
     if machine.capability is not None and machine.capability < TRITON_CAPABILITY:
         return "Triton, which compiles Liger's kernels, supports GPUs of sm_80 and later"
     if not METHODS[recipe.adapter.method].is_lora or sharding.shards > 1:
-        return "they were tried with LoRA on whole weights alone"
+        return "only LoRA on unsharded weights was tested"
     return "" if machine.liger else "liger-kernel is not installed"
 
 
 def _why_random_states(recipe: Recipe, choices: Choices) -> str:
-    """Why random states are saved for checkpointed layers, empty where they are not."""
+    """Why random states are saved for checkpointed layers; empty if they are not."""
     if choices.checkpointing.value != "on":
         return "no layer is checkpointed"
     if recipe.adapter.dropout:
-        return f"adapter.dropout {recipe.adapter.dropout} draws random numbers in each layer"
+        return f"adapter.dropout {recipe.adapter.dropout} uses random numbers in each layer"
     return COMPILED if recipe.trainer.get("torch_compile") else ""
 
 
-def _said(key: str, value: str, does: str, why_not: str | None) -> Decision:
-    return Decision(key, "as the libraries make it", why_not) if why_not else Decision(key, value, does)
+def _optimization_decision(key: str, value: str, does: str, why_not: str | None) -> Decision:
+    return Decision(key, "library default", why_not) if why_not else Decision(key, value, does)
 
 
 def choose_batching(
     recipe: Recipe, choices: Choices, batch: Batch, labels: LossMask, not_flat: str = ""
 ) -> tuple[Batching, Decision]:
-    """Choose how the rows of a step are run.
+    """Choose how the rows of a step are batched.
 
     Args:
-        not_flat: why the model would not keep the rows of a line apart, empty where it does.
+        not_flat: why the model does not support padding-free batches; empty if it does.
 
     Raises:
-        RecipeError: padding-free batching is asked for together with something that excludes it.
+        RecipeError: padding-free batching is requested together with something that excludes it.
     """
-    asked = recipe.performance.batching
+    requested = recipe.performance.batching
     given = recipe.performance.tokens_per_micro_batch
     tokens = batch.per_device * labels.max_length
     firm = isinstance(given, int)
@@ -519,17 +525,17 @@ def choose_batching(
     if why is None:
         why = next((why for name, why in APART.items() if recipe.trainer.get(name)), None)
     if not TASKS[recipe.model.task].generates:
-        why = "a head reads whole rows, which a line would not keep apart"
+        why = "classification uses padded batches"
     if why is None and choices.attention.value == "eager":
-        why = "eager attention takes no boundaries of rows, as sdpa and FlashAttention do"
+        why = "eager attention does not support row boundaries; sdpa and FlashAttention do"
     why = why or not_flat or None
-    if asked == "padding_free" and why is not None:
+    if requested == "padding_free" and why is not None:
         fix = "set padded or auto" if why == not_flat else "remove one of the two"
-        raise RecipeError(f"performance.batching: padding_free cannot be had: {why}; {fix}")
-    if asked == "padded" or why is not None:
+        raise RecipeError(f"performance.batching: padding_free is not supported here: {why}; {fix}")
+    if requested == "padded" or why is not None:
         value = f"padded, up to {tokens:,} tokens at once" if firm else "padded"
         return Batching("padded", tokens, firm), Decision(BATCHING, value, why or "performance.batching")
-    reason = "the rows of a step stand in lines without padding, each seeing itself alone; same rows, same loss"
+    reason = "rows are concatenated without padding and attend only to themselves; same loss as padded"
     return Batching("padding_free", tokens, firm), Decision(
         BATCHING, f"padding_free, up to {tokens:,} tokens at once", reason
     )

@@ -1,4 +1,4 @@
-"""The rehearsal of a recipe: the same path from end to end, on a few rows for a few steps."""
+"""Smoke runs: the same path from end to end, on a few rows for a few steps."""
 
 import re
 from collections.abc import Mapping
@@ -13,33 +13,33 @@ from peftcli.tasks.registry import TASKS
 
 STEPS = 6
 ROW_TOKENS = 1024
-"""Rows are cut here: the default of `dataset.max_length`, so most recipes are rehearsed with whole rows."""
+"""Rows are truncated here: the default of `dataset.max_length`, so most recipes are rehearsed with whole rows."""
 LAYERS = 2
-"""Of every stand-in, at least."""
+"""Minimum number of layers of every stand-in."""
 BUDGET = 0.5
-"""Of a choice by gradient, as a share of the stand-in, which is small beside its adapters."""
+"""Budget of a selection by gradient, as a share of the stand-in, whose adapters are relatively large."""
 EVALUATED_EVERY = STEPS // 2
-"""Steps between two evaluations or checkpoints, where the recipe asks for them."""
+"""Steps between two evaluations or checkpoints, if the recipe enables them."""
 DROPPED = ("num_train_epochs", "save_steps", "save_strategy", "eval_steps", "eval_delay", "eval_strategy")
-"""Trainer arguments that say how long training takes and when it is evaluated or saved."""
+"""Trainer arguments that set the duration of training and the evaluation and save schedule."""
 COMPILE = ("torch_compile", "torch_compile_backend", "torch_compile_mode")
 REAL_MACHINE = {
     **dict.fromkeys(("tf32", "activation_offloading"), "it needs a GPU"),
     **dict.fromkeys(("use_liger_kernel", "liger_kernel_config"), "its kernels need a GPU"),
     "deepspeed": "it needs GPUs",
-    "ddp_backend": "a rehearsal is one process",
-    **dict.fromkeys(COMPILE, "compiling for this CPU would take minutes and say nothing about a GPU"),
+    "ddp_backend": "a smoke run is one process",
+    **dict.fromkeys(COMPILE, "compiling for this CPU takes minutes and tests nothing about a GPU"),
 }
-"""Trainer arguments that only the real machine can serve, and why."""
+"""Trainer arguments that only work on the real machine, and why."""
 SCHEDULE = ("tinit", "tfinal")
-"""Arguments of AdaLoRA that are numbers of steps."""
+"""Arguments of AdaLoRA that are step counts."""
 
 
 def smoke_recipe(recipe: Recipe) -> Recipe:
-    """The recipe of a smoke run: small in all that costs time, unchanged in all that decides the path.
+    """The recipe of a smoke run: everything that takes time is small, everything that affects the code path unchanged.
 
-    Method, quantization, templates, optimizer and scheduler stay. Gates go: the numbers of a random stand-in say
-    nothing about the real model. `smoke_notices` names what goes.
+    Method, quantization, templates, optimizer and scheduler stay. Gates are dropped, because the metrics of a random
+    stand-in do not predict those of the real model. `smoke_notices` lists what is dropped.
     """
     given = recipe.trainer
     trainer = {name: value for name, value in given.items() if name not in (*DROPPED, *REAL_MACHINE)}
@@ -68,18 +68,18 @@ def smoke_recipe(recipe: Recipe) -> Recipe:
 
 
 def check_schedules(recipe: Recipe) -> None:
-    """Check the schedules that `smoke_recipe` leaves out, against the steps of the real run.
+    """Check schedules that `smoke_recipe` drops against the steps of the real run.
 
     Raises:
-        RecipeError: that of AdaLoRA does not fit the steps of its stage.
+        RecipeError: AdaLoRA's schedule does not fit the steps of its stage.
     """
     for stage in stage_recipes(recipe):
         check_ranks(stage.adapter, stage.trainer.get("max_steps"))
 
 
 def smoke_notices(recipe: Recipe) -> tuple[str, ...]:
-    """What a smoke run of a recipe leaves out, as sentences for people."""
-    asked: list[tuple[tuple[str, ...], Any]] = [
+    """Messages on what a smoke run of a recipe drops."""
+    dropped: list[tuple[tuple[str, ...], Any]] = [
         (("model", "dtype"), recipe.model.dtype not in ("auto", _dtype(recipe))),
         (("model", "attention"), _unless_auto(recipe.model.attention)),
         (("gates",), recipe.gates),
@@ -88,16 +88,16 @@ def smoke_notices(recipe: Recipe) -> tuple[str, ...]:
         *((("adapter", name), recipe.adapter.arguments.get(name)) for name in SCHEDULE),
     ]
     if recipe.quantization is not None:
-        asked.append((("quantization", "compute_dtype"), _unless_auto(recipe.quantization.compute_dtype)))
-    left_out = [dotted(path) for path, value in asked if value]
-    said = [*_only_on_the_real_machine(recipe)]
+        dropped.append((("quantization", "compute_dtype"), _unless_auto(recipe.quantization.compute_dtype)))
+    left_out = [dotted(path) for path, value in dropped if value]
+    notices = [*_only_on_the_real_machine(recipe)]
     if left_out:
-        said.append(f"smoke: left out: {', '.join(left_out)}")
+        notices.append(f"smoke: ignored: {', '.join(left_out)}")
     if recipe.dataset.max_length > ROW_TOKENS:
-        said.append(
-            f"smoke: rows are cut at {ROW_TOKENS:,} tokens, dataset.max_length is {recipe.dataset.max_length:,}"
+        notices.append(
+            f"smoke: rows are truncated at {ROW_TOKENS:,} tokens; dataset.max_length is {recipe.dataset.max_length:,}"
         )
-    return tuple(said)
+    return tuple(notices)
 
 
 def _unless_auto(value: str) -> str | None:
@@ -105,19 +105,19 @@ def _unless_auto(value: str) -> str | None:
 
 
 def _only_on_the_real_machine(recipe: Recipe) -> dict[str, None]:
-    """A sentence for each trainer argument that a rehearsal cannot try, in order, each once."""
+    """A message for each trainer argument that a smoke run cannot test, in order, without repeats."""
     found: dict[str, None] = {}
     for stage in stage_recipes(recipe):
         for name, why in REAL_MACHINE.items():
             if stage.trainer.get(name):
-                found[f"smoke: trainer.{name} is left out: {why}"] = None
+                found[f"smoke: trainer.{name} is ignored: {why}"] = None
         if (stage.trainer.get("activation_checkpointing_kwargs") or {}).get("offload"):
-            found["smoke: trainer.activation_checkpointing_kwargs.offload is left out: it needs a GPU"] = None
+            found["smoke: trainer.activation_checkpointing_kwargs.offload is ignored: it needs a GPU"] = None
     return found
 
 
 def _looks(given: Mapping[str, Any]) -> dict[str, Any]:
-    """When a rehearsal evaluates and saves: as often as it has time for, since other arguments can need it."""
+    """The evaluation and save schedule of a smoke run, kept if enabled because other arguments can need it."""
     looks: dict[str, Any] = {}
     if given.get("eval_strategy", "no") != "no":
         looks |= {"eval_strategy": "steps", "eval_steps": EVALUATED_EVERY}
@@ -129,39 +129,39 @@ def _looks(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _checkpointing(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The recipe's arguments of activation checkpointing without what needs a GPU."""
-    asked = given.get("activation_checkpointing_kwargs")
-    kept = {name: value for name, value in (asked or {}).items() if name != "offload"}
-    return {} if asked is None else {"activation_checkpointing_kwargs": kept or None}
+    """Activation checkpointing arguments of the recipe, without those that need a GPU."""
+    given_kwargs = given.get("activation_checkpointing_kwargs")
+    kwargs = {name: value for name, value in (given_kwargs or {}).items() if name != "offload"}
+    return {} if given_kwargs is None else {"activation_checkpointing_kwargs": kwargs or None}
 
 
 def _without_schedule(adapter: AdapterSection) -> AdapterSection:
-    kept = {name: value for name, value in adapter.arguments.items() if name not in SCHEDULE}
-    return adapter.model_copy(update={"arguments": kept}) if len(kept) < len(adapter.arguments) else adapter
+    arguments = {name: value for name, value in adapter.arguments.items() if name not in SCHEDULE}
+    return adapter.model_copy(update={"arguments": arguments}) if len(arguments) < len(adapter.arguments) else adapter
 
 
 def _dtype(recipe: Recipe) -> str:
-    """The format of a CPU, or that of weights that are trained as they are."""
+    """The default dtype of a CPU, or that of weights trained in their own dtype."""
     return "bfloat16" if recipe.adapter.dtype == "bfloat16" else "auto"
 
 
 def _quantization(asked: QuantizationSection | None) -> QuantizationSection | None:
     if asked is None or asked.bits == 8:
-        return asked  # 8 bits have no format of their own to compute in
+        return asked  # 8-bit quantization has no compute dtype
     return asked.model_copy(update={"compute_dtype": "auto"})
 
 
 def stand_in_adapter(adapter: AdapterSection) -> AdapterSection:
-    """The adapter with layers that a stand-in has, a budget that one of its modules fits, and weights of its own."""
+    """The adapter with layers that exist in a stand-in, a budget that fits one of its modules, and new weights."""
     update: dict[str, Any] = {"init_from": None}
     for key in ("target_modules", "layers"):
-        asked = getattr(adapter, key)
-        if isinstance(asked, SelectSection):
-            update[key] = asked.model_copy(update={"budget": max(asked.budget, BUDGET)})
-        elif key == "layers" and asked is not None:
-            update[key] = tuple(sorted({number % LAYERS for number in asked}))
-        elif isinstance(asked, tuple):
-            update[key] = tuple(dict.fromkeys(map(_renumbered, asked)))
+        value = getattr(adapter, key)
+        if isinstance(value, SelectSection):
+            update[key] = value.model_copy(update={"budget": max(value.budget, BUDGET)})
+        elif key == "layers" and value is not None:
+            update[key] = tuple(sorted({number % LAYERS for number in value}))
+        elif isinstance(value, tuple):
+            update[key] = tuple(dict.fromkeys(map(_renumbered, value)))
     last = adapter.arguments.get("last_layers")
     if last is not None:
         update["arguments"] = {**adapter.arguments, "last_layers": min(last, LAYERS)}
@@ -169,7 +169,7 @@ def stand_in_adapter(adapter: AdapterSection) -> AdapterSection:
 
 
 def _renumbered(name: str) -> str:
-    """A module's name with the number of a layer that a stand-in has.
+    """A module name with a layer number that exists in a stand-in.
 
     >>> _renumbered("model.layers.31.mlp.up_proj"), _renumbered("up_proj")
     ('model.layers.1.mlp.up_proj', 'up_proj')
@@ -179,6 +179,6 @@ def _renumbered(name: str) -> str:
 
 def _evaluation(recipe: Recipe) -> dict[str, int]:
     if not TASKS[recipe.model.task].generates:
-        return {}  # nothing is written
+        return {}  # no text is generated
     short = {"max_new_tokens": 8, "rows": 8}
     return short if recipe.evaluation.forgetting_text is None else short | {"forgetting_tokens": 1000}

@@ -27,19 +27,19 @@ ALL_LINEAR = "all-linear"
 
 
 def match_targets(wanted: Sequence[str] | str | None, facts: ModelFacts) -> dict[str, int]:
-    """Count the modules that each wanted name stands for.
+    """Count the modules that each target name matches.
 
-    A name matches a module of that name and every module whose path ends in it, as PEFT matches.
+    A name matches a module of that name and every module whose path ends with it, as in PEFT.
 
     Args:
-        wanted: names, `all-linear` for every linear layer but the output layer, or None for no module at all.
+        wanted: names, `all-linear` for every linear layer except the output layer, or None for no module.
         facts: of the base model.
 
     Returns:
-        For each name the number of modules; with `all-linear` for each last part of a path.
+        The number of modules per name; with `all-linear` per last part of the path.
 
     Raises:
-        RecipeError: a name matches nothing (even beside one that matches), or it matches the output layer.
+        RecipeError: a name matches nothing (even if others match), or it matches the output layer.
     """
     if wanted is None:
         return {}
@@ -49,22 +49,24 @@ def match_targets(wanted: Sequence[str] | str | None, facts: ModelFacts) -> dict
             leaf = module.rsplit(".", 1)[-1]
             counts[leaf] = counts.get(leaf, 0) + 1
         if not counts:
-            raise RecipeError(f"adapter.target_modules: {facts.architecture} has no linear layer for {ALL_LINEAR}")
+            raise RecipeError(
+                f"adapter.target_modules: {facts.architecture} has no linear layer for {ALL_LINEAR}; list modules"
+            )
         return counts
-    adaptable = [module for module in facts.modules if not of_head(module, facts)]  # the head is trained whole
+    adaptable = [module for module in facts.modules if not of_head(module, facts)]  # the head is fully trained
     counts = {name: sum(matches(module, name) for module in adaptable) for name in wanted}
     nothing = [name for name, count in counts.items() if count == 0]
     if nothing:
         leaves = sorted({module.rsplit(".", 1)[-1] for module in facts.linear})
         raise RecipeError(
             f"no module of {facts.architecture} matches adapter.target_modules [{', '.join(nothing)}]; "
-            f"nearest: {', '.join(_nearest(nothing, leaves))}"
+            f"nearest names: {', '.join(_nearest(nothing, leaves))}"
         )
     output = [name for name in wanted if facts.output_layer and matches(facts.output_layer, name)]
     if output:
         raise RecipeError(
-            f"adapter.target_modules names the output layer ({output[0]}), on which an adapter would not be trained "
-            f"(the loss reads its weight directly); put it into adapter.modules_to_save instead"
+            f"adapter.target_modules contains the output layer ({output[0]}), where an adapter would not be trained "
+            f"(the loss reads its weight directly); move it to adapter.modules_to_save"
         )
     return without_numbers(counts)
 
@@ -80,12 +82,12 @@ def match_saved(wanted: Iterable[str], facts: ModelFacts) -> None:
         leaves = sorted({module.rsplit(".", 1)[-1] for module in facts.modules if module})
         raise RecipeError(
             f"no module of {facts.architecture} matches adapter.modules_to_save [{', '.join(nothing)}]; "
-            f"nearest: {', '.join(_nearest(nothing, leaves))}"
+            f"nearest names: {', '.join(_nearest(nothing, leaves))}"
         )
 
 
 def without_numbers(counts: Mapping[str, int]) -> dict[str, int]:
-    """Full paths that differ only in the number of their block, counted together."""
+    """Merge the counts of full paths that differ only in the block number."""
     found: dict[str, int] = {}
     for name, count in counts.items():
         inside = BLOCK.match(name)
@@ -95,17 +97,16 @@ def without_numbers(counts: Mapping[str, int]) -> dict[str, int]:
 
 
 def matches(module: str, name: str) -> bool:
-    """Whether a name stands for a module, as PEFT matches them.
+    """Whether a name matches a module, as in PEFT.
 
     >>> matches("layers.0.q_proj", "q_proj"), matches("layers.0.aq_proj", "q_proj")
     (True, False)
     """
-    """Whether a wanted name means a module: it is its path, or the end of it."""
     return module == name or module.endswith("." + name)
 
 
 def of_head(module: str, facts: ModelFacts) -> bool:
-    """Whether a module is a part of the head that a task adds."""
+    """Whether a module is in the head that a task adds."""
     return any(module == name or module.startswith(f"{name}.") for name in facts.head)
 
 
@@ -115,7 +116,7 @@ def _nearest(wanted: list[str], known: list[str]) -> list[str]:
 
 
 def choice_of(adapter: AdapterSection, facts: ModelFacts) -> tuple[AdapterSection, SelectionRule | None]:
-    """The adapter with everything in it that may be chosen, and what the choice is; None where nothing is."""
+    """The adapter with all candidates as targets, and the selection rule; None if nothing is selected by gradient."""
     targets, layers = adapter.target_modules, adapter.layers
     asked = next((one for one in (targets, layers) if isinstance(one, SelectSection)), None)
     if asked is None:
@@ -127,31 +128,31 @@ def choice_of(adapter: AdapterSection, facts: ModelFacts) -> tuple[AdapterSectio
 
 
 def within_choice(trained: Trained, choice: SelectionRule | None) -> Trained:
-    """Trainable parameters at most, where everything that may be chosen would have so many."""
+    """The maximum number of trainable parameters, given those of all candidates."""
     return trained if choice is None else trained.resized(min(trained.parameters, choice.parameters))
 
 
 def choice_decisions(choice: SelectionRule | None) -> tuple[Decision, ...]:
-    """What a plan says of a choice that the gradient will make."""
+    """The decision to show for a selection by gradient."""
     if choice is None:
         return ()
-    what = f"{choice.kind} by gradient, at most {choice.parameters:,} trainable parameters"
-    reason = f"{choice.budget:.2%} of the base's parameters; the gradient of {choice.batches} training batches"
+    what = f"{choice.kind} selected by gradient, at most {choice.parameters:,} trainable parameters"
+    reason = f"{choice.budget:.2%} of the base's parameters; averaged over {choice.batches} training batches"
     return (Decision(f"chosen {choice.kind}", what, reason),)
 
 
 def resolve_targets(plan: Plan, selection: Selection, saved: int) -> Plan:
-    """The plan of a run whose modules are chosen.
+    """The plan of a run after its modules are selected.
 
     Args:
-        saved: parameters of modules that are trained whole beside the adapter.
+        saved: parameters of modules that are fully trained besides the adapter.
     """
     trainable = selection.used_parameters + saved
     base = plan.total_parameters - plan.trainable_parameters
     modules = without_numbers(dict.fromkeys(selection.modules, 1))
     listed = ", ".join(f"{name} x {count}" for name, count in modules.items())
-    said = {
-        "adapter": f"{plan.adapter.method} on {len(selection.modules)} modules that the gradient has chosen",
+    values = {
+        "adapter": f"{plan.adapter.method} on {len(selection.modules)} modules selected by gradient",
         "trainable": f"{trainable:,} parameters",
     }
     reasons = {"adapter": listed, "trainable": f"{trainable / (base + trainable):.2%} of {base + trainable:,}"}
@@ -162,20 +163,20 @@ def resolve_targets(plan: Plan, selection: Selection, saved: int) -> Plan:
         trained=plan.trained.resized(trainable),
         total_parameters=base + trainable,
         decisions=tuple(
-            replace(one, value=said[one.key], reason=reasons[one.key]) if one.key in said else one
+            replace(one, value=values[one.key], reason=reasons[one.key]) if one.key in values else one
             for one in plan.decisions
         ),
     )
 
 
 def named_targets(adapter: AdapterSection) -> tuple[str, ...] | str | None:
-    """The targets of an adapter in which nothing is left to choose."""
-    assert not isinstance(adapter.target_modules, SelectSection)  # `choice_of` took its place
+    """The targets of an adapter without anything left to select."""
+    assert not isinstance(adapter.target_modules, SelectSection)  # `choice_of` replaced it
     return adapter.target_modules
 
 
 def candidates(adapter: AdapterSection, facts: ModelFacts) -> tuple[str, ...]:
-    """Full names of the linear layers that an adapter section stands for, in the order of the model."""
+    """Full names of the linear layers that an adapter section matches, in the order of the model."""
     targets = named_targets(adapter)
     if targets == ALL_LINEAR:
         return facts.linear
@@ -183,10 +184,10 @@ def candidates(adapter: AdapterSection, facts: ModelFacts) -> tuple[str, ...]:
 
 
 def stand_in_layers(adapter: AdapterSection, facts: ModelFacts) -> AdapterSection:
-    """The adapter with its targets named in full where it stands in some layers only.
+    """The adapter with its targets as full names if it is limited to some layers.
 
     Raises:
-        RecipeError: there are not so many layers, or those have no such module.
+        RecipeError: a layer does not exist, or those layers have no such module.
     """
     layers = adapter.layers
     if layers is None or isinstance(layers, SelectSection) or METHODS[adapter.method].targets in ("writers", "whole"):
@@ -197,12 +198,15 @@ def stand_in_layers(adapter: AdapterSection, facts: ModelFacts) -> AdapterSectio
     wanted = modules if targets == ALL_LINEAR else targets or ()
     names = [name for name in modules if block_number(name) in layers and any(matches(name, one) for one in wanted)]
     if not names:
-        raise RecipeError(f"adapter.layers {list(layers)}: these layers have none of the modules {list(targets or ())}")
+        raise RecipeError(
+            f"adapter.layers {list(layers)}: these layers have none of the modules {list(targets or ())}; "
+            "change adapter.layers or adapter.target_modules"
+        )
     return adapter.model_copy(update={"target_modules": tuple(names), "layers": None})
 
 
 def structural_targets(adapter: AdapterSection, facts: ModelFacts) -> AdapterSection:
-    """The adapter of a tuner of ours with the modules that it stands on named in full.
+    """The adapter of one of our own tuners with its target modules as full names.
 
     Raises:
         RecipeError: the model has no such modules.
@@ -214,7 +218,7 @@ def structural_targets(adapter: AdapterSection, facts: ModelFacts) -> AdapterSec
     try:
         if method.targets == "writers":
             linears = {name: facts.widths[name] for name in facts.linear if name in facts.widths}
-            placement = str(_said(adapter, method, "placement"))
+            placement = str(_argument(adapter, method, "placement"))
             names = bottleneck_targets(linears, facts.hidden, placement, layers)
             return adapter.model_copy(update={"target_modules": tuple(names), "layers": None})
         return _whole(adapter, method, layers, facts)
@@ -228,14 +232,14 @@ def _whole(adapter: AdapterSection, method: Method, layers: Sequence[int] | None
     parts = layout_of(inner, embedding, facts.output_layer)
     names = full_targets(
         parts,
-        last_layers=int(_said(adapter, method, "last_layers") or 0),
+        last_layers=int(_argument(adapter, method, "last_layers") or 0),
         layers=layers,
-        head=bool(_said(adapter, method, "head")),
-        embeddings=bool(_said(adapter, method, "embeddings")),
-        everything=bool(_said(adapter, method, "everything")),
+        head=bool(_argument(adapter, method, "head")),
+        embeddings=bool(_argument(adapter, method, "embeddings")),
+        everything=bool(_argument(adapter, method, "everything")),
     )
-    if not names and not facts.head and not _said(adapter, method, "trainable_token_indices"):
-        raise ValueError("nothing is trained; set adapter.last_layers, layers, head or embeddings")
+    if not names and not facts.head and not _argument(adapter, method, "trainable_token_indices"):
+        raise ValueError("no module is trained; set adapter.last_layers, layers, head or embeddings")
     ends = tuple(name for name in names if name in parts.ends)
     update = {
         "target_modules": tuple(name for name in names if name not in ends),
@@ -245,7 +249,7 @@ def _whole(adapter: AdapterSection, method: Method, layers: Sequence[int] | None
     return adapter.model_copy(update=update)
 
 
-def _said(adapter: AdapterSection, method: Method, key: str) -> Any:
+def _argument(adapter: AdapterSection, method: Method, key: str) -> Any:
     return adapter.arguments.get(key, method.defaults.get(key))
 
 

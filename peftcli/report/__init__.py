@@ -1,1 +1,1 @@
-"""The report of a run: what its JSON files say, written for a person as Markdown and as one HTML page."""
+"""The report of a run, built from its JSON files, as Markdown and as one HTML page."""

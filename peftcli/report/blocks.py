@@ -1,4 +1,4 @@
-"""What a report is made of, before it is Markdown, HTML or on a terminal: tables, facts, plots and samples."""
+"""The parts of a report before rendering as Markdown, HTML or terminal output: tables, facts, plots and samples."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -13,9 +13,9 @@ Inches = tuple[float, float]
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell of a table; its tone is said by the text as well, never by the colour alone.
+    """One cell of a table; the text also expresses the tone, so color is never the only sign.
 
-    A `bar` of 0..1 is drawn behind the text, and a `shade` of 0..1 colours the cell; its figure says the same.
+    A `bar` of 0..1 is drawn behind the text, and a `shade` of 0..1 colors the cell; the text contains the same value.
     """
 
     text: str
@@ -26,7 +26,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """A table; the columns named in `numeric` are aligned to the right, the `strong` one is set bold."""
+    """A table; the columns in `numeric` are right-aligned, and the `strong` one is bold."""
 
     kind: ClassVar[str] = "table"
     columns: tuple[str, ...]
@@ -36,15 +36,15 @@ class Table:
     note: str = ""
 
     def without_empty_columns(self) -> "Table":
-        """The same without columns that have no value in any row, for where room is scarce; the first one stays."""
-        kept = [
+        """The table without empty columns, for narrow output; the first column stays."""
+        columns = [
             at for at in range(len(self.columns)) if not at or any(row[at].text not in ("", DASH) for row in self.rows)
         ]
         return Table(
-            columns=tuple(self.columns[at] for at in kept),
-            rows=tuple(tuple(row[at] for at in kept) for row in self.rows),
-            numeric=frozenset(number for number, at in enumerate(kept) if at in self.numeric),
-            strong=kept.index(self.strong) if self.strong in kept else None,
+            columns=tuple(self.columns[at] for at in columns),
+            rows=tuple(tuple(row[at] for at in columns) for row in self.rows),
+            numeric=frozenset(number for number, at in enumerate(columns) if at in self.numeric),
+            strong=columns.index(self.strong) if self.strong in columns else None,
             note=self.note,
         )
 
@@ -59,7 +59,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class Notices:
-    """Sentences that a reader should see."""
+    """Messages that a reader should see."""
 
     kind: ClassVar[str] = "notices"
     items: tuple[str, ...]
@@ -67,7 +67,7 @@ class Notices:
 
 @dataclass(frozen=True)
 class Code:
-    """Something to be typed."""
+    """A command to type."""
 
     kind: ClassVar[str] = "code"
     title: str
@@ -76,13 +76,13 @@ class Code:
 
 @dataclass(frozen=True)
 class Plot:
-    """One drawing, made when it is asked for.
+    """One drawing, rendered on demand.
 
     Attributes:
-        draw: gives the SVG for a width and a height in inches.
-        inches: both, of the drawing.
-        narrow_inches: the same for small screens; None where the one drawing does for all.
-        bars: the same as a table with bars, for where nothing can be drawn.
+        draw: returns the SVG for a width and a height in inches.
+        inches: width and height of the drawing.
+        narrow_inches: the same for small screens; None if one drawing is enough.
+        bars: the same as a table with bars, for output without graphics.
     """
 
     title: str
@@ -98,13 +98,13 @@ class Plot:
 
     @cached_property
     def narrow(self) -> str:
-        """The drawing for small screens, empty where there is none."""
+        """The drawing for small screens, empty if there is none."""
         return "" if self.narrow_inches is None else self.draw(self.narrow_inches)
 
 
 @dataclass(frozen=True)
 class Plots:
-    """Drawings side by side, where the first may have a line of its own."""
+    """Drawings side by side; the `wide` ones take a full row each."""
 
     kind: ClassVar[str] = "plots"
     wide: tuple[Plot, ...]
@@ -113,7 +113,7 @@ class Plots:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model said to a prompt, and whether that is the reference; None where nothing is compared."""
+    """A model's answer to a prompt, and whether it matches the reference; None without a comparison."""
 
     text: str | None
     correct: bool | None = None
@@ -121,7 +121,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Samples:
-    """Prompts with what was expected and what each model said; columns without any text are left out."""
+    """Prompts with references and the answers of each model; columns without text are omitted."""
 
     kind: ClassVar[str] = "samples"
     columns: tuple[str, ...]
@@ -130,7 +130,7 @@ class Samples:
 
 @dataclass(frozen=True)
 class Span:
-    """A stretch of a row: `prompt` (read), `trained` or `dropped` (cut off)."""
+    """A part of a row: `prompt` (input only), `trained` or `dropped` (truncated)."""
 
     kind: str
     text: str
@@ -138,7 +138,7 @@ class Span:
 
 @dataclass(frozen=True)
 class PreviewRow:
-    """A row of the data, with where it stands and its size in words."""
+    """A row of the data, with its location and its size in words."""
 
     place: str
     about: str
@@ -147,7 +147,7 @@ class PreviewRow:
 
 @dataclass(frozen=True)
 class Preview:
-    """Rows with what the trainer does with each stretch; the kinds differ by more than their colour."""
+    """Rows with the use of each part in training; the kinds differ by more than their color."""
 
     kind: ClassVar[str] = "preview"
     title: str
@@ -157,7 +157,7 @@ class Preview:
 
 @dataclass(frozen=True)
 class Collapsed:
-    """A table for those who look for it: folded in the page, open in Markdown and in print."""
+    """A table for interested readers: collapsed on the page, open in Markdown and in print."""
 
     kind: ClassVar[str] = "folded"
     title: str
@@ -166,7 +166,7 @@ class Collapsed:
 
 @dataclass(frozen=True)
 class SideBySide:
-    """Stacks of small tables, side by side where there is room."""
+    """Stacks of small tables, side by side if there is space."""
 
     kind: ClassVar[str] = "beside"
     stacks: tuple[tuple[Table, ...], ...]
@@ -177,7 +177,7 @@ Block = Table | SideBySide | Facts | Notices | Code | Plots | Samples | Collapse
 
 @dataclass(frozen=True)
 class Section:
-    """A titled part of the report; `name` is its anchor."""
+    """A titled section of the report; `name` is its anchor."""
 
     name: str
     title: str
@@ -187,7 +187,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Tile:
-    """One of the few figures at the top."""
+    """One of the few numbers at the top."""
 
     label: str
     value: str
@@ -196,7 +196,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class Gate:
-    """A limit that the recipe set, and what became of it."""
+    """A limit that the recipe sets, and whether it was met."""
 
     name: str
     limit: str
@@ -211,7 +211,7 @@ class Gate:
 
 @dataclass(frozen=True)
 class Report:
-    """All that a report says, in reading order; `kind` and `footer` say of what it is one."""
+    """The content of a report, in reading order; `kind` and `footer` describe what it is about."""
 
     name: str
     subtitle: str
@@ -234,13 +234,13 @@ def table(
     numeric: Iterable[int] = (),
     note: str = "",
 ) -> Table:
-    """Make a table from plain strings and cells; a dash is set quietly."""
+    """Make a table from plain strings and cells; a dash is dimmed."""
     made = tuple(tuple(_cell(value) for value in row) for row in rows)
     return Table(tuple(columns), made, frozenset(numeric), note=note)
 
 
 def facts(pairs: Iterable[tuple[str, str | None]]) -> Facts:
-    """Make a list of facts; those whose value is None do not apply and are left out."""
+    """Make a list of facts; those with the value None do not apply and are omitted."""
     return Facts(tuple((label, value) for label, value in pairs if value is not None))
 
 

@@ -1,4 +1,4 @@
-"""Builds the report of a run, a pure function of the JSON files in its folder, and writes it."""
+"""Builds the report of a run as a pure function of the JSON files in its folder, and writes it."""
 
 from peftcli.report.blocks import Block, Collapsed, Report, Section
 from peftcli.report.data import data_section
@@ -24,12 +24,12 @@ from peftcli.run_dir import RunDir, write_text
 
 
 def write_report(run: RunDir) -> None:
-    """Write `report.md` and `report.html` of a run; the same JSON gives the same bytes.
+    """Write `report.md` and `report.html` of a run; the same JSON gives identical files.
 
-    A stage whose file is absent has no section, and a figure that is null is shown as a dash.
+    A stage without a file has no section, and a null value is shown as a dash.
 
     Raises:
-        RecipeError: the folder has no `metrics.json` or no `plan.json`: no stage has ended.
+        RecipeError: the folder has no `metrics.json` or no `plan.json`, so no stage has finished.
         DataError: a file of the run is not JSON, or another version of peftcli wrote it.
     """
     report = make_report(load_stages(run))
@@ -38,7 +38,7 @@ def write_report(run: RunDir) -> None:
 
 
 def make_report(stages: Stages) -> Report:
-    """Make the report of a run from what its stages wrote."""
+    """Make the report of a run from the files of its stages."""
     sections = (
         _results(stages),
         classes_section(stages),
@@ -77,5 +77,5 @@ def _training(stages: Stages) -> Section | None:
     plots, rows, figures = log_plots(stages), log_table(stages), training_facts(stages)
     blocks: list[Block] = [block for block in (plots, figures) if block is not None]
     if rows is not None:
-        blocks.append(Collapsed("The log in figures", rows))
+        blocks.append(Collapsed("The log as a table", rows))
     return Section("training", "Training", tuple(blocks)) if blocks else None

@@ -1,4 +1,4 @@
-"""The report of a comparison, a pure function of `compare.json`, with its plots."""
+"""The report of a comparison as a pure function of `compare.json`, with its plots."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +23,8 @@ Write = Callable[[float | None], str]
 
 BEST, ON_FRONT = "★", "◆"
 SIGNS = (
-    f"{BEST} best of its column. {ON_FRONT} on the front: no other variant is at least as good for at most this cost."
+    f"{BEST} best of its column. {ON_FRONT} Pareto-optimal: no other variant is at least as good at the same or lower "
+    "cost."
 )
 COST_NAMES = {
     "adapter_bytes": "adapter size",
@@ -33,12 +34,12 @@ COST_NAMES = {
 }
 
 FRONT = (4.8, 2.7)
-"""Inches of one drawing of quality against a cost."""
+"""Inches of one plot of quality against a cost."""
 MARKS = ("o", "s", "^", "D", "v", "P")
-"""Curves differ by their mark and their dashes, not by colour."""
+"""Curves differ by markers and dashes, not by color."""
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (5, 2, 1, 2)))
 LOGARITHMIC_FROM = 20.0
-"""Largest over smallest cost from which an axis is logarithmic."""
+"""Ratio of largest to smallest cost from which an axis is logarithmic."""
 
 
 def write_comparison(comparison: CompareJson, folder: Any) -> None:
@@ -78,33 +79,33 @@ def make_comparison(comparison: CompareJson) -> Report:
 
 
 def quality_metric(comparison: CompareJson) -> Metric | None:
-    """The metric that the variants are compared by."""
+    """The metric by which the variants are compared."""
     quality = comparison.quality
     return None if quality is None else BY_KEY[quality.key]
 
 
 def verdict(comparison: CompareJson) -> str:
-    """Which variant is best, how sure that is, and which is the cheapest that is nearly as good."""
+    """Which variant is best, how certain that is, and the cheapest one that is nearly as good."""
     rows, metric = comparison.variants, quality_metric(comparison)
     best = next((row for row in rows if "quality" in row.best), None)
     if metric is None and any(row.is_finished for row in rows):
-        return "No variant was scored on held-out rows, so nothing here says which is best."
+        return "No variant was scored on held-out rows, so there is no ranking."
     if metric is None or best is None:
-        return "No two finished variants with different scores, so there is nothing to choose between yet."
+        return "No two finished variants have different scores yet, so there is no ranking."
     number = comparison.quality.rows if comparison.quality else None
     on = f" on {number:,} held-out rows" if number else ""
     title = metric.title.split(",")[0]
-    said = f"{best.name} has the best {title[0].lower() + title[1:]}, {metric.write(best.quality)}{on}."
+    sentence = f"{best.name} has the best {title[0].lower() + title[1:]}, {metric.write(best.quality)}{on}."
     near = [row for row in rows if row is not best and row.is_finished and _overlap(row, best)]
     if not near:
-        return said
-    said += f" That does not settle it: the 95 % {_intervals(near)}."
+        return sentence
+    sentence += f" The difference is not significant: the 95 % {_intervals(near)}."
     cheapest = min(
         (row for row in [best, *near] if row.adapter_bytes), key=lambda row: row.adapter_bytes or 0, default=best
     )
     if cheapest is not best:
-        said += f" The smallest adapter of these is that of {cheapest.name}, {size(cheapest.adapter_bytes)}."
-    return said
+        sentence += f" The smallest adapter of these is that of {cheapest.name}, {size(cheapest.adapter_bytes)}."
+    return sentence
 
 
 def _intervals(near: Sequence[VariantRow]) -> str:
@@ -121,18 +122,18 @@ def _overlap(one: VariantRow, other: VariantRow) -> bool:
 
 
 def failures(rows: Sequence[VariantRow]) -> list[str]:
-    """One sentence for each variant that ended with an error."""
-    said = []
+    """One message per variant that ended with an error."""
+    messages = []
     for row in rows:
         if row.error is None:
             continue
         first = row.error.splitlines()[0]
-        said.append(f"{row.name}: {row.status}, exit code {row.exit_code}: {first}")
-    return said
+        messages.append(f"{row.name}: {row.status}, exit code {row.exit_code}: {first}")
+    return messages
 
 
 def signed(write: Write) -> Write:
-    """Write a difference with its sign."""
+    """Format a difference with its sign."""
 
     def written(value: float | None) -> str:
         if value is None:
@@ -143,12 +144,12 @@ def signed(write: Write) -> Write:
 
 
 def label(number: int, row: VariantRow) -> str:
-    """How a variant is called in tables; the drawings show its number."""
+    """The label of a variant in tables; plots show only its number."""
     return f"{number} {row.name}"
 
 
 def cell(row: VariantRow, key: str, write: Write) -> Cell | str:
-    """A figure of a variant, with the signs of the best one and of the front."""
+    """A value of a variant, marked if it is the best or Pareto-optimal."""
     signs = (BEST if key in row.best else "") + (ON_FRONT if key in row.front else "")
     written = write(row.figure(key)) + (f"\N{NO-BREAK SPACE}{signs}" if signs else "")
     return Cell(written, "good") if key in row.best else written
@@ -180,7 +181,7 @@ def _quality_section(rows: Sequence[VariantRow], metric: Metric | None) -> Secti
 def _quality_note(rows: Sequence[VariantRow], metric: Metric) -> str:
     bases = {row.base_quality for row in rows if row.base_quality is not None}
     parts = [SIGNS]
-    parts += [f"The base without adapter has {metric.write(bases.pop())}."] if len(bases) == 1 else []
+    parts += [f"The base model has {metric.write(bases.pop())}."] if len(bases) == 1 else []
     if any(row.retention_change is not None for row in rows):
         parts.append("Forgetting: how much the loss on another text grew, nats per token.")
     return " ".join(parts)
@@ -217,8 +218,8 @@ def _front_section(comparison: CompareJson, rows: Sequence[VariantRow], metric: 
         facts((COST_NAMES[cost], ", ".join(numbers[name] for name in names)) for cost, names in fronts.items())
     )
     lead = (
-        "Up is better, left is cheaper. Dark and joined: variants that no other one beats at both; light: the others. "
-        "The numbers are those of the tables; the line through a point is its 95 % interval."
+        "Up is better, left is cheaper. Dark and connected: variants that no other one beats at both; light: the "
+        "others. The numbers are those of the tables; the line through a point is its 95 % interval."
     )
     return Section("fronts", "Quality against cost", tuple(blocks), lead)
 
@@ -236,7 +237,7 @@ def _curve_section(comparison: CompareJson, metric: Metric | None) -> Section | 
     kept = (0, 1, 2, 3) if len(curves) > 1 else (0, 2, 3)
     made = table([titles[i] for i in kept], [[row[i] for i in kept] for row in rows], numeric=(0, kept.index(2)))
     lead = (
-        "What more training rows bring: the same recipe, the same held-out rows, another number of rows to learn from."
+        "The effect of more training rows: the same recipe and held-out rows, with different numbers of training rows."
     )
     return Section("rows", "Learning curve", (curve_plots(curves, metric), made), lead)
 
@@ -283,7 +284,7 @@ def _tiles(rows: Sequence[VariantRow], metric: Metric | None) -> tuple[Tile, ...
 
 @dataclass(frozen=True)
 class Point:
-    """A variant in a drawing; `bounds` is the interval of its quality."""
+    """A variant in a plot; `bounds` is the interval of its quality."""
 
     number: int
     cost: float
@@ -295,7 +296,7 @@ class Point:
 def front_plots(
     rows: Sequence[VariantRow], fronts: Mapping[str, Sequence[str]], metric: Metric, names: Mapping[str, str]
 ) -> list[Plots]:
-    """One drawing for each cost, two or three beside each other.
+    """One plot per cost, two or three side by side.
 
     Args:
         rows: of `compare.json`.
@@ -322,7 +323,7 @@ def _bounds(row: VariantRow) -> tuple[float, float] | None:
 
 
 def _unit(cost: str, values: Sequence[float]) -> tuple[float, str]:
-    """What a cost is divided by for its axis, and the unit that this gives; of bytes, one for the middle of them."""
+    """The divisor of a cost for its axis, and the resulting unit; for bytes, one that fits the middle of the values."""
     largest = max(values)
     if cost.endswith("_bytes"):
         middle = math.sqrt(max(min(values), 1) * max(largest, 1))
@@ -362,7 +363,7 @@ def _draw_front(axes: "Axes", points: Sequence[Point], metric: Metric, axis: str
 
 
 def _scale(axes: "Axes", values: Sequence[float], metric: Metric) -> None:
-    """Set the height of the drawing by its points and their intervals, so that up is better."""
+    """Set the vertical limits from the points and their intervals, so that up is better."""
     low, high = min(values), max(values)
     pad = (high - low) * 0.1 or abs(high) * 0.1 or 0.1
     bottom, top = low - pad, high + pad
@@ -386,14 +387,14 @@ def _ticks(axes: "Axes") -> None:
 
 
 def _number(axes: "Axes", points: Sequence[Point]) -> None:
-    """Write its number beside each point, at the first of some places that is free."""
+    """Write its number beside each point, at the first free position."""
     spots = [axes.transData.transform((point.cost, point.quality)) for point in points]
     taken = [(float(x), float(y)) for x, y in spots]
     unit = axes.figure.dpi / 72
     for point, (x, y) in zip(points, spots, strict=True):
-        places = [(9, 5), (-9, 5), (9, -9), (-9, -9), (0, 12), (0, -15), (18, 5), (-18, 5)]
-        free = [place for place in places if _is_free(x + place[0] * unit, y + place[1] * unit, taken, 9 * unit)]
-        dx, dy = free[0] if free else places[0]
+        positions = [(9, 5), (-9, 5), (9, -9), (-9, -9), (0, 12), (0, -15), (18, 5), (-18, 5)]
+        free = [spot for spot in positions if _is_free(x + spot[0] * unit, y + spot[1] * unit, taken, 9 * unit)]
+        dx, dy = free[0] if free else positions[0]
         taken.append((x + dx * unit, y + dy * unit))
         axes.annotate(
             str(point.number),
@@ -412,7 +413,7 @@ def _is_free(x: float, y: float, taken: Sequence[tuple[float, float]], apart: fl
 
 
 def curve_plots(curves: Sequence[LearningCurve], metric: Metric) -> Plots:
-    """Quality over the number of training rows, one curve for each group of runs."""
+    """Quality over the number of training rows, one curve per group of runs."""
     title = f"{metric.title.split(',')[0]} over training rows"
 
     def drawn(inches: tuple[float, float]) -> str:
@@ -427,7 +428,7 @@ def curve_plots(curves: Sequence[LearningCurve], metric: Metric) -> Plots:
             "s": "squares",
             "^": "triangles",
             "D": "diamonds",
-            "v": "pointing down",
+            "v": "inverted triangles",
             "P": "crosses",
         }
         named = [f"{signs[MARKS[i % len(MARKS)]]} {curve.name or 'the others'}" for i, curve in enumerate(curves)]

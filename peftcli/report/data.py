@@ -1,4 +1,4 @@
-"""The data section of the report: rows in and out, labels, token lengths, checks and a preview."""
+"""The data section of the report: row counts, labels, token lengths, checks and a preview."""
 
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
@@ -47,23 +47,23 @@ ROWS = (
     ("Dropped", "dropped_rows", "rows"),
     ("Training", "train_rows", "rows"),
     ("Held out", "test_rows", "rows"),
-    ("Cut at the maximum length", "truncated_rows", "rows"),
+    ("Truncated at the maximum length", "truncated_rows", "rows"),
     ("Held out, also in training", "leaked_rows", "test_rows"),
     ("Training, end token trained", "eos_trained_rows", "train_rows"),
 )
 RARE_ROWS = (
     ("Held out, prompt or text also in training", "leaked_prompts", "test_rows"),
-    ("Held out, nearly in training", "near_leaked_rows", "test_rows"),
-    ("Equal to an earlier row", "duplicate_rows", "rows"),
-    ("Nearly equal to an earlier row", "near_duplicate_rows", "rows"),
+    ("Held out, near-duplicate in training", "near_leaked_rows", "test_rows"),
+    ("Duplicate of an earlier row", "duplicate_rows", "rows"),
+    ("Near-duplicate of an earlier row", "near_duplicate_rows", "rows"),
     ("Text of an earlier row, another label", "conflicting_rows", "train_rows"),
-    ("A token over the end of the prompt", "merged_boundary_rows", "train_rows"),
-    ("Start token twice", "doubled_bos_rows", "rows"),
+    ("A token across the end of the prompt", "merged_boundary_rows", "train_rows"),
+    ("Doubled start token", "doubled_bos_rows", "rows"),
     ("With an unknown token", "unknown_token_rows", "rows"),
 )
-"""Shown where there are any."""
+"""Shown if not zero."""
 LABELLED = ("classification", "tagging", "images")
-"""Formats whose rows have labels and no end token to learn."""
+"""Formats with labels, whose rows have no end token to train."""
 SCANNED = (
     ("control_characters", "control characters"),
     ("replacement_characters", "replacement characters"),
@@ -73,28 +73,28 @@ SCANNED = (
 )
 RESULTS: dict[str, tuple[str, Tone]] = {
     "ok": ("✓ good", "good"),
-    "warn": ("! look", "warn"),
-    "fail": ("✗ wrong", "bad"),
-    "skip": (f"{DASH} does not apply", "quiet"),
+    "warn": ("! check", "warn"),
+    "fail": ("✗ failed", "bad"),
+    "skip": (f"{DASH} not applicable", "quiet"),
 }
-LEGEND = (Span("prompt", "read"), Span("trained", "trained"), Span("dropped", "cut off"))
+LEGEND = (Span("prompt", "input"), Span("trained", "trained"), Span("dropped", "truncated"))
 
 MOST_LABELS = 12
 WORDS = (
     ("Words", "words"),
     ("Within an entity", "tagged"),
-    ("Without a token of their own", "silent"),
-    ("Cut off at the maximum length", "cut"),
-    ("Cut off, within an entity", "cut_tagged"),
-    ("Going on with no entity", "odd_tags"),
+    ("Without a token", "silent"),
+    ("Truncated at the maximum length", "cut"),
+    ("Truncated, within an entity", "cut_tagged"),
+    ("Inside tag without an entity before", "odd_tags"),
 )
 
 MOST_BARS, MOST_TEXT_BARS = 400, 10
-"""Of the drawing of the lengths, and of the same as text."""
+"""Maximum bars of the length plot, and of its text version."""
 
 
 def data_section(stages: Stages) -> Section | None:
-    """Rows and tokens: what came in, what was left out, what was trained."""
+    """Rows and tokens: what was read, dropped and trained."""
     data = stages.data
     if data is None:
         return None
@@ -109,8 +109,8 @@ def data_section(stages: Stages) -> Section | None:
         word_table(data),
         _checks(data),
         _preview(data),
-        _folded("Rows that are alike, the first of them", _alike(data)),
-        _folded("What was found in the columns", _columns(data)),
+        _folded("Duplicate rows (the first ones)", _alike(data)),
+        _folded("Statistics of the columns", _columns(data)),
         _identity(data),
     ]
     return Section("data", "Data", tuple(block for block in blocks if block is not None))
@@ -125,10 +125,10 @@ def _folded(title: str, made: Table | None) -> Collapsed | None:
 
 
 def _warnings(data: DataJson) -> Notices | None:
-    """Checks that failed and warnings; a check that warns is among the latter."""
+    """Failed checks and warnings; checks with a warning are among the latter."""
     failed = [text(check.said) for check in data.checks if check.result == "fail"]
-    said = dict.fromkeys((*failed, *data.warnings))
-    return Notices(tuple(map(without_home, said))) if said else None
+    messages = dict.fromkeys((*failed, *data.warnings))
+    return Notices(tuple(map(without_home, messages))) if messages else None
 
 
 def _row_table(data: DataJson) -> Table:
@@ -178,11 +178,11 @@ def _unmatched(number: int | None) -> Cell:
 def _dropped(data: DataJson) -> Table | None:
     if not data.dropped:
         return None
-    places = {reason: ", ".join(map(without_home, data.dropped_examples.get(reason, ()))) for reason in data.dropped}
-    if not any(places.values()):
+    locations = {reason: ", ".join(map(without_home, data.dropped_examples.get(reason, ()))) for reason in data.dropped}
+    if not any(locations.values()):
         rows = [(reason, count(number)) for reason, number in data.dropped.items()]
         return table(("Reason to drop", "Rows"), rows, numeric=(1,))
-    wide = [(reason, count(number), places[reason] or DASH) for reason, number in data.dropped.items()]
+    wide = [(reason, count(number), locations[reason] or DASH) for reason, number in data.dropped.items()]
     return table(("Reason to drop", "Rows", "First at"), wide, numeric=(1,))
 
 
@@ -190,7 +190,7 @@ def _truncated(data: DataJson) -> Table | None:
     if not data.truncated_examples:
         return None
     rows = [[without_home(place)] for place in data.truncated_examples]
-    return table(("Cut at the maximum length, the first of them",), rows)
+    return table(("Truncated at the maximum length (the first ones)",), rows)
 
 
 def _token_table(data: DataJson) -> Table:
@@ -199,7 +199,7 @@ def _token_table(data: DataJson) -> Table:
     named = (("min", length.min), ("median", length.median), ("p95", length.p95), ("max", length.max))
     lengths = ", ".join(f"{name} {compact(value)}" for name, value in named)
     note = f"Tokens of a training row: {lengths}; the maximum length is {compact(data.max_length)}."
-    if data.format == "classification":  # a class belongs to a row, not to its tokens
+    if data.format == "classification":  # a row has one class, and its tokens have none
         return table(("Tokens", "All"), [(side, count(whole)) for side, whole, _ in sides], numeric=(1,), note=note)
     rows = [(side, count(whole), count(part), share(part, whole)) for side, whole, part in sides]
     return table(("Tokens", "All", "Trained or scored", "Share"), rows, numeric=(1, 2, 3), note=note)
@@ -212,7 +212,7 @@ def _checks(data: DataJson) -> Table | None:
     for check in data.checks:
         word, tone = RESULTS.get(text(check.result), (text(check.result), ""))
         rows.append((text(check.name), Cell(word, tone), without_home(text(check.said))))
-    return table(("Check", "Result", "Said"), rows)
+    return table(("Check", "Result", "Message"), rows)
 
 
 def _preview(data: DataJson) -> Preview | None:
@@ -234,7 +234,7 @@ def _alike(data: DataJson) -> Table | None:
         ("Text of an earlier row, another label", data.conflicting_examples or ()),
     )
     rows = [(title, *(without_home(text(place)) for place in one.places)) for title, found in pairs for one in found]
-    return table(("Alike", "Row", "Stands already at"), rows) if rows else None
+    return table(("Duplicate", "Row", "Same as"), rows) if rows else None
 
 
 def _columns(data: DataJson) -> Table | None:
@@ -280,7 +280,7 @@ def _identity(data: DataJson) -> Block:
 
 
 def label_table(data: DataJson) -> Table | None:
-    """How often each answer or class stands on either side, the most frequent first."""
+    """Frequency of each answer or class in both splits, the most frequent first."""
     labels = data.labels
     if labels is None:
         return None
@@ -288,7 +288,7 @@ def label_table(data: DataJson) -> Table | None:
     values = sorted({**train, **test}, key=lambda value: -train.get(value, 0))
     if not values:
         return None
-    # Of many values only the most frequent are stored, so the shares are those of all rows, or of all tagged words.
+    # Only the most frequent values are stored, so shares are relative to all rows, or to all tagged words.
     totals = labels.total or SideCounts(train=data.train_rows, test=data.test_rows)
     highest = max(train.values(), default=0)
     rows = []
@@ -308,7 +308,7 @@ def _known(counts: Counts) -> dict[str, int]:
 
 
 def number_table(data: DataJson) -> Table | None:
-    """The spread of the numbers of a regression on both sides."""
+    """Statistics of the target values of a regression in both splits."""
     numbers = data.numbers
     if numbers is None:
         return None
@@ -318,11 +318,11 @@ def number_table(data: DataJson) -> Table | None:
         for title, one in sides
         if one is not None
     ]
-    return table((text(numbers.of), "Least", "Median", "Most", "Mean", "Deviation"), rows, numeric=range(1, 6))
+    return table((text(numbers.of), "Min", "Median", "Max", "Mean", "Std"), rows, numeric=range(1, 6))
 
 
 def word_table(data: DataJson) -> Table | None:
-    """Words of tagged rows and entities by type, both sides together."""
+    """Words of tagged rows and entities by type, for both splits together."""
     words = data.words
     if words is None:
         return None
@@ -336,7 +336,7 @@ def word_table(data: DataJson) -> Table | None:
 
 
 def length_plots(data: DataJson) -> Plots | None:
-    """The lengths of the rows in tokens; None where they were not counted."""
+    """Histogram of row lengths in tokens; None if they were not counted."""
     edges, counts = bins(data.length_histogram or Histogram())
     if not counts:
         return None
@@ -352,7 +352,7 @@ def length_plots(data: DataJson) -> Plots | None:
 
 
 def _length_bars(edges: Sequence[float], counts: Sequence[float], limit: float | None) -> Table:
-    """The histogram as a table of few bars, each of as many neighbours, from the first that is not empty."""
+    """The histogram as a table with a few bars, each merging several neighbors, from the first nonempty one."""
     first = next((at for at, number in enumerate(counts) if number), 0)
     step = -(-(len(counts) - first) // MOST_TEXT_BARS)
     starts = range(first, len(counts), step)
@@ -360,35 +360,35 @@ def _length_bars(edges: Sequence[float], counts: Sequence[float], limit: float |
     bounds, highest = [*(edges[at] for at in starts), edges[-1]], max(*sums, 1)
     rows = []
     for (low, high), number in zip(pairwise(bounds), sums, strict=True):
-        # A row of as many tokens as an edge is in the bar above it.
+        # A row with exactly as many tokens as an edge is in the bar above it.
         mark = f"← max_length {count(limit)}" if limit is not None and low <= limit < high else ""
         rows.append((f"{count(ceil(low))} to {count(ceil(high) - 1)}", Cell(count(number), bar=number / highest), mark))
     return table(("Tokens of a row", "Rows", ""), rows)
 
 
 def bins(histogram: Histogram) -> tuple[Sequence[float], Sequence[float]]:
-    """Edges and counts of the histogram; both empty where they do not fit together."""
+    """Edges and counts of the histogram; both empty if they do not match."""
     edges, counts = histogram.edges, histogram.counts
     whole = len(edges) == len(counts) + 1 and all(low < high for low, high in pairwise(edges))
     return (edges, counts) if whole and 0 < len(counts) <= MOST_BARS else ((), ())
 
 
 def _even(edges: Sequence[float]) -> Sequence[float]:
-    """The edges with the last bar as wide as the one before: it may hold all rows that are much longer."""
+    """The edges, with the last bar as wide as the one before: it may contain all much longer rows."""
     if len(edges) < 3:
         return edges
     return [*edges[:-1], min(edges[-1], 2 * edges[-2] - edges[-3])]
 
 
 def _note(limit: float | None, inside: float | None, longest: float | None) -> str:
-    what = "Rows by their tokens, before any cut."
+    what = "Rows by number of tokens, before truncation."
     if longest is not None:
-        what = f"{what} The last bar holds all longer rows, the longest of {count(longest - 1)} tokens."
+        what = f"{what} The last bar contains all longer rows; the longest has {count(longest - 1)} tokens."
     if limit is None:
         return what
     if inside is None:
-        return f"{what} The maximum length, {count(limit)}, lies beyond the longest row."
-    return f"{what} Dashed: the maximum length; light: bars that reach beyond it."
+        return f"{what} The maximum length, {count(limit)}, is larger than the longest row."
+    return f"{what} Dashed: the maximum length; light: bars beyond it."
 
 
 def _frame(inches: tuple[float, float]) -> tuple[float, float, float, float]:

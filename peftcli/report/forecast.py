@@ -1,4 +1,4 @@
-"""The forecast of a run in words: whether it fits, what to change, how long it takes, what it writes."""
+"""The forecast of a run in words: whether it fits, what to change, how long it takes, and its disk space."""
 
 from peftcli.plan.machine import Machine
 from peftcli.plan.memory.forecast import MARGIN
@@ -8,27 +8,27 @@ from peftcli.results import Forecast
 
 PARTS = (
     ("weights", "Base weights"),
-    ("gathered", "Parts of other GPUs, while a block needs them"),
+    ("gathered", "Gathered shards of other GPUs"),
     ("adapter", "Adapter"),
     ("gradients", "Gradients"),
     ("optimizer", "Optimizer"),
-    ("activations", "Kept for the backward pass"),
-    ("working", "Output layer, or one block going backward"),
-    ("fragmentation", "Lost between blocks of memory (assumed)"),
+    ("activations", "Activations"),
+    ("working", "Temporary: output layer, or backward pass of one block"),
+    ("fragmentation", "Fragmentation (assumed)"),
     ("context", "CUDA context (assumed)"),
-    ("process", "The process with its libraries"),
+    ("process", "Process and libraries"),
 )
 
 
 def forecast_blocks(forecast: Forecast | None, machine: Machine) -> list[Block]:
-    """A forecast; a notice in its place where none could be made."""
+    """The forecast, or a notice if there is none."""
     if forecast is None:
-        return [Notices(("no forecast, since the widths of this model could not be read from its structure",))]
+        return [Notices(("no forecast: the dimensions of this model could not be determined from its structure",))]
     blocks: list[Block] = [memory_table(forecast)]
     if changes := suggestion_table(forecast):
         blocks.append(changes)
     in_process = "process" in forecast.memory_bytes.parts
-    note = "on a CPU freed memory may stay with the process, which then shows half as much again or more"
+    note = "on a CPU, freed memory may stay with the process, which then uses half as much again or more"
     blocks.append(
         facts(
             (
@@ -42,59 +42,59 @@ def forecast_blocks(forecast: Forecast | None, machine: Machine) -> list[Block]:
 
 
 def memory_table(forecast: Forecast) -> Table:
-    """Memory by part."""
+    """Memory by component."""
     parts = forecast.memory_bytes.parts
     rows = [(label, size(parts[name])) for name, label in PARTS if parts.get(name) is not None]
-    title = f"Memory at the peak of a step, {count(forecast.micro_batch.tokens)} tokens at once"
-    return table((title, "Bytes"), [*rows, ("In all", size(forecast.memory_bytes.total))], numeric=(1,))
+    title = f"Memory at the peak of a step, {count(forecast.micro_batch.tokens)} tokens per micro-batch"
+    return table((title, "Bytes"), [*rows, ("Total", size(forecast.memory_bytes.total))], numeric=(1,))
 
 
 def verdict(forecast: Forecast, machine: Machine) -> str:
     """Whether it fits, as one sentence."""
     memory, rows = forecast.memory_bytes, forecast.rows
     where = "this machine's memory" if machine.device == "cpu" else machine.label
-    given = "" if rows.known else f", if the longest row has all {count(rows.longest_tokens)} tokens"
+    given = "" if rows.known else f", if the longest row has {count(rows.longest_tokens)} tokens"
     if memory.machine is None:
-        return "the memory of this machine is not known"
+        return "the memory of this machine is unknown"
     largest = count(forecast.micro_batch.largest_tokens)
-    spare = memory.machine - memory.total
+    free = memory.machine - memory.total
     whole = f"the {size(memory.machine)} of {where}"
     if forecast.tight:
         fix = "one of the changes above" if forecast.mends else "a GPU with more memory"
         return (
-            f"barely fits into {whole}: {size(spare)} to spare{given}, {spare / memory.machine:.1%} of it, and no "
-            f"forecast is that exact; leave {MARGIN:.0%} with {fix}; the largest micro-batch has {largest} tokens"
+            f"barely fits in {whole}: {size(free)} free{given}, {free / memory.machine:.1%} of it, and no forecast is "
+            f"that precise; leave {MARGIN:.0%} free with {fix}; the largest micro-batch has {largest} tokens"
         )
     if forecast.fits:
-        return f"fits into {whole} with {size(spare)} to spare{given}; the largest micro-batch has {largest} tokens"
-    return f"does not fit into {whole}: {size(-spare)} too much{given}; the largest micro-batch has {largest} tokens"
+        return f"fits in {whole} with {size(free)} free{given}; the largest micro-batch has {largest} tokens"
+    return f"does not fit in {whole}: {size(-free)} too much{given}; the largest micro-batch has {largest} tokens"
 
 
 def suggestion_table(forecast: Forecast) -> Table | None:
-    """What to change, the cheapest first, each alone; last, what does it together."""
+    """Suggested changes, the cheapest first, each on its own, and finally the combination that fits."""
     if not forecast.mends:
         return None
-    machine = forecast.memory_bytes.machine or 0  # known where something is proposed
+    machine = forecast.memory_bytes.machine or 0  # known if there are suggestions
     rows = []
     for change in forecast.mends:
-        spare = machine - change.total_bytes
-        fits = "still too much" if spare < 0 else "fits" if spare >= MARGIN * machine else "barely fits"
+        free = machine - change.total_bytes
+        fits = "still too much" if free < 0 else "fits" if free >= MARGIN * machine else "barely fits"
         rows.append((" and ".join(change.keys), size(change.total_bytes), fits))
-    return table(("Change in the recipe, the cheapest first", "Memory", "Then"), rows, numeric=(1,))
+    return table(("Change in the recipe, cheapest first", "Memory", "Result"), rows, numeric=(1,))
 
 
 def time_text(forecast: Forecast) -> str:
-    """Time by step and in all, or why there is none."""
+    """Time per step and in total, or why it is unknown."""
     time = forecast.time
     steps = f"{count(time.steps)} steps" if time.steps is not None else "the number of steps depends on the rows"
     if time.step_seconds is None:
         gathers = "gathered" in forecast.memory_bytes.parts
-        why = ", since GPUs that exchange weights were not timed" if gathers else " for this device"
-        return f"not known{why}; {steps}"
-    whole = f", {duration(time.seconds)} in all" if time.seconds is not None else ""
+        why = " with sharding, because GPU interconnects were not measured" if gathers else " for this device"
+        return f"unknown{why}; {steps}"
+    whole = f", {duration(time.seconds)} in total" if time.seconds is not None else ""
     about = "about" if forecast.rows.known else "at most about"
     of = f"{steps} of {count(time.tokens_per_step)} tokens"
-    return f"{about} {duration(time.step_seconds)} a step{whole} ({of}), evaluation aside"
+    return f"{about} {duration(time.step_seconds)} per step{whole} ({of}), without evaluation"
 
 
 def disk_text(forecast: Forecast) -> str:
@@ -108,9 +108,9 @@ def forecast_line(forecast: Forecast | None) -> str | None:
     if forecast is None or forecast.memory_bytes.machine is None:
         return None
     memory, time = forecast.memory_bytes, forecast.time
-    line = f"  forecast: {size(memory.total)} of {size(memory.machine)} at the peak"
+    line = f"  forecast: {size(memory.total)} of {size(memory.machine)} peak memory"
     if time.seconds is not None:
         line += f", about {duration(time.seconds)}"
     if forecast.tight:
-        return line + "; this barely fits; `peftcli plan RECIPE` lists what to lower"
-    return line if forecast.fits else line + "; this may not fit; `peftcli plan RECIPE` lists what to change"
+        return line + "; barely fits; see `peftcli plan RECIPE` for what to reduce"
+    return line if forecast.fits else line + "; may not fit; see `peftcli plan RECIPE` for what to change"

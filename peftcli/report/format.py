@@ -1,7 +1,7 @@
-"""Formats numbers and untrusted strings for people.
+"""Formats numbers and untrusted strings for readers.
 
-What was not measured is a dash, and rounding never reaches 0 or 1. Invisible characters in strings are made visible,
-so that text stays text wherever it is shown.
+Missing values are a dash, and rounding never gives 0 or 1. Invisible characters in strings are made visible, so that
+text is shown as text everywhere.
 """
 
 import math
@@ -14,13 +14,13 @@ from typing import Any, Literal
 DASH = "\N{EN DASH}"
 MINUS = "\N{MINUS SIGN}"
 
-# Joiners are part of how emoji and several scripts are written; any other format character only misleads.
+# Joiners are part of emoji and several scripts; any other format character only misleads.
 JOINERS = "\u200c\u200d"
 HOME = re.compile(r"(?:/home/|/Users/|[A-Za-z]:\\Users\\)[^/\\\s\"']+|/root(?=/)")
 
 
 def significant(value: float | None, digits: int = 4) -> str:
-    """Write a figure with a fixed number of significant digits, as losses and perplexities are compared.
+    """Format a value with a fixed number of significant digits, for comparing losses and perplexities.
 
     >>> significant(2.3149), significant(0.41), significant(18342.7), significant(1.234e-7), significant(None)
     ('2.315', '0.4100', '18,340', '1.234e-7', '–')
@@ -37,7 +37,7 @@ def significant(value: float | None, digits: int = 4) -> str:
 
 
 def compact(value: float | None) -> str:
-    """Write a figure with up to four significant digits and no trailing zeros.
+    """Format a value with up to four significant digits and no trailing zeros.
 
     >>> compact(2e-4), compact(0.48), compact(32), compact(0.00123), compact(-1.5)
     ('2e-4', '0.48', '32', '0.00123', '−1.5')
@@ -52,7 +52,7 @@ def compact(value: float | None) -> str:
 
 
 def text(value: Any) -> str:
-    """Write a value as words: a dash for None, yes and no for booleans, commas between the parts of a list.
+    """Format a value as words: a dash for None, yes and no for booleans, commas between the parts of a list.
 
     >>> text(None), text(True), text([1, None]), text({"a": 1}), text(())
     ('–', 'yes', '1, –', 'a 1', 'none')
@@ -69,7 +69,7 @@ def text(value: Any) -> str:
 
 
 def several(number: float, one: str, many: str) -> str:
-    """Write a number of things with the words for one or for many.
+    """Format a number of things with the singular or plural.
 
     >>> several(1, "row was", "rows were"), several(1200, "row was", "rows were")
     ('1 row was', '1,200 rows were')
@@ -78,7 +78,7 @@ def several(number: float, one: str, many: str) -> str:
 
 
 def count(value: float | None) -> str:
-    """Write a whole number with thousands separators.
+    """Format a whole number with thousands separators.
 
     >>> count(39750), count(0), count(None)
     ('39,750', '0', '–')
@@ -87,7 +87,7 @@ def count(value: float | None) -> str:
 
 
 def score(value: float | None) -> str:
-    """Write a score between 0 and 1 with three decimals; only a true 0 or 1 is written as one.
+    """Format a score between 0 and 1 with three decimals; only exact 0 and 1 are written as such.
 
     >>> score(0.8688), score(1.0), score(0.99996), score(0.0001)
     ('0.869', '1.000', '> 0.999', '< 0.001')
@@ -100,7 +100,7 @@ def score(value: float | None) -> str:
 
 
 def percent(ratio: float | None) -> str:
-    """Write a ratio of 0..1 as a percentage; only a true 0 or 1 is written as one.
+    """Format a ratio of 0..1 as a percentage; only exact 0 and 1 are written as such.
 
     >>> percent(0.1234), percent(1.0), percent(0.99999), percent(0.00001), percent(0.004955)
     ('12.3 %', '100 %', '> 99.99 %', '< 0.01 %', '0.50 %')
@@ -118,7 +118,7 @@ def percent(ratio: float | None) -> str:
 
 
 def size(number_of_bytes: float | None) -> str:
-    """Write a number of bytes in binary units.
+    """Format a number of bytes in binary units.
 
     >>> size(134235048), size(13476839424), size(812), size(None)
     ('128 MiB', '12.6 GiB', '812 B', '–')
@@ -134,7 +134,7 @@ def size(number_of_bytes: float | None) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """Write a time with its two largest units.
+    """Format a duration with its two largest units.
 
     >>> duration(96), duration(8.44), duration(30600), duration(0), duration(None)
     ('1m 36s', '8.4s', '8h 30m', '0s', '–')
@@ -155,7 +155,7 @@ def duration(seconds: float | None) -> str:
 
 
 def share(part: float | None, whole: float | None) -> str:
-    """Write one number as a percentage of another; a dash where either is missing or the whole is 0.
+    """Format one number as a percentage of another; a dash if either is missing or the whole is 0.
 
     >>> share(1, 4), share(1, 0), share(None, 4)
     ('25.0 %', '–', '–')
@@ -164,11 +164,11 @@ def share(part: float | None, whole: float | None) -> str:
 
 
 def wilson_interval(ratio: float, rows: int) -> tuple[float, float]:
-    """Bounds of the 95 % interval of a share that was counted on independent rows.
+    """Bounds of the 95 % interval of a share counted on independent rows.
 
     Args:
-        ratio: the share counted, 0..1.
-        rows: how many rows were counted, at least 1.
+        ratio: the measured share, 0..1.
+        rows: number of rows, at least 1.
 
     Source: Wilson 1927, Journal of the American Statistical Association 22(158), 209-212.
 
@@ -193,16 +193,16 @@ def _scientific(text: str, *, short: bool = False) -> str:
 
 @dataclass(frozen=True)
 class Piece:
-    """A run of text, or a mark that stands for a character that cannot be seen; a `break` ends a line."""
+    """Plain text, or a mark for an invisible character; a `break` ends a line."""
 
     kind: Literal["text", "mark", "break"]
     text: str
 
 
 def visible(text: str) -> str:
-    """Replace every character that cannot be seen by a picture or a code point; line breaks become ⏎.
+    """Replace every invisible character by a symbol or a code point; line breaks become ⏎.
 
-    The result can always be encoded, holds no control character and has no direction override.
+    The result can always be encoded, contains no control characters and no direction overrides.
 
     >>> visible("a\\x1b[31mb"), visible("x\\u202ey"), visible("two\\nlines")
     ('a␛[31mb', 'x‹U+202E›y', 'two⏎lines')
@@ -211,7 +211,7 @@ def visible(text: str) -> str:
 
 
 def pieces(text: str) -> list[Piece]:
-    """Split a prompt or an answer into text and marks, with the spaces at both of its ends marked.
+    """Split a prompt or an answer into text and marks; spaces at both ends are marked.
 
     >>> [piece.text for piece in pieces(" food\\n")]
     ['·', 'food', '⏎', '']
@@ -236,7 +236,7 @@ def pieces(text: str) -> list[Piece]:
 
 
 def clip(text: str, limit: int) -> str:
-    """Cut a long text and say how much was cut.
+    """Truncate a long text and add the number of removed characters.
 
     >>> clip("abcdef", 4)
     'abcd… (2 more characters)'
@@ -245,7 +245,7 @@ def clip(text: str, limit: int) -> str:
 
 
 def without_home(text: str) -> str:
-    """Write the home folder of a path as `~`, since a report is passed on.
+    """Replace the home folder of a path by `~`, because reports are shared.
 
     >>> without_home("/home/ada/data/products.csv")
     '~/data/products.csv'

@@ -1,4 +1,4 @@
-"""Renders the report as one HTML page that needs no network and runs no script."""
+"""Renders the report as one HTML page without network access and scripts."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ LONGEST = 20_000  # characters of one prompt or answer
 
 
 def render_page(report: Report) -> str:
-    """Write a report as one HTML file; every string of the run goes through `visible` and is escaped."""
+    """Render a report as one HTML file; every string of the run goes through `visible` and is escaped."""
     environment = Environment(
         loader=PackageLoader("peftcli.report", "."),
         autoescape=True,
@@ -22,7 +22,7 @@ def render_page(report: Report) -> str:
         lstrip_blocks=True,
     )
     environment.filters["pieces"] = lambda text: pieces(clip(text, LONGEST))
-    # Drawings are ours: they hold figures and fixed words, no text of the run.
+    # Drawings are trusted: they contain numbers and fixed words, but no text of the run.
     environment.filters["drawing"] = Markup
     return environment.get_template("page.html.j2").render(report=report) + "\n"
 

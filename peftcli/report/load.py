@@ -1,4 +1,4 @@
-"""Loads the JSON files of a run for the report: each may be absent, each value may be null."""
+"""Loads the JSON files of a run for the report: any file may be absent, and any value may be null."""
 
 import json
 import math
@@ -27,7 +27,7 @@ from peftcli.run_dir import RunDir, read_log
 
 @dataclass(frozen=True, kw_only=True)
 class EarlierStage:
-    """A stage before the run's own."""
+    """A stage before the final one."""
 
     name: str
     plan: PlanJson
@@ -36,7 +36,7 @@ class EarlierStage:
 
 @dataclass(frozen=True, kw_only=True)
 class Stages:
-    """What each stage of a run wrote; None for the file of one that did not run."""
+    """The files of each stage of a run; None for a stage that did not run."""
 
     plan: PlanJson = field(default_factory=PlanJson)
     metrics: MetricsJson = field(default_factory=MetricsJson)
@@ -46,27 +46,27 @@ class Stages:
     eval: EvalJson = field(default_factory=EvalJson)
     merge: MergeJson | None = None
     selection: Selection | None = None
-    """What the gradient chose to train; None where nothing was left to it."""
+    """The modules selected by gradient; None without such a selection."""
     ranks: RanksJson | None = None
-    """How AdaLoRA's ranks moved; None for every other method."""
+    """The history of AdaLoRA's ranks; None for other methods."""
     log: tuple[Mapping[str, Any], ...] = ()
     earlier: tuple[EarlierStage, ...] = ()
 
     @property
     def data_figures(self) -> DataFigures:
-        """The numbers of rows, of `data.json` or else of `metrics.json`."""
+        """The row counts, from `data.json` or else from `metrics.json`."""
         return self.metrics.data if self.data is None else self.data
 
     @property
     def training(self) -> TrainJson | None:
-        """`train.json`, or what `metrics.json` repeats of it."""
+        """`train.json`, or the copy in `metrics.json`."""
         if self.train is None and self.metrics.train is not None:
             return TrainJson(**vars(self.metrics.train))
         return self.train
 
     @property
     def merging(self) -> MergeJson | None:
-        """`merge.json`, or what `metrics.json` repeats of it."""
+        """`merge.json`, or the copy in `metrics.json`."""
         if self.merge is None and self.metrics.merge is not None:
             return MergeJson(**vars(self.metrics.merge))
         return self.merge
@@ -80,13 +80,13 @@ def load_stages(run: RunDir) -> Stages:
     """Read the JSON files of a run.
 
     Raises:
-        RecipeError: no stage of the run has ended, so there is nothing to report.
+        RecipeError: no stage of the run has finished, so there is nothing to report.
         DataError: a file is not JSON, another version of peftcli wrote it, or a value has the wrong type.
     """
     plan, metrics = load(PlanJson, run.plan), load(MetricsJson, run.metrics)
     if plan is None or metrics is None:
         raise RecipeError(
-            f"{run.path} holds no finished stage; run `peftcli train RECIPE --output-dir {run.path}` first"
+            f"{run.path} contains no finished stage; run `peftcli train RECIPE --output-dir {run.path}` first"
         )
     try:
         log = read_log(run.log)
@@ -121,7 +121,7 @@ def _number(path: Path) -> int:
 
 
 def logged(row: Mapping[str, Any], key: str) -> float | None:
-    """A finite number of a row of the log, or None: null, missing, not a number, or not finite."""
+    """A finite number of a log row, or None if it is null, missing, not a number, or not finite."""
     found = row.get(key)
     if isinstance(found, bool) or not isinstance(found, int | float):
         return None

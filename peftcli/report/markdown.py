@@ -1,4 +1,4 @@
-"""The report as Markdown; no text of a prompt or a recipe can leave the cell or the line it stands in."""
+"""The report as Markdown; no text of a prompt or a recipe can break out of its cell or line."""
 
 import re
 
@@ -23,11 +23,11 @@ from peftcli.report.format import DASH, clip, pieces, visible
 LONGEST = 2000
 ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;", "|": "&#124;", "`": "&#96;", "@": "&#64;"}
 BRACKETS = {"trained": ("{+", "+}"), "dropped": (r"\[-", r"-\]")}
-SMOKE = "**SMOKE RUN: a random stand-in, the numbers say nothing about the real model.**"
+SMOKE = "**SMOKE RUN: a random stand-in; the metrics do not predict those of the real model.**"
 
 
 def render_markdown(report: Report) -> str:
-    """Write a report as GitHub-flavoured Markdown; the plots are left to the page, their figures are here."""
+    """Render a report as GitHub-flavored Markdown; the plots are only on the page, their numbers are here."""
     parts = [f"# {escaped(report.name)}", f"{escaped(report.status)} · {escaped(report.subtitle)}"]
     parts += [f"> {SMOKE}"] if report.smoke else []
     parts.append(escaped(report.verdict))
@@ -47,7 +47,7 @@ def render_markdown(report: Report) -> str:
 
 
 def escaped(text: str) -> str:
-    """Write any text so that Markdown shows it as it is, on one line.
+    """Escape any text so that Markdown shows it literally, on one line.
 
     >>> escaped("a|b <i> `c` *d*"), escaped("max_length"), escaped("- no list")
     ('a&#124;b &lt;i&gt; &#96;c&#96; \\\\*d\\\\*', 'max_length', '\\\\- no list')
@@ -72,7 +72,7 @@ def _block(block: Block) -> str:
         case Code():
             return f"{escaped(block.title)}:\n\n{_fenced(block.text)}"
         case Samples():
-            return _table(block.columns, [[_said(said) for said in row] for row in block.rows], set())
+            return _table(block.columns, [[_answer(answer) for answer in row] for row in block.rows], set())
         case Collapsed():
             return f"{escaped(block.title)}:\n\n{markdown_table(block.table)}"
         case Preview():
@@ -82,7 +82,7 @@ def _block(block: Block) -> str:
 
 
 def markdown_table(block: Table) -> str:
-    """A table with its note behind it."""
+    """A table followed by its note."""
     rows = [[_cell(cell, strong=index == block.strong) for index, cell in enumerate(row)] for row in block.rows]
     written = _table(block.columns, rows, set(block.numeric))
     return f"{written}\n\n{escaped(block.note)}" if block.note else written
@@ -99,11 +99,11 @@ def _cell(cell: Cell, *, strong: bool) -> str:
     return f"**{text}**" if strong and text and cell.text != DASH else text
 
 
-def _said(said: Answer) -> str:
-    if said.text is None:
+def _answer(answer: Answer) -> str:
+    if answer.text is None:
         return DASH
-    parts = ["<br>" if piece.kind == "break" else escaped(piece.text) for piece in pieces(clip(said.text, LONGEST))]
-    sign = {True: "✓ ", False: "✗ ", None: ""}[said.correct]
+    parts = ["<br>" if piece.kind == "break" else escaped(piece.text) for piece in pieces(clip(answer.text, LONGEST))]
+    sign = {True: "✓ ", False: "✗ ", None: ""}[answer.correct]
     return sign + ("".join(parts) or "(empty)")
 
 

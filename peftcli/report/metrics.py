@@ -1,4 +1,4 @@
-"""The metrics of the report: name, direction and format of each, changes against the base, and scores by class."""
+"""The metrics of the report: name, direction and format of each, changes from the base, and scores by class."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -28,28 +28,28 @@ ELSEWHERE = frozenset(
     [f"{name}_{kind}" for name in ("precision", "recall", "f1") for kind in ("macro", "micro", "weighted", "samples")]
     + ["token_entity_precision", "token_entity_recall"]
 )
-"""Figures that stand with the classes, or nowhere."""
+"""Metrics that are shown with the classes, or not at all."""
 PRIMARY = ("exact_match", "entity_f1", "f1", "accuracy", "pearson", "loss")
 COUNTED_ON_ANSWERS = ("exact_match", "chrf", "unfinished_answers")
 
 PREFERRED_MODELS = ("adapter", "merged", "base")
-"""The model whose classes are shown: the first that was measured."""
+"""The model whose classes are shown: the first one with results."""
 MOST_CLASSES = 12
-"""A matrix of more classes is no longer read; their most frequent mistakes are."""
+"""A larger confusion matrix is unreadable; its most frequent mistakes are shown instead."""
 MOST_MISTAKES = 15
 MOST_ROWS = 60
 AVERAGES = ("macro", "micro", "weighted", "samples")
 MEANING = {
-    "macro": "each class weighs the same",
-    "micro": "each row weighs the same",
-    "weighted": "each class weighs as many rows as it has",
-    "samples": "the mean over the rows",
+    "macro": "equal weight per class",
+    "micro": "equal weight per row",
+    "weighted": "classes weighted by their rows",
+    "samples": "mean over the rows",
 }
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric of `metrics.json`; `better` is None where neither direction is."""
+    """A metric of `metrics.json`; `better` is None if it has no direction."""
 
     key: str
     title: str
@@ -62,7 +62,7 @@ class Metric:
         return self.title + {"lower": " ↓", "higher": " ↑", None: ""}[self.better]
 
     def change(self, before: float, after: float) -> str:
-        """The difference, signed, in the metric's own writing; in points for what is written in percent."""
+        """The signed difference in the metric's format; in points for percentages."""
         difference = after - before
         written = f"{abs(difference) * 100:.1f} points" if self.points else self.write(abs(difference))
         if self.write(before) == self.write(after):
@@ -70,7 +70,7 @@ class Metric:
         return f"{MINUS if difference < 0 else '+'}{written.replace('< ', '').replace('> ', '')}"
 
     def verdict(self, before: float, after: float) -> tuple[str, Tone]:
-        """Whether `after` is better or worse, in a word and a tone."""
+        """Whether `after` is better or worse, as a word and a tone."""
         if self.better is None or self.write(before) == self.write(after):
             return "", ""
         return ("better", "good") if (after < before) == (self.better == "lower") else ("worse", "bad")
@@ -104,7 +104,7 @@ BY_KEY = {metric.key: metric for metric in METRICS}
 
 
 def primary_metric(metrics: MetricsJson) -> Metric | None:
-    """The metric that the verdict speaks of: the first measured on base and adapter, else on one of them."""
+    """The metric of the verdict: the first one measured on base and adapter, otherwise on one of them."""
     for sides in (("base", "adapter"), ("adapter",), ("base",)):
         for key in PRIMARY:
             if all(metrics.of(side).figure(key) is not None for side in sides):
@@ -113,23 +113,23 @@ def primary_metric(metrics: MetricsJson) -> Metric | None:
 
 
 def rows_scored(stages: Stages, key: str) -> int | None:
-    """Held-out rows behind a metric: those answered, or all of them."""
+    """Number of held-out rows of a metric: the generated answers, or all rows."""
     return (stages.eval.generated_rows if key in COUNTED_ON_ANSWERS else stages.eval.rows) or None
 
 
 def task_of(stages: Stages) -> Task:
-    """The task of a run; runs of earlier versions that do not state it are language models."""
+    """The task of a run; runs of earlier versions without it are language models."""
     return find_task(stages.metrics.task) or TASKS[DEFAULT]
 
 
 def interval(stages: Stages, side: str) -> tuple[float, float] | None:
-    """The 95 % interval of a side's exact match, where the number of answers is known."""
+    """The 95 % interval of a model's exact match, if the number of answers is known."""
     ratio, rows = stages.metrics.of(side).figure("exact_match"), rows_scored(stages, "exact_match")
     return None if ratio is None or rows is None or not 0 <= ratio <= 1 else wilson_interval(ratio, rows)
 
 
 def metric_table(stages: Stages) -> Table | None:
-    """Base, adapter and merged model side by side; None where no metric was measured."""
+    """Base, adapter and merged model side by side; None if no metric was measured."""
     metrics = stages.metrics
     shown = [metric for metric in (*METRICS, *_unknown(metrics)) if _measured(metrics, metric.key)]
     task = task_of(stages)
@@ -162,18 +162,18 @@ def _note(stages: Stages) -> str:
         parts.append(f"95 % interval of the exact match: {', '.join(bounds)}.")
     if retention := stages.metrics.retention:
         where = f"{count(retention.tokens)} tokens of {text(retention.path)}"
-        parts.append(f"Forgetting is the loss on {where}{_left_out(stages)}.")
+        parts.append(f"Forgetting is measured as the loss on {where}{_left_out(stages)}.")
     return " ".join(parts)
 
 
 def _left_out(stages: Stages) -> str:
     dropped = stages.eval.retention.dropped if stages.eval.retention else {}
     parts = [f"{several(number or 0, 'row', 'rows')} {reason}" for reason, number in dropped.items()]
-    return f" (left out there: {', '.join(parts)})" if parts else ""
+    return f" (excluded: {', '.join(parts)})" if parts else ""
 
 
 def _retention_row(found: RetentionFigures | None) -> list[tuple[Cell | str, ...]]:
-    """The loss on the text that forgetting is measured on; no row where there is none."""
+    """The row of the loss on the forgetting text; none if it was not measured."""
     if not found:
         return []
     losses = found.base_loss, found.adapter_loss
@@ -188,14 +188,14 @@ def _change(metric: Metric, base: float | None, adapter: float | None) -> Cell:
 
 
 def _measured(metrics: MetricsJson, key: str) -> bool:
-    """A known key that some side names is shown even where it is null, so that the dash is seen."""
+    """Whether to show a metric; a known one is shown even if null, as a dash."""
     sides = [metrics.of(name) for name in MODELS]
     named = any(key in side.figures for side in sides)
     return named and (key in BY_KEY or any(side.figure(key) is not None for side in sides))
 
 
 def _unknown(metrics: MetricsJson) -> list[Metric]:
-    """Metrics that this version has no name for: shown under their key, judged by nobody."""
+    """Metrics unknown to this version: shown under their key, without a direction."""
     known = BY_KEY.keys() | ELSEWHERE
     sides = [metrics.of(name) for name in MODELS]
     keys = {key for side in sides for key in side.figures if key not in known and side.figure(key) is not None}
@@ -203,7 +203,7 @@ def _unknown(metrics: MetricsJson) -> list[Metric]:
 
 
 def classes_section(stages: Stages) -> Section | None:
-    """The confusion matrix and the figures of each class; None where the model gives no classes."""
+    """The confusion matrix and the scores of each class; None without classes."""
     side = next((name for name in PREFERRED_MODELS if stages.metrics.of(name).per_class), None)
     if side is None:
         return None
@@ -215,23 +215,23 @@ def classes_section(stages: Stages) -> Section | None:
         _never(found),
         _class_table("Entity", "Entities", found.per_entity),
         _matrix(found, unit.lower()),
-        classes if not of_words or classes is None else Collapsed("Figures of each tag", classes),
+        classes if not of_words or classes is None else Collapsed("Scores of each tag", classes),
         _averages(found),
     ]
     return Section("classes", "Classes", tuple(block for block in blocks if block is not None), _lead(found, side))
 
 
 def f1_kind(found: Scores) -> str:
-    """What precision, recall and F1 of a model are of, as a sentence; empty where nothing says it."""
+    """What precision, recall and F1 refer to, as a sentence; empty if unknown."""
     if found.f1_average is None:
         return ""
     if found.positive_label is not None:
-        return f"Precision, recall and F1 are those of the class {found.positive_label}."
+        return f"Precision, recall and F1 are for the class {found.positive_label}."
     return f"Precision, recall and F1 are {found.f1_average} averages."
 
 
 def _lead(found: Scores, side: str) -> str:
-    parts = [f"Held-out rows, labelled by the {side if side == 'adapter' else side + ' model'}."]
+    parts = [f"Held-out rows, labeled by the {side if side == 'adapter' else side + ' model'}."]
     return " ".join([*parts, *filter(None, [f1_kind(found)])])
 
 
@@ -240,7 +240,7 @@ def _never(found: Scores) -> Notices | None:
     if not names:
         return None
     shown = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
-    return Notices((f"Never predicted, though held-out rows have it: {shown}.",))
+    return Notices((f"Never predicted, although present in held-out rows: {shown}.",))
 
 
 def _class_table(title: str, unit: str, classes: Sequence[ClassFigures] | None) -> Table | None:
@@ -259,7 +259,7 @@ def _class_table(title: str, unit: str, classes: Sequence[ClassFigures] | None) 
         for one in ordered[:MOST_ROWS]
     ]
     more = len(ordered) - len(rows)
-    note = f"{several(more, 'class', 'classes')} with fewer not shown." if more > 0 else ""
+    note = f"{several(more, 'class', 'classes')} with fewer rows not shown." if more > 0 else ""
     columns = (title, "Precision ↑", "Recall ↑", "F1 ↑", unit, "Predicted")
     return table(columns, rows, numeric=range(1, 6), note=note)
 
@@ -269,7 +269,7 @@ def _scored(value: float | None) -> Cell:
 
 
 def _matrix(found: Scores, unit: str) -> Table | None:
-    """Actual against predicted classes; of many classes the most frequent mistakes."""
+    """The confusion matrix; with many classes, the most frequent mistakes."""
     matrix, labels = found.confusion_matrix or (), found.labels or ()
     if not _is_square(matrix, len(labels)):
         return None
@@ -280,7 +280,7 @@ def _matrix(found: Scores, unit: str) -> Table | None:
         whole = sum(line)
         cells = [Cell(_with_share(part, whole), shade=part / whole if whole else 0.0) for part in line]
         rows.append((label, *cells))
-    note = f"Held-out {unit} by actual class (line) and predicted class (column), with the share of the line."
+    note = f"Held-out {unit} by actual class (row) and predicted class (column), with the share of the row."
     return table(("Actual ↓ predicted →", *labels), rows, numeric=range(1, len(labels) + 1), note=note)
 
 
@@ -309,7 +309,7 @@ def _mistakes(matrix: Sequence[Sequence[int]], labels: Sequence[str], unit: str)
         return None
     more = len(wrong) - len(rows)
     note = "The most frequent mistakes" + (f"; {count(more)} other pairs of classes not shown." if more else ".")
-    return table(("Actual", "Taken for", unit.capitalize(), "Share of the actual"), rows, numeric=(2,), note=note)
+    return table(("Actual", "Predicted", unit.capitalize(), "Share of the actual"), rows, numeric=(2,), note=note)
 
 
 def _averages(found: Scores) -> Collapsed | None:

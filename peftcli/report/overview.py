@@ -29,7 +29,7 @@ UNFINISHED_LIMIT = 0.05
 
 
 def status(stages: Stages) -> tuple[str, Tone]:
-    """How the run ended, as a word with a sign and a tone."""
+    """How the run ended, as a word with a symbol and a tone."""
     word = text(stages.metrics.status)
     return STATUS.get(word, (word, ""))
 
@@ -42,7 +42,7 @@ def subtitle(stages: Stages) -> str:
 
 
 def verdict(stages: Stages) -> str:
-    """What came of the run, in plain sentences."""
+    """The result of the run, in plain sentences."""
     parts = [_ending(stages), _learned(stages), _merged(stages)]
     return " ".join(part for part in parts if part)
 
@@ -50,33 +50,33 @@ def verdict(stages: Stages) -> str:
 def _ending(stages: Stages) -> str:
     steps = stages.training.steps if stages.training else None
     if stages.metrics.status == "diverged":
-        return f"Training diverged after {count(steps)} steps: a loss or a gradient was no longer finite."
+        return f"Training diverged after {count(steps)} steps: a loss or a gradient was not finite."
     if stages.metrics.status == "stopped":
         return f"Training stopped early after {count(steps)} steps; `{_resume_command(stages)}` continues it."
     return ""
 
 
 def _resume_command(stages: Stages) -> str:
-    """The recorded command, so that it can be pasted: to resume, without what would remove the run."""
+    """The recorded command for copying: with --resume, and without options that would remove the run."""
     try:
         words = shlex.split((stages.environment and stages.environment.command) or "")
-    except ValueError:  # the command of another shell, with a quote that is never closed
+    except ValueError:  # a command of another shell, with an unclosed quote
         words = []
     if words[:2] != ["peftcli", "train"]:
         return "peftcli train RECIPE --resume"
-    kept = [word for word in words if word not in ("--overwrite", "--resume")]
-    return without_home(shlex.join([*kept, "--resume"]))
+    options = [word for word in words if word not in ("--overwrite", "--resume")]
+    return without_home(shlex.join([*options, "--resume"]))
 
 
 def _learned(stages: Stages) -> str:
     metric = primary_metric(stages.metrics)
     if metric is None and stages.data_figures.test_rows == 0:
         return (
-            "All rows were trained on (dataset.split.test_size: 0) and none held out, so nothing here says whether the "
-            "model got better."
+            "All rows were trained on (dataset.split.test_size: 0) and none held out, so it is unknown whether the "
+            "model improved."
         )
     if metric is None:
-        return "No held-out row was scored, so nothing here says whether the model got better."
+        return "No held-out row was scored, so it is unknown whether the model improved."
     rows = rows_scored(stages, metric.key)
     on = f" on {rows:,} held-out rows" if rows else " on the held-out rows"
     name = metric.title.split(",")[0]
@@ -88,7 +88,7 @@ def _learned(stages: Stages) -> str:
         return f"{name} of the {side} is {metric.write(measured)}{unit}{on}; the {other} was not scored."
     before, after = metric.write(base), metric.write(adapter)
     if before == after:
-        return f"{name} stayed at {after}{unit}{on}."
+        return f"{name} did not change from {after}{unit}{on}."
     moved = "rose" if adapter > base else "fell"
     word, tone = metric.verdict(base, adapter)
     worse = f" That is {word} than the base." if tone == "bad" else ""
@@ -101,7 +101,7 @@ def _doubt(stages: Stages, key: str, rows: int | None) -> str:
         return ""
     if base[1] < adapter[0] or adapter[1] < base[0]:
         return ""
-    return f", but the two 95 % intervals overlap: {rows:,} rows do not settle it"
+    return f", but the two 95 % intervals overlap: {rows:,} rows are too few to be sure"
 
 
 def _merged(stages: Stages) -> str:
@@ -116,7 +116,7 @@ def _merged(stages: Stages) -> str:
 
 
 def warnings(stages: Stages) -> tuple[str, ...]:
-    """What makes the figures of this run worth less than they look."""
+    """Problems that make the metrics of this run less meaningful."""
     found = [*_data_warnings(stages)]
     unfinished = stages.metrics.of("adapter").figure("unfinished_answers")
     if unfinished is not None and unfinished > UNFINISHED_LIMIT:
@@ -132,16 +132,16 @@ def _data_warnings(stages: Stages) -> Iterator[str]:
     figures, data = stages.data_figures, stages.data or DataJson()
     if leaked := figures.leaked_rows:
         yield (
-            f"{several(leaked, 'held-out row also stands', 'held-out rows also stand')} among the training "
-            "rows: their answers were seen, and the held-out scores flatter the adapter."
+            f"{several(leaked, 'held-out row is', 'held-out rows are')} also in the training data, so the held-out "
+            "scores are too optimistic."
         )
     if truncated := figures.truncated_rows:
         cut = f" at {count(data.max_length)} tokens" if data.max_length else ""
         yield (
-            f"{several(truncated, 'row was', 'rows were')} cut{cut}: what stood behind the cut was neither "
-            "learned nor scored."
+            f"{several(truncated, 'row was', 'rows were')} truncated{cut}; tokens past the limit were neither trained "
+            "on nor scored."
         )
-    # A row that is cut has no end to learn; runs of an earlier version did not count those that have one.
+    # A truncated row has no end to learn; runs of an earlier version did not count the rows that have one.
     expected = figures.train_rows if data.eos_expected_rows is None else data.eos_expected_rows
     ended = data.eos_trained_rows
     if ended is not None and expected and ended < expected:
@@ -152,7 +152,7 @@ def _data_warnings(stages: Stages) -> Iterator[str]:
 
 
 def tiles(stages: Stages) -> tuple[Tile, ...]:
-    """The few figures that are looked for first."""
+    """The key numbers at the top."""
     found = [*_score_tiles(stages)]
     if retention := stages.metrics.retention:
         losses = f"{significant(retention.base_loss)} → {significant(retention.adapter_loss)}"

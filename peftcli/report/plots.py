@@ -1,4 +1,4 @@
-"""Curves of the training log as SVG, and other drawings, that take their colours and font from the page around."""
+"""Curves of the training log and other plots as SVG, with the colors and font of the surrounding page."""
 
 import logging
 import math
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 Points = list[tuple[float, float]]
 
-# Drawn in these colours, which nothing else has, and then given to the page's style sheet by name.
+# Placeholder colors, which are used nowhere else and later replaced by variables of the page's style sheet.
 INK, FAINT, GRID, LINE, RAW = "#010203", "#010204", "#010205", "#010206", "#010207"
 VARIABLES = {INK: "--ink", FAINT: "--quiet", GRID: "--rule", LINE: "--accent", RAW: "--raw"}
 STYLE = {
@@ -54,7 +54,7 @@ MOST_POINTS = 700
 
 @dataclass(frozen=True)
 class Curve:
-    """One curve over the steps; the levels are drawn across it, named at the right edge."""
+    """One curve over the steps; the levels are horizontal lines labeled at the right edge."""
 
     name: str
     points: Points
@@ -64,7 +64,7 @@ class Curve:
 
 
 def log_points(log: Sequence[Mapping[str, Any]], key: str) -> Points:
-    """The finite figures of one key by step; where a resumed run logged a step again, the later counts."""
+    """The finite values of one key by step; if a resumed run logged a step again, the later value counts."""
     found = {
         step: value
         for row in log
@@ -74,7 +74,7 @@ def log_points(log: Sequence[Mapping[str, Any]], key: str) -> Points:
 
 
 def smoothed(points: Points, window: int) -> Points:
-    """Means over a window that is centred on each point and shorter at both ends.
+    """Moving averages over a window centered on each point and shorter at both ends.
 
     >>> smoothed([(1, 4.0), (2, 1.0), (3, 1.0)], 3)
     [(1, 2.5), (2, 2.0), (3, 1.0)]
@@ -91,20 +91,20 @@ def smoothed(points: Points, window: int) -> Points:
 
 
 def thinned(points: Points, most: int = MOST_POINTS) -> Points:
-    """At most about `most` points; the lowest and the highest of every stretch stay, so no spike is lost."""
+    """At most about `most` points; the minimum and maximum of every section stay, so that no spike is lost."""
     if len(points) <= most:
         return points
     width = math.ceil(2 * len(points) / most)
-    kept: set[int] = {0, len(points) - 1}
+    indices: set[int] = {0, len(points) - 1}
     for start in range(0, len(points), width):
         stretch = range(start, min(start + width, len(points)))
-        kept.add(min(stretch, key=lambda index: points[index][1]))
-        kept.add(max(stretch, key=lambda index: points[index][1]))
-    return [points[index] for index in sorted(kept)]
+        indices.add(min(stretch, key=lambda index: points[index][1]))
+        indices.add(max(stretch, key=lambda index: points[index][1]))
+    return [points[index] for index in sorted(indices)]
 
 
 def log_plots(stages: Stages) -> Plots | None:
-    """The curves of a run; None where fewer than two steps were logged."""
+    """The curves of a run; None if fewer than two steps were logged."""
     losses = log_points(stages.log, "loss")
     window = max(3, len(losses) // 20)
     wide: list[Plot] = []
@@ -127,9 +127,9 @@ def log_plots(stages: Stages) -> Plots | None:
 
 
 def _loss_note(stages: Stages, curve: Curve, window: int) -> str:
-    parts = [f"{task_of(stages).loss_title}, over the steps."]
+    parts = [f"{task_of(stages).loss_title}, by step."]
     if curve.smooth:
-        parts.append(f"Light: each logged step; dark: the mean of {window} of them.")
+        parts.append(f"Light: each logged step; dark: the mean of {window} steps.")
     if curve.levels:
         parts.append("Dashed: the loss on the held-out rows.")
     broken = [row for row in stages.log if "loss" in row and logged(row, "loss") is None]
@@ -140,12 +140,12 @@ def _loss_note(stages: Stages, curve: Curve, window: int) -> str:
 
 
 def log_table(stages: Stages) -> Table | None:
-    """At most ten rows of the log, evenly spaced, for readers who want figures."""
+    """At most ten rows of the log, evenly spaced, as a table."""
     by_step = {step: row for row in stages.log if "loss" in row and (step := logged(row, "step")) is not None}
     if not by_step:
         return None
     steps = sorted(by_step)
-    places = sorted({round(index * (len(steps) - 1) / 9) for index in range(10)})
+    rows = sorted({round(index * (len(steps) - 1) / 9) for index in range(10)})
     writers: tuple[tuple[str, Callable[[float | None], str]], ...] = (
         ("loss", significant),
         ("learning_rate", compact),
@@ -154,7 +154,7 @@ def log_table(stages: Stages) -> Table | None:
     )
     cells = [
         [count(step), *(write(logged(by_step[step], key)) for key, write in writers)]
-        for step in (steps[place] for place in places)
+        for step in (steps[row] for row in rows)
     ]
     return table(("Step", "Loss", "Learning rate", "Gradient norm", "Tokens/s"), cells, numeric=range(5))
 
@@ -169,29 +169,29 @@ def drawing(
     draw: Callable[["Axes"], None],
     frame: tuple[float, float, float, float],
 ) -> str:
-    """An SVG for the page; the same calls give the same bytes.
+    """An SVG for the page; the same calls give identical output.
 
     Args:
-        title: for those who do not see it; no text of a run.
+        title: alternative text; contains no text of a run.
         inches: width and height.
         draw: draws on the axes.
         frame: left, bottom, width and height of the axes, as shares of the drawing.
     """
-    # Imported here: the first import on a machine looks for fonts, and says so unless it is hushed.
-    with _hushed("matplotlib"):
+    # Imported here: the first import on a machine searches for fonts and logs it.
+    with _silenced("matplotlib"):
         import matplotlib
         from matplotlib.figure import Figure
 
         with matplotlib.rc_context():
             matplotlib.rcdefaults()
-            # The salt names the clip paths: the same at every writing, another one in every drawing.
+            # The salt names the clip paths: the same in every run, but different for every drawing.
             salt = {"svg.hashsalt": f"{title} {inches}"}
             matplotlib.rcParams.update(cast("Any", STYLE | salt))
             made = Figure(figsize=inches)
             draw(made.add_axes(frame))
             written = StringIO()
-            nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-            made.savefig(written, format="svg", metadata=nothing)
+            no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+            made.savefig(written, format="svg", metadata=no_metadata)
     return _for_page(written.getvalue(), title)
 
 
@@ -243,14 +243,14 @@ def _tick(value: float) -> str:
 
 
 def _for_page(svg: str, title: str) -> str:
-    """Cut a drawing down to what a page needs: no header, no address, no fixed size, no name that clashes."""
+    """Reduce a drawing to what a page needs: no header, no URL, no fixed size, no clashing names."""
     svg = svg[svg.index("<svg") :]
     box = re.search(r'viewBox="([^"]*)"', svg)
     assert box is not None
     svg = re.sub(r"^<svg[^>]*>", f'<svg viewBox="{box[1]}" role="img" aria-label="{title}">', svg, count=1)
     svg = re.sub(r"<style type=\"text/css\">.*?</style>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)
-    # Versions of matplotlib differ in how they name the font, which is the page's.
+    # Versions of matplotlib name the font differently; the page sets it.
     svg = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", svg)
     svg = re.sub(r"font-family: [^;\"]*;? ?", "", svg)
     for colour, variable in VARIABLES.items():
@@ -259,7 +259,7 @@ def _for_page(svg: str, title: str) -> str:
 
 
 @contextmanager
-def _hushed(name: str) -> Iterator[None]:
+def _silenced(name: str) -> Iterator[None]:
     logger = logging.getLogger(name)
     level = logger.level
     logger.setLevel(logging.CRITICAL)

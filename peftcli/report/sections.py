@@ -1,4 +1,4 @@
-"""Sections of the report: samples, data, plan, training, merge, stages, AdaLoRA ranks, selected modules, machine."""
+"""Sections of the report: samples, plan, training, merge, stages, AdaLoRA ranks, selected modules, environment."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -49,19 +49,19 @@ DRIFT: dict[str, tuple[str, Callable[[float | None], str]]] = {
 }
 
 MOST_BARS = 30
-"""Modules that are drawn, those with the largest gradient; the table has all."""
+"""Maximum number of modules in the plot, by gradient; the table has all."""
 NAME_INCHES = 0.078
-"""Width of a letter beside a bar."""
+"""Width of a letter in labels."""
 
 
 def samples_section(stages: Stages) -> Section | None:
-    """Prompts with the reference and what each model said."""
+    """Prompts with the reference and the answer of each model."""
     if not stages.eval.samples:
         return None
     decoding = stages.eval.decoding
     lead = (
         "Held-out rows, answered before and after training; an answer is correct if it equals the reference, "
-        "outer space aside."
+        "ignoring surrounding whitespace."
     )
     lead += f" Decoding: {text(vars(decoding))}." if decoding else ""
     return Section("samples", "Samples", (samples_table(stages),), lead.replace("_", " "))
@@ -73,13 +73,13 @@ def samples_table(stages: Stages) -> Samples:
     rows = [replace(row, merged=merged.get(row.prompt, row.merged)) for row in stages.eval.samples]
     names = [name for name in ("base", "adapter", "merged") if any(getattr(row, name) is not None for row in rows)]
     shown = [
-        (Answer(row.prompt), Answer(row.reference), *(_said(getattr(row, name), row.reference) for name in names))
+        (Answer(row.prompt), Answer(row.reference), *(_answer(getattr(row, name), row.reference) for name in names))
         for row in rows
     ]
     return Samples(("Prompt", "Reference", *(name.capitalize() for name in names)), tuple(shown))
 
 
-def _said(answer: str | None, reference: str | None) -> Answer:
+def _answer(answer: str | None, reference: str | None) -> Answer:
     if answer is None or reference is None:
         return Answer(answer)
     return Answer(answer, answer.strip() == reference.strip())
@@ -120,13 +120,13 @@ def _plan_facts(plan: PlanJson) -> Block:
 
 
 def decision_table(decisions: Sequence[Decision]) -> Table:
-    """Each choice of the plan with its reason."""
+    """Each decision of the plan with its reason."""
     rows = [(one.key, without_home(one.value), without_home(one.reason)) for one in decisions]
-    return table(("Decided", "Value", "Reason"), rows)
+    return table(("Decision", "Value", "Reason"), rows)
 
 
 def _predicted(stages: Stages) -> Block | None:
-    """What was forecast before the first step beside what was measured; None for runs that had no forecast."""
+    """The forecast compared with the measurements; None for runs without forecast."""
     forecast = stages.plan.forecast
     if forecast is None:
         return None
@@ -148,7 +148,7 @@ def _predicted(stages: Stages) -> Block | None:
 
 
 def training_facts(stages: Stages) -> Block | None:
-    """What training took."""
+    """Steps, time and memory of training."""
     train = stages.training
     if train is None:
         return None
@@ -173,12 +173,12 @@ def training_facts(stages: Stages) -> Block | None:
 
 
 def _tokens(train: TrainJson, of_rows: bool) -> str:
-    """Tokens that were read and, where they are what is trained, how many of them were."""
+    """Tokens that were processed and, if they are trained, how many of them were trained."""
     return count(train.tokens) if of_rows else f"{count(train.tokens)}, {count(train.trained_tokens)} of them trained"
 
 
 def merge_section(stages: Stages) -> Section | None:
-    """How far the merged model is from the adapter that it came from."""
+    """How far the merged model differs from the adapter."""
     merge = stages.merging
     if merge is None:
         return None
@@ -189,7 +189,7 @@ def merge_section(stages: Stages) -> Section | None:
 
 
 def _merge_facts(merge: MergeJson, *, whole: bool) -> Block:
-    """What was merged; of `metrics.json` alone, not `whole`, only where it was merged into."""
+    """What was merged; if only `metrics.json` exists (not `whole`), only the target."""
     return facts(
         (
             ("Merged into", f"{text(merge.into)} base"),
@@ -217,7 +217,7 @@ def _within(met: bool | None) -> str:
 def _compared(merge: MergeJson) -> str | None:
     if merge.rows is None and merge.positions is None:
         return None
-    kinds = {"training": "training rows, since none were held out", "test": "rows", None: "rows"}
+    kinds = {"training": "training rows, because none were held out", "test": "rows", None: "rows"}
     what = kinds.get(merge.rows_from, f"rows of {merge.rows_from}")
     return f"{count(merge.rows)} {what}, {count(merge.positions)} positions"
 
@@ -226,7 +226,7 @@ def _candidates(candidates: Sequence[MergeCandidate], into: str | None) -> Block
     columns = ("Candidate", "Loss", "Max abs logit difference", "Mean abs logit difference", "KL, nats")
     rows = [
         (
-            text(row.into) + (" (taken)" if row.into == into else ""),
+            text(row.into) + (" (selected)" if row.into == into else ""),
             significant(row.loss),
             compact(row.max_abs_logit_difference),
             compact(row.mean_abs_logit_difference),
@@ -239,7 +239,7 @@ def _candidates(candidates: Sequence[MergeCandidate], into: str | None) -> Block
 
 
 def sizes_section(stages: Stages) -> Section | None:
-    """What has to be stored or sent, against the base model."""
+    """Sizes on disk, compared with the base model."""
     sizes = stages.metrics.bytes
     merged = stages.merge.bytes if stages.merge else None
     rows = [
@@ -254,7 +254,7 @@ def sizes_section(stages: Stages) -> Section | None:
 
 
 def environment_section(stages: Stages) -> Section | None:
-    """On what it ran, with which versions, and the command that runs it again."""
+    """Hardware, versions, and the command to run it again."""
     environment = stages.environment
     if environment is None:
         return None
@@ -281,7 +281,7 @@ def environment_section(stages: Stages) -> Section | None:
 
 
 def earlier_section(stages: Stages) -> Section | None:
-    """A row for each stage, the run's own last; None for a run of one stage."""
+    """One row per stage, the final one last; None for a run with one stage."""
     if not stages.earlier:
         return None
     metric = primary_metric(stages.metrics)
@@ -301,12 +301,12 @@ def earlier_section(stages: Stages) -> Section | None:
         )
     title = "" if metric is None else metric.heading
     columns = ("Stage", "Method", "Trainable", "Steps", "Time", title)
-    lead = "Each stage starts from the result of the one before; the base of the results is that of the first."
+    lead = "Each stage starts from the result of the one before; the base in the results is that of the first stage."
     return Section("stages", "Stages", (table(columns, rows, numeric=(2, 3, 4, 5)),), lead)
 
 
 def ranks_section(stages: Stages) -> Section | None:
-    """The ranks of a run; None for a method whose ranks stay."""
+    """The ranks of a run; None for methods with fixed ranks."""
     found = stages.ranks
     if found is None or not found.steps or not found.modules or len(found.steps) != len(found.ranks):
         return None
@@ -317,17 +317,17 @@ def ranks_section(stages: Stages) -> Section | None:
         Plots((_rank_plot(steps, ranks),), ()),
         facts(
             (
-                ("Rank of each module at first", count(found.first)),
-                ("Mean rank at the end", f"{sum(last) / len(last):.3g}"),
-                ("Sum of the ranks at the end", f"{count(sum(last))} of {count(allowed)} allowed"),
+                ("Initial rank of each module", count(found.first)),
+                ("Final mean rank", f"{sum(last) / len(last):.3g}"),
+                ("Final sum of the ranks", f"{count(sum(last))} of {count(allowed)} allowed"),
                 ("Smallest and largest", f"{count(min(last))} and {count(max(last))}"),
             )
         ),
         Collapsed("All modules", _rank_table(modules, ranks)),
     )
     lead = (
-        "All modules began with the same rank; the directions that mattered least, by weight times gradient averaged "
-        "over the steps, were taken away until the sum was met."
+        "All modules started with the same rank; the least important directions, by weight times gradient averaged "
+        "over the steps, were pruned until the budget was met."
     )
     return Section("ranks", "Ranks", blocks, lead)
 
@@ -340,7 +340,7 @@ def _rank_plot(steps: Sequence[int], ranks: Sequence[Sequence[int]]) -> Plot:
         frame = (0.5 / width, 0.45 / height, (width - 0.7) / width, (height - 0.6) / height)
         return drawing(title, inches, lambda axes: _draw_ranks(axes, steps, ranks), frame)
 
-    note = "Steps from left to right. Light: one line a module; dark: their mean."
+    note = "Steps from left to right. Light: one line per module; dark: their mean."
     return Plot(title, drawn, WIDE, note, narrow_inches=NARROW)
 
 
@@ -357,13 +357,13 @@ def _draw_ranks(axes: "Axes", steps: Sequence[int], ranks: Sequence[Sequence[int
 
 
 def _rank_table(modules: Sequence[str], ranks: Sequence[Sequence[int]]) -> Table:
-    ordered = sorted(range(len(modules)), key=lambda place: (-ranks[-1][place], place))
-    rows = [(modules[place], count(ranks[0][place]), count(ranks[-1][place])) for place in ordered]
+    ordered = sorted(range(len(modules)), key=lambda index: (-ranks[-1][index], index))
+    rows = [(modules[index], count(ranks[0][index]), count(ranks[-1][index])) for index in ordered]
     return table(("Module", "First rank", "Last rank"), rows, numeric=(1, 2))
 
 
 def selection_section(stages: Stages) -> Section | None:
-    """The choice of a run; None where nothing was left to the gradient."""
+    """The selected modules of a run; None without a selection by gradient."""
     found = stages.selection
     if found is None or not found.scored:
         return None
@@ -375,10 +375,10 @@ def selection_section(stages: Stages) -> Section | None:
         Collapsed(f"All {kind}", _score_table(ordered, kind)),
     ]
     lead = (
-        f"Before the first step the loss's gradient was measured on training rows, and whole {kind} were taken, the "
-        "largest gradient first, as long as their adapters fitted the budget."
+        f"Before the first step, the gradient of the loss was measured on training rows, and {kind} were selected by "
+        "descending gradient as long as their adapters fitted the budget."
     )
-    return Section("selection", f"Chosen {kind}", tuple(blocks), lead)
+    return Section("selection", f"Selected {kind}", tuple(blocks), lead)
 
 
 def _selection_facts(found: Selection) -> Block:
@@ -386,7 +386,7 @@ def _selection_facts(found: Selection) -> Block:
     allowed, used = found.budget_parameters, found.used_parameters
     return facts(
         (
-            ("Chosen", f"{count(chosen)} of {count(len(found.scored))} {found.kind}"),
+            ("Selected", f"{count(chosen)} of {count(len(found.scored))} {found.kind}"),
             ("Trainable parameters", f"{count(used)} of {count(allowed)} allowed ({share(used, allowed)})"),
             ("Measured on", f"{count(found.batches)} training batches"),
         )
@@ -404,7 +404,7 @@ def _score_plot(ordered: Sequence[ScoredModule], kind: str) -> Plot:
         frame = (left / width, 0.4 / height, (width - left - 0.3) / width, (height - 0.5) / height)
         return drawing(f"Gradient by {kind}", inches, lambda axes: _draw_scores(axes, shown, names), frame)
 
-    note = "Root mean square of the loss's gradient by the weights. Dark: chosen; light: left out."
+    note = "Root mean square of the gradient of the weights. Dark: selected; light: not selected."
     if len(ordered) > len(shown):
         note += f" The {count(len(shown))} largest of {count(len(ordered))}."
     return Plot(f"Gradient by {kind}", drawn, (WIDE[0], height), note, narrow_inches=(NARROW[0], height))
@@ -413,10 +413,10 @@ def _score_plot(ordered: Sequence[ScoredModule], kind: str) -> Plot:
 def _draw_scores(axes: "Axes", rows: Sequence[ScoredModule], names: list[str]) -> None:
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-    places = range(len(rows))
+    positions = range(len(rows))
     colours = [LINE if row.chosen else RAW for row in rows]
-    axes.barh(places, [row.score for row in rows], height=0.7, color=colours)
-    axes.set_yticks(list(places), [name.replace("$", r"\$") for name in names])
+    axes.barh(positions, [row.score for row in rows], height=0.7, color=colours)
+    axes.set_yticks(list(positions), [name.replace("$", r"\$") for name in names])
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.xaxis.set_major_locator(MaxNLocator(4))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
@@ -430,12 +430,12 @@ def _score_table(ordered: Sequence[ScoredModule], kind: str) -> Table:
             row.name,
             significant(row.score),
             count(row.cost),
-            Cell("chosen", "good") if row.chosen else Cell("left out", "quiet"),
+            Cell("selected", "good") if row.chosen else Cell("not selected", "quiet"),
         )
         for row in ordered
     ]
     name = "Layer" if kind == "layers" else "Module"
-    return table((name, "Gradient", "Adapter parameters", "Taken"), cells, numeric=(1, 2))
+    return table((name, "Gradient", "Adapter parameters", "Selected"), cells, numeric=(1, 2))
 
 
 def _short(row: ScoredModule, kind: str, most: int) -> str:

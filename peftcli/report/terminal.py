@@ -1,7 +1,7 @@
-"""The report on a terminal: the blocks that Markdown and the page show, written with rich.
+"""The report on a terminal: the same blocks as in Markdown and HTML, printed with rich.
 
-No text of a run can colour or rewrite the terminal. What a reader should not miss comes last, since the rest may have
-scrolled away: notices behind the tables of a section, warnings and verdict behind all sections.
+No text of a run can color or rewrite the terminal. The most important parts come last, because the rest may have
+scrolled away: notices after the tables of a section, warnings and verdict after all sections.
 """
 
 import re
@@ -33,23 +33,23 @@ from peftcli.report.blocks import (
 from peftcli.report.format import DASH, clip, visible
 
 LONGEST, LONGEST_ANSWER = 2000, 120
-"""Characters of a cell, and of an answer of a model."""
+"""Maximum characters of a cell, and of a model's answer."""
 WIDEST_ANSWER = 46
 BAR, GAP, SCARCE = 14, 2, 12
-"""Width of a bar, between columns, and of a column that may be broken."""
+"""Width of a bar, between columns, and of a column that may wrap."""
 STYLES: dict[Tone, str] = {"": "", "good": "green", "bad": "bold red", "warn": "yellow", "quiet": "dim"}
 SPANS = {"trained": "bold green", "dropped": "strike red"}
 BRACKETS = {"trained": ("{+", "+}"), "dropped": ("[-", "-]")}
 BREAK = re.compile(r" (?![↑↓→%])")
 SIGNS = {True: "✓ ", False: "✗ ", None: ""}
-SMOKE = "smoke run: a random stand-in, the numbers say nothing about the real model"
+SMOKE = "smoke run: a random stand-in; the metrics do not predict those of the real model"
 
 
 def render_terminal(report: Report, out: Console, names: Collection[str] | None = None) -> None:
     """Print a report.
 
     Args:
-        names: of the sections to print; all when None.
+        names: sections to print; None for all.
     """
     shown = [section for section in report.sections if names is None or section.name in names]
     if report.smoke:
@@ -81,7 +81,7 @@ def print_blocks(blocks: Sequence[Block], out: Console) -> None:
 
 
 def section_blocks(sections: Sequence[Section | None]) -> list[Block]:
-    """The blocks of some sections in their order; those that do not apply are None."""
+    """The blocks of some sections in order; sections that do not apply are None."""
     return [block for section in sections if section is not None for block in section.blocks]
 
 
@@ -112,10 +112,10 @@ def _block(block: Block, out: Console) -> Iterator[RenderableType]:
 
 
 def _table(block: Table, out: Console) -> Iterator[RenderableType]:
-    """A table without the columns in which no row has a value, and its note.
+    """A table without empty columns, and its note.
 
-    Numbers, and short names of rows, stay on one line; where there is no room for that, the headings above them are
-    broken, and where that is not enough, the columns are printed in parts, each with the names of the rows.
+    Numbers and short row names are not wrapped; if there is not enough space, the column titles are wrapped, and if
+    that is not enough, the columns are printed in parts, each with the row names.
     """
     block = block.without_empty_columns()
     titles = [visible(title) for title in block.columns]
@@ -142,7 +142,7 @@ def _rich_table(block: Table, titles: Sequence[str], whole: Collection[int], col
 
 
 def _parts(block: Table, titles: Sequence[str], whole: Collection[int], width: int) -> list[list[int]]:
-    """The columns in parts that fit; the first one is in each."""
+    """The columns in parts that fit; the first column is in each."""
     parts = [[0]]
     for at in range(1, len(titles)):
         if len(parts[-1]) > 1 and _least_width(block, titles, whole, [*parts[-1], at]) > width:
@@ -152,13 +152,13 @@ def _parts(block: Table, titles: Sequence[str], whole: Collection[int], width: i
 
 
 def _whole_columns(block: Table, width: int) -> frozenset[int]:
-    """The columns whose cells should stay on one line: numbers, and names of rows where they are short."""
+    """The columns whose cells should not wrap: numbers, and row names if they are short."""
     names = max((cell_len(row[0].text) for row in block.rows), default=0)
     return block.numeric | ({0} if names <= width // 3 else set())
 
 
 def _least_width(block: Table, titles: Sequence[str], whole: Collection[int], columns: Sequence[int]) -> int:
-    """What some columns of a table take, as little as SCARCE for each that may be broken."""
+    """The minimum width of some columns; SCARCE for each that may wrap."""
     widths = [
         max(map(cell_len, [*titles[at].split("\n"), *(row[at].text for row in block.rows)])) if at in whole else SCARCE
         for at in columns
@@ -167,7 +167,7 @@ def _least_width(block: Table, titles: Sequence[str], whole: Collection[int], co
 
 
 def _cell(cell: Cell, width: int, *, strong: bool) -> Text:
-    """A cell; a bar stands before its figure, which is as wide as the widest of the column."""
+    """A cell; a bar is in front of its value, which is padded to the widest of the column."""
     text = visible(clip(cell.text, LONGEST)).replace("\N{NO-BREAK SPACE}", " ")
     if cell.bar is not None:
         text = f"{_bar(cell.bar):<{BAR}} {text:>{width}}"
@@ -175,7 +175,7 @@ def _cell(cell: Cell, width: int, *, strong: bool) -> Text:
 
 
 def _bar(ratio: float) -> str:
-    """A bar of text; a ratio that is not 0 has at least a thin one.
+    """A bar of text; a nonzero ratio has at least a thin one.
 
     >>> _bar(0.5), _bar(0.001), _bar(0)
     ('#######', '|', '')
@@ -197,15 +197,15 @@ def _samples(block: Samples) -> RichTable:
     for title in block.columns:
         made.add_column(Text(visible(title)), overflow="fold", max_width=WIDEST_ANSWER)
     for row in block.rows:
-        made.add_row(*map(_said, row))
+        made.add_row(*map(_answer, row))
     return made
 
 
-def _said(said: Answer) -> Text:
-    if said.text is None:
+def _answer(answer: Answer) -> Text:
+    if answer.text is None:
         return Text(DASH, style="dim")
-    style = {True: "green", False: "", None: ""}[said.correct]
-    return Text(SIGNS[said.correct] + (visible(clip(said.text.strip(), LONGEST_ANSWER)) or "(empty)"), style=style)
+    style = {True: "green", False: "", None: ""}[answer.correct]
+    return Text(SIGNS[answer.correct] + (visible(clip(answer.text.strip(), LONGEST_ANSWER)) or "(empty)"), style=style)
 
 
 def _preview(block: Preview, *, colour: bool) -> Iterator[Text]:

@@ -1,16 +1,21 @@
 """Reads and writes the files of a run folder."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from peftcli.errors import DataError
 from peftcli.results.metrics import MetricsJson
 from peftcli.results.schema import SCHEMA
+from peftcli.results.training import TrainJson
 from peftcli.run_dir import RunDir, read_json, write_json
 from peftcli.typed_json import WrongType, dump, parse
 
 T = TypeVar("T")
+
+RENAMED_KEYS: Mapping[type[Any], Mapping[int, Mapping[str, str]]] = {TrainJson: {1: {"levers": "optimizations"}}}
+"""For each file with earlier schemas that are still read: the keys of each schema that have a new name."""
 
 
 def load(kind: type[T], path: Path) -> T | None:
@@ -27,13 +32,15 @@ def load(kind: type[T], path: Path) -> T | None:
     except ValueError as error:
         raise DataError(f"{path} is not JSON ({error}); {again}") from error
     schema = value.get("schema") if isinstance(value, dict) else None
-    if schema != SCHEMA:
+    current, earlier = getattr(kind, "schema", SCHEMA), RENAMED_KEYS.get(kind, {})
+    if not isinstance(schema, int) or (schema != current and schema not in earlier):
         raise DataError(
-            f"{path} has schema {schema!r}, but this peftcli reads schema {SCHEMA}; "
+            f"{path} has schema {schema!r}, but this peftcli reads schema {current}; "
             "run the stage again, or use the version that wrote it"
         )
+    renamed = {} if schema == current else earlier[schema]
     try:
-        return parse(kind, value)
+        return parse(kind, {renamed.get(key, key): part for key, part in value.items()})
     except WrongType as error:
         raise DataError(f"{path}: {error}; {again}") from error
 

@@ -6,6 +6,9 @@ from typing import Any
 
 from peftcli.results.schema import SCHEMA
 
+TRAIN_SCHEMA = 2
+"""Schema 1 has `levers` instead of `optimizations`."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
@@ -87,10 +90,11 @@ class TrainJson(TrainFigures):
     """`train.json`: how training ended and what it took.
 
     Attributes:
+        optimizations: names of the optimizations that were used.
         stamp: what the run was made from: hashes of the data and the base, versions of packages.
     """
 
-    schema: int = SCHEMA
+    schema: int = TRAIN_SCHEMA
     status: str | None = None
     stop_reason: str | None = None
     planned_steps: int | None = None
@@ -99,8 +103,7 @@ class TrainJson(TrainFigures):
     last_loss: float | None = None
     out_of_memory: tuple[OutOfMemory, ...] = ()
     batching: TrainBatching = field(default_factory=TrainBatching)
-    levers: tuple[str, ...] = ()
-    "Names of the optimizations that were used."
+    optimizations: tuple[str, ...] = ()
     calibration: Calibration | None = None
     stamp: Mapping[str, Any] = field(default_factory=dict)
 

@@ -22,10 +22,10 @@ from peftcli.nearest import nearest
 from peftcli.tiny.images import NAMES as IMAGE_NAMES
 from peftcli.tiny.images import tiny_image_model
 from peftcli.tiny.llama import FOLDER, POSITIONS, TOKENIZER, llama_tokenizer, tiny_llama
-from peftcli.tiny.own_files import files_digest, taken_over
 from peftcli.tiny.save import content_hash, isolated, random_card, shape_of, stand_in_card, write_model, write_weights
 from peftcli.tiny.shrink import shrink
 from peftcli.tiny.tokenizer import asset, make_encoder_tokenizer
+from peftcli.tiny.tokenizer_files import files_digest, taken_over
 
 # Increase it with every change in this folder that changes the written files.
 VERSION = 2

@@ -1,1 +1,1 @@
-"""Training: TRL's loop with checkpoints, stops, and a log."""
+"""Training: TRL's loop with checkpoints, early stops and a log."""

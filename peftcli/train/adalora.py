@@ -1,4 +1,4 @@
-"""AdaLoRA in training: ranks allocated after every step, orthogonal regularization, and state across a resume."""
+"""AdaLoRA in training: rank allocation after every step, orthogonal regularization, and its state in checkpoints."""
 
 import json
 from collections.abc import Iterator
@@ -19,19 +19,19 @@ from peftcli.run_dir import read_json
 
 AVERAGES = "ranks.safetensors"
 HISTORY = "ranks.json"
-"""In a checkpoint: the averages of importance, and what the ranks were."""
+"""Files in a checkpoint: the averages of importance, and the history of the ranks."""
 KINDS = ("ipt", "exp_avg_ipt", "exp_avg_unc")
 MOST_POINTS = 200
-"""Of the history, over the whole run."""
+"""Maximum number of points in the history of a run."""
 
 
 class RankAllocation(TrainerCallback):  # type: ignore[misc]  # transformers' callbacks are untyped
-    """Calls what neither transformers nor TRL calls: PEFT's allocation of ranks.
+    """Calls PEFT's rank allocation, which neither transformers nor TRL calls.
 
     Attributes:
-        history: for each step that was kept, the rank of each module, in the order of `modules`.
-        skips: the gradient of the step at hand is not finite, so that the optimizer skips it. Not asked of accelerate's
-            `step_was_skipped`: a fused optimizer is called on every step, and keeps the weights itself.
+        history: for each recorded step, the rank of each module, in the order of `modules`.
+        skips: the gradient of the current step is not finite, so the optimizer skips it. Accelerate's
+            `step_was_skipped` is not used: a fused optimizer is called on every step and skips the update internally.
     """
 
     def __init__(self, model: PeftModel, adapter: AdapterSection, resume_from: Path | None) -> None:
@@ -39,14 +39,14 @@ class RankAllocation(TrainerCallback):  # type: ignore[misc]  # transformers' ca
         Args:
             model: the wrapped model.
             adapter: of the plan.
-            resume_from: the checkpoint that the run goes on from.
+            resume_from: the checkpoint from which the run resumes.
         """
         self._model = model
         self._adapter = adapter
         self._config: Any = model.peft_config["default"]
         self._allocator: Any = model.base_model.rankallocator
         self._weight = float(self._config.orth_reg_weight)
-        # PEFT's own forward would add the regulariser once more for each piece that it sees the labels of.
+        # PEFT's forward would add the regularizer again for each micro-batch with labels.
         self._config.orth_reg_weight = 0.0
         self._every = 1
         self._pattern: dict[str, list[bool]] | None = None
@@ -56,8 +56,8 @@ class RankAllocation(TrainerCallback):  # type: ignore[misc]  # transformers' ca
         if resume_from is not None:
             self._load(resume_from)
 
-    def regulariser(self) -> Tensor:
-        """How far the singular vectors are from orthogonal, times its weight: (), float32.
+    def regularizer(self) -> Tensor:
+        """The deviation of the singular vectors from orthogonality, times its weight: (), float32.
 
         Source: Zhang et al. 2023, arXiv:2303.10512, equation 4; the mean over matrices is PEFT's.
         """
@@ -75,7 +75,7 @@ class RankAllocation(TrainerCallback):  # type: ignore[misc]  # transformers' ca
         schedule = rank_schedule(self._adapter, state.max_steps)
         self._config.total_step = state.max_steps
         self._config.tinit, self._config.tfinal = schedule
-        # Not before: PEFT would cut the ranks of the checkpoint that is loaded in between.
+        # Not earlier: PEFT would shrink the ranks of the checkpoint that is loaded in between.
         self._config.rank_pattern = self._pattern
         self._every = max(1, state.max_steps // MOST_POINTS)
         if not self.history:
@@ -84,9 +84,9 @@ class RankAllocation(TrainerCallback):  # type: ignore[misc]  # transformers' ca
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        # Here the gradients are still there, and the optimizer has used them.
+        # Here the gradients still exist, and the optimizer has already used them.
         if self.skips:
-            return  # what is not finite would stay in the averages for good
+            return  # non-finite values would stay in the averages forever
         step = state.global_step + 1
         self._allocate(step)
         if step % self._every == 0 or step == state.max_steps:
@@ -98,14 +98,14 @@ class RankAllocation(TrainerCallback):  # type: ignore[misc]  # transformers' ca
         self._config.orth_reg_weight = self._weight
 
     def _allocate(self, step: int) -> None:
-        """Let PEFT allocate, at the step that fixes the ranks for as long as that one was skipped.
+        """Call PEFT's allocation, and repeat the step that fixes the ranks until it is not skipped.
 
-        PEFT fixes them at that very step by the importance of those before, which it forgets then, and goes on with the
-        ranks that were fixed.
+        PEFT fixes the ranks at exactly that step, from the importance of the previous steps, then clears the importance
+        and keeps the ranks fixed.
         """
         fixing = self._config.total_step - self._config.tfinal
         if step >= fixing and (self._config.rank_pattern is None or self._allocator.ipt):
-            if not self._allocator.ipt:  # all steps before were skipped
+            if not self._allocator.ipt:  # all previous steps were skipped
                 self._allocator.update_ipt(self._model.base_model.model)
             step = fixing
         self._model.base_model.update_and_allocate(step)
@@ -117,10 +117,10 @@ class RankAllocation(TrainerCallback):  # type: ignore[misc]  # transformers' ca
         self.history.append({"step": step, "ranks": ranks})
 
     @contextmanager
-    def whole(self, folder: Path) -> Iterator[None]:
-        """Save the adapter of a checkpoint with all its ranks, since those that are masked now may come back.
+    def save_all_ranks(self, folder: Path) -> Iterator[None]:
+        """Save the adapter of a checkpoint with all its ranks, because masked ones may become active again.
 
-        PEFT leaves the masked ones out, for the adapter that a run ends with.
+        PEFT omits the masked ones, which is right for the final adapter.
         """
         pattern, self._config.rank_pattern = self._config.rank_pattern, None
         try:
@@ -132,16 +132,16 @@ class RankAllocation(TrainerCallback):  # type: ignore[misc]  # transformers' ca
         (folder / HISTORY).write_text(json.dumps({"pattern": pattern, "history": self.history}), encoding="utf-8")
 
     def _load(self, folder: Path) -> None:
-        kept = read_json(folder / HISTORY)
-        self.history = list(kept["history"])
-        self._pattern = kept["pattern"]
-        places = {name: weight.device for name, weight in self._model.get_base_model().named_parameters()}
+        stored = read_json(folder / HISTORY)
+        self.history = list(stored["history"])
+        self._pattern = stored["pattern"]
+        devices = {name: weight.device for name, weight in self._model.get_base_model().named_parameters()}
         for key, value in load_file(folder / AVERAGES).items():
             kind, _, name = key.partition("/")
-            getattr(self._allocator, kind)[name] = value.to(places[name])
+            getattr(self._allocator, kind)[name] = value.to(devices[name])
 
     def write(self, file: Path) -> None:
-        """Write what the ranks were over the run, for the report."""
+        """Write the history of the ranks for the report."""
         history = RanksJson(
             first=self._config.init_r,
             target=self._config.target_r,
@@ -153,7 +153,7 @@ class RankAllocation(TrainerCallback):  # type: ignore[misc]  # transformers' ca
 
 
 def _values(model: PeftModel) -> list[tuple[str, Tensor]]:
-    """The singular values of each module, by the name that the allocator knows."""
+    """The singular values of each module, by the allocator's name for them."""
     return [(name, value) for name, value in model.get_base_model().named_parameters() if "lora_E.default" in name]
 
 
@@ -162,5 +162,5 @@ def _module(name: str) -> str:
 
 
 def _pattern_of(pattern: dict[str, list[bool]], name: str) -> list[bool]:
-    # PEFT takes the adapter's name out of the keys once it has saved the adapter.
+    # PEFT removes the adapter's name from the keys when it saves the adapter.
     return pattern[name] if name in pattern else pattern[name.replace(".default", "")]

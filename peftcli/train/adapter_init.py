@@ -1,8 +1,8 @@
-"""Initializations of adapters: from the weights (PiSSA, OLoRA), the quantization error (LoftQ), the data (EVA), the
+"""Adapter initialization from the weights (PiSSA, OLoRA), the quantization error (LoftQ), the data (EVA) or the
 gradient (LoRA-GA, SHiRA).
 
-None of them changes the base: what an initialization takes from a weight is subtracted from the output of LoRA, so that
-a disabled adapter is the base, and the saved adapter works on it.
+None of them changes the base: the initial product of LoRA's matrices is subtracted from the layer's output instead of
+from its weight, so a disabled adapter gives the base, and the saved adapter works on it.
 """
 
 import math
@@ -34,68 +34,68 @@ from peftcli.train.module_selection import sample_rows
 
 NAME = "default"
 FIRST = "start.safetensors"
-"""In a checkpoint: what the LoRA of each layer began with."""
+"""File in a checkpoint with the initial LoRA weights of each layer."""
 PRINCIPAL = ("pissa", "olora")
 
 MOST_ROWS = 2048
 LEAST_ROWS = 8
-"""Rows of a batch; it goes on until the directions stand still."""
+"""Minimum rows per batch of EVA, which runs until its directions converge."""
 MOST_BATCHES = 4096
-"""After which they will never stand still; some tens are usual."""
+"""Number of batches after which EVA gives up; a few dozen are usual."""
 
 ENTRIES_AT_ONCE = 250_000_000
-"""Entries of gradients that are in memory together, 1 GB of them; the rows are run again for the next ones."""
+"""Gradient elements in memory at once, 1 GB; the rows are run again for the next ones."""
 GAMMA = 64.0
-"""How small LoRA-GA begins (Wang et al. 2024, section 4.1)."""
+"""LoRA-GA's stability parameter (Wang et al. 2024, section 4.1)."""
 
 
 def init_kind(arguments: Any) -> str:
-    """The way to begin that a recipe asks for, empty for LoRA's own."""
+    """The initialization that a recipe sets, empty for LoRA's default."""
     word = arguments.get("init_lora_weights")
     return str(word).partition("_niter_")[0] if isinstance(word, str) else ""
 
 
 class ResidualInit:
-    """LoRA layers that begin as a part of their weight, without taking that part out of the weight.
+    """LoRA layers initialized with a part of their weight, which is not removed from the weight.
 
-    The layer computes W x + s (B A - B0 A0) x, which is what a residual weight W - s B0 A0 would give with B A on it.
+    The layer computes W x + s (B A - B0 A0) x, the same as B A on a residual weight W - s B0 A0.
     """
 
     def __init__(
         self,
         model: PeftModel,
-        first_of: Callable[[str, LoraLayer], tuple[Tensor, Tensor]],
+        initial_weights: Callable[[str, LoraLayer], tuple[Tensor, Tensor]],
         resume_from: Path | None,
     ) -> None:
         """
         Args:
-            first_of: gives the two matrices that a layer begins with; not asked where they lie in a checkpoint.
-            resume_from: the checkpoint that the run goes on from.
+            initial_weights: returns the two initial matrices of a layer; not called if a checkpoint has them.
+            resume_from: the checkpoint from which the run resumes.
         """
         self._model = model
         self._first: dict[str, tuple[Tensor, Tensor]] = {}
         self._hooks = []
-        kept = load_file(resume_from / FIRST) if resume_from is not None else {}
+        stored = load_file(resume_from / FIRST) if resume_from is not None else {}
         for name, layer in lora_layers(model):
             down, up = layer.lora_A[NAME].weight, layer.lora_B[NAME].weight
-            if kept:
-                first = kept[f"{name}.down"].to(down), kept[f"{name}.up"].to(up)
+            if stored:
+                first = stored[f"{name}.down"].to(down), stored[f"{name}.up"].to(up)
             else:
-                first = first_of(name, layer)
-            # Laid out like those that come from a checkpoint: other strides would round products in another way.
+                first = initial_weights(name, layer)
+            # Contiguous like those from a checkpoint: other strides would round matmuls differently.
             self._first[name] = (first[0].to(down).contiguous(), first[1].to(up).contiguous())
             down.data, up.data = (part.clone() for part in self._first[name])
-            self._hooks.append(layer.register_forward_hook(partial(_take_off, first=self._first[name])))
+            self._hooks.append(layer.register_forward_hook(partial(_subtract_initial, first=self._first[name])))
 
     def save(self, folder: Path) -> None:
-        """Write what the layers began with into a checkpoint."""
+        """Write the initial weights into a checkpoint."""
         parts: dict[str, Tensor] = {}
         for name, (down, up) in self._first.items():
             parts |= {f"{name}.down": down.contiguous(), f"{name}.up": up.contiguous()}
         save_file(parts, folder / FIRST)
 
-    def settle(self) -> None:
-        """Make plain LoRA of twice the rank of it, which computes the same on the untouched base."""
+    def convert_to_plain_lora(self) -> None:
+        """Convert to plain LoRA of twice the rank, which computes the same on the unchanged base."""
         for hook in self._hooks:
             hook.remove()
         for name, layer in lora_layers(self._model):
@@ -110,46 +110,48 @@ class ResidualInit:
         config.r *= 2
 
 
-def _take_off(layer: LoraLayer, inputs: tuple[Tensor, ...], output: Tensor, *, first: tuple[Tensor, Tensor]) -> Tensor:
+def _subtract_initial(
+    layer: LoraLayer, inputs: tuple[Tensor, ...], output: Tensor, *, first: tuple[Tensor, Tensor]
+) -> Tensor:
     if layer.disable_adapters or layer.merged:
         return output
     down, up = first
-    seen = layer._cast_input_dtype(inputs[0], down.dtype)
-    taken = torch.nn.functional.linear(torch.nn.functional.linear(seen, down), up) * layer.scaling[NAME]
-    kept: Tensor = output - taken.to(output.dtype)
-    return kept
+    cast = layer._cast_input_dtype(inputs[0], down.dtype)
+    initial = torch.nn.functional.linear(torch.nn.functional.linear(cast, down), up) * layer.scaling[NAME]
+    residual: Tensor = output - initial.to(output.dtype)
+    return residual
 
 
 def lora_layers(model: PeftModel) -> Iterator[tuple[str, LoraLayer]]:
-    """The layers with a LoRA of their own, by their name in the base."""
+    """The LoRA layers, with their name in the base."""
     for name, module in model.get_base_model().named_modules():
         if isinstance(module, LoraLayer) and NAME in module.lora_A:
             yield name, module
 
 
 def weight_of(layer: LoraLayer) -> Tensor:
-    """The weight of the layer as it computes with it: (outputs, inputs), float32.
+    """The dequantized weight of the layer: (outputs, inputs), float32.
 
     Raises:
-        RecipeError: it is no linear layer.
+        RecipeError: it is not a linear layer.
     """
     weight: Tensor = dequantize_module_weight(layer.get_base_layer()).detach().float()
     if weight.dim() != 2:
         raise RecipeError(
-            "adapter.init_lora_weights begins at the matrix of a linear layer, and a target is a convolution; "
-            "leave it out"
+            "adapter.init_lora_weights needs the weight matrix of a linear layer, but a target is a convolution; "
+            "remove it"
         )
-    turned: Tensor = weight.T if getattr(layer, "fan_in_fan_out", False) else weight
-    return turned
+    transposed: Tensor = weight.T if getattr(layer, "fan_in_fan_out", False) else weight
+    return transposed
 
 
 def principal(weight: Tensor, r: int, scale: float, word: str) -> tuple[Tensor, Tensor]:
-    """The two matrices whose product, times the scale, is the leading part of a weight.
+    """Two matrices whose product, times the scale, is the leading part of a weight.
 
     Args:
         weight: (outputs, inputs), float32.
-        word: `pissa` for the singular value decomposition, `pissa_niter_N` for N rounds of a randomised one, `olora`
-            for the QR decomposition.
+        word: `pissa` for the singular value decomposition, `pissa_niter_N` for a randomized one with N iterations,
+            `olora` for the QR decomposition.
 
     Returns:
         down: (r, inputs) and up: (outputs, r).
@@ -161,7 +163,7 @@ def principal(weight: Tensor, r: int, scale: float, word: str) -> tuple[Tensor, 
         return rest[:r].contiguous(), q[:, :r].contiguous()
     rounds = word.partition("_niter_")[2]
     if rounds:
-        with torch.random.fork_rng():  # the order of the rows is drawn after this, also in a session that goes on
+        with torch.random.fork_rng():  # keeps the row order, which is drawn later, the same in a resumed session
             u, s, v = torch.svd_lowrank(weight, q=r, niter=int(rounds))
     else:
         u, s, vh = torch.linalg.svd(weight, full_matrices=False)
@@ -171,25 +173,25 @@ def principal(weight: Tensor, r: int, scale: float, word: str) -> tuple[Tensor, 
 
 
 def initialize_from_quantization_error(model: PeftModel, original: Source) -> None:
-    """Begin as the leading part of what quantization took from each weight.
+    """Initialize with the leading part of the quantization error of each weight.
 
     Args:
-        original: gives the weights as they were before, in the layout of their file.
+        original: returns the unquantized weights, in the layout of their file.
 
-    Source: Li et al. 2023, arXiv:2310.08659, algorithm 1 with one round; the quantized weights stay as they are.
+    Source: Li et al. 2023, arXiv:2310.08659, algorithm 1 with one iteration; the quantized weights do not change.
     """
-    turned = turned_layers(model.get_base_model())
+    transposed = turned_layers(model.get_base_model())
     for name, layer in lora_layers(model):
-        packed = weight_of(layer)
-        stored = original(f"{name}.weight").to(packed)
-        whole = stored.T if name in turned else stored
-        down, up = principal(whole - packed, layer.r[NAME], layer.scaling[NAME], "pissa")
+        dequantized = weight_of(layer)
+        stored = original(f"{name}.weight").to(dequantized)
+        original_weight = stored.T if name in transposed else stored
+        down, up = principal(original_weight - dequantized, layer.r[NAME], layer.scaling[NAME], "pissa")
         layer.lora_A[NAME].weight.data.copy_(down)
         layer.lora_B[NAME].weight.data.copy_(up)
 
 
 def leading_part(word: str) -> Callable[[str, LoraLayer], tuple[Tensor, Tensor]]:
-    """What gives the two matrices that a layer begins with as a part of its weight."""
+    """Returns a function for the initial matrices of a layer as the leading part of its weight."""
 
     def leading(_: str, layer: LoraLayer) -> tuple[Tensor, Tensor]:
         return principal(weight_of(layer), layer.r[NAME], layer.scaling[NAME], word)
@@ -204,14 +206,14 @@ def initialize_adapter(
 
     Args:
         model: the wrapped model.
-        resume_from: the checkpoint that the run resumes from, which holds the initial weights.
+        resume_from: the checkpoint from which the run resumes, which contains the initial weights.
 
     Returns:
-        The initial weights that were taken out of the base, None where none were.
+        The initial weights that are subtracted from the output; None for other initializations.
 
     Raises:
         RecipeError: a layer is too small for the rank.
-        DataError: the rows are fewer than the directions that EVA looks for.
+        DataError: there are fewer rows than directions that EVA computes.
     """
     word = plan.adapter.arguments.get("init_lora_weights")
     kind = init_kind(plan.adapter.arguments)
@@ -229,16 +231,16 @@ def initialize_adapter(
 
 
 def initialize_from_data(model: PeftModel, rows: Sequence[list[int]], pad_id: int, *, pooled: bool = False) -> None:
-    """Begin as the principal directions of each layer's inputs, and give more rank to layers that need it.
+    """Initialize with the principal directions of each layer's inputs, and redistribute the ranks by need (EVA).
 
     Args:
         rows: token ids of training rows.
-        pad_id: token id that fills short rows.
-        pooled: some layers read one vector a row and not one a token, as those behind an encoder's pooler do.
+        pad_id: token id used for padding.
+        pooled: some layers read one vector per row instead of one per token, as after an encoder's pooler.
 
     Raises:
-        RecipeError: a layer has fewer inputs than directions are looked for, or the directions never stand still.
-        DataError: the rows are fewer than the directions.
+        RecipeError: a layer has fewer inputs than directions to compute, or the directions do not converge.
+        DataError: there are fewer rows than directions.
 
     Source: Paischer et al. 2024, arXiv:2410.07170.
     """
@@ -248,12 +250,12 @@ def initialize_from_data(model: PeftModel, rows: Sequence[list[int]], pad_id: in
     narrowest = min(int(layer.in_features) for layer in layers)
     if components > narrowest:
         raise RecipeError(
-            f"adapter.init_lora_weights eva looks for {components} directions (r times {rho:g}, the rho of "
-            f"adapter.eva_config) among the {narrowest} inputs of a layer; lower adapter.r"
+            f"adapter.init_lora_weights eva needs {components} directions (r times {rho:g}, the rho of "
+            f"adapter.eva_config), but a layer has only {narrowest} inputs; lower adapter.r"
         )
     device = next(model.parameters()).device
     batches = []
-    for some in _shared_out(rows, components, pooled=pooled):
+    for some in _eva_batches(rows, components, pooled=pooled):
         ids, _, mask = pad_right(list(some), list(some), pad_id)
         batches.append({"input_ids": ids.to(device), "attention_mask": mask.to(device)})
     seen = 0
@@ -263,7 +265,7 @@ def initialize_from_data(model: PeftModel, rows: Sequence[list[int]], pad_id: in
         seen += 1
         if seen > MOST_BATCHES:
             raise RecipeError(
-                f"adapter.init_lora_weights eva: the directions still turn after {MOST_BATCHES} batches; lower "
+                f"adapter.init_lora_weights eva: the directions have not converged after {MOST_BATCHES} batches; lower "
                 "adapter.r, or the tau of adapter.eva_config"
             )
         given(**inputs)
@@ -278,8 +280,8 @@ def initialize_from_data(model: PeftModel, rows: Sequence[list[int]], pad_id: in
     )
 
 
-def _shared_out(rows: Sequence[list[int]], components: int, *, pooled: bool) -> list[Sequence[list[int]]]:
-    """Batches with an input for each direction: PEFT leaves out smaller ones, and waits for ever where all are.
+def _eva_batches(rows: Sequence[list[int]], components: int, *, pooled: bool) -> list[Sequence[list[int]]]:
+    """Batches with at least one input per direction: PEFT skips smaller ones, and loops forever if all are smaller.
 
     Raises:
         DataError: there are fewer inputs than directions.
@@ -292,38 +294,38 @@ def _shared_out(rows: Sequence[list[int]], components: int, *, pooled: bool) -> 
             found.append(rows[begin:end])
             begin, inputs = end, 0
     if not found:
-        have = f"{inputs} {'rows' if pooled else 'tokens'} of training"
+        have = f"{inputs} {'rows' if pooled else 'tokens'} in the training rows"
         raise DataError(
-            f"adapter.init_lora_weights eva looks for {components} directions in {have}; lower adapter.r, or leave it "
-            "out"
+            f"adapter.init_lora_weights eva needs {components} directions, but there are only {have}; lower adapter.r, "
+            "or remove it"
         )
     return found
 
 
-def _inputs(given: Any, places: Tensor, _: str) -> Tensor:
-    """(tokens or rows, width), what a layer reads, filling left out."""
+def _inputs(given: Any, positions: Tensor, _: str) -> Tensor:
+    """The inputs of a layer without padding: (tokens or rows, width)."""
     found: Tensor = given[0] if isinstance(given, tuple | list) else given
-    return (found[tuple(places.T)] if found.dim() > 2 else found).contiguous()
+    return (found[tuple(positions.T)] if found.dim() > 2 else found).contiguous()
 
 
 def takes_gradient(adapter: AdapterSection) -> bool:
-    """Whether an adapter begins by the gradient of training rows."""
+    """Whether an adapter is initialized from the gradient of training rows."""
     return init_kind(adapter.arguments) == "lora_ga" or adapter.arguments.get("mask") == "gradient"
 
 
 def initialize_from_gradient(
     model: PeftModel, plan: Plan, data: PreparedData, tokenizer: PreTrainedTokenizerBase, resume_from: Path | None
 ) -> ResidualInit | None:
-    """Let an adapter begin by the gradient of the loss on training rows.
+    """Initialize an adapter from the gradient of the loss on training rows.
 
-    Every process measures the same rows, so that all of them begin alike.
+    Every process uses the same rows, so that all of them initialize the same.
 
     Args:
-        model: the wrapped model, whose adapter changes nothing yet.
-        resume_from: the checkpoint that the run goes on from, in which the beginning lies.
+        model: the wrapped model; the adapter does not change its output yet.
+        resume_from: the checkpoint from which the run resumes, which contains the initial weights.
 
     Returns:
-        For LoRA what has to be kept and settled; None for SHiRA, whose file holds its entries.
+        For LoRA, the initial weights to subtract; None for SHiRA, which stores its indices.
 
     Raises:
         RecipeError: a layer is too small for the rank.
@@ -342,17 +344,17 @@ def initialize_from_gradient(
         for path, gradient in gradients.items():
             layer = layers[names[path]]
             if lora:
-                firsts[names[path]] = along(gradient, layer.r[NAME], layer.scaling[NAME], names[path])
+                firsts[names[path]] = lora_ga_weights(gradient, layer.r[NAME], layer.scaling[NAME], names[path])
             else:
                 select_largest_entries(layer, gradient)
     return ResidualInit(model, lambda name, _: firsts[name], None) if lora else None
 
 
-def along(gradient: Tensor, r: int, scale: float, name: str) -> tuple[Tensor, Tensor]:
-    """The two matrices that LoRA-GA begins with, so that its first step is nearest to that of full tuning.
+def lora_ga_weights(gradient: Tensor, r: int, scale: float, name: str) -> tuple[Tensor, Tensor]:
+    """LoRA-GA's two initial matrices, which bring its first step closest to that of full fine-tuning.
 
     Args:
-        gradient: (outputs, inputs), float32, of the loss by the weight.
+        gradient: (outputs, inputs), float32, of the loss with respect to the weight.
         scale: of the layer's update.
         name: of the layer, for messages.
 
@@ -366,33 +368,33 @@ def along(gradient: Tensor, r: int, scale: float, name: str) -> tuple[Tensor, Te
     """
     if 2 * r > min(gradient.shape):
         raise RecipeError(
-            f"adapter.r = {r}: init_lora_weights lora_ga takes {2 * r} directions of each gradient, and that of {name} "
+            f"adapter.r = {r}: init_lora_weights lora_ga needs {2 * r} directions per gradient, but that of {name} "
             f"has {min(gradient.shape)}; lower adapter.r to {min(gradient.shape) // 2}"
         )
-    with torch.random.fork_rng():  # the order of the rows is drawn after this, also in a session that goes on
+    with torch.random.fork_rng():  # keeps the row order, which is drawn later, the same in a resumed session
         u, _, v = torch.svd_lowrank(gradient, q=min(4 * r, *gradient.shape), niter=4)
     size = gradient.shape[0] ** 0.25 / GAMMA**0.5
     return v[:, :r].T * size, u[:, r : 2 * r] * size / scale
 
 
 def select_largest_entries(layer: Any, gradient: Tensor) -> None:
-    """Let SHiRA train the entries of a weight whose gradient is largest, as many as its random mask has."""
+    """Make SHiRA train the weights with the largest gradient, as many as its random mask has."""
     count = layer.shira_weight[NAME].numel()
-    places = gradient.abs().flatten().topk(count).indices.sort().values
-    kept = layer.shira_indices[NAME]
-    indices = torch.stack([places // gradient.shape[1], places % gradient.shape[1]])
-    layer.shira_indices[NAME] = indices.to(kept.device, kept.dtype)
+    positions = gradient.abs().flatten().topk(count).indices.sort().values
+    old = layer.shira_indices[NAME]
+    indices = torch.stack([positions // gradient.shape[1], positions % gradient.shape[1]])
+    layer.shira_indices[NAME] = indices.to(old.device, old.dtype)
 
 
 def shira_layers(model: PeftModel) -> Iterator[tuple[str, Any]]:
-    """The layers with a SHiRA of their own, by their name in the base."""
+    """The SHiRA layers, with their name in the base."""
     for name, module in model.get_base_model().named_modules():
         if isinstance(module, ShiraLinear) and NAME in module.shira_weight:
             yield name, module
 
 
 def _parts(layers: Mapping[str, Any]) -> Iterator[list[str]]:
-    """Names of layers whose gradients are in memory together."""
+    """Groups of layers whose gradients fit in memory together."""
     part: list[str] = []
     entries = 0
     for name, layer in layers.items():
@@ -407,4 +409,4 @@ def _parts(layers: Mapping[str, Any]) -> Iterator[list[str]]:
 
 
 def _never(name: str, layer: LoraLayer) -> tuple[Tensor, Tensor]:
-    raise AssertionError(f"{name}: the checkpoint holds what it began with")
+    raise AssertionError(f"{name}: its initial weights are in the checkpoint")

@@ -1,4 +1,4 @@
-"""Errors of the libraries that come from a trainer argument of the recipe, reported as errors of the recipe."""
+"""Errors of the libraries that are caused by a trainer argument, reported as errors of the recipe."""
 
 import importlib.metadata
 import re
@@ -11,7 +11,7 @@ from peftcli.errors import MachineError, PeftcliError, RecipeError
 from peftcli.recipe.problems import hide_secrets, printable, show
 
 LONGEST = 400
-"""Characters of a library's message that are shown."""
+"""Maximum characters of a library's message to show."""
 READERS: Mapping[str, tuple[str, ...]] = {
     "create_scheduler": ("lr_scheduler_type", "lr_scheduler_kwargs"),
     "create_optimizer": ("optim", "optim_args", "optim_target_modules"),
@@ -29,7 +29,7 @@ READERS: Mapping[str, tuple[str, ...]] = {
     "compile_fx": ("torch_compile", "torch_compile_backend", "torch_compile_mode"),
     "save_on_cpu": ("activation_checkpointing_kwargs", "activation_offloading"),
 }
-"""Functions of the libraries that read trainer arguments and need not name them when they fail.
+"""Functions of the libraries that read trainer arguments, whose errors may not name the argument.
 
 Source: transformers/trainer.py 5.23, torch/_dynamo, torch/utils/checkpoint.py 2.13.
 """
@@ -37,15 +37,15 @@ Source: transformers/trainer.py 5.23, torch/_dynamo, torch/utils/checkpoint.py 2
 
 @contextmanager
 def naming_arguments(given: Mapping[str, Any], *, only: bool = False) -> Iterator[None]:
-    """Turn an error that a trainer argument causes into one that names the argument; others pass.
+    """Turn an error caused by a trainer argument into one that names the argument; other errors pass through.
 
     Args:
         given: the trainer arguments of the recipe.
-        only: nothing but arguments is looked at inside, so that any error comes from one of them.
+        only: the code inside only reads arguments, so that any error is caused by one of them.
 
     Raises:
-        MachineError: a package that the argument needs is missing.
-        RecipeError: the libraries refuse the argument.
+        MachineError: a package that the argument needs is not installed.
+        RecipeError: the libraries reject the argument.
     """
     try:
         yield
@@ -56,12 +56,12 @@ def naming_arguments(given: Mapping[str, Any], *, only: bool = False) -> Iterato
         if not names:
             raise
         missing = isinstance(problem, ImportError | importlib.metadata.PackageNotFoundError)
-        said = _message(names, given, problem)
-        raise (MachineError(said) if missing else RecipeError(said)) from problem
+        message = _message(names, given, problem)
+        raise (MachineError(message) if missing else RecipeError(message)) from problem
 
 
 def arguments_behind(problem: BaseException, given: Mapping[str, Any]) -> list[str]:
-    """The arguments of a recipe that an error names, or whose reader it comes from; an error's own words count first.
+    """The arguments that an error names or that were being read; names in the message take precedence.
 
     Args:
         given: the trainer arguments of the recipe.
@@ -76,7 +76,7 @@ def arguments_behind(problem: BaseException, given: Mapping[str, Any]) -> list[s
 
 
 def _names(text: str, name: str) -> bool:
-    """Whether a message names an argument; a plain word such as `debug` only where it is marked as a name."""
+    """Whether a message names an argument; a plain word such as `debug` must be marked as a name."""
     if "_" in name:
         return re.search(rf"(?<!\w){name}(?!\w)", text) is not None
     return re.search(rf"(?:--|args\.|[`'\"]){name}(?:[`'\"=\s]|$)", text) is not None
@@ -84,6 +84,6 @@ def _names(text: str, name: str) -> bool:
 
 def _message(names: list[str], given: Mapping[str, Any], problem: Exception) -> str:
     values = ", ".join(f"trainer.{name} = {show(given[name])}" for name in names)
-    said = hide_secrets(printable(" ".join(str(problem).split()) or type(problem).__name__, LONGEST))
+    text = hide_secrets(printable(" ".join(str(problem).split()) or type(problem).__name__, LONGEST))
     fix = "change or remove it" if len(names) == 1 else "change or remove one of them"
-    return f"{values}: the libraries refuse it: {said}\n{fix}; --traceback shows where it came from"
+    return f"{values}: rejected by the libraries: {text}\n{fix}; --traceback shows the full trace"

@@ -1,4 +1,4 @@
-"""Reuses the baseline evaluation of another run where nothing that it depends on differs."""
+"""Reuses the baseline evaluation of another run if nothing that it depends on differs."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -25,27 +25,25 @@ FREE = (
     "dataset.max_train_samples",
     "dataset.limits",
 )
-"""Keys that the base's figures do not depend on; of `trainer`, all but those of `LOSS_MASK_KEYS`."""
+"""Keys that do not affect the baseline; for `trainer`, except `LOSS_MASK_KEYS`."""
 DECIDED = ("device", "model.dtype", "model.attention", "quantization.compute_dtype")
-"""What the machine decides of how the base computes."""
+"""Decisions of the machine that affect how the base computes."""
 STAMPED = ("data.test", "base")
 
 
 def reuse_blocker(source_run: RunDir, recipe: Recipe, plan: Plan, stamp: Mapping[str, Any]) -> str | None:
-    """Why the base has to be measured anew; None where the lender's figures are those of this run too.
+    """Why the baseline must be evaluated again; None if that of the other run can be reused.
 
     Args:
-        lender: another run.
+        source_run: another run.
         recipe: of this run.
-        stamp: what this run is made from.
+        stamp: the fingerprint of this run.
 
     Raises:
-        RecipeError: the lender is no run.
+        RecipeError: the source is not a run.
     """
     if not source_run.recipe.is_file():
-        raise RecipeError(
-            f"--baseline-from {source_run.path}: no run folder (recipe.yaml is missing); name a finished run"
-        )
+        raise RecipeError(f"--baseline-from {source_run.path}: not a run folder (no recipe.yaml); pass a finished run")
     try:
         changed = [
             line for line in changed_keys(load_run_recipe(source_run.recipe).recipe, recipe) if not _is_free(line)
@@ -53,32 +51,32 @@ def reuse_blocker(source_run: RunDir, recipe: Recipe, plan: Plan, stamp: Mapping
         evaluation, train = load(EvalJson, source_run.eval), load(TrainJson, source_run.train)
         stored = load(PlanJson, source_run.plan)
     except (OSError, PeftcliError):
-        return "its figures are not there"
+        return "its results are missing"
     if evaluation is None or train is None or stored is None:
-        return "its figures are not there"
+        return "its results are missing"
     if changed:
         return changed[0]
     if stamp.get("data.test") is None:
-        return "there are no test rows"
+        return "this run has no test rows"
     if not TASKS[plan.task].generates:
-        return "a new head is part of the base"
+        return "the base includes a new head"
     if evaluation.baseline_seconds is None or (plan.evaluation.baseline and evaluation.base is None):
-        return "it has not measured its base"
+        return "it has no baseline evaluation"
     before = train.stamp
     keys = (*STAMPED, *(key for key in stamp if key.startswith("versions.")))
     other = next((key for key in keys if stamp.get(key) is None or before.get(key) != stamp[key]), None)
     if other is not None:
-        return f"{other} is another one"
-    return _decided_otherwise(stored, plan)
+        return f"{other} differs"
+    return _different_decision(stored, plan)
 
 
 def _is_free(line: str) -> bool:
     key = line.split(":")[0]
-    # A section that one of the two leaves empty is listed as such, its keys one by one beside it.
+    # If a section is empty in one of the two, its keys are also listed one by one.
     return f"{key}.".startswith(FREE) and key.removeprefix("trainer.") not in LOSS_MASK_KEYS
 
 
-def _decided_otherwise(source_run: PlanJson, plan: Plan) -> str | None:
+def _different_decision(source_run: PlanJson, plan: Plan) -> str | None:
     before = {one.key: one.value for one in source_run.decisions}
     now = {one.key: one.value for one in plan.decisions}
     return next(

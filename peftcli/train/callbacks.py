@@ -29,22 +29,22 @@ from peftcli.train.step import StepTrainer
 from peftcli.train.stop import StopRequests
 
 FIRST_SAVE_SECONDS = 1.0
-"""Of a checkpoint, before one was written and measured."""
+"""Assumed duration of a checkpoint until one was measured."""
 
 FEWEST_STEPS = 30
-"""Of a run that is calibrated; a shorter one would spend more on it than it says."""
+"""Minimum steps of a run that is calibrated; for a shorter one it is not worth the time."""
 PASSES = 2
-"""The first one pays for what is done once, such as the choice of kernels; the second is measured."""
+"""The first pass includes one-time work such as choosing kernels; the second is measured."""
 
 
 class RunCallback(TrainerCallback):  # type: ignore[misc]  # transformers' callbacks are untyped
-    """Writes `log.jsonl`, shows progress, saves by time and stops at the end of a step.
+    """Writes `log.jsonl`, shows progress, saves at intervals and stops at the end of a step.
 
     Attributes:
         losses: (step, loss) as logged.
-        stop_reason: why the run stopped early, None where it did not.
-        stopped_by_clock: that was a limit of time, so there is time for the last evaluation.
-        resident_before: memory of the process in bytes when the loop began.
+        stop_reason: why the run stopped early; None if it did not.
+        stopped_by_clock: the reason was a time limit, so there is time for the final evaluation.
+        resident_before: memory of the process in bytes when the loop started.
     """
 
     def __init__(
@@ -61,12 +61,12 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]  # transformers' callb
     ) -> None:
         """
         Args:
-            trainer: whose loop this is.
+            trainer: the trainer of this loop.
             log: the JSON-lines file, appended to.
             save_every: seconds between checkpoints.
             reserve: seconds that the final evaluation will take.
             device: `cuda` or `cpu`.
-            writes: this process writes and shows for all.
+            writes: this process writes and prints for all.
         """
         self.losses: list[tuple[int, float]] = []
         self.stop_reason: str | None = None
@@ -94,13 +94,13 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]  # transformers' callb
         self.resident_before = resident_bytes()
         self._begun = self._saved = self._stepped = time.monotonic()
         self._last_logged = (self._begun, self._trainer.tokens_before)
-        # transformers forgets the best checkpoint where it is not on this machine's disk.
+        # transformers drops the best checkpoint if it is not on this machine's disk.
         state.best_model_checkpoint = gather(state.best_model_checkpoint)[0]
         left = self._stops.seconds_left
         if left is not None:
             self._progress.note(
-                f"  time: {left:.0f} s are left; training stops {self.margin():.0f} s and a step before that, for a "
-                "checkpoint, the last evaluation and the report"
+                f"  time: {left:.0f} s left; training stops {self.margin():.0f} s plus one step earlier, to leave "
+                "time for a checkpoint, the final evaluation and the report"
             )
         self._progress.start("training", state.max_steps)
         self._progress.advance(state.global_step)
@@ -116,11 +116,11 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]  # transformers' callb
         self._longest_step = max(self._longest_step, now - self._stepped)
         self._stepped = now
         self._progress.advance(state.global_step)
-        self._tell_shrunk()
+        self._report_oom_retries()
         if state.global_step >= state.max_steps:
             return
         # Clocks and signals differ between processes, but all must save and stop at the same step.
-        # Whether it is the clock goes with the reason: a deadline may be set on one machine alone.
+        # Whether it is the clock is sent with the reason: a deadline may be set on only one machine.
         own = self._stops.reason(self.margin())
         found = gather((own, own is not None and self._stops.is_clock(own)))
         self.stop_reason, self.stopped_by_clock = next((one for one in found if one[0] is not None), (None, False))
@@ -136,15 +136,15 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]  # transformers' callb
         self._saved = self._stepped = time.monotonic()
 
     def margin(self) -> float:
-        """Seconds before the limit at which training stops: for one more step, a save and the last evaluation."""
+        """Seconds before the limit at which training stops: for one more step, a save and the final evaluation."""
         return self._reserve + 1.2 * self._longest_step + 1.5 * max(self._save_seconds, FIRST_SAVE_SECONDS)
 
-    def _tell_shrunk(self) -> None:
+    def _report_oom_retries(self) -> None:
         events = self._trainer.micro_batches.events
         for step, pieces in events[self._shrunk :]:
             self._progress.note(
-                f"step {step}: out of memory, so its rows are run in {pieces} pieces; the rows of a step and their "
-                "order stay the same"
+                f"step {step}: out of memory; its rows are now split into {pieces} micro-batches; the rows of a step "
+                "and their order do not change"
             )
         self._shrunk = len(events)
 
@@ -204,19 +204,19 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]  # transformers' callb
 
 
 def _finite(value: float | None) -> float | None:
-    # The gradient scaler of float16 skips a step whose norm is infinite; JSON has no word for that.
+    # The gradient scaler of float16 skips a step whose norm is infinite, which JSON cannot represent.
     return value if value is not None and math.isfinite(value) else None
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What one micro-batch took.
+    """Measurements of one micro-batch.
 
     Attributes:
-        tokens: of its rows, padding aside.
-        seconds: forward and backward.
-        step_seconds: of an optimizer step of rows of mean length.
-        peak_memory_bytes: of torch's allocator, None on a CPU, where the memory of a process never falls.
+        tokens: of its rows, without padding.
+        seconds: of a forward and a backward pass.
+        step_seconds: of an optimizer step with rows of mean length.
+        peak_memory_bytes: of torch's allocator; None on a CPU, where process memory never shrinks.
     """
 
     tokens: int
@@ -226,12 +226,12 @@ class Calibration:
 
 
 class CalibrationCallback(TrainerCallback):  # type: ignore[misc]  # transformers' callbacks are untyped
-    """Runs the longest micro-batch when training begins; weights, counters and random numbers stay as they were."""
+    """Runs the longest micro-batch before the first step; weights, counters and random states do not change."""
 
     def __init__(self, trainer: StepTrainer, plan: Plan, lengths: NDArray[Any], progress: Progress) -> None:
         """
         Args:
-            trainer: whose training begins.
+            trainer: the trainer about to start.
             lengths: (rows,), tokens of each training row.
         """
         self._trainer = trainer
@@ -257,12 +257,12 @@ class CalibrationCallback(TrainerCallback):  # type: ignore[misc]  # transformer
 
 
 def counts_batches(model: torch.nn.Module) -> bool:
-    """Whether a forward pass alone changes the model, as the running means of a convolutional network do."""
+    """Whether a forward pass changes the model, such as the running statistics of batch norms."""
     return any(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in model.modules())
 
 
 def longest_rows(lengths: NDArray[Any], plan: Plan) -> list[int]:
-    """The longest rows that are run at once: a padded micro-batch of them, or a line as full as lines become."""
+    """The longest rows of one micro-batch: a padded one, or a padding-free one filled to the limit."""
     order = np.argsort(-lengths, kind="stable")
     if plan.batching.kind == "padded":
         return [int(row) for row in order[: plan.batch.per_device]]
@@ -272,23 +272,23 @@ def longest_rows(lengths: NDArray[Any], plan: Plan) -> list[int]:
 
 
 def calibrate(trainer: StepTrainer, model: Any, rows: list[int], plan: Plan, mean: float) -> Calibration:
-    """Run some rows forward and backward and measure the second time.
+    """Run some rows forward and backward twice and measure the second time.
 
-    Pieces that do not fit are made smaller now, as they would be in the middle of the training.
+    Micro-batches that do not fit are split now instead of during training.
 
     Args:
-        rows: numbers of training rows.
-        mean: tokens of a row.
+        rows: indices of training rows.
+        mean: mean tokens per row.
 
     Raises:
-        MemoryExhausted: not even small pieces fit.
+        MemoryExhausted: even small micro-batches do not fit.
     """
     batch = trainer.data_collator([trainer.train_dataset[row] for row in rows])
     tokens = int(sum(len(trainer.train_dataset[row]["input_ids"]) for row in rows))
     batch = trainer._prepare_inputs(batch)
     cuda = trainer.args.device.type == "cuda"
     seconds = 0.0
-    with _undone(trainer, model):
+    with _state_restored(trainer, model):
         for _ in range(PASSES):
             if cuda:
                 torch.cuda.reset_peak_memory_stats()
@@ -299,24 +299,24 @@ def calibrate(trainer: StepTrainer, model: Any, rows: list[int], plan: Plan, mea
                 torch.cuda.synchronize()
             seconds = time.monotonic() - begun
     in_step = plan.batch.per_device * plan.batch.accumulation * mean
-    passes = in_step / tokens if trainer.micro_batches.lines else float(plan.batch.accumulation)
+    passes = in_step / tokens if trainer.micro_batches.padding_free else float(plan.batch.accumulation)
     peak = torch.cuda.max_memory_allocated() if cuda else None
     return Calibration(tokens, round(seconds, 4), round(seconds * passes, 4), peak)
 
 
-def calibration_text(found: Calibration, steps: int, fed: str = "tokens") -> str:
-    """The line for the start of a training."""
+def calibration_text(found: Calibration, steps: int, unit: str = "tokens") -> str:
+    """The note at the start of a training."""
     line = (
-        f"  calibration: {count(found.tokens)} {fed} forward and backward in {duration(found.seconds)}, so about "
-        f"{duration(found.step_seconds)} a step and {duration(found.step_seconds * steps)} for {count(steps)} steps"
+        f"  calibration: {count(found.tokens)} {unit} forward and backward in {duration(found.seconds)}, so about "
+        f"{duration(found.step_seconds)} per step and {duration(found.step_seconds * steps)} for {count(steps)} steps"
     )
-    return line + (f"; {size(found.peak_memory_bytes)} at the peak" if found.peak_memory_bytes is not None else "")
+    return line + (f"; {size(found.peak_memory_bytes)} peak memory" if found.peak_memory_bytes is not None else "")
 
 
 def _forward_and_backward(trainer: StepTrainer, model: Any, batch: dict[str, Any]) -> None:
-    def one(piece: dict[str, Any]) -> torch.Tensor:
+    def one(micro_batch: dict[str, Any]) -> torch.Tensor:
         with trainer.compute_loss_context_manager():
-            loss: torch.Tensor = trainer.compute_loss(model, dict(piece))
+            loss: torch.Tensor = trainer.compute_loss(model, dict(micro_batch))
         loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         return loss.detach()
 
@@ -324,13 +324,13 @@ def _forward_and_backward(trainer: StepTrainer, model: Any, batch: dict[str, Any
 
 
 @contextmanager
-def _undone(trainer: StepTrainer, model: Any) -> Iterator[None]:
-    """Take back what a forward and a backward pass leave behind: gradients, counters and drawn numbers."""
+def _state_restored(trainer: StepTrainer, model: Any) -> Iterator[None]:
+    """Undo the side effects of a forward and a backward pass: gradients, counters and random states."""
     counted = trainer.micro_batches.real, trainer.micro_batches.padded
     training = model.training
     model.train()
     device = trainer.args.device
-    # Without a list torch saves the states of all GPUs, which other processes use, and warns of them.
+    # Without a list, torch saves the states of all GPUs, which other processes use, and warns.
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         yield
     model.train(training)
@@ -341,13 +341,13 @@ def _undone(trainer: StepTrainer, model: Any) -> Iterator[None]:
 
 
 class ForwardCallback(TrainerCallback):  # type: ignore[misc]  # transformers' callbacks are untyped
-    """Sets the blocks up when training begins, and puts adapters and norms back when it ends.
+    """Sets up the blocks before the first step, and restores adapters and norms after the last.
 
-    None of it changes a loss: a block that runs again gives the same values, what PEFT casts to the adapter's dtype
-    autocast would cast back before the product, and LoRA's sum and the norms are the same in one pass.
+    None of this changes the loss: recomputed blocks give the same values, autocast would undo PEFT's cast to the
+    adapter's dtype before the matmul, and fused LoRA and norms give the same result.
 
     Attributes:
-        optimizations: names of those in use; from the beginning of training on, without those that apply to nothing.
+        optimizations: names of those in use; after training starts, without those that do not apply.
     """
 
     def __init__(
@@ -355,7 +355,7 @@ class ForwardCallback(TrainerCallback):  # type: ignore[misc]  # transformers' c
     ) -> None:
         """
         Args:
-            checkpointed_blocks: that run again in the backward pass; None leaves it to the trainer's argument.
+            checkpointed_blocks: number of checkpointed blocks; None leaves it to the trainer's argument.
             optimizations: names of those that the trainer uses.
             note: shows people what of it this model or this machine cannot do.
         """
@@ -420,10 +420,10 @@ class ForwardCallback(TrainerCallback):  # type: ignore[misc]  # transformers' c
 
 
 def keep_checkpointed(model: torch.nn.Module, blocks: int) -> int:
-    """Leave the first so many blocks checkpointed and let all others keep their activations.
+    """Checkpoint only the first blocks; all others save their activations.
 
     Returns:
-        Number of blocks that are checkpointed now.
+        Number of checkpointed blocks.
     """
     switched = [
         module
@@ -436,14 +436,14 @@ def keep_checkpointed(model: torch.nn.Module, blocks: int) -> int:
 
 
 def cast_inputs(model: torch.nn.Module, wanted: bool) -> None:
-    """Let adapters cast their inputs to the dtype of their weights, or leave that to autocast where it is the same."""
+    """Let adapters cast their inputs to the dtype of their weights, or leave it to autocast if results are equal."""
     for module in model.modules():
         if isinstance(module, BaseTunerLayer):
-            module.cast_input_dtype_enabled = wanted or _rounds_otherwise(module)
+            module.cast_input_dtype_enabled = wanted or _rounds_differently(module)
 
 
-def _rounds_otherwise(layer: Any) -> bool:
-    """Whether the cast changes more than memory: DoRA computes on its input, and a CPU rounds dropout's factor."""
+def _rounds_differently(layer: Any) -> bool:
+    """Whether the cast changes more than memory: DoRA computes on its input, and a CPU rounds dropout's scale."""
     if len(getattr(layer, "lora_magnitude_vector", ())):
         return True
     drops = getattr(layer, "lora_dropout", {}).values()

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or absent: staged, listed with their hashes, renamed, and verified before use."""
+"""Atomic checkpoints: staged, listed with their hashes, renamed, and verified before use."""
 
 import hashlib
 import json
@@ -16,12 +16,12 @@ from peftcli.run_dir import read_json, write_json
 MANIFEST = "manifest.json"
 STAGING = ".staging"
 NEEDED = ("trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state", "adapter_model.safetensors")
-"""Beginnings of the names of files without which a run could only go on with a silent reset."""
+"""Prefixes of the files without which a resume would silently reset some state."""
 
 
 @dataclass(frozen=True)
 class FoundCheckpoint:
-    """The newest valid checkpoint, and the newer ones that were damaged, each with the reason."""
+    """The newest valid checkpoint, and newer ones that are damaged, each with the reason."""
 
     path: Path | None
     step: int
@@ -29,11 +29,11 @@ class FoundCheckpoint:
 
 
 def seal(folder: Path, step: int, counters: Mapping[str, float], stamp: Mapping[str, Any]) -> None:
-    """Write the manifest of a staged checkpoint and bring every file of it to the disk.
+    """Write the manifest of a staged checkpoint and flush all its files to disk.
 
     Args:
-        counters: what the run has counted up to this step, for the session that goes on.
-        stamp: what the run is made from, which that session compares.
+        counters: counts of the run up to this step, for the session that resumes.
+        stamp: the fingerprint of the run, which that session compares.
     """
     files = {}
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
@@ -53,7 +53,7 @@ def _own_hash(facts: Mapping[str, Any]) -> str:
 
 
 def promote(staged: Path, final: Path) -> None:
-    """Move a sealed checkpoint to its name; a reader sees it whole or not at all."""
+    """Rename a sealed checkpoint to its final name, atomically."""
     apply_umask(staged)
     if final.exists():
         _remove(final)
@@ -70,7 +70,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def damage(folder: Path) -> str | None:
-    """Why a checkpoint cannot be used, or None where it is whole."""
+    """Why a checkpoint cannot be used; None if it is complete."""
     manifest = folder / MANIFEST
     if not manifest.is_file():
         return f"{MANIFEST} is missing"
@@ -78,7 +78,7 @@ def damage(folder: Path) -> str | None:
         facts = read_json(manifest)
         stated = facts.pop("sha256")
         files = dict(facts["files"])
-    except (ValueError, KeyError, TypeError, AttributeError):  # cut off, another JSON, or bytes that are no text
+    except (ValueError, KeyError, TypeError, AttributeError):  # truncated, other JSON, or not text
         return f"{MANIFEST} cannot be read"
     if stated != _own_hash(facts):
         return f"{MANIFEST} was changed"
@@ -98,7 +98,7 @@ def damage(folder: Path) -> str | None:
 
 
 def newest_valid(checkpoints: Path) -> FoundCheckpoint:
-    """Find the newest whole checkpoint; damaged newer ones are renamed to `*.bad` and named."""
+    """Find the newest complete checkpoint; newer damaged ones are renamed to `*.bad` and reported."""
     damaged: list[tuple[str, str]] = []
     for step, folder in reversed(list_checkpoints(checkpoints)):
         reason = damage(folder)
@@ -125,14 +125,14 @@ def list_checkpoints(checkpoints: Path) -> list[tuple[int, Path]]:
 
 
 def rotate(checkpoints: Path, keep: int, best: str | None) -> None:
-    """Remove the oldest checkpoints beyond `keep`, never fewer than two and never the best."""
+    """Remove the oldest checkpoints beyond `keep`, but keep at least two and the best one."""
     for _, folder in list_checkpoints(checkpoints)[: -max(keep, 2)]:
         if best is None or Path(best).name != folder.name:
             _remove(folder)
 
 
 def _remove(folder: Path) -> None:
-    """Remove a checkpoint; of one that was moved to another disk, the link to it alone."""
+    """Remove a checkpoint; if it was moved to another disk and linked, only the link."""
     if folder.is_symlink():
         folder.unlink()
     else:
@@ -140,5 +140,5 @@ def _remove(folder: Path) -> None:
 
 
 def clear_staging(checkpoints: Path) -> None:
-    """Remove what a killed process left half-written."""
+    """Remove incomplete files of a killed process."""
     shutil.rmtree(checkpoints / STAGING, ignore_errors=True)

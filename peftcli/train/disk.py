@@ -1,4 +1,4 @@
-"""The disk under a run: what it will need, what is free there, and whether it takes a file at all."""
+"""Disk space of a run: how much it needs, how much is free, and whether the folder is writable."""
 
 import errno
 import os
@@ -16,13 +16,13 @@ from peftcli.run_dir import RunDir
 from peftcli.train.checkpoint import list_checkpoints
 
 QUOTA = "PEFTCLI_QUOTA"
-"""Environment variable with a folder and what it may hold, such as /data=20GiB."""
+"""Environment variable with a folder and its quota, such as /data=20GiB."""
 KAGGLE_QUOTA = ("/kaggle/working", 20 * 10**9)
-"""Folder whose files Kaggle keeps after a session, and how many bytes of them."""
+"""Folder that Kaggle saves after a session, and its quota in bytes."""
 SMALL_FILES_BYTES = 2 * 2**20
-"""Of a checkpoint: manifest, arguments, random states, and a trainer state of some thousand log rows."""
+"""Small files of a checkpoint: manifest, arguments, random states, and a trainer state of a few thousand log rows."""
 TOKENIZER_BYTES = 32 * 2**20
-"""More than the tokenizer files of nearly every model; those of a vocabulary of 262,144 take about so much."""
+"""More than the tokenizer files of nearly every model; a vocabulary of 262,144 takes about this much."""
 RESERVE_BYTES = 64 * 2**20
 """For the log, the report and the rest of a run folder."""
 PROBE_BYTES = 4096
@@ -32,7 +32,7 @@ _REASONS = {
     errno.EROFS: "the file system is read-only",
     errno.EACCES: "this user has no permission",
     errno.EPERM: "this user has no permission",
-    errno.ENOSPC: "no space is left on the disk",
+    errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "this user's disk quota is used up",
     errno.ENOTDIR: "a part of the path is a file",
 }
@@ -40,13 +40,13 @@ _REASONS = {
 
 @dataclass(frozen=True)
 class Forecast:
-    """Bytes that a run will have on the disk at its largest.
+    """Maximum disk space of a run in bytes.
 
     Attributes:
         checkpoint_bytes: of one checkpoint.
-        checkpoints: that are there at once, the one being written included.
+        checkpoints: number that exist at once, including the one being written.
         adapter_bytes: of the adapter folder.
-        merge_bytes: of the merged model, 0 where none is written.
+        merge_bytes: of the merged model, 0 without one.
         reserve_bytes: for the other files of the run.
     """
 
@@ -63,7 +63,7 @@ class Forecast:
 
 @dataclass(frozen=True)
 class DiskSpace:
-    """What is free at a place: a file system, or a folder with a quota."""
+    """Free space of a file system, or of a folder with a quota."""
 
     free: int
     place: str
@@ -78,19 +78,19 @@ def forecast(
     merged_bytes: int = 0,
     tokenizer_bytes: int = TOKENIZER_BYTES,
 ) -> Forecast:
-    """Compute what a run will have on the disk.
+    """Compute the disk space that a run needs.
 
     Args:
         optimizer: `trainer.optim`, a name of transformers; an unknown one counts as AdamW.
-        keep: `trainer.save_total_limit`, and one more where the best checkpoint is kept beside the newest.
+        keep: `trainer.save_total_limit`, plus one if the best checkpoint is kept besides the newest.
         width: bytes of a trainable weight, in training and in the files.
-        merged_bytes: of the weights of the merged model, 0 where none is written.
-        tokenizer_bytes: of the tokenizer files, which stand in each of the folders.
+        merged_bytes: of the weights of the merged model, 0 without one.
+        tokenizer_bytes: of the tokenizer files, which are in each of the folders.
     """
     saved = (trained.parameters + trained.repeated) * width + tokenizer_bytes
     return Forecast(
         checkpoint_bytes=saved + optimizer_bytes(optimizer, trained, width) + SMALL_FILES_BYTES,
-        # The rotation never goes below two, and comes after the new one was moved to its name.
+        # Rotation keeps at least two, and happens after the new one has its final name.
         checkpoints=max(keep, 2) + 1,
         adapter_bytes=saved,
         merge_bytes=merged_bytes + tokenizer_bytes if merged_bytes else 0,
@@ -99,79 +99,78 @@ def forecast(
 
 
 def free_bytes(folder: Path) -> int:
-    """Bytes that this user may still write in a folder, which need not exist yet.
+    """Bytes that this user can still write in a folder, which need not exist yet.
 
     Raises:
-        RecipeError: PEFTCLI_QUOTA is set to something else than a folder and a size.
+        RecipeError: PEFTCLI_QUOTA is not a folder and a size.
     """
     return probe_disk_space(folder).free
 
 
 def probe_disk_space(folder: Path) -> DiskSpace:
-    """What is free in a folder: what the file system has left, or less where a quota allows less.
+    """Free space in a folder: that of the file system, or less if a quota applies.
 
     Raises:
-        RecipeError: PEFTCLI_QUOTA is set to something else than a folder and a size.
+        RecipeError: PEFTCLI_QUOTA is not a folder and a size.
     """
     real = Path(os.path.realpath(folder))
-    there = next(path for path in (real, *real.parents) if os.path.exists(path))
-    found = os.statvfs(there)
-    # Some network drives say nothing of their size; then only a failed write tells.
+    existing = next(path for path in (real, *real.parents) if os.path.exists(path))
+    found = os.statvfs(existing)
+    # Some network drives do not report their size; then only a failed write shows that they are full.
     free = found.f_bavail * found.f_frsize if found.f_blocks else sys.maxsize
-    rooms = [DiskSpace(free, f"the disk under {there}")]
+    spaces = [DiskSpace(free, f"the disk under {existing}")]
     for limited, allowed in _quotas():
         if real.is_relative_to(limited):
-            rooms.append(DiskSpace(max(0, allowed - _used(limited)), f"{limited} with its quota of {size(allowed)}"))
-    return min(rooms, key=lambda room: room.free)
+            spaces.append(DiskSpace(max(0, allowed - _used(limited)), f"{limited} with its quota of {size(allowed)}"))
+    return min(spaces, key=lambda space: space.free)
 
 
 def check_disk_space(run: Path, needs: Forecast) -> None:
-    """Refuse a run that its disk cannot hold; checkpoints of it that are there already are counted in.
+    """Refuse a run that does not fit on its disk; its existing checkpoints count as free space.
 
     Args:
-        run: the run folder, as it is when training begins: with --overwrite, cleared.
+        run: the run folder at the start of training (empty with --overwrite).
 
     Raises:
-        MachineError: less is free than the run needs.
-        RecipeError: PEFTCLI_QUOTA is set to something else than a folder and a size.
+        MachineError: the run needs more than is free.
+        RecipeError: PEFTCLI_QUOTA is not a folder and a size.
     """
-    room = probe_disk_space(run)
-    there = min(
+    space = probe_disk_space(run)
+    existing = min(
         sum(_used(folder) for _, folder in list_checkpoints(RunDir(run).checkpoints)),
         needs.checkpoint_bytes * needs.checkpoints,
     )
-    if needs.total - there <= room.free:
+    if needs.total - existing <= space.free:
         return
     raise MachineError(
-        f"{run} needs {size(needs.total - there)} more, and {room.place} has {size(room.free)} left: {_parts(needs)}"
-        + (f", less {size(there)} that is there already" if there else "")
-        + f"\n{_mend(needs)}"
+        f"{run} needs {size(needs.total - existing)} more, but {space.place} has {size(space.free)} left: "
+        f"{_parts(needs)}" + (f", minus {size(existing)} that already exist" if existing else "") + f"\n{_fix(needs)}"
     )
 
 
 def has_space_for_checkpoint(folder: Path, needed: int) -> str | None:
-    """Why the next checkpoint would not fit, or None where it does.
+    """Why the next checkpoint would not fit; None if it does.
 
     Args:
         needed: bytes of one checkpoint.
     """
-    room = probe_disk_space(folder)
-    if needed <= room.free:
+    space = probe_disk_space(folder)
+    if needed <= space.free:
         return None
-    return f"a checkpoint takes {size(needed)}, and {room.place} has {size(room.free)} left"
+    return f"a checkpoint needs {size(needed)}, but {space.place} has {size(space.free)} left"
 
 
 def check_writable(folder: Path) -> None:
-    """Write and remove a small file where a run will write, so that this fails now and not after hours.
+    """Write and remove a small file in the output folder, so that a failure occurs now and not after hours.
 
-    A folder that does not exist yet is not made; its nearest parent takes the file.
+    A folder that does not exist yet is not created; its nearest parent is tested.
 
     Raises:
         MachineError: a file cannot be written there.
     """
-    there = _nearest(folder)
+    parent = _nearest(folder)
     try:
-        with tempfile.NamedTemporaryFile(dir=there, prefix=".peftcli-probe-") as probe:
+        with tempfile.NamedTemporaryFile(dir=parent, prefix=".peftcli-probe-") as probe:
             probe.write(b"\0" * PROBE_BYTES)
             probe.flush()
             os.fsync(probe.fileno())
@@ -180,9 +179,9 @@ def check_writable(folder: Path) -> None:
 
 
 def cannot_write(path: Path, error: OSError) -> MachineError:
-    """The error for a path of the run folder that the system does not let us write."""
+    """The error for a path of the run folder that cannot be written."""
     reason = _REASONS.get(error.errno or 0) or error.strerror or str(error)
-    fix = "free some space there, or name another output_dir" if _is_full(error) else "name another output_dir"
+    fix = "free some space, or set another output_dir" if _is_full(error) else "set another output_dir"
     return MachineError(f"{path} cannot be written: {reason}; {fix}")
 
 
@@ -193,21 +192,21 @@ def _is_full(error: OSError) -> bool:
 def _nearest(folder: Path) -> Path:
     """The folder itself or the nearest parent that exists."""
     path = Path(os.path.abspath(folder))
-    for place in (path, *path.parents):
-        if os.path.islink(place) and not os.path.exists(place):
+    for parent in (path, *path.parents):
+        if os.path.islink(parent) and not os.path.exists(parent):
             raise MachineError(
-                f"{place} is a link to {os.readlink(place)}, which does not exist; make that folder, or name another "
-                "output_dir"
+                f"{parent} is a link to {os.readlink(parent)}, which does not exist; create that folder, or set "
+                "another output_dir"
             )
-        if os.path.exists(place):
+        if os.path.exists(parent):
             break
-    if not os.path.isdir(place):
-        raise MachineError(f"{place} is a file, not a folder; name another output_dir")
-    return place
+    if not os.path.isdir(parent):
+        raise MachineError(f"{parent} is a file, not a folder; set another output_dir")
+    return parent
 
 
 def _quotas() -> list[tuple[Path, int]]:
-    """Folders that may hold only so many bytes."""
+    """Folders with a quota in bytes."""
     found = []
     if "KAGGLE_KERNEL_RUN_TYPE" in os.environ:
         found.append((Path(KAGGLE_QUOTA[0]), KAGGLE_QUOTA[1]))
@@ -223,7 +222,7 @@ def _quotas() -> list[tuple[Path, int]]:
 
 
 def _used(folder: Path) -> int:
-    """Bytes of the files in a folder; links are not followed, and what this user may not see counts nothing."""
+    """Bytes of the files in a folder; links are not followed, and unreadable files do not count."""
     total = 0
     for path, _, names in os.walk(folder):
         for name in names:
@@ -243,10 +242,10 @@ def _parts(needs: Forecast) -> str:
     return ", ".join([*parts, f"{size(needs.reserve_bytes)} for the rest"])
 
 
-def _mend(needs: Forecast) -> str:
+def _fix(needs: Forecast) -> str:
     fixes = ["free some space"]
     if needs.checkpoints > 3:
         fixes.append("lower trainer.save_total_limit")
     if needs.adapter_bytes:
         fixes.append("lower adapter.r")
-    return ", ".join([*fixes, "or name an output_dir on another disk"])
+    return ", ".join([*fixes, "or set an output_dir on another disk"])

@@ -1,11 +1,10 @@
-"""One process at a time trains in a run folder.
+"""Allows only one process at a time to train in a run folder.
 
-The lock is `flock` on a file that names its holder. `filelock`, which guards the cache, cannot replace it. Its native
-lock takes `flock` too, but opens the file with O_TRUNC in 3.13, the oldest version supported, so that whoever is
-refused erases the name of the holder; takes a file system without locks (ENOLCK) for one where the lock is held; leaves
-the file in the folder; and lets a forked worker keep the lock of a killed parent. Its leases (from 3.30) outlive a
-killed process until they expire when that ran in another container, whose process ids cannot be looked up; `flock` ends
-with it.
+The lock is `flock` on a file that names its holder. `filelock`, which guards the cache, is not suitable: its native
+lock uses `flock` too, but opens the file with O_TRUNC in 3.13, the oldest supported version, so that a refused process
+erases the name of the holder; it treats a file system without locks (ENOLCK) like a held lock; it leaves the file in
+the folder; and a forked worker keeps the lock of a killed parent. Its leases (from 3.30) outlive a process that was
+killed in another container, where process ids cannot be checked, until they expire; `flock` ends with the process.
 """
 
 import errno
@@ -27,20 +26,20 @@ from peftcli.train.stop import is_first_process
 
 NAME = ".lock"
 TOUCH_SECONDS = 30.0
-"""Between two signs of life of the process that holds a lock."""
+"""Interval at which the holder of a lock updates its file time."""
 STALE_SECONDS = 150.0
-"""Without a sign of life for so long, a holder on another machine is taken for dead."""
-OTHER = "or name another output_dir"
+"""A holder on another machine that has not updated the file time for so long is considered dead."""
+OTHER = "or set another output_dir"
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
 @dataclass(frozen=True)
 class Holder:
-    """Who trains in a run folder.
+    """The process that trains in a run folder.
 
     Attributes:
-        machine: differs between any two machines, and after a restart of one; containers of one machine share it.
+        machine: unique per machine and boot; containers of one machine share it.
         since: Unix time, seconds.
     """
 
@@ -51,11 +50,11 @@ class Holder:
 
 
 class RunLock:
-    """A run folder that no other process may train in, for as long as the context lasts.
+    """Locks a run folder against other processes, as a context manager.
 
-    The kernel holds the lock and lets go of it when this process ends in whatever way. The file names the holder, and
-    its time is a sign of life, for file systems on which the kernel's locks do not reach from machine to machine. Of
-    several processes of one run only the first locks.
+    The kernel holds the lock and releases it when this process ends in any way. The file names the holder, and its
+    modification time is a heartbeat, for file systems on which kernel locks do not work across machines. Of several
+    processes of one run, only the first takes the lock.
     """
 
     def __init__(self, run: Path) -> None:
@@ -75,16 +74,16 @@ class RunLock:
         self.release()
 
     def close(self) -> None:
-        """Let go of the folder, as `release` does."""
+        """Release the lock, as `release` does."""
         self.release()
 
     def acquire(self) -> None:
-        """Lock the folder, which is made where it is not there.
+        """Lock the folder, and create it if needed.
 
-        A folder that may only be read is not locked: nobody can train in it.
+        A read-only folder is not locked, because nobody can train in it.
 
         Raises:
-            MachineError: another process trains there, or the folder cannot be made.
+            MachineError: another process trains there, or the folder cannot be created.
         """
         if not is_first_process():
             return
@@ -95,24 +94,24 @@ class RunLock:
             self._descriptor = _take(self.path)
         except OSError as error:
             raise cannot_write(self.path, error) from error
-        # A worker process that outlives a killed parent would else keep the lock.
+        # Otherwise a worker process that outlives a killed parent would keep the lock.
         os.register_at_fork(after_in_child=self._forget)
         self._touching = threading.Thread(target=self._touch, args=(self._descriptor,), daemon=True)
         self._touching.start()
 
     def release(self) -> None:
-        """Unlock the folder and remove the file; nothing happens where no lock is held."""
+        """Unlock the folder and remove the file, if it is locked."""
         if self._descriptor is None:
             return
         self._released.set()
         if self._touching is not None:
             self._touching.join()
-        # Removed while it is held: whoever opened the old file meanwhile sees that its name is gone, and opens anew.
+        # Removed while locked: a process that has just opened the old file notices the removal and opens a new one.
         self.path.unlink(missing_ok=True)
         os.close(self._descriptor)
         self._descriptor = None
         if self._made_folder:
-            with suppress(OSError):  # not empty: a run is in it
+            with suppress(OSError):  # not empty: it contains a run
                 self.path.parent.rmdir()
 
     def _make_folder(self) -> None:
@@ -130,32 +129,32 @@ class RunLock:
 
     def _touch(self, descriptor: int) -> None:
         while not self._released.wait(TOUCH_SECONDS):
-            with suppress(OSError):  # a network drive that is away for a while; the next touch may reach it
+            with suppress(OSError):  # a network drive may be unavailable for a while
                 os.utime(descriptor)
 
 
 def _take(path: Path) -> int:
-    """Lock the file of a path for this process and write who holds it.
+    """Lock a file for this process and write the holder into it.
 
     Returns:
-        The open file's descriptor; closing it unlocks.
+        The descriptor of the open file; closing it unlocks the file.
     """
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
-            reaches = _lock(descriptor, path)
+            locked = _lock(descriptor, path)
             if _is_at(descriptor, path):
-                _refuse_living(descriptor, path, reaches)
+                _refuse_living(descriptor, path, locked)
                 _write_holder(descriptor)
                 return descriptor
         except BaseException:
             os.close(descriptor)
             raise
-        os.close(descriptor)  # its holder let go and removed it between our two calls
+        os.close(descriptor)  # the holder released and removed it in between
 
 
 def _lock(descriptor: int, path: Path) -> bool:
-    """Ask the kernel for the lock; False where the file system knows no locks."""
+    """Request the lock from the kernel; False if the file system does not support locks."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -167,16 +166,16 @@ def _lock(descriptor: int, path: Path) -> bool:
     return True
 
 
-def _refuse_living(descriptor: int, path: Path, reaches: bool) -> None:
-    """Refuse a file that a process wrote whom the kernel's lock may not reach, and that was touched lately."""
+def _refuse_living(descriptor: int, path: Path, locked: bool) -> None:
+    """Refuse a recently touched file whose holder may be out of reach of the kernel's lock."""
     holder = _read_holder(descriptor)
-    if holder is None or (reaches and holder.machine == _machine()):
+    if holder is None or (locked and holder.machine == _machine()):
         return
     silent = _now_at(path.parent) - os.fstat(descriptor).st_mtime
     if silent < STALE_SECONDS:
         raise MachineError(
-            f"{_being_trained(path, holder)}, with a sign of life {max(0, silent):.0f} s ago; stop it, {OTHER}\n"
-            f"if that process is gone for certain, remove {path}, or wait {STALE_SECONDS - silent:.0f} s"
+            f"{_being_trained(path, holder)}, last seen {max(0, silent):.0f} s ago; stop it, {OTHER}\n"
+            f"if that process is certainly gone, remove {path}, or wait {STALE_SECONDS - silent:.0f} s"
         )
 
 
@@ -197,7 +196,7 @@ def _write_holder(descriptor: int) -> None:
 
 
 def _read_holder(descriptor: int) -> Holder | None:
-    """Who wrote the file, None where it is empty or torn."""
+    """The holder written in the file; None if it is empty or incomplete."""
     try:
         return Holder(**json.loads(os.pread(descriptor, 65536, 0)))
     except (ValueError, TypeError):
@@ -212,7 +211,7 @@ def _is_at(descriptor: int, path: Path) -> bool:
 
 
 def _now_at(folder: Path) -> float:
-    """The time by the clock that stamps the files of a folder, which may be another machine's."""
+    """The current time by the clock of the folder's file system, which may be another machine's."""
     with tempfile.TemporaryFile(dir=folder) as probe:
         return os.fstat(probe.fileno()).st_mtime
 

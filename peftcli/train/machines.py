@@ -1,4 +1,4 @@
-"""A training on several machines, which need not share a disk: what is sent, what must be alike, who works first."""
+"""Training on several machines without a shared disk: file transfer and consistency checks."""
 
 import hashlib
 import shutil
@@ -19,12 +19,12 @@ CHUNK_BYTES = 64 * 2**20
 
 
 def on_this_machine(folder: Path, received: Path) -> Path:
-    """Where a folder of the first process can be read by this one: at its own place, or in a copy that is sent.
+    """A path at which this process can read a folder of the first process: the folder itself, or a copy sent here.
 
-    All processes must ask at the same time. A machine whose disk has the same files under that name gets no copy.
+    All processes must call this together. A machine that already has the same files at that path gets no copy.
 
     Args:
-        received: where a copy is kept; the caller removes it in the end.
+        received: parent folder of the copy; the caller removes it at the end.
     """
     rank, count = rank_and_world_size()
     if count == 1:
@@ -34,17 +34,17 @@ def on_this_machine(folder: Path, received: Path) -> Path:
     copy = received / identity / folder.name
     receives = False
     if rank and is_first_of_machine():
-        shutil.rmtree(copy, ignore_errors=True)  # half of one that was being sent to a killed process
+        shutil.rmtree(copy, ignore_errors=True)  # an incomplete copy of a killed process
         receives = _hashes(folder) != files
     if any(gather(receives)):
         for name in sorted(files):
             _send(folder / name, copy / name if receives else None)
-    gather(None)  # the copy is whole before another process of its machine looks for it
+    gather(None)  # the copy is complete before other processes of its machine use it
     return copy if rank and copy.is_dir() else folder
 
 
 def _hashes(folder: Path) -> dict[str, str]:
-    """SHA-256 of each file of a folder by its name, empty where there is no such folder."""
+    """SHA-256 of each file of a folder by its name; empty if the folder does not exist."""
     found = {}
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         with file.open("rb") as stream:
@@ -53,19 +53,19 @@ def _hashes(folder: Path) -> dict[str, str]:
 
 
 def _send(source: Path, target: Path | None) -> None:
-    """Read a file in the first process and hand it to all, piece by piece; those with a target write it."""
+    """Read a file in the first process and broadcast it in chunks; processes with a target write it."""
     stream = source.open("rb") if rank_and_world_size()[0] == 0 else None
     if target is not None:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.unlink(missing_ok=True)
     try:
         while True:
-            piece = [stream.read(CHUNK_BYTES) if stream is not None else b""]
-            dist.broadcast_object_list(piece, src=0)
+            chunk = [stream.read(CHUNK_BYTES) if stream is not None else b""]
+            dist.broadcast_object_list(chunk, src=0)
             if target is not None:
                 with target.open("ab") as file:
-                    file.write(piece[0])
-            if not piece[0]:
+                    file.write(chunk[0])
+            if not chunk[0]:
                 return
     finally:
         if stream is not None:
@@ -73,23 +73,23 @@ def _send(source: Path, target: Path | None) -> None:
 
 
 def what_must_be_alike(plan: Plan, stamp: Mapping[str, Any]) -> dict[str, Any]:
-    """What every process of a training must have the same of: the rows, the base, the libraries, how it is computed."""
+    """What must be the same in all processes: rows, base, versions, and decisions that affect the computation."""
     decided = {one.key: one.value for one in plan.decisions if one.key in DECIDED}
     work = {"performance": sorted(plan.optimizations), "performance.batching": plan.batching.kind}
-    if plan.shards > 1:  # blocks that are computed twice are gathered twice, by all processes
+    if plan.shards > 1:  # checkpointed blocks are gathered twice, by all processes
         work["trainer.activation_checkpointing"] = str(plan.checkpointed_blocks)
     return {**stamp, **decided, **work}
 
 
 def check_alike(facts: Mapping[str, Any], allowed: Collection[str]) -> None:
-    """Compare what the processes are about to train with and on.
+    """Check that all processes train with the same data, base, versions and decisions.
 
     Args:
         facts: of this process, by key.
-        allowed: keys, or their first parts such as `versions`, that `--force` names.
+        allowed: keys, or their prefixes such as `versions`, passed with `--force`.
 
     Raises:
-        MachineError: in every process, where one of them has something else than the first.
+        MachineError: in every process, if one of them differs from the first.
     """
     first, *others = gather(dict(facts))
     for rank, other in enumerate(others, start=1):
@@ -100,8 +100,8 @@ def check_alike(facts: Mapping[str, Any], allowed: Collection[str]) -> None:
         ]
         if differs:
             raise MachineError(
-                "the processes of this training would not train the same:\n"
+                "the processes of this training differ:\n"
                 + "\n".join(differs)
-                + "\ngive every machine the same data files, model files and package versions, and name in the recipe "
-                "what machines of different kinds decide differently (model.dtype, model.attention)"
+                + "\ngive every machine the same data files, model files and package versions, and set keys in the "
+                "recipe that different machines decide differently (model.dtype, model.attention)"
             )

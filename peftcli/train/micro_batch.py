@@ -1,7 +1,7 @@
 """Splits the rows of an optimizer step into micro-batches that fit, with the same loss.
 
-The loss of a micro-batch is its part of the sum over all trained tokens of the step, so they add up to the same loss
-and gradient however the step is split: the loader's padded batches, parts of them, or padding-free batches.
+The loss of a micro-batch is its part of the sum over all trained tokens of the step, so the parts add up to the same
+loss and gradient however the step is split: into the loader's padded batches, parts of them, or padding-free batches.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,20 +18,20 @@ from peftcli.model.padding_free import SequenceLayout, use_layout
 
 Inputs: TypeAlias = dict[str, Any]
 FLATTEN_BELOW = 0.95
-"""Flat lines are made where the real tokens are at most this share of the padded ones; else they would gain nothing."""
+"""Batches are padding-free if the real tokens are at most this share of the padded ones; otherwise it gains nothing."""
 
 
 class MicroBatches:
-    """Runs optimizer steps piece by piece, in smaller pieces once memory has run out.
+    """Runs optimizer steps in micro-batches, and in smaller ones after running out of memory.
 
-    When memory runs out in the middle of a step, what the step has added to the gradients cannot be trusted: they are
-    cleared, and the step begins anew with pieces of half the size.
+    When memory runs out during a step, the gradients accumulated so far cannot be trusted: they are cleared, and the
+    step restarts with micro-batches of half the size.
 
     Attributes:
-        shrunk: how often the pieces were halved, at most three times.
-        events: (step, pieces from then on, about) of each time that memory ran out.
-        real, padded: tokens of the rows so far, and those that the loader's micro-batches would have fed.
-        count: pieces of the step at hand.
+        oom_retries: how often the size was halved, at most three times.
+        events: (step, approximate number of micro-batches from then on) each time memory ran out.
+        real, padded: tokens of the rows so far, and of the loader's padded micro-batches.
+        count: number of micro-batches of the current step.
     """
 
     def __init__(
@@ -44,10 +44,10 @@ class MicroBatches:
     ) -> None:
         """
         Args:
-            tokens: of a flat piece at most; None for the loader's padded micro-batches.
-            most: tokens of a padded piece at most, a single longer row aside; None for whole micro-batches.
-            boundaries: give the model the boundaries of the rows of a flat piece as arguments.
-            agree: gathers a number from all processes, which must run equally many pieces; None for a single one.
+            tokens: maximum tokens of a padding-free micro-batch; None for the loader's padded micro-batches.
+            most: maximum tokens of a padded micro-batch, except for a single longer row; None to not split them.
+            boundaries: pass the row boundaries of a padding-free micro-batch to the model as arguments.
+            agree: gathers a number from all processes, which must run equally many micro-batches; None for one process.
         """
         self.oom_retries = 0
         self.events: list[tuple[int, int]] = []
@@ -60,8 +60,8 @@ class MicroBatches:
         self._largest = 0
 
     @property
-    def lines(self) -> bool:
-        """Whether steps are run as flat lines where that is worth it."""
+    def padding_free(self) -> bool:
+        """Whether steps run as padding-free batches if it is worthwhile."""
         return self._tokens is not None
 
     def run(
@@ -72,36 +72,36 @@ class MicroBatches:
         apart: Callable[[], AbstractContextManager[Any]],
         step: int,
     ) -> Tensor:
-        """The loss of a step, its gradients added.
+        """Run a step and add its gradients; returns its loss.
 
         Args:
             batches: the loader's micro-batches of the step.
-            one: forward and backward of one piece.
-            restart: clears what the step has added to gradients and counters.
-            apart: context for all pieces but the last, in which processes do not exchange gradients.
+            one: forward and backward pass of one micro-batch.
+            restart: clears the gradients and counters of the step.
+            apart: context for all micro-batches except the last, in which processes do not exchange gradients.
             step: number of the step, for messages.
 
         Raises:
-            MemoryExhausted: the pieces cannot be made smaller.
+            MemoryExhausted: the micro-batches cannot be made smaller.
         """
-        lined = self._tokens is not None and all("attention_mask" in batch for batch in batches)
-        rows = [row for batch in batches for row in unpad_rows(batch)] if lined else []
+        has_masks = self._tokens is not None and all("attention_mask" in batch for batch in batches)
+        rows = [row for batch in batches for row in unpad_rows(batch)] if has_masks else []
         lengths = [len(row["input_ids"]) for row in rows]
         padded = sum(batch["input_ids"].numel() for batch in batches)
-        self.real, self.padded = self.real + (sum(lengths) if lined else padded), self.padded + padded
-        flat = lined and sum(lengths) <= FLATTEN_BELOW * padded
+        self.real, self.padded = self.real + (sum(lengths) if has_masks else padded), self.padded + padded
+        flat = has_masks and sum(lengths) <= FLATTEN_BELOW * padded
         if self._agree is not None:
             flat = all(self._agree(int(flat)))
         while True:
-            said = None
+            message = ""
             try:
-                return self._run(self._flat(rows, lengths) if flat else self._cut(batches), one, apart)
+                return self._run(self._flatten(rows, lengths) if flat else self._split(batches), one, apart)
             except (RuntimeError, MemoryError) as problem:
                 if not is_out_of_memory(problem):
                     raise
-                said = str(problem)
-            # Outside the handler, which keeps the tensors of the failed attempt alive.
-            self._shrink(said, step, batches)
+                message = str(problem)
+            # Outside the except block, which keeps the tensors of the failed attempt alive.
+            self._shrink(message, step, batches)
             restart()
 
     def _run(
@@ -119,34 +119,32 @@ class MicroBatches:
             self._largest = max(self._largest, piece["input_ids"].numel())
         return torch.stack(losses).sum()
 
-    def _cut(self, batches: Sequence[Inputs]) -> list[tuple[Inputs, SequenceLayout | None]]:
-        wanted = 1
+    def _split(self, batches: Sequence[Inputs]) -> list[tuple[Inputs, SequenceLayout | None]]:
+        parts = 1
         if self._most is not None:
-            wanted = max(_padded_parts(batch["input_ids"], self._most) for batch in batches)
+            parts = max(_padded_parts(batch["input_ids"], self._most) for batch in batches)
             if self._agree is not None:
-                wanted = max(self._agree(wanted))
-        return [(piece, None) for batch in batches for piece in split_batch(batch, wanted * 2**self.oom_retries)]
+                parts = max(self._agree(parts))
+        return [(piece, None) for batch in batches for piece in split_batch(batch, parts * 2**self.oom_retries)]
 
-    def _flat(self, rows: Sequence[Inputs], lengths: Sequence[int]) -> list[tuple[Inputs, SequenceLayout]]:
-        assert self._tokens is not None  # asked for flat pieces
-        wanted = parts_that_fit(lengths, max(1, self._tokens // 2**self.oom_retries))
+    def _flatten(self, rows: Sequence[Inputs], lengths: Sequence[int]) -> list[tuple[Inputs, SequenceLayout | None]]:
+        assert self._tokens is not None  # needed for padding-free batches
+        parts = parts_that_fit(lengths, max(1, self._tokens // 2**self.oom_retries))
         if self._agree is not None:
-            wanted = max(self._agree(wanted))
-        pieces = [flatten_rows(rows[part]) for part in split_evenly(lengths, wanted)]
-        if not self._boundaries:
-            return pieces
-        return [(inputs | layout.boundaries(), layout) for inputs, layout in pieces]
+            parts = max(self._agree(parts))
+        flat = [flatten_rows(rows[part]) for part in split_evenly(lengths, parts)]
+        return [(inputs | layout.boundaries() if self._boundaries else inputs, layout) for inputs, layout in flat]
 
-    def _shrink(self, said: str, step: int, batches: Sequence[Inputs]) -> None:
+    def _shrink(self, message: str, step: int, batches: Sequence[Inputs]) -> None:
         rows = sum(batch["input_ids"].shape[0] for batch in batches)
         if self._agree is not None or self.count >= rows or self.oom_retries >= MOST_HALVINGS:
-            why = "" if self._agree is None else " (several processes cannot make them smaller on their own)"
-            fitted = f"; {self._largest} tokens at once did fit" if self._largest else ""
+            why = "" if self._agree is None else " (with several processes, they cannot be split further)"
+            fitted = f"; {self._largest} tokens at once fitted" if self._largest else ""
             raise MemoryExhausted(
-                f"step {step}: its {rows} rows in {self.count} pieces do not fit into "
-                f"{memory_said(batches[0]['input_ids'].device)}{why}{fitted} ({said.splitlines()[0][:120]}); lower "
-                "dataset.max_length, set trainer.activation_checkpointing: true, or quantization: {bits: 4} where the "
-                "base is wider"
+                f"step {step}: its {rows} rows in {self.count} micro-batches do not fit in "
+                f"{memory_said(batches[0]['input_ids'].device)}{why}{fitted} ({message.splitlines()[0][:120]}); lower "
+                "dataset.max_length, set trainer.activation_checkpointing: true, or quantization: {bits: 4} if the "
+                "base is not quantized"
             )
         self.oom_retries += 1
         self.events.append((step, 2 * self.count))
@@ -154,7 +152,7 @@ class MicroBatches:
 
 
 def count_tokens(piece: Mapping[str, Any]) -> Tensor:
-    """Tokens of a piece that are no padding: (), int64."""
+    """Tokens of a micro-batch without padding: (), int64."""
     mask: Tensor | None = piece.get("attention_mask")
     if mask is None:
         return torch.full((), piece["input_ids"].numel(), device=piece["input_ids"].device)
@@ -167,34 +165,34 @@ def first_rows(inputs: Mapping[str, Any], count: int) -> Inputs:
 
 
 def unpad_rows(batch: Mapping[str, Any]) -> Iterator[Inputs]:
-    """The rows of a padded micro-batch without their padding: `input_ids` and `labels`, (length,) each."""
+    """The rows of a padded micro-batch without padding: `input_ids` and `labels`, (length,) each."""
     mask = batch["attention_mask"]
-    # One transfer for all rows: a boolean index makes the device wait for each.
+    # One transfer for all rows: a boolean index would synchronize with the device for each.
     spans = torch.stack([mask.argmax(1), mask.sum(1)], 1).tolist()
     for ids, labels, (begin, length) in zip(batch["input_ids"], batch["labels"], spans, strict=True):
         yield {"input_ids": ids[begin : begin + length], "labels": labels[begin : begin + length]}
 
 
 def flatten_rows(rows: Sequence[Inputs]) -> tuple[Inputs, SequenceLayout]:
-    """Rows behind one another: inputs of shape (1, tokens), and how attention keeps the rows apart."""
+    """Concatenate rows: inputs of shape (1, tokens), and the layout with which attention separates the rows."""
     lengths = [len(row["input_ids"]) for row in rows]
     labels = []
     for row in rows:
         own = row["labels"].clone()
-        own[0] = IGNORED  # nothing before it predicts it, least of all the row before
+        own[0] = IGNORED  # it must not be predicted from the previous row
         labels.append(own)
-    places = torch.cat([torch.arange(length) for length in lengths])
+    positions = torch.cat([torch.arange(length) for length in lengths])
     ids = torch.cat([row["input_ids"] for row in rows])
     inputs = {
         "input_ids": ids[None],
         "labels": torch.cat(labels)[None],
-        "position_ids": places.to(ids.device, non_blocking=True)[None],
+        "position_ids": positions.to(ids.device, non_blocking=True)[None],
     }
     return inputs, SequenceLayout(tuple(lengths), ids.device)
 
 
 def parts_that_fit(lengths: Sequence[int], most: int) -> int:
-    """Smallest number of even parts of which none has more than `most` tokens, single longer rows aside.
+    """Smallest number of even parts with at most `most` tokens each, except for single longer rows.
 
     >>> parts_that_fit([5, 5, 5, 9], 14), parts_that_fit([3, 3, 3], 100), parts_that_fit([50, 1], 10)
     (2, 1, 2)
@@ -208,7 +206,7 @@ def parts_that_fit(lengths: Sequence[int], most: int) -> int:
 
 
 def split_evenly(lengths: Sequence[int], parts: int) -> list[slice]:
-    """Cut rows into parts of about equally many tokens, in order, each with at least one row.
+    """Split rows into parts of about equally many tokens, in order, each with at least one row.
 
     >>> split_evenly([5, 5, 5, 9], 2)
     [slice(0, 2, None), slice(2, 4, None)]
@@ -218,7 +216,7 @@ def split_evenly(lengths: Sequence[int], parts: int) -> list[slice]:
     for number in range(parts):
         end = begin
         share = total * (number + 1) / parts
-        # The row that reaches over the edge goes where the larger part of it lies; later parts keep a row each.
+        # A row that crosses a boundary goes to the part with more of it; later parts get at least one row each.
         while end < len(lengths) - (parts - number - 1) and (end == begin or done + lengths[end] / 2 <= share):
             done += lengths[end]
             end += 1
@@ -228,12 +226,12 @@ def split_evenly(lengths: Sequence[int], parts: int) -> list[slice]:
 
 
 def _padded_parts(ids: Tensor, most: int) -> int:
-    """Parts of a padded micro-batch, (rows, length), of which none has more tokens than `most`, single rows aside."""
+    """Number of parts of a padded micro-batch, (rows, length), with at most `most` tokens each, except single rows."""
     return -(-ids.shape[0] // max(1, most // ids.shape[-1]))
 
 
 def split_batch(inputs: Mapping[str, Any], pieces: int) -> list[Inputs]:
-    """The rows of a micro-batch in parts of about equal size, each without the padding that all its rows share.
+    """Split the rows of a micro-batch into parts of about equal size, and remove padding common to all rows of a part.
 
     >>> ids, mask = torch.tensor([[5, 6, 7], [8, 0, 0]]), torch.tensor([[1, 1, 1], [1, 0, 0]])
     >>> [part["input_ids"].tolist() for part in split_batch({"input_ids": ids, "attention_mask": mask}, 2)]
@@ -262,7 +260,7 @@ def _trimmed(inputs: Inputs) -> Inputs:
     width = mask.shape[1]
 
     def part(value: Any) -> Any:
-        # Numbers with decimals are labels of whole rows, whose count may be that of the tokens by chance.
+        # Float tensors are labels of whole rows, whose number may equal the number of tokens by chance.
         of_tokens = torch.is_tensor(value) and value.dim() == 2 and not value.is_floating_point()
         return value[:, span] if of_tokens and value.shape[1] == width else value
 

@@ -1,4 +1,4 @@
-"""Selects modules by gradient on a few training rows, after the weights are loaded and before the adapter is added."""
+"""Selects modules by gradient on a few training rows, after loading the weights and before adding the adapter."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
@@ -31,15 +31,15 @@ Inputs = Mapping[str, Tensor]
 def select_modules(
     plan: Plan, run: RunDir, data: PreparedData, tokenizer: PreTrainedTokenizerBase, model: Any, *, resuming: bool
 ) -> tuple[Plan, str | None]:
-    """The plan with what the gradient has chosen in it, and a line that says so; as it was where nothing is to choose.
+    """The plan with the selected modules, and a note about them; unchanged if nothing is to be selected.
 
     Args:
-        model: the loaded base, without an adapter.
-        resuming: the choice was made in an earlier session of the run.
+        model: the loaded base without adapter.
+        resuming: the selection was made in an earlier session of the run.
 
     Raises:
-        RecipeError: not one module fits the budget.
-        MachineError: the choice of the earlier session is gone.
+        RecipeError: no module fits the budget.
+        MachineError: the selection of the earlier session is missing.
         Diverged: a gradient is not finite.
     """
     if plan.choice is None:
@@ -57,14 +57,16 @@ def select_modules(
 
 
 def _earlier(run: RunDir) -> Selection:
-    """The choice that an earlier session has made."""
+    """The selection of an earlier session."""
     if not run.selection.is_file():
-        raise MachineError(f"{run.selection}: gone, so it is not known what this run trains; train it anew")
+        raise MachineError(
+            f"{run.selection}: missing, so the trained modules of this run are unknown; train it again with --overwrite"
+        )
     return Selection.from_json(read_json(run.selection))
 
 
 def _select(plan: Plan, data: PreparedData, tokenizer: PreTrainedTokenizerBase, model: Any) -> Selection:
-    assert plan.choice is not None  # asked for by the caller
+    assert plan.choice is not None  # checked by the caller
     choice, adapter = plan.choice, plan.adapter
     widths = _candidates(plan, model)
     rows = sample_rows(plan, len(data.train.rows), choice.batches)
@@ -83,7 +85,7 @@ def _select(plan: Plan, data: PreparedData, tokenizer: PreTrainedTokenizerBase, 
 
 
 def _candidates(plan: Plan, model: Any) -> dict[str, tuple[int, int]]:
-    """Inputs and outputs of each linear layer that may be chosen, in the order of the model."""
+    """Inputs and outputs of each candidate linear layer, in the order of the model."""
     targets = plan.adapter.target_modules
     output = end_name(model, "output")
     widths = {
@@ -98,18 +100,18 @@ def _candidates(plan: Plan, model: Any) -> dict[str, tuple[int, int]]:
 
 
 def _saved_whole(plan: Plan, model: Any) -> int:
-    """Parameters of the modules that are trained whole beside the adapter."""
+    """Parameters of the modules that are fully trained besides the adapter."""
     saved = plan.adapter.modules_to_save or ()
     names = [name for name, _ in model.named_modules() if any(matches(name, one) for one in saved)]
     return sum(weight.numel() for name in names for weight in model.get_submodule(name).parameters())
 
 
 def sample_rows(plan: Plan, count: int, batches: int) -> list[list[int]]:
-    """Numbers of training rows for each batch, drawn by the seed of the recipe.
+    """Indices of training rows for each batch, drawn with the seed of the recipe.
 
     Args:
-        count: of all training rows.
-        batches: at most.
+        count: number of training rows.
+        batches: maximum number of batches.
     """
     order = np.random.default_rng(plan.seed).permutation(count)
     size = plan.batch.per_device
@@ -117,21 +119,21 @@ def sample_rows(plan: Plan, count: int, batches: int) -> list[list[int]]:
 
 
 ReadRows: TypeAlias = Callable[[Sequence[int]], Inputs]
-"""Numbers of training rows to a batch on the model's device."""
+"""From indices of training rows to a batch on the model's device."""
 BatchLoss: TypeAlias = Callable[[Any, Inputs], Tensor]
-"""A model and a batch to its mean loss: (), float."""
+"""From a model and a batch to the mean loss: (), float."""
 
 
 def text_batches(
     plan: Plan, data: PreparedData, tokenizer: PreTrainedTokenizerBase, model: Any
 ) -> tuple[ReadRows, BatchLoss]:
-    """Batches of a language model, and their loss.
+    """Returns functions for the batches of a language model and for their loss.
 
     Args:
-        model: the base, alone or with an adapter that changes nothing yet.
+        model: the base, with or without an adapter that does not change its output yet.
     """
     read, pad = _reader(data, "input_ids"), tokenizer.pad_token_id or 0
-    return (lambda rows: _on(model, filled(**read(rows), pad=pad))), (lambda one, batch: one(**batch).loss)
+    return (lambda rows: _on(model, pad_batch(**read(rows), pad=pad))), (lambda one, batch: one(**batch).loss)
 
 
 def label_batches(
@@ -141,7 +143,7 @@ def label_batches(
     head = task_head(plan.base.labels, plan.base.problem_type, model, tokenizer)
     read = _reader(data, head.column)
 
-    def labelled(rows: Sequence[int]) -> Inputs:
+    def read_batch(rows: Sequence[int]) -> Inputs:
         found = read(rows)
         return _on(model, make_batch(found[head.column], found["labels"], head))
 
@@ -149,7 +151,7 @@ def label_batches(
         losses = head.losses(forward(one, dict(batch)), batch["labels"])
         return losses.sum() / head.targets(batch["labels"]).clamp(min=1)
 
-    return labelled, loss
+    return read_batch, loss
 
 
 def _reader(data: PreparedData, column: str) -> Callable[[Sequence[int]], dict[str, list[Any]]]:
@@ -162,10 +164,10 @@ def _reader(data: PreparedData, column: str) -> Callable[[Sequence[int]], dict[s
     return read
 
 
-def filled(input_ids: Sequence[Sequence[int]], labels: Sequence[Sequence[int]], pad: int) -> dict[str, Tensor]:
-    """Rows filled up at their end.
+def pad_batch(input_ids: Sequence[Sequence[int]], labels: Sequence[Sequence[int]], pad: int) -> dict[str, Tensor]:
+    """Pad rows on the right.
 
-    >>> filled([[5, 6], [7]], [[-100, 6], [7]], 0)["labels"].tolist()
+    >>> pad_batch([[5, 6], [7]], [[-100, 6], [7]], 0)["labels"].tolist()
     [[-100, 6], [7, -100]]
     """
     longest = max(len(row) for row in input_ids)

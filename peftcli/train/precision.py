@@ -1,4 +1,4 @@
-"""The precision of trainable weights: float32 in training, the base's dtype when they are saved."""
+"""The precision of trainable weights: float32 in training, the base's dtype when saved."""
 
 import torch
 from peft.utils import ModulesToSaveWrapper
@@ -8,13 +8,13 @@ from peftcli.adapters.quantized import is_quantized
 
 
 def upcast_trainable(model: torch.nn.Module, dtype: str) -> None:
-    """Give the trained weights the dtype that a plan says.
+    """Set the trained weights to the dtype of the plan.
 
-    TRL makes those over a quantized base bfloat16, for which float16 has no scaler, and which would round copies of
-    the base before the first step.
+    TRL makes those on a quantized base bfloat16, which the gradient scaler of float16 does not support, and which would
+    round copies of the base before the first step.
 
     Args:
-        model: just wrapped, not yet trained.
+        model: wrapped and not yet trained.
     """
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -29,13 +29,13 @@ def upcast_trainable(model: torch.nn.Module, dtype: str) -> None:
 
 
 def free_trained_base(model: torch.nn.Module) -> None:
-    """Give back the memory of the base's weights that trained copies stand for.
+    """Free the memory of base weights that have trained copies.
 
-    They are of no use while the copies are trained, and as large as the copies or half as large. The base can no
-    longer be had by switching the adapter off.
+    They are not needed while the copies are trained, and are half as large as the copies or more. Afterwards, disabling
+    the adapter no longer gives the base.
 
     Args:
-        model: whose base was measured already.
+        model: its baseline must have been evaluated already.
     """
     for module in model.modules():
         if isinstance(module, WholeLayer):
@@ -45,9 +45,9 @@ def free_trained_base(model: torch.nn.Module) -> None:
 
 
 def downcast_saved_modules(model: torch.nn.Module, dtype: str) -> None:
-    """Give modules that were trained whole the dtype of the base again, as loading the adapter does.
+    """Cast fully trained modules back to the dtype of the base, as loading the adapter does.
 
-    They are trained in float32 under autocast; the evaluation runs without it, and PEFT does not cast their inputs.
+    They are trained in float32 under autocast, but evaluation runs without it, and PEFT does not cast their inputs.
     """
     for module in model.modules():
         if isinstance(module, ModulesToSaveWrapper):

@@ -1,6 +1,6 @@
-"""Decides whether a run folder is new, can be resumed, is finished, or belongs to something else.
+"""Decides whether a run folder is new, can be resumed, is finished, or belongs to another run.
 
-A checkpoint records its data, base model and library versions, and a resume with others is refused.
+A checkpoint records its data, base model and library versions, and resuming with others is refused.
 """
 
 import json
@@ -33,10 +33,10 @@ HARMLESS = (
     "performance.sharding",
     "performance.disable",
 )
-"""Keys that change nothing of what is trained."""
+"""Keys that do not affect the training result."""
 SHARES = ("trainer.per_device_train_batch_size", "trainer.gradient_accumulation_steps")
-"""Keys that say how the rows of a step are shared out; they may change where their number stays."""
-HELD = frozenset(
+"""Keys that split the batch of a step; they may change if the batch size stays the same."""
+STORED = frozenset(
     [
         "model.name",
         "adapter.method",
@@ -55,21 +55,21 @@ HELD = frozenset(
         "trainer.adam_epsilon",
     ]
 )
-"""Keys whose value is loaded with the adapter, the optimizer or the schedule: a new one would be ignored in silence."""
+"""Keys whose values are loaded with the adapter, optimizer or scheduler: a new value would be silently ignored."""
 
 VERSIONED = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate")
-"""Libraries that a training step goes through."""
+"""Libraries that affect a training step."""
 
 
 @dataclass(frozen=True)
 class OpenedRun:
-    """How a run begins.
+    """How a run starts.
 
     Attributes:
-        finished: all is done already, and there is nothing to do.
-        resume_from: a verified checkpoint to go on from.
-        trained: training is over, and only the evaluation is missing.
-        stamp: what the run was made from, as its checkpoint or its training says; empty for a new run.
+        finished: the run is complete, and there is nothing to do.
+        resume_from: a verified checkpoint to resume from.
+        trained: training is complete, and only the evaluation is missing.
+        stamp: the fingerprint stored with the checkpoint or the finished training; empty for a new run.
         notes: for the user.
     """
 
@@ -81,78 +81,78 @@ class OpenedRun:
 
 
 def open_run(run: RunDir, recipe: Recipe, *, overwrite: bool, resume: bool, allowed: Collection[str] = ()) -> OpenedRun:
-    """Look at the run folder and make it ready.
+    """Inspect the run folder and prepare it.
 
     Args:
-        overwrite: remove the run that is there first.
-        resume: fail where there is nothing to go on from.
-        allowed: keys of the recipe that may differ from the run's.
+        overwrite: remove the existing run first.
+        resume: fail if there is nothing to resume.
+        allowed: recipe keys that may differ from the run's.
 
     Raises:
-        RecipeError: the folder holds another run or foreign files, or there is nothing to resume.
+        RecipeError: the folder contains another run or other files, or there is nothing to resume.
     """
     if run.path.exists() and not run.path.is_dir():
-        raise RecipeError(f"{run.path} is a file; name another output_dir")
+        raise RecipeError(f"{run.path} is a file; set another output_dir")
     if run.path.is_dir():
         run.remove_torn()
     replaced = overwrite and run.recipe.is_file()
     if replaced:
         clear(run)
     if not run.recipe.is_file():
-        # What the user put into a run of ours may stay there; a folder without one is nothing to write into.
-        # Where this was a further machine of a training before, there is the log of its libraries.
+        # Files that the user added to a run may stay; a folder with files but without a run is refused.
+        # A further machine of an earlier training has only the log of the libraries.
         ours = (LOCK, run.library_log.name, run.received.name)
-        foreign = [path.name for path in run.path.iterdir() if path.name not in ours] if run.path.is_dir() else []
-        if foreign and not replaced:
+        other = [path.name for path in run.path.iterdir() if path.name not in ours] if run.path.is_dir() else []
+        if other and not replaced:
             raise RecipeError(
-                f"{run.path} holds files that are no run of ours ({', '.join(sorted(foreign)[:3])}); "
-                "name another output_dir"
+                f"{run.path} contains files that are not a peftcli run ({', '.join(sorted(other)[:3])}); "
+                "set another output_dir"
             )
         if resume:
-            raise RecipeError(f"{run.path}: there is no run to resume; leave --resume out")
+            raise RecipeError(f"{run.path}: there is no run to resume; remove --resume")
         return OpenedRun(False, None, ())
     if not _has_trained(run):
-        # A start that failed before its first checkpoint holds nothing that another recipe could spoil.
+        # A run that failed before its first checkpoint has nothing that another recipe could conflict with.
         run.log.unlink(missing_ok=True)
-        return OpenedRun(False, None, (f"{run.path}: no checkpoint to go on from, so training starts at step 0",))
+        return OpenedRun(False, None, (f"{run.path}: no checkpoint to resume from, so training starts at step 0",))
     changed = [line for line in changes(run, recipe) if not is_allowed(line.split(":")[0], allowed)]
     status = status_of(run)
-    held = [line for line in changes(run, recipe) if _is_held(line.split(":")[0])]
-    if held and status != "finished":
+    stored = [line for line in changes(run, recipe) if _is_stored(line.split(":")[0])]
+    if stored and status != "finished":
         raise RecipeError(
-            f"{run.path}: its checkpoints hold these, so they cannot change in a run that goes on:\n"
-            + "\n".join(f"  {line}" for line in held)
-            + "\nput them back, name another output_dir, or pass --overwrite to begin anew"
+            f"{run.path}: these keys are stored in its checkpoints, so they cannot change when it resumes:\n"
+            + "\n".join(f"  {line}" for line in stored)
+            + "\nrestore them, set another output_dir, or pass --overwrite to start over"
         )
     if changed:
         state = "a finished run" if status == "finished" else "a run"
         raise RecipeError(
-            f"{run.path} already holds {state} of another recipe:\n"
+            f"{run.path} already contains {state} of another recipe:\n"
             + "\n".join(f"  {line}" for line in changed)
-            + "\nname another output_dir, pass --overwrite to remove that run, or --force KEY to go on with the change"
+            + "\nset another output_dir, pass --overwrite to remove that run, or --force KEY to resume with the change"
         )
     if status == "finished":
-        return OpenedRun(True, None, (f"{run.path} is already finished; --overwrite trains it anew",))
+        return OpenedRun(True, None, (f"{run.path} is already finished; pass --overwrite to train it again",))
     if _is_trained(run):
-        return OpenedRun(False, None, ("training is finished; the evaluation is made now",), True, _stamp(run.train))
-    return _go_on(run)
+        return OpenedRun(False, None, ("training is finished; running the evaluation now",), True, _stamp(run.train))
+    return _resume(run)
 
 
 def _has_trained(run: RunDir) -> bool:
-    """Whether a run has anything to lose: a checkpoint, whole or damaged, a training that ended, or a stage."""
+    """Whether a run has anything to lose: a checkpoint (even a damaged one), a finished training, or a stage."""
     checkpoints = run.checkpoints.is_dir() and any(run.checkpoints.iterdir())
     return checkpoints or run.train.is_file() or run.adapter.is_dir() or run.stages.is_dir()
 
 
 def _is_trained(run: RunDir) -> bool:
-    """Whether the adapter of the last step is there; `train.json` is written after it."""
+    """Whether the final adapter exists; `train.json` is written after it."""
     if not run.train.is_file() or not (run.adapter / "adapter_model.safetensors").is_file():
         return False
     return load_or_default(TrainJson, run.train).status == "finished"
 
 
 def changes(run: RunDir, recipe: Recipe) -> list[str]:
-    """The keys in which a run's recipe differs, those that change nothing of the training aside."""
+    """The recipe keys that differ from the run's, except those that do not affect training."""
     before = load_run_recipe(run.recipe).recipe
     lines = changed_keys(before, recipe)
     if not run.plan.is_file():
@@ -160,7 +160,7 @@ def changes(run: RunDir, recipe: Recipe) -> list[str]:
     batch, now = load_or_default(PlanJson, run.plan).batch, _batch(recipe)
     same = batch.effective == now.effective
     if not same and batch.processes != now.processes:
-        rows = f"so a step would have {now.effective} rows and no longer {batch.effective}"
+        rows = f"so a step would have {now.effective} rows instead of {batch.effective}"
         lines.append(f"processes: {batch.processes} -> {now.processes}, {rows}")
     return [line for line in lines if not line.startswith((*HARMLESS, *SHARES) if same else HARMLESS)]
 
@@ -170,12 +170,12 @@ def _batch(recipe: Recipe) -> Batch:
 
 
 def write_recipe(run: RunDir, recipe: Recipe) -> None:
-    """Put the recipe as it was understood into the run folder."""
+    """Write the parsed recipe into the run folder."""
     write_text(run.recipe, dump_recipe(recipe, run.recipe))
 
 
 def clear(run: RunDir) -> None:
-    """Remove what a run of ours wrote, and nothing else."""
+    """Remove the files that peftcli wrote, and nothing else."""
     for path in (run.checkpoints, run.adapter, run.merged, run.stages):
         if path.is_symlink():
             path.unlink()
@@ -186,25 +186,25 @@ def clear(run: RunDir) -> None:
         path.unlink(missing_ok=True)
 
 
-def _go_on(run: RunDir) -> OpenedRun:
+def _resume(run: RunDir) -> OpenedRun:
     clear_staging(run.checkpoints)
     found = newest_valid(run.checkpoints)
     notes = [
-        f"{name} is damaged ({reason}); kept as {name}.bad; {int(name.rsplit('-', 1)[1]) - found.step} steps are "
-        "trained again"
+        f"{name} is damaged ({reason}); renamed to {name}.bad; {int(name.rsplit('-', 1)[1]) - found.step} steps are "
+        "repeated"
         for name, reason in found.damaged
     ]
     if found.path is None:
         run.log.unlink(missing_ok=True)
         if not run.stages.is_dir():  # the training may be in an earlier stage
-            notes.append(f"{run.path}: no checkpoint to go on from, so training starts at step 0")
+            notes.append(f"{run.path}: no checkpoint to resume from, so training starts at step 0")
         return OpenedRun(False, None, tuple(notes))
     _cut_log(run, found.step)
     if run.merge.is_file():
-        run.merge.unlink()  # of an adapter that this session replaces
+        run.merge.unlink()  # its adapter will be replaced
         notes.append(f"{run.merged} was merged from the adapter of an earlier step; merge again after this session")
     planned = load_or_default(TrainJson, run.train).planned_steps
-    notes.append(f"going on from step {found.step}" + (f" of {planned}" if planned else "") + " (checkpoint verified)")
+    notes.append(f"resuming from step {found.step}" + (f" of {planned}" if planned else "") + " (checkpoint verified)")
     return OpenedRun(False, found.path, tuple(notes), stamp=_stamp(found.path / MANIFEST))
 
 
@@ -213,23 +213,23 @@ def _stamp(file: Path) -> dict[str, Any]:
 
 
 def _cut_log(run: RunDir, step: int) -> None:
-    """Drop log rows of steps that will be trained again."""
-    kept = [row for row in read_log(run.log) if row.get("step", 0) <= step]
-    write_text(run.log, "".join(json.dumps(row) + "\n" for row in kept))
+    """Drop log rows of steps that will be repeated."""
+    rows = [row for row in read_log(run.log) if row.get("step", 0) <= step]
+    write_text(run.log, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def _is_held(key: str) -> bool:
+def _is_stored(key: str) -> bool:
     section, _, name = key.partition(".")
-    # What a method takes beside the shared keys decides the shapes of its weights, or what they began as.
-    return key in HELD or (section == "adapter" and name.partition(".")[0] not in AdapterSection.model_fields)
+    # Arguments of a method determine the shapes of its weights, or their initial values.
+    return key in STORED or (section == "adapter" and name.partition(".")[0] not in AdapterSection.model_fields)
 
 
 def run_fingerprint(data: Mapping[str, Any], base: str | None, versions: Mapping[str, Any]) -> dict[str, Any]:
-    """What must be the same for a run to go on to the same bits.
+    """What must be the same for a resumed run to give bit-identical results.
 
     Args:
         data: the content of `data.json`.
-        base: identity of the base model's files, None where it is not known.
+        base: hash of the base model's files; None if unknown.
         versions: of the installed packages, by name.
     """
     return {
@@ -241,16 +241,16 @@ def run_fingerprint(data: Mapping[str, Any], base: str | None, versions: Mapping
 
 
 def refuse_changes(before: Mapping[str, Any], now: Mapping[str, Any], allowed: Collection[str]) -> list[str]:
-    """Compare the stamp of a checkpoint with that of this session.
+    """Compare the fingerprint of a checkpoint with that of this session.
 
     Args:
-        allowed: keys, or their first parts such as `data`, that `--force` names.
+        allowed: keys, or their prefixes such as `data`, passed with `--force`.
 
     Returns:
-        What differs and is allowed to, as sentences.
+        Messages about allowed differences.
 
     Raises:
-        RecipeError: something else differs; every key of it is listed.
+        RecipeError: something else differs; all such keys are listed.
     """
     changed = {
         key: f"{key}: {shown_value(before[key])} -> {shown_value(now.get(key))}"
@@ -261,15 +261,15 @@ def refuse_changes(before: Mapping[str, Any], now: Mapping[str, Any], allowed: C
     if refused:
         keys = sorted({key.split(".")[0] for key in changed if not is_allowed(key, allowed)})
         raise RecipeError(
-            "the run cannot go on to the same result, since this changed after its checkpoint:\n"
+            "the run cannot resume to the same result, because this changed since its checkpoint:\n"
             + "\n".join(f"  {line}" for line in refused)
-            + f"\nput it back, pass --overwrite to begin anew, or accept it with --force {' --force '.join(keys)}"
+            + f"\nrestore it, pass --overwrite to start over, or accept it with --force {' --force '.join(keys)}"
         )
     return [f"changed and accepted: {line}" for line in changed.values()]
 
 
 def is_allowed(key: str, allowed: Collection[str]) -> bool:
-    """Whether a key, or a section that it stands in, was named.
+    """Whether a key or its section was passed with --force.
 
     >>> is_allowed("versions.torch", ["versions"]), is_allowed("data.train", ["data.test"])
     (True, False)
@@ -278,6 +278,6 @@ def is_allowed(key: str, allowed: Collection[str]) -> bool:
 
 
 def shown_value(value: Any) -> str:
-    """A value for a message: a hash by its beginning."""
+    """A value for a message; hashes are shortened."""
     text = str(value)
     return text[:12] if len(text) == 64 else text

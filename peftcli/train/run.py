@@ -1,4 +1,4 @@
-"""`train`: baseline, training, adapter and evaluation in one process that may be stopped at any step."""
+"""`train`: baseline, training, adapter and evaluation in one process that can be stopped at any step."""
 
 import math
 import time
@@ -58,24 +58,24 @@ from peftcli.train.step import OVERFLOW, StepTrainer, TrainerSetup
 from peftcli.train.stop import StoppableProgress, StopRequests, is_first_process
 
 UNMEASURED_RESERVE_SECONDS = 60.0
-"""Set aside for the last evaluation where no baseline told how long one takes."""
+"""Time reserved for the final evaluation if no baseline was measured."""
 SAVE_EVERY_SECONDS = 600.0
-"""Between checkpoints where `budget.save_every` says nothing."""
+"""Default interval between checkpoints (`budget.save_every`)."""
 FINISH_SECONDS = 5.0
-"""Set aside for writing the adapter and the report."""
+"""Time reserved for writing the adapter and the report."""
 
 
 @dataclass(frozen=True)
 class Session:
-    """How a session of a run begins, and what may end it.
+    """How a session of a run starts, and what may stop it.
 
     Attributes:
-        stops: what may end it early.
-        resume_from: a verified checkpoint to go on from.
-        fingerprint: what the run is made from.
-        checkpoint_bytes: forecast of one checkpoint on the disk.
-        baseline: `eval.json` of an earlier stage, which has measured the base already.
-        trainer: the trainer arguments of the recipe itself.
+        stops: requests to stop early.
+        resume_from: a verified checkpoint to resume from.
+        fingerprint: data, base and versions of the run.
+        checkpoint_bytes: expected size of a checkpoint.
+        baseline: `eval.json` with the baseline of an earlier stage or another run.
+        trainer: the trainer arguments set in the recipe.
     """
 
     stops: StopRequests
@@ -88,7 +88,7 @@ class Session:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """How training ended; `stop_reason` is None for a run that reached its last step."""
+    """How training ended; `stop_reason` is None if the run reached its last step."""
 
     steps: int
     stop_reason: str | None
@@ -102,26 +102,26 @@ def train(
     progress: Progress,
     session: Session,
 ) -> TrainResult:
-    """Train the adapter of a plan and measure it against its base.
+    """Train the adapter of a plan and compare it with its base.
 
-    Writes `log.jsonl`, `checkpoints/`, `adapter/`, `train.json` and `eval.json`. A run that was stopped by a signal has
-    a whole checkpoint and `train.json`; one that the clock stopped has its adapter and evaluation too.
+    Writes `log.jsonl`, `checkpoints/`, `adapter/`, `train.json` and `eval.json`. A run stopped by a signal has a
+    complete checkpoint and `train.json`; a run stopped by the clock has its adapter and evaluation too.
 
     Args:
-        run: the folder, made already.
+        run: the existing run folder.
         data: tokenized train and test rows.
-        session: how this session begins, and what may end it early.
+        session: how this session starts, and what may stop it early.
 
     Raises:
-        Diverged: a loss, a gradient or a weight is not finite, or nothing is learned any more.
+        Diverged: a loss, gradient or weight is not finite, or the gradient stays 0.
         MachineError: the model overflows float16.
-        MemoryExhausted: not even small pieces of a micro-batch fit.
-        Stopped: a stop was asked for outside the training loop.
-        MachineError: the weights cannot be loaded, or a package that a trainer argument needs is missing.
-        RecipeError: the libraries refuse a trainer argument.
+        MemoryExhausted: even small micro-batches do not fit.
+        Stopped: a stop was requested outside the training loop.
+        MachineError: the weights cannot be loaded, or a package for a trainer argument is missing.
+        RecipeError: the libraries reject a trainer argument.
     """
     stops, resume_from = session.stops, session.resume_from
-    load_retention(plan, tokenizer)  # what is wrong with the text is said before the weights are loaded
+    load_retention(plan, tokenizer)  # problems with the text are reported before loading the weights
     if plan.trainer.get("full_determinism"):
         # Not only in the trainer: cuBLAS reads its configuration once, and kernels are checked before training.
         enable_full_determinism(plan.seed)
@@ -145,16 +145,16 @@ def train(
         progress.note(f"  note: {note}")
     if plan.base.dtype == "float16":
         trainer.check_float16()
-    heeding = StoppableProgress(
+    stoppable = StoppableProgress(
         progress, stops, "before the first step" if resume_from is None else "before the next step"
     )
     known = _known_baseline(run, session, resuming=resume_from is not None)
-    before, baseline_seconds = _baseline(plan, run, data, tokenizer, trainer.model, heeding, known=known)
+    before, baseline_seconds = _baseline(plan, run, data, tokenizer, trainer.model, stoppable, known=known)
     if resume_from is None and plan.adapter.init_from is not None:
         progress.note(load_initial_weights(trainer.model, plan.adapter.init_from, plan.base))
     if plan.frees_base:
         free_trained_base(trainer.model)
-    watch = RunCallback(
+    callback = RunCallback(
         trainer,
         run.log,
         progress,
@@ -167,40 +167,40 @@ def train(
     forward = ForwardCallback(plan.checkpointed_blocks, trainer.optimizations, progress.note)
     trainer.add_callback(forward)
     trainer.add_callback(CalibrationCallback(trainer, plan, data.train.column("length"), progress))
-    trainer.add_callback(watch)  # whose clock begins after the calibration
+    trainer.add_callback(callback)  # its clock starts after the calibration
     if trainer.ranks is not None:
         trainer.add_callback(trainer.ranks)
     with naming_arguments(session.trainer):
         trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
-    reason = watch.stop_reason
+    reason = callback.stop_reason
     steps = trainer.state.global_step
-    if reason is not None and not watch.stopped_by_clock:
-        write_train(run, trainer, watch, forward.optimizations)
+    if reason is not None and not callback.stopped_by_clock:
+        write_train(run, trainer, callback, forward.optimizations)
         return TrainResult(steps, reason)
     tuned = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     if trainer.residual is not None:
-        trainer.residual.settle()
+        trainer.residual.convert_to_plain_lora()
     if is_first_process():
         if trainer.ranks is not None:
             trainer.ranks.write(run.ranks)
         save_adapter(tuned, tokenizer, plan, data, run.adapter)
-    # After the adapter: who finds a finished training here finds its adapter too.
-    write_train(run, trainer, watch, forward.optimizations)
+    # After the adapter: a finished training implies that its adapter exists.
+    write_train(run, trainer, callback, forward.optimizations)
     downcast_saved_modules(tuned, plan.base.dtype)
-    heard: Progress = StoppableProgress(progress, stops, "in the last evaluation") if reason is None else progress
-    _measure_adapter(plan, run, data, tokenizer, tuned, heard, before)
+    final: Progress = StoppableProgress(progress, stops, "during the final evaluation") if reason is None else progress
+    _measure_adapter(plan, run, data, tokenizer, tuned, final, before)
     return TrainResult(steps, reason)
 
 
 def _check_rows(plan: Plan, model: PreTrainedModel, progress: Progress) -> RowCheck:
-    """Whether batches may be padding-free; says why not, and which kernel failed its check."""
+    """Whether batches may be padding-free; notes why not, and which kernels failed their check."""
     check = RowCheck("the attention of this model cannot be replaced")
     if enable_padding_free(model):
         dtype = DTYPES[plan.base.dtype]
-        # As in training, so that the kernels are checked in the number format that they will be used in.
+        # As in training, so that the kernels are checked in the dtype in which they will be used.
         with torch.autocast(plan.base.device, dtype, enabled=dtype != torch.float32):
             check = check_rows(model)
-    instead = "rows of similar length are laid side by side instead" if check.problem is None else "it is not used"
+    instead = "rows of similar length are batched together instead" if check.problem is None else "it is not used"
     for kernel, why in rejected.items():
         progress.note(f"  note: the attention kernel {kernel} failed its check on this machine: {why}; {instead}")
     if check.problem is not None:
@@ -216,29 +216,29 @@ def evaluate_trained(
     progress: Progress,
     session: Session,
 ) -> TrainResult:
-    """Make the evaluation that a session before could not, of the adapter that it has written.
+    """Run the evaluation that an earlier session could not, with its saved adapter.
 
     Raises:
-        Stopped: a stop was asked for again.
+        Stopped: a stop was requested again.
         MachineError: the weights cannot be loaded.
     """
-    heeding = StoppableProgress(progress, session.stops, "in the last evaluation")
+    stoppable = StoppableProgress(progress, session.stops, "during the final evaluation")
     model = load_adapter(load_base(plan.base, shards=plan.shards), on_this_machine(run.adapter, run.received))
     known = _known_baseline(run, session, resuming=True)
-    before, _ = _baseline(plan, run, data, tokenizer, model, heeding, known=known)
-    _measure_adapter(plan, run, data, tokenizer, model, heeding, before)
+    before, _ = _baseline(plan, run, data, tokenizer, model, stoppable, known=known)
+    _measure_adapter(plan, run, data, tokenizer, model, stoppable, before)
     return TrainResult(from_first(lambda: load_or_default(TrainJson, run.train).steps or 0), None)
 
 
 def run_forecast(plan: Plan, trainer: Mapping[str, Any]) -> Forecast:
-    """What a run will have on the disk; the merged model is asked for when it is merged.
+    """Disk space of a run; that of a merged model is checked when merging.
 
     Args:
-        trainer: the trainer arguments of the recipe itself.
+        trainer: the trainer arguments set in the recipe.
 
     Raises:
-        MachineError: a package that a trainer argument needs is missing.
-        RecipeError: the libraries refuse a trainer argument.
+        MachineError: a package for a trainer argument is missing.
+        RecipeError: the libraries reject a trainer argument.
     """
     kind = implementation(TASKS[plan.task].arguments)
     with naming_arguments(trainer, only=True):
@@ -254,7 +254,7 @@ def _known_baseline(run: RunDir, session: Session, *, resuming: bool) -> Path | 
 
 @contextmanager
 def adapter_off(model: Any) -> Iterator[None]:
-    """The base behind an adapter, for as long as the context lasts."""
+    """Disables the adapter within the context."""
     with model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext():
         yield
 
@@ -269,10 +269,10 @@ def _baseline(
     *,
     known: Path | None,
 ) -> tuple[EvalJson | None, float]:
-    """`eval.json` with the base alone, measured now or earlier, and the seconds that it took.
+    """`eval.json` with only the baseline, measured now or earlier, and the seconds that it took.
 
     Args:
-        known: a file of the first process that holds it.
+        known: a file of the first process that contains it.
     """
     stored = from_first(lambda: None if known is None else load(EvalJson, known))
     if stored is not None:
@@ -294,11 +294,11 @@ def _baseline(
 
 
 def _check_losses(plan: Plan, measured: Evaluation | None, retention: Retention | None, *, trained: bool) -> None:
-    """Stop where a model computes no loss; every process has the same.
+    """Stop if a loss is not finite; every process has the same.
 
     Args:
-        retention: what `base_retention` or `adapter_retention` gave.
-        trained: it is the adapter, after training, and not the base before it.
+        retention: the result of `base_retention` or `adapter_retention`.
+        trained: it is the trained adapter, not the base.
 
     Raises:
         Diverged: a loss is not finite.
@@ -308,7 +308,7 @@ def _check_losses(plan: Plan, measured: Evaluation | None, retention: Retention 
     if retention is not None:
         forgetting = retention.adapter_loss if trained else retention.base_loss
     on_test = None if measured is None else float(measured.scores().figures["loss"])
-    fix = "set model.dtype: float32, and compare the weight files of the base with those of the publisher"
+    fix = "set model.dtype: float32, and check the weight files of the base against the original ones"
     for rows, loss in (("the test rows", on_test), ("evaluation.forgetting_text", forgetting)):
         if loss is not None and not math.isfinite(loss):
             problem = Diverged(
@@ -345,7 +345,7 @@ def _measure_adapter(
     progress: Progress,
     before: EvalJson | None,
 ) -> None:
-    """Measure the adapter, and put it beside its base into `eval.json` and the model card."""
+    """Evaluate the adapter, and write it with its baseline into `eval.json` and the model card."""
     after = _measure(plan, data, tokenizer, model, progress, "adapter") if data.holds_out else None
     retention = adapter_retention(plan, tokenizer, model, progress, before)
     _check_losses(plan, after, retention, trained=True)
@@ -361,11 +361,11 @@ def _measure_adapter(
 
 
 def rows_seen(epochs: float, rows: int, arguments: SFTConfig) -> int:
-    """Rows that were trained on, each pass over the data counted; the last step of an epoch may be short.
+    """Number of rows trained on, over all epochs; the last step of an epoch may be short.
 
     Args:
-        epochs: as the trainer counts them, in steps of the epoch.
-        rows: of the training side.
+        epochs: as counted by the trainer, by steps.
+        rows: number of training rows.
     """
     step = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     whole = int(epochs)
@@ -373,11 +373,11 @@ def rows_seen(epochs: float, rows: int, arguments: SFTConfig) -> int:
     return whole * rows + int(min(steps * step, rows))
 
 
-def write_train(run: RunDir, trainer: StepTrainer, watch: RunCallback, optimizations: frozenset[str]) -> None:
-    """Write `train.json`; every process counts, the first one writes.
+def write_train(run: RunDir, trainer: StepTrainer, callback: RunCallback, optimizations: frozenset[str]) -> None:
+    """Write `train.json`; the counts are of all processes, and the first one writes.
 
     Args:
-        optimizations: names of those that were in use.
+        optimizations: names of those in use.
     """
     plan, resume_from = trainer.setup.plan, trainer.setup.resume_from
     state = trainer.state
@@ -387,8 +387,8 @@ def write_train(run: RunDir, trainer: StepTrainer, watch: RunCallback, optimizat
         return
     seconds, of_tokens = counted["seconds"], trainer.counts == "tokens"
     facts = TrainJson(
-        status="finished" if watch.stop_reason is None else "stopped",
-        stop_reason=watch.stop_reason,
+        status="finished" if callback.stop_reason is None else "stopped",
+        stop_reason=callback.stop_reason,
         steps=state.global_step,
         planned_steps=state.max_steps,
         rows=rows_seen(state.epoch or 0.0, rows, trainer.args),
@@ -398,20 +398,20 @@ def write_train(run: RunDir, trainer: StepTrainer, watch: RunCallback, optimizat
         tokens_per_second=round(counted["tokens"] / seconds, 1) if seconds and of_tokens else None,
         seconds=round(seconds, 3),
         peak_memory_bytes=peak_memory_bytes(trainer.args.device.type),
-        resident_before_bytes=watch.resident_before,
+        resident_before_bytes=callback.resident_before,
         resumed_from_step=None if resume_from is None else int(resume_from.name.rsplit("-", 1)[1]),
-        first_loss=watch.losses[0][1] if watch.losses else None,
-        last_loss=watch.losses[-1][1] if watch.losses else None,
+        first_loss=callback.losses[0][1] if callback.losses else None,
+        last_loss=callback.losses[-1][1] if callback.losses else None,
         out_of_memory=tuple(OutOfMemory(step=step, pieces=pieces) for step, pieces in trainer.micro_batches.events),
         batching=TrainBatching(
-            kind=plan.batching.kind if trainer.micro_batches.lines else "padded",
-            attention=tuple(sorted(kernels_used)) if trainer.micro_batches.lines else None,
+            kind=plan.batching.kind if trainer.micro_batches.padding_free else "padded",
+            attention=tuple(sorted(kernels_used)) if trainer.micro_batches.padding_free else None,
             rejected_kernels={str(name): reason for name, reason in rejected.items()},
             row_difference=None if trainer.setup.row_check is None else trainer.setup.row_check.difference,
             real_tokens=trainer.micro_batches.real,
             padded_tokens=trainer.micro_batches.padded,
         ),
-        levers=tuple(sorted(optimizations)),
+        optimizations=tuple(sorted(optimizations)),
         calibration=None if trainer.calibration is None else Calibration(**trainer.calibration),
         stamp=dict(trainer.setup.fingerprint),
     )

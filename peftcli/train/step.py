@@ -33,15 +33,15 @@ from peftcli.train.micro_batch import MicroBatches, count_tokens, first_rows
 from peftcli.train.precision import upcast_trainable
 
 MOST_FLAT_STEPS = 5
-"""Steps in a row without any gradient; one alone may be chance, such as a row whose answer is certain."""
+"""Consecutive steps with zero gradient; a single one may be chance, such as a row that is already certain."""
 MOST_SKIPPED_STEPS = 30
-"""Steps in a row that float16's scaler skips; it begins at 65536 and halves its scale each time."""
+"""Consecutive steps skipped by float16's scaler, which starts at 65536 and halves its scale each time."""
 
 OVERFLOW = (
-    "float16, which ends at 65504, overflows in this model; set model.dtype: float32 (with quantization: {bits: 4} the "
-    "weights stay small), or use a GPU of sm_80 or later, which computes in bfloat16"
+    "this model overflows float16 (maximum 65504); set model.dtype: float32 (with quantization: {bits: 4} the "
+    "weights stay small), or use a GPU of sm_80 or later, which supports bfloat16"
 )
-"""What to do where the gradient scaler of float16 cannot help."""
+"""The fix if the gradient scaler of float16 cannot help."""
 
 
 @dataclass(frozen=True)
@@ -52,10 +52,10 @@ class TrainerSetup:
         plan: of the run, with its labels and targets resolved.
         data: tokenized train and test rows.
         tokenizer: of the model; for images the processor.
-        row_check: whether the model keeps the rows of a padding-free batch apart; None where the plan pads them.
+        row_check: whether the model supports padding-free batches; None if the plan uses padded ones.
         resume_from: a verified checkpoint to resume from.
-        fingerprint: what the run is made from, for the manifest of each checkpoint.
-        checkpoint_bytes: forecast of one checkpoint on the disk.
+        fingerprint: data, base and versions of the run, for the manifest of each checkpoint.
+        checkpoint_bytes: expected size of a checkpoint.
     """
 
     plan: Plan
@@ -73,28 +73,28 @@ class TrainerSetup:
 
 
 class StepTrainer(transformers.Trainer):  # type: ignore[misc]  # transformers' trainer is untyped
-    """What every task's trainer shares; the loss is its subclass's, the loop that of transformers.
+    """Base class of the trainers of all tasks; the subclass defines the loss, and the loop is that of transformers.
 
-    A subclass says with `targets` how many trained tokens or rows some labels hold, and with `chance` what a guess
-    would lose.
+    A subclass implements `targets`, the number of trained tokens or rows, and `random_baseline`, the loss of random
+    guessing.
 
     Attributes:
         setup: what it was built from.
         seconds_before: seconds of training in earlier sessions of the run.
-        seconds: seconds of training in this one, kept by `RunCallback`.
-        micro_batches: what is run at once, and how often it became smaller.
-        residual: the initial adapter of PiSSA and OLoRA, whose part was taken out of the base; None for other methods.
-        ranks: of AdaLoRA, None for every other method.
-        counts: what `tokens` counts: tokens or images.
+        seconds: seconds of training in this session, updated by `RunCallback`.
+        micro_batches: splits the steps, and counts out-of-memory retries.
+        residual: initial weights of PiSSA and OLoRA that are subtracted from the output; None for other methods.
+        ranks: AdaLoRA's rank allocation; None for other methods.
+        counts: the unit of `tokens`: tokens or images.
         optimizations: names of those in use, as `performance.disable` names them.
-        calibration: what one micro-batch took before the first step, None where that was not measured.
-        notes: what of the plan this model or this machine cannot do, for people.
+        calibration: measurements of one micro-batch before the first step; None without.
+        notes: for the user, about parts of the plan that this model or machine does not support.
     """
 
     counts = "tokens"
 
     def __init__(self, setup: TrainerSetup, **kwargs: Any) -> None:
-        with made_for_parts(kwargs["model"], kwargs["args"]):
+        with allow_fsdp_checkpoints(kwargs["model"], kwargs["args"]):
             super().__init__(**kwargs)
         self.setup = setup
         self.seconds_before = 0.0
@@ -104,7 +104,7 @@ class StepTrainer(transformers.Trainer):  # type: ignore[misc]  # transformers' 
         self.calibration: dict[str, Any] | None = None
         self.micro_batches = self._micro_batches()
         self._waiting: list[dict[str, Any]] = []
-        self._counted: Tensor | int = 0  # (2,) once there is something: fed, trained; of this process and session
+        self._counted: Tensor | int = 0  # (2,) after the first step: all, trained; of this process and session
         self._counted_before = {"tokens": 0.0, "trained_tokens": 0.0}
         self._step_loss: Tensor | None = None
         self._gradient: Tensor | float | None = None
@@ -121,7 +121,7 @@ class StepTrainer(transformers.Trainer):  # type: ignore[misc]  # transformers' 
 
     def _micro_batches(self) -> MicroBatches:
         agree = gather if self.accelerator.num_processes > 1 else None
-        if getattr(self, "aux_loss_enabled", False):  # a router's balance is computed over the rows of a micro-batch
+        if getattr(self, "aux_loss_enabled", False):  # the load balancing loss is computed per micro-batch
             return MicroBatches(tokens=None, agree=agree)
         batching = self.setup.plan.batching
         check = self.setup.row_check
@@ -139,29 +139,29 @@ class StepTrainer(transformers.Trainer):  # type: ignore[misc]  # transformers' 
         return RankAllocation(self.model, adapter, self.setup.resume_from)
 
     def targets(self, labels: Tensor) -> Tensor:
-        """How many trained tokens or rows some labels hold: (), int64."""
+        """Number of trained tokens or rows in the labels: (), int64."""
         raise NotImplementedError
 
-    def chance(self) -> str:
-        """What a guess would lose, in brackets with a space before, or nothing where that is not known."""
+    def random_baseline(self) -> str:
+        """The loss of random guessing, in parentheses after a space, or empty if unknown."""
         return ""
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """Remember the micro-batches of the step that begins, and what was counted before it."""
+        """Store the micro-batches of the starting step, and the counts before it."""
         batches, items = super().get_batch_samples(*args, **kwargs)
         self._batches, self._waiting = batches, list(batches)
         self._before_step = self._counted
         return batches, items
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """Forward and backward of the whole step with its last micro-batch, in pieces; nothing before it."""
+        """Run the whole step, in micro-batches, when its last batch arrives; do nothing before."""
         self._waiting.pop()
         if self._waiting:
             return torch.zeros((), device=self.args.device)
         parent = super().training_step
 
         def one(piece: dict[str, Any]) -> Tensor:
-            # What TRL averages over the micro-batches of a step, such as a router's balancing loss, counts the pieces.
+            # TRL averages some terms, such as the load balancing loss, over this number of micro-batches.
             self.current_gradient_accumulation_steps = self.micro_batches.count
             loss: Tensor = parent(model, piece, num_items_in_batch)
             self._counted = self._counted + torch.stack([count_tokens(piece), self.targets(piece["labels"])])
@@ -177,23 +177,23 @@ class StepTrainer(transformers.Trainer):  # type: ignore[misc]  # transformers' 
         return self.micro_batches.run(self._batches, one, restart, lambda: self._apart(model), step)
 
     def compute_loss(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """The loss of a piece; the gradient of AdaLoRA's regulariser goes with it, its value does not."""
+        """The loss of a micro-batch; AdaLoRA's regularizer contributes its gradient but not its value."""
         loss = super().compute_loss(model, *args, **kwargs)
         if self.ranks is None or not model.training:
             return loss
-        # Once a step, however many pieces it has.
-        share = self.ranks.regulariser() / max(1, self.micro_batches.count)
+        # Once per step, however many micro-batches it has.
+        share = self.ranks.regularizer() / max(1, self.micro_batches.count)
         return loss + (share - share.detach())
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
-        with nullcontext() if self.ranks is None else self.ranks.whole(folder):
+        with nullcontext() if self.ranks is None else self.ranks.save_all_ranks(folder):
             super()._save(output_dir, state_dict=state_dict)
         if self.residual is not None:
             self.residual.save(folder)
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
-        """The optimizer of the recipe, with LoRA+ where it asks for that."""
+        """The optimizer of the recipe, with LoRA+ if it is set."""
         made: torch.optim.Optimizer | None = self.__dict__.get("optimizer")
         ratio = self.setup.plan.adapter.arguments.get("loraplus_lr_ratio")
         if made is not None or ratio is None:
@@ -212,7 +212,7 @@ class StepTrainer(transformers.Trainer):  # type: ignore[misc]  # transformers' 
 
     @contextmanager
     def _apart(self, model: torch.nn.Module) -> Iterator[None]:
-        """Gradients stay in their process, as those of every piece of a step but the last."""
+        """Do not exchange gradients between processes, as in all micro-batches of a step except the last."""
         state = self.accelerator.gradient_state
         deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
         state._set_sync_gradients(False)
@@ -223,7 +223,7 @@ class StepTrainer(transformers.Trainer):  # type: ignore[misc]  # transformers' 
             state._set_sync_gradients(True)
 
     def counters(self) -> dict[str, float]:
-        """What all processes of all sessions have counted: tokens, trained tokens and seconds of training."""
+        """Counts of all processes and sessions: tokens, trained tokens and seconds of training."""
         fed, trained = self._total()
         return {
             "tokens": self._counted_before["tokens"] + fed,
@@ -233,13 +233,13 @@ class StepTrainer(transformers.Trainer):  # type: ignore[misc]  # transformers' 
         }
 
     def _total(self) -> tuple[float, float]:
-        """Tokens that were fed, and those or the rows that were trained, of all processes in this session."""
-        mine = torch.zeros(2, dtype=torch.int64, device=self.args.device) + self._counted
-        fed, trained = self.accelerator.reduce(mine, "sum").tolist()
-        return float(fed), float(trained)
+        """All tokens, and the trained tokens or rows, of all processes in this session."""
+        own = torch.zeros(2, dtype=torch.int64, device=self.args.device) + self._counted
+        total, trained = self.accelerator.reduce(own, "sum").tolist()
+        return float(total), float(trained)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the tokens that were fed, under TRL's name; they are fetched from the device here and not before."""
+        """Add the number of tokens under TRL's name; it is fetched from the device only here."""
         if "loss" in logs:
             logs["num_tokens"] = self._total()[0]
         super().log(logs, start_time)
@@ -250,7 +250,7 @@ class StepTrainer(transformers.Trainer):  # type: ignore[misc]  # transformers' 
         return self._counted_before["tokens"]
 
     def _restore_counters(self, counters: dict[str, float]) -> None:
-        """Take over what the sessions before have counted."""
+        """Restore the counts of earlier sessions."""
         self._counted_before = {name: counters[name] for name in self._counted_before}
         self.seconds_before = counters["seconds"]
         self.micro_batches.oom_retries = int(counters.get("shrunk", 0))
@@ -260,15 +260,15 @@ class StepTrainer(transformers.Trainer):  # type: ignore[misc]  # transformers' 
         return self._gradient
 
     def check_float16(self) -> None:
-        """Refuse a model whose forward pass overflows float16, which no gradient scaler helps against.
+        """Refuse a model whose forward pass overflows float16, where a gradient scaler cannot help.
 
-        The first row is run as in training, adapter included, and leaves nothing behind.
+        The first row is run as in training, with the adapter, and without side effects.
 
         Raises:
-            MachineError: its loss is not finite; in every process.
+            MachineError: its loss is not finite; raised in every process.
         """
         was_training = self.model.training
-        self.model.eval()  # without dropout, which would draw numbers
+        self.model.eval()  # without dropout, which would change the random state
         inputs = self._prepare_inputs(self.data_collator([self.train_dataset[0]]))
         try:
             with torch.no_grad(), self.compute_loss_context_manager():
@@ -284,26 +284,26 @@ class StepTrainer(transformers.Trainer):  # type: ignore[misc]  # transformers' 
             raise problem
 
     def check_step(self, step: int) -> None:
-        """Stop before the optimizer applies a step that would spoil the weights, or once nothing is learned any more.
+        """Stop before the optimizer applies a step that would corrupt the weights, or once the gradient stays 0.
 
         Raises:
-            Diverged: the loss or the gradient of the step is not finite, or the gradient has been 0 for some steps; in
-                every process.
+            Diverged: the loss or the gradient of the step is not finite, or the gradient has been 0 for several steps;
+                raised in every process.
         """
         loss, self._step_loss = self._step_loss, None
         if loss is None or self._gradient is None:
             return
         found = torch.stack([loss.float(), torch.as_tensor(self._gradient).to(loss).float()])
         if self.accelerator.num_processes > 1:
-            # One process whose part of the loss is not finite would stop alone, and the others wait for it.
+            # Otherwise only the process whose loss is not finite would stop, and the others would wait for it.
             found = self.accelerator.reduce(found, "mean")
-        # One transfer for both: each waits for the device.
+        # One transfer for both, because each waits for the device.
         loss_value, norm = found.tolist()
         scaled = getattr(self.accelerator, "scaler", None) is not None
         if self.ranks is not None:
             self.ranks.skips = not math.isfinite(norm)
         try:
-            self._divergence.check(step, loss_value, norm, scaled=scaled, chance=self.chance())
+            self._divergence.check(step, loss_value, norm, scaled=scaled, random_baseline=self.random_baseline())
         except Diverged as problem:
             problem.in_all = True
             raise
@@ -316,7 +316,7 @@ class StepTrainer(transformers.Trainer):  # type: ignore[misc]  # transformers' 
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Evaluate with every trained token or row weighing the same, so that the loss is that of any batch size."""
+        """Evaluate with equal weight per trained token or row, so that the loss does not depend on the batch size."""
         self.model.eval()
         nll = torch.zeros((), dtype=torch.float64, device=self.args.device)
         tokens = torch.zeros((), dtype=torch.float64, device=self.args.device)
@@ -333,30 +333,33 @@ class StepTrainer(transformers.Trainer):  # type: ignore[misc]  # transformers' 
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=rows)
 
     def _evaluated(self, dataloader: DataLoader[Any]) -> Iterator[tuple[dict[str, Any], int]]:
-        """The micro-batches of this process without rows that accelerate takes twice, and how many rows each has.
+        """The micro-batches of this process without rows that accelerate repeats, and the number of rows in each.
 
-        A micro-batch of nothing else has 0 rows to count; it is run so that the processes keep step.
+        A micro-batch with only repeated rows counts 0 rows; it still runs, so that all processes do the same steps.
         """
         size, count = self.args.eval_batch_size, self.accelerator.num_processes
         total = len(dataloader.dataset)  # type: ignore[arg-type]  # the rows were counted when they were read
         for number, inputs in enumerate(dataloader):
-            there = inputs["labels"].shape[0]
-            own = min(there, max(0, total - (number * count + self.accelerator.process_index) * size))
-            yield (first_rows(inputs, own) if 0 < own < there else inputs), own
+            size_here = inputs["labels"].shape[0]
+            own = min(size_here, max(0, total - (number * count + self.accelerator.process_index) * size))
+            yield (first_rows(inputs, own) if 0 < own < size_here else inputs), own
 
-    def _refuse_without_room(self, folder: Path) -> None:
-        """Stop before a checkpoint that would not fit; those that are there stay as they are.
+    def _refuse_without_space(self, folder: Path) -> None:
+        """Stop before a checkpoint that would not fit; existing ones are not touched.
 
         Raises:
-            MachineError: in every process.
+            MachineError: raised in every process.
         """
         mine = has_space_for_checkpoint(folder, self.setup.checkpoint_bytes) if self.args.should_save else None
         reason = next((one for one in gather(mine) if one is not None), None)
         if reason is not None:
-            raise MachineError(f"step {self.state.global_step}: {reason}; the checkpoints before it are whole")
+            raise MachineError(
+                f"step {self.state.global_step}: {reason}; free some space and run the same command again (earlier "
+                "checkpoints are complete)"
+            )
 
     def _save_rng_state(self, output_dir: str) -> None:
-        """Write the random states of all processes in the first one, whose disk the others may not share."""
+        """Write the random states of all processes in the first one, because the others may not share its disk."""
         with tempfile.TemporaryDirectory() as own:
             super()._save_rng_state(own)
             states = gather({file.name: file.read_bytes() for file in Path(own).iterdir()})
@@ -365,9 +368,9 @@ class StepTrainer(transformers.Trainer):  # type: ignore[misc]  # transformers' 
                 (Path(output_dir) / name).write_bytes(content)
 
     def _load_best_model(self) -> None:
-        """Load the best checkpoint, which is sent to the machines that do not share the first one's disk."""
+        """Load the best checkpoint, which is sent to machines that do not share the first one's disk."""
         best = self.state.best_model_checkpoint
-        assert best is not None  # else transformers does not ask for it
+        assert best is not None  # otherwise transformers does not call this
         here = on_this_machine(Path(best), RunDir(Path(self.args.output_dir).parent).received)
         try:
             self.state.best_model_checkpoint = str(here)
@@ -381,20 +384,20 @@ class StepTrainer(transformers.Trainer):  # type: ignore[misc]  # transformers' 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         folder = Path(self.args.output_dir)
         name = f"checkpoint-{self.state.global_step}"
-        self._refuse_without_room(folder)
+        self._refuse_without_space(folder)
         self._staging = str(folder / checkpoint.STAGING)
         try:
             super()._save_checkpoint(model, trial)
         except Exception:
             checkpoint.clear_staging(folder)
-            self._refuse_without_room(folder)  # what the libraries say of a full disk has many forms
+            self._refuse_without_space(folder)  # the libraries report a full disk in many ways
             raise
         finally:
             self._staging = None
         counters = self.counters()
         self.accelerator.wait_for_everyone()
         is_best = self.state.best_global_step == self.state.global_step
-        if is_best:  # in every process; transformers looks for it on the disk, where it is being staged or not at all
+        if is_best:  # in every process; transformers would look for it on the disk, where it is not yet
             self.state.best_model_checkpoint = str(folder / name)
         if self.args.should_save:
             if is_best:
@@ -408,62 +411,63 @@ class StepTrainer(transformers.Trainer):  # type: ignore[misc]  # transformers' 
 
 
 class NanGuard:
-    """Looks at each step before the optimizer applies it."""
+    """Checks each step before the optimizer applies it."""
 
     def __init__(self) -> None:
         self._flat = 0
         self._skipped = 0
 
-    def check(self, step: int, loss: float, norm: float, *, scaled: bool, chance: str) -> None:
-        """Stop before a step that would spoil the weights, or once nothing is learned any more.
+    def check(self, step: int, loss: float, norm: float, *, scaled: bool, random_baseline: str) -> None:
+        """Stop before a step that would corrupt the weights, or once the gradient stays 0.
 
         Args:
-            norm: of the gradient.
+            norm: norm of the gradient.
             scaled: the gradient scaler of float16 skips steps that overflow.
-            chance: what a guess would lose, in brackets with a space before, or nothing.
+            random_baseline: the loss of random guessing, in parentheses after a space, or empty.
 
         Raises:
-            Diverged: the loss or the gradient of the step is not finite, or the gradient has been 0 for some steps.
+            Diverged: the loss or the gradient of the step is not finite, or the gradient has been 0 for several steps.
         """
         if not math.isfinite(loss):
             raise Diverged(
-                f"step {step}: the loss is {loss}, so training stopped before the weights took it; "
-                + (OVERFLOW if scaled else "lower trainer.learning_rate, or look at the rows of this step")
+                f"step {step}: the loss is {loss}; training stopped before the weights were updated; "
+                + (OVERFLOW if scaled else "lower trainer.learning_rate, or check the rows of this step")
             )
         if not math.isfinite(norm):
-            # The gradient scaler of float16 finds its scale by steps that overflow, and skips them itself.
+            # The gradient scaler of float16 finds its scale through steps that overflow, and skips them.
             self._skipped += 1
             if not scaled:
                 raise Diverged(
-                    f"step {step}: the gradient is {norm} at a loss of {loss:.4f}, so training stopped before "
-                    "the weights took it; lower trainer.learning_rate or trainer.max_grad_norm"
+                    f"step {step}: the gradient norm is {norm} at a loss of {loss:.4f}; training stopped before the "
+                    "weights were updated; lower trainer.learning_rate or trainer.max_grad_norm"
                 )
             if self._skipped >= MOST_SKIPPED_STEPS:
                 raise Diverged(
-                    f"step {step}: the gradient has been {norm} for {self._skipped} steps at a loss of {loss:.4f}, "
-                    f"whatever the scale; {OVERFLOW}"
+                    f"step {step}: the gradient norm has been {norm} for {self._skipped} steps at a loss of "
+                    f"{loss:.4f}, at every scale; {OVERFLOW}"
                 )
             return
         self._skipped = 0
         self._flat = self._flat + 1 if norm == 0.0 else 0
         if self._flat >= MOST_FLAT_STEPS:
             raise Diverged(
-                f"step {step}: the gradient has been 0 for {self._flat} steps at a loss of {loss:.3f}{chance}, so "
-                "nothing is learned any more; lower trainer.learning_rate and begin anew, or from an earlier checkpoint"
+                f"step {step}: the gradient has been 0 for {self._flat} steps at a loss of "
+                f"{loss:.3f}{random_baseline}, so training no longer progresses; lower trainer.learning_rate and "
+                "start over, or from an earlier checkpoint"
             )
 
 
 @contextmanager
-def made_for_parts(model: torch.nn.Module, arguments: TrainingArguments) -> Iterator[None]:
-    """Let transformers make a trainer for a base in parts that keeps its checkpoints.
+def allow_fsdp_checkpoints(model: torch.nn.Module, arguments: TrainingArguments) -> Iterator[None]:
+    """Let transformers construct a trainer that saves checkpoints for an FSDP-sharded base.
 
     Args:
-        model: as it was loaded.
-        arguments: of the trainer; when the context ends they are as they were.
+        model: the loaded model.
+        arguments: of the trainer; restored when the context ends.
     """
     strategy = arguments.save_strategy
     if is_fsdp(model):
-        # transformers takes what is trained to lie in parts as well, and refuses to keep it; here it is whole.
+        # transformers assumes that the trained weights are sharded too, and refuses to save them; here they are not.
         arguments.save_strategy = SaveStrategy.NO
     try:
         yield

@@ -15,19 +15,20 @@ from peftcli.progress import Progress
 from peftcli.signals import handle_stop_signals
 
 STARTED = "PEFTCLI_STARTED"
-"""Environment variable with the Unix time at which the process began that launched this one."""
+"""Environment variable with the Unix time at which the launching process started."""
 
 
 def seconds_since_start() -> float:
-    """Seconds since this process began, its imports included, or the one that launched it."""
+    """Seconds since this process, or the one that launched it, started; includes imports."""
     began = os.environ.get(STARTED)
     return time.time() - (float(began) if began else float(psutil.Process().create_time()))
 
 
 class StopRequests:
-    """Collects reasons to stop; as a context it listens to SIGTERM and Ctrl-C.
+    """Collects reasons to stop; as a context manager it handles SIGTERM and Ctrl-C.
 
-    The first signal is a request, which the training loop honours at the end of its step. A second Ctrl-C ends at once.
+    The first signal is a request, which the training loop honors at the end of its step. A second Ctrl-C aborts at
+    once.
     """
 
     def __init__(
@@ -35,10 +36,10 @@ class StopRequests:
     ) -> None:
         """
         Args:
-            run: folder in which a file named STOP asks for a stop.
+            run: folder in which a file named STOP requests a stop.
             wall_clock: seconds since the start of the process, None for no limit.
             now: seconds since that start.
-            limit_name: what to call the limit; the time budget where it is empty.
+            limit_name: name of the limit in messages; empty for the time budget.
         """
         self._signal: str | None = None
         self._file = run / "STOP"
@@ -48,7 +49,7 @@ class StopRequests:
         self._handlers = ExitStack()
 
     def __enter__(self) -> "StopRequests":
-        self._handlers.enter_context(handle_stop_signals(self._hear))
+        self._handlers.enter_context(handle_stop_signals(self._on_signal))
         return self
 
     def __exit__(
@@ -56,8 +57,8 @@ class StopRequests:
     ) -> None:
         self._handlers.close()
 
-    def asked(self) -> str | None:
-        """The signal or the file that asks for a stop, or None; the clock is not looked at."""
+    def requested(self) -> str | None:
+        """The signal or file that requests a stop, or None; the clock is not checked."""
         if self._signal is not None:
             return self._signal
         return f"a file named {self._file.name} in the run folder" if self._file.exists() else None
@@ -66,76 +67,76 @@ class StopRequests:
         """Why to stop now, or None.
 
         Args:
-            reserve: seconds that saving and the last evaluation will take, counted into the limit.
+            reserve: seconds for saving and the final evaluation, which are part of the limit.
         """
-        asked = self.asked()
-        if asked is not None:
-            return asked
+        requested = self.requested()
+        if requested is not None:
+            return requested
         if self._limit is not None and self._now() + reserve >= self._limit:
             return self._name
         return None
 
     @property
     def seconds_left(self) -> float | None:
-        """Until the limit, None where there is none."""
+        """Seconds until the limit; None without one."""
         return None if self._limit is None else self._limit - self._now()
 
     def is_clock(self, reason: str) -> bool:
-        """Whether a reason is the limit, for which time was set aside, and no signal, which wants an end at once."""
+        """Whether a reason is the time limit, which leaves time to finish, and not a signal."""
         return bool(self._name) and reason == self._name
 
-    def _hear(self, number: int, frame: FrameType | None) -> None:
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._signal is not None and number == signal.SIGINT:
-            raise Aborted("stopped at once; the last checkpoint is whole")
+            raise Aborted("stopped at once; run the same command again to resume from the last checkpoint")
         self._signal = signal.Signals(number).name
 
 
 class StoppableProgress:
-    """Progress that ends work outside the training loop as soon as a stop is asked for.
+    """Progress that interrupts work outside the training loop as soon as a stop is requested.
 
-    The clock is left to the loop, which makes at least one step and a checkpoint, so that no session is for nothing.
-    Several processes would not end at the same place and wait for each other, so there it only shows.
+    The clock is left to the loop, which runs at least one step and saves a checkpoint, so that every session makes
+    progress. Several processes would stop at different points and wait for each other, so there it only shows progress.
     """
 
     def __init__(self, shown: Progress, stops: StopRequests, what: str) -> None:
         """
         Args:
-            shown: receives everything.
-            what: how the message describes what was reached, such as `before the first step`.
+            shown: the progress display.
+            what: the point reached, for the message, such as `before the first step`.
         """
         self._shown = shown
         self._stops = stops
         self._what = what
-        self._alone = os.environ.get("WORLD_SIZE", "1") == "1"
+        self._single_process = os.environ.get("WORLD_SIZE", "1") == "1"
 
     def note(self, text: str) -> None:
         self._shown.note(text)
 
     def start(self, what: str, total: int) -> None:
         self._shown.start(what, total)
-        self._heed()
+        self._check_stop()
 
     def advance(self, done: int, figures: Mapping[str, str] | None = None) -> None:
         self._shown.advance(done, figures)
-        self._heed()
+        self._check_stop()
 
     def end(self) -> None:
         self._shown.end()
 
-    def _heed(self) -> None:
-        reason = self._stops.asked() if self._alone else None
+    def _check_stop(self) -> None:
+        reason = self._stops.requested() if self._single_process else None
         if reason is not None:
             self._shown.end()
-            raise Stopped(f"stopped by {reason} {self._what}; the same command goes on")
+            raise Stopped(f"stopped by {reason} {self._what}; run the same command again to resume")
 
 
 def forget_stop_file(run: Path) -> None:
-    """Remove a STOP file that an earlier stop has answered."""
+    """Remove a STOP file that has been handled."""
     (run / "STOP").unlink(missing_ok=True)
 
 
 def is_first_of_machine() -> bool:
-    """Whether this process does for its machine what one process there has to do: the first one on each."""
+    """Whether this process does the work that is done once per machine."""
     return os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0"
 
 

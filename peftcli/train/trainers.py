@@ -1,6 +1,6 @@
 """The trainers: TRL's SFTTrainer for language models, and one for models with a head.
 
-Both evaluate weighted by tokens or labels, count exactly, and write checkpoints that are whole or absent.
+Both evaluate weighted by tokens or labels, count exactly, and write atomic checkpoints.
 """
 
 import math
@@ -26,17 +26,17 @@ from peftcli.model.load import DTYPES
 from peftcli.train.step import StepTrainer, TrainerSetup
 
 SMOOTHED = ("single-label", "tagging")
-"""Problems on which label smoothing has a meaning."""
+"""Problem types that support label smoothing."""
 
 
 class DeferredTrainer(SFTTrainer):  # type: ignore[misc]  # trl ships no types
-    """SFTTrainer that leaves its figures on the device until they are logged.
+    """SFTTrainer that keeps its metrics on the device until they are logged.
 
-    TRL asks for entropy, accuracy and tokens after each micro-batch, and among several processes gathers each of them;
-    the device then waits for Python, and the processes for one another.
+    TRL fetches entropy, accuracy and tokens after each micro-batch, and gathers each of them from all processes; the
+    device then waits for Python, and the processes for each other.
 
     Attributes:
-        defers: False leaves it all to TRL.
+        defers: False leaves it to TRL.
     """
 
     defers = True
@@ -48,9 +48,9 @@ class DeferredTrainer(SFTTrainer):  # type: ignore[misc]  # trl ships no types
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """TRL's loss: of the tokens of a step, or of a micro-batch where no count is given.
+        """TRL's loss: over the tokens of a step, or of a micro-batch if no count is given.
 
-        Source: `SFTTrainer.compute_loss`, to the bit; a loss of another kind is computed there.
+        Source: `SFTTrainer.compute_loss`, bit-identical; other kinds of loss are computed there.
         """
         if return_outputs or not self._is_plain():
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -58,14 +58,14 @@ class DeferredTrainer(SFTTrainer):  # type: ignore[misc]  # trl ships no types
         count = outputs.label_mask.sum() if num_items_in_batch is None else num_items_in_batch
         loss = -outputs.log_probs.sum() / torch.as_tensor(count).clamp(min=1)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            loss = loss * (self.accelerator.num_processes // self.get_tp_size())  # whose gradients are averaged
+            loss = loss * (self.accelerator.num_processes // self.get_tp_size())  # because gradients are averaged
         sums = [outputs.label_mask.sum(), outputs.entropy.detach().sum(), outputs.is_top1.sum()]
         mode = "train" if model.training else "eval"
         self._metrics[mode]["sums"].append(torch.stack([one.float() for one in sums]))
         return loss
 
     def _is_plain(self) -> bool:
-        """Whether the loss is the mean negative log-likelihood of the tokens, with nothing added to it."""
+        """Whether the loss is the plain mean negative log-likelihood of the tokens."""
         return (
             self.defers
             and self.args.loss_type == "nll"
@@ -76,7 +76,7 @@ class DeferredTrainer(SFTTrainer):  # type: ignore[misc]  # trl ships no types
         )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Fetch the sums since the last time, of all processes, and log what they amount to."""
+        """Fetch the sums since the last log from all processes, and log the resulting metrics."""
         figures = self._metrics["train" if self.model.training else "eval"]
         figures.pop("num_tokens", None)  # counted by the step
         sums = figures.pop("sums", None)
@@ -96,7 +96,7 @@ class Trainer(StepTrainer, DeferredTrainer):
         self.defers = "deferred_metrics" in self.optimizations
 
     def _choose_loss(self) -> None:
-        """Use the fused loss where the plan has it, and another than TRL's where TRL's fails its check on this GPU."""
+        """Use the fused loss if the plan has it, or if TRL's loss fails its check on this GPU."""
         base = self.model.get_base_model()
         if "fused_loss" in self.optimizations and not score_targets(base):
             self.optimizations -= {"fused_loss"}
@@ -113,23 +113,23 @@ class Trainer(StepTrainer, DeferredTrainer):
         self.notes.append(f"TRL's Triton kernels for the loss failed their check: {problem}; {instead} is used instead")
 
     def targets(self, labels: Tensor) -> Tensor:
-        """The tokens that are trained; the first of a row is predicted by nothing."""
+        """The number of trained tokens; the first token of a row is not predicted."""
         return (labels[..., 1:] != IGNORED).sum()
 
-    def chance(self) -> str:
-        """The loss of a guess among all tokens."""
+    def random_baseline(self) -> str:
+        """The loss of guessing uniformly among all tokens."""
         vocabulary = self.model.config.get_text_config().vocab_size
-        return f" (a guess among all {vocabulary} tokens has {math.log(vocabulary):.3f})"
+        return f" (random guessing among {vocabulary} tokens has {math.log(vocabulary):.3f})"
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write none: the adapter folder gets a card with this run's own figures."""
+        """Write none: the adapter folder gets a model card with the metrics of this run."""
 
 
 def make_trainer(setup: TrainerSetup, checkpoints: Path, model: Any) -> Trainer:
     """Build TRL's trainer from a plan; TRL wraps the model with the adapter.
 
     Args:
-        checkpoints: folder that receives them.
+        checkpoints: folder for the checkpoints.
         model: the loaded base.
     """
     plan, data = setup.plan, setup.data
@@ -151,7 +151,7 @@ class HeadTrainer(transformers.Trainer):  # type: ignore[misc]  # transformers' 
     """The trainer of transformers with the loss of a head.
 
     Attributes:
-        head: what the outputs mean.
+        head: the task head.
     """
 
     loss_is_scaled_for_ga = True  # by the rows or tokens of the whole step
@@ -163,7 +163,7 @@ class HeadTrainer(transformers.Trainer):  # type: ignore[misc]  # transformers' 
         self.counts = "tokens" if head.images is None else "images"
 
     def targets(self, labels: Tensor) -> Tensor:
-        """The rows, or the tokens that have a label."""
+        """The number of rows, or of tokens with a label."""
         return self.head.targets(labels)
 
     def _get_num_items_in_batch(self, batch_samples: Sequence[Any], device: torch.device) -> Tensor | None:
@@ -180,14 +180,14 @@ class HeadTrainer(transformers.Trainer):  # type: ignore[misc]  # transformers' 
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """The loss of a piece as its part of the step's mean; without a count, the mean of the piece."""
+        """The loss of a micro-batch as its part of the step's mean; without a count, the mean of the micro-batch."""
         logits = forward(model, inputs)
         smoothing = self.args.label_smoothing_factor if model.training else 0.0
         losses = self.head.losses(logits, inputs["labels"], smoothing=smoothing)
         count = self.targets(inputs["labels"]) if num_items_in_batch is None else num_items_in_batch
         loss = losses.sum() / torch.as_tensor(count).clamp(min=1)
         if num_items_in_batch is not None:
-            loss = loss * self.accelerator.num_processes  # whose gradients are averaged
+            loss = loss * self.accelerator.num_processes  # because gradients are averaged
         return (loss, {"logits": logits}) if return_outputs else loss
 
     def prediction_step(
@@ -204,20 +204,20 @@ class HeadTrainer(transformers.Trainer):  # type: ignore[misc]  # transformers' 
 
 
 class LabelTrainer(StepTrainer, HeadTrainer):
-    """The trainer of a head, with what every task's trainer shares."""
+    """The trainer of a head, with the shared parts of all trainers."""
 
     targets = HeadTrainer.targets
 
 
 def make_label_trainer(setup: TrainerSetup, checkpoints: Path, model: Any) -> LabelTrainer:
-    """Put the adapter of a plan onto a model with a head, and build their trainer.
+    """Add the adapter of a plan to a model with a head, and build its trainer.
 
     Args:
-        checkpoints: folder that receives them.
+        checkpoints: folder for the checkpoints.
         model: the loaded base, with its head.
 
     Raises:
-        RecipeError: an argument has no meaning for labels such as these.
+        RecipeError: an argument does not apply to this kind of labels.
     """
     plan, data, tokenizer = setup.plan, setup.data, setup.tokenizer
     head = task_head(plan.base.labels, plan.base.problem_type, model, tokenizer)
@@ -226,11 +226,11 @@ def make_label_trainer(setup: TrainerSetup, checkpoints: Path, model: Any) -> La
     )
     if arguments.label_smoothing_factor and head.problem_type not in SMOOTHED:
         raise RecipeError(
-            f"trainer.label_smoothing_factor = {arguments.label_smoothing_factor}: spreads weight over classes, and "
-            f"the labels are {head.problem_type}; leave it out"
+            f"trainer.label_smoothing_factor = {arguments.label_smoothing_factor}: needs classes, but the labels are "
+            f"{head.problem_type}; remove it"
         )
     arguments._n_gpu = min(arguments.n_gpu, 1)
-    set_seed(plan.seed)  # the adapter begins at random
+    set_seed(plan.seed)  # the adapter is initialized randomly
     wrapped = get_peft_model(model, peft_config(plan.adapter, plan.task, tokenizer=plan.base.path))
     if arguments.activation_checkpointing:
         wrapped.enable_input_require_grads()

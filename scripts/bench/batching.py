@@ -1,9 +1,9 @@
-"""Whole trainings of the same rows at equal loss: peftcli, padding-free and padded, beside SFTTrainer, plain and tuned.
+"""Whole trainings of the same rows at equal loss: peftcli, padding-free and padded, and SFTTrainer, plain and tuned.
 
     python scripts/bench/batching.py --regime skewed [--tool flat --tool trl ...] [--steps 40] [--rounds 3]
         [--shape auto] [--bits 16] [--seeds 0] [--peer unsloth=PYTHON ...] [--output FILE]
 
-Tools take turns, each in a process of its own on all cores. The figures of a regime replace those of the same regime
+Tools take turns, each in a separate process on all cores. The results of a regime replace those of the same regime
 in the file. The package `peftcli.bench` does the measuring; `peftcli bench` is the short form.
 """
 
@@ -30,14 +30,14 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def compare(words: argparse.Namespace, regime: str) -> dict[str, Any]:
-    """One regime with all tools; the object that is kept."""
+    """One regime with all tools; the object that is saved."""
     pythons = dict(peer.partition("=")[::2] for peer in words.peer)
     with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder)
-        made = make_model(words.shape, words.bits, place)
+        workspace = Path(folder)
+        made = make_model(words.shape, words.bits, workspace)
         shape, on_gpu = SHAPES[made["shape"]], made["device"] == "cuda"
         lengths = REGIMES[regime].stretched(shape.stretch)
-        job = Job(shape, words.bits, lengths, words.steps, place, Path(made["folder"]), made["device"])
+        job = Job(shape, words.bits, lengths, words.steps, workspace, Path(made["folder"]), made["device"])
         tools = [tuned_for(TOOLS[name], on_gpu=on_gpu, flash=made["flash"]) for name in words.tool or TOOLS]
         tools += peer_tools(pythons)
         rows = job.write()
@@ -59,7 +59,7 @@ def with_limit(measured: Measurements, job: Job, seeds: int) -> Measurements:
 
 
 def keep(found: dict[str, Any], path: Path) -> None:
-    """Write the figures, with those of other regimes that the file holds of the same model."""
+    """Write the results, and keep those of other regimes in the file for the same model."""
     before = json.loads(path.read_text()) if path.is_file() else {}
     new = {result["regime"] for result in found["regimes"]}
     same = all(before.get(name) == found[name] for name in ("shape", "bits"))
@@ -69,7 +69,7 @@ def keep(found: dict[str, Any], path: Path) -> None:
 
 
 def main() -> None:
-    """Measure the regimes that are asked for."""
+    """Measure the requested regimes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--regime", choices=list(REGIMES), action="append")
     parser.add_argument("--tool", choices=list(TOOLS), action="append")

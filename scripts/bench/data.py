@@ -1,7 +1,7 @@
-"""Rows a second and peak memory of `peftcli data`, beside plain `load_dataset` and `map`, for growing CSV files.
+"""Rows per second and peak memory of `peftcli data` and of plain `load_dataset` and `map`, for growing CSV files.
 
 Run it with the Python of the environment: `python scripts/bench/data.py [ROWS ...]`. Each measurement is a process of
-its own with an empty cache; the figures go to scripts/bench/results/data-cpu.json. `peftcli` also looks for
+its own with an empty cache; the results go to scripts/bench/results/data-cpu.json. `peftcli` also looks for
 duplicates, near duplicates, leaks, odd characters and personal data; the plain way only tokenizes, labels and splits.
 """
 
@@ -126,12 +126,15 @@ def main() -> None:
     folder = tiny_model("tiny:llama")
     results = []
     for rows in sizes:
-        with tempfile.TemporaryDirectory() as place:
-            path = Path(place) / "rows.csv"
+        with tempfile.TemporaryDirectory() as workspace:
+            path = Path(workspace) / "rows.csv"
             write_rows(path, rows)
             found = {"rows": rows, "file_bytes": path.stat().st_size}
             for way in ("ours", "plain"):
-                environment = os.environ | {"PEFTCLI_CACHE": f"{place}/cache", "HF_DATASETS_CACHE": f"{place}/datasets"}
+                environment = os.environ | {
+                    "PEFTCLI_CACHE": f"{workspace}/cache",
+                    "HF_DATASETS_CACHE": f"{workspace}/datasets",
+                }
                 words = [sys.executable, __file__, "--one", way, str(path), str(folder)]
                 ended = subprocess.run(words, env=environment, capture_output=True, text=True, check=True)
                 found[way] = json.loads(ended.stdout.splitlines()[-1])

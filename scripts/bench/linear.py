@@ -3,7 +3,7 @@
     python scripts/bench/linear.py [--tokens 1000 --tokens 10000 ...] [--steps 4] [--rounds 1]
 
 Prints the median seconds of a step for each size, and the exponent of the line through them on logarithmic axes: 1 is
-in proportion. The figures go to scripts/bench/results/linear-cpu.json.
+in proportion. The results go to scripts/bench/results/linear-cpu.json.
 """
 
 import argparse
@@ -36,10 +36,10 @@ def mean_tokens() -> float:
     return statistics.mean(len(row.ids) for row in rows)
 
 
-def step_seconds(tokens: int, steps: int, rounds: int, place: Path, model: Path) -> tuple[float, float]:
+def step_seconds(tokens: int, steps: int, rounds: int, workspace: Path, model: Path) -> tuple[float, float]:
     """Tokens of a step and the median of its seconds; the first step counts in neither."""
     regime = replace(SKEWED, rows=max(1, round(tokens / mean_tokens())))
-    job = Job(SHAPES["tiny"], 16, regime, steps, place, model, "cpu")
+    job = Job(SHAPES["tiny"], 16, regime, steps, workspace, model, "cpu")
     real = sum(len(row.ids) for row in job.write()) / steps
     seconds: list[float] = []
     for _ in range(rounds):
@@ -58,10 +58,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1)
     words = parser.parse_args()
     points = []
-    with tempfile.TemporaryDirectory() as place:
-        model = Path(make_model("tiny", 16, Path(place))["folder"])
+    with tempfile.TemporaryDirectory() as workspace:
+        model = Path(make_model("tiny", 16, Path(workspace))["folder"])
         for tokens in words.tokens or SIZES:
-            real, seconds = step_seconds(tokens, words.steps, words.rounds, Path(place), model)
+            real, seconds = step_seconds(tokens, words.steps, words.rounds, Path(workspace), model)
             points.append((real, seconds))
             print(f"{real:>9,.0f} tokens a step  {seconds:8.3f} s  {seconds / real * 1e6:6.1f} us a token", flush=True)
     found = {

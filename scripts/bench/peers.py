@@ -116,14 +116,14 @@ PEERS: dict[str, tuple[str, Callable[[Job, Path, str], list[str]]]] = {
 
 
 def peer_tools(pythons: dict[str, str]) -> list[Tool]:
-    """The peers as tools; one without a Python of its own is tried in this one."""
+    """The peers as tools; one without a separate Python runs in this one."""
     return [Tool(name, title, False, {"peer": True}) for name, (title, _) in PEERS.items() if name in pythons]
 
 
 def peer_runner(
     pythons: dict[str, str], otherwise: Callable[[Tool, Job], Measurement | str]
 ) -> Callable[[Tool, Job], Measurement | str]:
-    """Runs a peer as such, and any other tool as `otherwise` does."""
+    """Runs a peer with its own command, and other tools with `otherwise`."""
     return partial(_run, pythons, otherwise)
 
 
@@ -151,10 +151,10 @@ def _run(
         return f"{words[0]}: {problem.strerror}"
     if ended.error is not None:
         return ended.error
-    said = log.read_text(encoding="utf-8", errors="replace")
-    losses, runtime = [float(loss) for loss in LOSS.findall(said)], RUNTIME.findall(said)
+    output = log.read_text(encoding="utf-8", errors="replace")
+    losses, runtime = [float(loss) for loss in LOSS.findall(output)], RUNTIME.findall(output)
     if not losses or not runtime or not steps:
-        return "ended well but printed no losses, or not how long it trained"
+        return "finished, but printed no losses or no training time"
     return Measurement(
         seconds=float(runtime[-1]),
         first_step_seconds=steps[0] - begun,
@@ -172,7 +172,7 @@ def _run(
 
 
 def masked_rows(job: Job) -> Path:
-    """The ids and labels with a mask of ones beside them, which Axolotl asks for."""
+    """The ids and labels with a mask of ones, which Axolotl requires."""
     path = job.folder / "rows-masked.jsonl"
     with path.open("w", encoding="utf-8") as file:
         for row in _rows(job):
@@ -181,7 +181,7 @@ def masked_rows(job: Job) -> Path:
 
 
 def stored_rows(job: Job, folder: Path) -> Path:
-    """The same as a data set on the disk, as LLaMA-Factory keeps what it has tokenized."""
+    """The same as a data set on disk, in LLaMA-Factory's tokenized format."""
     from datasets import Dataset, DatasetDict, disable_progress_bars
 
     disable_progress_bars()

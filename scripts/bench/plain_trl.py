@@ -1,4 +1,4 @@
-"""The products job as a plain SFTTrainer script: what `peftcli train` is held against.
+"""The products job as a plain SFTTrainer script: the reference for `peftcli train`.
 
 python scripts/bench/plain_trl.py MODEL PRODUCTS.CSV DEPARTMENTS.CSV [--no-4bit] prints one JSON object: seconds of
 the tokenization and of the training, and the exact match on the first rows of the test split.

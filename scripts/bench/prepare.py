@@ -2,9 +2,9 @@
 
     python scripts/bench/prepare.py [--rows 20000] [--rounds 3] [--turns FILE.jsonl]
 
-The loss is on the assistant's turns. Each way runs in a process of its own, with an empty cache and its imports made
+The loss is on the assistant's turns. Each way runs in a separate process, with an empty cache and its imports made
 before the clock starts; peftcli also looks for duplicates, leaks, odd characters and personal data. Then
-`peftcli train` is run twice for one step on the same chats: the second time finds them prepared. The figures go to
+`peftcli train` is run twice for one step on the same chats: the second run finds them in the cache. The results go to
 scripts/bench/results/prepare-cpu.json.
 """
 
@@ -33,11 +33,11 @@ IMPORTS = "import peftcli.cli.train, peftcli.train.run, peftcli.train.deadline"
 
 
 def write_chats(path: Path, count: int, turns: Path, seed: int) -> None:
-    """Chats of 1 to 6 exchanges, each exchange drawn from those of a file of chats; a number keeps chats apart."""
+    """Chats of 1 to 6 exchanges, each exchange drawn from those of a file of chats; a number makes chats distinct."""
     drawn, pairs = random.Random(seed), []
     for line in turns.read_text(encoding="utf-8").splitlines():
-        said = [turn for turn in json.loads(line)["messages"] if turn["role"] in ("user", "assistant")]
-        pairs += [pair for pair in zip(said[::2], said[1::2], strict=False) if pair[0]["role"] == "user"]
+        messages = [turn for turn in json.loads(line)["messages"] if turn["role"] in ("user", "assistant")]
+        pairs += [pair for pair in zip(messages[::2], messages[1::2], strict=False) if pair[0]["role"] == "user"]
     with path.open("w", encoding="utf-8") as file:
         for number in range(count):
             chosen = [dict(turn) for pair in drawn.choices(pairs, k=drawn.randint(1, 6)) for turn in pair]
@@ -45,7 +45,7 @@ def write_chats(path: Path, count: int, turns: Path, seed: int) -> None:
             file.write(json.dumps({"messages": chosen}) + "\n")
 
 
-def ours(place: Path, model: Path) -> Callable[[], Iterable[tuple[Any, Any]]]:
+def ours(workspace: Path, model: Path) -> Callable[[], Iterable[tuple[Any, Any]]]:
     """Prepare the chats as `peftcli data` does."""
     from transformers import AutoTokenizer
 
@@ -56,8 +56,8 @@ def ours(place: Path, model: Path) -> Callable[[], Iterable[tuple[Any, Any]]]:
 
     section = DatasetSection.model_validate(
         {
-            "path": str(place / "chats.jsonl"),
-            "test": {"path": str(place / "test.jsonl")},
+            "path": str(workspace / "chats.jsonl"),
+            "test": {"path": str(workspace / "test.jsonl")},
             "max_length": MAX_LENGTH,
             "too_long": "truncate",
         }
@@ -79,7 +79,7 @@ def _rows_of(side: Any) -> Iterable[tuple[Any, Any]]:
             yield row["input_ids"], row["labels"]
 
 
-def theirs(place: Path, model: Path) -> Callable[[], Iterable[tuple[Any, Any]]]:
+def theirs(workspace: Path, model: Path) -> Callable[[], Iterable[tuple[Any, Any]]]:
     """Prepare them as SFTTrainer does when it is made; the model is loaded before the clock starts."""
     from datasets import load_dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -87,7 +87,7 @@ def theirs(place: Path, model: Path) -> Callable[[], Iterable[tuple[Any, Any]]]:
 
     base = AutoModelForCausalLM.from_pretrained(model)
     arguments = SFTConfig(
-        output_dir=str(place / "unused"),
+        output_dir=str(workspace / "unused"),
         use_cpu=True,
         assistant_only_loss=True,
         max_length=MAX_LENGTH,
@@ -96,7 +96,7 @@ def theirs(place: Path, model: Path) -> Callable[[], Iterable[tuple[Any, Any]]]:
     )
 
     def work() -> Iterable[tuple[Any, Any]]:
-        rows = load_dataset("json", data_files=str(place / "chats.jsonl"), split="train")
+        rows = load_dataset("json", data_files=str(workspace / "chats.jsonl"), split="train")
         tokenizer = AutoTokenizer.from_pretrained(model)
         made = SFTTrainer(model=base, args=arguments, train_dataset=rows, processing_class=tokenizer).train_dataset
         return ((row["input_ids"], row["labels"]) for row in made)
@@ -104,9 +104,9 @@ def theirs(place: Path, model: Path) -> Callable[[], Iterable[tuple[Any, Any]]]:
     return work
 
 
-def one(way: str, place: Path, model: Path, result: Path) -> None:
+def one(way: str, workspace: Path, model: Path, result: Path) -> None:
     """Run one way in this process and write what it took, with a digest of the ids and labels in their order."""
-    work = {"ours": ours, "theirs": theirs}[way](place, model)
+    work = {"ours": ours, "theirs": theirs}[way](workspace, model)
     begun = time.perf_counter()
     made = work()
     seconds = time.perf_counter() - begun
@@ -118,8 +118,8 @@ def one(way: str, place: Path, model: Path, result: Path) -> None:
     result.write_text(json.dumps({**counts, "sha256": digest.hexdigest()}))
 
 
-def second_time(place: Path, model: Path) -> dict[str, float]:
-    """Seconds to the end of the first step with empty caches and then again, and those of the imports alone."""
+def second_time(workspace: Path, model: Path) -> dict[str, float]:
+    """Seconds to the end of the first step with empty caches and then again, and of only the imports."""
     recipe = {
         "model": {"name": str(model)},
         "adapter": {"r": 16},
@@ -127,10 +127,10 @@ def second_time(place: Path, model: Path) -> dict[str, float]:
         "trainer": {"assistant_only_loss": True, "max_steps": 1, "logging_steps": 1, "per_device_train_batch_size": 4},
         "evaluation": {"baseline": False, "samples": 0, "rows": 1, "max_new_tokens": 1},
     }
-    path, seconds = write_spec(place / "recipe.yaml", recipe), {}
-    apart = {"PEFTCLI_CACHE": str(place / "cache-train")}
+    path, seconds = write_spec(workspace / "recipe.yaml", recipe), {}
+    apart = {"PEFTCLI_CACHE": str(workspace / "cache-train")}
     for name in ("first", "second"):
-        run, stepped = RunDir(place / f"run-{name}"), []
+        run, stepped = RunDir(workspace / f"run-{name}"), []
 
         def look(run: RunDir = run, stepped: list[float] = stepped) -> None:
             if not stepped and run.log.is_file() and run.log.stat().st_size:
@@ -138,18 +138,18 @@ def second_time(place: Path, model: Path) -> dict[str, float]:
 
         begun = time.monotonic()
         words = [sys.executable, "-m", "peftcli", "train", str(path), "--output-dir", str(run.path)]
-        ended = run_process(words, place / "said.log", look, apart)
+        ended = run_process(words, workspace / "output.log", look, apart)
         if ended.error is not None:
             raise SystemExit(f"peftcli train: {ended.error}")
         seconds[f"{name}_step_seconds"] = round(stepped[0] - begun, 2)
-    imports = [run_process([sys.executable, "-c", IMPORTS], place / "said.log").seconds for _ in range(3)]
+    imports = [run_process([sys.executable, "-c", IMPORTS], workspace / "output.log").seconds for _ in range(3)]
     seconds["imports_seconds"] = round(statistics.median(imports), 2)
     seconds["second_beyond_imports_seconds"] = round(seconds["second_step_seconds"] - seconds["imports_seconds"], 2)
     return seconds
 
 
 def main() -> None:
-    """Measure both ways in turns, then the second run."""
+    """Measure both ways, interleaved, then the second run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
     parser.add_argument("--rows", type=int, default=20_000)
@@ -164,24 +164,24 @@ def main() -> None:
     model = tiny_model("tiny:llama")
     runs: dict[str, list[dict[str, Any]]] = {"ours": [], "theirs": []}
     with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder)
-        write_chats(place / "chats.jsonl", words.rows, words.turns, seed=0)
-        write_chats(place / "test.jsonl", TEST_ROWS, words.turns, seed=1)
+        workspace = Path(folder)
+        write_chats(workspace / "chats.jsonl", words.rows, words.turns, seed=0)
+        write_chats(workspace / "test.jsonl", TEST_ROWS, words.turns, seed=1)
         for number in range(words.rounds):
             for way, made in runs.items():
-                made.append(_measured(way, place, model, number))
+                made.append(_measured(way, workspace, model, number))
                 print(f"round {number + 1}  {way:<7} {made[-1]['seconds']:.2f} s", flush=True)
-        found = _summary(runs, words.rows) | second_time(place, model)
+        found = _summary(runs, words.rows) | second_time(workspace, model)
     print(json.dumps(found, indent=1))
     RESULT.parent.mkdir(exist_ok=True)
     RESULT.write_text(json.dumps(found, indent=1) + "\n")
 
 
-def _measured(way: str, place: Path, model: Path, number: int) -> dict[str, Any]:
-    result = place / "one.json"
-    words = [sys.executable, __file__, "--one", way, str(place), str(model), str(result)]
-    apart = {"PEFTCLI_CACHE": f"{place}/cache-{number}", "HF_DATASETS_CACHE": f"{place}/datasets-{number}"}
-    ended = run_process(words, place / "said.log", more=apart)
+def _measured(way: str, workspace: Path, model: Path, number: int) -> dict[str, Any]:
+    result = workspace / "one.json"
+    words = [sys.executable, __file__, "--one", way, str(workspace), str(model), str(result)]
+    apart = {"PEFTCLI_CACHE": f"{workspace}/cache-{number}", "HF_DATASETS_CACHE": f"{workspace}/datasets-{number}"}
+    ended = run_process(words, workspace / "output.log", more=apart)
     if ended.error is not None:
         raise SystemExit(f"{way}: {ended.error}")
     found: dict[str, Any] = json.loads(result.read_text())

@@ -1,4 +1,4 @@
-"""The products job with peftcli beside a plain SFTTrainer script, in one run: seconds, quality, drift of the merge.
+"""The products job with peftcli and with a plain SFTTrainer script, in one run: seconds, quality, drift of the merge.
 
 python scripts/bench/products.py MODEL PRODUCTS.CSV DEPARTMENTS.CSV [--out results/products-cpu.json]
 

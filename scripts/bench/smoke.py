@@ -1,4 +1,4 @@
-"""A short comparison beside the recorded one: `python scripts/bench/smoke.py [--record]`, less than a minute alone.
+"""A short comparison with the recorded one: `python scripts/bench/smoke.py [--record]`, less than a minute.
 
 Ratios of two tools that take turns hold on a busy or another machine where seconds do not. A ratio under
 `LEAST_SHARE` of the recorded one ends with exit code 1; CI shows that and goes on.
@@ -24,19 +24,19 @@ COMPARED = ("padded", "trl_fp32")
 
 
 def measured() -> dict[str, Any]:
-    """peftcli beside its own padded batches and plain SFTTrainer, one round of chat lengths."""
+    """peftcli, peftcli with padded batches and plain SFTTrainer, one round of chat lengths."""
     with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder)
-        made = make_model("tiny", 16, place)
-        job = Job(SHAPES["tiny"], 16, SKEWED, STEPS, place, Path(made["folder"]), "cpu")
+        workspace = Path(folder)
+        made = make_model("tiny", 16, workspace)
+        job = Job(SHAPES["tiny"], 16, SKEWED, STEPS, workspace, Path(made["folder"]), "cpu")
         tools = [TOOLS[name] for name in ("flat", *COMPARED)]
         return regime_result(job, job.write(), tools, take_turns(tools, job, 1, Silent()), made)
 
 
 def main() -> None:
-    """Print each ratio beside the recorded one."""
+    """Print each ratio with the recorded one."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--record", action="store_true", help="keep the ratios found as those to compare with")
+    parser.add_argument("--record", action="store_true", help="save the ratios for later comparisons")
     words = parser.parse_args()
     found = measured()
     for tool in found["tools"].values():

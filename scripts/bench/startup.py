@@ -1,10 +1,10 @@
-"""A training of one step, from the start of the process to its exit, beside `trl sft`.
+"""A training of one step, from the start of the process to its exit, compared with `trl sft`.
 
     python scripts/bench/startup.py [--rows 2000] [--rounds 3]
 
 Three ways take turns on the same rows and model: `peftcli train`, the command `trl sft`, and TRL's script without its
 launcher. peftcli also plans, checks the rows, measures the adapter and writes its report; each begins with empty
-caches of prepared rows. The figures go to scripts/bench/results/startup-cpu.json.
+caches of prepared rows. The results go to scripts/bench/results/startup-cpu.json.
 """
 
 import argparse
@@ -58,34 +58,38 @@ def commands(job: Job) -> dict[str, list[str]]:
     )
 
 
-def once(words: list[str], place: Path) -> dict[str, Any]:
+def once(words: list[str], workspace: Path) -> dict[str, Any]:
     """One process with empty caches: its seconds and the peak of its memory."""
     for name in ("run-ours", "run-trl", "cache", "datasets"):
-        shutil.rmtree(place / name, ignore_errors=True)
-    apart = {"PEFTCLI_CACHE": str(place / "cache"), "HF_DATASETS_CACHE": str(place / "datasets"), "HF_HUB_OFFLINE": "1"}
-    ended = run_process(words, place / "said.log", more=apart)
+        shutil.rmtree(workspace / name, ignore_errors=True)
+    apart = {
+        "PEFTCLI_CACHE": str(workspace / "cache"),
+        "HF_DATASETS_CACHE": str(workspace / "datasets"),
+        "HF_HUB_OFFLINE": "1",
+    }
+    ended = run_process(words, workspace / "output.log", more=apart)
     if ended.error is not None:
         raise SystemExit(f"{words[0]}: {ended.error}")
     return {"seconds": ended.seconds, "peak_bytes": ended.peak_bytes}
 
 
 def main() -> None:
-    """Measure the ways in turns."""
+    """Measure both ways, interleaved."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=2000)
     parser.add_argument("--rounds", type=int, default=3)
     words = parser.parse_args()
     runs: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
     with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder)
-        model = Path(make_model("tiny", 16, place)["folder"])
-        job = Job(SHAPES["tiny"], 16, SKEWED, -(-words.rows // SKEWED.rows), place, model, "cpu")
+        workspace = Path(folder)
+        model = Path(make_model("tiny", 16, workspace)["folder"])
+        job = Job(SHAPES["tiny"], 16, SKEWED, -(-words.rows // SKEWED.rows), workspace, model, "cpu")
         job.write()
-        (place / "data").mkdir()
-        shutil.copy(place / "rows.jsonl", place / "data" / "train.jsonl")
+        (workspace / "data").mkdir()
+        shutil.copy(workspace / "rows.jsonl", workspace / "data" / "train.jsonl")
         for number in range(words.rounds):
             for way, command in commands(job).items():
-                runs[way].append(once(command, place))
+                runs[way].append(once(command, workspace))
                 print(f"round {number + 1}  {way:<20} {runs[way][-1]['seconds']:.2f} s", flush=True)
     found: dict[str, Any] = {"schema": 1, "rows": words.rows, "cores": os.cpu_count(), "rounds": words.rounds}
     for way, made in runs.items():

@@ -19,6 +19,8 @@ TOOL_NAMES = {
 }
 """Tools as docs/benchmarks.md calls them."""
 
+EARLIER_TITLES = {"flat lines": "padding-free", "peftcli, flat,": "peftcli, padding-free,", "as it comes": "defaults"}
+
 
 def regime_lines(found: Mapping[str, Any]) -> Iterable[str]:
     """The comparisons of one file of batching.py."""
@@ -37,15 +39,23 @@ def regime_lines(found: Mapping[str, Any]) -> Iterable[str]:
     yield ""
 
 
+def _title(tool: Mapping[str, Any]) -> str:
+    """The title of a tool; results of earlier versions have other words in it."""
+    title = str(tool["title"])
+    for earlier, now in EARLIER_TITLES.items():
+        title = title.replace(earlier, now)
+    return title
+
+
 def _tool_line(result: Mapping[str, Any], name: str, tool: Mapping[str, Any]) -> str:
     if "error" in tool:
-        return f"| {result['regime']} | {tool['title']} | did not run: {tool['error']} | | | | | | | |"
+        return f"| {result['regime']} | {_title(tool)} | did not run: {tool['error']} | | | | | | | |"
     seconds, ratio = tool["seconds"], result["ratios"].get(name)
     speed = f"{tool['label_tokens_per_second']:,.0f}" if tool["equal_loss"] else "other loss"
     apart = tool["largest_loss_difference"]
     cells = [
         result["regime"],
-        tool["title"],
+        _title(tool),
         speed,
         f"{seconds['median']:.2f} ({seconds['min']:.2f} to {seconds['max']:.2f})",
         f"{tool['first_step_seconds']['median']:.1f} s",
@@ -164,7 +174,7 @@ def _page_others(results: Path) -> Iterable[str]:
 
 
 def main() -> None:
-    """Replace what stands between the marks of both files."""
+    """Replace the text between the markers in both files."""
     results = HERE / "results"
     lines = [line for path in sorted(results.glob("batching-*.json")) for line in _lines_of(path)]
     README.write_text(replaced(README, TABLE, [*lines, *other_lines(results)]), encoding="utf-8")

@@ -76,7 +76,7 @@ def main() -> None:
             "seconds": facts["seconds"],
             "tokens_per_second": facts["tokens_per_second"],
             "batching": facts["batching"],
-            "optimizations": facts["levers"],
+            "optimizations": facts["optimizations"],
         }
     )
     sys.exit(0 if all(done) and losses[1] < losses[0] else 1)

@@ -254,7 +254,7 @@ def _choices(found: Trained) -> dict[str, Any]:
     return {
         "attention": found.facts["batching"]["attention"],
         "rejected": found.facts["batching"]["rejected_kernels"],
-        "optimizations": found.facts["levers"],
+        "optimizations": found.facts["optimizations"],
         "out_of_memory": len(found.facts["out_of_memory"]),
     }
 

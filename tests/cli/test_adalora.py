@@ -77,19 +77,19 @@ def wrapped(tiny_llama: Path, adapter: AdapterSection) -> Any:
 
 
 @pytest.mark.numeric
-def test_the_regulariser_is_the_one_that_peft_adds_to_its_own_loss(tiny_llama: Path) -> None:
+def test_the_regularizer_is_the_one_that_peft_adds_to_its_own_loss(tiny_llama: Path) -> None:
     adapter = AdapterSection(method="adalora", r=4, target_modules=("q_proj",))
     model = wrapped(tiny_llama, adapter).eval()
     ids = torch.arange(5, 25)[None]
     with torch.no_grad():
         theirs = model(input_ids=ids, labels=ids).loss
         ranks = RankAllocation(model, adapter, None)
-        ours = model(input_ids=ids, labels=ids).loss + ranks.regulariser()
+        ours = model(input_ids=ids, labels=ids).loss + ranks.regularizer()
     torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.numeric
-def test_the_gradient_of_the_regulariser_is_the_same_in_one_piece_and_in_several(
+def test_the_gradient_of_the_regularizer_is_the_same_in_one_piece_and_in_several(
     write_recipe: Write, run_cli: Cli, tmp_path: Path
 ) -> None:
     weights = []
@@ -113,9 +113,9 @@ def test_the_schedule_follows_the_steps_and_refuses_one_that_leaves_none(
     assert rank_schedule(adapter, 100) == RankSchedule(10, 30)
     late = ADALORA | {"tinit": 15, "tfinal": 5}
     assert run_cli("plan", write_recipe(adapter=late, trainer=TRAINER, quantization=None)) == 2
-    assert "leave none of the 20 steps to move the ranks in; lower one of them" in capfd.readouterr().err
+    assert "leave none of the 20 steps to change the ranks; lower one of them" in capfd.readouterr().err
     assert run_cli("plan", write_recipe(adapter=ADALORA | {"init_r": 4}, quantization=None)) == 2
-    assert "adapter.init_r = 4 must be more than adapter.r = 4" in capfd.readouterr().err
+    assert "adapter.init_r = 4 must be larger than adapter.r = 4" in capfd.readouterr().err
 
 
 def test_a_row_of_the_history_is_kept_for_each_step_of_a_short_run(
@@ -124,7 +124,7 @@ def test_a_row_of_the_history_is_kept_for_each_step_of_a_short_run(
     assert train(write_recipe, run_cli, trainer=TRAINER | {"max_steps": 10}, adapter=ADALORA) == 0
     assert read_json(tmp_path / "run" / "ranks.json")["steps"] == list(range(11))
     rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    assert rows[0]["loss"] < 8, "the regulariser is no part of the loss that is shown"
+    assert rows[0]["loss"] < 8, "the regularizer is no part of the loss that is shown"
 
 
 @pytest.fixture

@@ -70,7 +70,7 @@ def test_a_principal_start_is_the_base_at_first_and_off_and_reloads_as_plain_lor
     tuned = logits_of(model)
     with model.disable_adapter():
         assert torch.equal(logits_of(model), before)
-    start.settle()
+    start.convert_to_plain_lora()
     torch.testing.assert_close(logits_of(model), tuned, atol=1e-3, rtol=1e-3)
     model.save_pretrained(str(tmp_path))
     again = load_adapter(load_base(base_of(tiny_llama, quantization)), tmp_path)
@@ -126,9 +126,9 @@ def test_eva_gets_no_batch_that_peft_would_leave_out(rows: int, pooled: bool, ba
 
 def test_eva_says_what_it_lacks_in_place_of_waiting_for_ever(tiny_llama: Path) -> None:
     rows = [[5, 6, 7]] * 4  # 12 tokens, of which 16 directions are asked for
-    with pytest.raises(DataError, match="looks for 16 directions in 12 tokens of training"):
+    with pytest.raises(DataError, match="needs 16 directions, but there are only 12 tokens"):
         initialize_from_data(lora(tiny_llama, "eva", r=8), rows, 0)
-    with pytest.raises(DataError, match="looks for 16 directions in 9 rows of training"):
+    with pytest.raises(DataError, match="needs 16 directions, but there are only 9 rows"):
         initialize_from_data(lora(tiny_llama, "eva", r=8), [[5, 6, 7]] * 9, 0, pooled=True)
     with pytest.raises(RecipeError, match=r"lower adapter\.r"):
         initialize_from_data(lora(tiny_llama, "eva", r=80), [list(range(5, 200))] * 9, 0)
@@ -138,7 +138,7 @@ def test_eva_that_never_settles_ends(tiny_llama: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr("peftcli.train.adapter_init.MOST_BATCHES", 2)
     drawn = torch.Generator().manual_seed(0)
     rows = [torch.randint(3, 200, (20,), generator=drawn).tolist() for _ in range(40)]
-    with pytest.raises(RecipeError, match="still turn after 2 batches"):
+    with pytest.raises(RecipeError, match="have not converged after 2 batches"):
         initialize_from_data(lora(tiny_llama, "eva"), rows, 0)
 
 

@@ -355,7 +355,7 @@ def test_flat_lines_are_refused_where_a_head_reads_rows(
     label_recipe: Write, run_cli: Cli, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_cli("plan", label_recipe(performance={"batching": "padding_free"})) == 2
-    assert "a head reads whole rows" in capsys.readouterr().err
+    assert "classification uses padded batches" in capsys.readouterr().err
 
 
 @pytest.mark.numeric
@@ -448,7 +448,7 @@ def test_a_short_target_stands_for_no_part_of_the_head() -> None:
 
 def test_a_base_whose_files_lack_more_than_the_head_is_refused(label_recipe: Write) -> None:
     plan, _, _ = prepare_labels(label_recipe(model={"name": "tiny:bert"}))
-    with pytest.raises(MachineError, match=r"no fitting weights for bert\.pooler\.dense\.bias"):
+    with pytest.raises(MachineError, match=r"no matching weights for bert\.pooler\.dense\.bias"):
         load_base(replace(plan.base, head=("classifier",)))
 
 

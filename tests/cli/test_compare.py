@@ -230,7 +230,7 @@ def test_runs_that_are_there_are_compared_without_training(
 def test_the_verdict_says_when_the_rows_do_not_settle_it(three_runs: list[Path], run_cli: Cli, tmp_path: Path) -> None:
     run_cli("compare", *three_runs, "--output-dir", "out")
     report = (tmp_path / "out" / "compare.md").read_text(encoding="utf-8")
-    assert "r64 has the best exact match, 0.520 on 200 held-out rows. That does not settle it" in report
+    assert "r64 has the best exact match, 0.520 on 200 held-out rows. The difference is not significant" in report
     assert "interval of r16 overlaps its. The smallest adapter of these is that of r16" in report
 
 
@@ -323,7 +323,7 @@ def test_a_run_without_figures_is_a_row_and_no_point(three_runs: list[Path], run
 
 def test_a_comparison_of_nothing_measured_says_so() -> None:
     nothing = make_comparison(CompareJson(name="a", status="unfinished"))
-    assert "nothing to choose between yet" in render_markdown(nothing)
+    assert "there is no ranking" in render_markdown(nothing)
 
 
 @pytest.mark.parametrize(
@@ -402,11 +402,9 @@ def test_a_base_is_measured_anew_for_a_head_and_where_the_lender_has_not_measure
     tmp_path: Path, things: Path
 ) -> None:
     source_run, asked = lend(tmp_path / "a", things), borrower(tmp_path, things)
-    assert (
-        reuse_blocker(source_run, asked, planned("sequence-classification"), STAMP) == "a new head is part of the base"
-    )
+    assert reuse_blocker(source_run, asked, planned("sequence-classification"), STAMP) == "the base includes a new head"
     source_run.train.unlink()
-    assert reuse_blocker(source_run, asked, planned(), STAMP) == "its figures are not there"
+    assert reuse_blocker(source_run, asked, planned(), STAMP) == "its results are missing"
     with pytest.raises(RecipeError, match="no run folder"):
         reuse_blocker(RunDir(tmp_path / "none"), asked, planned(), STAMP)
 
@@ -444,8 +442,8 @@ def test_variants_are_trained_once_failures_are_rows_and_the_base_is_measured_on
     assert [one["data_cache"] for one in found["variants"]][1] == "reused"
     assert found["variants"][2]["exit_code"] == 2 and "thesis.txt" in found["variants"][2]["error"]
     assert found["variants"][0]["base_quality"] == found["variants"][1]["base_quality"] is not None
-    assert "the figures of the base are those of q_proj" in said.err
-    assert "1 of 3 variants did not end well; exit code 2 is that of k_proj" in said.err
+    assert "reusing the baseline of q_proj" in said.err
+    assert "1 of 3 variants failed; the exit code 2 is that of k_proj" in said.err
     assert "note: k_proj: failed, exit code 2" in said.out
     trained = (tmp_path / "out" / "q_proj" / "train.json").read_bytes()
     assert run_cli(*words) == 2
@@ -478,6 +476,6 @@ def test_a_stop_ends_the_child_with_a_checkpoint_and_begins_no_other(write_recip
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=120)
     assert process.returncode == 75, said
-    assert "stopped by SIGTERM with 0 of 2 variants finished; the same command goes on" in said
+    assert "stopped by SIGTERM with 0 of 2 variants finished; run the same command again to resume" in said
     assert [one["status"] for one in compared(tmp_path / "out")["variants"]] == ["stopped", "not started"]
     assert list((tmp_path / "out" / "r2" / "checkpoints").glob("checkpoint-*"))

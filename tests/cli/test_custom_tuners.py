@@ -495,5 +495,5 @@ def test_the_plan_counts_what_is_trained_of_the_base(
 ) -> None:
     recipe = write_recipe(adapter={"method": "full", "r": None}, quantization=None)
     assert run_cli("plan", recipe) == 0
-    said = r"^trainable +656,000 parameters +100\.00% of the 656,000 of the base, in a copy"
+    said = r"^trainable +656,000 parameters +100\.00% of the 656,000 base parameters, as a trained copy"
     assert re.search(said, capfd.readouterr().out, re.M)

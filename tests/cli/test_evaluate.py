@@ -171,9 +171,9 @@ def test_generate_writes_prompts_as_training_did(run: Path, run_cli: Cli, capfd:
 
 def test_targets_that_are_nothing_name_the_mend(run_cli: Cli, capfd: Any, tmp_path: Path, tiny_llama: Path) -> None:
     assert run_cli("eval", "nowhere") == 4
-    assert "no such folder; a base model needs --recipe" in capfd.readouterr().err
+    assert "no such folder; for a base model, pass --recipe" in capfd.readouterr().err
     assert run_cli("eval", tiny_llama) == 4
-    assert "a base model needs --recipe" in capfd.readouterr().err
+    assert "for a base model, pass --recipe" in capfd.readouterr().err
     assert run_cli("generate", tmp_path) == 3 or run_cli("generate", tmp_path, "x") == 4
 
 

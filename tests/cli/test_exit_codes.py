@@ -22,7 +22,7 @@ Write = Callable[..., Path]
     ("sections", "code", "said"),
     [
         ({"adapter": {"r": 0}}, 2, "adapter.r = 0"),
-        ({"adapter": {"target_modules": ["q_proj", "v_prj"]}}, 2, "[v_prj]; nearest: "),
+        ({"adapter": {"target_modules": ["q_proj", "v_prj"]}}, 2, "[v_prj]; nearest names: "),
         ({"dataset": {"path": "/nowhere/things.csv"}}, 3, "/nowhere/things.csv: no such file"),
         ({"dataset": {"prompt": "{thin} ->:"}}, 3, "no column thin; it has id, thing, kind"),
         ({"dataset": {"prompt": "{thing} " + "long " * 60}}, 3, "raise dataset.max_length"),
@@ -31,9 +31,9 @@ Write = Callable[..., Path]
         ({"model": {"name": "./no-such-model"}}, 4, "no such folder"),
         ({"model": {"name": "nobody/no-such-model"}}, 4, "HF_HUB_OFFLINE is set"),
         ({"model": {"name": "tiny:lama"}}, 2, "tiny:llama"),
-        ({"model": {"attention": "flash_attention_2"}}, 4, "needs a CUDA GPU, and there is none here"),
-        ({"model": {"dtype": "float16"}}, 4, "trains on a GPU only"),
-        ({"dataset": {"max_length": 100_000}}, 2, "was made for at most"),
+        ({"model": {"attention": "flash_attention_2"}}, 4, "needs a CUDA GPU, and this machine has none"),
+        ({"model": {"dtype": "float16"}}, 4, "only trains on a GPU"),
+        ({"dataset": {"max_length": 100_000}}, 2, "supports at most"),
     ],
 )
 def test_each_kind_of_fault_has_its_exit_code_and_one_short_message(
@@ -49,7 +49,7 @@ def test_a_run_folder_that_cannot_be_made_is_a_fault_of_the_machine(
     write_recipe: Write, run_cli: Cli, capfd: Any
 ) -> None:
     assert run_cli("train", write_recipe(), "--output-dir", "/dev/null/run") == 4
-    assert capfd.readouterr().err.strip() == "error: /dev/null is a file, not a folder; name another output_dir"
+    assert capfd.readouterr().err.strip() == "error: /dev/null is a file, not a folder; set another output_dir"
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_a_bug_of_ours_keeps_its_traceback_and_exits_1(
     monkeypatch.setattr(pipeline, "plan_recipe", broken)
     assert run_cli("plan", write_recipe()) == 1
     err = capfd.readouterr().err
-    assert "ZeroDivisionError: planted" in err and "a bug of peftcli" in err
+    assert "ZeroDivisionError: planted" in err and "a bug in peftcli" in err
 
 
 def test_the_traceback_of_a_known_error_is_there_for_the_asking(write_recipe: Write, run_cli: Cli, capfd: Any) -> None:

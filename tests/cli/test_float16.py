@@ -120,10 +120,12 @@ def test_an_adapter_whose_loss_is_not_finite_ends_the_run_with_a_sentence(
 def test_steps_that_no_scale_helps_name_float16() -> None:
     guard = NanGuard()
     for step in range(1, MOST_SKIPPED_STEPS):
-        guard.check(step, 1.0, float("inf"), scaled=True, chance="")
-    with pytest.raises(Diverged, match=r"inf for 30 steps.*whatever the scale; float16.*model\.dtype: float32"):
-        guard.check(MOST_SKIPPED_STEPS, 1.0, float("inf"), scaled=True, chance="")
+        guard.check(step, 1.0, float("inf"), scaled=True, random_baseline="")
+    with pytest.raises(
+        Diverged, match=r"inf for 30 steps.*at every scale; this model overflows float16.*model\.dtype: float32"
+    ):
+        guard.check(MOST_SKIPPED_STEPS, 1.0, float("inf"), scaled=True, random_baseline="")
     with pytest.raises(Diverged, match=r"lower trainer\.learning_rate or trainer\.max_grad_norm"):
-        NanGuard().check(1, 1.0, float("inf"), scaled=False, chance="")
-    with pytest.raises(Diverged, match=r"the loss is nan.*float16, which ends at 65504"):
-        NanGuard().check(1, float("nan"), 1.0, scaled=True, chance="")
+        NanGuard().check(1, 1.0, float("inf"), scaled=False, random_baseline="")
+    with pytest.raises(Diverged, match=r"the loss is nan.*overflows float16 .maximum 65504"):
+        NanGuard().check(1, float("nan"), 1.0, scaled=True, random_baseline="")

@@ -128,7 +128,7 @@ def test_both_losses_are_those_of_the_base_alone_and_of_the_adapter(
     gates = {gate["name"]: gate["met"] for gate in json.loads((run / "metrics.json").read_text())["gates"]}
     assert gates == {"forgetting_loss": True, "forgetting_change": False}
     report = (run / "report.md").read_text(encoding="utf-8")
-    assert "| Forgetting: loss on another text" in report and "left out there: 1 row without text" in report
+    assert "| Forgetting: loss on another text" in report and "excluded: 1 row without text" in report
     assert run_cli("eval", "run") == 0
     assert json.loads((run / "metrics.json").read_text())["retention"] == found
 

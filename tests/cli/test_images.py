@@ -181,7 +181,7 @@ def test_a_convolutional_network_in_4_bit_is_refused_with_the_mend(
     image_recipe: Write, run_cli: Cli, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert run_cli("plan", image_recipe("tiny:resnet", quantization={"bits": 4})) == 2
-    assert "made of convolutions" in capfd.readouterr().err
+    assert "consists of convolutions" in capfd.readouterr().err
 
 
 @pytest.mark.numeric

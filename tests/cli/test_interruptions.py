@@ -71,7 +71,7 @@ def test_when_memory_runs_out_the_step_is_repeated_in_pieces_with_the_same_resul
     small_memory(monkeypatch, tokens=60, first_step=2)
     capfd.readouterr()
     assert run_cli("train", recipe, "--output-dir", "small") == 0
-    assert "step 3: out of memory, so its rows are run in" in capfd.readouterr().err
+    assert "step 3: out of memory; its rows are now split into" in capfd.readouterr().err
     whole, small = (tmp_path / name for name in ("whole", "small"))
     assert_same_losses(losses(small), losses(whole))
     assert_same_adapter(adapter(small), adapter(whole))
@@ -91,7 +91,7 @@ def test_what_does_not_fit_in_small_pieces_either_ends_with_5_and_says_what_did(
     recipe = write_recipe(trainer={"max_steps": 4, "per_device_train_batch_size": 4, "save_steps": 2})
     assert run_cli("train", recipe, "--output-dir", "run") == 5
     said = capfd.readouterr().err
-    assert "step 3: its 4 rows in 4 pieces do not fit" in said and "tokens at once did fit" in said
+    assert "step 3: its 4 rows in 4 micro-batches do not fit" in said and "tokens at once fitted" in said
     assert "dataset.max_length" in said and "Traceback" not in said
     assert (tmp_path / "run" / "checkpoints" / "checkpoint-2" / "manifest.json").is_file()
 
@@ -110,10 +110,10 @@ def test_at_most_three_halvings(tokens: int | None) -> None:
         sizes.append(piece["input_ids"].numel())
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    with pytest.raises(MemoryExhausted, match="step 7: its 64 rows in 8 pieces do not fit"):
+    with pytest.raises(MemoryExhausted, match="step 7: its 64 rows in 8 micro-batches do not fit"):
         pieces.run([batch_of(64, 5)], one, lambda: None, nullcontext, 7)
     assert sizes == [320, 160, 80, 40] and [step for step, _ in pieces.events] == [7, 7, 7]
-    with pytest.raises(MemoryExhausted, match="several processes cannot"):
+    with pytest.raises(MemoryExhausted, match="with several processes, they cannot"):
         MicroBatches(tokens=tokens, agree=lambda n: [n, n]).run([batch_of(4, 5)], one, lambda: None, nullcontext, 7)
 
 
@@ -186,7 +186,7 @@ def test_the_evaluation_takes_fewer_rows_when_memory_runs_out(
     monkeypatch.setattr(scoring, "_score_batch", limited)
     capfd.readouterr()
     assert run_cli("train", recipe, "--output-dir", "small") == 0
-    assert "base: loss: out of memory, so 2 rows are taken at once" in capfd.readouterr().err
+    assert "base: loss: out of memory; continuing with 2 rows at once" in capfd.readouterr().err
     metrics = [read_json(tmp_path / name / "metrics.json")["adapter"] for name in ("whole", "small")]
     assert metrics[0]["loss"] == pytest.approx(metrics[1]["loss"], abs=1e-6)
     assert metrics[0]["exact_match"] == metrics[1]["exact_match"]
@@ -244,7 +244,7 @@ def test_a_run_that_learns_nothing_any_more_is_told(
     assert run_cli("train", write_recipe(trainer={"max_steps": 20}), "--output-dir", "run") == 6
     said = capfd.readouterr().err
     assert f"step {MOST_FLAT_STEPS}: the gradient has been 0 for {MOST_FLAT_STEPS} steps at a loss of" in said
-    assert "a guess among all 1024 tokens has 6.931" in said
+    assert "random guessing among 1024 tokens has 6.931" in said
 
 
 # Stops outside the loop
@@ -274,11 +274,11 @@ def test_a_stop_in_the_baseline_or_in_the_last_evaluation_loses_nothing(
         scoring, "_score_batch", lambda *a: stopping(*a) if (run / "train.json").exists() else whole(*a)
     )
     assert run_cli("train", recipe, "--output-dir", "run") == 75
-    assert "in the last evaluation" in capfd.readouterr().err
+    assert "during the final evaluation" in capfd.readouterr().err
     monkeypatch.setattr(scoring, "_score_batch", whole)
     before = (run / "adapter" / "adapter_model.safetensors").read_bytes()
     assert run_cli("train", recipe, "--output-dir", "run") == 0
-    assert "training is finished; the evaluation is made now" in capfd.readouterr().err
+    assert "training is finished; running the evaluation now" in capfd.readouterr().err
     assert (run / "adapter" / "adapter_model.safetensors").read_bytes() == before
     assert before == (tmp_path / "whole" / "adapter" / "adapter_model.safetensors").read_bytes()
     metrics = [read_json(folder / "metrics.json") for folder in (run, tmp_path / "whole")]
@@ -368,7 +368,7 @@ def test_what_a_checkpoint_holds_cannot_be_forced_since_it_would_be_ignored(
     recipe = recipe_of_stopped
     assert run_cli("train", recipe, "--output-dir", "run", "--set", change, "--force", change.split("=")[0]) == 2
     said = capfd.readouterr().err
-    assert "its checkpoints hold these" in said and change.split("=")[0] in said and "--overwrite" in said
+    assert "these keys are stored in its checkpoints" in said and change.split("=")[0] in said and "--overwrite" in said
     assert run_cli("train", recipe, "--output-dir", "run") == 0
 
 

@@ -114,7 +114,7 @@ def test_a_moved_project_evaluates_merges_and_generates(project: Path, run_cli: 
 def test_a_base_that_moved_alone_is_found_by_the_recipe(project: Path, run_cli: Cli, capfd: Any) -> None:
     shutil.move(project / "base", project / "models" / "base")
     run = project / "run"
-    assert "no longer there; put it back, or write its new place into model.name" in said_of(run)
+    assert "no longer there; put it back, or set model.name" in said_of(run)
     text = (run / "recipe.yaml").read_text()
     assert "../base" in text
     (run / "recipe.yaml").write_text(text.replace("../base", "../models/base"))
@@ -144,7 +144,7 @@ def test_one_changed_projection_of_a_base_shows_in_its_hash(tiny_llama: Path, tm
 def test_another_base_of_the_same_shape_is_refused(project: Path, run_cli: Cli, capfd: Any) -> None:
     random_base(3, project / "base", project / "base")
     said = refusal(run_cli, capfd, project / "run")
-    assert f"{project / 'base'}: of the same shape, but its weights differ from those at training" in said
+    assert f"{project / 'base'}: has the same shape, but its weights differ from those at training" in said
 
 
 def test_another_base_in_the_recipe_for_an_adapter_is_refused(project: Path, run_cli: Cli, capfd: Any) -> None:
@@ -153,7 +153,7 @@ def test_another_base_in_the_recipe_for_an_adapter_is_refused(project: Path, run
     recipe.write_text(recipe.read_text().replace("./base", "./other"))
     capfd.readouterr()
     assert run_cli("eval", project / "run" / "adapter", "--recipe", recipe) == 4
-    assert f"{project / 'other'}: of the same shape, but its weights differ" in capfd.readouterr().err
+    assert f"{project / 'other'}: has the same shape, but its weights differ" in capfd.readouterr().err
 
 
 def test_a_config_written_anew_passes_and_a_changed_one_does_not(project: Path, run_cli: Cli, capfd: Any) -> None:
@@ -169,7 +169,7 @@ def test_a_config_written_anew_passes_and_a_changed_one_does_not(project: Path, 
 def test_a_resized_vocabulary_is_refused_with_both_numbers(project: Path, run_cli: Cli, capfd: Any) -> None:
     random_base(5, project / "base", project / "base", vocab_size=1000)
     said = refusal(run_cli, capfd, project / "run")
-    assert "its embedding has 1000 rows, the base that the adapter was trained on had 1024" in said
+    assert "its embedding has 1000 rows, but the base that the adapter was trained on had 1024" in said
 
 
 def test_a_tokenizer_that_outgrew_the_embedding_is_refused_with_both_numbers(
@@ -181,7 +181,7 @@ def test_a_tokenizer_that_outgrew_the_embedding_is_refused_with_both_numbers(
     tokenizer.add_tokens(["<one>", "<two>"])
     tokenizer.save_pretrained(project / "run" / "adapter")
     said = refusal(run_cli, capfd, project / "run")
-    assert "its embedding has 1024 rows, the adapter's tokenizer needs 1026" in said
+    assert "its embedding has 1024 rows, but the adapter's tokenizer needs 1026" in said
 
 
 @pytest.mark.parametrize("target", ["run", "run/adapter", "run/merged"])
@@ -241,9 +241,9 @@ def poison(tensors: dict[str, torch.Tensor]) -> None:
     ("change", "said"),
     [
         (drop, ("lacks base_model.model.model.layers.0.", "tensors that training wrote; restore the file")),
-        (add, ("holds base_model.model.stray.lora_A.weight, which training did not write",)),
-        (reshape, ("lora_A.weight is F32 2x128, training wrote F32 4x128",)),
-        (poison, ("holds values that are not finite",)),
+        (add, ("contains base_model.model.stray.lora_A.weight, which training did not write",)),
+        (reshape, ("lora_A.weight is F32 2x128, but training wrote F32 4x128",)),
+        (poison, ("has values that are not finite",)),
     ],
 )
 def test_a_tensor_that_was_changed_is_refused(
@@ -259,7 +259,7 @@ def test_a_file_that_was_cut_off_is_refused(project: Path, run_cli: Cli, capfd: 
     file = project / WEIGHTS
     content = file.read_bytes()[:keep]
     file.write_bytes(content)
-    assert f"cut off or damaged, {len(content)} bytes" in refusal(run_cli, capfd, project / "run")
+    assert f"truncated or damaged, {len(content)} bytes" in refusal(run_cli, capfd, project / "run")
 
 
 def test_a_pickled_adapter_is_refused_by_name(project: Path, run_cli: Cli, capfd: Any) -> None:
@@ -267,7 +267,7 @@ def test_a_pickled_adapter_is_refused_by_name(project: Path, run_cli: Cli, capfd
     open_target(str(project / "run"))
     (project / WEIGHTS).unlink()
     said = refusal(run_cli, capfd, project / "run")
-    assert "adapter_model.bin: a pickle" in said and "safetensors only" in said
+    assert "adapter_model.bin: a pickle" in said and "only read from safetensors" in said
 
 
 def test_a_damaged_identity_or_configuration_is_refused(project: Path, run_cli: Cli, capfd: Any) -> None:
@@ -323,7 +323,10 @@ def test_an_adapter_of_peft_alone_is_measured_on_the_base_of_a_recipe(project: P
     ("change", "said"),
     [
         (drop, "lacks base_model.model.model.layers.0."),
-        (add, "holds base_model.model.stray.lora_A.weight, which this base with this adapter_config.json has not"),
+        (
+            add,
+            "contains base_model.model.stray.lora_A.weight, which this base with this adapter_config.json does not",
+        ),
         (reshape, "size mismatch for base_model.model.model.layers.0."),
         (poison, "not finite"),
     ],
@@ -363,14 +366,14 @@ def test_one_bit_of_the_adapter_is_noticed(project: Path, run_cli: Cli, capfd: A
     (project / WEIGHTS).write_bytes(data)
     capfd.readouterr()
     assert run_cli("merge", project / "run") == 4
-    assert "adapter_model.safetensors changed after training; restore the file" in capfd.readouterr().err
+    assert "adapter_model.safetensors changed after training; restore it" in capfd.readouterr().err
 
 
 def test_an_adapter_of_peft_alone_needs_a_row_for_every_token(project: Path, run_cli: Cli, capfd: Any) -> None:
     random_base(6, project / "base", project / "base", vocab_size=1000)
     capfd.readouterr()
     assert run_cli("eval", plain(project), "--recipe", project / "recipe.yaml") == 4
-    assert "its embedding has 1000 rows, the adapter's tokenizer needs 1024" in capfd.readouterr().err
+    assert "its embedding has 1000 rows, but the adapter's tokenizer needs 1024" in capfd.readouterr().err
 
 
 def test_a_path_that_is_nothing_is_not_taken_for_the_base_of_the_recipe(
@@ -380,7 +383,7 @@ def test_a_path_that_is_nothing_is_not_taken_for_the_base_of_the_recipe(
     capfd.readouterr()
     for path in (project / "run" / "adaptor", random_base(7, project / "base", project / "other")):
         assert run_cli("eval", path, "--recipe", recipe) == 4
-        assert f"{path}: nothing of ours, and not the base of the recipe" in capfd.readouterr().err
+        assert f"{path}: not written by peftcli, and not the base of the recipe" in capfd.readouterr().err
     assert open_target(str(project / "base"), open_target(str(project / "run")).base).kind == "base"
 
 
@@ -410,10 +413,10 @@ def test_a_base_of_the_hub_is_held_to_its_commit(
     with pytest.raises(MachineError, match=f"commit {first} of org/base, which is not in the local cache"):
         base_of(found, "cpu", [place])
     shutil.copytree(tmp_path / "hub" / "models--org--base", tmp_path / "hub" / "models--org--other")
-    with pytest.raises(MachineError, match="org/other: of the same shape, but its weights differ"):
+    with pytest.raises(MachineError, match="org/other: has the same shape, but its weights differ"):
         base_of(found, "cpu", [BaseLocation("org/other", None)])
     found["base"]["commit"] = None
-    with pytest.raises(MachineError, match="org/base: of the same shape, but its weights differ"):
+    with pytest.raises(MachineError, match="org/base: has the same shape, but its weights differ"):
         base_of(found, "cpu", [place])
 
 

@@ -256,5 +256,5 @@ def test_a_run_without_an_adapter_says_what_is_missing(
     (tmp_path / "half").mkdir()
     (tmp_path / "half" / "recipe.yaml").write_bytes(write_recipe().read_bytes())
     assert run_cli("merge", "half") == 4
-    assert "holds no adapter yet" in capfd.readouterr().err
+    assert "has no adapter yet" in capfd.readouterr().err
     assert run_cli("merge", "half", "--into", "4bit") == 2

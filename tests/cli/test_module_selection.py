@@ -240,7 +240,7 @@ def test_a_run_trains_what_the_gradient_has_chosen_and_says_so(
     assert 0 < found["used_parameters"] <= found["budget_parameters"]
     assert metrics["parameters"]["trainable"] == found["used_parameters"] == plan["parameters"]["trainable"]
     assert sorted(read_json(run / "adapter" / "adapter_config.json")["target_modules"]) == sorted(found["modules"])
-    assert f"chosen by gradient: {len(found['modules'])} of 14 modules" in capfd.readouterr().err
+    assert f"selected by gradient: {len(found['modules'])} of 14 modules" in capfd.readouterr().err
     assert run_cli("eval", "run") == 0
     assert run_cli("merge", "run") == 0
     assert read_json(run / "merge.json")["top1_agreement"] >= 0.98
@@ -374,18 +374,18 @@ def test_a_run_that_began_by_the_gradient_goes_on_to_the_same_bits(
 
 @pytest.mark.numeric
 def test_lora_begins_along_the_leading_directions_of_the_gradient() -> None:
-    from peftcli.train.adapter_init import along
+    from peftcli.train.adapter_init import lora_ga_weights
 
     torch.manual_seed(0)
     u, v = (torch.linalg.qr(torch.randn(48, 48))[0] for _ in range(2))
     gradient = u @ torch.diag(torch.logspace(3, -3, 48)) @ v.T
-    down, up = along(gradient, 4, 2.0, "layer")
+    down, up = lora_ga_weights(gradient, 4, 2.0, "layer")
     assert down.shape == (4, 48) and up.shape == (48, 4)
     size = (48**0.25) / 8
     assert torch.allclose((down / size @ v[:, :4]).abs(), torch.eye(4), atol=1e-3)
     assert torch.allclose((u[:, 4:8].T @ up * 2.0 / size).abs(), torch.eye(4), atol=1e-3)
     with pytest.raises(RecipeError, match=r"lower adapter\.r to 24"):
-        along(gradient, 25, 2.0, "layer")
+        lora_ga_weights(gradient, 25, 2.0, "layer")
 
 
 @pytest.mark.numeric

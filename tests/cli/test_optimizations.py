@@ -275,7 +275,7 @@ def test_in_16_bit_the_casts_change_no_loss(write_recipe: Write, run_cli: Cli, t
     assert_same_result(*(train_without(run_cli, recipe, tmp_path, off) for off in ("skip_adapter_casts", "")))
 
 
-def test_the_plan_says_which_levers_it_uses(write_recipe: Write, run_cli: Cli, capfd: Any) -> None:
+def test_the_plan_says_which_optimizations_it_uses(write_recipe: Write, run_cli: Cli, capfd: Any) -> None:
     recipe = write_recipe()
 
     def said(*words: str) -> dict[str, list[str]]:
@@ -284,10 +284,10 @@ def test_the_plan_says_which_levers_it_uses(write_recipe: Write, run_cli: Cli, c
         return {one["key"]: [one["value"], one["reason"]] for one in decisions}
 
     usual = said()
-    assert usual["output layer"][0] == "trained tokens alone, each product once"
+    assert usual["output layer"][0] == "only trained tokens, logits computed once"
     assert usual["LoRA"][0] == "added in one pass"
     less = said("--set", "performance.disable=[fused_loss]")
-    assert less["output layer"] == ["as the libraries make it", "performance.disable"]
+    assert less["output layer"] == ["library default", "performance.disable"]
     assert less["LoRA"] == usual["LoRA"]
     assert "output layer" not in said("--gpu", "a100-40")  # TRL's kernels do it there
     assert run_cli("plan", recipe, "--set", "performance.disable=[fused_los]") == 2
@@ -297,30 +297,38 @@ def test_the_plan_says_which_levers_it_uses(write_recipe: Write, run_cli: Cli, c
 @pytest.mark.parametrize(
     ("changed", "layer", "used"),
     [
-        ({}, "trained tokens alone, each product once", ["deferred_metrics", "fused_lora", "fused_loss"]),
-        ({"adapter": {"r": 4, "modules_to_save": ["lm_head"]}}, "it is trained", ["deferred_metrics", "fused_lora"]),
-        ({"adapter": {"method": "full", "r": None}}, "it is trained", ["deferred_metrics"]),
+        ({}, "only trained tokens, logits computed once", ["deferred_metrics", "fused_lora", "fused_loss"]),
+        (
+            {"adapter": {"r": 4, "modules_to_save": ["lm_head"]}},
+            "the output layer is trained",
+            ["deferred_metrics", "fused_lora"],
+        ),
+        ({"adapter": {"method": "full", "r": None}}, "the output layer is trained", ["deferred_metrics"]),
         (
             {"trainer": {"max_steps": 2, "label_smoothing_factor": 0.1}},
             "label smoothing",
             ["deferred_metrics", "fused_lora"],
         ),
-        ({"quantization": {"bits": 8}}, "trained tokens alone, each product once", ["deferred_metrics", "fused_loss"]),
+        (
+            {"quantization": {"bits": 8}},
+            "only trained tokens, logits computed once",
+            ["deferred_metrics", "fused_loss"],
+        ),
         (
             {"adapter": {"r": 4, "lora_bias": True}},
-            "trained tokens alone, each product once",
+            "only trained tokens, logits computed once",
             ["deferred_metrics", "fused_loss"],
         ),
     ],
     ids=["usual", "saved head", "full", "smoothing", "8 bit", "bias"],
 )
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # TRL's word on what smoothing costs
-def test_plan_and_run_say_the_levers_that_are_used(
+def test_plan_and_run_say_the_optimizations_that_are_used(
     write_recipe: Write, run_cli: Cli, tmp_path: Path, changed: dict[str, Any], layer: str, used: list[str]
 ) -> None:
     recipe = write_recipe(**{"quantization": None, "trainer": {"max_steps": 2}, **changed})
     assert run_cli("train", recipe, "--output-dir", "run") == 0
-    assert read_json(tmp_path / "run" / "train.json")["levers"] == used
+    assert read_json(tmp_path / "run" / "train.json")["optimizations"] == used
     said = {one["key"]: one for one in read_json(tmp_path / "run" / "plan.json")["decisions"]}
     assert layer in said["output layer"]["value"] + said["output layer"]["reason"]
     if "LoRA" in said:
@@ -365,4 +373,4 @@ def test_a_run_goes_on_where_the_triton_kernels_of_the_loss_fail(
     instead = "TRL's loss without Triton, which is slower," if trains_head else "peftcli's fused loss"
     said = capfd.readouterr().err
     assert "TRL's Triton kernels for the loss failed their check: " in said and f"; {instead} is used instead" in said
-    assert ("fused_loss" in read_json(tmp_path / "run" / "train.json")["levers"]) is not trains_head
+    assert ("fused_loss" in read_json(tmp_path / "run" / "train.json")["optimizations"]) is not trains_head

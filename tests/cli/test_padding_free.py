@@ -210,7 +210,7 @@ def test_chats_learn_the_same_in_lines_and_padded_with_checkpointed_layers_too(
 
 @pytest.mark.parametrize(
     ("trainer", "why"),
-    [({"packing": True}, "packing makes lines"), ({"neftune_noise_alpha": 5.0}, "neftune")],
+    [({"packing": True}, "packing builds its own batches"), ({"neftune_noise_alpha": 5.0}, "NEFTune")],
 )
 def test_where_lines_cannot_keep_the_loss_rows_stay_padded_and_the_plan_says_why(
     write_recipe: Write, run_cli: Cli, capfd: Any, trainer: dict[str, Any], why: str
@@ -221,7 +221,7 @@ def test_where_lines_cannot_keep_the_loss_rows_stay_padded_and_the_plan_says_why
     decision = next(one for one in plan["decisions"] if one["key"] == "batching")
     assert decision["value"] == "padded" and why in decision["reason"]
     assert run_cli("plan", recipe, "--set", "performance.batching=padding_free") == 2
-    assert "performance.batching: padding_free cannot be had" in capfd.readouterr().err
+    assert "performance.batching: padding_free is not supported here" in capfd.readouterr().err
 
 
 @pytest.fixture
@@ -256,7 +256,7 @@ def test_a_recipe_that_asks_for_padding_free_gets_it_where_no_kernel_works_and_a
     assert 0 <= found["row_difference"] < 1e-3  # float32
     said = capfd.readouterr().err
     assert "the attention kernel efficient (float32) failed its check on this machine: TypeError: " in said
-    assert "rows of similar length are laid side by side instead" in said and "padded batches are used" not in said
+    assert "rows of similar length are batched together instead" in said and "padded batches are used" not in said
 
 
 def test_full_determinism_begins_before_the_first_product(

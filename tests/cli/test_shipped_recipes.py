@@ -82,5 +82,5 @@ def test_every_key_of_the_schema_is_read_outside_the_recipe_room() -> None:
 
 
 def test_a_name_that_is_no_recipe_lists_those_that_ship() -> None:
-    with pytest.raises(RecipeError, match=r"shipped are .*quickstart"):
+    with pytest.raises(RecipeError, match=r"bundled are .*quickstart"):
         find_recipe("quickstrat")

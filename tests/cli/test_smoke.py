@@ -53,7 +53,7 @@ def test_any_model_and_a_hub_data_set_are_rehearsed_offline(
     assert run_cli("train", "large.yaml", "--smoke") == 0
     said = capfd.readouterr()
     assert f"smoke: {model} is replaced by a tiny random" in said.err
-    assert "the numbers say nothing about the real model" in said.out
+    assert "the metrics do not predict those of the real model" in said.out
     run = tmp_path / "runs" / "large-smoke"
     assert read_json(run / "plan.json")["model"]["architecture"] == architecture
     assert "synthetic rows" in read_json(run / "data.json")["sources"][0]["path"]
@@ -87,7 +87,7 @@ def test_a_wrong_target_is_found_by_a_smoke_run(run_cli: Cli, tmp_path: Path, ca
     }
     (tmp_path / "wrong.yaml").write_text(yaml.safe_dump(recipe))
     assert run_cli("train", "wrong.yaml", "--smoke") == 2
-    assert "[vproj]; nearest: v_proj" in capfd.readouterr().err
+    assert "[vproj]; nearest names: v_proj" in capfd.readouterr().err
 
 
 TEMPLATE = """{%- for message in messages -%}
@@ -232,10 +232,10 @@ def test_without_the_real_files_a_rehearsal_says_what_it_could_not_check(
     )
     assert run_cli("train", recipe, "--smoke") == 0
     said = capfd.readouterr().err
-    assert "smoke: left out: model.dtype, gates" in said
+    assert "smoke: ignored: model.dtype, gates" in said
     assert "the configuration of org/llama-9b is not here" in said
     assert "the tokenizer of org/llama-9b is not here" in said and "hf download org/llama-9b" in said
-    assert "rows are cut at 1,024 tokens, dataset.max_length is 8,192" in said
+    assert "rows are truncated at 1,024 tokens; dataset.max_length is 8,192" in said
     run = tmp_path / "runs" / "r-smoke"
     assert read_json(run / "data.json")["eos_trained_rows"] > 0
     assert run_cli("generate", run, "Say 3.") == 0

@@ -116,7 +116,7 @@ def test_another_number_of_processes_is_refused_where_a_step_would_have_other_ro
     run = RunDir(tmp_path / "run")
     assert changes(run, loaded) == []
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert changes(run, loaded) == ["processes: 1 -> 2, so a step would have 8 rows and no longer 4"]
+    assert changes(run, loaded) == ["processes: 1 -> 2, so a step would have 8 rows instead of 4"]
     halved = loaded.model_copy(update={"trainer": {**loaded.trainer, "per_device_train_batch_size": 2}})
     assert changes(run, halved) == []
 
@@ -297,17 +297,17 @@ def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_taken(
     assert run_cli("train", recipe, "--output-dir", "run") == 0
     said = capfd.readouterr().err
     assert "checkpoint-8 is damaged (the hash of optimizer.pt differs); kept as checkpoint-8.bad" in said
-    assert "2 steps are trained again" in said
-    assert "going on from step 6" in said
+    assert "2 steps are repeated" in said
+    assert "resuming from step 6" in said
     assert digest(run) == whole
 
 
-def test_a_foreign_folder_is_left_alone(write_recipe: Write, run_cli: Cli, capfd: Any, tmp_path: Path) -> None:
+def test_a_folder_with_other_files_is_left_alone(write_recipe: Write, run_cli: Cli, capfd: Any, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     for flags in ([], ["--overwrite"]):
         assert run_cli("train", write_recipe(), "--output-dir", "mine", *flags) == 2
-        assert "files that are no run of ours (thesis.txt)" in capfd.readouterr().err
+        assert "files that are not a peftcli run (thesis.txt)" in capfd.readouterr().err
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
 
 
@@ -328,7 +328,7 @@ def test_sigterm_ends_the_step_writes_a_checkpoint_and_exits_75(
         stopper.join()
         signal.signal(signal.SIGTERM, before)
     said = capfd.readouterr().err
-    assert "stopped at step" in said and "by SIGTERM" in said and "the same command goes on" in said
+    assert "stopped at step" in said and "by SIGTERM" in said and "run the same command again to resume" in said
     steps = read_json(tmp_path / "run" / "train.json")["steps"]
     assert (tmp_path / "run" / "checkpoints" / f"checkpoint-{steps}" / "manifest.json").is_file()
     assert not (tmp_path / "run" / "adapter").exists()

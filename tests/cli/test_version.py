@@ -47,9 +47,9 @@ def test_a_package_that_is_missing_is_called_so(monkeypatch: pytest.MonkeyPatch)
 
 def test_verbose_alone_and_no_command_are_errors(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--verbose", "methods"]) == 2
-    assert "write `peftcli --version --verbose`" in capsys.readouterr().err
+    assert "run `peftcli --version --verbose`" in capsys.readouterr().err
     assert main(["--"]) == 2
-    assert "no command is given" in capsys.readouterr().err
+    assert "no command given" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", [[], *([name] for name in COMMANDS)], ids=["peftcli", *COMMANDS])

@@ -88,7 +88,7 @@ def broken() -> None:
     raise RuntimeError("planted")
 
 
-def foreign_files(ground: Workspace) -> Iterator[Row]:
+def other_files(ground: Workspace) -> Iterator[Row]:
     """Files of the user survive, whatever flag is given."""
     judge = Judge("22", "files that are not ours survive train, --overwrite and --resume", "2")
     ground.recipe()
@@ -150,7 +150,7 @@ CHANGES: dict[str, tuple[dict[str, Any], int, str]] = {
     "a budget, the logging and the saving": (
         {"budget.wall_clock": "1h", "trainer.logging_steps": 2, "trainer.save_steps": 5},
         0,
-        "going on from step 4",
+        "resuming from step 4",
     ),
 }
 
@@ -238,7 +238,7 @@ def offline(ground: Workspace) -> Iterator[Row]:
 
 DRILLS = [
     Scenario("7+8", "secrets", secrets),
-    Scenario("22", "foreign files", foreign_files),
+    Scenario("22", "other files", other_files),
     Scenario("24", "links", links),
     Scenario("25", "two at once", two_at_once),
     Scenario("34", "changes", changed),

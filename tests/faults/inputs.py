@@ -215,7 +215,7 @@ FOLDER_FAULTS = [
         "output_dir has another adapter",
         2,
         prepare=other_adapter,
-        says=("files that are no run of ours",),
+        says=("files that are not a peftcli run",),
         most_seconds=5,
         peer={"output_dir": "run"},
     ),

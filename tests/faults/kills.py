@@ -172,7 +172,7 @@ def after_harm(ground: Workspace, half: Path, name: str, harm: str, expected: st
         file.unlink()
     else:
         file.write_bytes(data)
-    says = ("checkpoint-4 is damaged", "kept as checkpoint-4.bad", "2 steps are trained again", "from step 2")
+    says = ("checkpoint-4 is damaged", "kept as checkpoint-4.bad", "2 steps are repeated", "from step 2")
     judge.ended(ZYGOTE.run(ground, *train(ground)), 0, *says)
     judge.holds(ground.digest() == expected, "other bits")
     return judge.row()
@@ -186,7 +186,7 @@ def both_gone(ground: Workspace, half: Path, expected: str) -> Row:
     shutil.copytree(half, run)
     for folder in (run / "checkpoints").glob("checkpoint-*"):
         (folder / "optimizer.pt").unlink()
-    judge.ended(ZYGOTE.run(ground, *train(ground)), 0, "no checkpoint to go on from, so training starts at step 0")
+    judge.ended(ZYGOTE.run(ground, *train(ground)), 0, "no checkpoint to resume from, so training starts at step 0")
     judge.holds(ground.digest() == expected, "other bits")
     return judge.row()
 
@@ -202,7 +202,7 @@ def real_command(ground: Workspace) -> Iterator[Row]:
         wait_until((run / "checkpoints" / f"checkpoint-{step}").exists, process.poll)
         process.kill()
         process.wait()
-    end = judge.ended(ground.run(*train(ground)), 0, "going on from step")
+    end = judge.ended(ground.run(*train(ground)), 0, "resuming from step")
     judge.holds(ground.digest() == expected, f"other bits: {ground.digest()}, not {expected}")
     yield judge.row(next((line for line in end.err.splitlines() if "going on" in line), ""))
 

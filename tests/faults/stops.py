@@ -35,7 +35,7 @@ SIGTERM_MOMENTS = {
     "after a checkpoint got its name": Moment("peftcli.train.checkpoint:promote", after=True),
     "in the last step": Moment(f"{TRAINER}.training_step", 22),
     "while the adapter is written": Moment("peftcli.train.run:save_adapter"),
-    "in the last evaluation": Moment("peftcli.train.run:_measure", 2),
+    "during the final evaluation": Moment("peftcli.train.run:_measure", 2),
 }
 CTRL_C_MOMENTS = {
     "in the baseline": Moment("peftcli.model.scoring:_score_batch"),
@@ -46,7 +46,7 @@ CTRL_C_MOMENTS = {
     "before a checkpoint gets its name": Moment("peftcli.train.checkpoint:promote"),
     "before old checkpoints are removed": Moment("peftcli.train.checkpoint:rotate"),
     "while the adapter is written": Moment("peftcli.train.run:save_adapter", after=True),
-    "in the last evaluation": Moment("peftcli.train.run:_measure", 2),
+    "during the final evaluation": Moment("peftcli.train.run:_measure", 2),
 }
 BUDGET_STEPS = 150
 BUDGET_SECONDS = 14

@@ -16,11 +16,11 @@ def test_a_signal_is_a_request_inside_and_the_handlers_before_are_restored(tmp_p
     try:
         with StopRequests(tmp_path, None) as stops, pytest.raises(ZeroDivisionError), VariantRunner() as runner:
             signal.raise_signal(number)
-            assert runner.stopped_by == signal.Signals(number).name and stops.asked() is None
+            assert runner.stopped_by == signal.Signals(number).name and stops.requested() is None
             raise ZeroDivisionError  # the handlers are restored on the way out of an error too
         with stops:
             signal.raise_signal(number)
-            assert stops.asked() == signal.Signals(number).name
+            assert stops.requested() == signal.Signals(number).name
         assert not received
         signal.raise_signal(number)
         assert received == [number]

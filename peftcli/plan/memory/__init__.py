@@ -1,1 +1,1 @@
-"""The forecast of memory and time: arithmetic on the dimensions of a model, nothing heavy."""
+"""The memory and time forecast: arithmetic on the dimensions of a model, without heavy imports."""

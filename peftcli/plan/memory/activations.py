@@ -1,8 +1,8 @@
-"""What the backward pass needs: the bytes that autograd keeps, tensor by tensor, from the widths of a model.
+"""Activation memory: the bytes that autograd saves for the backward pass, tensor by tensor.
 
 Each term is a tensor that one operation of the forward pass saves. They were counted with
 `torch.autograd.graph.saved_tensors_hooks` on models of eleven families (transformers 5.23, peft 0.21, torch 2.13);
-`tests/unit/plan/memory/test_forecast.py` holds them against that count. Terms that differ on a card are from the
+`tests/unit/plan/memory/test_forecast.py` compares them with that count. Terms that differ on a GPU are from the
 source named there.
 """
 
@@ -12,17 +12,17 @@ from peftcli.plan.memory.model_shape import Linear, ModelDimensions, Norm
 from peftcli.plan.memory.training_setup import ActivationFit, TrainingSetup
 
 SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
-"""Layers that read one tensor, so that it is kept once where none of them makes a copy of its own."""
+"""Layers that read the same tensor, which is saved once unless one of them copies it."""
 ATTENTION_OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj", "wo")
-"""Layers that may read what attention keeps anyway."""
+"""Layers that may read what attention saves anyway."""
 
 
 def saved_activation_bytes(shape: ModelDimensions, setting: TrainingSetup, tokens: int, longest: int) -> float:
-    """Bytes that all blocks keep for one micro-batch when none is run again.
+    """Bytes that all blocks save for one micro-batch without checkpointing.
 
     Args:
-        tokens: of the micro-batch, filling included.
-        longest: tokens of its longest row; attention with a mask grows with it.
+        tokens: of the micro-batch, padding included.
+        longest: tokens of its longest row; masked attention grows with it.
     """
     a_token = (
         sum(norm_bytes(norm, setting) * norm.count for norm in shape.norms)
@@ -36,27 +36,27 @@ def saved_activation_bytes(shape: ModelDimensions, setting: TrainingSetup, token
 
 
 def end_bytes(shape: ModelDimensions, setting: TrainingSetup, tokens: int) -> float:
-    """Bytes that the last norm and the output layer keep."""
+    """Bytes saved by the final norm and the output layer."""
     return (norm_bytes(shape.final_norm, setting) + setting.base_bytes * shape.hidden) * tokens
 
 
 def stream_bytes(shape: ModelDimensions, setting: TrainingSetup, tokens: int) -> float:
-    """Bytes of the inputs of all blocks, which is what checkpointing keeps."""
+    """Bytes of the inputs of all blocks, which is what checkpointing saves."""
     return float(setting.base_bytes * shape.hidden * shape.layers * tokens)
 
 
 def norm_bytes(norm: Norm, setting: TrainingSetup) -> int:
-    """Bytes a token that a norm keeps: its input, in float32 where it computes so, and one figure or two.
+    """Bytes per token that a norm saves: its input, in float32 if it computes so, and one or two statistics.
 
-    On a card autocast runs LayerNorm in float32 on a copy; on a CPU it does not. The fused RMSNorm keeps its input as
-    it is, whether its weight is trained or not.
+    On a GPU, autocast runs LayerNorm in float32 on a copy; on a CPU it does not. The fused RMSNorm saves
+    its input unchanged, whether its weight is trained or not.
 
     Source: the list of operations that autocast to float32, https://docs.pytorch.org/docs/stable/amp.html;
     `_fused_rms_norm` in torchgen/packaged/autograd/derivatives.yaml, torch 2.13.
     """
     if norm.fusible and setting.norms_fused:
         return setting.base_bytes * norm.width + 4
-    # Of factors that are trained, the gradient needs the normed input.
+    # The gradient of trained norm weights needs the normalized input.
     own = setting.width * norm.width if setting.norms_trained else 0
     if norm.in_float32:
         return 4 * norm.width + 4 + own
@@ -64,16 +64,15 @@ def norm_bytes(norm: Norm, setting: TrainingSetup) -> int:
 
 
 def attention_bytes(shape: ModelDimensions, setting: TrainingSetup, longest: int) -> float:
-    """Bytes a token that attention keeps in one block.
+    """Bytes per token that attention saves in one block.
 
-    `flash` keeps queries, keys, values, the output and one float32 a head; `repeated` is that with keys and values
-    repeated for all heads; `masked` keeps keys and values repeated for
-    all heads and its row of the mask; `math` keeps all in float32 with the probabilities; `eager` keeps probabilities
-    in float32 and in the width of the computation.
+    `flash` saves queries, keys, values, the output and one float32 per head; `repeated` is `flash` with keys and values
+    repeated for all query heads; `masked` saves the repeated keys and values and the token's row of the mask; `math`
+    saves everything in float32 with the probabilities; `eager` saves probabilities in float32 and in the compute dtype.
     """
     width, wide = setting.width, 4 * shape.queries
     own = 2 * shape.queries + 2 * shape.keys
-    # A value that is a view keeps the whole output of the layer that made all three.
+    # A value that is a view keeps the whole output of the fused QKV layer alive.
     view = shape.queries + shape.keys if shape.fused_qkv and shape.rotary else 0
     sums = 4 * shape.heads
     if setting.attention == "flash":
@@ -88,7 +87,7 @@ def attention_bytes(shape: ModelDimensions, setting: TrainingSetup, longest: int
 
 
 def adapter_bytes(shape: ModelDimensions, setting: TrainingSetup) -> float:
-    """Bytes a token that all adapters keep: their inputs, what is left after A, and what dropout and DoRA add."""
+    """Bytes per token that all adapters save: their inputs, the outputs of A, and what dropout and DoRA add."""
     if setting.activation_fit:
         return _fitted_token_bytes(shape, setting)
     inputs = sum(_own_input(linear, setting) * linear.count for linear in setting.targets)
@@ -102,7 +101,7 @@ def adapter_bytes(shape: ModelDimensions, setting: TrainingSetup) -> float:
 
 
 def fitted_bytes(setting: TrainingSetup) -> float:
-    """Bytes that adapters of a method other than LoRA keep, however many tokens there are."""
+    """Bytes per layer, independent of the tokens, that adapters of methods other than LoRA save."""
     return sum(
         linear.count * _fit_of(linear, setting).layer_bytes(linear.inputs, linear.outputs)
         for linear in (setting.targets if setting.activation_fit else ())
@@ -125,9 +124,9 @@ def _fit_of(linear: Linear, setting: TrainingSetup) -> ActivationFit:
 
 
 def _own_input(linear: Linear, setting: TrainingSetup) -> int:
-    """Bytes a token of an adapter's input: a copy of its own under PEFT's cast, and the mask of dropout.
+    """Bytes per token of an adapter's input: a separate copy if PEFT casts it, and the dropout mask.
 
-    A card's dropout keeps one byte an entry, a CPU's the factors themselves.
+    Dropout saves one byte per element on a GPU, and the scaled mask itself on a CPU.
 
     Source: `native_dropout` and `dropout` in aten/src/ATen/native/Dropout.cpp.
     """
@@ -139,8 +138,8 @@ def _own_input(linear: Linear, setting: TrainingSetup) -> int:
 
 
 def _saved_by_sharing(shape: ModelDimensions, setting: TrainingSetup) -> int:
-    """Bytes a token that adapters do not keep, since another layer keeps the same tensor."""
-    # Factors of a norm that are trained in float32 widen its output, which autocast narrows for each layer apart.
+    """Bytes per token that adapters do not save, because another layer saves the same tensor."""
+    # Norm weights trained in float32 upcast the output, which autocast then casts separately for each layer.
     apart = setting.norms_trained and setting.autocast and setting.adapter_bytes > setting.width
     groups = [[] if apart else list(group) for group in SHARED_INPUTS]
     if shape.parallel:
@@ -156,7 +155,7 @@ def _saved_by_sharing(shape: ModelDimensions, setting: TrainingSetup) -> int:
 
 
 def expert_bytes(shape: ModelDimensions, setting: TrainingSetup) -> float:
-    """Bytes a token that the experts keep: both factors of the gate, the activation, and what goes in and out."""
+    """Bytes per token that the experts save: both factors of the gate, the activation, the input and the output."""
     experts = shape.experts
     if experts is None:
         return 0.0
@@ -167,14 +166,14 @@ def expert_bytes(shape: ModelDimensions, setting: TrainingSetup) -> float:
 
 
 def expert_copies(shape: ModelDimensions, setting: TrainingSetup) -> float:
-    """Bytes of the experts' weights with their adapters added, which PEFT makes anew in each forward pass."""
+    """Bytes of the expert weights with their adapters added, which PEFT creates in each forward pass."""
     if shape.experts is None or not setting.expert_adapters:
         return 0.0
     return float(setting.width * shape.experts.parameters)
 
 
 def backward_bytes(shape: ModelDimensions, setting: TrainingSetup, tokens: int) -> float:
-    """Bytes of the gradients that are there at once while one block goes backward: two of the inner width, one outer.
+    """Bytes of gradients that exist at once in the backward pass of a block: two of the inner width, one outer.
 
     PEFT's cast makes them float32. Measured with torch's profiler on five families: within 5 %.
     """

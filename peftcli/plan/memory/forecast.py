@@ -1,4 +1,4 @@
-"""The forecast: memory, time and disk of a run, before anything is downloaded or loaded."""
+"""The forecast: memory, time and disk space of a run, before anything is downloaded or loaded."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -28,35 +28,36 @@ from peftcli.results import (
 from peftcli.tasks.registry import TASKS
 
 FLASH_CAPABILITY = (8, 0)
-"""From which on torch has an attention that lets query heads share a key head and keeps no probabilities.
+"""First capability with an attention kernel in torch that supports grouped-query attention without probabilities.
 
 Source: the docstring of `scaled_dot_product_attention` on `enable_gqa`, torch 2.13.
 """
 FILLING = 1 / 0.85
-"""Places of attention for each token of a flat line: rows side by side have 0.7 to 1 of the longest one's length."""
+"""Padded positions per token in attention of a padding-free batch: rows in a micro-batch have 0.7 to 1 of the longest
+one's length."""
 BLOCK_NUMBER = re.compile(r"(^|.*\.)\d+\.")
 MARGIN = 0.05
-"""Share of the memory that must be left for a run to be said to fit without a warning.
+"""Share of the memory that must stay free for a run to count as fitting without a warning.
 
-The forecast is within 10 % of what autograd keeps, and that is a part of the total; a notebook's other processes and a
-fragmented allocator take what is left.
+The forecast is within 10 % of what autograd saves, which is a part of the total; other processes of a notebook and
+allocator fragmentation need the rest.
 """
 DEFAULT_EPOCHS = 3.0
-"""Of transformers, where the recipe sets neither epochs nor steps."""
+"""Default of transformers if the recipe sets neither epochs nor steps."""
 OPTIMIZER = "adamw_torch_fused"
-"""Of transformers, where the recipe sets none."""
+"""Default of transformers."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows that are trained on.
+    """Statistics of the training rows.
 
     Attributes:
         longest: tokens of the longest row.
-        mean: tokens of a row.
-        count: number of rows, None where the data were not read.
-        known: False where both lengths are the recipe's `max_length`.
-        lengths: tokens of the longest rows, falling; may be shorter than a step, and empty where they are not known.
+        mean: mean tokens per row.
+        count: number of rows; None if the data was not read.
+        known: False if both lengths are the recipe's `max_length`.
+        lengths: tokens of the longest rows, in descending order; may be fewer than a batch, and empty if unknown.
     """
 
     longest: int
@@ -66,7 +67,7 @@ class Rows:
     lengths: tuple[int, ...] = ()
 
     def step_tokens(self, rows: int) -> int:
-        """Most tokens of a step of so many rows.
+        """Maximum number of tokens of a step with a number of rows.
 
         >>> Rows(9, 9.0).step_tokens(2), Rows(9, 3.0, 4, lengths=(9, 2)).step_tokens(3)
         (18, 13)
@@ -78,17 +79,17 @@ class Rows:
 
 
 def rows_of(plan: Plan, data: Mapping[str, Any] | None, lengths: Sequence[int] = ()) -> Rows:
-    """The rows as `data.json` describes them, or as long as the recipe allows where there is none.
+    """The rows as `data.json` describes them, or as long as the recipe allows without it.
 
     Args:
-        data: the facts of the data, None before they were read.
-        lengths: tokens of the longest training rows, falling.
+        data: the statistics of the data; None before it was read.
+        lengths: tokens of the longest training rows, in descending order.
     """
     most = plan.labels.max_length
     if data is None:
         return Rows(most, float(most), known=False)
     rows = int(data["train_rows"])
-    # The lengths are those before rows were cut.
+    # These lengths are before truncation.
     longest = min(most, int(data["length"]["max"]))
     return Rows(longest, data["tokens"]["train"] / rows, rows, lengths=tuple(lengths))
 
@@ -96,18 +97,18 @@ def rows_of(plan: Plan, data: Mapping[str, Any] | None, lengths: Sequence[int] =
 def make_forecast(
     plan: Plan, shape: ModelDimensions | None, machine: Machine, rows: Rows, disk: ForecastDisk
 ) -> Forecast | None:
-    """Compute what a run will need.
+    """Compute the resources that a run needs.
 
     Args:
-        disk: bytes on the disk, which the forecast hands on.
+        disk: the disk forecast, which is passed through.
 
     Returns:
-        What `plan.json` holds under "forecast"; None where the model's widths are not known.
+        The "forecast" of `plan.json`; None if the model's dimensions are unknown.
     """
     if shape is None:
         return None
     load = micro_batch_memory(plan, shape, machine, rows)
-    # A CPU run on a machine with a card: what the machine states is the memory of the card.
+    # For a CPU run on a machine with a GPU, the machine's memory is that of the GPU.
     memory = machine.memory_bytes if machine.device == plan.base.device else None
     parts = load.parts()
     largest = None if memory is None else load.largest(memory)
@@ -127,7 +128,7 @@ def make_forecast(
 
 
 def micro_batch_memory(plan: Plan, shape: ModelDimensions, machine: Machine, rows: Rows) -> MicroBatchMemory:
-    """The largest micro-batch of a plan, in its setting."""
+    """The largest micro-batch of a plan, with its training setup."""
     whole = plan.trainer.get("packing") or plan.trainer.get("padding_free")
     at_once = plan.batch.per_device * (plan.labels.max_length if plan.trainer.get("packing") else rows.longest)
     in_step = rows.step_tokens(plan.batch.per_device * plan.batch.accumulation)
@@ -139,10 +140,10 @@ def micro_batch_memory(plan: Plan, shape: ModelDimensions, machine: Machine, row
 
 
 def training_setup(plan: Plan, shape: ModelDimensions, machine: Machine, *, one_row: bool) -> TrainingSetup:
-    """What of a plan decides memory and time.
+    """The properties of a plan that determine memory and time.
 
     Args:
-        one_row: a micro-batch is one row, so that nothing is padded or filled.
+        one_row: each micro-batch is one row, so that there is no padding.
     """
     targets = match_linears(plan.targets, shape)
     of_linears = sum((plan.adapter.r or 0) * (linear.inputs + linear.outputs) * linear.count for linear in targets)
@@ -178,13 +179,13 @@ def training_setup(plan: Plan, shape: ModelDimensions, machine: Machine, *, one_
 
 
 def state_bytes(plan: Plan, optimizer: str) -> float:
-    """Bytes of optimizer state for a trainable weight of a plan, on average."""
+    """Mean bytes of optimizer state per trainable weight of a plan."""
     trained = plan.trained
     return optimizer_bytes(optimizer, trained, DTYPE_BYTES[plan.adapter_dtype]) / max(1, trained.parameters)
 
 
 def _first_block(plan: Plan, shape: ModelDimensions) -> int:
-    """The first block with something to train; 0 where the gradient goes on to what stands before the blocks."""
+    """The first block with trainable weights; 0 if the gradient continues to the embeddings."""
     arguments, saved = plan.adapter.arguments, plan.adapter.modules_to_save
     if plan.trainer.get("activation_checkpointing") or METHODS[plan.adapter.method].prompts or saved:
         return 0
@@ -197,7 +198,7 @@ def _first_block(plan: Plan, shape: ModelDimensions) -> int:
 
 
 def weight_bits(quantization: Mapping[str, Any] | None) -> float | None:
-    """Bits of a quantized weight, None where weights are not quantized.
+    """Bits per quantized weight; None without quantization.
 
     Args:
         quantization: of the plan's base.
@@ -212,13 +213,13 @@ def _head(plan: Plan, shape: ModelDimensions) -> LogitsHead:
         return LogitsHead(None, len(plan.base.labels), FULL_LOGITS_HEAD.bytes)
     if plan.trainer.get("label_smoothing_factor"):
         return FULL_LOGITS_HEAD
-    if "fused_loss" in plan.optimizations:  # the logits and the probabilities, each once more where they are narrow
+    if "fused_loss" in plan.optimizations:  # logits and probabilities, each with a float32 copy if they are 16-bit
         return LogitsHead(tile_rows(shape.vocabulary), None, 8 if plan.base.dtype == "float32" else 12)
     return LogitsHead()
 
 
 def _casts(plan: Plan) -> bool:
-    """Whether adapters cast their inputs in training: where that changes more than memory, as `train.forward` says."""
+    """Whether adapters cast their inputs in training: if that changes more than memory, see `train.step`."""
     return plan.adapter.use_dora or (plan.base.device == "cpu" and bool(plan.adapter.dropout))
 
 
@@ -229,10 +230,10 @@ def _checkpointed(plan: Plan, shape: ModelDimensions) -> float:
 
 
 def match_linears(targets: Mapping[str, int], shape: ModelDimensions) -> tuple[Linear, ...]:
-    """The linear layers that the targets of a plan stand for.
+    """The linear layers that match the targets of a plan.
 
     Args:
-        targets: number of modules by name; a name with a block's number stands for that one alone.
+        targets: number of modules by name; a name with a block number matches only that block.
     """
     found = {}
     for name, count in targets.items():
@@ -251,10 +252,10 @@ def _filling(plan: Plan, one_row: bool) -> float:
 
 
 def _attention(plan: Plan, shape: ModelDimensions, machine: Machine, one_row: bool) -> str:
-    asked = plan.base.attention
-    if asked == "eager":
+    implementation = plan.base.attention
+    if implementation == "eager":
         return "eager"
-    if asked.startswith("flash"):
+    if implementation.startswith("flash"):
         return "flash"
     packed = plan.trainer.get("packing") or plan.trainer.get("padding_free")
     if packed or (plan.batching.kind == "padded" and not one_row):
@@ -262,12 +263,12 @@ def _attention(plan: Plan, shape: ModelDimensions, machine: Machine, one_row: bo
     old = machine.capability is not None and machine.capability < FLASH_CAPABILITY
     if not (plan.base.device == "cuda" and old and shape.grouped):
         return "flash"
-    # Lines repeat keys and values themselves on such a card; one padded row is left to transformers.
+    # Padding-free batches repeat keys and values on such a GPU; a single padded row is left to transformers.
     return "repeated" if plan.batching.kind == "padding_free" else "math"
 
 
 def _suggestions(load: MicroBatchMemory, plan: Plan, memory: int, *, tight: bool) -> tuple[ForecastChange, ...]:
-    """What to change so that a load fits, or so that one that fits leaves the margin."""
+    """Changes that make a micro-batch fit, or leave the margin if it already fits."""
     room = int(memory * (1 - MARGIN)) if tight else memory
     return tuple(
         ForecastChange(keys=tuple(fix.keys.split("\n")), total_bytes=fix.load.total, fits=fix.load.total <= memory)
@@ -277,12 +278,12 @@ def _suggestions(load: MicroBatchMemory, plan: Plan, memory: int, *, tight: bool
 
 @dataclass(frozen=True)
 class _Step:
-    """The tokens of an optimizer step of one process.
+    """The tokens of one optimizer step in one process.
 
     Attributes:
         tokens: padding included.
-        micro_batches: that the tokens are spread over.
-        attended: tokens that a token attends to, in the mean.
+        micro_batches: number of micro-batches with these tokens.
+        attended: mean number of tokens that a token attends to.
     """
 
     tokens: float
@@ -300,7 +301,7 @@ def _step(plan: Plan, load: MicroBatchMemory, rows: Rows) -> _Step:
 
 
 def step_time(plan: Plan, load: MicroBatchMemory, machine: Machine, rows: Rows) -> float | None:
-    """Seconds of an optimizer step; None on a processor, on a GPU that is not in the table, and for sharded weights."""
+    """Seconds per optimizer step; None on a CPU, on a GPU that is not in the table, and with sharded weights."""
     gpu = _timed_gpu(load, machine)
     if gpu is None:
         return None
@@ -311,12 +312,12 @@ def step_time(plan: Plan, load: MicroBatchMemory, machine: Machine, rows: Rows) 
 
 
 def _timed_gpu(load: MicroBatchMemory, machine: Machine) -> GPU | None:
-    unsharded = load.setting.shards == 1  # how fast GPUs exchange weights is not known
+    unsharded = load.setting.shards == 1  # the speed of the interconnect is unknown
     return gpu_of(machine) if load.setting.on_gpu and load.setting.width == 2 and unsharded else None
 
 
 def _time(plan: Plan, load: MicroBatchMemory, machine: Machine, rows: Rows) -> ForecastTime:
-    """Steps and seconds; null for what is not known, such as the speed of a processor."""
+    """Steps and seconds; null if unknown, such as the speed of a CPU."""
     gpu, step = _timed_gpu(load, machine), _step(plan, load, rows)
     seconds, steps = step_time(plan, load, machine, rows), _steps(plan, rows)
     return ForecastTime(
@@ -330,9 +331,9 @@ def _time(plan: Plan, load: MicroBatchMemory, machine: Machine, rows: Rows) -> F
 
 
 def _steps(plan: Plan, rows: Rows) -> int | None:
-    asked = plan.trainer.get("max_steps")
-    if isinstance(asked, int) and asked > 0:
-        return asked
+    max_steps = plan.trainer.get("max_steps")
+    if isinstance(max_steps, int) and max_steps > 0:
+        return max_steps
     if rows.count is None:
         return None
     epochs = float(plan.trainer.get("num_train_epochs", DEFAULT_EPOCHS))

@@ -1,8 +1,8 @@
-"""Chooses what one micro-batch on a GPU holds: its tokens and the layers that are checkpointed, together.
+"""Chooses the tokens of a micro-batch on a GPU and the checkpointed layers, together.
 
-A larger micro-batch reads and unpacks the weights less often; a layer that keeps its activations need not run again
-in the backward pass. Both need the same memory, so of all pairs that fit, the one with the least step time is taken.
-The loss is the same for every pair.
+A larger micro-batch reads and dequantizes the weights less often; a layer that is not checkpointed is not recomputed
+in the backward pass. Both need memory, so of all pairs that fit, the one with the shortest step time is chosen. The
+loss is the same for every pair.
 """
 
 from collections.abc import Iterator
@@ -18,11 +18,11 @@ from peftcli.plan.plan import BATCHING, RANDOM_STATE, Decision, Plan
 from peftcli.recipe.schema import Recipe
 
 USED = 0.85
-"""Share of a GPU's memory that the forecast may fill: what it does not count, and evaluation, need the rest."""
+"""Share of a GPU's memory that the forecast may fill; the rest is for evaluation and what the forecast omits."""
 ALIKE = 0.02
-"""Step times that differ by less are alike, since the forecast is no finer; the pair with the least memory is taken."""
+"""Step times that differ by less count as equal, because the forecast is no more precise; less memory then wins."""
 MULTIPLE = 64
-"""Of which the tokens of a micro-batch are a multiple, as the tiles of matmul kernels are."""
+"""Micro-batch sizes are multiples of this, like the tiles of matmul kernels."""
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,10 @@ class Candidate:
     """A pair that fits.
 
     Attributes:
-        tokens: of a micro-batch at most.
-        layers: that are checkpointed.
+        tokens: maximum of a micro-batch.
+        layers: number of checkpointed layers.
         total: bytes at the peak of a step.
-        seconds: of an optimizer step, None on a GPU whose speed is not known.
+        seconds: per optimizer step; None on a GPU of unknown speed.
     """
 
     tokens: int
@@ -43,14 +43,14 @@ class Candidate:
 
 
 def choose_micro_batch(plan: Plan, shape: ModelDimensions | None, machine: Machine, recipe: Recipe, rows: Rows) -> Plan:
-    """The plan with the tokens of a micro-batch and the number of checkpointed layers that make a step shortest.
+    """The plan with the micro-batch tokens and the number of checkpointed layers that minimize the step time.
 
-    What the recipe sets is left alone: `performance.tokens_per_micro_batch`, `performance.batching: padded` and
-    `trainer.activation_checkpointing`. On a CPU nothing is changed.
+    Settings of the recipe are not changed: `performance.tokens_per_micro_batch`, `performance.batching: padded` and
+    `trainer.activation_checkpointing`. On a CPU nothing changes.
 
     Args:
-        shape: of the model; without it nothing is changed.
-        rows: as they are, or as long as the recipe allows where they were not read yet.
+        shape: dimensions of the model; nothing changes without them.
+        rows: the training rows, or as long as the recipe allows if they have not been read.
     """
     if shape is None or machine.device != "cuda" or plan.base.device != "cuda":
         return plan
@@ -66,7 +66,7 @@ def choose_micro_batch(plan: Plan, shape: ModelDimensions | None, machine: Machi
 
 
 def _layer_choices(plan: Plan, shape: ModelDimensions, recipe: Recipe) -> range:
-    """How many layers may be checkpointed; only LoRA's activations are counted layer by layer."""
+    """How many layers may be checkpointed; partial checkpointing needs LoRA, whose activations are known per layer."""
     if not plan.trainer.get("activation_checkpointing"):
         return range(1)
     partial = recipe.trainer.get("activation_checkpointing") is None and METHODS[plan.adapter.method].is_lora
@@ -74,7 +74,7 @@ def _layer_choices(plan: Plan, shape: ModelDimensions, recipe: Recipe) -> range:
 
 
 def _token_choices(plan: Plan, rows: Rows) -> list[int]:
-    """Tokens of a micro-batch, in rising order: the longest row, doubled up to all rows of a step."""
+    """Candidate micro-batch sizes in ascending order: the longest row, doubled up to all rows of a step."""
     if plan.batching.kind != "padding_free" or plan.batching.firm:
         return [plan.batching.tokens]
     whole = rows.step_tokens(plan.batch.per_device * plan.batch.accumulation)
@@ -108,7 +108,7 @@ def _checkpointed(load: MicroBatchMemory, layers: int) -> MicroBatchMemory:
 
 
 def _best(fitting: list[Candidate]) -> Candidate:
-    """The shortest step; where no time is known, the most tokens."""
+    """The shortest step; if no time is known, the most tokens."""
     timed = [(one.seconds, one) for one in fitting if one.seconds is not None]
     if not timed:
         return fitting[-1]
@@ -121,8 +121,8 @@ def _with(plan: Plan, tokens: int, layers: int, all_layers: int, machine: Machin
     if plan.trainer.get("activation_checkpointing") and layers < all_layers:
         changed[CHECKPOINTING] = _checkpointing_decision(layers, all_layers, machine)
     if tokens != plan.batching.tokens:
-        kept = next(one for one in plan.decisions if one.key == BATCHING)
-        changed[BATCHING] = replace(kept, value=f"{plan.batching.kind}, up to {tokens:,} tokens at once")
+        old = next(one for one in plan.decisions if one.key == BATCHING)
+        changed[BATCHING] = replace(old, value=f"{plan.batching.kind}, up to {tokens:,} tokens at once")
     partial = 0 < layers < all_layers
     checkpointing = bool(plan.trainer.get("activation_checkpointing")) and layers > 0
     decisions = tuple(changed.get(old.key, old) for old in plan.decisions if checkpointing or old.key != RANDOM_STATE)
@@ -138,6 +138,6 @@ def _with(plan: Plan, tokens: int, layers: int, all_layers: int, machine: Machin
 
 def _checkpointing_decision(layers: int, all_layers: int, machine: Machine) -> Decision:
     if layers == 0:
-        return Decision(CHECKPOINTING, "off", f"the activations of all {all_layers} layers fit into {machine.name}")
-    reason = f"the activations of the others fit into {machine.name}, so those layers run once"
+        return Decision(CHECKPOINTING, "off", f"the activations of all {all_layers} layers fit in {machine.name}")
+    reason = f"the activations of the other layers fit in {machine.name}, so they are not recomputed"
     return Decision(CHECKPOINTING, f"{layers} of {all_layers} layers", reason)

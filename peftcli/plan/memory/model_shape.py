@@ -1,4 +1,4 @@
-"""The dimensions of a base model that memory and time are computed from."""
+"""The dimensions of a base model from which memory and time are computed."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ class Linear:
     Attributes:
         name: path within a block, such as `self_attn.q_proj`.
         inputs, outputs: features.
-        count: how many blocks have one.
+        count: number of blocks that have one.
     """
 
     name: str
@@ -25,7 +25,7 @@ class Linear:
 
     @property
     def weights(self) -> int:
-        """Weights of all of them."""
+        """Total number of weights."""
         return self.inputs * self.outputs * self.count
 
 
@@ -34,10 +34,10 @@ class Norm:
     """Norms of one name.
 
     Attributes:
-        width: features of a token that go through it, those of all heads together.
-        count: how many blocks have one.
-        in_float32: it computes in float32 on a copy, as RMS norms do; torch's LayerNorm computes in place.
-        fusible: it computes what torch's fused RMSNorm does.
+        width: features per token, all heads together.
+        count: number of blocks that have one.
+        in_float32: it computes in float32 on a copy, as RMS norms do; torch's LayerNorm does not copy.
+        fusible: it computes the formula of torch's fused RMSNorm.
     """
 
     width: int
@@ -48,14 +48,14 @@ class Norm:
 
 @dataclass(frozen=True)
 class Experts:
-    """The experts of a mixture; their weights stand in one tensor for all experts of a block.
+    """The experts of a mixture-of-experts model; all experts of a block are in one tensor.
 
     Attributes:
         parameters: of all experts of all blocks.
-        per_token: how many experts see a token.
-        total: experts of one block.
-        mlp: inner width of one expert.
-        layers: blocks that have experts.
+        per_token: number of experts that process a token.
+        total: number of experts per block.
+        mlp: intermediate size of one expert.
+        layers: number of blocks with experts.
     """
 
     parameters: int
@@ -67,24 +67,24 @@ class Experts:
 
 @dataclass(frozen=True)
 class ModelDimensions:
-    """The widths of a base model.
+    """The dimensions of a base model.
 
     Attributes:
-        hidden: width of the stream between the blocks.
+        hidden: width of the residual stream.
         layers: number of blocks.
-        queries, keys: width of all query heads and of all key heads.
+        queries, keys: total width of the query heads and of the key heads.
         heads: number of query heads.
-        mlp: inner width of the feed-forward part, 0 where all blocks have experts.
-        mlp_kept: tensors of that width that its backward pass needs, the input of the last linear layer aside.
-        mlp_layers: blocks that have one.
+        mlp: intermediate size of the MLP, 0 if all blocks have experts.
+        mlp_kept: tensors of that width saved for its backward pass, except the input of the last linear layer.
+        mlp_layers: number of blocks with an MLP.
         vocabulary: rows of the output layer.
         parameters: of the whole model.
         linears: all linear layers of the blocks.
         norms: all norms of the blocks.
         final_norm: the norm after the last block.
-        rotary: positions are turned into the queries and keys, so that these are new tensors.
-        fused_qkv: one linear layer makes queries, keys and values, so that a kept value keeps all three.
-        parallel: attention and feed-forward part read the same norm.
+        rotary: rotary position embeddings, so that rotated queries and keys are new tensors.
+        fused_qkv: one linear layer computes queries, keys and values, so that a saved value keeps all three alive.
+        parallel: attention and MLP read the same norm.
         experts: None for a dense model.
     """
 
@@ -108,17 +108,17 @@ class ModelDimensions:
 
     @property
     def quantizable(self) -> int:
-        """Weights that quantized storage covers: those of the linear layers, not of embeddings, output and experts."""
+        """Weights that are quantized: those of the linear layers, but not embeddings, output layer and experts."""
         return sum(linear.weights for linear in self.linears)
 
     @property
     def active(self) -> int:
-        """Weights that a token is multiplied with in the blocks."""
+        """Weights in the blocks that a token is multiplied with."""
         if self.experts is None:
             return self.quantizable
         return self.quantizable + self.experts.parameters * self.experts.per_token // max(1, self.experts.total)
 
     @property
     def grouped(self) -> bool:
-        """Several query heads share a key head."""
+        """Grouped-query attention: several query heads share a key head."""
         return self.keys < self.queries

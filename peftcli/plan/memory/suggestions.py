@@ -1,4 +1,4 @@
-"""Suggests changes to a recipe so that it fits, the cheapest first, each with its effect."""
+"""Suggests changes that make a recipe fit in memory, the cheapest first, each with its effect."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -12,11 +12,11 @@ from peftcli.plan.parallelism import asking
 from peftcli.plan.plan import Plan
 
 LEAST_SHARE = 0.01
-"""Of the total that a change must save to be worth a line."""
+"""Share of the total that a change must save to be suggested."""
 SMALL_OPTIMIZER = "paged_adamw_8bit"
 FEW_TARGETS = ("q_proj", "v_proj")
 SHORTEST = 128
-"""Tokens below which `dataset.max_length` is not lowered."""
+"""Minimum `dataset.max_length` that is suggested."""
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ class Suggestion:
     """One change.
 
     Attributes:
-        keys: what to write into the recipe.
-        load: what it comes to.
+        keys: the recipe keys to set.
+        load: the resulting memory.
     """
 
     keys: str
@@ -33,19 +33,19 @@ class Suggestion:
 
 
 Change = Callable[[MicroBatchMemory], Suggestion | None]
-"""From a load to the change of it; None where it is made already."""
+"""Returns the changed micro-batch; None if the change is already made or does not apply."""
 
 
 def suggest(load: MicroBatchMemory, plan: Plan, memory_bytes: int) -> list[Suggestion]:
-    """All changes that lower the total of a load, each alone, then as many together as it takes.
+    """All changes that reduce memory, each on its own, followed by a combination if no single one is enough.
 
     Args:
-        memory_bytes: that the load should fit.
+        memory_bytes: memory that the micro-batch should fit in.
     """
     changes = list(_changes(plan, memory_bytes))
-    alone = [fix for change in changes if (fix := change(load)) is not None and _helps(fix.load, load)]
-    if any(fix.load.total <= memory_bytes for fix in alone):
-        return alone
+    single = [fix for change in changes if (fix := change(load)) is not None and _helps(fix.load, load)]
+    if any(fix.load.total <= memory_bytes for fix in single):
+        return single
     keys, now = [], load
     for change in changes:
         fix = change(now)
@@ -55,7 +55,7 @@ def suggest(load: MicroBatchMemory, plan: Plan, memory_bytes: int) -> list[Sugge
         now = fix.load
         if now.total <= memory_bytes:
             break
-    return [*alone, Suggestion("\n".join(keys), now)] if len(keys) > 1 else alone
+    return [*single, Suggestion("\n".join(keys), now)] if len(keys) > 1 else single
 
 
 def _helps(after: MicroBatchMemory, before: MicroBatchMemory) -> bool:
@@ -65,11 +65,11 @@ def _helps(after: MicroBatchMemory, before: MicroBatchMemory) -> bool:
 def _changes(plan: Plan, memory_bytes: int) -> Iterator[Change]:
     yield lambda load: _quantize(load, METHODS[plan.adapter.method])
     if plan.batching.kind == "padding_free":
-        yield lambda load: _shorter_lines(load, memory_bytes)
+        yield lambda load: _fewer_tokens(load, memory_bytes)
     else:
         yield lambda load: _smaller_batch(load, plan, memory_bytes)
     yield _checkpoint
-    yield lambda load: _divide(load, plan)
+    yield lambda load: _shard(load, plan)
     yield _shorten
     yield lambda load: _lower_rank(load, plan)
     yield _fewer_targets
@@ -77,7 +77,7 @@ def _changes(plan: Plan, memory_bytes: int) -> Iterator[Change]:
 
 
 def _quantize(load: MicroBatchMemory, method: Method) -> Suggestion | None:
-    """The fewest bits that the method works on, where the weights have more now."""
+    """The fewest bits that the method supports, if the weights have more."""
     now, bits = load.setting.weight_bits or 16, method.fewest_bits
     if now <= {4: NF4_BITS[False]}.get(bits, bits):
         return None
@@ -85,8 +85,8 @@ def _quantize(load: MicroBatchMemory, method: Method) -> Suggestion | None:
     return _with(load, f"quantization: {{bits: {bits}}}", fewer)
 
 
-def _shorter_lines(load: MicroBatchMemory, memory_bytes: int) -> Suggestion | None:
-    """Lines that fit, or those of one row each where nothing does; a shorter line never changes what is learned."""
+def _fewer_tokens(load: MicroBatchMemory, memory_bytes: int) -> Suggestion | None:
+    """Padding-free batches that fit, or of one row if nothing fits; the loss does not depend on their size."""
     tokens = max(load.longest, min(load.tokens, load.largest(memory_bytes) // 64 * 64))
     if tokens >= load.tokens:
         return None
@@ -112,13 +112,13 @@ def _checkpoint(load: MicroBatchMemory) -> Suggestion | None:
     return _with(load, "trainer: {activation_checkpointing: true}", replace(load.setting, checkpointing=1.0))
 
 
-def _divide(load: MicroBatchMemory, plan: Plan) -> Suggestion | None:
-    """The base divided among all cards that are here."""
-    cards = plan.possible_shards
-    if not load.setting.on_gpu or load.setting.shards >= cards:
+def _shard(load: MicroBatchMemory, plan: Plan) -> Suggestion | None:
+    """The base sharded across all available GPUs."""
+    gpus = plan.possible_shards
+    if not load.setting.on_gpu or load.setting.shards >= gpus:
         return None
-    keys = "\n".join(asking(cards, plan.batch.processes))
-    return _with(load, keys, replace(load.setting, shards=cards, processes=cards))
+    keys = "\n".join(asking(gpus, plan.batch.processes))
+    return _with(load, keys, replace(load.setting, shards=gpus, processes=gpus))
 
 
 def _shorten(load: MicroBatchMemory) -> Suggestion | None:

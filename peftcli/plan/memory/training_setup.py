@@ -1,6 +1,6 @@
-"""What of a plan determines the memory and time of a step.
+"""The properties of a plan that determine the memory and time of a step.
 
-An adapter's own share is a polynomial of the widths of its layer, fitted by `model/activation_fit.py`.
+The activation memory of an adapter is a polynomial of the widths of its layer, fitted by `model/activation_fit.py`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,26 +9,25 @@ from dataclasses import dataclass, field
 from peftcli.plan.memory.model_shape import Linear
 
 TILE_BYTES, LEAST_ROWS = 4 * 2**20, 256
-"""Of the float32 logits that our head on a CPU computes at once, and tokens that they are of at least: a product of
-fewer is slower."""
+"""Bytes of float32 logits that the CPU loss computes at once, and the minimum number of tokens; matmuls with fewer
+tokens are slower."""
 
 OF_TOKENS = 4
-"""Terms that grow with the tokens; they stand first."""
+"""Number of terms that grow with the tokens; they come first."""
 
 
 @dataclass(frozen=True)
 class LogitsHead:
-    """The logits that are there at once, and what is kept for each.
+    """The logits that exist at once, and the memory of each.
 
-    TRL's fused output layer makes tiles of 4096 tokens by 32768 words in the width of the computation, and a
-    gradient of the last hidden states in float32 that is cast once (trl/kernels/chunked_logprob.py). Without it, all
-    logits are there, and a float32 copy, their log-probabilities and a gradient beside them.
+    TRL's fused loss uses tiles of 4096 tokens by 32768 vocabulary entries in the compute dtype, and a gradient of the
+    last hidden states in float32 that is cast once (trl/kernels/chunked_logprob.py). Without it, there are all logits,
+    a float32 copy, their log-probabilities and a gradient.
 
     Attributes:
         tokens: at once, None for all.
-        words: at once, None for all; a tile has its full width even where the vocabulary is smaller.
-        bytes: of each logit, all its copies together; None for the fused layer, whose tile is as wide as the
-            computation.
+        words: vocabulary entries at once, None for all; a tile has its full width even if the vocabulary is smaller.
+        bytes: per logit, all copies together; None for TRL's fused loss, whose tile is in the compute dtype.
     """
 
     tokens: int | None = 4096
@@ -37,12 +36,12 @@ class LogitsHead:
 
     @property
     def fused(self) -> bool:
-        """It is TRL's, which makes each tile twice."""
+        """Whether it is TRL's fused loss, which computes each tile twice."""
         return self.bytes is None
 
 
 def tile_rows(vocabulary: int) -> int:
-    """Tokens whose logits our head computes at once.
+    """Number of tokens whose logits the CPU loss computes at once.
 
     >>> tile_rows(2048), tile_rows(151_936)
     (512, 256)
@@ -51,18 +50,18 @@ def tile_rows(vocabulary: int) -> int:
 
 
 FULL_LOGITS_HEAD = LogitsHead(None, None, 10)
-"""All logits: 2 bytes, their float32 copy and gradient in turns 4, the log-probabilities 4."""
+"""All logits: 2 bytes, 4 for their float32 copy and then its gradient, 4 for the log-probabilities."""
 
 
 @dataclass(frozen=True)
 class ActivationFit:
-    """Bytes that the adapter of one linear layer keeps beside its input and its own weights.
+    """Bytes that the adapter of one linear layer saves besides its input and its own weights.
 
-    Most methods other than LoRA build a matrix of the size of the weight in each forward pass, or turn the input block
-    by block, so that LoRA's tensors say little of them.
+    Most methods other than LoRA build a matrix of the size of the weight in each forward pass, or rotate the input
+    block by block, so their tensors differ from LoRA's.
 
     Attributes:
-        reads_input: the layer's own input is kept as well, which other layers may share.
+        reads_input: the layer's input is saved too, which other layers may share.
         coefficients: of the terms of `terms`.
     """
 
@@ -70,11 +69,11 @@ class ActivationFit:
     coefficients: tuple[float, ...]
 
     def token_bytes(self, inputs: int, outputs: int) -> float:
-        """Bytes for each token."""
+        """Bytes per token."""
         return self._sum(terms(1, inputs, outputs)[:OF_TOKENS], self.coefficients[:OF_TOKENS])
 
     def layer_bytes(self, inputs: int, outputs: int) -> float:
-        """Bytes for the layer, however many tokens there are."""
+        """Bytes per layer, independent of the number of tokens."""
         return self._sum(terms(1, inputs, outputs)[OF_TOKENS:], self.coefficients[OF_TOKENS:])
 
     @staticmethod
@@ -87,33 +86,33 @@ class TrainingSetup:
     """How a model is trained.
 
     Attributes:
-        on_gpu: the step runs on a card.
-        base_bytes: of a weight that is not quantized, and of a feature of the stream between the blocks.
-        weight_bits: of a quantized weight, or None.
-        autocast: products are computed in 16 bit whatever their inputs are.
-        adapter_bytes: of a trainable weight, and of its gradient.
-        state_bytes: of optimizer state for a trainable weight.
+        on_gpu: the step runs on a GPU.
+        base_bytes: per unquantized weight, and per feature of the residual stream.
+        weight_bits: per quantized weight, or None.
+        autocast: matmuls run in 16 bit regardless of their input dtype.
+        adapter_bytes: per trainable weight, and per element of its gradient.
+        state_bytes: of optimizer state per trainable weight.
         targets: linear layers with an adapter.
         r: rank of the adapter.
         trainable: number of trainable weights.
         dropout: of the adapter's inputs, 0..1.
-        dora: the magnitudes of the columns are learned apart.
+        dora: DoRA's column magnitudes are trained.
         expert_adapters: the stacked weights of the experts have adapters.
-        checkpointing: share of the blocks that keep their input alone and run again in the backward pass, 0..1.
-        casts: inputs of adapters are cast where products would cast them anyway.
-        offloading: what is kept for the backward pass waits in the memory of the machine.
-        attention: `flash` (nothing of the size of tokens by tokens), `masked` (a mask of that size, and keys and
-            values repeated for all query heads), `math` and `eager` (probabilities of that size).
-        filling: places of attention for each token, 1 where all rows have one length.
-        head: the logits that are there at once.
-        head_trained: the output layer is trained whole.
-        processes: that share the gradients.
-        shards: processes that each hold a part of the base.
-        activation_fit: what adapters of a method other than LoRA keep, by the last name of their layer, "" for all
-        others. first_block: before which nothing is trained, so that nothing is kept.
-        norms_trained: the factors of the norms are trained.
-        norms_fused: those that are fusible are computed by torch's fused RMSNorm.
-        freed: weights of the base that are not in memory while their trained copies are.
+        checkpointing: share of checkpointed blocks, which save only their input, 0..1.
+        casts: adapter inputs are cast even if the matmul would cast them anyway.
+        offloading: saved activations are moved to CPU memory.
+        attention: `flash` (nothing of size tokens x tokens), `masked` (a mask of that size, and keys and values
+            repeated for all query heads), `math` and `eager` (probabilities of that size).
+        filling: padded positions per token in attention, 1 if all rows have the same length.
+        head: the logits that exist at once.
+        head_trained: the output layer is fully trained.
+        processes: number of processes that average the gradients.
+        shards: number of processes across which the base is sharded.
+        activation_fit: memory of adapters of methods other than LoRA, by the last part of the layer name, "" for all
+            others. first_block: the first block with trainable weights; earlier ones save nothing.
+        norms_trained: the weights of the norms are trained.
+        norms_fused: fusible norms are computed by torch's fused RMSNorm.
+        freed: base weights that are not in memory because trained copies replace them.
     """
 
     on_gpu: bool
@@ -145,17 +144,17 @@ class TrainingSetup:
 
     @property
     def width(self) -> int:
-        """Bytes of a feature within a block."""
+        """Bytes per feature within a block."""
         return 2 if self.autocast else self.base_bytes
 
     @property
     def copies_trained(self) -> bool:
-        """Autocast makes a copy of each trainable weight in 16 bit; those that are as narrow are used as they are."""
+        """Whether autocast makes a 16-bit copy of each trainable weight; 16-bit weights are used directly."""
         return self.autocast and self.adapter_bytes != 2
 
     @property
     def casts_inputs(self) -> bool:
-        """PEFT casts the input of each adapter to the adapter's dtype; its quantized ones do not under CUDA autocast.
+        """Whether PEFT casts adapter inputs to the adapter's dtype; its quantized layers do not under CUDA autocast.
 
         Source: `_cast_input_dtype` in peft/tuners/tuners_utils.py, and the forward of peft/tuners/lora/bnb.py.
         """
@@ -165,7 +164,7 @@ class TrainingSetup:
 
 
 def terms(tokens: int, inputs: int, outputs: int) -> tuple[float, ...]:
-    """What the bytes of an adapter are made of.
+    """The terms of the bytes of an adapter.
 
     >>> terms(2, 3, 5)
     (6, 10, 6, 2, 15, 9, 25, 9, 3, 5, 3, 1)

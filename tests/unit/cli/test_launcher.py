@@ -26,7 +26,7 @@ def cards(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
         monkeypatch.delenv(name, raising=False)
 
     def have(count: int) -> None:
-        monkeypatch.setattr(launcher, "CARDS", (str(tmp_path),) if count else ())
+        monkeypatch.setattr(launcher, "GPU_FILES", (str(tmp_path),) if count else ())
         monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(count))
 

@@ -627,11 +627,11 @@ def shown(facts: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> str:
 @pytest.mark.parametrize(
     ("evaluation", "labels", "message"),
     [
-        ({"positive_label": "egg"}, {}, "evaluation.positive_label is egg, and the classes are even and odd"),
+        ({"positive_label": "egg"}, {}, "evaluation.positive_label is egg, but the classes are even and odd"),
         (
             {"positive_label": "odd"},
             {"labels": ["even", "odd", "egg"]},
-            "chooses one of two classes, and the rows have 3",
+            "needs exactly two classes, but the rows have 3",
         ),
     ],
 )

@@ -573,7 +573,7 @@ def test_what_another_machine_cannot_do_is_the_sentence_of_the_plan(write_recipe
     with pytest.raises(MachineError, match="needs bfloat16, but Tesla T4"):
         recipe.plan_for(asked, GPU, str(tiny_llama), None)
     typo = load_recipe(write_recipe(adapter={"target_modules": ["q_prj"]})).recipe
-    with pytest.raises(RecipeError, match="nearest: "):
+    with pytest.raises(RecipeError, match="nearest names: "):
         recipe.plan_for(typo, CPU, str(tiny_llama), None)
 
 
@@ -673,7 +673,7 @@ def test_a_recipe_that_it_cannot_run_exits_4_with_every_reason(
 def test_what_the_plan_refuses_is_a_check_that_fails(write_recipe: Write, run_cli: Cli, capfd: Any) -> None:
     assert run_cli("doctor", write_recipe(model={"attention": "flash_attention_2"})) == 4
     assert "plan" in (line := next(line for line in capfd.readouterr().out.splitlines() if " fail " in line))
-    assert "there is none here" in line and line.endswith("set auto")
+    assert "this machine has none" in line and line.endswith("set auto")
 
 
 def test_a_recipe_that_is_wrong_exits_2_before_anything_is_asked(write_recipe: Write, run_cli: Cli, capfd: Any) -> None:

@@ -45,7 +45,7 @@ def test_without_a_network_the_cache_alone_is_used_and_nobody_is_asked_twice(
     assert calls == [("huggingface.co", 443)]
     assert constants.is_offline_mode()
     said = hub.explain_missing("somebody/model", OSError("x"))
-    assert "not in the local cache, and huggingface.co cannot be reached; download it once" in said
+    assert "not in the local cache, and huggingface.co is unreachable; download it once" in said
 
 
 def test_with_a_network_the_hub_is_asked_as_before(asked: Callable[[bool], Calls]) -> None:
@@ -78,4 +78,4 @@ def test_another_server_is_the_one_that_is_asked(
     calls = asked(False)
     monkeypatch.setattr(constants, "ENDPOINT", "http://mirror.example:8080")
     hub.look_for_network("somebody/model")
-    assert calls == [("mirror.example", 8080)] and hub.why_offline() == "mirror.example cannot be reached"
+    assert calls == [("mirror.example", 8080)] and hub.why_offline() == "mirror.example is unreachable"

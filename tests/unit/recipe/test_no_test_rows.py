@@ -84,15 +84,15 @@ def test_the_merge_is_compared_on_training_rows_and_says_so(written: Path) -> No
 @pytest.mark.parametrize("name", ["report.md", "report.html"])
 def test_the_report_says_that_nothing_was_held_out(written: Path, name: str) -> None:
     text = (written / "run" / name).read_text()
-    assert "none held out, so nothing here says whether" in text
-    assert "48 training rows, since none were held out" in text
+    assert "none held out, so it is unknown whether" in text
+    assert "48 training rows, because none were held out" in text
     assert "Forgetting" in text and "Exact match" not in text and "NaN" not in text
 
 
 def test_an_evaluation_without_test_rows_is_refused(
     written: Path, cli_in: Callable[..., int], capfd: Any, recipe_in: Write
 ) -> None:
-    said = "dataset.split.test_size is 0, so all rows were trained on and there are none to evaluate on"
+    said = "dataset.split.test_size is 0, so all rows were trained on and none is left to evaluate on"
     assert cli_in(written, "eval", "run") == 2
     assert said in capfd.readouterr().err
     assert cli_in(written, "eval", "run", "--set", "dataset.split.test_size=0.5") == 2
@@ -130,7 +130,7 @@ def test_a_classifier_is_trained_on_all_rows_and_merged(run_cli: Cli, tmp_path: 
     assert "40 train and no test rows of 40" in said.err and "none held out" in said.out
     assert "test side has no row" not in said.err
     assert run_cli("merge", "runs/c") == 0 and run_cli("generate", "runs/c", "the good thing") == 0
-    assert "training rows, since none were held out" in capfd.readouterr().out
+    assert "training rows, because none were held out" in capfd.readouterr().out
     run = tmp_path / "runs" / "c"
     metrics, merge = read_json(run / "metrics.json"), read_json(run / "merge.json")
     assert all(metrics[name] is None for name in OF_ROWS) and metrics["merge"]["top1_agreement"] > 0.97

@@ -67,7 +67,7 @@ def test_the_matrix_has_actual_classes_in_lines_with_their_shares() -> None:
         ["spam", "1 · 25.0 %", "3 · 75.0 %"],
     ]
     assert matrix.rows[1][2].shade == 0.75 and matrix.rows[0][0].shade is None
-    assert "Precision, recall and F1 are those of the class spam." in found.lead
+    assert "Precision, recall and F1 are for the class spam." in found.lead
 
 
 def test_each_class_has_its_line_and_what_nothing_defines_is_a_dash() -> None:
@@ -78,7 +78,7 @@ def test_each_class_has_its_line_and_what_nothing_defines_is_a_dash() -> None:
     assert lines["cat"] == ["0.500", "1.000", "0.667", "1", "2"]
     assert lines["eel"] == ["–", "0.000", "0.000", "1", "0"]
     assert lines["fox"] == ["–", "–", "–", "0", "0"]
-    assert "Never predicted, though held-out rows have it: eel." in [
+    assert "Never predicted, although present in held-out rows: eel." in [
         item for block in found.blocks if isinstance(block, Notices) for item in block.items
     ]
     assert "macro averages" in found.lead
@@ -100,7 +100,7 @@ def test_entities_come_before_the_tags_of_words() -> None:
     found = section(task="token-classification", adapter=scores)
     assert tables(found)[0].columns[0] == "Entity"
     assert [cell.text for cell in tables(found)[0].rows[0]] == ["LOC", "0.000", "0.000", "0.000", "1", "1"]
-    assert [block.title for block in found.blocks if isinstance(block, Collapsed)] == ["Figures of each tag"]
+    assert [block.title for block in found.blocks if isinstance(block, Collapsed)] == ["Scores of each tag"]
 
 
 def test_sets_of_classes_have_no_matrix_and_say_how_they_are_averaged() -> None:
@@ -133,7 +133,7 @@ def test_the_results_name_the_loss_of_the_task_and_leave_averages_to_the_classes
     titles = [row[0].text for row in table.rows]
     assert titles[0] == "Loss per row ↓" and "F1, macro ↑" in titles
     assert not any("precision_macro" in title for title in titles)
-    assert "Precision, recall and F1 are those of the class spam." in table.note
+    assert "Precision, recall and F1 are for the class spam." in table.note
 
 
 def test_page_and_markdown_hold_the_matrix_and_no_text_of_a_class_becomes_markup() -> None:
@@ -166,7 +166,7 @@ def test_the_data_of_labelled_rows_are_told_without_end_tokens(tmp_path: Path) -
     }
     text = render_markdown(make_report(stages(task="token-classification", data=data, adapter=spam())))
     assert "| O | 90 | 90.0 % | 100 % |" in text
-    assert "| Without a token of their own | 2 | 1.5 % |" in text
+    assert "| Without a token | 2 | 1.5 % |" in text
     assert "| Entities: X | 10 |" in text
     assert "| Text of an earlier row, another label | 1 | 6.2 % |" in text
     assert "| Text of an earlier row, another label | a.conll:9 | a.conll:1 |" in text
@@ -185,5 +185,5 @@ def test_the_spread_of_numbers_is_told() -> None:
     side = {"min": 0.0, "median": 2.5, "max": 5.0, "mean": 2.4, "deviation": 1.5}
     data = {"format": "classification", "train_rows": 8, "numbers": {"of": "stars", "train": side, "test": side}}
     text = render_markdown(make_report(stages(data=data, adapter=spam())))
-    assert "| stars | Least | Median | Most | Mean | Deviation |" in text
+    assert "| stars | Min | Median | Max | Mean | Std |" in text
     assert "| Training | 0 | 2.5 | 5 | 2.4 | 1.5 |" in text

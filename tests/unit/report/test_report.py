@@ -397,7 +397,7 @@ def test_report_hides_the_home_folder(tmp_path: Path) -> None:
 def test_smoke_run_carries_a_banner(tmp_path: Path) -> None:
     for text in written(sample_run(tmp_path, smoke=True)):
         assert "SMOKE RUN:" in text
-        assert "the numbers say nothing about the real model" in text
+        assert "the metrics do not predict those of the real model" in text
 
 
 def test_same_json_gives_the_same_bytes(tmp_path: Path) -> None:
@@ -520,8 +520,8 @@ def test_data_section_names_places_labels_checks_and_columns(tmp_path: Path) -> 
         "| personal care | 5,254 | 13.2 % | 13.2 % |",
         "| Held out, also in training | products.csv:3 | products.csv:700 |",
         "| Equal to an earlier row | products.csv:90 | products.csv:8 |",
-        "| text kept | ! look | The tokenizer changes text ('Na' comes back as 'na'). |",
-        "| chat template | ✗ wrong | It refuses chats; set model.chat_template. |",
+        "| text kept | ! check | The tokenizer changes text ('Na' comes back as 'na'). |",
+        "| chat template | ✗ failed | It refuses chats; set model.chat_template. |",
     ):
         assert line in report.replace("|  ", "| ").splitlines()
     assert "control characters in 2 rows (first products.csv:881), e-mail addresses in 1 row (first" in report
@@ -538,7 +538,7 @@ def test_preview_marks_trained_and_cut_text_by_more_than_a_colour(tmp_path: Path
     assert "&lt;s&gt;Chocolate Sandwich Cookies -&gt;:{+·cookies cakes&lt;/s&gt;+}" in report
     assert "⏎<br>on two lines -&gt;:{+·pan+}\\[-try&lt;/s&gt;-\\] |" in report
     assert "<ins><i>·</i>pan</ins><del>try&lt;/s&gt;</del>" in page.replace("\n", "")
-    assert "<ins>trained</ins>" in page and "<del>cut off</del>" in page
+    assert "<ins>trained</ins>" in page and "<del>truncated</del>" in page
     style = page[page.index("<style>") : page.index("</style>")]
     assert re.search(r"\.preview ins {[^}]*underline", style) and re.search(r"\.preview del {[^}]*line-through", style)
 
@@ -549,14 +549,14 @@ def test_lengths_are_drawn_with_the_maximum_length_and_the_last_bar_is_no_wider_
     _, page = written(run)
     assert page.count("<svg") == 7 and page.count('aria-label="Rows by their length"') == 2
     assert page.count("max_length 64</text>") == 2
-    assert "holds all longer rows, the longest of 7,777 tokens" in page
+    assert "contains all longer rows; the longest has 7,777 tokens" in page
     drawing = page[page.index('aria-label="Rows by their length"') :]
     below = re.findall(r"text-anchor: middle[^>]*>([\d,]+)</text>", drawing[: drawing.index("</svg>")])
     assert below == ["0", "20", "40", "60", "80"]
     assert "font-family" not in drawing[: drawing.index("</svg>")]
     update(run.data, max_length=8192)
     _, page = written(run)
-    assert "max_length 8" not in page and "The maximum length, 8,192, lies beyond the longest row." in page
+    assert "max_length 8" not in page and "The maximum length, 8,192, is larger than the longest row." in page
 
 
 @pytest.mark.parametrize(
@@ -618,7 +618,7 @@ def test_worse_is_called_worse(tmp_path: Path) -> None:
 def test_small_difference_is_called_unsettled(tmp_path: Path) -> None:
     run = sample_run(tmp_path)
     update(run.metrics, base={**_metrics_of(BASE), "exact_match": 0.75})
-    assert "the two 95 % intervals overlap: 160 rows do not settle it." in written(run)[0]
+    assert "the two 95 % intervals overlap: 160 rows are too few to be sure." in written(run)[0]
 
 
 def test_the_head_names_model_task_method_and_dtype(tmp_path: Path) -> None:
@@ -712,7 +712,7 @@ def test_long_log_keeps_its_spikes_and_a_small_page(tmp_path: Path) -> None:
 
 def test_unfinished_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
-        RecipeError, match=r"holds no finished stage; run `peftcli train RECIPE --output-dir \S+` first"
+        RecipeError, match=r"contains no finished stage; run `peftcli train RECIPE --output-dir \S+` first"
     ) as caught:
         write_report(RunDir(tmp_path))
     assert caught.value.exit_code == 2

@@ -2,7 +2,7 @@
 
 import json
 import types
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args, get_origin, get_type_hints
@@ -146,6 +146,14 @@ def test_an_unknown_key_is_ignored_at_every_depth(real_run: Path, tmp_path: Path
     assert load(PlanJson, tmp_path / "plan.json") == load(PlanJson, real_run / "plan.json")
 
 
+def test_train_json_of_schema_1_has_its_optimizations_under_an_earlier_name(real_run: Path, tmp_path: Path) -> None:
+    value = read_json(real_run / "train.json")
+    assert value["schema"] == 2 and value["optimizations"]
+    write_json(tmp_path / "train.json", value | {"schema": 1, "levers": value.pop("optimizations")})
+    before, now = load(TrainJson, tmp_path / "train.json"), load(TrainJson, real_run / "train.json")
+    assert before is not None and replace(before, schema=2) == now
+
+
 def test_a_missing_key_and_null_give_the_default(tmp_path: Path) -> None:
     write_json(tmp_path / "plan.json", {"schema": 1, "name": None, "targets": None, "batch": {"effective": None}})
     assert load(PlanJson, tmp_path / "plan.json") == PlanJson()
@@ -164,7 +172,7 @@ def test_a_number_that_is_not_finite_is_null(tmp_path: Path) -> None:
     [
         ("{", "is not JSON"),
         ("[]", "has schema None"),
-        ('{"schema": 2}', "has schema 2, but this peftcli reads schema 1"),
+        ('{"schema": 3}', "has schema 3, but this peftcli reads schema 2"),
         ('{"schema": 1, "steps": "6"}', "steps is '6', but a whole number is expected; run the stage"),
         ('{"schema": 1, "steps": true}', "steps is True, but a whole number is expected"),
         ('{"schema": 1, "calibration": {"seconds": []}}', r"calibration.seconds is \[\], but a number is expected"),

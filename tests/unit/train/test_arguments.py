@@ -252,7 +252,7 @@ def test_a_rehearsal_leaves_out_what_only_the_real_machine_can_do(
     assert small["activation_checkpointing_kwargs"] == {"use_reentrant": False}
     assert run_cli("train", path, "--smoke") == 0
     said = capfd.readouterr().err
-    assert "smoke: trainer.tf32 is left out: it needs a GPU" in said
+    assert "smoke: trainer.tf32 is ignored: it needs a GPU" in said
 
 
 def test_a_rehearsal_keeps_the_evaluation_that_other_arguments_need(
@@ -271,7 +271,7 @@ def test_a_rehearsal_keeps_the_evaluation_that_other_arguments_need(
 def test_an_error_that_names_an_argument_is_one_of_the_recipe(write_recipe: Write, run_cli: Cli, capfd: Any) -> None:
     assert run_cli("train", write_recipe(trainer={"router_aux_loss_coef": 0.1})) == 2
     said = capfd.readouterr().err
-    assert "error: trainer.router_aux_loss_coef = 0.1: the libraries refuse it:" in said
+    assert "error: trainer.router_aux_loss_coef = 0.1: rejected by the libraries:" in said
     assert "Traceback" not in said
 
 

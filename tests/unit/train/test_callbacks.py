@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from peftcli.model.checkpoint_random import RandomStateCheckpoint, save_random_states, skip_random_states
-from peftcli.train.callbacks import ForwardCallback, _undone, cast_inputs, keep_checkpointed
+from peftcli.train.callbacks import ForwardCallback, _state_restored, cast_inputs, keep_checkpointed
 
 FUNCTION = "_gradient_checkpointing_func"
 """Attribute of transformers' layers."""
@@ -97,13 +97,13 @@ def test_adapters_cast_again_after_training() -> None:
 def test_taking_a_pass_back_asks_no_other_gpu_for_its_random_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of several GPUs torch saves the states of all, with a warning, unless it is told which; here it cannot."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    counted = SimpleNamespace(real=1, padded=2)
-    trainer: Any = SimpleNamespace(args=SimpleNamespace(device=torch.device("cpu")), micro_batches=counted)
+    pieces = SimpleNamespace(real=1, padded=2)
+    trainer: Any = SimpleNamespace(args=SimpleNamespace(device=torch.device("cpu")), micro_batches=pieces)
     model, before = torch.nn.Linear(2, 2), torch.get_rng_state()
-    with _undone(trainer, model):
+    with _state_restored(trainer, model):
         torch.rand(3)
-        counted.real = 7
-    assert torch.equal(torch.get_rng_state(), before) and counted.real == 1
+        pieces.real = 7
+    assert torch.equal(torch.get_rng_state(), before) and pieces.real == 1
 
 
 def checkpointed(**settings: Any) -> Any:

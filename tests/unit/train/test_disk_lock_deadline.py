@@ -234,9 +234,9 @@ def test_a_run_that_does_not_fit_is_refused_with_its_parts(tmp_path: Path, monke
     with pytest.raises(MachineError) as problem:
         check_disk_space(tmp_path / "run", NEEDS)
     assert str(problem.value) == (
-        f"{tmp_path}/run needs 3.5 KiB more, and {tmp_path} with its quota of 3.5 KiB has 3.5 KiB left: "
+        f"{tmp_path}/run needs 3.5 KiB more, but {tmp_path} with its quota of 3.5 KiB has 3.5 KiB left: "
         "3 checkpoints of 1000 B, the adapter 500 B, 100 B for the rest\n"
-        "free some space, lower adapter.r, or name an output_dir on another disk"
+        "free some space, lower adapter.r, or set an output_dir on another disk"
     )
     quota(monkeypatch, tmp_path, "3600B")
     check_disk_space(tmp_path / "run", NEEDS)
@@ -257,14 +257,14 @@ def test_checkpoints_that_are_there_need_no_second_room(tmp_path: Path, monkeypa
     quota(monkeypatch, tmp_path, "4600B")  # 3000 are taken, 2000 of them by checkpoints of the run's own
     check_disk_space(run, NEEDS)
     quota(monkeypatch, tmp_path, "4599B")
-    with pytest.raises(MachineError, match=r"run needs 1\.6 KiB more.*, less 2\.0 KiB that is there already"):
+    with pytest.raises(MachineError, match=r"run needs 1\.6 KiB more.*, minus 2\.0 KiB that already exist"):
         check_disk_space(run, NEEDS)
 
 
 def test_a_checkpoint_that_would_not_fit_is_told_in_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     quota(monkeypatch, tmp_path, "1000B")
     assert has_space_for_checkpoint(tmp_path, 1000) is None
-    reason = f"a checkpoint takes 1001 B, and {tmp_path} with its quota of 1000 B has 1000 B left"
+    reason = f"a checkpoint needs 1001 B, but {tmp_path} with its quota of 1000 B has 1000 B left"
     assert has_space_for_checkpoint(tmp_path, 1001) == reason
 
 
@@ -280,7 +280,7 @@ def test_a_folder_that_takes_files_stays_as_it_was(tmp_path: Path) -> None:
 def test_a_file_in_the_way_is_named(tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("x")
     for folder in (tmp_path / "runs", tmp_path / "runs" / "new"):
-        with pytest.raises(MachineError, match="runs is a file, not a folder; name another output_dir"):
+        with pytest.raises(MachineError, match="runs is a file, not a folder; set another output_dir"):
             check_writable(folder)
 
 
@@ -295,7 +295,7 @@ def test_a_full_disk_is_found_before_anything_is_loaded(mounted: Callable[[str],
     with pytest.raises(OSError), (folder / "filler").open("wb", buffering=0) as file:
         while True:
             file.write(b"x" * 4096)
-    with pytest.raises(MachineError, match="run cannot be written: no space is left on the disk; free some space"):
+    with pytest.raises(MachineError, match="run cannot be written: the disk is full; free some space"):
         check_writable(folder / "run")
     assert [path.name for path in folder.iterdir()] == ["filler"]
 
@@ -308,7 +308,7 @@ def test_a_disk_that_refuses_only_at_the_end_is_found_too(tmp_path: Path, monkey
         raise OSError(errno.EDQUOT, "Disk quota exceeded")
 
     monkeypatch.setattr(os, "fsync", refuse)
-    with pytest.raises(MachineError, match="this user's disk quota is used up; free some space there, or name another"):
+    with pytest.raises(MachineError, match="this user's disk quota is used up; free some space, or set another"):
         check_writable(tmp_path)
     assert written == [disk.PROBE_BYTES]
     assert list(tmp_path.iterdir()) == []
@@ -316,7 +316,7 @@ def test_a_disk_that_refuses_only_at_the_end_is_found_too(tmp_path: Path, monkey
 
 def test_a_read_only_disk_is_named_and_needs_no_lock(mounted: Callable[[str], Path]) -> None:
     folder = mounted("size=100k,ro")
-    with pytest.raises(MachineError, match="run cannot be written: the file system is read-only; name another"):
+    with pytest.raises(MachineError, match="run cannot be written: the file system is read-only; set another"):
         check_writable(folder / "run")
     with pytest.raises(MachineError, match="the file system is read-only"):
         RunLock(folder / "run").acquire()
@@ -334,9 +334,9 @@ def test_a_folder_of_another_user_is_named(tmp_path: Path) -> None:
             path.chmod(0o755)
         os.seteuid(65534)
         for folder in (tmp_path / "run", tmp_path / "closed" / "runs" / "run"):
-            with pytest.raises(MachineError, match="run cannot be written: this user has no permission; name another"):
+            with pytest.raises(MachineError, match="run cannot be written: this user has no permission; set another"):
                 check_writable(folder)
-            with pytest.raises(MachineError, match="run cannot be written: this user has no permission; name another"):
+            with pytest.raises(MachineError, match="run cannot be written: this user has no permission; set another"):
                 RunLock(folder).acquire()
     finally:
         os.seteuid(0)
@@ -355,7 +355,7 @@ def test_a_second_process_is_told_who_trains(tmp_path: Path) -> None:
             RunLock(run).acquire()
         since = time.strftime("%H:%M", time.localtime(read_json(run / ".lock")["since"]))
         who = f"{run} is being trained by process {holder.pid} on {os.uname().nodename} since {since}"
-        assert str(problem.value) == f"{who}; stop it, or name another output_dir"
+        assert str(problem.value) == f"{who}; stop it, or set another output_dir"
         assert holder.poll() is None
 
 
@@ -456,8 +456,8 @@ def test_a_living_holder_on_another_machine_is_believed(tmp_path: Path) -> None:
         RunLock(tmp_path).acquire()
     first, second = str(problem.value).split("\n")
     assert first.startswith(f"{tmp_path} is being trained by process 12 on node7 since 19")
-    assert "with a sign of life 20 s ago" in first
-    assert second == f"if that process is gone for certain, remove {tmp_path}/.lock, or wait 130 s"
+    assert "last seen 20 s ago" in first
+    assert second == f"if that process is certainly gone, remove {tmp_path}/.lock, or wait 130 s"
     assert read_json(tmp_path / ".lock")["pid"] == 12
 
 
@@ -529,10 +529,10 @@ def test_no_deadline_is_none(value: str | None, monkeypatch: pytest.MonkeyPatch)
         ("tomorrow", "must be a Unix time in seconds, or a date, time and zone such as 2026-11-21T18:00:00Z$"),
         ("11h30m", "must be a Unix time"),
         ("nan", "must be a Unix time"),
-        ("2026-11-21T18:00:00", "the zone is missing$"),
-        ("2026-11-21", "the zone is missing$"),
-        ("1795262401000", "one in milliseconds$"),
-        ("3600", "has passed: it is 1970-01-01T01:00:00Z, and now is 2026-11-21T12:00:00Z; set a later time"),
+        ("2026-11-21T18:00:00", "the time zone is missing$"),
+        ("2026-11-21", "the time zone is missing$"),
+        ("1795262401000", "this looks like milliseconds$"),
+        ("3600", "has passed: that is 1970-01-01T01:00:00Z, and it is 2026-11-21T12:00:00Z; set a later time"),
         ("2026-11-21T12:00:00Z", "has passed"),
     ],
 )
@@ -601,11 +601,11 @@ def test_a_hidden_first_process_leaves_the_boot_time(monkeypatch: pytest.MonkeyP
 
 def test_the_proposed_budget_leaves_half_an_hour_of_what_is_left() -> None:
     kaggle = NotebookLimit("Kaggle", 12 * 3600.0, None)
-    budget = "would end this run whole before that"
-    head = "Kaggle ends a session after 12h at the latest"
-    assert kaggle.sentence(NOON) == f"{head}; budget.wall_clock: 11h30m {budget}"
+    budget = "so that this run finishes before that"
+    head = "Kaggle ends a session after at most 12h"
+    assert kaggle.sentence(NOON) == f"{head}; set budget.wall_clock: 11h30m {budget}"
     later = replace(kaggle, started=NOON - 4000)
-    assert later.sentence(NOON) == f"{head}, and 1h6m of it are gone; budget.wall_clock: 10h20m {budget}"
+    assert later.sentence(NOON) == f"{head}, of which 1h6m have passed; set budget.wall_clock: 10h20m {budget}"
     assert later.sentence(NOON + 11 * 3600).endswith("; start a new session for a long run")
 
 

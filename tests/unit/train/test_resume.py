@@ -51,7 +51,7 @@ def test_overwrite_removes_our_files_and_goes_on_beside_a_file_of_the_user(run: 
 def test_a_folder_without_a_run_is_left_alone_even_with_overwrite(run: RunDir, recipe: Recipe) -> None:
     run.recipe.unlink()
     for overwrite in (False, True):
-        with pytest.raises(RecipeError, match=r"no run of ours \(notes\.txt, plan\.json\)"):
+        with pytest.raises(RecipeError, match=r"not a peftcli run \(notes\.txt, plan\.json\)"):
             open_run(run, recipe, overwrite=overwrite, resume=False)
     assert sorted(path.name for path in run.path.iterdir()) == ["notes.txt", "plan.json"]
 
@@ -72,7 +72,7 @@ def test_a_file_of_the_user_with_a_dot_is_not_taken_for_a_torn_one(tmp_path: Pat
     run.path.mkdir()
     for name in (".notes.json.abcdefgh", ".recipe.yaml.swp", ".git"):
         (run.path / name).write_text("mine")
-    with pytest.raises(RecipeError, match="no run of ours"):
+    with pytest.raises(RecipeError, match="not a peftcli run"):
         open_run(run, recipe, overwrite=False, resume=False)
     assert len(list(run.path.iterdir())) == 3
 
@@ -100,5 +100,5 @@ def test_a_start_that_failed_before_its_first_checkpoint_takes_any_recipe(run: R
     found = open_run(run, other, overwrite=False, resume=False)
     assert (found.finished, found.resume_from) == (False, None) and "step 0" in found.notes[0]
     sealed(run.checkpoints, 3)
-    with pytest.raises(RecipeError, match="checkpoints hold these"):
+    with pytest.raises(RecipeError, match="keys are stored in its checkpoints"):
         open_run(run, other, overwrite=False, resume=False)

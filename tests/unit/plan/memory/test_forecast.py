@@ -432,7 +432,7 @@ def test_every_card_is_found_by_its_key_and_by_the_name_that_torch_says() -> Non
 
 
 def test_an_unknown_card_names_the_nearest() -> None:
-    with pytest.raises(RecipeError, match=r"--gpu rtx4080: no card.*did you mean rtx4090\?\nknown are t4, "):
+    with pytest.raises(RecipeError, match=r"--gpu rtx4080: unknown GPU.*did you mean rtx4090\?\nknown GPUs are t4, "):
         find_gpu("rtx4080")
 
 
@@ -496,7 +496,7 @@ def test_a_run_that_barely_fits_says_so_and_what_to_lower(make: Any) -> None:
     assert found is not None
     assert found.fits is True and found.tight is True
     said = verdict(found, machine)
-    assert said.startswith("barely fits into ") and "0.3% of it" in said
+    assert said.startswith("barely fits in ") and "0.3% of it" in said
     assert "fits" in outcomes(found)
     assert "barely fits" in (forecast_line(found) or "")
     roomy = replace(machine, memory_bytes=round(total / (1 - MARGIN)) + 1)

@@ -112,7 +112,7 @@ def test_an_adapter_is_evaluated_and_merged_with_the_rows_of_a_recipe(
     assert run_cli("generate", writer, "big apple", "--recipe", recipe, "--max-new-tokens", "2", "--json") == 0
     assert json.loads(capfd.readouterr().out)["answers"][0]["prompt"] == "big apple ->:"
     assert run_cli("eval", writer) == 2
-    assert "name the recipe whose test rows count with --recipe" in capfd.readouterr().err
+    assert "pass --recipe to choose the test set" in capfd.readouterr().err
 
 
 def test_a_head_with_named_classes_labels_merges_and_is_evaluated(
@@ -146,11 +146,11 @@ def test_a_head_with_named_classes_labels_merges_and_is_evaluated(
 @pytest.mark.parametrize(
     ("keys", "said"),
     [
-        ({"peft_type": "NEXT_BEST"}, "peft_type NEXT_BEST is not known to the installed peft; install"),
-        ({"task_type": "SEQ_2_SEQ_LM"}, "task_type SEQ_2_SEQ_LM cannot be run here"),
+        ({"peft_type": "NEXT_BEST"}, "peft_type NEXT_BEST is unknown to the installed peft; install"),
+        ({"task_type": "SEQ_2_SEQ_LM"}, "task_type SEQ_2_SEQ_LM is not supported"),
         ({"base_model_name_or_path": "/no/such/base"}, "the base /no/such/base (base_model_name_or_path) cannot be"),
         ({"base_model_name_or_path": "org/no-such-base"}, "the base org/no-such-base (base_model_name_or_path)"),
-        ({"base_model_name_or_path": None}, "base_model_name_or_path is empty, so the base is unknown; name a recipe"),
+        ({"base_model_name_or_path": None}, "base_model_name_or_path is empty, so the base is unknown; pass a recipe"),
     ],
 )
 def test_an_adapter_that_cannot_be_used_is_refused_with_a_fix(
@@ -175,7 +175,7 @@ def test_an_adapter_of_another_base_is_refused(
     folder = changed(writer, base_model_name_or_path=str(other))
     assert run_cli("merge", folder, "--output-dir", tmp_path / "m") == 4
     said = capfd.readouterr().err
-    assert "does not fit this base: size mismatch" in said and "give it the base that it was trained on" in said
+    assert "does not fit this base: size mismatch" in said and "use the base that it was trained on" in said
     assert not (tmp_path / "m").exists()
 
 

@@ -1,4 +1,4 @@
-"""Adapters that PEFT wrote for another tool: what their files say of the base, the task and the labels."""
+"""Adapters written by PEFT for another tool: base, task and labels according to their files."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,18 +19,18 @@ from peftcli.run_dir import read_json
 from peftcli.tasks.registry import DEFAULT, TASKS
 
 PEFT_TYPES = {task.peft_type: task.name for task in TASKS.values() if task.peft_type is not None}
-"""Ours by PEFT's `task_type`."""
+"""Our task names by PEFT's `task_type`."""
 
 
 @dataclass(frozen=True)
-class Foreign:
+class ExternalAdapter:
     """An adapter without the files of a run.
 
     Attributes:
         folder: with `adapter_config.json` and `adapter_model.safetensors`.
-        base: local folder or Hub id of the base that it names, None where it names none.
-        revision: of the Hub, None for the default.
-        task: None where it does not say.
+        base: local folder or Hub id of its base; None if it names none.
+        revision: on the Hub, None for the default.
+        task: None if it is not stated.
     """
 
     folder: Path
@@ -41,12 +41,12 @@ class Foreign:
 
 @dataclass(frozen=True)
 class Outputs:
-    """What the head of an adapter gives.
+    """The outputs of an adapter's head.
 
     Attributes:
-        names: of the labels in the order of the outputs; none for a language model.
-        named: they are names, and not numbers that stand in for them.
-        problem_type: of whole texts, else None.
+        names: labels in the order of the outputs; empty for a language model.
+        named: they are names, not numbers as placeholders.
+        problem_type: for whole texts, otherwise None.
     """
 
     names: tuple[str, ...] = ()
@@ -54,38 +54,38 @@ class Outputs:
     problem_type: str | None = None
 
 
-def read_foreign(folder: Path) -> Foreign:
-    """Read what an adapter says of itself.
+def read_external_adapter(folder: Path) -> ExternalAdapter:
+    """Read the configuration of an adapter.
 
     Raises:
-        MachineError: its files are damaged, or its method or task is not known here.
+        MachineError: its files are damaged, or its method or task is unknown.
     """
     check_adapter_files(folder, None)
     said = read_json(folder / CONFIG)
     kind, task = said.get("peft_type"), said.get("task_type")
     if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
         raise MachineError(
-            f"{folder / CONFIG}: peft_type {kind} is not known to the installed peft; install the version of peft that "
+            f"{folder / CONFIG}: peft_type {kind} is unknown to the installed peft; install the version of peft that "
             "wrote it, or a later one"
         )
     if task is not None and task not in PEFT_TYPES:
         raise MachineError(
-            f"{folder / CONFIG}: task_type {task} cannot be run here, only {', '.join(PEFT_TYPES)}; use the adapter "
-            "with PEFT itself"
+            f"{folder / CONFIG}: task_type {task} is not supported, only {', '.join(PEFT_TYPES)}; use the adapter "
+            "with PEFT directly"
         )
     name = said.get("base_model_name_or_path") or None
     if name is not None and Path(name).is_dir():
         name = str(Path(name).resolve())
-    return Foreign(folder, name, said.get("revision"), None if task is None else PEFT_TYPES[task])
+    return ExternalAdapter(folder, name, said.get("revision"), None if task is None else PEFT_TYPES[task])
 
 
-def base_config(adapter: Foreign) -> PreTrainedConfig:
+def base_config(adapter: ExternalAdapter) -> PreTrainedConfig:
     """The configuration of the base that an adapter names.
 
     Raises:
-        MachineError: it names none, or that cannot be had.
+        MachineError: it names none, or the base cannot be loaded.
     """
-    fix = "name a recipe with --recipe, whose model.name says where the base is"
+    fix = "pass a recipe with --recipe and set its model.name to the base"
     if adapter.base is None:
         raise MachineError(
             f"{adapter.folder / CONFIG}: base_model_name_or_path is empty, so the base is unknown; {fix}"
@@ -94,16 +94,16 @@ def base_config(adapter: Foreign) -> PreTrainedConfig:
         return load_config(adapter.base, adapter.revision)
     except MachineError as problem:
         raise MachineError(
-            f"{adapter.folder / CONFIG}: the base {adapter.base} (base_model_name_or_path) cannot be loaded: it is no "
-            f"folder here, and neither the cache of the Hub nor the Hub gives it; put it there, or {fix}"
+            f"{adapter.folder / CONFIG}: the base {adapter.base} (base_model_name_or_path) cannot be loaded: it is "
+            f"not a local folder, and neither in the Hub's cache nor on the Hub; download it, or {fix}"
         ) from problem
 
 
-def task_of(adapter: Foreign, config: PreTrainedConfig) -> str:
-    """The task of an adapter; one that says none is taken for a language model, if its base is one and it has no head.
+def task_of(adapter: ExternalAdapter, config: PreTrainedConfig) -> str:
+    """The task of an adapter; if not stated, a language model is assumed if its base is one and it has no head.
 
     Raises:
-        MachineError: the task is not known.
+        MachineError: the task is unknown.
     """
     if adapter.task is not None:
         return adapter.task
@@ -111,13 +111,13 @@ def task_of(adapter: Foreign, config: PreTrainedConfig) -> str:
     if type(config.get_text_config()) in MODEL_FOR_CAUSAL_LM_MAPPING and not saved:
         return DEFAULT
     raise MachineError(
-        f"{adapter.folder / CONFIG}: task_type is empty, so the task is unknown; write one of {', '.join(PEFT_TYPES)} "
-        "there, or name a recipe with --recipe, whose model.task says it"
+        f"{adapter.folder / CONFIG}: task_type is empty, so the task is unknown; set it to one of "
+        f"{', '.join(PEFT_TYPES)}, or pass a recipe with --recipe and model.task"
     )
 
 
-def outputs_of(adapter: Foreign, task: str, base: str, config: PreTrainedConfig) -> Outputs:
-    """What the head of an adapter gives: as many outputs as its weights have, under the names that its files give them.
+def outputs_of(adapter: ExternalAdapter, task: str, base: str, config: PreTrainedConfig) -> Outputs:
+    """The outputs of an adapter's head: as many as its weights have, with the names in its files.
 
     Args:
         base: local folder or Hub id of the base.
@@ -134,7 +134,7 @@ def outputs_of(adapter: Foreign, task: str, base: str, config: PreTrainedConfig)
     own = adapter.folder / "config.json"
     said = read_json(own) if own.is_file() else config.to_dict()
     names = _names(said)
-    # The last matrix of the head writes its outputs; of the poolers that may come with it none is last.
+    # The last matrix of the head gives the outputs; poolers that may be included never come last.
     wide = [shape[0] for name, shape in shapes.items() if len(shape) > 1 and "pooler" not in name]
     count = wide[-1] if wide else max(len(names), 1)
     named = len(names) == count and not all(name.startswith("LABEL_") for name in names)
@@ -151,7 +151,7 @@ def _names(said: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(str(found[key]) for key in sorted(found, key=int))
 
 
-def _head_shapes(adapter: Foreign, head: tuple[str, ...]) -> dict[str, list[int]]:
+def _head_shapes(adapter: ExternalAdapter, head: tuple[str, ...]) -> dict[str, list[int]]:
     """Shapes of the head's tensors in an adapter's file, in the order of the head."""
     stored = read_tensors(adapter.folder / WEIGHTS)
     found = {}
@@ -163,12 +163,12 @@ def _head_shapes(adapter: Foreign, head: tuple[str, ...]) -> dict[str, list[int]
     return found
 
 
-def _refuse_headless(adapter: Foreign, head: tuple[str, ...], shapes: Mapping[str, Any], base: str) -> None:
+def _refuse_headless(adapter: ExternalAdapter, head: tuple[str, ...], shapes: Mapping[str, Any], base: str) -> None:
     stored = stored_names(base, adapter.revision) or set()
     lacking = [one for one in head if not any(is_within(name, (one,)) for name in (*shapes, *stored))]
     if lacking:
         raise MachineError(
             f"{adapter.folder / WEIGHTS}: the weights of {', '.join(lacking)} are neither here nor in the base {base}, "
-            "so they would be random; train the adapter with them in modules_to_save, or give it the base that it was "
+            "so they would be random; train the adapter with them in modules_to_save, or use the base that it was "
             "trained on"
         )

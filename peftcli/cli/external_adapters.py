@@ -1,4 +1,4 @@
-"""Adapters of other tools as targets: a recipe for what their files say, the target itself, and their merge."""
+"""Adapters made by other tools as targets: a recipe built from their files, the target itself, and their merge."""
 
 import json
 import tempfile
@@ -14,7 +14,14 @@ from peftcli.data.prepare import PreparedData
 from peftcli.errors import MachineError, RecipeError
 from peftcli.merge.fold import refuse_unmergeable
 from peftcli.merge.merge import MergeSettings, merge
-from peftcli.model.foreign import Foreign, Outputs, base_config, outputs_of, read_foreign, task_of
+from peftcli.model.external_adapter import (
+    ExternalAdapter,
+    Outputs,
+    base_config,
+    outputs_of,
+    read_external_adapter,
+    task_of,
+)
 from peftcli.model.inspect import resolve_model
 from peftcli.model.manifest import build_manifest
 from peftcli.model.target import Target, open_target
@@ -28,7 +35,7 @@ from peftcli.tiny.tokenizer import load_documents
 from peftcli.train.disk import RESERVE_BYTES, Forecast, check_disk_space
 
 TEXTS = 64
-"""Shipped texts on which a merge is compared where no recipe gives rows."""
+"""Number of bundled texts on which a merge is compared if no recipe is given."""
 FIXED = "fixed texts"
 
 
@@ -36,17 +43,17 @@ FIXED = "fixed texts"
 def opened(
     folder: Path, recipe: str | None, overrides: Sequence[str], progress: Progress
 ) -> Iterator[tuple[Loaded, Planned, Target]]:
-    """An adapter of another tool as a target, on the base that it names, or on that of a recipe.
+    """An adapter of another tool as a target, on the base that it names or on the base of a recipe.
 
-    Without a recipe, the rows of the yielded one are shipped texts, in a file that lasts as long as the context.
+    Without a recipe, the yielded recipe uses bundled texts as rows; their file exists only within the context.
 
     Raises:
-        MachineError: the base cannot be had, or the files do not say what must be known.
-        RecipeError: the recipe's task is another one.
+        MachineError: the base cannot be loaded, or the files lack required information.
+        RecipeError: the recipe is for another task.
     """
-    adapter = read_foreign(folder)
-    with tempfile.TemporaryDirectory(prefix="peftcli-") as place:
-        rows = Path(place) / "texts.jsonl"
+    adapter = read_external_adapter(folder)
+    with tempfile.TemporaryDirectory(prefix="peftcli-") as temporary:
+        rows = Path(temporary) / "texts.jsonl"
         if recipe is None:
             loaded, outputs = _own_recipe(adapter, rows)
         else:
@@ -57,25 +64,25 @@ def opened(
 
 
 def prepared(planned: Planned, target: Target, progress: Progress) -> tuple[Target, PreparedData]:
-    """The rows of a plan as an adapter of another tool reads them.
+    """The rows of a plan, tokenized for an adapter of another tool.
 
     Raises:
-        MachineError: its head gives another number of labels than the rows have.
+        MachineError: the head has a different number of outputs than the rows have labels.
     """
     target, data = prepare_for(planned, target, progress)
-    wanted, there = target.identity.get("outputs"), len(target.base.labels)
-    if wanted and wanted != there:
+    outputs, labels = target.identity.get("outputs"), len(target.base.labels)
+    if outputs and outputs != labels:
         raise MachineError(
-            f"{target.adapter}: its head has {wanted} outputs, and the rows have {there} labels; name all labels in "
-            "dataset.labels, in the order in which the adapter was trained"
+            f"{target.adapter}: its head has {outputs} outputs, but the rows have {labels} labels; list all labels in "
+            "dataset.labels, in the order used when the adapter was trained"
         )
     return target, data
 
 
-def merge_foreign(
+def merge_external_adapter(
     folder: Path, recipe: str | None, settings: tuple[str, str | None], output_dir: Path | None, progress: Progress
 ) -> tuple[MergeJson, Path]:
-    """Merge an adapter of another tool; `merge.json` is written into the merged model.
+    """Merge an adapter of another tool; `merge.json` is written into the folder of the merged model.
 
     Args:
         settings: `--into` and `--dtype`.
@@ -84,8 +91,8 @@ def merge_foreign(
         The content of `merge.json`, and the folder of the merged model.
 
     Raises:
-        MachineError: it cannot be merged, or its base cannot be had.
-        GateNotMet: the merged model is too far from the adapter; nothing is kept.
+        MachineError: it cannot be merged, or its base cannot be loaded.
+        GateNotMet: the merged model differs too much from the adapter; no file is written.
     """
     into, dtype = settings
     final = output_dir or folder.resolve().with_name(f"{folder.resolve().name}-merged")
@@ -93,23 +100,23 @@ def merge_foreign(
     with opened(folder, recipe, (), progress) as (_, planned, target):
         plan = planned.plan
         if recipe is None and TASKS[plan.task].images:
-            raise RecipeError(f"{folder}: an adapter for images is compared on images; name a recipe with --recipe")
-        said = {key: target.identity[key] for key in ("format", "prompt") if key in target.identity}
+            raise RecipeError(f"{folder}: merging an image adapter needs test images; pass a recipe with --recipe")
+        row_format = {key: target.identity[key] for key in ("format", "prompt") if key in target.identity}
         target, data = prepared(planned, target, progress)
-        made = build_manifest(replace(plan, base=target.base), data, folder) | said
+        made = build_manifest(replace(plan, base=target.base), data, folder) | row_format
         stored = DTYPE_BYTES[dtype or plan.base.dtype]
         check_disk_space(final, Forecast(0, 0, 0, plan.total_parameters * stored, RESERVE_BYTES))
         rows_from = FIXED if recipe is None else None
-        asked = MergeSettings(into, dtype, plan.gates, plan.evaluation, plan.evaluation_batch, plan.seed, rows_from)
-        found = merge(replace(target, identity=made), data, final, asked, progress)
+        options = MergeSettings(into, dtype, plan.gates, plan.evaluation, plan.evaluation_batch, plan.seed, rows_from)
+        found = merge(replace(target, identity=made), data, final, options, progress)
         save(final / "merge.json", found)
     return found, final
 
 
-def _own_recipe(adapter: Foreign, rows: Path) -> tuple[Loaded, Outputs]:
-    """A recipe that says what the files of an adapter say, with shipped texts for rows."""
+def _own_recipe(adapter: ExternalAdapter, rows: Path) -> tuple[Loaded, Outputs]:
+    """A recipe built from the files of an adapter, with bundled texts as rows."""
     config = base_config(adapter)
-    assert adapter.base is not None  # `base_config` refuses an adapter that names none
+    assert adapter.base is not None  # `base_config` refuses an adapter without one
     task = task_of(adapter, config)
     outputs = outputs_of(adapter, task, adapter.base, config)
     columns = _write_rows(rows, task, outputs)
@@ -124,9 +131,9 @@ def _own_recipe(adapter: Foreign, rows: Path) -> tuple[Loaded, Outputs]:
 
 
 def _write_rows(file: Path, task: str, outputs: Outputs) -> dict[str, str]:
-    """Write shipped texts as rows of a task, with its labels in turn; returns the columns.
+    """Write bundled texts as rows of a task, cycling through its labels; returns the columns.
 
-    No figure depends on these labels: only the outputs for the texts are compared.
+    The labels do not affect any result: only the outputs for the texts are compared.
     """
     rows: list[dict[str, Any]] = []
     for number, text in enumerate(load_documents()[:TEXTS]):
@@ -142,18 +149,18 @@ def _write_rows(file: Path, task: str, outputs: Outputs) -> dict[str, str]:
     return {key: key for key in rows[0]}
 
 
-def _with_names(loaded: Loaded, adapter: Foreign, progress: Progress) -> tuple[Loaded, Outputs]:
-    """A recipe with the labels in the order of the adapter's outputs, where its files name them."""
+def _with_names(loaded: Loaded, adapter: ExternalAdapter, progress: Progress) -> tuple[Loaded, Outputs]:
+    """A recipe with the labels in the order of the adapter's outputs, if its files name them."""
     recipe = loaded.recipe
     model = recipe.model
     if adapter.task not in (None, model.task):
         raise RecipeError(
-            f"{adapter.folder}: an adapter for {adapter.task}; the recipe's model.task is {model.task}; name a recipe "
-            "for that task"
+            f"{adapter.folder}: the adapter is for {adapter.task}, but the recipe's model.task is {model.task}; pass a "
+            f"recipe for {adapter.task}"
         )
     located = resolve_model(model, smoke=False)
     if adapter.base is not None and Path(adapter.base).name != Path(located.path).name:
-        progress.note(f"note: {adapter.folder} names {adapter.base} as its base; {model.name} of the recipe is used")
+        progress.note(f"note: {adapter.folder} names {adapter.base} as its base; using {model.name} of the recipe")
     outputs = outputs_of(adapter, model.task, located.path, located.config)
     if recipe.dataset.labels is None and outputs.named and outputs.problem_type != "regression":
         dataset = recipe.dataset.model_copy(update={"labels": outputs.names})
@@ -162,12 +169,12 @@ def _with_names(loaded: Loaded, adapter: Foreign, progress: Progress) -> tuple[L
 
 
 def _described(target: Target, recipe: Recipe, planned: Planned, *, given: bool, outputs: Outputs) -> Target:
-    """The target with what an identity would say of prompts and lengths."""
+    """The target with the prompt format and length that a manifest would contain."""
     dataset = recipe.dataset
-    said: dict[str, Any] = {"max_length": planned.plan.labels.max_length, "outputs": len(outputs.names) or None}
+    settings: dict[str, Any] = {"max_length": planned.plan.labels.max_length, "outputs": len(outputs.names) or None}
     prompt = (dataset.prompt or (dataset.text if TASKS[recipe.model.task].labels_texts else None)) if given else None
     if prompt is not None:
-        said |= {"prompt": prompt}
+        settings |= {"prompt": prompt}
     elif TASKS[recipe.model.task].generates and not (given and dataset.text) and target.tokenizer().chat_template:
-        said |= {"format": "messages"}
-    return replace(target, identity=target.identity | said)
+        settings |= {"format": "messages"}
+    return replace(target, identity=target.identity | settings)
