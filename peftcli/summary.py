@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from peftcli.metrics.interval import wilson_interval
 from peftcli.recipe.fields import Gate
 from peftcli.run_dir import RunDir, read_json, write_json
 
@@ -41,6 +42,7 @@ def write_metrics(run: RunDir, gates: Sequence[Gate]) -> dict[str, Any]:
         "base": evaluation.get("base"),
         "adapter": evaluation.get("adapter"),
         "merged": merge.get("metrics"),
+        "answers": _answers(evaluation, merge),
         "retention": _retention(evaluation),
         "train": {name: train.get(name) for name in TRAIN_FIGURES} if train else None,
         "data": {name: data.get(name) for name in DATA_FIGURES},
@@ -70,6 +72,17 @@ def _judge(gate: Gate, metrics: dict[str, Any]) -> dict[str, Any]:
         holder, name = "retention", FORGETTING_GATES[gate.name]
     value = (metrics[holder] or {}).get(name)
     return {"name": gate.name, "limit": gate.text, "value": value, "met": None if value is None else gate.met(value)}
+
+
+def _answers(evaluation: dict[str, Any], merge: dict[str, Any]) -> dict[str, Any] | None:
+    """How many of the test rows were answered, and how far that number lets the exact match be off."""
+    rows = int(evaluation.get("generated_rows") or 0)
+    if not rows:
+        return None
+    models = {"base": evaluation.get("base"), "adapter": evaluation.get("adapter"), "merged": merge.get("metrics")}
+    ratios = {name: (model or {}).get("exact_match") for name, model in models.items()}
+    intervals = {name: None if one is None else list(wilson_interval(one, rows)) for name, one in ratios.items()}
+    return {"rows": rows, "test_rows": evaluation["rows"], "exact_match_interval": intervals}
 
 
 def _retention(evaluation: dict[str, Any]) -> dict[str, Any] | None:

@@ -13,6 +13,7 @@ from peftcli.cli.console import Shown, Streams, console, metric_table, quiet, re
 from peftcli.cli.recipes import find_recipe
 from peftcli.cli.terminal import show_data
 from peftcli.errors import DataError, GateNotMet, MemoryExhausted, RecipeError
+from peftcli.plan.answered_rows import answered_digest
 from peftcli.plan.plan import DTYPE_BYTES
 from peftcli.plan.smoke import check_schedules, smoke_notices, smoke_recipe
 from peftcli.recipe.load import Loaded, load_recipe, load_run_recipe
@@ -71,7 +72,8 @@ def eval_command(name: str, recipe: str | None, overrides: Sequence[str], *, wit
         run = target.run
         if run is not None and target.kind == "adapter" and not overrides and recipe is None:
             before = read_json(run.eval) if run.eval.is_file() else {}
-            value["base"] = value["base"] or before.get("base")
+            if value["base"] is None and answered_digest(before) == answered_digest(value):
+                value["base"] = before.get("base")
             if "retention" in before:  # of the training; the test rows say nothing about it
                 value["retention"] = before["retention"]
             write_json(run.eval, value)

@@ -17,8 +17,9 @@ from peftcli.merge.drift import Comparison, Drift
 from peftcli.merge.fold import bare_base, fold
 from peftcli.merge.save import write_config, write_weights
 from peftcli.model.adapter_files import replace_folder, write_companions
-from peftcli.model.evaluate import Evaluation, decoding_for, evaluate_model
+from peftcli.model.evaluate import Evaluation, answered_rows, decoding_for, evaluate_model
 from peftcli.model.files import Source, loaded_weights, original_weights
+from peftcli.model.generation import Answer
 from peftcli.model.load import DTYPES, load_base
 from peftcli.model.manifest import MANIFEST, build_merged_manifest
 from peftcli.model.target import Target
@@ -254,8 +255,6 @@ def _merge_json(
     default = LIMITS_OF_FEW if few else DEFAULT_LIMITS
     limits = tuple(gate for gate in settings.gates if gate.name.startswith("merge_")) or default
     met = {name: _met(gate, drift[name]) for gate in limits for name in (gate.name.removeprefix("merge_"),)}
-    answers = [] if kept.measured is None else kept.measured.answers
-    shown = min(settings.evaluation.samples, len(answers))
     return {
         "schema": 1,
         "into": kept.into,
@@ -268,12 +267,20 @@ def _merge_json(
         "metrics": None if kept.measured is None else kept.measured.figures(),
         "candidates": [{"into": one.into, "loss": one.loss, **asdict(one.drift)} for one in candidates],
         "samples": [
-            {"prompt": comparison.rows.column("prompt")[row].as_py(), "merged": answers[row].text}
-            for row in range(shown)
+            {"prompt": comparison.data.test.column("prompt")[row].as_py(), "merged": answer.text}
+            for row, answer in _shown_answers(kept, comparison.data, settings)
         ],
         "bytes": kept.bytes,
         "seconds": round(seconds, 3),
     }
+
+
+def _shown_answers(kept: Candidate, data: PreparedData, settings: MergeSettings) -> list[tuple[int, Answer]]:
+    """The first answers, each with the index of its test row; none where nothing was answered."""
+    if kept.measured is None:
+        return []
+    rows = answered_rows(settings.evaluation, data, settings.seed)
+    return list(zip(rows, kept.measured.answers, strict=True))[: settings.evaluation.samples]
 
 
 def _forget() -> None:

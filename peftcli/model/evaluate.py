@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peftcli.data.formats import LABELLED
@@ -17,6 +18,7 @@ from peftcli.model.classification import LabelMetrics, evaluate_labels
 from peftcli.model.distributed import gather, interleave, is_fsdp, local_rows
 from peftcli.model.generation import Answer, Decoding, generate_answers
 from peftcli.model.scoring import Sums, score_shared
+from peftcli.plan.answered_rows import choose_answered_rows, rows_digest
 from peftcli.plan.plan import Plan
 from peftcli.progress import Progress
 from peftcli.recipe.schema import EvaluationSection
@@ -27,7 +29,7 @@ LONGEST_AUTO_ANSWER = 256
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The metrics of a model and its answers to the first rows of the test split."""
+    """The metrics of a model and its answers to the rows of `answered_rows`, in their order."""
 
     metrics: Metrics | LabelMetrics
     answers: list[Answer]
@@ -51,12 +53,26 @@ def decoding_for(
     return Decoding(longest, evaluation.temperature, evaluation.top_p, seed)
 
 
-def answered_rows(evaluation: EvaluationSection, data: PreparedData) -> int:
-    """Number of test rows that are answered; of plain text only the samples, since it has no right answer."""
-    rows = int(data.test.num_rows)
+def answered_rows(evaluation: EvaluationSection, data: PreparedData, seed: int) -> list[int]:
+    """Indices of the test rows that are answered; of plain text only the samples, since it has no right answer."""
+    rows = len(data.test_split.rows)
+    if data.format in LABELLED:
+        return list(range(rows))
     if data.format == "text":
-        return min(evaluation.samples, rows)
-    return rows if evaluation.rows is None else min(evaluation.rows, rows)
+        return list(range(min(evaluation.samples, rows)))
+    return choose_answered_rows(evaluation, rows, seed)
+
+
+def sampling_note(evaluation: EvaluationSection, data: PreparedData, seed: int) -> str | None:
+    """What to say where answers are generated for a sample only; None where every test row is answered."""
+    rows = len(data.test_split.rows)
+    if data.format == "text" or data.format in LABELLED or not rows:
+        return None
+    count = len(answered_rows(evaluation, data, seed))
+    if count == rows:
+        return None
+    whole = "" if evaluation.rows is not None else "; evaluation.rows: all answers every row"
+    return f"{count:,} of the {rows:,} test rows, drawn by the seed, are answered; the loss is over all{whole}"
 
 
 def evaluate_model(
@@ -90,8 +106,9 @@ def evaluate_model(
         total = _add(
             score_shared(model, table, pad_id=pad, batch_rows=batch_rows, progress=progress, what=f"{what}: loss")
         )
-        rows = answered_rows(evaluation, data)
-        prompts = data.test.column("prompt_ids").slice(0, rows).to_pylist()
+        answered = data.test.take(pa.array(answered_rows(evaluation, data, decoding.seed), pa.int64()))
+        rows = answered.num_rows
+        prompts = answered.column("prompt_ids").to_pylist()
         answers = interleave(
             gather(
                 generate_answers(
@@ -108,7 +125,7 @@ def evaluate_model(
         )[:rows]
     found = total.metrics()
     if data.format != "text" and answers:
-        references = data.test.column("reference").slice(0, rows).to_pylist()
+        references = answered.column("reference").to_pylist()
         texts = [one.text for one in answers]
         found = replace(
             found,
@@ -134,27 +151,29 @@ def router_silent(model: PreTrainedModel) -> Iterator[None]:
 
 
 def evaluation_json(
-    data: PreparedData, shown: int, decoding: Decoding, measured: Mapping[str, Evaluation | None]
+    data: PreparedData, evaluation: EvaluationSection, decoding: Decoding, measured: Mapping[str, Evaluation | None]
 ) -> dict[str, Any]:
     """The content of `eval.json`; without test rows it holds no figures of theirs.
 
     Args:
-        shown: number of samples.
+        decoding: whose seed has drawn the answered rows.
         measured: by name of the model (`base`, `adapter`, ...), None for one that was not measured.
     """
     if not data.holds_out:
         return {"schema": 1, "rows": 0, "generated_rows": 0, **measured, "samples": [], "decoding": None}
+    rows = answered_rows(evaluation, data, decoding.seed)
     samples = []
-    for row in range(min(shown, data.test.num_rows)):
+    for place, row in enumerate(rows[: evaluation.samples]):
         sample = {name: data.test.column(name)[row].as_py() for name in ("prompt", "reference")}
         for name, one in measured.items():
-            sample[name] = one.answers[row].text if one is not None and row < len(one.answers) else None
+            sample[name] = one.answers[place].text if one is not None else None
         samples.append({name: None if said is None else hide_keys([said])[0] for name, said in sample.items()})
-    answered = [len(one.answers) for one in measured.values() if one is not None]
+    generates = data.format not in LABELLED and any(one is not None for one in measured.values())
     return {
         "schema": 1,
         "rows": data.test.num_rows,
-        "generated_rows": 0 if data.format in LABELLED else max(answered, default=0),
+        "generated_rows": len(rows) if generates else 0,
+        "generated_rows_sha256": rows_digest(rows) if generates else None,
         **{name: None if one is None else one.figures() for name, one in measured.items()},
         "samples": samples,
         "decoding": None if data.format in LABELLED else asdict(decoding),

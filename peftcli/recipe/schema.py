@@ -27,6 +27,7 @@ from peftcli.recipe.fields import (
     freeze_mapping,
     freeze_names,
     freeze_rows,
+    read_answered_rows,
     read_delimiter,
     read_encoding,
     read_method,
@@ -132,8 +133,9 @@ class EvaluationSection(Section):
     """Longest generated answer, tokens; `auto` follows the longest reference."""
     samples: Annotated[int, Field(ge=0, le=100)] = 5
     """Rows shown before and after training."""
-    rows: Annotated[int, Field(ge=1)] | None = None
-    """Test rows that are answered by generation; all when null. The loss is always over all of them."""
+    rows: Annotated[int | Literal["all"] | None, BeforeValidator(read_answered_rows)] = None
+    """Test rows that are answered by generation: a number drawn by the seed, or `all`; at most 500 when null. The loss
+    is always over all test rows."""
     temperature: Annotated[float, Field(ge=0)] = 0.0
     """Softmax temperature of generation; 0 takes the likeliest token."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0

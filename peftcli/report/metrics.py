@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from peftcli.metrics.interval import wilson_interval
 from peftcli.report.blocks import Block, Cell, Collapsed, Notices, Section, Table, Tone, table
 from peftcli.report.format import (
     DASH,
@@ -15,7 +16,6 @@ from peftcli.report.format import (
     several,
     share,
     significant,
-    wilson_interval,
 )
 from peftcli.report.load import Stages, figure, find, objects, text
 from peftcli.tasks.base import Task
@@ -155,7 +155,9 @@ def _note(stages: Stages) -> str:
     parts = ["↓ lower is better, ↑ higher is better; the change is from base to adapter."]
     rows, answered = rows_scored(stages, "loss"), rows_scored(stages, "exact_match")
     if rows is not None:
-        parts.append(f"Scored on {rows:,} held-out rows" + (f", {answered:,} of them answered." if answered else "."))
+        drawn = ", drawn by the seed" if answered and answered < rows else ""
+        answers = f", {answered:,} of them answered{drawn}" if answered else ""
+        parts.append(f"Scored on {rows:,} held-out rows{answers}.")
     parts += filter(None, [f1_kind(find(stages.metrics, "adapter") or find(stages.metrics, "base"))])
     bounds = [
         f"{side} {score(found[0])} to {score(found[1])}"

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from peftcli.errors import PeftcliError, RecipeError
+from peftcli.plan.answered_rows import answered_digest, choose_answered_rows, rows_digest
 from peftcli.plan.plan import Plan
 from peftcli.plan.planner import LOSS_MASK_KEYS
 from peftcli.recipe.dump import changed_keys
@@ -50,7 +51,8 @@ def reuse_blocker(source_run: RunDir, recipe: Recipe, plan: Plan, stamp: Mapping
         changed = [
             line for line in changed_keys(load_run_recipe(source_run.recipe).recipe, recipe) if not _is_free(line)
         ]
-        stored = {path.name: read_json(path) for path in (source_run.eval, source_run.train, source_run.plan)}
+        files = (source_run.eval, source_run.train, source_run.plan, source_run.data)
+        stored = {path.name: read_json(path) for path in files}
     except (OSError, json.JSONDecodeError, PeftcliError):
         return "its figures are not there"
     if changed:
@@ -67,7 +69,17 @@ def reuse_blocker(source_run: RunDir, recipe: Recipe, plan: Plan, stamp: Mapping
     other = next((key for key in keys if stamp.get(key) is None or before.get(key) != stamp[key]), None)
     if other is not None:
         return f"{other} is another one"
+    if plan.evaluation.baseline and stored["data.json"]["format"] != "text" and _answered_others(evaluation, plan):
+        return "its base answered other test rows (evaluation.rows)"
     return _decided_otherwise(stored["plan.json"], plan)
+
+
+def _answered_others(evaluation: Mapping[str, Any], plan: Plan) -> bool:
+    """Whether the answers of another run's base, to the same test split, are not to the rows of this plan."""
+    digest = answered_digest(evaluation)
+    return digest is not None and digest != rows_digest(
+        choose_answered_rows(plan.evaluation, int(evaluation["rows"]), plan.seed)
+    )
 
 
 def _is_free(line: str) -> bool:

@@ -19,17 +19,20 @@ from peftcli.model.distributed import from_first
 from peftcli.model.evaluate import (
     Evaluation,
     adapter_retention,
+    answered_rows,
     base_retention,
     decoding_for,
     evaluate_model,
     evaluation_json,
     load_retention,
+    sampling_note,
 )
 from peftcli.model.hardware import peak_memory_bytes
 from peftcli.model.init_from import load_initial_weights
 from peftcli.model.load import DTYPES, load_adapter, load_base
 from peftcli.model.padding_free import RowCheck, check_rows, enable_padding_free, kernels_used
 from peftcli.model.varlen_attention import rejected
+from peftcli.plan.answered_rows import answered_digest, rows_digest
 from peftcli.plan.plan import DTYPE_BYTES, Plan
 from peftcli.progress import Progress
 from peftcli.run_dir import RunDir, read_json, write_json
@@ -261,7 +264,16 @@ def _baseline(
     Args:
         known: a file of the first process that holds it.
     """
+    if sampled := sampling_note(plan.evaluation, data, plan.seed):
+        progress.note(f"  note: {sampled}")
     stored = from_first(lambda: None if known is None else read_json(known))
+    if stored is not None and not _answered_alike(stored, plan, data):
+        if plan.base.absorbed:
+            progress.note("  note: the base was measured on other test rows in an earlier stage, so it is left out")
+            stored = stored | {"base": None, "samples": []}
+        else:
+            progress.note("  note: the base answered other test rows before (evaluation.rows), so it is measured again")
+            stored = None
     if stored is not None:
         measured_before = "baseline_seconds" in stored
         return (stored if measured_before else None), float(stored.get("baseline_seconds") or 0.0)
@@ -279,6 +291,13 @@ def _baseline(
     if is_first_process():
         write_json(run.eval, before)
     return before, seconds
+
+
+def _answered_alike(stored: Mapping[str, Any], plan: Plan, data: PreparedData) -> bool:
+    """Whether the base in an `eval.json` has answered the test rows that the adapter will answer."""
+    if stored.get("base") is None or answered_digest(stored) is None:
+        return True
+    return answered_digest(stored) == rows_digest(answered_rows(plan.evaluation, data, plan.seed))
 
 
 def _check_losses(plan: Plan, measured: Evaluation | None, retention: Mapping[str, Any], *, trained: bool) -> None:
@@ -319,7 +338,7 @@ def _evaluation(
     plan: Plan, data: PreparedData, tokenizer: PreTrainedTokenizerBase, measured: dict[str, Evaluation | None]
 ) -> dict[str, Any]:
     decoding = decoding_for(plan.evaluation, data, tokenizer, plan.seed)
-    return evaluation_json(data, plan.evaluation.samples, decoding, measured)
+    return evaluation_json(data, plan.evaluation, decoding, measured)
 
 
 def _measure_adapter(
@@ -341,8 +360,9 @@ def _measure_adapter(
     if before is not None:
         value["base"] = before["base"]
         value["baseline_seconds"] = before["baseline_seconds"]
-        for sample, old in zip(value["samples"], before["samples"], strict=True):
-            sample["base"] = old["base"]
+        if before["base"] is not None:
+            for sample, old in zip(value["samples"], before["samples"], strict=True):
+                sample["base"] = old["base"]
     write_json(run.eval, value)
     write_card(run)
 
