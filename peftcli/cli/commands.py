@@ -179,7 +179,7 @@ def _merge_foreign(
             return
         out = console(streams.out)
         out.print(_drift_line(found))
-        out.print(f"compared on {found['rows']:,} rows: {found['rows_from']}")
+        out.print(f"compared on {found['rows']:,} rows: {found['rows_from']}; on {found['compared_on']}")
         if found["metrics"] is not None:
             out.print(metric_table({"merged": found["metrics"]}))
         out.print(f"merged model  {folder}")
@@ -191,6 +191,11 @@ def _drift_line(found: dict[str, Any]) -> str:
         f"{found['positions']:,} positions, largest logit difference {found['max_abs_logit_difference']:.2g}"
         + ("" if found["kl_nats"] is None else f", KL {found['kl_nats']:.2g} nats")
     )
+
+
+def _partly_compared(found: dict[str, Any]) -> str:
+    rows, place = found["rows"], found["compared_on"]
+    return f"compared on {rows:,} rows on {place}, since the GPUs here do not hold it; it was not scored"
 
 
 def _open_for_prompts(name: str, recipe: str | None, shown: Shown) -> Any:
@@ -319,6 +324,8 @@ def _show_merge(run: RunDir, found: dict[str, Any], metrics: dict[str, Any], fol
     out.print(_drift_line(found))
     if found["rows_from"] == "training":
         out.print("no rows were held out, so it was compared on training rows and not scored")
+    elif found["metrics"] is None:
+        out.print(_partly_compared(found))
     else:
         out.print(metric_table({name: metrics[name] for name in ("base", "adapter", "merged")}))
     if run.eval.is_file() and found["samples"]:

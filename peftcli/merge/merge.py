@@ -3,7 +3,8 @@
 import gc
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,16 +13,25 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peftcli.data.prepare import PreparedData
-from peftcli.errors import GateNotMet, RecipeError
+from peftcli.errors import GateNotMet, MemoryExhausted, RecipeError
 from peftcli.merge.drift import Comparison, Drift
 from peftcli.merge.fold import bare_base, fold
-from peftcli.merge.save import write_config, write_weights
+from peftcli.merge.placement import (
+    FreeMemory,
+    Placement,
+    check_memory,
+    choose_placements,
+    measure_free_memory,
+    placement_note,
+)
+from peftcli.merge.save import folding_bytes, write_config, write_weights
 from peftcli.model.adapter_files import replace_folder, write_companions
 from peftcli.model.evaluate import Evaluation, answered_rows, decoding_for, evaluate_model
 from peftcli.model.files import Source, loaded_weights, original_weights
 from peftcli.model.generation import Answer
 from peftcli.model.load import DTYPES, load_base
 from peftcli.model.manifest import MANIFEST, build_merged_manifest
+from peftcli.model.oom import is_out_of_memory
 from peftcli.model.target import Target
 from peftcli.plan.plan import Base
 from peftcli.progress import Progress
@@ -34,6 +44,8 @@ DEFAULT_LIMITS = (Gate("merge_top1_agreement", ">=", 0.98),)
 """Held against the drift where the recipe's gates say nothing about the merge."""
 FEW_POSITIONS = 200
 """With fewer, one near-tie decides the agreement, and the divergence is held instead."""
+KINDS = ("dequantized", "original")
+"""Bases that an adapter can be merged into."""
 LIMITS_OF_FEW = (Gate("merge_kl_nats", "<=", 0.01),)
 
 
@@ -46,16 +58,16 @@ class Candidate:
     drift: Drift
     measured: Evaluation | None
     bytes: int
+    compared_on: str
 
     @property
     def loss(self) -> float | None:
         """Of the test rows, None without any."""
         return None if self.measured is None else self.measured.metrics.loss
 
-    @property
-    def worse(self) -> float:
-        """What decides between candidates, lower is better: the loss, or without test rows the drift."""
-        return self.drift.mean_abs_logit_difference if self.loss is None else self.loss
+    def worse(self, *, by_loss: bool) -> float:
+        """What decides between candidates, lower is better: the loss, or the drift where not all have one."""
+        return self.loss if by_loss and self.loss is not None else self.drift.mean_abs_logit_difference
 
 
 @dataclass(frozen=True)
@@ -106,25 +118,51 @@ def merge(
             f"--into {settings.into}: the earlier stages of this run were trained on "
             f"{target.base.quantization['bits']}-bit weights, so they fit those alone; leave --into out"
         )
-    model, tokenizer = target.load()
+    with _explained_out_of_memory("while the adapter was loaded"):
+        model, tokenizer = target.load()
     comparison = Comparison(data, tokenizer, settings.batch_rows, progress)
-    reference = comparison.logits(model, "adapter")
-    written = _write_all(target, model, tokenizer, data, final, settings)
-    del model
-    _forget()
     try:
+        reference = comparison.logits(model, "adapter")
+        with _explained_out_of_memory("while the adapter was folded into its base"):
+            written = _write_all(target, model, tokenizer, data, final, settings)
+        del model
+        _forget()
         candidates = [
             _measure(target, (into, folder, size), reference, comparison, settings) for into, folder, size in written
         ]
-        kept = min(candidates, key=lambda one: one.worse)
+        by_loss = all(one.loss is not None for one in candidates)
+        kept = min(candidates, key=lambda one: one.worse(by_loss=by_loss))
         value = _merge_json(kept, candidates, comparison, settings, time.monotonic() - begun, target)
         if not value["met"]:
             _fail(kept, value, quantized=target.base.quantization is not None)
         replace_folder(kept.folder, final)
     finally:
-        for _, folder, _ in written:
-            shutil.rmtree(folder, ignore_errors=True)
+        for into in KINDS:
+            shutil.rmtree(_staging(final, into), ignore_errors=True)
     return value
+
+
+def _staging(final: Path, into: str) -> Path:
+    """The folder in which a merged model is written before it is known to be good."""
+    return final.with_name(f"{final.name}.{into}.staging")
+
+
+@contextmanager
+def _explained_out_of_memory(when: str) -> Iterator[None]:
+    """Say of an out-of-memory error when it happened in a merge, and that nothing is lost.
+
+    Raises:
+        MemoryExhausted: in its place.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as problem:
+        if not is_out_of_memory(problem):
+            raise
+        raise MemoryExhausted(
+            f"out of memory {when}: {' '.join(str(problem).split())[:200]}; nothing of the merged model was kept, and "
+            "the adapter is as it was; close other programs that use the memory, or merge on a machine with more"
+        ) from problem
 
 
 class DriftTooLarge(GateNotMet):
@@ -161,7 +199,7 @@ def _write_all(
     """Write each candidate beside the final folder: its kind, folder and bytes."""
     assert target.adapter is not None
     quantized = target.base.quantization is not None
-    wanted: Sequence[str] = ("dequantized", "original") if settings.into == "best" else (settings.into,)
+    wanted: Sequence[str] = KINDS if settings.into == "best" else (settings.into,)
     if not quantized:
         wanted = ("original",)
     dtype = DTYPES[settings.dtype or target.base.dtype]
@@ -169,12 +207,15 @@ def _write_all(
     # The wrapped base names its layers with PEFT's prefixes; a bare one of the same weights is what is folded.
     bare = bare_base(model)
     for into in wanted:
-        folder = final.with_name(f"{final.name}.{into}.staging")
+        folder = _staging(final, into)
         shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
         from_files = quantized and into == "original"
         source = _original(target.base, bare) if from_files else loaded_weights(bare)
         folded = fold(bare, target.adapter, source)
+        weights = sum(folded.sizes.values()) * torch.empty((), dtype=dtype).element_size()
+        free = measure_free_memory(on_gpu=target.base.device == "cuda", with_own=True)
+        check_memory(weights, folding_bytes(folded, dtype), free)
+        folder.mkdir(parents=True)
         size = write_weights(folded, dtype, folder)
         write_config(bare, dtype, folded.unties, folder)
         write_companions(bare, tokenizer, data.stop_ids, folder)
@@ -199,28 +240,61 @@ def _measure(
     comparison: Comparison,
     settings: MergeSettings,
 ) -> Candidate:
-    """Load what was written, as anybody would, and hold it against the adapter.
+    """Load what was written, as anybody would, and compare it with the adapter; elsewhere where memory runs out.
 
     Args:
         written: its kind, folder and bytes.
         reference: outputs of the adapter.
+
+    Raises:
+        MemoryExhausted: it fits nowhere.
     """
-    into, folder, size = written
+    weights = written[2]
+    free = measure_free_memory(on_gpu=target.base.device == "cuda")
+    check_memory(weights, 0, free)
+    *others, last = choose_placements(weights, free)
+    for place in others:
+        _announce(place, weights, free, comparison.progress)
+        try:
+            return _measure_on(place, target, written, reference, comparison, settings)
+        except MemoryExhausted as problem:
+            comparison.progress.note(f"note: {problem}")
+        # Outside the handler, which keeps the tensors of the failed attempt alive.
+        _forget()
+    _announce(last, weights, free, comparison.progress)
+    return _measure_on(last, target, written, reference, comparison, settings)
+
+
+def _announce(place: Placement, weights: int, free: FreeMemory, progress: Progress) -> None:
+    if note := placement_note(place, weights, free):
+        progress.note(f"note: {note}")
+
+
+def _measure_on(
+    place: Placement,
+    target: Target,
+    written: tuple[str, Path, int],
+    reference: list[torch.Tensor],
+    comparison: Comparison,
+    settings: MergeSettings,
+) -> Candidate:
+    into, folder, weights = written
     data, tokenizer = comparison.data, comparison.tokenizer
     stored = settings.dtype or target.base.dtype
-    device = target.base.device
-    if device == "cuda" and size > 0.9 * torch.cuda.mem_get_info()[0]:
-        device = "cpu"  # the card held the quantized weights; unpacked they are several times as large
     merged = replace(target.base, path=str(folder), revision=None, quantization=None, absorbed=(), dtype=stored)
-    merged = replace(merged, device=device)
-    model = load_base(merged)
+    with _explained_out_of_memory(f"while the merged model was loaded on {place.name}"):
+        model = load_base(replace(merged, device=place.device), max_memory=place.max_memory)
+    if not place.offloads and "disk" in (getattr(model, "hf_device_map", None) or {}).values():
+        raise MemoryExhausted(f"the layers of the merged model do not fit on {place.name} one by one")
     model.eval()
     what = f"merged into {into}"
-    logits = comparison.logits(model, what)
-    measured = _scored(model, data, tokenizer, settings, comparison.progress, what) if data.holds_out else None
+    logits = comparison.logits(model, what, place.rows)
+    whole = place.rows is None and data.holds_out
+    measured = _scored(model, data, tokenizer, settings, comparison.progress, what) if whole else None
     del model
     _forget()
-    return Candidate(into, folder, comparison.drift(reference, logits), measured, size)
+    drift = comparison.drift(reference[: len(logits)], logits)
+    return Candidate(into, folder, drift, measured, weights, place.name)
 
 
 def _scored(
@@ -260,6 +334,7 @@ def _merge_json(
         "into": kept.into,
         "dtype": settings.dtype or target.base.dtype,
         "rows_from": settings.rows_from or comparison.rows_from,
+        "compared_on": kept.compared_on,
         **drift,
         "limit": {gate.name.removeprefix("merge_"): gate.text for gate in limits},
         "limits_met": met,

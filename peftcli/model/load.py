@@ -5,7 +5,7 @@ The adapters of earlier stages are merged into a base as it is loaded.
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,13 +95,17 @@ def _listed(tokenizer: PreTrainedTokenizerBase) -> str:
     return ", ".join(tokenizer.all_special_tokens[:12]) or "none"
 
 
-def load_base(base: Base, *, quantized: bool = True, shards: int = 1) -> PreTrainedModel:
+def load_base(
+    base: Base, *, quantized: bool = True, shards: int = 1, max_memory: Mapping[int | str, int] | None = None
+) -> PreTrainedModel:
     """Load the weights of a base model onto its device.
 
     Args:
         base: of the plan.
         quantized: False loads the weights as they are even where the plan quantizes.
         shards: processes that each hold a part of the weights, all of this launch; 1 for whole weights.
+        max_memory: bytes of weights by GPU, and in RAM under `cpu`, for a model that one device does not hold; None
+            for whole weights on the device of the base.
 
     Raises:
         MachineError: the weights cannot be had, or this machine cannot load them.
@@ -117,6 +121,8 @@ def load_base(base: Base, *, quantized: bool = True, shards: int = 1) -> PreTrai
         "use_safetensors": True,
         "device_map": {"": local_device(base.device)},
     }
+    if max_memory is not None:
+        arguments |= {"device_map": "auto", "max_memory": dict(max_memory)}
     if quantized and base.quantization is not None:
         arguments["quantization_config"] = quantization_config(base)
     look_for_network(base.path)
@@ -235,6 +241,11 @@ def local_device(device: str) -> torch.device:
     import os
 
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def input_device(model: torch.nn.Module) -> torch.device:
+    """The device on which a model takes its inputs; layers that wait in RAM have no weights between their turns."""
+    return next(weight.device for weight in model.parameters() if weight.device.type != "meta")
 
 
 def merge_previous_stages(model: PreTrainedModel, folders: Sequence[str]) -> PreTrainedModel:

@@ -201,7 +201,8 @@ def _within(met: Any) -> str:
 def _compared(merge: dict[str, Any]) -> str | None:
     rows, positions = figure(merge, "rows"), figure(merge, "positions")
     what = "training rows, since none were held out" if merge.get("rows_from") == "training" else "rows"
-    return None if rows is None and positions is None else f"{count(rows)} {what}, {count(positions)} positions"
+    place = f", on {text(merge, 'compared_on')}" if "compared_on" in merge else ""
+    return None if rows is None and positions is None else f"{count(rows)} {what}, {count(positions)} positions{place}"
 
 
 def _candidates(candidates: list[dict[str, Any]], into: Any) -> Block:
