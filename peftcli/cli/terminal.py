@@ -13,7 +13,7 @@ from peftcli.cli.console import printable
 from peftcli.data.spans import DROPPED, TRAINED, Part, shorten
 from peftcli.plan.machine import Machine
 from peftcli.plan.memory.forecast import MARGIN
-from peftcli.report.format import count, duration, size
+from peftcli.report.format import count, duration, several, size
 
 ROWS = (
     ("read", "rows", "rows"),
@@ -442,7 +442,28 @@ def time_lines(forecast: Mapping[str, Any]) -> list[str]:
     about = "about" if forecast["rows"]["known"] else "at most about"
     return [
         f"time: {about} {duration(time['step_seconds'])} a step{whole} ({steps} of "
-        f"{count(time['tokens_per_step'])} tokens), evaluation aside"
+        f"{count(time['tokens_per_step'])} tokens), evaluation aside",
+        *evaluation_lines(forecast),
+    ]
+
+
+def evaluation_lines(forecast: Mapping[str, Any]) -> list[str]:
+    """The estimated time of evaluation; none where there are no test rows."""
+    found = forecast["time"]["evaluation"]
+    if found is None:
+        return []
+    models = "base and adapter" if found["passes"] > 1 else "the adapter alone"
+    tokens, together = count(found["answer_tokens"]), count(found["answers_at_once"])
+    answers = f"up to {count(found['answered_rows'])} answers of up to {tokens} tokens, {together} at once"
+    loss = (
+        "the loss of test rows that are not read yet is not counted"
+        if found["scored_rows"] is None
+        else f"the loss of {several(found['scored_rows'], 'row', 'rows')}"
+    )
+    parts = [answers] if found["answered_rows"] else []
+    return [
+        f"evaluation: at most about {duration(found['seconds'])}, an estimate ({models}: {', '.join([*parts, loss])}); "
+        "`train` measures it"
     ]
 
 
@@ -463,6 +484,8 @@ def forecast_line(forecast: Mapping[str, Any] | None) -> str | None:
     line = f"  forecast: {size(memory['total'])} of {size(memory['machine'])} at the peak"
     if time["seconds"] is not None:
         line += f", about {duration(time['seconds'])}"
+        if time["evaluation"] is not None:
+            line += f" and at most about {duration(time['evaluation']['seconds'])} of evaluation (estimates)"
     if forecast["tight"]:
         return line + "; this barely fits; `peftcli plan RECIPE` lists what to lower"
     return line if forecast["fits"] else line + "; this may not fit; `peftcli plan RECIPE` lists what to change"

@@ -1,12 +1,14 @@
 """Evaluates one model on the test split: loss, answers against references, and forgetting."""
 
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peftcli.data.formats import LABELLED
@@ -14,17 +16,15 @@ from peftcli.data.prepare import PreparedData
 from peftcli.data.quality import hide_keys
 from peftcli.data.retention import RetentionText, read_retention
 from peftcli.metrics.language import Metrics, chrf, exact_match
-from peftcli.model.classification import LabelMetrics, evaluate_labels
-from peftcli.model.distributed import gather, interleave, is_fsdp, local_rows
+from peftcli.model.classification import LabelMetrics, evaluate_labels, output_names, row_logits, task_head
+from peftcli.model.distributed import gather, interleave, is_fsdp, local_rows, rank_and_world_size
 from peftcli.model.generation import Answer, Decoding, generate_answers
-from peftcli.model.scoring import Sums, score_shared
+from peftcli.model.scoring import Sums, score, score_shared
 from peftcli.plan.answered_rows import choose_answered_rows, rows_digest
+from peftcli.plan.memory.evaluation_time import LONGEST_AUTO_ANSWER
 from peftcli.plan.plan import Plan
 from peftcli.progress import Progress
 from peftcli.recipe.schema import EvaluationSection
-
-LONGEST_AUTO_ANSWER = 256
-"""Tokens; `evaluation.max_new_tokens: auto` does not go beyond."""
 
 
 @dataclass(frozen=True)
@@ -134,6 +134,99 @@ def evaluate_model(
             unfinished_answers=sum(not one.finished for one in answers) / len(answers),
         )
     return Evaluation(found, answers)
+
+
+def estimate_evaluation(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: PreparedData,
+    evaluation: EvaluationSection,
+    decoding: Decoding,
+    *,
+    batch_rows: int,
+    progress: Progress,
+) -> float:
+    """Seconds that `evaluate_model` will take, measured on the rows of its first batches, which are the longest.
+
+    Several processes share the rows, and all get the time of the slowest.
+
+    Args:
+        model: as it will be evaluated, or as it is before training.
+        batch_rows: rows at once.
+    """
+    if data.format in LABELLED:
+        seconds = _time_labels(model, tokenizer, data, batch_rows, progress)
+    else:
+        with router_silent(model):
+            seconds = _time_loss(model, tokenizer, data.test, batch_rows, progress)
+            seconds += _time_answers(
+                model, tokenizer, data, answered_rows(evaluation, data, decoding.seed), decoding, batch_rows, progress
+            )
+    return float(max(gather(seconds))) / rank_and_world_size()[1]
+
+
+def _time_labels(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: PreparedData,
+    batch_rows: int,
+    progress: Progress,
+) -> float:
+    head = task_head(output_names(data), data.problem_type, model, tokenizer)
+    ids = sorted(data.test.column(head.column).to_pylist(), key=len, reverse=True)
+    begun = time.monotonic()
+    row_logits(model, ids[:batch_rows], None, head, batch_rows=batch_rows, progress=progress, what="time of the labels")
+    return (time.monotonic() - begun) * len(ids) / len(ids[:batch_rows])
+
+
+def _time_loss(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, test: pa.Table, batch_rows: int, progress: Progress
+) -> float:
+    first = _longest(test, "input_ids", range(test.num_rows), batch_rows)
+    table = test.select(["input_ids", "labels"])
+    begun = time.monotonic()
+    score(
+        model,
+        table.take(pa.array(first, pa.int64())),
+        pad_id=tokenizer.pad_token_id or 0,
+        batch_rows=batch_rows,
+        progress=progress,
+        what="time of the loss",
+    )
+    lengths = pc.list_value_length(table.column("input_ids")).to_numpy()
+    return float((time.monotonic() - begun) * lengths.sum() / lengths[first].sum())
+
+
+def _time_answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: PreparedData,
+    rows: Sequence[int],
+    decoding: Decoding,
+    batch_rows: int,
+    progress: Progress,
+) -> float:
+    first = _longest(data.test, "prompt_ids", rows, batch_rows)
+    if not first:
+        return 0.0
+    begun = time.monotonic()
+    generate_answers(
+        model,
+        tokenizer,
+        data.test.column("prompt_ids").take(pa.array(first, pa.int64())).to_pylist(),
+        stop_ids=data.stop_ids,
+        decoding=decoding,
+        batch_rows=batch_rows,
+        progress=progress,
+        what="time of the answers",
+    )
+    return (time.monotonic() - begun) * len(rows) / len(first)
+
+
+def _longest(table: pa.Table, column: str, rows: Sequence[int], count: int) -> list[int]:
+    """The rows with the longest lists in a column."""
+    lengths = pc.list_value_length(table.column(column)).to_numpy()
+    return sorted(rows, key=lambda row: -lengths[row])[:count]
 
 
 @contextmanager

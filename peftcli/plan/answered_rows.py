@@ -4,8 +4,6 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from peftcli.recipe.schema import EvaluationSection
 
 AUTO_ROWS = 500
@@ -33,6 +31,8 @@ def choose_answered_rows(evaluation: EvaluationSection, rows: int, seed: int) ->
         rows: of the test split.
         seed: of the recipe.
     """
+    import numpy as np  # not above: views that show a plan start without it
+
     count = answered_count(evaluation, rows)
     if count == rows:
         return list(range(rows))
@@ -41,6 +41,8 @@ def choose_answered_rows(evaluation: EvaluationSection, rows: int, seed: int) ->
 
 def rows_digest(rows: Sequence[int]) -> str:
     """SHA-256 that tells whether two evaluations answered the same rows of a test split."""
+    import numpy as np
+
     return hashlib.sha256(np.asarray(rows, np.int64).tobytes()).hexdigest()
 
 

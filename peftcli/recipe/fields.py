@@ -147,8 +147,10 @@ def read_tokens(value: Any) -> int | str:
 
 def read_answered_rows(value: Any) -> int | str | None:
     """Read `evaluation.rows`."""
-    if value is None or value == "all":
-        return value
+    if value is None:
+        return None
+    if value == "all":
+        return "all"
     if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
         return value
     raise wrong("must be a whole number of at least 1, all, or null for at most 500")

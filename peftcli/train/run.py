@@ -15,13 +15,14 @@ from trl import SFTConfig
 from peftcli.data.prepare import PreparedData
 from peftcli.errors import Diverged
 from peftcli.model.adapter_files import save_adapter, write_card
-from peftcli.model.distributed import from_first
+from peftcli.model.distributed import from_first, gather
 from peftcli.model.evaluate import (
     Evaluation,
     adapter_retention,
     answered_rows,
     base_retention,
     decoding_for,
+    estimate_evaluation,
     evaluate_model,
     evaluation_json,
     load_retention,
@@ -35,6 +36,7 @@ from peftcli.model.varlen_attention import rejected
 from peftcli.plan.answered_rows import answered_digest, rows_digest
 from peftcli.plan.plan import DTYPE_BYTES, Plan
 from peftcli.progress import Progress
+from peftcli.report.format import duration
 from peftcli.run_dir import RunDir, read_json, write_json
 from peftcli.tasks.base import load
 from peftcli.tasks.registry import TASKS
@@ -48,8 +50,6 @@ from peftcli.train.precision import downcast_saved_modules, free_trained_base
 from peftcli.train.step import OVERFLOW, StepTrainer, TrainerSetup
 from peftcli.train.stop import StoppableProgress, StopRequests, is_first_process
 
-UNMEASURED_RESERVE_SECONDS = 60.0
-"""Set aside for the last evaluation where no baseline told how long one takes."""
 SAVE_EVERY_SECONDS = 600.0
 """Between checkpoints where `budget.save_every` says nothing."""
 FINISH_SECONDS = 5.0
@@ -139,7 +139,7 @@ def train(
         progress, stops, "before the first step" if resume_from is None else "before the next step"
     )
     known = _known_baseline(run, session, resuming=resume_from is not None)
-    before, baseline_seconds = _baseline(plan, run, data, tokenizer, trainer.model, heeding, known=known)
+    baseline = _baseline(plan, run, data, tokenizer, trainer.model, heeding, known=known)
     if resume_from is None and plan.adapter.init_from is not None:
         progress.note(load_initial_weights(trainer.model, plan.adapter.init_from, plan.base))
     if plan.frees_base:
@@ -150,7 +150,7 @@ def train(
         progress,
         stops,
         save_every=plan.budget.save_every or SAVE_EVERY_SECONDS,
-        reserve=FINISH_SECONDS + 1.5 * baseline_seconds,
+        reserve=FINISH_SECONDS + _evaluation_reserve(plan, data, tokenizer, trainer.model, heeding, session, baseline),
         device=plan.base.device,
         writes=is_first_process(),
     )
@@ -178,7 +178,7 @@ def train(
     write_train(run, trainer, watch, forward.optimizations)
     downcast_saved_modules(tuned, plan.base.dtype)
     heard: Progress = StoppableProgress(progress, stops, "in the last evaluation") if reason is None else progress
-    _measure_adapter(plan, run, data, tokenizer, tuned, heard, before)
+    _measure_adapter(plan, run, data, tokenizer, tuned, heard, baseline.found)
     return TrainResult(steps, reason)
 
 
@@ -215,8 +215,8 @@ def evaluate_trained(
     heeding = StoppableProgress(progress, session.stops, "in the last evaluation")
     model = load_adapter(load_base(plan.base, shards=plan.shards), on_this_machine(run.adapter, run.received))
     known = _known_baseline(run, session, resuming=True)
-    before, _ = _baseline(plan, run, data, tokenizer, model, heeding, known=known)
-    _measure_adapter(plan, run, data, tokenizer, model, heeding, before)
+    baseline = _baseline(plan, run, data, tokenizer, model, heeding, known=known)
+    _measure_adapter(plan, run, data, tokenizer, model, heeding, baseline.found)
     return TrainResult(from_first(lambda: int(read_json(run.train)["steps"])), None)
 
 
@@ -242,6 +242,21 @@ def _known_baseline(run: RunDir, session: Session, *, resuming: bool) -> Path | 
     return run.eval if resuming and run.eval.is_file() else session.baseline
 
 
+@dataclass(frozen=True)
+class Baseline:
+    """What is known of the base before the training.
+
+    Attributes:
+        found: `eval.json` with the base alone, None where it was not measured.
+        seconds: that its measuring took.
+        on_test: it was measured on the test rows, not on the forgetting text alone.
+    """
+
+    found: dict[str, Any] | None
+    seconds: float
+    on_test: bool
+
+
 @contextmanager
 def adapter_off(model: Any) -> Iterator[None]:
     """The base behind an adapter, for as long as the context lasts."""
@@ -258,8 +273,8 @@ def _baseline(
     progress: Progress,
     *,
     known: Path | None,
-) -> tuple[dict[str, Any] | None, float]:
-    """`eval.json` with the base alone, measured now or earlier, and the seconds that it took.
+) -> Baseline:
+    """Measure the base alone, or read what was measured earlier.
 
     Args:
         known: a file of the first process that holds it.
@@ -270,16 +285,17 @@ def _baseline(
     if stored is not None and not _answered_alike(stored, plan, data):
         if plan.base.absorbed:
             progress.note("  note: the base was measured on other test rows in an earlier stage, so it is left out")
-            stored = stored | {"base": None, "samples": []}
+            stored = stored | {"base": None, "samples": [], "baseline_seconds": 0.0}
         else:
             progress.note("  note: the base answered other test rows before (evaluation.rows), so it is measured again")
             stored = None
     if stored is not None:
         measured_before = "baseline_seconds" in stored
-        return (stored if measured_before else None), float(stored.get("baseline_seconds") or 0.0)
+        seconds, on_test = float(stored.get("baseline_seconds") or 0.0), stored.get("base") is not None
+        return Baseline(stored if measured_before else None, seconds, on_test=on_test)
     tested = plan.evaluation.baseline and data.holds_out
     if not tested and plan.evaluation.forgetting_text is None:
-        return None, UNMEASURED_RESERVE_SECONDS if data.holds_out else 0.0
+        return Baseline(None, 0.0, on_test=False)
     begun = time.monotonic()
     with adapter_off(model):
         measured = _measure(plan, data, tokenizer, model, progress, "base") if tested else None
@@ -290,7 +306,39 @@ def _baseline(
     before["baseline_seconds"] = round(seconds, 3)
     if is_first_process():
         write_json(run.eval, before)
-    return before, seconds
+    return Baseline(before, seconds, on_test=tested)
+
+
+def _evaluation_reserve(
+    plan: Plan,
+    data: PreparedData,
+    tokenizer: PreTrainedTokenizerBase,
+    model: Any,
+    progress: Progress,
+    session: Session,
+    baseline: Baseline,
+) -> float:
+    """Seconds to set aside for the last evaluation, half as many again as were measured.
+
+    Args:
+        model: before the first step, with its adapter.
+        baseline: whose time counts; where the base was not measured on the test rows, some of them are measured now.
+    """
+    if not any(gather(session.stops.seconds_left is not None)):
+        return 0.0  # there is no clock to set time aside for
+    seconds = baseline.seconds
+    if not baseline.on_test and data.holds_out:
+        seconds += estimate_evaluation(
+            model,
+            tokenizer,
+            data,
+            plan.evaluation,
+            decoding_for(plan.evaluation, data, tokenizer, plan.seed),
+            batch_rows=plan.evaluation_batch,
+            progress=progress,
+        )
+        progress.note(f"  the last evaluation will take at most about {duration(seconds)}, measured on its first rows")
+    return 1.5 * seconds
 
 
 def _answered_alike(stored: Mapping[str, Any], plan: Plan, data: PreparedData) -> bool:

@@ -32,8 +32,11 @@ def run(recipe_in: Write, cli_in: Cli, tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.fixture
 def loads(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What merged models were loaded with, and the models. Layers of the GPU are loaded on the CPU, and those of RAM wait on the disk:
-    accelerate's hooks bring both into place in the same way."""
+    """What merged models were loaded with, and the models.
+
+    Layers of the GPU are loaded on the CPU, and those of RAM wait on the disk: accelerate's hooks bring both into place
+    in the same way.
+    """
     loaded: list[Any] = []
 
     def stand_in(base: Base, *, max_memory: Mapping[int | str, int] | None = None, **given: Any) -> Any:
