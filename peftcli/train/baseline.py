@@ -69,7 +69,7 @@ def reuse_blocker(source_run: RunDir, recipe: Recipe, plan: Plan, stamp: Mapping
     other = next((key for key in keys if stamp.get(key) is None or before.get(key) != stamp[key]), None)
     if other is not None:
         return f"{other} is another one"
-    if plan.evaluation.baseline and stored["data.json"]["format"] != "text" and _answered_others(evaluation, plan):
+    if plan.evaluation.baseline and stored["data.json"].get("format") != "text" and _answered_others(evaluation, plan):
         return "its base answered other test rows (evaluation.rows)"
     return _decided_otherwise(stored["plan.json"], plan)
 
