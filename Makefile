@@ -9,8 +9,8 @@ OLDEST_READY := $(OLDEST)/.ready
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-slow test-oldest portability test-gpu check startup bench-smoke recipes faults docs reference
-.PHONY: install clean
+.PHONY: demo test test-slow test-oldest portability test-gpu gpu-rehearsal check startup bench-smoke recipes faults
+.PHONY: docs reference install clean
 
 install: $(READY)
 
@@ -43,8 +43,11 @@ $(OLDEST_READY): pyproject.toml constraints-oldest.txt
 	$(OLDEST)/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable '.[dev]'
 	touch $(OLDEST_READY)
 
-test-gpu: $(READY)
-	$(BIN)/python -m pytest -m gpu
+test-gpu: $(READY)  ## the tests of a GPU; skipped where there is none
+	$(BIN)/python -m pytest -m gpu tests/gpu
+
+gpu-rehearsal: $(READY)  ## all that scripts/gpu/prove.sh does on a GPU, on a CPU at tiny shapes
+	PYTHON=$(BIN)/python scripts/gpu/prove.sh --rehearse
 
 check: $(READY)
 	$(BIN)/ruff format --check .

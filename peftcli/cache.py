@@ -1,19 +1,40 @@
-"""The cache folder: what is built once, found by a hash of what determines it, whole or absent."""
+"""The cache folder: entries that are built once, found by a hash of their inputs, complete or absent, and verified.
 
+Each entry holds the size and the hash of its files. They are checked whenever the entry is used; a damaged entry is
+removed and built again. Where the cache cannot be written, entries live in a temporary folder of the process.
+"""
+
+import atexit
+import errno
+import json
 import os
 import shutil
+import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
+import xxhash
 from filelock import FileLock
 
 from peftcli.errors import MachineError
+from peftcli.filesystem import apply_umask
 
 UNUSED_SECONDS = 30 * 86400.0
 """After so long without use an entry that can be made again is removed."""
+SUMS = "sums.json"
+"""File of an entry with the size and the hash of each of its other files."""
+UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSYS, errno.ENOLCK)
+"""Errors of a cache that cannot be written at all, and is done without."""
+BLOCK_BYTES = 2**20
+WHOLE_BYTES = 2**30
+"""Files up to this size are hashed completely; of larger ones `SAMPLED_BLOCKS` blocks, spread evenly."""
+SAMPLED_BLOCKS = 256
+
+Note = Callable[[str], None]
 
 
 def cache_root(cache: Path | None) -> Path:
@@ -24,45 +45,137 @@ def cache_root(cache: Path | None) -> Path:
     return Path(named).expanduser() if named else Path.home() / ".cache" / "peftcli"
 
 
-def built_once(root: Path, name: str, build: Callable[[Path], None], *, mode: int = 0o777) -> Path:
-    """The folder `root/name`, which `build` fills at first use.
+def built_once(
+    root: Path, name: str, build: Callable[[Path], None], *, mode: int = 0o777, note: Note | None = None
+) -> Path:
+    """The folder `root/name`, which `build` fills at first use and again where it was damaged.
 
     Two processes may ask at once: one builds, the other waits for it.
 
     Args:
         build: writes the files into the empty folder given.
         mode: of `root` where it is made here, less what the umask takes.
+        note: takes a line about an entry that was built again, or not stored; stderr by default.
 
     Raises:
-        MachineError: the cache cannot be written.
+        MachineError: the disk of the cache is full.
     """
+    note = note or _to_stderr
     folder = root / name
-    if folder.is_dir():
+    if folder.is_dir() and entry_damage(folder) is None:
         return folder
     try:
         root.mkdir(parents=True, exist_ok=True, mode=mode)
-        with FileLock(root / f".{name}.lock"):
-            if not folder.is_dir():
-                _build(root, folder, build)
+        lock = FileLock(root / f".{name}.lock")
+        lock.acquire()
     except OSError as error:
-        raise MachineError(
-            f"{folder} could not be written: {error}; free some space there, "
-            "or name another folder in the environment variable PEFTCLI_CACHE"
-        ) from error
+        if error.errno in UNWRITABLE:
+            return _build_unstored(name, build, note, error)
+        raise _full(folder, error) from error
+    except NotImplementedError as error:  # a file system without locks
+        return _build_unstored(name, build, note, error)
+    with lock:
+        damage = entry_damage(folder) if folder.is_dir() else ""  # another process may have built it meanwhile
+        if damage:
+            note(f"note: the cache entry {folder} is damaged ({damage}) and is built again")
+        if damage is not None:
+            try:
+                _build(root, folder, build)
+            except OSError as error:
+                raise _full(folder, error) from error
     return folder
 
 
+def _full(folder: Path, error: OSError) -> MachineError:
+    return MachineError(
+        f"{folder} could not be written: {error}; free some space there, "
+        "or name another folder in the environment variable PEFTCLI_CACHE"
+    )
+
+
+def entry_damage(folder: Path) -> str | None:
+    """What is wrong with an entry; None if its files are those that were built.
+
+    Empty for an entry of an earlier version, which has no hashes and is built again once.
+    """
+    if not (folder / SUMS).is_file():
+        return ""
+    try:
+        sums: dict[str, Any] = json.loads((folder / SUMS).read_text(encoding="utf-8"))
+        for name, (size, digest) in sums.items():
+            file = folder / name
+            found = file.stat().st_size
+            if found != size:
+                return f"{name} has {found:,} bytes instead of {size:,}"
+            if _hash(file) != digest:
+                return f"{name} has changed"
+    except FileNotFoundError as error:
+        return f"{Path(str(error.filename)).name} is missing"
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        return f"{SUMS}: {error}"
+    return None
+
+
+def _hash(file: Path) -> str:
+    """128-bit hash of a file, of large ones of evenly spaced blocks."""
+    total = xxhash.xxh3_128()
+    with file.open("rb") as stream:
+        for start in _block_starts(file.stat().st_size):
+            stream.seek(start)
+            total.update(stream.read(BLOCK_BYTES))
+    return total.hexdigest()
+
+
+def _block_starts(size: int) -> Iterator[int]:
+    if size <= WHOLE_BYTES:
+        yield from range(0, size, BLOCK_BYTES)
+        return
+    last = size - BLOCK_BYTES
+    yield from (last * number // (SAMPLED_BLOCKS - 1) for number in range(SAMPLED_BLOCKS))
+
+
 def _build(root: Path, folder: Path, build: Callable[[Path], None]) -> None:
-    # Only the holder of the lock stages, so what lies here was left by a process that was killed.
+    # Only the holder of the lock stages, so what is found here was left by a process that was killed.
     for left in root.glob(f".{folder.name}.stage-*"):
         shutil.rmtree(left, ignore_errors=True)
     stage = Path(tempfile.mkdtemp(dir=root, prefix=f".{folder.name}.stage-"))
     try:
-        build(stage)
-        stage.chmod(0o755)
+        _fill(stage, build)
+        if folder.is_dir():
+            os.rename(folder, stage.with_name(f"{stage.name}-damaged"))  # whoever still reads it keeps its files
+            shutil.rmtree(stage.with_name(f"{stage.name}-damaged"), ignore_errors=True)
         os.rename(stage, folder)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
+
+
+def _fill(stage: Path, build: Callable[[Path], None]) -> None:
+    """Build an entry with the hashes of its files, readable as the umask allows."""
+    build(stage)
+    files = [file for file in sorted(stage.rglob("*")) if file.is_file() and file.name != SUMS]
+    sums = {file.relative_to(stage).as_posix(): [file.stat().st_size, _hash(file)] for file in files}
+    (stage / SUMS).write_text(json.dumps(sums, indent=1), encoding="utf-8")
+    apply_umask(stage)
+
+
+def _build_unstored(name: str, build: Callable[[Path], None], note: Note, error: OSError | NotImplementedError) -> Path:
+    """Build an entry for this process only, since the cache cannot be written."""
+    home = Path(tempfile.mkdtemp(prefix="peftcli-cache-"))
+    atexit.register(shutil.rmtree, home, ignore_errors=True)
+    reason = getattr(error, "strerror", None) or str(error)
+    where = getattr(error, "filename", None) or "the cache"
+    note(
+        f"note: the cache cannot be written ({where}: {reason}), so this process uses a temporary folder; set "
+        "PEFTCLI_CACHE to a folder that can be written"
+    )
+    folder = home / name
+    folder.mkdir()
+    _fill(folder, build)
+    return folder
+
+
+def _to_stderr(line: str) -> None:
+    sys.stderr.write(line + "\n")
 
 
 def forget_unused(root: Path, keep_bytes: int) -> None:

@@ -2,7 +2,6 @@
 
 import time
 from dataclasses import replace
-from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -12,6 +11,7 @@ from peftcli.model.load import load_base
 from peftcli.model.target import Target
 from peftcli.progress import Progress
 from peftcli.recipe.schema import EvaluationSection
+from peftcli.results import EvalJson
 
 
 def evaluate(
@@ -23,7 +23,7 @@ def evaluate(
     seed: int,
     with_base: bool,
     progress: Progress,
-) -> dict[str, Any]:
+) -> EvalJson:
     """Measure a target on all test rows.
 
     Args:
@@ -54,6 +54,5 @@ def evaluate(
         with model.disable_adapter():
             measured["base"] = run("base", model)
     measured[target.kind] = run(target.kind, model)
-    value = {"base": None, "adapter": None} | evaluation_json(data, evaluation, decoding, measured)
-    value["seconds"] = round(time.monotonic() - begun, 3)
-    return value
+    value = evaluation_json(data, evaluation, decoding, measured)
+    return replace(value, seconds=round(time.monotonic() - begun, 3))

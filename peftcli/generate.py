@@ -10,11 +10,12 @@ from transformers import PreTrainedTokenizerBase
 from peftcli.data.encode import encode_prompts, stop_ids
 from peftcli.errors import DataError
 from peftcli.model.generation import Decoding, generate_answers
+from peftcli.model.manifest import refuse_unknown_tokens
 from peftcli.model.predict_labels import Labelled, Tagged
 from peftcli.model.target import Target
 from peftcli.progress import Progress
 from peftcli.recipe.template import fill_template
-from peftcli.tasks.base import load
+from peftcli.tasks.base import implementation
 from peftcli.tasks.registry import TASKS
 
 
@@ -48,6 +49,7 @@ def generate(
     encoded = (
         tokenizer(prompts, add_special_tokens=False)["input_ids"] if is_chat else encode_prompts(prompts, tokenizer)
     )
+    refuse_unknown_tokens(model, max((max(ids, default=0) for ids in encoded), default=0))
     ends = frozenset(target.identity.get("stop_ids") or ()) or stop_ids(tokenizer)
     answers = generate_answers(
         model,
@@ -76,7 +78,7 @@ def label(
     Raises:
         RecipeError: a value does not fit the template.
     """
-    predict = load(TASKS[target.base.task].predict)
+    predict = implementation(TASKS[target.base.task].predict)
     found: Sequence[Labelled | Tagged] = predict(target, asked, raw=raw, batch_rows=batch_rows, progress=progress)
     return found
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from peftcli.filesystem import new_file_mode
+
 
 @dataclass(frozen=True)
 class RunDir:
@@ -102,12 +104,6 @@ class RunDir:
             for torn in self.path.glob(f".{path.name}.????????"):
                 torn.unlink(missing_ok=True)
 
-    def status(self) -> str | None:
-        """The status that `metrics.json` states, or None where no run has ended here."""
-        if not self.metrics.is_file():
-            return None
-        return str(read_json(self.metrics).get("status"))
-
 
 def is_foreign(folder: Path) -> bool:
     """Whether a folder holds an adapter that PEFT wrote for another tool, without what a run leaves beside it."""
@@ -123,7 +119,7 @@ def write_text(path: Path, text: str) -> None:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(beside, 0o644)
+        os.chmod(beside, new_file_mode())  # mkstemp makes private files
         os.replace(beside, path)
     except BaseException:
         Path(beside).unlink(missing_ok=True)

@@ -186,3 +186,63 @@ def run_cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., in
         return main([str(word) for word in words])
 
     return run
+
+
+@pytest.fixture(scope="session")
+def real_run(
+    recipe_in: Callable[..., Path], cli_in: Callable[..., int], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A run that was trained and merged, with all that a recipe can have measured of a text; not to be changed."""
+    folder = tmp_path_factory.mktemp("real")
+    (folder / "other.txt").write_text("The quick brown fox jumps over the lazy dog. " * 40, encoding="utf-8")
+    kinds = "red fruit,1\nyellow fruit,1\norange root,2\ngreen leaf,2\n"
+    (folder / "kinds.csv").write_text(f"kind,shelf\n{kinds}", encoding="utf-8")
+    names = ("top1_agreement", "max_abs_logit_difference", "mean_abs_logit_difference", "kl_nats")
+    recipe = recipe_in(
+        folder,
+        quantization=None,
+        dataset={"join": [{"path": "kinds.csv", "on": "kind"}]},
+        trainer={"max_steps": 2},
+        evaluation={
+            "max_new_tokens": 2,
+            "samples": 1,
+            "rows": 2,
+            "forgetting_text": "other.txt",
+            "forgetting_tokens": 100,
+        },
+        gates={f"merge_{name}": ">= 0" for name in names},
+    )
+    assert cli_in(folder, "train", recipe, "--output-dir", "run") == 0
+    assert cli_in(folder, "merge", "run", "--into", "best") == 0
+    return folder / "run"
+
+
+@pytest.fixture(scope="session")
+def label_data(recipe_in: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What `data.json` holds for classes, several classes a row, numbers and tags."""
+    import json
+
+    from peftcli.cli.pipeline import inspect_data
+    from peftcli.progress import Silent
+    from peftcli.recipe.load import load_recipe
+
+    folder = tmp_path_factory.mktemp("labels")
+    rows = [
+        {"tokens": ["a", "plum"], "tags": ["O", "B-FOOD"], "text": f"plum {at}", "label": [["x"], ["x", "y"]][at % 2]}
+        for at in range(32)
+    ]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    things, listed = str(folder / "things.csv"), str(folder / "rows.jsonl")
+    found = []
+    classes: dict[str, Any] = {"task": "sequence-classification"}
+    several = {"path": listed, "columns": {"text": "text", "label": "label"}}
+    for model, dataset in (
+        (classes, {"path": things, "columns": {"text": "thing", "label": "kind"}}),
+        (classes | {"problem_type": "multi-label"}, several),
+        (classes | {"problem_type": "regression"}, {"path": things, "columns": {"text": "thing", "label": "id"}}),
+        ({"task": "token-classification"}, {"path": listed, "columns": {"tokens": "tokens", "tags": "tags"}}),
+    ):
+        whole = dataset | {"prompt": None, "completion": None}
+        recipe = recipe_in(folder, model=model, dataset=whole, evaluation=None)
+        found.append(inspect_data(load_recipe(recipe).recipe, Silent(), smoke=False, preview=2).facts)
+    return found

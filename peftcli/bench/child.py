@@ -38,6 +38,7 @@ from peftcli.plan.memory.forecast import match_linears
 from peftcli.plan.memory.model_shape import ModelDimensions
 from peftcli.plan.memory.step_time import token_flops
 from peftcli.plan.memory.training_setup import FULL_LOGITS_HEAD, TrainingSetup
+from peftcli.typed_json import dump
 
 VERSION = 1
 """Part of the model's cache key: raised with every change that changes its files."""
@@ -80,7 +81,7 @@ def make(given: dict[str, Any]) -> dict[str, Any]:
     folder = built_once(cache_root(None), f"bench-{shape.key}-{VERSION}", _builder(shape, config, empty))
     dimensions = read_shape(empty, config)
     gpu = gpu_of(machine)
-    environment = describe_environment(machine, "bench")
+    environment = dump(describe_environment(machine, "bench"))
     del environment["command"]
     return {
         "folder": str(folder),

@@ -1,29 +1,32 @@
 """The bodies of the heavy commands: call the rooms, print what they return."""
 
-import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from peftcli.cli.console import Shown, Streams, console, metric_table, quiet, retention_line, sample_table
+from peftcli.cli.console import Shown, Streams, console, printable, quiet
 from peftcli.cli.recipes import find_recipe
-from peftcli.cli.terminal import show_data
 from peftcli.errors import DataError, GateNotMet, MemoryExhausted, RecipeError
 from peftcli.plan.answered_rows import answered_digest
 from peftcli.plan.plan import DTYPE_BYTES
 from peftcli.plan.smoke import check_schedules, smoke_notices, smoke_recipe
 from peftcli.recipe.load import Loaded, load_recipe, load_run_recipe
 from peftcli.recipe.schema import Recipe
-from peftcli.report.build import write_report
-from peftcli.run_dir import RunDir, is_foreign, read_json, write_json
+from peftcli.report.build import make_report, write_report
+from peftcli.report.data import data_section
+from peftcli.report.load import Stages, load_stages
+from peftcli.report.terminal import print_blocks, render_terminal, section_blocks
+from peftcli.results import DataJson, EvalJson, MetricsJson, as_text, load_or_default, save
+from peftcli.run_dir import RunDir, is_foreign
 from peftcli.summary import unmet, write_metrics
 from peftcli.tasks.registry import TASKS
 from peftcli.train.disk import RESERVE_BYTES, Forecast, check_disk_space
 from peftcli.train.stop import is_first_process
+from peftcli.typed_json import parse
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,8 @@ def data_command(name: str, overrides: Sequence[str], *, preview: int, smoke: bo
         if as_json:
             print_json(streams, data.facts | {"crossed": data.crossed})
         else:
-            show_data(data.facts, console(streams.out))
+            made = data_section(Stages(data=parse(DataJson, data.facts)))
+            print_blocks(section_blocks([made]), console(streams.out))
         data.raise_if_crossed(f"peftcli data {loaded.path}")
 
 
@@ -71,18 +75,18 @@ def eval_command(name: str, recipe: str | None, overrides: Sequence[str], *, wit
         )
         run = target.run
         if run is not None and target.kind == "adapter" and not overrides and recipe is None:
-            before = read_json(run.eval) if run.eval.is_file() else {}
-            if value["base"] is None and answered_digest(before) == answered_digest(value):
-                value["base"] = before.get("base")
-            if "retention" in before:  # of the training; the test rows say nothing about it
-                value["retention"] = before["retention"]
-            write_json(run.eval, value)
+            before = load_or_default(EvalJson, run.eval)
+            alike = answered_digest(before) == answered_digest(value)
+            base = value.base or (before.base if alike else None)
+            # The forgetting is that of the training; the test rows say nothing about it.
+            value = replace(value, base=base, retention=before.retention)
+            save(run.eval, value)
             finish(run, loaded.recipe)
         if as_json:
             print_json(streams, value)
             return
-        out = console(streams.out)
-        out.print(metric_table({key: value.get(key) for key in ("base", "adapter", "merged")}))
+        figures = MetricsJson(task=plan.task, base=value.base, adapter=value.adapter, merged=value.merged)
+        _show(Stages(metrics=figures, eval=value), ("results", "classes"), streams)
 
 
 def _to_evaluate(name: str, recipe: str | None, overrides: Sequence[str], shown: Shown) -> tuple[Loaded, Any, Any, Any]:
@@ -154,15 +158,16 @@ def merge_command(
         try:
             found = merge(target, data, output_dir or run.merged, settings, shown)
         except DriftTooLarge as problem:
-            write_json(run.merge, problem.merge)
+            save(run.merge, problem.merge)
             finish(run, loaded.recipe)
             raise
-        write_json(run.merge, found)
+        save(run.merge, found)
         metrics = finish(run, loaded.recipe)
         if as_json:
             print_json(streams, found)
         else:
-            _show_merge(run, found, metrics, output_dir or run.merged, streams)
+            where = [f"merged model  {output_dir or run.merged}", f"report        {run.report_html}"]
+            _show(load_stages(run), ("merge", "results", "samples"), streams, where)
         raise_unmet(metrics)
 
 
@@ -177,25 +182,8 @@ def _merge_foreign(
         if as_json:
             print_json(streams, found)
             return
-        out = console(streams.out)
-        out.print(_drift_line(found))
-        out.print(f"compared on {found['rows']:,} rows: {found['rows_from']}; on {found['compared_on']}")
-        if found["metrics"] is not None:
-            out.print(metric_table({"merged": found["metrics"]}))
-        out.print(f"merged model  {folder}")
-
-
-def _drift_line(found: dict[str, Any]) -> str:
-    return (
-        f"merged into the {found['into']} base ({found['dtype']}): top-1 agreement {found['top1_agreement']:.4%} over "
-        f"{found['positions']:,} positions, largest logit difference {found['max_abs_logit_difference']:.2g}"
-        + ("" if found["kl_nats"] is None else f", KL {found['kl_nats']:.2g} nats")
-    )
-
-
-def _partly_compared(found: dict[str, Any]) -> str:
-    rows, place = found["rows"], found["compared_on"]
-    return f"compared on {rows:,} rows on {place}, since the GPUs here do not hold it; it was not scored"
+        figures = MetricsJson(merged=found.metrics)
+        _show(Stages(metrics=figures, merge=found), ("merge", "results"), streams, [f"merged model  {folder}"])
 
 
 def _open_for_prompts(name: str, recipe: str | None, shown: Shown) -> Any:
@@ -230,8 +218,14 @@ def generate_command(
         try:
             lines = file.read_text(encoding="utf-8").split("\n") if file is not None else sys.stdin
             asked = prompts or read_prompts(lines)
+            for text in asked:
+                text.encode("utf-8")  # where Python let other bytes pass, it has put surrogates in their place
         except UnicodeDecodeError as problem:
             raise DataError(f"{file or 'standard input'}: byte {problem.start} is not UTF-8") from problem
+        except UnicodeEncodeError as problem:
+            where = "a prompt" if prompts else str(file or "standard input")
+            byte = ord(problem.object[problem.start]) & 0xFF
+            raise DataError(f"{where}: byte 0x{byte:02x} is not UTF-8; convert the text to UTF-8") from problem
         target = _open_for_prompts(name, recipe, shown)
         decoding = Decoding(flags.max_new_tokens, flags.temperature, flags.top_p, flags.seed)
         rows = int(target.identity.get("evaluation_batch", 16))
@@ -252,8 +246,13 @@ def _show_labels(made: Sequence[Any], flags: GenerateFlags, streams: Streams) ->
         return
     for one in made:
         # A tagged line shows its words already.
-        before = f"{one.asked}\t" if len(made) > 1 and not hasattr(one, "words") else ""
-        streams.out.write(before + one.line() + "\n")
+        before = f"{_one_line(one.asked)}\t" if len(made) > 1 and not hasattr(one, "words") else ""
+        streams.out.write(f"{before}{_one_line(one.line())}\n")
+
+
+def _one_line(text: str) -> str:
+    """Text that stays on its line, with control characters made visible."""
+    return printable(text).replace("\n", "\N{SYMBOL FOR LINE FEED}")
 
 
 def load(name: str, overrides: Sequence[str], *, smoke: bool) -> Loaded:
@@ -291,54 +290,28 @@ def _refuse_untested(loaded: Loaded, written: Recipe) -> None:
         )
 
 
-def finish(run: RunDir, recipe: Recipe) -> dict[str, Any]:
+def finish(run: RunDir, recipe: Recipe) -> MetricsJson:
     metrics = write_metrics(run, recipe.gates)
     write_report(run)
     return metrics
 
 
-def show_result(run: RunDir, metrics: dict[str, Any], streams: Streams, *, as_json: bool) -> None:
+def show_result(run: RunDir, metrics: MetricsJson, streams: Streams, *, as_json: bool) -> None:
     if as_json:
         print_json(streams, metrics)
         return
+    _show(load_stages(run), ("results", "samples"), streams, [f"report  {run.report_html}"])
+
+
+def _show(stages: Stages, names: Collection[str], streams: Streams, more: Sequence[str] = ()) -> None:
+    """Print some sections of the report of a run, and lines behind it."""
     out = console(streams.out)
-    if metrics["smoke"]:
-        out.print("smoke run: a tiny random stand-in; the numbers say nothing about the real model")
-    if metrics["base"] or metrics["adapter"]:
-        out.print(metric_table({name: metrics[name] for name in ("base", "adapter", "merged")}))
-    elif metrics["data"]["test_rows"] == 0:
-        out.print("no rows were held out (dataset.split.test_size: 0), so no figures tell how good the adapter is")
-    if metrics["retention"]:
-        out.print(retention_line(metrics["retention"]))
-    if run.eval.is_file():
-        samples = read_json(run.eval)["samples"]
-        if samples:
-            out.print()
-            out.print(sample_table(samples))
-    out.print()
-    out.print(f"report  {run.report_html}")
+    render_terminal(make_report(stages), out, names)
+    for line in more:
+        out.print(printable(line))
 
 
-def _show_merge(run: RunDir, found: dict[str, Any], metrics: dict[str, Any], folder: Path, streams: Streams) -> None:
-    out = console(streams.out)
-    out.print(_drift_line(found))
-    if found["rows_from"] == "training":
-        out.print("no rows were held out, so it was compared on training rows and not scored")
-    elif found["metrics"] is None:
-        out.print(_partly_compared(found))
-    else:
-        out.print(metric_table({name: metrics[name] for name in ("base", "adapter", "merged")}))
-    if run.eval.is_file() and found["samples"]:
-        merged = {sample["prompt"]: sample["merged"] for sample in found["samples"]}
-        out.print()
-        samples = read_json(run.eval)["samples"]
-        out.print(sample_table([sample | {"merged": merged.get(sample["prompt"])} for sample in samples]))
-    out.print()
-    out.print(f"merged model  {folder}")
-    out.print(f"report        {run.report_html}")
-
-
-def raise_unmet(metrics: dict[str, Any]) -> None:
+def raise_unmet(metrics: MetricsJson) -> None:
     missed = unmet(metrics)
     if missed:
         raise GateNotMet("; ".join(missed))
@@ -370,6 +343,6 @@ def _is_out_of_memory(problem: Exception) -> bool:
     return is_out_of_memory(problem)
 
 
-def print_json(streams: Streams, value: dict[str, Any]) -> None:
-    streams.out.write(json.dumps(value, ensure_ascii=False) + "\n")
+def print_json(streams: Streams, value: Any) -> None:
+    streams.out.write(as_text(value) + "\n")
     streams.out.flush()

@@ -1,32 +1,23 @@
 """The body of `compare`: variants or existing runs, the table and the report."""
 
-import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
-from peftcli.cli.console import Shown, console, printable
+from peftcli.cli.console import Shown, console
 from peftcli.cli.recipes import find_recipe
 from peftcli.compare.results import RESULT, Entry, collect, is_run, open_runs
 from peftcli.compare.run import VariantRunner
 from peftcli.compare.variants import Variant, check_variants, make_variants, read_axes
 from peftcli.errors import Aborted, RecipeError, Stopped
-from peftcli.report.compare import COST_NAMES, failures, quality_metric, signed, verdict, write_comparison
-from peftcli.report.format import count, duration, percent, several, significant, size
-from peftcli.run_dir import write_json
+from peftcli.report.compare import make_comparison, write_comparison
+from peftcli.report.format import several
+from peftcli.report.terminal import render_terminal
+from peftcli.results import CompareJson, as_text, save
 
 GATE_NOT_MET = 7
-
-WIDTH = 100
-LONGEST_NAME = 30
-STAR = "*"
-Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -73,7 +64,7 @@ def compare_command(targets: Sequence[str], flags: CompareFlags, out: Any, err: 
                 entries.append(Entry(variant.name, home / variant.name, dict(variant.varied)))
     comparison = _write(name, entries, home)
     _say_cache(comparison, shown)
-    if flags.as_json or any(row["status"] == "finished" for row in comparison["variants"]):
+    if flags.as_json or any(row.is_finished for row in comparison.variants):
         _show(comparison, home, flags, out)
     _raise_if_stopped(children, entries)
     return _ended(entries, shown)
@@ -102,24 +93,25 @@ def _train(
     return Entry(variant.name, folder, dict(variant.varied), code, error)
 
 
-def _write(name: str, entries: Sequence[Entry], home: Path) -> dict[str, Any]:
+def _write(name: str, entries: Sequence[Entry], home: Path) -> CompareJson:
     comparison = collect(name, entries, home)
-    write_json(home / RESULT, comparison)
+    save(home / RESULT, comparison)
     write_comparison(comparison, home)
     return comparison
 
 
-def _show(comparison: dict[str, Any], home: Path, flags: CompareFlags, out: Any) -> None:
+def _show(comparison: CompareJson, home: Path, flags: CompareFlags, out: Any) -> None:
     if flags.as_json:
-        out.write(json.dumps(comparison, ensure_ascii=False) + "\n")
+        out.write(as_text(comparison) + "\n")
         out.flush()
         return
-    show_comparison(comparison, console(out))
-    console(out).print(f"\nreport  {home / 'compare.html'}")
+    shown = console(out)
+    render_terminal(make_comparison(comparison), shown)
+    shown.print(f"report  {home / 'compare.html'}")
 
 
-def _say_cache(comparison: dict[str, Any], shown: Shown) -> None:
-    caches = [row["data_cache"] for row in comparison["variants"] if row["data_cache"]]
+def _say_cache(comparison: CompareJson, shown: Shown) -> None:
+    caches = [row.data_cache for row in comparison.variants if row.data_cache]
     if caches:
         made, reused = caches.count("made"), caches.count("reused")
         shown.note(f"data prepared by {several(made, 'variant', 'variants')}, taken from the cache by {reused}")
@@ -146,71 +138,3 @@ def _ended(entries: Sequence[Entry], shown: Shown) -> int:
         f"{len(bad)} of {len(entries)} variants did not end well; exit code {first.exit_code} is that of {first.name}"
     )
     return first.exit_code or 0
-
-
-def show_comparison(comparison: Mapping[str, Any], out: Console) -> None:
-    """Print the verdict, the table, the fronts and what is to be kept in mind."""
-    rows = comparison["variants"]
-    out.print(comparison_table(comparison), width=WIDTH)
-    if any(row["best"] for row in rows):
-        out.print(f"{STAR} best of its column")
-    out.print()
-    metric = quality_metric(comparison)
-    for cost, names in comparison["fronts"].items():
-        title = "quality" if metric is None else metric.title.split(",")[0].lower()
-        out.print(f"front of {title} against {COST_NAMES[cost]}: {printable(', '.join(names))}")
-    for curve in comparison["curves"]:
-        points = ", ".join(f"{point['rows']:,} rows {_quality(point['quality'], metric)}" for point in curve["points"])
-        out.print(f"learning curve{' of ' + curve['name'] if curve['name'] else ''}: {points}")
-    for doubt in (*failures(rows), *comparison["doubts"]):
-        out.print(f"note: {printable(doubt)}")
-    out.print(verdict(comparison))
-
-
-def _quality(value: float, metric: Any) -> str:
-    return str(metric.write(value))
-
-
-def comparison_table(comparison: Mapping[str, Any]) -> Table:
-    """The variants with their figures; a column that no variant has is left out."""
-    rows, metric = comparison["variants"], quality_metric(comparison)
-    columns: list[tuple[str, str, Callable[[Any], str]]] = [
-        ("interval", "95 %", _interval),
-        ("loss", "loss", significant),
-        ("retention_change", "forgot", signed(lambda value: significant(value, 3))),
-        ("trainable_parameters", "trained", count),
-        ("trainable_share", "share", percent),
-        ("adapter_bytes", "adapter", size),
-        ("peak_memory_bytes", "memory", size),
-        ("seconds", "time", duration),
-        ("tokens_per_second", "tok/s", lambda value: significant(value, 3)),
-        ("merge_top1_agreement", "merge", percent),
-    ]
-    if metric is not None:
-        columns.insert(0, ("quality", _short(metric.title), metric.write))
-        columns = [one for one in columns if one[0] != metric.key]
-    shown = [one for one in columns if any(row[one[0]] is not None for row in rows)]
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 1, 0, 0))
-    table.add_column("variant", overflow="fold", max_width=LONGEST_NAME)
-    for _, title, _ in shown:
-        table.add_column(title, justify="right", overflow="fold")
-    for row in rows:
-        table.add_row(Text(printable(row["name"])), *_cells(row, shown))
-    return table
-
-
-def _cells(row: Row, shown: Sequence[tuple[str, str, Callable[[Any], str]]]) -> list[Text]:
-    if row["status"] != "finished" and row["quality"] is None:
-        return [Text(row["status"]), *([Text("-")] * (len(shown) - 1))] if shown else []
-    return [
-        Text("-" if row[key] is None else write(row[key]) + (STAR if key in row["best"] else ""))
-        for key, _, write in shown
-    ]
-
-
-def _interval(bounds: Sequence[float]) -> str:
-    return "-".join(f"{bound:.3f}".removeprefix("0") for bound in bounds)
-
-
-def _short(title: str) -> str:
-    return title.split(",")[0].lower().replace("exact match", "exact")

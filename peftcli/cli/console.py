@@ -1,48 +1,23 @@
-"""The terminal: progress, notes and tables; library output goes to a log file, control characters are escaped."""
+"""The terminal: progress and notes; library output goes to a log file, control characters are escaped."""
 
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from rich.table import Table
-from rich.text import Text
 
 from peftcli.plan.choices import EIGHT_BIT
+from peftcli.results import DataJson, PlanJson
 
 PLAIN_SECONDS = (10.0, 30.0)
 """Before the first progress line of a stretch, and between later ones, where the output is no terminal."""
-
-METRICS = (
-    ("loss", "loss (nats per trained token)", "{:.4f}"),
-    ("perplexity", "perplexity", "{:.4g}"),
-    ("token_accuracy", "token accuracy", "{:.4f}"),
-    ("exact_match", "exact match", "{:.4f}"),
-    ("chrf", "chrF (0 to 100)", "{:.2f}"),
-    ("unfinished_answers", "answers that did not stop", "{:.4f}"),
-    ("accuracy", "accuracy", "{:.4f}"),
-    ("precision", "precision", "{:.4f}"),
-    ("recall", "recall", "{:.4f}"),
-    ("f1", "F1", "{:.4f}"),
-    ("f1_macro", "F1, macro", "{:.4f}"),
-    ("f1_weighted", "F1, weighted", "{:.4f}"),
-    ("entity_precision", "entity precision", "{:.4f}"),
-    ("entity_recall", "entity recall", "{:.4f}"),
-    ("entity_f1", "entity F1", "{:.4f}"),
-    ("token_entity_f1", "F1 of words, entity or not", "{:.4f}"),
-    ("mse", "mean squared error", "{:.4g}"),
-    ("mae", "mean absolute error", "{:.4g}"),
-    ("pearson", "Pearson correlation", "{:.4f}"),
-    ("spearman", "Spearman correlation", "{:.4f}"),
-    ("r2", "R squared", "{:.4f}"),
-)
 
 
 def console(stream: TextIO) -> Console:
@@ -138,85 +113,35 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600}h {whole % 3600 // 60}m"
 
 
-def metric_table(models: Mapping[str, Mapping[str, Any] | None]) -> Table:
-    """The metrics of several models side by side; a dash stands for a figure that was not measured."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("on the test rows")
-    shown = {name: found for name, found in models.items() if found is not None}
-    for name in shown:
-        table.add_column(name, justify="right")
-    of_tokens = any("perplexity" in found for found in shown.values())
-    writes = any("perplexity" in found for found in shown.values())
-    for key, label, form in METRICS:
-        if key == "loss" and not writes:
-            label = "loss (of rows or tagged words)"
-        values = [found.get(key) for found in shown.values()]
-        label = label if of_tokens else label.removesuffix(" (nats per trained token)")
-        if any(value is not None for value in values):
-            table.add_row(label, *("-" if value is None else form.format(value) for value in values))
-    return table
-
-
-def retention_line(retention: Mapping[str, Any]) -> str:
-    """What became of the loss on the text that forgetting is measured on."""
-    base, adapter, change = (retention[key] for key in ("base_loss", "adapter_loss", "change"))
-    written = ["-" if loss is None else f"{loss:.4f}" for loss in (base, adapter)]
-    grown = "" if change is None else f" ({change:+.4f} nats per token)"
-    name = printable(str(retention["path"]))
-    return f"forgetting: loss on {retention['tokens']:,} tokens of {name}, {' -> '.join(written)}{grown}"
-
-
-def sample_table(samples: Sequence[Mapping[str, Any]]) -> Table:
-    """Prompts with the reference and the answers before and after."""
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    names = ["prompt", "reference"]
-    names += [name for name in ("base", "adapter", "merged") if any(s.get(name) is not None for s in samples)]
-    for name in names:
-        table.add_column(name, overflow="fold", max_width=46)
-    for sample in samples:
-        table.add_row(*(Text(_short(sample.get(name))) for name in names))
-    return table
-
-
-def _short(value: Any) -> str:
-    if value is None:
-        return "-"
-    text = " ".join(printable(str(value)).split())
-    return text if len(text) <= 120 else text[:117] + "..."
-
-
-def plan_lines(plan: Mapping[str, Any], data: Mapping[str, Any] | None) -> list[str]:
+def plan_lines(plan: PlanJson, data: DataJson | None) -> list[str]:
     """The plan and the data on a few lines: what will be trained, and on what."""
-    chosen = {decision["key"]: decision for decision in plan["decisions"]}
-    lines = [
-        f"{plan['name']}: {chosen['adapter']['value']} of {plan['model']['architecture']} ({plan['model']['name']})"
-    ]
-    lines.append(f"  trainable {chosen['trainable']['value']}, {chosen['trainable']['reason']}")
-    names = ("device", "model.dtype")
+    chosen = plan.chosen
+    trainable, batch = chosen["trainable"], chosen["batch"]
+    lines = [f"{plan.name}: {chosen['adapter'].value} of {plan.model.architecture} ({plan.model.name})"]
+    lines.append(f"  trainable {trainable.value}, {trainable.reason}")
     short = ("quantization.compute_dtype", EIGHT_BIT, "model.attention", "activation checkpointing")
-    lines += [f"  {name} {chosen[name]['value']}: {chosen[name]['reason']}" for name in names if name in chosen]
-    lines.append("  " + ", ".join(f"{name} {chosen[name]['value']}" for name in short if name in chosen))
-    lines.append(f"  batch {chosen['batch']['value']} {chosen['batch']['reason']}")
     lines += [
-        f"  sharding {chosen[name]['value']}: {chosen[name]['reason']}" for name in ("sharding",) if name in chosen
+        f"  {key} {chosen[key].value}: {chosen[key].reason}" for key in ("device", "model.dtype") if key in chosen
     ]
+    lines.append("  " + ", ".join(f"{key} {chosen[key].value}" for key in short if key in chosen))
+    lines.append(f"  batch {batch.value} {batch.reason}")
+    lines += [f"  sharding {chosen[key].value}: {chosen[key].reason}" for key in ("sharding",) if key in chosen]
     return lines + ([data_line(data)] if data is not None else [])
 
 
-def data_line(data: Mapping[str, Any]) -> str:
+def data_line(data: DataJson) -> str:
     """The facts of the data on one line."""
-    tested = f"{data['test_rows']:,}" if data["test_rows"] else "no"
+    tested = f"{data.test_rows:,}" if data.test_rows else "no"
     parts = [
-        f"{data['train_rows']:,} train and {tested} test rows of {data['rows']:,} ({data['format']})",
-        f"{data['dropped_rows']:,} dropped",
-        f"{data['truncated_rows']:,} truncated",
-        *([f"{data['leaked_rows']:,} test rows also in training"] if data["test_rows"] else []),
+        f"{data.train_rows:,} train and {tested} test rows of {data.rows:,} ({data.format})",
+        f"{data.dropped_rows:,} dropped",
+        f"{data.truncated_rows:,} truncated",
+        *([f"{data.leaked_rows:,} test rows also in training"] if data.test_rows else []),
     ]
-    if "eos_trained_rows" in data:  # rows with labels have no tokens to train
-        tokens = data["tokens"]
-        share = tokens["trained"] / tokens["train"] if tokens["train"] else 0.0
-        parts.append(f"{share:.0%} of {tokens['train']:,} tokens trained")
-        parts.append(f"end token trained in {data['eos_trained_rows']:,}")
+    if data.eos_trained_rows is not None and data.tokens is not None:  # rows with labels have no tokens to train
+        tokens, trained = data.tokens.train or 0, data.tokens.trained or 0
+        parts.append(f"{trained / tokens if tokens else 0.0:.0%} of {tokens:,} tokens trained")
+        parts.append(f"end token trained in {data.eos_trained_rows:,}")
     return "  data: " + ", ".join(parts)
 
 

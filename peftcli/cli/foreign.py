@@ -22,7 +22,7 @@ from peftcli.plan.plan import DTYPE_BYTES
 from peftcli.progress import Progress
 from peftcli.recipe.load import Loaded, load_recipe
 from peftcli.recipe.schema import Recipe
-from peftcli.run_dir import write_json
+from peftcli.results import MergeJson, save
 from peftcli.tasks.registry import TASKS
 from peftcli.tiny.tokenizer import load_documents
 from peftcli.train.disk import RESERVE_BYTES, Forecast, check_disk_space
@@ -74,7 +74,7 @@ def prepared(planned: Planned, target: Target, progress: Progress) -> tuple[Targ
 
 def merge_foreign(
     folder: Path, recipe: str | None, settings: tuple[str, str | None], output_dir: Path | None, progress: Progress
-) -> tuple[dict[str, Any], Path]:
+) -> tuple[MergeJson, Path]:
     """Merge an adapter of another tool; `merge.json` is written into the merged model.
 
     Args:
@@ -102,7 +102,7 @@ def merge_foreign(
         rows_from = FIXED if recipe is None else None
         asked = MergeSettings(into, dtype, plan.gates, plan.evaluation, plan.evaluation_batch, plan.seed, rows_from)
         found = merge(replace(target, identity=made), data, final, asked, progress)
-        write_json(final / "merge.json", found)
+        save(final / "merge.json", found)
     return found, final
 
 

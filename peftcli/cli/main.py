@@ -17,6 +17,8 @@ from peftcli.cli.environment import set_variables
 from peftcli.errors import MachineError, MemoryExhausted, PeerLost, PeftcliError, RecipeError
 from peftcli.train.stop import is_first_of_machine
 
+NO_MEMORY_SIGNS = ("failed to map segment", "Cannot allocate memory", "cannot allocate memory")
+"""What the dynamic loader says where a library does not fit."""
 BUG = "error: this is a bug of peftcli; report it with the lines above and the output of `pip list`"
 MACHINE_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 """Numbers of operating system errors that say what is wrong with the machine, not with us."""
@@ -337,18 +339,34 @@ def _run(argv: Sequence[str] | None) -> int:
         return error.exit_code
     except OSError as problem:
         if problem.errno not in MACHINE_FAULTS:
-            traceback.print_exc()
-            typer.echo(BUG, err=True)
-            return 1
+            return _bug()
         if show_trace:
             traceback.print_exc()
         typer.echo(f"error: {problem.filename or 'the disk'}: {os.strerror(problem.errno)}", err=True)
         return MachineError.exit_code
+    except MemoryError:
+        return _out_of_memory("this process ran out of memory", show_trace=show_trace)
+    except ImportError as problem:
+        if not any(sign in str(problem) for sign in NO_MEMORY_SIGNS):
+            return _bug()
+        return _out_of_memory(f"the libraries do not fit into memory ({problem})", show_trace=show_trace)
     except Exception:
-        traceback.print_exc()
-        typer.echo(BUG, err=True)
-        return 1
+        return _bug()
     return 0
+
+
+def _bug() -> int:
+    traceback.print_exc()
+    typer.echo(BUG, err=True)
+    return 1
+
+
+def _out_of_memory(what: str, *, show_trace: bool) -> int:
+    if show_trace:
+        traceback.print_exc()
+    fix = "close other programs, raise the limit of this shell or container (ulimit -v), or use a larger machine"
+    typer.echo(f"error: {what}; {fix}", err=True)
+    return MachineError.exit_code
 
 
 def entry() -> None:

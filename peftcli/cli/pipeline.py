@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -36,6 +35,7 @@ from peftcli.plan.smoke import stand_in_adapter
 from peftcli.progress import Progress
 from peftcli.recipe.load import Loaded
 from peftcli.recipe.schema import AdapterSection, Recipe
+from peftcli.results import Forecast, ForecastDisk
 from peftcli.tasks.registry import TASKS
 from peftcli.train.disk import forecast as disk_forecast
 
@@ -147,19 +147,19 @@ def plan_with_rows(planned: Planned, recipe: Recipe, data: PreparedData) -> Plan
     return replace(planned, plan=choose_micro_batch(plan, planned.shape, planned.machine, recipe, rows), rows=rows)
 
 
-def forecast_run(planned: Planned) -> dict[str, Any] | None:
+def forecast_run(planned: Planned) -> Forecast | None:
     """What a planned run will need; None where the model's widths cannot be read."""
     plan, given = planned.plan, planned.plan.trainer
     # As the trainer counts them, without importing it for a plan.
     keep = int(given.get("save_total_limit") or 2) + bool(given.get("load_best_model_at_end"))
     width = DTYPE_BYTES[plan.adapter_dtype]
     needs = disk_forecast(plan.trained, optimizer=str(given.get("optim", OPTIMIZER)), keep=keep, width=width)
-    disk = {
-        "adapter": needs.adapter_bytes,
-        "checkpoint": needs.checkpoint_bytes,
-        "checkpoints_at_once": needs.checkpoints,
-        "total": needs.total,
-    }
+    disk = ForecastDisk(
+        adapter=needs.adapter_bytes,
+        checkpoint=needs.checkpoint_bytes,
+        checkpoints_at_once=needs.checkpoints,
+        total=needs.total,
+    )
     return make_forecast(plan, planned.shape, planned.machine, planned.rows or rows_of(plan, None), disk)
 
 

@@ -2,17 +2,21 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from peftcli.cli.commands import load, print_json, shown_run
 from peftcli.cli.console import console
 from peftcli.cli.recipes import loaded_stages
-from peftcli.cli.terminal import show_forecast
 from peftcli.plan.choices import processes_that_share
 from peftcli.plan.gpus import GPU, find_gpu, machine_with
 from peftcli.plan.requirements import check_hardware, check_packages
+from peftcli.report.blocks import Notices
+from peftcli.report.forecast import forecast_blocks
+from peftcli.report.sections import decision_table
+from peftcli.report.terminal import print_blocks
+from peftcli.results import Forecast
 
 if TYPE_CHECKING:
     from peftcli.cli.pipeline import Planned
@@ -39,7 +43,7 @@ def plan_command(name: str, overrides: Sequence[str], *, gpu: str | None, smoke:
         known = [plan_recipe(stage, smoke=smoke, machine=machine) for stage in stages]
         forecasts = [forecast_run(planned) for planned in known]
         if as_json:
-            plans = [one.plan.as_json() | {"forecast": what} for one, what in zip(known, forecasts, strict=True)]
+            plans = [one.plan.as_json(what) for one, what in zip(known, forecasts, strict=True)]
             print_json(streams, plans[0] if len(plans) == 1 else {"schema": 1, "stages": plans})
             return
         out = console(streams.out)
@@ -49,11 +53,8 @@ def plan_command(name: str, overrides: Sequence[str], *, gpu: str | None, smoke:
             _show(planned, forecast, card, out)
 
 
-def _show(planned: "Planned", forecast: dict[str, Any] | None, card: GPU | None, out: Console) -> None:
+def _show(planned: "Planned", forecast: Forecast | None, card: GPU | None, out: Console) -> None:
     plan = planned.plan
-    width = max(len(decision.key) for decision in plan.decisions)
-    for decision in plan.decisions:
-        out.print(f"{decision.key:<{width}}  {decision.value}: {decision.reason}")
-    for notice in (*plan.notices, *((card.note,) if card is not None and card.note else ())):
-        out.print(f"note: {notice}")
-    show_forecast(forecast, planned.machine, out)
+    notes = (*plan.notices, *((card.note,) if card is not None and card.note else ()))
+    blocks = [decision_table(plan.decisions), *forecast_blocks(forecast, planned.machine), Notices(notes)]
+    print_blocks(blocks, out)

@@ -14,14 +14,15 @@ from peftcli.cli.commands import finish, load, raise_unmet, show_result, shown_r
 from peftcli.cli.console import Shown, plan_lines
 from peftcli.cli.launcher import all_do, first_decides, several_processes
 from peftcli.cli.recipes import loaded_stages
-from peftcli.cli.terminal import forecast_line
 from peftcli.errors import Stopped
 from peftcli.plan.plan import Plan
 from peftcli.plan.requirements import check_hardware, check_packages
 from peftcli.recipe.load import Loaded
 from peftcli.recipe.schema import Recipe
 from peftcli.recipe.stages import stage_recipes
-from peftcli.run_dir import RunDir, write_json
+from peftcli.report.forecast import forecast_line
+from peftcli.results import DataJson, MetricsJson, save
+from peftcli.run_dir import RunDir
 from peftcli.train.baseline import reuse_blocker
 from peftcli.train.deadline import deadline, session_note, wall_clock_limit
 from peftcli.train.disk import cannot_write, check_disk_space, check_writable
@@ -35,6 +36,7 @@ from peftcli.train.stop import (
     is_first_process,
     seconds_since_start,
 )
+from peftcli.typed_json import parse
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -204,21 +206,22 @@ def _train(
     environment = describe_environment(planned.machine, command_line())
     base = base_facts(plan.base.path, plan.base.revision)
     weights = base_hash(base.weights_sha256 or base.config_sha256, plan.base.absorbed)
-    stamp = run_fingerprint(data.facts, weights, environment["packages"])
+    stamp = run_fingerprint(data.facts, weights, environment.packages)
     check_alike(what_must_be_alike(plan, stamp), flags.force)
     for note in all_do(lambda: refuse_changes(beginning.stamp, stamp, flags.force)):
         shown.note(f"  note: {note}")
     forecast = forecast_run(planned)
+    decided, facts = plan.as_json(forecast), parse(DataJson, data.facts)
     if is_first_process():
-        write_json(run.plan, plan.as_json() | {"forecast": forecast})
-        write_json(run.environment, environment)
-        write_json(run.data, data.facts)
+        save(run.plan, decided)
+        save(run.environment, environment)
+        save(run.data, facts)
     all_do(lambda: data.raise_if_crossed(f"peftcli data {loaded.path}"))
-    for line in [*plan_lines(plan.as_json(), data.facts), *(f"  note: {notice}" for notice in plan.notices)]:
+    for line in [*plan_lines(decided, facts), *(f"  note: {notice}" for notice in plan.notices)]:
         shown.note(line)
     if twice := plan.batch.repeated(len(data.train.rows)):
         shown.note(f"  note: each pass over the data takes {twice} rows twice, so that all processes have as many")
-    for warning in data.facts["warnings"]:
+    for warning in facts.warnings:
         shown.note(f"  note: {warning}")
     if foretold := forecast_line(forecast):
         shown.note(foretold)
@@ -293,9 +296,9 @@ def _reused_baseline(
     return RunDir(source_run).eval if reason is None else None
 
 
-def _raise_unless_good(run: RunDir, metrics: dict[str, Any], stop_reason: str | None) -> None:
+def _raise_unless_good(run: RunDir, metrics: MetricsJson, stop_reason: str | None) -> None:
     if stop_reason is not None:
-        steps = metrics["train"]["steps"]
+        steps = metrics.train.steps if metrics.train else None
         raise Stopped(
             f"stopped at step {steps} by {stop_reason}; a whole checkpoint is in {run.checkpoints}; "
             "the same command goes on"

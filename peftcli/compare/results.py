@@ -4,7 +4,7 @@ about runs that are not comparable.
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,26 @@ from peftcli.plan.answered_rows import answered_digest
 from peftcli.recipe.dump import fingerprint
 from peftcli.recipe.load import load_run_recipe
 from peftcli.recipe.schema import Recipe
-from peftcli.report.format import compact
-from peftcli.report.load import Stages, figure, find, load_stages, text
+from peftcli.report.format import compact, text
+from peftcli.report.load import Stages, load_stages
 from peftcli.report.metrics import BY_KEY, COUNTED_ON_ANSWERS, PRIMARY, Metric, interval, rows_scored
+from peftcli.results import (
+    ComparedQuality,
+    CompareJson,
+    CurvePoint,
+    Device,
+    LearningCurve,
+    MergeFigures,
+    MetricsJson,
+    RetentionFigures,
+    TrainFigures,
+    VariantRow,
+    status_of,
+)
 from peftcli.run_dir import RunDir, read_json
+from peftcli.typed_json import parse
 
 RESULT = "compare.json"
-
-Row = Mapping[str, Any]
 
 COSTS = ("adapter_bytes", "peak_memory_bytes", "seconds", "retention_change")
 """Figures of a variant that quality is held against; lower is better."""
@@ -48,7 +60,7 @@ class Entry:
     error: str | None = None
 
 
-def collect(name: str, entries: Sequence[Entry], home: Path) -> dict[str, Any]:
+def collect(name: str, entries: Sequence[Entry], home: Path) -> CompareJson:
     """Read the runs and hold them against each other.
 
     Args:
@@ -57,35 +69,36 @@ def collect(name: str, entries: Sequence[Entry], home: Path) -> dict[str, Any]:
     """
     stages = {entry.name: _stages(entry.folder) for entry in entries}
     recipes = {entry.name: _recipe(entry.folder) for entry in entries}
+    methods = {name: recipe.adapter.method for name, recipe in recipes.items() if recipe is not None}
     known = {name: found for name, found in stages.items() if found is not None}
     metric = _quality(list(known.values()))
-    rows = [_row(entry, stages[entry.name], metric, home) for entry in entries]
-    for row in rows:
-        recipe = recipes[row["name"]]
-        row["method"] = None if recipe is None else recipe.adapter.method
     better = "higher" if metric is None or metric.better is None else metric.better
-    for key, names in best_of(rows, better).items():
-        for row in rows:
-            row["best"] += [key] if row["name"] in names else []
-    fronts = {cost: found for cost in COSTS if (found := pareto_front(rows, cost, better))}
-    for row in rows:
-        row["front"] = [cost for cost, names in fronts.items() if row["name"] in names]
+    rows = [replace(_row(one, stages[one.name], metric, home), method=methods.get(one.name)) for one in entries]
+    fronts = {cost: tuple(found) for cost in COSTS if (found := pareto_front(rows, cost, better))}
+    rows = [_with_places(row, best_of(rows, better), fronts) for row in rows]
     scored = [count for found in known.values() if metric and (count := rows_scored(found, metric.key))]
-    return {
-        "schema": 1,
-        "name": name,
-        "status": "finished" if all(row["status"] == "finished" for row in rows) else "unfinished",
-        "smoke": any(found.metrics.get("smoke") for found in known.values()),
-        "task": next((found.metrics.get("task") for found in known.values()), None),
-        "model": _shared(text(found.plan, "model", "name") for found in known.values()),
-        "quality": None if metric is None else {"key": metric.key, "better": better, "rows": min(scored, default=None)},
-        "doubts": comparability_warnings(
-            known, metric, {name: one.adapter.method for name, one in recipes.items() if one}
-        ),
-        "variants": rows,
-        "fronts": fronts,
-        "curves": learning_curves(rows, recipes),
-    }
+    scored_on = min(scored, default=None)
+    return CompareJson(
+        name=name,
+        status="finished" if all(row.is_finished for row in rows) else "unfinished",
+        smoke=any(found.metrics.smoke for found in known.values()),
+        task=next((found.metrics.task for found in known.values()), None),
+        model=_shared(text(found.plan.model.name) for found in known.values()),
+        quality=None if metric is None else ComparedQuality(key=metric.key, better=better, rows=scored_on),
+        doubts=tuple(comparability_warnings(known, metric, methods)),
+        variants=tuple(rows),
+        fronts=fronts,
+        curves=tuple(learning_curves(rows, recipes)),
+    )
+
+
+def _with_places(row: VariantRow, best: Mapping[str, list[str]], fronts: Mapping[str, Sequence[str]]) -> VariantRow:
+    """A row with the columns that it is the best of, and the fronts that it is on."""
+    return replace(
+        row,
+        best=tuple(key for key, names in best.items() if row.name in names),
+        front=tuple(cost for cost, names in fronts.items() if row.name in names),
+    )
 
 
 def _stages(folder: Path) -> Stages | None:
@@ -106,54 +119,55 @@ def _recipe(folder: Path) -> Recipe | None:
 
 def _quality(found: Sequence[Stages]) -> Metric | None:
     """The metric that most of the runs have; of equally many, the first that the report speaks of."""
-    counts = {key: sum(figure(one.metrics, "adapter", key) is not None for one in found) for key in PRIMARY}
+    counts = {key: sum(one.metrics.of("adapter").figure(key) is not None for one in found) for key in PRIMARY}
     key = max(counts, key=lambda key: counts[key])
     return BY_KEY[key] if counts[key] else None
 
 
-def _row(entry: Entry, found: Stages | None, metric: Metric | None, home: Path) -> dict[str, Any]:
-    metrics = {} if found is None else found.metrics
-    trainable, total = (figure(metrics, "parameters", key) for key in ("trainable", "total"))
-    adapter, base = figure(metrics, "bytes", "adapter"), figure(metrics, "bytes", "base")
+def _row(entry: Entry, found: Stages | None, metric: Metric | None, home: Path) -> VariantRow:
+    metrics = MetricsJson() if found is None else found.metrics
+    adapter, base, numbers, sizes = metrics.of("adapter"), metrics.of("base"), metrics.parameters, metrics.bytes
+    train = metrics.train or TrainFigures()
     bounds = interval(found, "adapter") if found is not None and metric and metric.key == "exact_match" else None
-    return {
-        "name": entry.name,
-        "run": entry.folder.relative_to(home).as_posix() if entry.folder.is_relative_to(home) else entry.folder.name,
-        "varied": dict(entry.varied),
-        "status": _status(entry, metrics),
-        "exit_code": entry.exit_code,
-        "error": entry.error,
-        "quality": None if metric is None else figure(metrics, "adapter", metric.key),
-        "interval": None if bounds is None else list(bounds),
-        "base_quality": None if metric is None else figure(metrics, "base", metric.key),
-        "loss": figure(metrics, "adapter", "loss"),
-        "base_loss": figure(metrics, "base", "loss"),
-        "retention_change": figure(metrics, "retention", "change"),
-        "trainable_parameters": trainable,
-        "trainable_share": trainable / total if trainable is not None and total else None,
-        "adapter_bytes": adapter,
-        "base_bytes": base,
-        "adapter_share": adapter / base if adapter is not None and base else None,
-        "peak_memory_bytes": figure(metrics, "train", "peak_memory_bytes"),
-        "seconds": figure(metrics, "train", "seconds"),
-        "tokens_per_second": figure(metrics, "train", "tokens_per_second"),
-        "steps": figure(metrics, "train", "steps"),
-        "train_rows": figure(metrics, "data", "train_rows"),
-        "merge_top1_agreement": figure(metrics, "merge", "top1_agreement"),
-        "method": None,
-        "data_cache": None if found is None else find(found.data, "cache"),
-        "best": [],
-        "front": [],
-    }
+    return VariantRow(
+        name=entry.name,
+        run=entry.folder.relative_to(home).as_posix() if entry.folder.is_relative_to(home) else entry.folder.name,
+        varied=dict(entry.varied),
+        status=_status(entry, metrics),
+        exit_code=entry.exit_code,
+        error=entry.error,
+        quality=None if metric is None else adapter.figure(metric.key),
+        interval=bounds,
+        base_quality=None if metric is None else base.figure(metric.key),
+        loss=adapter.figure("loss"),
+        base_loss=base.figure("loss"),
+        retention_change=(metrics.retention or RetentionFigures()).change,
+        trainable_parameters=numbers.trainable,
+        trainable_share=_ratio(numbers.trainable, numbers.total),
+        adapter_bytes=sizes.adapter,
+        base_bytes=sizes.base,
+        adapter_share=_ratio(sizes.adapter, sizes.base),
+        peak_memory_bytes=train.peak_memory_bytes,
+        seconds=train.seconds,
+        tokens_per_second=train.tokens_per_second,
+        steps=train.steps,
+        train_rows=metrics.data.train_rows,
+        merge_top1_agreement=(metrics.merge or MergeFigures()).top1_agreement,
+        data_cache=None if found is None or found.data is None else found.data.cache,
+    )
 
 
-def _status(entry: Entry, metrics: Mapping[str, Any]) -> str:
+def _ratio(part: int | None, whole: int | None) -> float | None:
+    return part / whole if part is not None and whole else None
+
+
+def _status(entry: Entry, metrics: MetricsJson) -> str:
     """`finished`, `stopped`, `failed` or `not started`; a gate that is not met fails no training."""
     if entry.exit_code == 75:
         return "stopped"
     if entry.exit_code not in (None, 0, 7):
         return "failed"
-    return str(metrics.get("status") or "not started")
+    return metrics.status or "not started"
 
 
 def _shared(values: Any) -> str | None:
@@ -199,34 +213,34 @@ def open_runs(folders: Sequence[Path]) -> list[Entry]:
 def _variants(home: Path) -> list[Entry]:
     """The variants that a comparison has trained in its own folder, in its order; one of other runs has none."""
     try:
-        rows = read_json(home / RESULT)["variants"]
-        return [_variant(home, row) for row in rows if (home / row["run"]).is_dir()]
-    except (ValueError, KeyError, TypeError) as problem:
+        found = parse(CompareJson, read_json(home / RESULT))
+    except ValueError as problem:  # not JSON, or of the wrong types
         raise RecipeError(f"{home / RESULT}: is no comparison of this version; train it again") from problem
+    return [_variant(home, row) for row in found.variants if (home / row.run).is_dir()]
 
 
-def _variant(home: Path, row: dict[str, Any]) -> Entry:
-    folder = home / row["run"]
-    code, error = row["exit_code"], row["error"]
-    if RunDir(folder).status() == "finished" and code != 7:  # trained alone since
+def _variant(home: Path, row: VariantRow) -> Entry:
+    folder = home / row.run
+    code, error = row.exit_code, row.error
+    if status_of(RunDir(folder)) == "finished" and code != 7:  # trained alone since
         code, error = None, None
-    return Entry(row["name"], folder, row["varied"], code, error)
+    return Entry(row.name, folder, row.varied, code, error)
 
 
-def pareto_front(rows: Sequence[Row], cost: str, better: str) -> list[str]:
+def pareto_front(rows: Sequence[VariantRow], cost: str, better: str) -> list[str]:
     """Names of the finished variants on the Pareto front, from the cheapest on.
 
     A variant is on it unless another one is at least as good and at most as costly, and one of the two truly.
 
     Args:
-        cost: a key of the rows.
+        cost: a field of the rows.
         better: `higher` or `lower`, of the quality.
     """
     sign = 1.0 if better == "higher" else -1.0
     points = [
-        (row["name"], row[cost], sign * row["quality"])
+        (row.name, paid, sign * row.quality)
         for row in rows
-        if _counts(row) and row[cost] is not None and row["quality"] is not None
+        if row.is_finished and (paid := row.figure(cost)) is not None and row.quality is not None
     ]
     if len(points) < 2:
         return []
@@ -238,11 +252,11 @@ def _beats(other: tuple[str, float, float], one: tuple[str, float, float]) -> bo
     return other[1] <= one[1] and other[2] >= one[2] and other[1:] != one[1:]
 
 
-def best_of(rows: Sequence[Row], better: str) -> dict[str, list[str]]:
+def best_of(rows: Sequence[VariantRow], better: str) -> dict[str, list[str]]:
     """Names of the finished variants with the best figure, by key; none where all are alike."""
     found = {}
     for key in ("quality", *LOWER, *HIGHER):
-        values = {row["name"]: row[key] for row in rows if _counts(row) and row[key] is not None}
+        values = {row.name: value for row in rows if row.is_finished and (value := row.figure(key)) is not None}
         if len(set(values.values())) < 2:
             continue
         highest = better == "higher" if key == "quality" else key in HIGHER
@@ -251,27 +265,25 @@ def best_of(rows: Sequence[Row], better: str) -> dict[str, list[str]]:
     return found
 
 
-def _counts(row: Row) -> bool:
-    return bool(row["status"] == "finished")
-
-
-def learning_curves(rows: Sequence[Mapping[str, Any]], recipes: Mapping[str, Recipe | None]) -> list[dict[str, Any]]:
+def learning_curves(rows: Sequence[VariantRow], recipes: Mapping[str, Recipe | None]) -> list[LearningCurve]:
     """Curves of quality over training rows, each of at least two finished runs.
 
     Args:
         rows: of `compare.json`.
         recipes: of the runs, by name; None for one that cannot be read.
     """
-    groups: dict[str, list[Mapping[str, Any]]] = {}
+    groups: dict[str, list[tuple[VariantRow, CurvePoint]]] = {}
     for row in rows:
-        recipe = recipes[row["name"]]
-        if recipe is not None and row["status"] == "finished" and row["quality"] is not None and row["train_rows"]:
-            groups.setdefault(_apart_from_rows(recipe), []).append(row)
+        recipe = recipes[row.name]
+        if recipe is not None and row.is_finished and row.quality is not None and row.train_rows:
+            point = CurvePoint(rows=row.train_rows, quality=row.quality, interval=row.interval, variant=row.name)
+            groups.setdefault(_apart_from_rows(recipe), []).append((row, point))
     curves = []
     for group in groups.values():
-        points = sorted(group, key=lambda row: row["train_rows"])
-        if len({row["train_rows"] for row in points}) > 1:
-            curves.append({"name": _name(points[0]), "points": [_point(row) for row in points]})
+        group.sort(key=lambda one: one[1].rows)
+        points = tuple(point for _, point in group)
+        if len({point.rows for point in points}) > 1:
+            curves.append(LearningCurve(name=_name(group[0][0]), points=points))
     return curves
 
 
@@ -281,13 +293,9 @@ def _apart_from_rows(recipe: Recipe) -> str:
     return fingerprint(recipe.model_copy(update={"dataset": dataset, "name": "", "output_dir": None}))
 
 
-def _name(row: Mapping[str, Any]) -> str:
+def _name(row: VariantRow) -> str:
     """What the runs of a curve share, in the words of `--vary`."""
-    return ", ".join(f"{key}={value}" for key, value in row["varied"].items() if key != ROWS_KEY)
-
-
-def _point(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {"rows": row["train_rows"], "quality": row["quality"], "interval": row["interval"], "variant": row["name"]}
+    return ", ".join(f"{key}={value}" for key, value in row.varied.items() if key != ROWS_KEY)
 
 
 def comparability_warnings(runs: Mapping[str, Stages], metric: Metric | None, methods: Mapping[str, str]) -> list[str]:
@@ -301,23 +309,23 @@ def comparability_warnings(runs: Mapping[str, Stages], metric: Metric | None, me
     answered = metric is not None and metric.key in COUNTED_ON_ANSWERS
     checks: tuple[tuple[Callable[[Stages], Any], str], ...] = (
         (
-            lambda run: (find(run.data, "fingerprint", "test"), answered_digest(run.eval) if answered else None),
+            lambda run: (_test_rows(run), answered_digest(run.eval) if answered else None),
             "were not scored on the same held-out rows, so their quality cannot be compared",
         ),
         (
-            lambda run: (text(run.environment, "device", "name"), figure(run.environment, "device", "count")),
+            lambda run: _device(run),
             "did not run on the same device, so memory, time and tokens/s cannot be compared",
         ),
         (
-            lambda run: find(run.eval, "retention", "sha256"),
+            lambda run: run.eval.retention and run.eval.retention.sha256,
             "were not measured on the same text, so their forgetting cannot be compared",
         ),
         (
-            lambda run: find(run.metrics, "smoke"),
+            lambda run: run.metrics.smoke,
             "are not all smoke runs, so none of their figures can be compared",
         ),
         (
-            lambda run: text(run.plan, "model", "name") if metric is not None and metric.key == "loss" else None,
+            lambda run: text(run.plan.model.name) if metric is not None and metric.key == "loss" else None,
             "have not the same base, so a loss per token may count other tokens",
         ),
     )
@@ -328,6 +336,15 @@ def comparability_warnings(runs: Mapping[str, Stages], metric: Metric | None, me
     ]
     rate = _one_rate_for_all(runs, set(methods.values()))
     return [*found, rate] if rate else found
+
+
+def _test_rows(run: Stages) -> str | None:
+    return None if run.data is None else run.data.fingerprint.test
+
+
+def _device(run: Stages) -> tuple[str | None, int | None]:
+    device = Device() if run.environment is None else run.environment.device
+    return device.name, device.count
 
 
 def _grouped(runs: Mapping[str, Stages], value_of: Callable[[Stages], Any]) -> dict[Any, list[str]]:
@@ -347,7 +364,7 @@ def _groups(groups: Mapping[Any, list[str]]) -> str:
 
 def _one_rate_for_all(runs: Mapping[str, Stages], methods: set[str]) -> str | None:
     """What several methods with one learning rate cannot show."""
-    rates = {figure(run.plan, "trainer", "learning_rate") for run in runs.values()}
+    rates = {run.plan.trainer.get("learning_rate") for run in runs.values()}
     if len(methods) < 2 or len(rates) != 1 or rates == {None}:
         return None
     return (

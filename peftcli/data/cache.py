@@ -40,15 +40,17 @@ def load_or_tokenize(
     ]
     key = _key(sources, join_sources, tokenizer, asked)
     root = cache_root(None) / "data"
-    made = not (root / key).is_dir()
+    made = False
 
     def build(folder: Path) -> None:
+        nonlocal made
+        made = True
         joins = [Join(source, section.on) for source, section in join_sources]
         run_pipeline(folder, sources, joins, tokenizer, asked, progress)
 
-    if made and root.is_dir():
+    if root.is_dir() and not (root / key).is_dir():
         forget_unused(root, CACHE_BYTES)
-    folder = built_once(root, key, build, mode=PRIVATE)
+    folder = built_once(root, key, build, mode=PRIVATE, note=progress.note)
     mark_used(folder)
     return Store.open(folder), made
 

@@ -24,7 +24,7 @@ from peftcli.errors import DataError
 from peftcli.plan.plan import LossMask
 from peftcli.progress import Progress
 from peftcli.recipe.schema import DatasetSection, SourceSection
-from peftcli.tasks.base import load
+from peftcli.tasks.base import implementation
 from peftcli.tasks.registry import TASKS
 
 MANY_LABELS = 5000
@@ -171,7 +171,7 @@ class TokenizePipeline:
         folder = getattr(source, "folder", None)
         chats = bool(getattr(self.tokenizer, "chat_template", None))
         given = Given(rule, self.asked.dataset.labels, getattr(source, "class_names", {}), folder, chats)
-        chosen: RowFormat = load(TASKS[rule.task].row_format)(rows, section, given)
+        chosen: RowFormat = implementation(TASKS[rule.task].row_format)(rows, section, given)
         return chosen
 
     def _tokenizing(self, reading: RowFormat) -> TokenizeStep | TextClasses | WordTags:

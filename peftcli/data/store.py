@@ -9,6 +9,7 @@ from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from peftcli.data.dedup import HASHES, band_of
@@ -92,6 +93,11 @@ class Store:
             return table
         labels = [_renumbered(chunk, numbers) for chunk in table.column("labels").chunks]
         return table.set_column(1, "labels", pa.chunked_array(labels, LISTS))
+
+    def largest_token(self) -> int:
+        """The largest token id of all rows."""
+        chunks = self.examples.column("input_ids").chunks
+        return max((int(pc.max(chunk.flatten()).as_py() or 0) for chunk in chunks), default=0)
 
     def column(self, name: str) -> NDArray[Any]:
         """(rows,), what is known of each row under a name of ROW_COLUMNS."""

@@ -11,7 +11,7 @@ from transformers.integrations import get_available_reporting_integrations
 from peftcli.doctor.check import FAIL, OK, Check, refused
 from peftcli.doctor.hub import Hub, HubModel, model_on_hub
 from peftcli.errors import MachineError, PeftcliError
-from peftcli.model.files import base_facts, local_folder
+from peftcli.model.files import base_facts, local_folder, weights_damage
 from peftcli.model.hub import explain_missing
 from peftcli.model.inspect import TINY, inspect_model, load_config, resolve_model, trainable_counter
 from peftcli.plan.heads import first_labels
@@ -72,6 +72,9 @@ def find_model(recipe: Recipe, hub: Hub) -> FoundModel:
     folder = local_folder(model.name, model.revision)
     if folder is not None:
         is_local = Path(model.name).is_dir()
+        damage = weights_damage(folder)
+        if damage is not None:
+            return FoundModel(refused("model", MachineError(damage)))
         # A folder without safetensors has its own message, which the plan gives.
         if is_local or base_facts(str(folder), None).weights_sha256 is not None:
             place = "a local folder" if is_local else "in the model cache, whole"

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -37,6 +36,7 @@ from peftcli.plan.plan import Base
 from peftcli.progress import Progress
 from peftcli.recipe.fields import Gate
 from peftcli.recipe.schema import EvaluationSection
+from peftcli.results import MergeCandidate, MergeJson, MergeSample
 from peftcli.run_dir import write_json
 from peftcli.tasks.registry import TASKS
 
@@ -93,9 +93,7 @@ class MergeSettings:
     rows_from: str | None = None
 
 
-def merge(
-    target: Target, data: PreparedData, final: Path, settings: MergeSettings, progress: Progress
-) -> dict[str, Any]:
+def merge(target: Target, data: PreparedData, final: Path, settings: MergeSettings, progress: Progress) -> MergeJson:
     """Write a stand-alone model of an adapter and measure its drift from it.
 
     Args:
@@ -133,7 +131,7 @@ def merge(
         by_loss = all(one.loss is not None for one in candidates)
         kept = min(candidates, key=lambda one: one.worse(by_loss=by_loss))
         value = _merge_json(kept, candidates, comparison, settings, time.monotonic() - begun, target)
-        if not value["met"]:
+        if not value.met:
             _fail(kept, value, quantized=target.base.quantization is not None)
         replace_folder(kept.folder, final)
     finally:
@@ -168,16 +166,16 @@ def _explained_out_of_memory(when: str) -> Iterator[None]:
 class DriftTooLarge(GateNotMet):
     """The tolerance was not met; `merge` holds the content of `merge.json`."""
 
-    def __init__(self, message: str, merge: dict[str, Any]) -> None:
+    def __init__(self, message: str, merge: MergeJson) -> None:
         super().__init__(message)
         self.merge = merge
 
 
-def _fail(kept: Candidate, value: dict[str, Any], *, quantized: bool) -> None:
+def _fail(kept: Candidate, value: MergeJson, *, quantized: bool) -> None:
     crossed = [
-        f"{name} is {value[name]:.4g}, the limit is {limit}"
-        for name, limit in value["limit"].items()
-        if value["limits_met"][name] is False
+        f"{name} is {getattr(value, name):.4g}, the limit is {limit}"
+        for name, limit in value.limit.items()
+        if value.limits_met[name] is False
     ]
     others = [one for one in ("dequantized", "original") if one != kept.into] if quantized else []
     fixes = [*(f"--into {one}" for one in others), "a wider --dtype", "another limit in gates"]
@@ -323,31 +321,29 @@ def _merge_json(
     settings: MergeSettings,
     seconds: float,
     target: Target,
-) -> dict[str, Any]:
+) -> MergeJson:
     drift = asdict(kept.drift)
     few = kept.drift.positions < FEW_POSITIONS and kept.drift.kl_nats is not None
     default = LIMITS_OF_FEW if few else DEFAULT_LIMITS
     limits = tuple(gate for gate in settings.gates if gate.name.startswith("merge_")) or default
     met = {name: _met(gate, drift[name]) for gate in limits for name in (gate.name.removeprefix("merge_"),)}
-    return {
-        "schema": 1,
-        "into": kept.into,
-        "dtype": settings.dtype or target.base.dtype,
-        "rows_from": settings.rows_from or comparison.rows_from,
-        "compared_on": kept.compared_on,
+    prompts = comparison.data.test.column("prompt")
+    shown = _shown_answers(kept, comparison.data, settings)
+    return MergeJson(
+        into=kept.into,
+        dtype=settings.dtype or target.base.dtype,
+        rows_from=settings.rows_from or comparison.rows_from,
+        compared_on=kept.compared_on,
         **drift,
-        "limit": {gate.name.removeprefix("merge_"): gate.text for gate in limits},
-        "limits_met": met,
-        "met": all(one is not False for one in met.values()),
-        "metrics": None if kept.measured is None else kept.measured.figures(),
-        "candidates": [{"into": one.into, "loss": one.loss, **asdict(one.drift)} for one in candidates],
-        "samples": [
-            {"prompt": comparison.data.test.column("prompt")[row].as_py(), "merged": answer.text}
-            for row, answer in _shown_answers(kept, comparison.data, settings)
-        ],
-        "bytes": kept.bytes,
-        "seconds": round(seconds, 3),
-    }
+        limit={gate.name.removeprefix("merge_"): gate.text for gate in limits},
+        limits_met=met,
+        met=all(one is not False for one in met.values()),
+        metrics=None if kept.measured is None else kept.measured.scores(),
+        candidates=tuple(MergeCandidate(into=one.into, loss=one.loss, **asdict(one.drift)) for one in candidates),
+        samples=tuple(MergeSample(prompt=prompts[row].as_py(), merged=answer.text) for row, answer in shown),
+        bytes=kept.bytes,
+        seconds=round(seconds, 3),
+    )
 
 
 def _shown_answers(kept: Candidate, data: PreparedData, settings: MergeSettings) -> list[tuple[int, Answer]]:

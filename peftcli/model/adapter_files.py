@@ -12,30 +12,17 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from peftcli.data.prepare import PreparedData
 from peftcli.errors import Diverged
+from peftcli.filesystem import apply_umask
 from peftcli.model.adapter_weights import CONFIG, WEIGHTS
 from peftcli.model.manifest import EARLIER, MANIFEST, build_manifest
 from peftcli.plan.choices import EIGHT_BIT
 from peftcli.plan.plan import Plan
-from peftcli.run_dir import RunDir, read_json, write_json, write_text
+from peftcli.report.load import Stages
+from peftcli.report.markdown import markdown_table
+from peftcli.report.metrics import metric_table
+from peftcli.results import DataJson, EvalJson, MetricsJson, PlanJson, load_or_default
+from peftcli.run_dir import RunDir, write_json, write_text
 from peftcli.tasks.registry import TASKS
-
-LABELS = {
-    "loss": "loss (nats per trained token)",
-    "token_accuracy": "token accuracy",
-    "exact_match": "exact match",
-    "chrf": "chrF",
-    "unfinished_answers": "answers that did not stop",
-    "accuracy": "accuracy",
-    "precision": "precision",
-    "recall": "recall",
-    "f1": "F1",
-    "entity_precision": "entity precision",
-    "entity_recall": "entity recall",
-    "entity_f1": "entity F1",
-    "mae": "mean absolute error",
-    "r2": "R squared",
-}
-"""The Hub's names of tasks with labels."""
 
 
 def save_adapter(
@@ -105,6 +92,7 @@ def replace_folder(staged: Path, final: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
     if final.exists():
         os.rename(final, old)
+    apply_umask(staged)
     os.rename(staged, final)
     shutil.rmtree(old, ignore_errors=True)
 
@@ -116,53 +104,46 @@ def folder_bytes(folder: Path, pattern: str) -> int:
 
 def write_card(run: RunDir) -> None:
     """Write `adapter/README.md` from the run's JSON files."""
-    plan, data, evaluation = read_json(run.plan), read_json(run.data), read_json(run.eval)
-    base = Path(plan["model"]["name"]).name if Path(plan["model"]["name"]).is_absolute() else plan["model"]["name"]
+    plan, data = load_or_default(PlanJson, run.plan), load_or_default(DataJson, run.data)
+    evaluation = load_or_default(EvalJson, run.eval)
+    name, task = plan.model.name or "", plan.task or ""
+    base = Path(name).name if Path(name).is_absolute() else name
     head: dict[str, Any] = {"library_name": "peft", "tags": ["peft", "lora"]}
-    tag = TASKS[plan["task"]].pipeline_tag
-    if tag is not None:
-        head["pipeline_tag"] = tag
+    if task in TASKS and TASKS[task].pipeline_tag is not None:
+        head["pipeline_tag"] = TASKS[task].pipeline_tag
     if not base.startswith("tiny:") and base.count("/") == 1:
         head["base_model"] = base
-    chosen = {decision["key"]: decision["value"] for decision in plan["decisions"]}
+    chosen = {decision.key: decision.value for decision in plan.decisions}
     lines = [
         "---",
         yaml.safe_dump(head, sort_keys=True).strip(),
         "---",
         "",
-        f"# {plan['name']}",
+        f"# {plan.name}",
         "",
         f"A PEFT adapter ({chosen['adapter']}) for {base}, made with peftcli.",
-        *(["", "**A smoke run on a random stand-in: of no use but as a rehearsal.**"] if plan["smoke"] else []),
+        *(["", "**A smoke run on a random stand-in: of no use but as a rehearsal.**"] if plan.smoke else []),
         "",
-        f"- trained on {data['train_rows']} rows ({data['format']}), {_tested(data)}",
-        f"- data fingerprint {data['fingerprint']['train'][:16]}",
-        f"- {plan['parameters']['trainable']} trainable parameters, base in {chosen['model.dtype']}"
+        f"- trained on {data.train_rows} rows ({data.format}), {_tested(data)}",
+        f"- data fingerprint {(data.fingerprint.train or '')[:16]}",
+        f"- {plan.parameters.trainable} trainable parameters, base in {chosen['model.dtype']}"
         + (" quantized to 4 bit" if "quantization.compute_dtype" in chosen else "")
         + (" quantized to 8 bit" if EIGHT_BIT in chosen else ""),
         "- licence: to be stated by whoever publishes it; that of the base and of the data apply",
         "",
-        *_table(evaluation),
+        *_results(task, evaluation),
     ]
-    if outputs := (evaluation.get("adapter") or {}).get("labels"):
+    if outputs := evaluation.adapter and evaluation.adapter.labels:
         lines += ["", f"Labels, in the order of its outputs: {', '.join(outputs)}."]
     write_text(run.adapter / "README.md", "\n".join(lines) + "\n")
 
 
-def _tested(data: dict[str, Any]) -> str:
-    return f"tested on {data['test_rows']} others" if data["test_rows"] else "all there are, so it was not tested"
+def _tested(data: DataJson) -> str:
+    return f"tested on {data.test_rows} others" if data.test_rows else "all there are, so it was not tested"
 
 
-def _table(evaluation: dict[str, Any]) -> list[str]:
-    models = [name for name in ("base", "adapter") if evaluation.get(name)]
-    if not models:
-        return []
-    lines = ["| on the test rows | " + " | ".join(models) + " |", "|---|" + "---:|" * len(models)]
-    for key, label in LABELS.items():
-        if key == "loss" and not any("perplexity" in evaluation[name] for name in models):
-            label = "loss"
-        values = [evaluation[name].get(key) for name in models]
-        if any(value is not None for value in values):
-            shown = ["-" if value is None else f"{value:.4f}" for value in values]
-            lines.append(f"| {label} | " + " | ".join(shown) + " |")
-    return lines
+def _results(task: str, evaluation: EvalJson) -> list[str]:
+    """The table of metrics of the report, as far as something was measured."""
+    figures = MetricsJson(task=task, base=evaluation.base, adapter=evaluation.adapter)
+    made = metric_table(Stages(metrics=figures, eval=evaluation))
+    return [] if made is None else [markdown_table(made.without_empty_columns())]

@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -25,6 +24,8 @@ from peftcli.plan.memory.evaluation_time import LONGEST_AUTO_ANSWER
 from peftcli.plan.plan import Plan
 from peftcli.progress import Progress
 from peftcli.recipe.schema import EvaluationSection
+from peftcli.results import DecodingSettings, EvalJson, Retention, Sample, Scores
+from peftcli.typed_json import parse
 
 
 @dataclass(frozen=True)
@@ -34,9 +35,10 @@ class Evaluation:
     metrics: Metrics | LabelMetrics
     answers: list[Answer]
 
-    def figures(self) -> dict[str, Any]:
+    def scores(self) -> Scores:
         """The metrics as `metrics.json` holds them."""
-        return self.metrics.as_dict() if isinstance(self.metrics, LabelMetrics) else asdict(self.metrics)
+        metrics = self.metrics
+        return parse(Scores, metrics.as_dict() if isinstance(metrics, LabelMetrics) else asdict(metrics))
 
 
 def decoding_for(
@@ -245,7 +247,7 @@ def router_silent(model: PreTrainedModel) -> Iterator[None]:
 
 def evaluation_json(
     data: PreparedData, evaluation: EvaluationSection, decoding: Decoding, measured: Mapping[str, Evaluation | None]
-) -> dict[str, Any]:
+) -> EvalJson:
     """The content of `eval.json`; without test rows it holds no figures of theirs.
 
     Args:
@@ -253,24 +255,28 @@ def evaluation_json(
         measured: by name of the model (`base`, `adapter`, ...), None for one that was not measured.
     """
     if not data.holds_out:
-        return {"schema": 1, "rows": 0, "generated_rows": 0, **measured, "samples": [], "decoding": None}
+        return EvalJson(rows=0, generated_rows=0)
     rows = answered_rows(evaluation, data, decoding.seed)
     samples = []
     for place, row in enumerate(rows[: evaluation.samples]):
         sample = {name: data.test.column(name)[row].as_py() for name in ("prompt", "reference")}
         for name, one in measured.items():
             sample[name] = one.answers[place].text if one is not None else None
-        samples.append({name: None if said is None else hide_keys([said])[0] for name, said in sample.items()})
+        samples.append(
+            Sample(**{name: None if said is None else hide_keys([said])[0] for name, said in sample.items()})
+        )
     generates = data.format not in LABELLED and any(one is not None for one in measured.values())
-    return {
-        "schema": 1,
-        "rows": data.test.num_rows,
-        "generated_rows": len(rows) if generates else 0,
-        "generated_rows_sha256": rows_digest(rows) if generates else None,
-        **{name: None if one is None else one.figures() for name, one in measured.items()},
-        "samples": samples,
-        "decoding": None if data.format in LABELLED else asdict(decoding),
-    }
+    scores = {name: None if one is None else one.scores() for name, one in measured.items()}
+    return EvalJson(
+        rows=data.test.num_rows,
+        generated_rows=len(rows) if generates else 0,
+        generated_rows_sha256=rows_digest(rows) if generates else None,
+        base=scores.get("base"),
+        adapter=scores.get("adapter"),
+        merged=scores.get("merged"),
+        samples=tuple(samples),
+        decoding=None if data.format in LABELLED else DecodingSettings(**asdict(decoding)),
+    )
 
 
 def _add(parts: list[Sums]) -> Sums:
@@ -297,19 +303,19 @@ def load_retention(plan: Plan, tokenizer: PreTrainedTokenizerBase) -> RetentionT
 
 def base_retention(
     plan: Plan, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, progress: Progress
-) -> dict[str, Any]:
+) -> Retention | None:
     """Measure the base: what stands in `eval.json` under `retention`, whose change is not known yet.
 
     Args:
         model: without its adapter.
 
     Returns:
-        An object with that one key; an empty one where the recipe names no text.
+        None where the recipe names no text.
     """
     text = load_retention(plan, tokenizer)
     if text is None:
-        return {}
-    return {"retention": _facts(text, _loss(text, plan, tokenizer, model, progress, "base: forgetting"), None)}
+        return None
+    return _retention(text, _loss(text, plan, tokenizer, model, progress, "base: forgetting"), None)
 
 
 def adapter_retention(
@@ -317,8 +323,8 @@ def adapter_retention(
     tokenizer: PreTrainedTokenizerBase,
     model: PreTrainedModel,
     progress: Progress,
-    before: Mapping[str, Any] | None,
-) -> dict[str, Any]:
+    before: EvalJson | None,
+) -> Retention | None:
     """Measure the adapter beside what `base_retention` found; of a text that changed in between no change is known.
 
     Args:
@@ -329,28 +335,28 @@ def adapter_retention(
     """
     text = load_retention(plan, tokenizer)
     if text is None:
-        return {}
+        return None
     loss = _loss(text, plan, tokenizer, model, progress, "adapter: forgetting")
-    known = (before or {}).get("retention")
-    base = known["base_loss"] if known and known["sha256"] == text.digest() else None
+    known = before.retention if before is not None else None
+    base = known.base_loss if known and known.sha256 == text.digest() else None
     if known and base is None:
         progress.note(
             f"  note: {text.name} is no longer the text that the base was measured on; its change is not known"
         )
-    return {"retention": _facts(text, base, loss)}
+    return _retention(text, base, loss)
 
 
-def _facts(text: RetentionText, base: float | None, adapter: float | None) -> dict[str, Any]:
-    return {
-        "path": text.name,
-        "tokens": text.tokens,
-        "dropped": dict(text.dropped.counts),
-        "dropped_examples": text.dropped.places,
-        "sha256": text.digest(),
-        "base_loss": base,
-        "adapter_loss": adapter,
-        "change": None if base is None or adapter is None else adapter - base,
-    }
+def _retention(text: RetentionText, base: float | None, adapter: float | None) -> Retention:
+    return Retention(
+        path=text.name,
+        tokens=text.tokens,
+        dropped=dict(text.dropped.counts),
+        dropped_examples={reason: tuple(places) for reason, places in text.dropped.places.items()},
+        sha256=text.digest(),
+        base_loss=base,
+        adapter_loss=adapter,
+        change=None if base is None or adapter is None else adapter - base,
+    )
 
 
 def _loss(

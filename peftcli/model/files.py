@@ -6,7 +6,8 @@ The identifying data are read from the files in milliseconds, without a network.
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,40 @@ OUTPUTS = ("lm_head.weight", "embed_out.weight", "output.weight")
 SAMPLE_ROWS = 1000
 
 
+@contextmanager
+def open_weights(file: Path) -> Iterator[Any]:
+    """A safetensors file, opened for reading.
+
+    Raises:
+        MachineError: it is cut off or damaged.
+    """
+    try:
+        with safe_open(str(file), framework="pt") as stream:
+            yield stream
+    except SafetensorError as problem:
+        raise damaged_weights(file, problem) from problem
+
+
+def damaged_weights(file: Path, problem: Exception) -> MachineError:
+    """The error for a weights file that cannot be read."""
+    reason = " ".join(str(problem).split())
+    return MachineError(
+        f"{file}: this file is cut off or damaged ({reason}; it has {file.stat().st_size:,} bytes); download or copy "
+        "it again"
+    )
+
+
+def weights_damage(folder: Path) -> str | None:
+    """What is wrong with the safetensors files of a model, None where they can be read."""
+    try:
+        _tensors(folder)
+    except MachineError as problem:
+        return str(problem)
+    except (OSError, ValueError, KeyError) as problem:
+        return f"{folder}: {problem}"
+    return None
+
+
 def embedding_rows(path: str, revision: str | None, ids: Sequence[int]) -> EmbeddingRows | None:
     """Rows of the matrix that writes tokens, and an even sample of others.
 
@@ -57,7 +92,7 @@ def embedding_rows(path: str, revision: str | None, ids: Sequence[int]) -> Embed
     if found is None:
         return None
     file, name = found
-    with safe_open(str(file), framework="pt") as stream:
+    with open_weights(file) as stream:
         matrix = stream.get_slice(name)
         count = matrix.get_shape()[0]
         wanted = [token for token in ids if token < count]
@@ -102,12 +137,7 @@ def base_facts(path: str, revision: str | None) -> BaseFacts:
     try:
         tensors = _tensors(folder)
         return BaseFacts(_config_hash(folder), _weights_hash(tensors), _embedding_rows(tensors), commit)
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        SafetensorError,
-    ):  # damaged files, of which loading them says more than could be said here
+    except (OSError, ValueError, KeyError, MachineError):  # damaged files; loading them says more
         return BaseFacts(_config_hash(folder), commit=commit)
 
 
@@ -116,7 +146,7 @@ def stored_names(path: str, revision: str | None) -> set[str] | None:
     folder = local_folder(path, revision)
     try:
         return None if folder is None else set(_tensors(folder)) or None
-    except (OSError, ValueError, KeyError, SafetensorError):  # loading them says more than could be said here
+    except (OSError, ValueError, KeyError, MachineError):  # loading them says more than could be said here
         return None
 
 
@@ -155,7 +185,7 @@ def _tensors(folder: Path) -> dict[str, tuple[Path, list[int]]]:
         return {}
     tensors: dict[str, tuple[Path, list[int]]] = {}
     for file in files:
-        with safe_open(str(file), framework="pt") as stream:
+        with open_weights(file) as stream:
             tensors.update((name, (file, stream.get_slice(name).get_shape())) for name in stream.keys())  # noqa: SIM118
     return tensors
 
@@ -174,7 +204,7 @@ def _weights_hash(tensors: Mapping[str, tuple[Path, list[int]]]) -> str | None:
         return None
     digest = hashlib.sha256()
     for file in sorted({tensors[name][0] for name in chosen}):
-        with safe_open(str(file), framework="pt") as stream:
+        with open_weights(file) as stream:
             for name in (name for name in chosen if tensors[name][0] == file):
                 _add_rows(digest, name, stream.get_slice(name))
     return digest.hexdigest()
@@ -254,7 +284,7 @@ def original_weights(base: Base, model: PreTrainedModel) -> Source:
         folder = Path(snapshot_download(base.path, revision=base.revision, allow_patterns=["*.safetensors*"]))
     files: dict[str, Path] = {}
     for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(str(file), framework="pt") as stream:
+        with open_weights(file) as stream:
             files.update(dict.fromkeys(stream.keys(), file))
 
     ends = end_names(model)
@@ -264,7 +294,7 @@ def original_weights(base: Base, model: PreTrainedModel) -> Source:
         name = name if name in files else tied.get(name, name)
         if name not in files:
             raise MachineError(f"{base.path}: its files hold no weight named {name}; merge with --into dequantized")
-        with safe_open(str(files[name]), framework="pt") as stream:
+        with open_weights(files[name]) as stream:
             tensor: Tensor = stream.get_tensor(name)
         return tensor
 
@@ -284,7 +314,7 @@ def skeleton_of(base: PreTrainedModel) -> PreTrainedModel:
 def _find(folder: Path) -> tuple[Path, str] | None:
     names: dict[str, Path] = {}
     for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(str(file), framework="pt") as stream:
+        with open_weights(file) as stream:
             names.update(dict.fromkeys(stream.keys(), file))
     for ending in (*OUTPUTS, *INPUTS):
         for name, file in names.items():

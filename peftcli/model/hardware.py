@@ -13,6 +13,7 @@ import torch
 
 from peftcli.installed import installed_versions
 from peftcli.plan.machine import SHARES_BATCH, Machine
+from peftcli.results import Device, EnvironmentJson
 
 PACKAGES = ("peftcli", "torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "tokenizers")
 FLASH_PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
@@ -79,25 +80,24 @@ def _is_set(name: str) -> bool:
     return os.environ.get(name, "").lower() in ("1", "true", "yes")
 
 
-def describe_environment(machine: Machine, command: str) -> dict[str, Any]:
+def describe_environment(machine: Machine, command: str) -> EnvironmentJson:
     """The content of `environment.json`: versions and hardware, no name of a user, host or folder."""
     capability = machine.capability
-    return {
-        "schema": 1,
-        "python": platform.python_version(),
-        "platform": f"{platform.system()} {platform.machine()}",
-        "packages": installed_versions(PACKAGES),
-        "device": {
-            "kind": machine.device,
-            "name": machine.name,
-            "capability": None if capability is None else f"{capability[0]}.{capability[1]}",
-            "memory_bytes": machine.memory_bytes,
-            "count": machine.count,
-        },
-        "cpu_count": os.cpu_count(),
-        "ram_bytes": psutil.virtual_memory().total,
-        "command": command,
-    }
+    return EnvironmentJson(
+        python=platform.python_version(),
+        platform=f"{platform.system()} {platform.machine()}",
+        packages=installed_versions(PACKAGES),
+        device=Device(
+            kind=machine.device,
+            name=machine.name,
+            capability=None if capability is None else f"{capability[0]}.{capability[1]}",
+            memory_bytes=machine.memory_bytes,
+            count=machine.count,
+        ),
+        cpu_count=os.cpu_count(),
+        ram_bytes=psutil.virtual_memory().total,
+        command=command,
+    )
 
 
 def peak_memory_bytes(device: str) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel, PeftType
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoImageProcessor,
     AutoTokenizer,
@@ -26,6 +26,7 @@ from peftcli.data.image_processor import ImageProcessor, need_pillow
 from peftcli.errors import MachineError, RecipeError
 from peftcli.model.adapter_weights import WEIGHTS, explain_unfit, hash_files, refuse_unfit
 from peftcli.model.distributed import disable_accelerate_fsdp
+from peftcli.model.files import weights_damage
 from peftcli.model.heads import auto_class, load_with_head, unquantized_modules
 from peftcli.model.hub import explain_missing, look_for_network
 from peftcli.model.padding_free import use_fused_attention
@@ -132,6 +133,10 @@ def load_base(
         raise MachineError(f"{base.name}: a package is missing: {' '.join(str(problem).split())[:300]}") from problem
     except (OSError, ValueError) as problem:
         raise MachineError(explain_missing(base.path, problem)) from problem
+    except SafetensorError as problem:
+        raise MachineError(
+            weights_damage(Path(base.path)) or f"{base.path}: its weights cannot be read: {problem}"
+        ) from problem
     except RuntimeError as problem:
         if not re.search("size mismatch|SafetensorError|corrupt", str(problem)):
             raise

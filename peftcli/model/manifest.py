@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub.constants import is_offline_mode
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peftcli.data.cache import tokenizer_fingerprint
 from peftcli.data.prepare import PreparedData
-from peftcli.errors import MachineError
+from peftcli.errors import DataError, MachineError
 from peftcli.model.adapter_weights import WEIGHTS, hash_files, read_tensors
 from peftcli.model.files import BaseFacts, base_facts, local_folder
 from peftcli.model.hub import why_offline
@@ -214,6 +214,23 @@ def _differ(stated: str | None, now: str | None) -> bool:
 def token_ids(tokenizer: PreTrainedTokenizerBase) -> int:
     """The highest id of a tokenizer and 1: the rows that an embedding needs."""
     return max(tokenizer.get_vocab().values(), default=-1) + 1
+
+
+def refuse_unknown_tokens(model: PreTrainedModel, largest: int) -> None:
+    """Stop before a token id that has no row in a model's embedding.
+
+    Args:
+        largest: token id.
+
+    Raises:
+        DataError: the embedding has no such row.
+    """
+    count = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    if count is not None and largest >= count:
+        raise DataError(
+            f"the text holds token id {largest:,}, and the embedding of this model has {count:,} rows: the tokenizer "
+            "has tokens that the model was not trained with; use the model's own tokenizer, or remove the added tokens"
+        )
 
 
 def refuse_small_embedding(found: dict[str, Any], rows: int | None, ids: int, path: str) -> None:

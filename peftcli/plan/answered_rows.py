@@ -1,10 +1,10 @@
 """Chooses the test rows that are answered by generation: all of them, or a sample drawn by the seed."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from peftcli.recipe.schema import EvaluationSection
+from peftcli.results import EvalJson
 
 AUTO_ROWS = 500
 """Answered rows at most where `evaluation.rows` is null.
@@ -46,13 +46,13 @@ def rows_digest(rows: Sequence[int]) -> str:
     return hashlib.sha256(np.asarray(rows, np.int64).tobytes()).hexdigest()
 
 
-def answered_digest(evaluation: Mapping[str, Any]) -> str | None:
+def answered_digest(evaluation: EvalJson) -> str | None:
     """`rows_digest` of the rows behind the answers of an `eval.json`; None where nothing was answered.
 
     Args:
         evaluation: an `eval.json`; one of a version that wrote no digest holds answers to the first rows.
     """
-    count = int(evaluation.get("generated_rows") or 0)
+    count = evaluation.generated_rows
     if not count:
         return None
-    return str(evaluation.get("generated_rows_sha256") or rows_digest(range(count)))
+    return evaluation.generated_rows_sha256 or rows_digest(range(count))

@@ -10,20 +10,22 @@ from peftcli.plan.module_selection import SelectionRule
 from peftcli.plan.optimizer import Trained
 from peftcli.recipe.fields import Gate
 from peftcli.recipe.schema import AdapterSection, BudgetSection, DatasetSection, EvaluationSection
+from peftcli.results import Decision as Decision  # the parts of a plan, for the modules that make it
+from peftcli.results import (
+    Forecast,
+    Parameters,
+    PlanAdapter,
+    PlanBatch,
+    PlanBatching,
+    PlanJson,
+    PlanModel,
+    PlanTarget,
+)
 from peftcli.tasks.registry import DEFAULT, TASKS
 
 BATCHING = "batching"
 """Key of the decision about padding-free and padded batches."""
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-
-
-@dataclass(frozen=True)
-class Decision:
-    """One choice that was made, and why."""
-
-    key: str
-    value: str
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -230,32 +232,33 @@ class Plan:
         """Number of trainable parameters."""
         return self.trained.parameters
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self, forecast: Forecast | None = None) -> PlanJson:
         """The content of `plan.json`."""
-        return {
-            "schema": 1,
-            "name": self.name,
-            "task": self.task,
-            "smoke": self.smoke,
-            "model": {
-                "name": self.base.name,
-                "revision": self.base.revision,
-                "architecture": self.architecture,
-                "parameters": self.total_parameters - self.trainable_parameters,
-                "bytes": (self.total_parameters - self.trainable_parameters) * DTYPE_BYTES[self.base.dtype],
-            },
-            "decisions": [vars(decision) for decision in self.decisions],
-            "notices": list(self.notices),
-            "adapter": {"method": self.adapter.method, "r": self.adapter.r},
-            "targets": [{"name": name, "modules": count} for name, count in self.targets.items()],
-            "parameters": {"trainable": self.trainable_parameters, "total": self.total_parameters},
-            "batch": {
-                "per_device": self.batch.per_device,
-                "accumulation": self.batch.accumulation,
-                "processes": self.batch.processes,
-                "shards": self.shards,
-                "effective": self.batch.effective,
-            },
-            "batching": {"kind": self.batching.kind, "tokens": self.batching.tokens},
-            "trainer": dict(self.trainer),
-        }
+        base = self.total_parameters - self.trainable_parameters
+        return PlanJson(
+            name=self.name,
+            task=self.task,
+            smoke=self.smoke,
+            model=PlanModel(
+                name=self.base.name,
+                revision=self.base.revision,
+                architecture=self.architecture,
+                parameters=base,
+                bytes=base * DTYPE_BYTES[self.base.dtype],
+            ),
+            decisions=self.decisions,
+            notices=self.notices,
+            adapter=PlanAdapter(method=self.adapter.method, r=self.adapter.r),
+            targets=tuple(PlanTarget(name=name, modules=count) for name, count in self.targets.items()),
+            parameters=Parameters(trainable=self.trainable_parameters, total=self.total_parameters),
+            batch=PlanBatch(
+                per_device=self.batch.per_device,
+                accumulation=self.batch.accumulation,
+                processes=self.batch.processes,
+                shards=self.shards,
+                effective=self.batch.effective,
+            ),
+            batching=PlanBatching(kind=self.batching.kind, tokens=self.batching.tokens),
+            trainer=dict(self.trainer),
+            forecast=forecast,
+        )

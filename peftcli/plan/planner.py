@@ -377,7 +377,7 @@ def _ddp_arguments(recipe: Recipe, processes: int, facts: ModelFacts) -> dict[st
     """
     dense = facts.shape is not None and facts.shape.experts is None
     experts = any(".experts." in name for name in facts.modules)
-    if processes == 1 or recipe.adapter.method != "lora" or facts.head or not dense or experts:
+    if processes == 1 or not METHODS[recipe.adapter.method].is_lora or facts.head or not dense or experts:
         return {}
     return {"ddp_find_unused_parameters": recipe.trainer.get("ddp_find_unused_parameters", False)}
 

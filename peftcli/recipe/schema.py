@@ -63,6 +63,8 @@ Share = Annotated[float, BeforeValidator(read_share)]
 
 EXAMPLE = "{select: gradient, batches: 8, budget: 0.5%}"
 MOST_BATCHES = 1000
+MOST_ALPHA = 1e6
+"""Far above any use, and far below where the scale of an update overflows float16."""
 
 
 class Section(BaseModel):
@@ -202,7 +204,7 @@ class AdapterSection(Section):
     """A method of `peftcli methods`."""
     r: Annotated[int, Field(ge=1, le=4096)] | None = None
     """Rank of the update; of AdaLoRA the mean rank at the end."""
-    alpha: Annotated[float, Field(gt=0)] | None = None
+    alpha: Annotated[float, Field(gt=0, le=MOST_ALPHA)] | None = None
     """Numerator of the update's scale: alpha / r, or alpha / sqrt(r) with `use_rslora`."""
     dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
     """Share of the adapter's inputs that a training step sets to zero."""

@@ -41,7 +41,8 @@ def _definition(path: Path, name: str, owner: str) -> ast.FunctionDef | None:
         if head is None:
             return None
         text, indent = text[head.start() :], "    "
-    found = re.search(rf"^{indent}def {name}\(.*?\)(?: -> [^\n]+)?:\n", text, re.MULTILINE | re.DOTALL)
+    end = r"\)(?: -> [^\n]+)?:[ \t]*(?:#[^\n]*)?\n"  # a linter's comment may follow the colon
+    found = re.search(rf"^{indent}def {name}\(.*?{end}", text, re.MULTILINE | re.DOTALL)
     if found is None:
         return None
     try:

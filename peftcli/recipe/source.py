@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from peftcli.errors import RecipeError
+from peftcli.filesystem import expand_path
 from peftcli.nearest import nearest
 from peftcli.recipe.problems import KeyPath, Problems, Where, dotted, hide_secrets, is_secret, printable
 from peftcli.recipe.yaml import Tree, parse_yaml
@@ -172,21 +173,38 @@ def resolve_paths(tree: Tree, recipe: Path, problems: Problems) -> frozenset[str
             )
             problems.add(tree.place(path), text)
             continue
-        holder[path[-1]], was_relative = _absolute(value, folder)
+        expanded = _expanded(path, value, folder, tree, problems)
+        if expanded is None:
+            continue
+        holder[path[-1]], was_relative = _absolute(expanded, folder)
         if was_relative:
             relative.add(dotted(path))
+    output = tree.get("output_dir")
+    if isinstance(output, str) and output:  # relative to the working directory, as the flag of the same name
+        expanded = _expanded(("output_dir",), output, ".", tree, problems)
+        tree.values["output_dir"] = output if expanded is None else expanded
     return frozenset(relative)
 
 
+def _expanded(path: KeyPath, value: str, folder: str, tree: Tree, problems: Problems) -> str | None:
+    """A path with `~` and environment variables filled in; None where a variable is not set."""
+    if os.path.lexists(os.path.join(folder, value)):
+        return value
+    try:
+        return expand_path(value)
+    except ValueError as problem:
+        problems.add(tree.place(path), f"{dotted(path)} = {printable(value)}: {problem}; set it, or write out the path")
+        return None
+
+
 def _is_local(name: str, folder: str) -> bool:
-    if name.startswith(("./", "../", "/", "~")) or name in (".", "..") or os.path.isabs(name):
+    if name.startswith(("./", "../", "/", "~", "$")) or name in (".", "..") or os.path.isabs(name):
         return True
     return bool(name) and os.path.isdir(os.path.join(folder, name))
 
 
 def _absolute(value: str, folder: str) -> tuple[str, bool]:
-    expanded = os.path.expanduser(value)
-    return os.path.normpath(os.path.join(folder, expanded)), not os.path.isabs(expanded)
+    return os.path.normpath(os.path.join(folder, value)), not os.path.isabs(value)
 
 
 def _holder(values: Any, path: KeyPath) -> dict[str | int, Any] | None:

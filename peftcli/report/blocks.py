@@ -1,12 +1,14 @@
-"""What a report is made of, before it is Markdown or HTML: sections of tables, facts, plots and samples."""
+"""What a report is made of, before it is Markdown, HTML or on a terminal: tables, facts, plots and samples."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar, Literal
 
 from peftcli.report.format import DASH
 
 Tone = Literal["", "good", "bad", "warn", "quiet"]
+Inches = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,19 @@ class Table:
     numeric: frozenset[int] = frozenset()
     strong: int | None = None
     note: str = ""
+
+    def without_empty_columns(self) -> "Table":
+        """The same without columns that have no value in any row, for where room is scarce; the first one stays."""
+        kept = [
+            at for at in range(len(self.columns)) if not at or any(row[at].text not in ("", DASH) for row in self.rows)
+        ]
+        return Table(
+            columns=tuple(self.columns[at] for at in kept),
+            rows=tuple(tuple(row[at] for at in kept) for row in self.rows),
+            numeric=frozenset(number for number, at in enumerate(kept) if at in self.numeric),
+            strong=kept.index(self.strong) if self.strong in kept else None,
+            note=self.note,
+        )
 
 
 @dataclass(frozen=True)
@@ -61,12 +76,30 @@ class Code:
 
 @dataclass(frozen=True)
 class Plot:
-    """One drawing; `narrow` is drawn for small screens and may be the same."""
+    """One drawing, made when it is asked for.
+
+    Attributes:
+        draw: gives the SVG for a width and a height in inches.
+        inches: both, of the drawing.
+        narrow_inches: the same for small screens; None where the one drawing does for all.
+        bars: the same as a table with bars, for where nothing can be drawn.
+    """
 
     title: str
-    svg: str
+    draw: Callable[[Inches], str]
+    inches: Inches
     note: str = ""
-    narrow: str = ""
+    narrow_inches: Inches | None = None
+    bars: Table | None = None
+
+    @cached_property
+    def svg(self) -> str:
+        return self.draw(self.inches)
+
+    @cached_property
+    def narrow(self) -> str:
+        """The drawing for small screens, empty where there is none."""
+        return "" if self.narrow_inches is None else self.draw(self.narrow_inches)
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,9 @@
 
 from peftcli.report.blocks import Block, Collapsed, Report, Section
 from peftcli.report.data import data_section
+from peftcli.report.format import text
 from peftcli.report.html import render_page
-from peftcli.report.load import Stages, load_stages, text
+from peftcli.report.load import Stages, load_stages
 from peftcli.report.markdown import render_markdown
 from peftcli.report.metrics import classes_section, metric_table
 from peftcli.report.overview import gates, status, subtitle, tiles, verdict, warnings
@@ -54,11 +55,11 @@ def make_report(stages: Stages) -> Report:
     )
     word, tone = status(stages)
     return Report(
-        name=text(stages.plan, "name"),
+        name=text(stages.plan.name),
         subtitle=subtitle(stages),
         status=word,
         status_tone=tone,
-        smoke=bool(stages.plan.get("smoke") or stages.metrics.get("smoke")),
+        smoke=stages.plan.smoke or stages.metrics.smoke,
         verdict=verdict(stages),
         warnings=warnings(stages),
         tiles=tiles(stages),

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from peftcli.report.blocks import Block, Cell, Plot, Plots, Report, Section, Table, Tile, facts, table
@@ -11,13 +12,13 @@ from peftcli.report.html import render_page
 from peftcli.report.markdown import render_markdown
 from peftcli.report.metrics import BY_KEY, Metric
 from peftcli.report.plots import FAINT, INK, LINE, NARROW, RAW, WIDE, drawing
+from peftcli.results import CompareJson, LearningCurve, VariantRow
 from peftcli.run_dir import write_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-Row = Mapping[str, Any]
 Write = Callable[[float | None], str]
 
 BEST, ON_FRONT = "★", "◆"
@@ -40,18 +41,18 @@ LOGARITHMIC_FROM = 20.0
 """Largest over smallest cost from which an axis is logarithmic."""
 
 
-def write_comparison(comparison: Mapping[str, Any], folder: Any) -> None:
+def write_comparison(comparison: CompareJson, folder: Any) -> None:
     """Write `compare.md` and `compare.html` into a folder."""
     report = make_comparison(comparison)
     write_text(folder / "compare.md", render_markdown(report))
     write_text(folder / "compare.html", render_page(report))
 
 
-def make_comparison(comparison: Mapping[str, Any]) -> Report:
+def make_comparison(comparison: CompareJson) -> Report:
     """Make the report of a comparison from the content of `compare.json`."""
-    rows = comparison["variants"]
+    rows = comparison.variants
     metric = quality_metric(comparison)
-    finished = sum(row["status"] == "finished" for row in rows)
+    finished = sum(row.is_finished for row in rows)
     whole = finished == len(rows)
     sections = (
         _quality_section(rows, metric),
@@ -61,13 +62,13 @@ def make_comparison(comparison: Mapping[str, Any]) -> Report:
         _varied_section(rows),
     )
     return Report(
-        name=comparison["name"],
-        subtitle=" · ".join(part for part in (comparison["model"], comparison["task"]) if part),
+        name=comparison.name,
+        subtitle=" · ".join(part for part in (comparison.model, comparison.task) if part),
         status=f"✓ {several(finished, 'variant', 'variants')}" if whole else f"‖ {finished} of {len(rows)} finished",
         status_tone="good" if whole else "warn",
-        smoke=comparison["smoke"],
+        smoke=comparison.smoke,
         verdict=verdict(comparison),
-        warnings=(*failures(rows), *comparison["doubts"]),
+        warnings=(*failures(rows), *comparison.doubts),
         tiles=_tiles(rows, metric),
         gates=(),
         sections=tuple(section for section in sections if section is not None),
@@ -76,59 +77,57 @@ def make_comparison(comparison: Mapping[str, Any]) -> Report:
     )
 
 
-def quality_metric(comparison: Mapping[str, Any]) -> Metric | None:
+def quality_metric(comparison: CompareJson) -> Metric | None:
     """The metric that the variants are compared by."""
-    quality = comparison["quality"]
-    return None if quality is None else BY_KEY[quality["key"]]
+    quality = comparison.quality
+    return None if quality is None else BY_KEY[quality.key]
 
 
-def verdict(comparison: Mapping[str, Any]) -> str:
+def verdict(comparison: CompareJson) -> str:
     """Which variant is best, how sure that is, and which is the cheapest that is nearly as good."""
-    rows, metric = comparison["variants"], quality_metric(comparison)
-    best = next((row for row in rows if "quality" in row["best"]), None)
-    if metric is None and any(row["status"] == "finished" for row in rows):
+    rows, metric = comparison.variants, quality_metric(comparison)
+    best = next((row for row in rows if "quality" in row.best), None)
+    if metric is None and any(row.is_finished for row in rows):
         return "No variant was scored on held-out rows, so nothing here says which is best."
     if metric is None or best is None:
         return "No two finished variants with different scores, so there is nothing to choose between yet."
-    number = comparison["quality"]["rows"]
+    number = comparison.quality.rows if comparison.quality else None
     on = f" on {number:,} held-out rows" if number else ""
     title = metric.title.split(",")[0]
-    said = f"{best['name']} has the best {title[0].lower() + title[1:]}, {metric.write(best['quality'])}{on}."
-    near = [row for row in rows if row is not best and row["status"] == "finished" and _overlap(row, best)]
+    said = f"{best.name} has the best {title[0].lower() + title[1:]}, {metric.write(best.quality)}{on}."
+    near = [row for row in rows if row is not best and row.is_finished and _overlap(row, best)]
     if not near:
         return said
     said += f" That does not settle it: the 95 % {_intervals(near)}."
-    cheapest = min((row for row in [best, *near] if row["adapter_bytes"]), key=_bytes, default=best)
+    cheapest = min(
+        (row for row in [best, *near] if row.adapter_bytes), key=lambda row: row.adapter_bytes or 0, default=best
+    )
     if cheapest is not best:
-        said += f" The smallest adapter of these is that of {cheapest['name']}, {size(cheapest['adapter_bytes'])}."
+        said += f" The smallest adapter of these is that of {cheapest.name}, {size(cheapest.adapter_bytes)}."
     return said
 
 
-def _bytes(row: Row) -> float:
-    return float(row["adapter_bytes"])
-
-
-def _intervals(near: Sequence[Row]) -> str:
-    names = [row["name"] for row in near[:3]] + ([f"{len(near) - 3} more"] if len(near) > 3 else [])
+def _intervals(near: Sequence[VariantRow]) -> str:
+    names = [row.name for row in near[:3]] + ([f"{len(near) - 3} more"] if len(near) > 3 else [])
     joined = " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
     return (
         f"{'interval' if len(near) == 1 else 'intervals'} of {joined} {'overlaps' if len(near) == 1 else 'overlap'} its"
     )
 
 
-def _overlap(one: Row, other: Row) -> bool:
-    first, second = one["interval"], other["interval"]
+def _overlap(one: VariantRow, other: VariantRow) -> bool:
+    first, second = one.interval, other.interval
     return bool(first and second and first[0] <= second[1] and second[0] <= first[1])
 
 
-def failures(rows: Sequence[Row]) -> list[str]:
+def failures(rows: Sequence[VariantRow]) -> list[str]:
     """One sentence for each variant that ended with an error."""
     said = []
     for row in rows:
-        if row["error"] is None:
+        if row.error is None:
             continue
-        first = row["error"].splitlines()[0]
-        said.append(f"{row['name']}: {row['status']}, exit code {row['exit_code']}: {first}")
+        first = row.error.splitlines()[0]
+        said.append(f"{row.name}: {row.status}, exit code {row.exit_code}: {first}")
     return said
 
 
@@ -143,19 +142,19 @@ def signed(write: Write) -> Write:
     return written
 
 
-def label(number: int, row: Row) -> str:
+def label(number: int, row: VariantRow) -> str:
     """How a variant is called in tables; the drawings show its number."""
-    return f"{number} {row['name']}"
+    return f"{number} {row.name}"
 
 
-def cell(row: Row, key: str, write: Write) -> Cell | str:
+def cell(row: VariantRow, key: str, write: Write) -> Cell | str:
     """A figure of a variant, with the signs of the best one and of the front."""
-    signs = (BEST if key in row["best"] else "") + (ON_FRONT if key in row["front"] else "")
-    written = write(row[key]) + (f"\N{NO-BREAK SPACE}{signs}" if signs else "")
-    return Cell(written, "good") if key in row["best"] else written
+    signs = (BEST if key in row.best else "") + (ON_FRONT if key in row.front else "")
+    written = write(row.figure(key)) + (f"\N{NO-BREAK SPACE}{signs}" if signs else "")
+    return Cell(written, "good") if key in row.best else written
 
 
-def _quality_section(rows: Sequence[Row], metric: Metric | None) -> Section | None:
+def _quality_section(rows: Sequence[VariantRow], metric: Metric | None) -> Section | None:
     if metric is None:
         return None
     optional: list[tuple[str, str, Write]] = [
@@ -163,11 +162,11 @@ def _quality_section(rows: Sequence[Row], metric: Metric | None) -> Section | No
         ("retention_change", "Forgetting ↓", signed(significant)),
         ("merge_top1_agreement", "Merge top-1 ↑", percent),
     ]
-    columns = [one for one in optional if one[0] != metric.key and any(row[one[0]] is not None for row in rows)]
-    with_interval = any(row["interval"] for row in rows)
+    columns = [one for one in optional if one[0] != metric.key and any(row.figure(one[0]) is not None for row in rows)]
+    with_interval = any(row.interval for row in rows)
     made = []
     for number, row in enumerate(rows, start=1):
-        bounds = row["interval"]
+        bounds = row.interval
         known = DASH if bounds is None else " to ".join(f"{bound:.3f}" for bound in bounds)
         cells = [cell(row, key, write) for key, _, write in columns]
         quality = cell(row, "quality", metric.write)
@@ -178,16 +177,16 @@ def _quality_section(rows: Sequence[Row], metric: Metric | None) -> Section | No
     return Section("quality", "Quality", (table(titles, made, numeric=numeric, note=note),))
 
 
-def _quality_note(rows: Sequence[Row], metric: Metric) -> str:
-    bases = {row["base_quality"] for row in rows if row["base_quality"] is not None}
+def _quality_note(rows: Sequence[VariantRow], metric: Metric) -> str:
+    bases = {row.base_quality for row in rows if row.base_quality is not None}
     parts = [SIGNS]
     parts += [f"The base without adapter has {metric.write(bases.pop())}."] if len(bases) == 1 else []
-    if any(row["retention_change"] is not None for row in rows):
+    if any(row.retention_change is not None for row in rows):
         parts.append("Forgetting: how much the loss on another text grew, nats per token.")
     return " ".join(parts)
 
 
-def _cost_section(rows: Sequence[Row]) -> Section | None:
+def _cost_section(rows: Sequence[VariantRow]) -> Section | None:
     columns: tuple[tuple[str, str, Write], ...] = (
         ("trainable_parameters", "Trainable ↓", count),
         ("trainable_share", "Share", percent),
@@ -197,7 +196,7 @@ def _cost_section(rows: Sequence[Row]) -> Section | None:
         ("seconds", "Time ↓", duration),
         ("tokens_per_second", "Tokens/s ↑", significant),
     )
-    shown = [one for one in columns if any(row[one[0]] is not None for row in rows)]
+    shown = [one for one in columns if any(row.figure(one[0]) is not None for row in rows)]
     if not shown:
         return None
     made = [
@@ -208,12 +207,12 @@ def _cost_section(rows: Sequence[Row]) -> Section | None:
     return Section("cost", "What it costs", (table(titles, made, numeric=range(1, len(titles)), note=SIGNS),))
 
 
-def _front_section(comparison: Mapping[str, Any], rows: Sequence[Row], metric: Metric | None) -> Section | None:
-    fronts = comparison["fronts"]
+def _front_section(comparison: CompareJson, rows: Sequence[VariantRow], metric: Metric | None) -> Section | None:
+    fronts = comparison.fronts
     if metric is None or not fronts:
         return None
     blocks: list[Block] = [*front_plots(rows, fronts, metric, COST_NAMES)]
-    numbers = {row["name"]: label(number, row) for number, row in enumerate(rows, start=1)}
+    numbers = {row.name: label(number, row) for number, row in enumerate(rows, start=1)}
     blocks.append(
         facts((COST_NAMES[cost], ", ".join(numbers[name] for name in names)) for cost, names in fronts.items())
     )
@@ -224,14 +223,14 @@ def _front_section(comparison: Mapping[str, Any], rows: Sequence[Row], metric: M
     return Section("fronts", "Quality against cost", tuple(blocks), lead)
 
 
-def _curve_section(comparison: Mapping[str, Any], metric: Metric | None) -> Section | None:
-    curves = comparison["curves"]
+def _curve_section(comparison: CompareJson, metric: Metric | None) -> Section | None:
+    curves = comparison.curves
     if metric is None or not curves:
         return None
     rows = [
-        (count(point["rows"]), curve["name"] or DASH, metric.write(point["quality"]), point["variant"])
+        (count(point.rows), curve.name or DASH, metric.write(point.quality), point.variant)
         for curve in curves
-        for point in curve["points"]
+        for point in curve.points
     ]
     titles = ("Training rows", "Varied besides", metric.heading, "Variant")
     kept = (0, 1, 2, 3) if len(curves) > 1 else (0, 2, 3)
@@ -242,17 +241,17 @@ def _curve_section(comparison: Mapping[str, Any], metric: Metric | None) -> Sect
     return Section("rows", "Learning curve", (curve_plots(curves, metric), made), lead)
 
 
-def _varied_section(rows: Sequence[Row]) -> Section | None:
-    keys = list(dict.fromkeys(key for row in rows for key in row["varied"]))
+def _varied_section(rows: Sequence[VariantRow]) -> Section | None:
+    keys = list(dict.fromkeys(key for row in rows for key in row.varied))
     titles = ["Variant", *keys, "Rows", "Steps", "Run", "Status"]
-    made = [
+    made: list[list[Cell | str]] = [
         [
             label(number, row),
-            *(_varied(key, row["varied"].get(key, DASH)) for key in keys),
-            count(row["train_rows"]),
-            count(row["steps"]),
-            row["run"],
-            Cell(row["status"], "" if row["status"] == "finished" else "bad"),
+            *(_varied(key, row.varied.get(key, DASH)) for key in keys),
+            count(row.train_rows),
+            count(row.steps),
+            row.run,
+            Cell(row.status, "" if row.is_finished else "bad"),
         ]
         for number, row in enumerate(rows, start=1)
     ]
@@ -265,7 +264,7 @@ def _varied(key: str, value: str) -> str:
     return "all" if key == "dataset.max_train_samples" and value == "null" else value
 
 
-def _tiles(rows: Sequence[Row], metric: Metric | None) -> tuple[Tile, ...]:
+def _tiles(rows: Sequence[VariantRow], metric: Metric | None) -> tuple[Tile, ...]:
     wanted: list[tuple[str, str, Write]] = [
         ("adapter_bytes", "Smallest adapter", size),
         ("peak_memory_bytes", "Least memory", size),
@@ -276,9 +275,9 @@ def _tiles(rows: Sequence[Row], metric: Metric | None) -> tuple[Tile, ...]:
         wanted.insert(0, ("quality", f"Best {metric.title.split(',')[0].lower()}", metric.write))
     found = []
     for key, title, write in wanted:
-        best = next((row for row in rows if key in row["best"]), None)
+        best = next((row for row in rows if key in row.best), None)
         if best is not None:
-            found.append(Tile(title, write(best[key]), best["name"]))
+            found.append(Tile(title, write(best.figure(key)), best.name))
     return tuple(found)
 
 
@@ -294,7 +293,7 @@ class Point:
 
 
 def front_plots(
-    rows: Sequence[Row], fronts: Mapping[str, Sequence[str]], metric: Metric, names: Mapping[str, str]
+    rows: Sequence[VariantRow], fronts: Mapping[str, Sequence[str]], metric: Metric, names: Mapping[str, str]
 ) -> list[Plots]:
     """One drawing for each cost, two or three beside each other.
 
@@ -306,20 +305,20 @@ def front_plots(
     found = []
     for cost, front in fronts.items():
         points = [
-            Point(number, row[cost], row["quality"], _bounds(row), row["name"] in front)
+            Point(number, paid, row.quality, _bounds(row), row.name in front)
             for number, row in enumerate(rows, start=1)
-            if row["status"] == "finished" and row[cost] is not None and row["quality"] is not None
+            if row.is_finished and (paid := row.figure(cost)) is not None and row.quality is not None
         ]
         factor, unit = _unit(cost, [point.cost for point in points])
         scaled = [Point(p.number, p.cost / factor, p.quality, p.bounds, p.on_front) for p in points]
         axis = f"{names[cost]}, {unit}"
-        found.append(Plot(f"Against {names[cost]}", _front_svg(scaled, metric, axis)))
+        found.append(Plot(f"Against {names[cost]}", partial(_front_svg, scaled, metric, axis), FRONT))
     beside = 2 if len(found) % 3 else 3
     return [Plots((), tuple(found[first : first + beside])) for first in range(0, len(found), beside)]
 
 
-def _bounds(row: Row) -> tuple[float, float] | None:
-    return None if row["interval"] is None else (row["interval"][0], row["interval"][1])
+def _bounds(row: VariantRow) -> tuple[float, float] | None:
+    return None if row.interval is None else (row.interval[0], row.interval[1])
 
 
 def _unit(cost: str, values: Sequence[float]) -> tuple[float, str]:
@@ -334,11 +333,11 @@ def _unit(cost: str, values: Sequence[float]) -> tuple[float, str]:
     return 1.0, "nats per token"
 
 
-def _front_svg(points: Sequence[Point], metric: Metric, axis: str) -> str:
-    width, height = FRONT
+def _front_svg(points: Sequence[Point], metric: Metric, axis: str, inches: tuple[float, float]) -> str:
+    width, height = inches
     frame = (0.62 / width, 0.5 / height, (width - 0.77) / width, (height - 0.62) / height)
     title = f"{metric.title.split(',')[0]} against {axis}"
-    return drawing(title, FRONT, lambda axes: _draw_front(axes, points, metric, axis), frame)
+    return drawing(title, inches, lambda axes: _draw_front(axes, points, metric, axis), frame)
 
 
 def _draw_front(axes: "Axes", points: Sequence[Point], metric: Metric, axis: str) -> None:
@@ -412,7 +411,7 @@ def _is_free(x: float, y: float, taken: Sequence[tuple[float, float]], apart: fl
     return all(math.hypot(x - other[0], y - other[1]) >= apart for other in taken)
 
 
-def curve_plots(curves: Sequence[Row], metric: Metric) -> Plots:
+def curve_plots(curves: Sequence[LearningCurve], metric: Metric) -> Plots:
     """Quality over the number of training rows, one curve for each group of runs."""
     title = f"{metric.title.split(',')[0]} over training rows"
 
@@ -431,28 +430,28 @@ def curve_plots(curves: Sequence[Row], metric: Metric) -> Plots:
             "v": "pointing down",
             "P": "crosses",
         }
-        named = [f"{signs[MARKS[i % len(MARKS)]]} {curve['name'] or 'the others'}" for i, curve in enumerate(curves)]
+        named = [f"{signs[MARKS[i % len(MARKS)]]} {curve.name or 'the others'}" for i, curve in enumerate(curves)]
         note = f"{note} {'; '.join(named)}."
-    return Plots((Plot(title, drawn(WIDE), note, drawn(NARROW)),), ())
+    return Plots((Plot(title, drawn, WIDE, note, narrow_inches=NARROW),), ())
 
 
-def _draw_curves(axes: "Axes", curves: Sequence[Row], metric: Metric) -> None:
+def _draw_curves(axes: "Axes", curves: Sequence[LearningCurve], metric: Metric) -> None:
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
     for number, curve in enumerate(curves):
-        points = curve["points"]
+        points = curve.points
         for point in points:
-            if point["interval"] is not None:
-                axes.plot([point["rows"]] * 2, point["interval"], color=RAW, linewidth=1.0)
+            if point.interval is not None:
+                axes.plot([point.rows] * 2, point.interval, color=RAW, linewidth=1.0)
         mark, dash = MARKS[number % len(MARKS)], DASHES[number % len(DASHES)]
-        line = [(point["rows"], point["quality"]) for point in points]
+        line = [(point.rows, point.quality) for point in points]
         axes.plot(*zip(*line, strict=True), marker=mark, linestyle=dash, color=LINE, linewidth=1.6, markersize=5.5)
     axes.set_xscale("log")
-    points = [point for curve in curves for point in curve["points"]]
-    _scale(axes, [value for point in points for value in (point["quality"], *(point["interval"] or ()))], metric)
+    everywhere = [point for curve in curves for point in curve.points]
+    _scale(axes, [value for point in everywhere for value in (point.quality, *(point.interval or ()))], metric)
     axes.margins(x=0.04)
     _ticks(axes)
-    axes.set_xticks(sorted({point["rows"] for curve in curves for point in curve["points"]}))
+    axes.set_xticks(sorted({point.rows for point in everywhere}))
     axes.set_xticks([], minor=True)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: count(value)))
     axes.xaxis.set_minor_formatter(NullFormatter())

@@ -1,8 +1,9 @@
 """The data section of the report: rows in and out, labels, token lengths, checks and a preview."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from math import ceil
+from typing import TYPE_CHECKING
 
 from peftcli.report.blocks import (
     Block,
@@ -21,9 +22,21 @@ from peftcli.report.blocks import (
     facts,
     table,
 )
-from peftcli.report.format import DASH, compact, count, several, share, without_home
-from peftcli.report.load import Stages, figure, find, objects, text
+from peftcli.report.format import DASH, compact, count, several, share, text, without_home
+from peftcli.report.load import Stages
 from peftcli.report.plots import INK, LINE, NARROW, RAW, WIDE, drawing
+from peftcli.results import (
+    Counts,
+    DataColumn,
+    DataJson,
+    HeldOutPair,
+    Histogram,
+    Lengths,
+    RowPair,
+    SideCounts,
+    SideTokens,
+    Spread,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -51,14 +64,6 @@ RARE_ROWS = (
 """Shown where there are any."""
 LABELLED = ("classification", "tagging", "images")
 """Formats whose rows have labels and no end token to learn."""
-TOKEN_SIDES = (("Training", "train", "trained"), ("Held out", "test", "test_trained"))
-ALIKE = (
-    ("Held out, also in training", "leaked_examples", "test", "train"),
-    ("Held out, nearly in training", "near_leaked_examples", "test", "train"),
-    ("Equal to an earlier row", "duplicate_examples", "row", "first"),
-    ("Nearly equal to an earlier row", "near_duplicate_examples", "row", "first"),
-    ("Text of an earlier row, another label", "conflicting_examples", "row", "first"),
-)
 SCANNED = (
     ("control_characters", "control characters"),
     ("replacement_characters", "replacement characters"),
@@ -75,7 +80,6 @@ RESULTS: dict[str, tuple[str, Tone]] = {
 LEGEND = (Span("prompt", "read"), Span("trained", "trained"), Span("dropped", "cut off"))
 
 MOST_LABELS = 12
-SPREAD = (("min", "Least"), ("median", "Median"), ("max", "Most"), ("mean", "Mean"), ("deviation", "Deviation"))
 WORDS = (
     ("Words", "words"),
     ("Within an entity", "tagged"),
@@ -85,21 +89,21 @@ WORDS = (
     ("Going on with no entity", "odd_tags"),
 )
 
-MOST_BARS = 400
+MOST_BARS, MOST_TEXT_BARS = 400, 10
+"""Of the drawing of the lengths, and of the same as text."""
 
 
 def data_section(stages: Stages) -> Section | None:
     """Rows and tokens: what came in, what was left out, what was trained."""
     data = stages.data
-    if not data:
+    if data is None:
         return None
     left = [_row_table(data), _sources(data)]
-    images = find(data, "format") == "images"
-    right = [None if images else _token_table(data), _dropped(data), _joins(data), _truncated(data)]
+    right = [None if stages.is_images else _token_table(data), _dropped(data), _joins(data), _truncated(data)]
     blocks: list[Block | None] = [
         _warnings(data),
         SideBySide((_present(left), _present(right))),
-        None if images else length_plots(data),
+        None if stages.is_images else length_plots(data),
         label_table(data),
         number_table(data),
         word_table(data),
@@ -120,255 +124,256 @@ def _folded(title: str, made: Table | None) -> Collapsed | None:
     return None if made is None else Collapsed(title, made)
 
 
-def _strings(data: dict[str, Any], *keys: str) -> list[str]:
-    found = find(data, *keys)
-    return [without_home(text(part)) for part in found] if isinstance(found, list) else []
+def _warnings(data: DataJson) -> Notices | None:
+    """Checks that failed and warnings; a check that warns is among the latter."""
+    failed = [text(check.said) for check in data.checks if check.result == "fail"]
+    said = dict.fromkeys((*failed, *data.warnings))
+    return Notices(tuple(map(without_home, said))) if said else None
 
 
-def _warnings(data: dict[str, Any]) -> Notices | None:
-    said = _strings(data, "warnings")
-    return Notices(tuple(said)) if said else None
-
-
-def _row_table(data: dict[str, Any]) -> Table:
-    expected = figure(data, "eos_expected_rows")
-    labelled = find(data, "format") in LABELLED
+def _row_table(data: DataJson) -> Table:
+    labelled = data.format in LABELLED
     shown = [row for row in ROWS if not (labelled and row[1] == "eos_trained_rows")]
-    shown += [row for row in RARE_ROWS if figure(data, row[1])]
+    shown += [row for row in RARE_ROWS if getattr(data, row[1])]
     rows = []
     for title, key, of in shown:
-        whole = expected if key == "eos_trained_rows" and expected is not None else figure(data, of)
-        rows.append((title, count(figure(data, key)), share(figure(data, key), whole)))
+        ends = key == "eos_trained_rows" and data.eos_expected_rows is not None
+        whole = data.eos_expected_rows if ends else getattr(data, of)
+        rows.append((title, count(getattr(data, key)), share(getattr(data, key), whole)))
     return table(("Rows", "Number", "Share"), rows, numeric=(1, 2))
 
 
-def _sources(data: dict[str, Any]) -> Table | None:
-    sources = objects(data, "sources")
-    if not sources:
+def _sources(data: DataJson) -> Table | None:
+    if not data.sources:
         return None
-    optional = (("Read as", "read_as"), ("Weight", "weight"))
-    more = [(title, key) for title, key in optional if any(find(source, key) is not None for source in sources)]
+    read_as = any(source.read_as is not None for source in data.sources)
+    weight = any(source.weight is not None for source in data.sources)
     rows = [
         [
-            without_home(text(source, "path")),
-            count(figure(source, "rows")),
-            *(without_home(text(source, key)).replace("_", " ") for _, key in more),
+            without_home(text(source.path)),
+            count(source.rows),
+            *([without_home(text(source.read_as)).replace("_", " ")] if read_as else []),
+            *([text(source.weight)] if weight else []),
         ]
-        for source in sources
+        for source in data.sources
     ]
-    return table(("Source", "Rows", *(title for title, _ in more)), rows, numeric=(1,))
+    titles = ("Source", "Rows", *(["Read as"] if read_as else []), *(["Weight"] if weight else []))
+    return table(titles, rows, numeric=(1,))
 
 
-def _joins(data: dict[str, Any]) -> Table | None:
-    joins = objects(data, "joins")
-    if not joins:
+def _joins(data: DataJson) -> Table | None:
+    if not data.joins:
         return None
     rows = [
-        (without_home(text(join, "path")), text(join, "on"), count(figure(join, "rows")), _unmatched(join))
-        for join in joins
+        (without_home(text(join.path)), text(join.on), count(join.rows), _unmatched(join.unmatched))
+        for join in data.joins
     ]
     return table(("Joined with", "On", "Rows", "Unmatched"), rows, numeric=(2, 3))
 
 
-def _unmatched(join: dict[str, Any]) -> Cell:
-    unmatched = figure(join, "unmatched")
-    return Cell(count(unmatched), "warn" if unmatched else "" if unmatched == 0 else "quiet")
+def _unmatched(number: int | None) -> Cell:
+    return Cell(count(number), "warn" if number else "" if number == 0 else "quiet")
 
 
-def _dropped(data: dict[str, Any]) -> Table | None:
-    dropped = find(data, "dropped")
-    if not dropped or not isinstance(dropped, dict):
+def _dropped(data: DataJson) -> Table | None:
+    if not data.dropped:
         return None
-    places = {reason: ", ".join(_strings(data, "dropped_examples", reason)) for reason in dropped}
+    places = {reason: ", ".join(map(without_home, data.dropped_examples.get(reason, ()))) for reason in data.dropped}
     if not any(places.values()):
-        rows = [(str(reason), count(figure(dropped, reason))) for reason in dropped]
+        rows = [(reason, count(number)) for reason, number in data.dropped.items()]
         return table(("Reason to drop", "Rows"), rows, numeric=(1,))
-    wide = [(str(reason), count(figure(dropped, reason)), places[reason] or DASH) for reason in dropped]
+    wide = [(reason, count(number), places[reason] or DASH) for reason, number in data.dropped.items()]
     return table(("Reason to drop", "Rows", "First at"), wide, numeric=(1,))
 
 
-def _truncated(data: dict[str, Any]) -> Table | None:
-    places = _strings(data, "truncated_examples")
-    return table(("Cut at the maximum length, the first of them",), [[place] for place in places]) if places else None
+def _truncated(data: DataJson) -> Table | None:
+    if not data.truncated_examples:
+        return None
+    rows = [[without_home(place)] for place in data.truncated_examples]
+    return table(("Cut at the maximum length, the first of them",), rows)
 
 
-def _token_table(data: dict[str, Any]) -> Table:
-    tokens = [(side, figure(data, "tokens", a), figure(data, "tokens", b)) for side, a, b in TOKEN_SIDES]
-    lengths = ", ".join(f"{key} {compact(figure(data, 'length', key))}" for key in ("min", "median", "p95", "max"))
-    note = f"Tokens of a training row: {lengths}; the maximum length is {compact(figure(data, 'max_length'))}."
-    if find(data, "format") == "classification":  # a class belongs to a row, not to its tokens
-        return table(("Tokens", "All"), [(side, count(whole)) for side, whole, _ in tokens], numeric=(1,), note=note)
-    rows = [(side, count(whole), count(part), share(part, whole)) for side, whole, part in tokens]
+def _token_table(data: DataJson) -> Table:
+    tokens, length = data.tokens or SideTokens(), data.length or Lengths()
+    sides = (("Training", tokens.train, tokens.trained), ("Held out", tokens.test, tokens.test_trained))
+    named = (("min", length.min), ("median", length.median), ("p95", length.p95), ("max", length.max))
+    lengths = ", ".join(f"{name} {compact(value)}" for name, value in named)
+    note = f"Tokens of a training row: {lengths}; the maximum length is {compact(data.max_length)}."
+    if data.format == "classification":  # a class belongs to a row, not to its tokens
+        return table(("Tokens", "All"), [(side, count(whole)) for side, whole, _ in sides], numeric=(1,), note=note)
+    rows = [(side, count(whole), count(part), share(part, whole)) for side, whole, part in sides]
     return table(("Tokens", "All", "Trained or scored", "Share"), rows, numeric=(1, 2, 3), note=note)
 
 
-def _checks(data: dict[str, Any]) -> Table | None:
-    checks = objects(data, "checks")
-    if not checks:
+def _checks(data: DataJson) -> Table | None:
+    if not data.checks:
         return None
     rows = []
-    for check in checks:
-        word, tone = RESULTS.get(text(check, "result"), (text(check, "result"), ""))
-        rows.append((text(check, "name"), Cell(word, tone), without_home(text(check, "said"))))
+    for check in data.checks:
+        word, tone = RESULTS.get(text(check.result), (text(check.result), ""))
+        rows.append((text(check.name), Cell(word, tone), without_home(text(check.said))))
     return table(("Check", "Result", "Said"), rows)
 
 
-def _preview(data: dict[str, Any]) -> Preview | None:
+def _preview(data: DataJson) -> Preview | None:
     rows = []
-    for row in objects(data, "preview"):
-        spans = tuple(Span(text(part, "kind"), text(part, "text")) for part in objects(row, "parts"))
-        about = f"{count(figure(row, 'tokens'))} tokens" if figure(row, "tokens") is not None else "an image"
-        if "trained" not in row or row["trained"] is not None:
-            about += f", {count(figure(row, 'trained'))} trained"
-        rows.append(PreviewRow(without_home(text(row, "place")), about, spans))
+    for row in data.preview:
+        spans = tuple(Span(part.kind, part.text) for part in row.parts)
+        about = "an image" if row.tokens is None else f"{count(row.tokens)} tokens"
+        about += "" if row.trained is None else f", {count(row.trained)} trained"
+        rows.append(PreviewRow(without_home(text(row.place)), about, spans))
     return Preview("What the trainer does with a row", LEGEND, tuple(rows)) if rows else None
 
 
-def _alike(data: dict[str, Any]) -> Table | None:
-    rows = [
-        (title, without_home(text(pair, one)), without_home(text(pair, other)))
-        for title, key, one, other in ALIKE
-        for pair in objects(data, key)
-    ]
+def _alike(data: DataJson) -> Table | None:
+    pairs: tuple[tuple[str, Sequence[HeldOutPair | RowPair]], ...] = (
+        ("Held out, also in training", data.leaked_examples),
+        ("Held out, nearly in training", data.near_leaked_examples),
+        ("Equal to an earlier row", data.duplicate_examples),
+        ("Nearly equal to an earlier row", data.near_duplicate_examples),
+        ("Text of an earlier row, another label", data.conflicting_examples or ()),
+    )
+    rows = [(title, *(without_home(text(place)) for place in one.places)) for title, found in pairs for one in found]
     return table(("Alike", "Row", "Stands already at"), rows) if rows else None
 
 
-def _columns(data: dict[str, Any]) -> Table | None:
-    columns = objects(data, "columns")
-    if not columns:
+def _columns(data: DataJson) -> Table | None:
+    if not data.columns:
         return None
-    several_sources = len({text(column, "source") for column in columns}) > 1
+    several_sources = len({column.source for column in data.columns}) > 1
     rows = [
         (
-            text(column, "column"),
-            *([without_home(text(column, "source"))] if several_sources else []),
-            count(figure(column, "rows")),
-            count(figure(column, "null")),
-            count(figure(column, "empty")),
-            text(column, "types"),
+            text(column.column),
+            *([without_home(text(column.source))] if several_sources else []),
+            count(column.rows),
+            count(column.null),
+            count(column.empty),
+            text(column.types),
             _found(column),
         )
-        for column in columns
+        for column in data.columns
     ]
     named = ("Column", "Source") if several_sources else ("Column",)
     numeric = range(len(named), len(named) + 3)
     return table((*named, "Rows", "Null", "Empty", "Types", "Found"), rows, numeric=numeric)
 
 
-def _found(column: dict[str, Any]) -> str:
+def _found(column: DataColumn) -> str:
     parts = []
     for key, title in SCANNED:
-        if number := figure(column, key):
-            first = _strings(column, "first", key)
-            at = f" (first {first[0]})" if first else ""
+        if number := getattr(column, key):
+            first = column.first.get(key)
+            at = f" (first {without_home(first[0])})" if first else ""
             parts.append(f"{title} in {several(number, 'row', 'rows')}{at}")
     return ", ".join(parts) or "nothing of note"
 
 
-def _identity(data: dict[str, Any]) -> Block:
-    split = find(data, "split")
+def _identity(data: DataJson) -> Block:
     return facts(
         (
-            ("Format", text(data, "format").replace("_", " + ")),
-            ("Split", text(split).replace("_", " ") if split else None),
-            ("Fingerprint, training", text(data, "fingerprint", "train")[:16]),
-            ("Fingerprint, held out", text(data, "fingerprint", "test")[:16]),
+            ("Format", text(data.format).replace("_", " + ")),
+            ("Split", text(data.split).replace("_", " ") if data.split else None),
+            ("Fingerprint, training", text(data.fingerprint.train)[:16]),
+            ("Fingerprint, held out", text(data.fingerprint.test)[:16]),
         )
     )
 
 
-def label_table(data: dict[str, Any]) -> Table | None:
+def label_table(data: DataJson) -> Table | None:
     """How often each answer or class stands on either side, the most frequent first."""
-    sides = {side: _counts(find(data, "labels", side)) for side in ("train", "test")}
-    values = sorted({**sides["train"], **sides["test"]}, key=lambda value: -sides["train"].get(value, 0))
+    labels = data.labels
+    if labels is None:
+        return None
+    train, test = _known(labels.train), _known(labels.test or {})
+    values = sorted({**train, **test}, key=lambda value: -train.get(value, 0))
     if not values:
         return None
     # Of many values only the most frequent are stored, so the shares are those of all rows, or of all tagged words.
-    totals = {side: _total(data, side) if found else None for side, found in sides.items()}
-    highest = max(sides["train"].values(), default=0)
+    totals = labels.total or SideCounts(train=data.train_rows, test=data.test_rows)
+    highest = max(train.values(), default=0)
     rows = []
     for value in values[:MOST_LABELS]:
-        number = sides["train"].get(value, 0)
-        bar = Cell(share(number, totals["train"]), bar=number / highest if highest else 0)
-        rows.append((value, count(number), bar, share(sides["test"].get(value, 0), totals["test"])))
-    distinct = figure(data, "labels", "distinct") or len(values)
+        number = train.get(value, 0)
+        bar = Cell(share(number, totals.train), bar=number / highest if highest else 0)
+        rows.append((value, count(number), bar, share(test.get(value, 0), totals.test if test else None)))
+    distinct = labels.distinct or len(values)
     more = several(distinct - len(rows), "more value", "more values")
     note = f"{more} not shown." if distinct > len(rows) else ""
-    of = text(data, "labels", "of").capitalize() if find(data, "labels", "of") else "Value"
+    of = "Value" if labels.of is None else labels.of.capitalize()
     return table((of, "Training", "Share", "Held out"), rows, numeric=(1, 3), note=note)
 
 
-def number_table(data: dict[str, Any]) -> Table | None:
+def _known(counts: Counts) -> dict[str, int]:
+    return {value: number for value, number in counts.items() if number is not None}
+
+
+def number_table(data: DataJson) -> Table | None:
     """The spread of the numbers of a regression on both sides."""
-    if not isinstance(find(data, "numbers"), dict):
+    numbers = data.numbers
+    if numbers is None:
         return None
+    sides: tuple[tuple[str, Spread | None], ...] = (("Training", numbers.train), ("Held out", numbers.test))
     rows = [
-        (title, *(compact(figure(data, "numbers", side, key)) for key, _ in SPREAD))
-        for title, side in (("Training", "train"), ("Held out", "test"))
-        if find(data, "numbers", side)
+        (title, compact(one.min), compact(one.median), compact(one.max), compact(one.mean), compact(one.deviation))
+        for title, one in sides
+        if one is not None
     ]
-    return table((text(data, "numbers", "of"), *(title for _, title in SPREAD)), rows, numeric=range(1, 6))
+    return table((text(numbers.of), "Least", "Median", "Most", "Mean", "Deviation"), rows, numeric=range(1, 6))
 
 
-def word_table(data: dict[str, Any]) -> Table | None:
+def word_table(data: DataJson) -> Table | None:
     """Words of tagged rows and entities by type, both sides together."""
-    words = find(data, "words")
-    if not isinstance(words, dict):
+    words = data.words
+    if words is None:
         return None
-    whole = figure(words, "words")
-    rows = [
-        (title, count(figure(words, key)), share(figure(words, key), whole))
-        for title, key in WORDS
-        if figure(words, key) or key == "words"
-    ]
-    entities = _counts(find(words, "entities"))
-    rows += [(f"Entities: {kind}", count(entities[kind]), "") for kind in list(entities)[:MOST_LABELS]]
+    numbers = [(title, getattr(words, key)) for title, key in WORDS if getattr(words, key) or key == "words"]
+    rows = [(title, count(number), share(number, words.words)) for title, number in numbers]
+    entities = list(_known(words.entities).items())
+    rows += [(f"Entities: {kind}", count(number), "") for kind, number in entities[:MOST_LABELS]]
     more = len(entities) - MOST_LABELS
     note = f"{several(more, 'more type', 'more types')} of entities not shown." if more > 0 else ""
     return table(("Words of all rows", "Number", "Share"), rows, numeric=(1, 2), note=note)
 
 
-def _total(data: dict[str, Any], side: str) -> float | None:
-    total = figure(data, "labels", "total", side)
-    return total if total is not None else figure(data, f"{side}_rows")
-
-
-def _counts(value: Any) -> dict[str, float]:
-    found = value if isinstance(value, dict) else {}
-    return {str(key): number for key in found if (number := figure(found, key)) is not None}
-
-
-def length_plots(data: dict[str, Any]) -> Plots | None:
+def length_plots(data: DataJson) -> Plots | None:
     """The lengths of the rows in tokens; None where they were not counted."""
-    edges, counts = bins(data)
+    edges, counts = bins(data.length_histogram or Histogram())
     if not counts:
         return None
-    limit, longest = figure(data, "max_length"), edges[-1]
-    edges = _even(edges)
+    limit, longest, shown = data.max_length, edges[-1], _even(edges)
     inside = limit if limit is not None and limit < longest else None
 
     def drawn(inches: tuple[float, float]) -> str:
-        return drawing("Rows by their length", inches, lambda axes: _draw(axes, edges, counts, inside), _frame(inches))
+        return drawing("Rows by their length", inches, lambda axes: _draw(axes, shown, counts, inside), _frame(inches))
 
-    note = _note(limit, inside, longest if longest > edges[-1] else None)
-    return Plots((Plot("Length of the rows", drawn(WIDE), note, drawn(NARROW)),), ())
+    note = _note(limit, inside, longest if longest > shown[-1] else None)
+    bars = _length_bars(edges, counts, inside)
+    return Plots((Plot("Length of the rows", drawn, WIDE, note, narrow_inches=NARROW, bars=bars),), ())
 
 
-def bins(data: dict[str, Any]) -> tuple[list[float], list[float]]:
-    """Edges and counts of the histogram; both empty where it is missing or not one."""
-    edges, counts = (_numbers(find(data, "length_histogram", key)) for key in ("edges", "counts"))
+def _length_bars(edges: Sequence[float], counts: Sequence[float], limit: float | None) -> Table:
+    """The histogram as a table of few bars, each of as many neighbours, from the first that is not empty."""
+    first = next((at for at, number in enumerate(counts) if number), 0)
+    step = -(-(len(counts) - first) // MOST_TEXT_BARS)
+    starts = range(first, len(counts), step)
+    sums = [sum(counts[at : at + step]) for at in starts]
+    bounds, highest = [*(edges[at] for at in starts), edges[-1]], max(*sums, 1)
+    rows = []
+    for (low, high), number in zip(pairwise(bounds), sums, strict=True):
+        # A row of as many tokens as an edge is in the bar above it.
+        mark = f"← max_length {count(limit)}" if limit is not None and low <= limit < high else ""
+        rows.append((f"{count(ceil(low))} to {count(ceil(high) - 1)}", Cell(count(number), bar=number / highest), mark))
+    return table(("Tokens of a row", "Rows", ""), rows)
+
+
+def bins(histogram: Histogram) -> tuple[Sequence[float], Sequence[float]]:
+    """Edges and counts of the histogram; both empty where they do not fit together."""
+    edges, counts = histogram.edges, histogram.counts
     whole = len(edges) == len(counts) + 1 and all(low < high for low, high in pairwise(edges))
-    return (edges, counts) if whole and 0 < len(counts) <= MOST_BARS else ([], [])
+    return (edges, counts) if whole and 0 < len(counts) <= MOST_BARS else ((), ())
 
 
-def _numbers(value: Any) -> list[float]:
-    """A list of figures; empty where it is none, or where one of them is missing."""
-    found = [figure({"value": part}, "value") for part in value] if isinstance(value, list) else []
-    known = [part for part in found if part is not None]
-    return known if len(known) == len(found) else []
-
-
-def _even(edges: list[float]) -> list[float]:
+def _even(edges: Sequence[float]) -> Sequence[float]:
     """The edges with the last bar as wide as the one before: it may hold all rows that are much longer."""
     if len(edges) < 3:
         return edges
@@ -391,7 +396,7 @@ def _frame(inches: tuple[float, float]) -> tuple[float, float, float, float]:
     return 0.6 / width, 0.42 / height, (width - 0.8) / width, (height - 0.72) / height
 
 
-def _draw(axes: "Axes", edges: list[float], counts: list[float], limit: float | None) -> None:
+def _draw(axes: "Axes", edges: Sequence[float], counts: Sequence[float], limit: float | None) -> None:
     # Imported here: the report of a run without data needs no matplotlib.
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 

@@ -7,8 +7,9 @@ so that text stays text wherever it is shown.
 import math
 import re
 import unicodedata
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 DASH = "\N{EN DASH}"
 MINUS = "\N{MINUS SIGN}"
@@ -48,6 +49,23 @@ def compact(value: float | None) -> str:
     if 1e-3 <= abs(value) < 1e4:
         return _signed(f"{value:.4g}")
     return significant(value) if abs(value) >= 1e4 else _scientific(f"{value:.3e}", short=True)
+
+
+def text(value: Any) -> str:
+    """Write a value as words: a dash for None, yes and no for booleans, commas between the parts of a list.
+
+    >>> text(None), text(True), text([1, None]), text({"a": 1}), text(())
+    ('–', 'yes', '1, –', 'a 1', 'none')
+    """
+    if value is None:
+        return DASH
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list | tuple):
+        return ", ".join(text(part) for part in value) or "none"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {text(part)}" for key, part in value.items()) or "none"
+    return str(value)
 
 
 def several(number: float, one: str, many: str) -> str:

@@ -62,9 +62,9 @@ def escaped(text: str) -> str:
 def _block(block: Block) -> str:
     match block:
         case Table():
-            return _plain_table(block)
+            return markdown_table(block)
         case SideBySide():
-            return "\n\n".join(_plain_table(made) for stack in block.stacks for made in stack)
+            return "\n\n".join(markdown_table(made) for stack in block.stacks for made in stack)
         case Facts():
             return _facts(block.pairs)
         case Notices():
@@ -74,14 +74,15 @@ def _block(block: Block) -> str:
         case Samples():
             return _table(block.columns, [[_said(said) for said in row] for row in block.rows], set())
         case Collapsed():
-            return f"{escaped(block.title)}:\n\n{_plain_table(block.table)}"
+            return f"{escaped(block.title)}:\n\n{markdown_table(block.table)}"
         case Preview():
             return _preview(block)
         case Plots():
             return ""
 
 
-def _plain_table(block: Table) -> str:
+def markdown_table(block: Table) -> str:
+    """A table with its note behind it."""
     rows = [[_cell(cell, strong=index == block.strong) for index, cell in enumerate(row)] for row in block.rows]
     written = _table(block.columns, rows, set(block.numeric))
     return f"{written}\n\n{escaped(block.note)}" if block.note else written

@@ -1,8 +1,8 @@
 """The metrics of the report: name, direction and format of each, changes against the base, and scores by class."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 from peftcli.metrics.interval import wilson_interval
 from peftcli.report.blocks import Block, Cell, Collapsed, Notices, Section, Table, Tone, table
@@ -16,8 +16,10 @@ from peftcli.report.format import (
     several,
     share,
     significant,
+    text,
 )
-from peftcli.report.load import Stages, figure, find, objects, text
+from peftcli.report.load import Stages
+from peftcli.results import ClassFigures, MetricsJson, RetentionFigures, Scores
 from peftcli.tasks.base import Task
 from peftcli.tasks.registry import DEFAULT, TASKS, find_task
 
@@ -101,29 +103,28 @@ FORGETTING = Metric("forgetting_loss", "Forgetting: loss on another text, nats p
 BY_KEY = {metric.key: metric for metric in METRICS}
 
 
-def primary_metric(metrics: dict[str, Any]) -> Metric | None:
+def primary_metric(metrics: MetricsJson) -> Metric | None:
     """The metric that the verdict speaks of: the first measured on base and adapter, else on one of them."""
     for sides in (("base", "adapter"), ("adapter",), ("base",)):
         for key in PRIMARY:
-            if all(figure(metrics, side, key) is not None for side in sides):
+            if all(metrics.of(side).figure(key) is not None for side in sides):
                 return BY_KEY[key]
     return None
 
 
 def rows_scored(stages: Stages, key: str) -> int | None:
     """Held-out rows behind a metric: those answered, or all of them."""
-    rows = figure(stages.eval, "generated_rows" if key in COUNTED_ON_ANSWERS else "rows")
-    return int(rows) if rows else None
+    return (stages.eval.generated_rows if key in COUNTED_ON_ANSWERS else stages.eval.rows) or None
 
 
 def task_of(stages: Stages) -> Task:
     """The task of a run; runs of earlier versions that do not state it are language models."""
-    return find_task(stages.metrics.get("task")) or TASKS[DEFAULT]
+    return find_task(stages.metrics.task) or TASKS[DEFAULT]
 
 
 def interval(stages: Stages, side: str) -> tuple[float, float] | None:
     """The 95 % interval of a side's exact match, where the number of answers is known."""
-    ratio, rows = figure(stages.metrics, side, "exact_match"), rows_scored(stages, "exact_match")
+    ratio, rows = stages.metrics.of(side).figure("exact_match"), rows_scored(stages, "exact_match")
     return None if ratio is None or rows is None or not 0 <= ratio <= 1 else wilson_interval(ratio, rows)
 
 
@@ -134,18 +135,13 @@ def metric_table(stages: Stages) -> Table | None:
     task = task_of(stages)
     if not task.generates:
         shown = [replace(metric, title=task.loss_title) if metric.key == "loss" else metric for metric in shown]
-    if not shown and not find(metrics, "retention"):
+    if not shown and not metrics.retention:
         return None
     rows: list[tuple[Cell | str, ...]] = []
     for metric in shown:
-        base, adapter = figure(metrics, "base", metric.key), figure(metrics, "adapter", metric.key)
-        change = Cell(DASH, "quiet")
-        if base is not None and adapter is not None:
-            word, tone = metric.verdict(base, adapter)
-            change = Cell(f"{metric.change(base, adapter)} {word}".strip(), tone)
-        written = [metric.write(figure(metrics, side, metric.key)) for side in MODELS]
-        rows.append((metric.heading, *written, change))
-    rows += _retention_row(metrics)
+        figures = [metrics.of(side).figure(metric.key) for side in MODELS]
+        rows.append((metric.heading, *map(metric.write, figures), _change(metric, *figures[:2])))
+    rows += _retention_row(metrics.retention)
     columns = ("Metric", "Base", "Adapter", "Merged", "Change")
     made = table(columns, rows, numeric=(1, 2, 3, 4), note=_note(stages))
     return Table(made.columns, made.rows, made.numeric, strong=2, note=made.note)
@@ -158,7 +154,7 @@ def _note(stages: Stages) -> str:
         drawn = ", drawn by the seed" if answered and answered < rows else ""
         answers = f", {answered:,} of them answered{drawn}" if answered else ""
         parts.append(f"Scored on {rows:,} held-out rows{answers}.")
-    parts += filter(None, [f1_kind(find(stages.metrics, "adapter") or find(stages.metrics, "base"))])
+    parts += filter(None, [f1_kind(stages.metrics.adapter or stages.metrics.of("base"))])
     bounds = [
         f"{side} {score(found[0])} to {score(found[1])}"
         for side in MODELS
@@ -166,57 +162,60 @@ def _note(stages: Stages) -> str:
     ]
     if bounds:
         parts.append(f"95 % interval of the exact match: {', '.join(bounds)}.")
-    if retention := find(stages.metrics, "retention"):
-        tokens = count(figure(retention, "tokens"))
-        parts.append(f"Forgetting is the loss on {tokens} tokens of {text(retention, 'path')}{_left_out(stages)}.")
+    if retention := stages.metrics.retention:
+        where = f"{count(retention.tokens)} tokens of {text(retention.path)}"
+        parts.append(f"Forgetting is the loss on {where}{_left_out(stages)}.")
     return " ".join(parts)
 
 
 def _left_out(stages: Stages) -> str:
-    dropped = find(stages.eval, "retention", "dropped") or {}
-    parts = [f"{several(number, 'row', 'rows')} {reason}" for reason, number in dropped.items()]
+    dropped = stages.eval.retention.dropped if stages.eval.retention else {}
+    parts = [f"{several(number or 0, 'row', 'rows')} {reason}" for reason, number in dropped.items()]
     return f" (left out there: {', '.join(parts)})" if parts else ""
 
 
-def _retention_row(metrics: dict[str, Any]) -> list[tuple[Cell | str, ...]]:
+def _retention_row(found: RetentionFigures | None) -> list[tuple[Cell | str, ...]]:
     """The loss on the text that forgetting is measured on; no row where there is none."""
-    found = find(metrics, "retention")
     if not found:
         return []
-    base, adapter = figure(found, "base_loss"), figure(found, "adapter_loss")
-    change = Cell(DASH, "quiet")
-    if base is not None and adapter is not None:
-        word, tone = FORGETTING.verdict(base, adapter)
-        change = Cell(f"{FORGETTING.change(base, adapter)} {word}".strip(), tone)
-    return [(FORGETTING.heading, FORGETTING.write(base), FORGETTING.write(adapter), DASH, change)]
+    losses = found.base_loss, found.adapter_loss
+    return [(FORGETTING.heading, *map(FORGETTING.write, losses), DASH, _change(FORGETTING, *losses))]
 
 
-def _measured(metrics: dict[str, Any], key: str) -> bool:
+def _change(metric: Metric, base: float | None, adapter: float | None) -> Cell:
+    if base is None or adapter is None:
+        return Cell(DASH, "quiet")
+    word, tone = metric.verdict(base, adapter)
+    return Cell(f"{metric.change(base, adapter)} {word}".strip(), tone)
+
+
+def _measured(metrics: MetricsJson, key: str) -> bool:
     """A known key that some side names is shown even where it is null, so that the dash is seen."""
-    named = any(key in side for name in MODELS if isinstance(side := metrics.get(name), dict))
-    return named and (key in BY_KEY or any(figure(metrics, side, key) is not None for side in MODELS))
+    sides = [metrics.of(name) for name in MODELS]
+    named = any(key in side.figures for side in sides)
+    return named and (key in BY_KEY or any(side.figure(key) is not None for side in sides))
 
 
-def _unknown(metrics: dict[str, Any]) -> list[Metric]:
+def _unknown(metrics: MetricsJson) -> list[Metric]:
     """Metrics that this version has no name for: shown under their key, judged by nobody."""
     known = BY_KEY.keys() | ELSEWHERE
-    found = {key for side in MODELS if isinstance(of := metrics.get(side), dict) for key in of if key not in known}
-    keys = {key for key in found if any(figure(metrics, side, key) is not None for side in MODELS)}
+    sides = [metrics.of(name) for name in MODELS]
+    keys = {key for side in sides for key in side.figures if key not in known and side.figure(key) is not None}
     return [Metric(key, key, compact, None) for key in sorted(keys)]
 
 
 def classes_section(stages: Stages) -> Section | None:
     """The confusion matrix and the figures of each class; None where the model gives no classes."""
-    side = next((name for name in PREFERRED_MODELS if objects(stages.metrics, name, "per_class")), None)
+    side = next((name for name in PREFERRED_MODELS if stages.metrics.of(name).per_class), None)
     if side is None:
         return None
-    found = find(stages.metrics, side)
+    found = stages.metrics.of(side)
     of_words = task_of(stages).label_of == "token"
     unit = "Words" if of_words else "Rows"
-    classes = _class_table("Tag" if of_words else "Class", unit, objects(found, "per_class"))
+    classes = _class_table("Tag" if of_words else "Class", unit, found.per_class)
     blocks: list[Block | None] = [
         _never(found),
-        _class_table("Entity", "Entities", objects(found, "per_entity")),
+        _class_table("Entity", "Entities", found.per_entity),
         _matrix(found, unit.lower()),
         classes if not of_words or classes is None else Collapsed("Figures of each tag", classes),
         _averages(found),
@@ -224,40 +223,40 @@ def classes_section(stages: Stages) -> Section | None:
     return Section("classes", "Classes", tuple(block for block in blocks if block is not None), _lead(found, side))
 
 
-def f1_kind(found: Any) -> str:
+def f1_kind(found: Scores) -> str:
     """What precision, recall and F1 of a model are of, as a sentence; empty where nothing says it."""
-    kind, positive = find(found, "f1_average"), find(found, "positive_label")
-    if kind is None:
+    if found.f1_average is None:
         return ""
-    if positive is not None:
-        return f"Precision, recall and F1 are those of the class {positive}."
-    return f"Precision, recall and F1 are {kind} averages."
+    if found.positive_label is not None:
+        return f"Precision, recall and F1 are those of the class {found.positive_label}."
+    return f"Precision, recall and F1 are {found.f1_average} averages."
 
 
-def _lead(found: Any, side: str) -> str:
+def _lead(found: Scores, side: str) -> str:
     parts = [f"Held-out rows, labelled by the {side if side == 'adapter' else side + ' model'}."]
     return " ".join([*parts, *filter(None, [f1_kind(found)])])
 
 
-def _never(found: Any) -> Notices | None:
-    names = find(found, "never_predicted") or []
+def _never(found: Scores) -> Notices | None:
+    names = found.never_predicted
     if not names:
         return None
-    shown = ", ".join(str(name) for name in names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+    shown = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
     return Notices((f"Never predicted, though held-out rows have it: {shown}.",))
 
 
-def _class_table(title: str, unit: str, classes: list[dict[str, Any]]) -> Table | None:
+def _class_table(title: str, unit: str, classes: Sequence[ClassFigures] | None) -> Table | None:
     if not classes:
         return None
-    ordered = sorted(classes, key=lambda one: -(figure(one, "support") or 0))
+    ordered = sorted(classes, key=lambda one: -(one.support or 0))
     rows: list[tuple[Cell | str, ...]] = [
         (
-            text(one, "label"),
-            *(score(figure(one, key)) for key in ("precision", "recall")),
-            _scored(figure(one, "f1")),
-            count(figure(one, "support")),
-            count(figure(one, "predicted")),
+            text(one.label),
+            score(one.precision),
+            score(one.recall),
+            _scored(one.f1),
+            count(one.support),
+            count(one.predicted),
         )
         for one in ordered[:MOST_ROWS]
     ]
@@ -271,9 +270,9 @@ def _scored(value: float | None) -> Cell:
     return Cell(score(value), "quiet" if value is None else "", shade=value)
 
 
-def _matrix(found: Any, unit: str) -> Table | None:
+def _matrix(found: Scores, unit: str) -> Table | None:
     """Actual against predicted classes; of many classes the most frequent mistakes."""
-    matrix, labels = find(found, "confusion_matrix"), [str(name) for name in find(found, "labels") or []]
+    matrix, labels = found.confusion_matrix or (), found.labels or ()
     if not _is_square(matrix, len(labels)):
         return None
     if len(labels) > MOST_CLASSES:
@@ -287,18 +286,16 @@ def _matrix(found: Any, unit: str) -> Table | None:
     return table(("Actual ↓ predicted →", *labels), rows, numeric=range(1, len(labels) + 1), note=note)
 
 
-def _is_square(matrix: Any, size: int) -> bool:
-    if not isinstance(matrix, list) or len(matrix) != size or not size:
-        return False
-    lines = [line for line in matrix if isinstance(line, list) and len(line) == size]
-    return len(lines) == size and all(isinstance(part, int) and part >= 0 for line in lines for part in line)
+def _is_square(matrix: Sequence[Sequence[int]], size: int) -> bool:
+    lines = [line for line in matrix if len(line) == size and all(part >= 0 for part in line)]
+    return size > 0 and len(lines) == len(matrix) == size
 
 
 def _with_share(part: int, whole: int) -> str:
     return f"{count(part)} · {share(part, whole)}" if part else "0"
 
 
-def _mistakes(matrix: list[list[int]], labels: list[str], unit: str) -> Table | None:
+def _mistakes(matrix: Sequence[Sequence[int]], labels: Sequence[str], unit: str) -> Table | None:
     wrong = [
         (part, actual, predicted)
         for actual, line in enumerate(matrix)
@@ -317,14 +314,14 @@ def _mistakes(matrix: list[list[int]], labels: list[str], unit: str) -> Table | 
     return table(("Actual", "Taken for", unit.capitalize(), "Share of the actual"), rows, numeric=(2,), note=note)
 
 
-def _averages(found: Any) -> Collapsed | None:
+def _averages(found: Scores) -> Collapsed | None:
     rows = [
         (
             f"{kind} ({MEANING[kind]})",
-            *(score(figure(found, f"{name}_{kind}")) for name in ("precision", "recall", "f1")),
+            *(score(found.figure(f"{name}_{kind}")) for name in ("precision", "recall", "f1")),
         )
         for kind in AVERAGES
-        if any(figure(found, f"{name}_{kind}") is not None for name in ("precision", "recall", "f1"))
+        if any(found.figure(f"{name}_{kind}") is not None for name in ("precision", "recall", "f1"))
     ]
     if not rows:
         return None

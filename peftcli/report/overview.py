@@ -1,11 +1,10 @@
 """The top of the report: how the run ended, in one sentence, a few numbers and the gates."""
 
 import shlex
-from typing import Any
+from collections.abc import Iterator
 
 from peftcli.report.blocks import Gate, Tile, Tone
 from peftcli.report.format import (
-    DASH,
     compact,
     count,
     duration,
@@ -14,10 +13,12 @@ from peftcli.report.format import (
     share,
     significant,
     size,
+    text,
     without_home,
 )
-from peftcli.report.load import Stages, figure, find, objects, text
+from peftcli.report.load import Stages
 from peftcli.report.metrics import BY_KEY, interval, primary_metric, rows_scored, task_of
+from peftcli.results import DataJson, GateResult
 
 STATUS: dict[str, tuple[str, Tone]] = {
     "finished": ("✓ finished", "good"),
@@ -29,15 +30,15 @@ UNFINISHED_LIMIT = 0.05
 
 def status(stages: Stages) -> tuple[str, Tone]:
     """How the run ended, as a word with a sign and a tone."""
-    return STATUS.get(text(stages.metrics, "status"), (text(stages.metrics, "status"), ""))
+    word = text(stages.metrics.status)
+    return STATUS.get(word, (word, ""))
 
 
 def subtitle(stages: Stages) -> str:
     """What was trained, in a few words."""
-    chosen = {text(row, "key"): text(row, "value") for row in objects(stages.plan, "decisions")}
-    parts = [text(stages.plan, "model", "name"), text(stages.metrics, "task"), text(stages.plan, "adapter", "method")]
-    parts.append(chosen.get("model.dtype", DASH))
-    return " · ".join(part for part in parts if part != DASH)
+    plan, dtype = stages.plan, stages.plan.chosen.get("model.dtype")
+    parts = (plan.model.name, stages.metrics.task, plan.adapter.method, None if dtype is None else dtype.value)
+    return " · ".join(part for part in parts if part is not None)
 
 
 def verdict(stages: Stages) -> str:
@@ -47,10 +48,10 @@ def verdict(stages: Stages) -> str:
 
 
 def _ending(stages: Stages) -> str:
-    steps = _first(figure(stages.train, "steps"), figure(stages.metrics, "train", "steps"))
-    if stages.metrics.get("status") == "diverged":
+    steps = stages.training.steps if stages.training else None
+    if stages.metrics.status == "diverged":
         return f"Training diverged after {count(steps)} steps: a loss or a gradient was no longer finite."
-    if stages.metrics.get("status") == "stopped":
+    if stages.metrics.status == "stopped":
         return f"Training stopped early after {count(steps)} steps; `{_resume_command(stages)}` continues it."
     return ""
 
@@ -58,7 +59,7 @@ def _ending(stages: Stages) -> str:
 def _resume_command(stages: Stages) -> str:
     """The recorded command, so that it can be pasted: to resume, without what would remove the run."""
     try:
-        words = shlex.split(text(stages.environment, "command"))
+        words = shlex.split((stages.environment and stages.environment.command) or "")
     except ValueError:  # the command of another shell, with a quote that is never closed
         words = []
     if words[:2] != ["peftcli", "train"]:
@@ -69,7 +70,7 @@ def _resume_command(stages: Stages) -> str:
 
 def _learned(stages: Stages) -> str:
     metric = primary_metric(stages.metrics)
-    if metric is None and figure(stages.data or find(stages.metrics, "data") or {}, "test_rows") == 0:
+    if metric is None and stages.data_figures.test_rows == 0:
         return (
             "All rows were trained on (dataset.split.test_size: 0) and none held out, so nothing here says whether the "
             "model got better."
@@ -80,7 +81,7 @@ def _learned(stages: Stages) -> str:
     on = f" on {rows:,} held-out rows" if rows else " on the held-out rows"
     name = metric.title.split(",")[0]
     unit = " nats per trained token" if metric.key == "loss" and task_of(stages).generates else ""
-    base, adapter = figure(stages.metrics, "base", metric.key), figure(stages.metrics, "adapter", metric.key)
+    base, adapter = (stages.metrics.of(side).figure(metric.key) for side in ("base", "adapter"))
     if adapter is None or base is None:
         side, measured = ("adapter", adapter) if base is None else ("base", base)
         other = "base" if base is None else "adapter"
@@ -104,103 +105,89 @@ def _doubt(stages: Stages, key: str, rows: int | None) -> str:
 
 
 def _merged(stages: Stages) -> str:
-    agreement = _merge_figure(stages, "top1_agreement")
-    if agreement is None:
+    merge = stages.merging
+    if merge is None or merge.top1_agreement is None:
         return ""
-    positions = figure(stages.merge, "positions")
+    agreement, positions = merge.top1_agreement, merge.positions
     where = f" at {percent(agreement)} of {count(positions)} positions" if positions else f" at {percent(agreement)}"
     does = task_of(stages).agreement
     sentence = f"The merged model {does} as the adapter{where}"
-    met = find(stages.merge, "met")
-    if met is None:
-        return sentence + "."
-    return sentence + ("." if met else ", and its drift is outside the limits.")
+    return sentence + ("." if merge.met is not False else ", and its drift is outside the limits.")
 
 
 def warnings(stages: Stages) -> tuple[str, ...]:
     """What makes the figures of this run worth less than they look."""
-    data = stages.data or find(stages.metrics, "data") or {}
-    train_rows, found = figure(data, "train_rows"), []
-    if leaked := figure(data, "leaked_rows"):
-        found.append(
-            f"{several(leaked, 'held-out row also stands', 'held-out rows also stand')} among the training "
-            "rows: their answers were seen, and the held-out scores flatter the adapter."
-        )
-    if truncated := figure(data, "truncated_rows"):
-        limit = figure(data, "max_length")
-        cut = f" at {count(limit)} tokens" if limit else ""
-        found.append(
-            f"{several(truncated, 'row was', 'rows were')} cut{cut}: what stood behind the cut was neither "
-            "learned nor scored."
-        )
-    # A row that is cut has no end to learn; runs of an earlier version did not count those that have one.
-    expected = _first(figure(data, "eos_expected_rows"), train_rows)
-    ended = figure(data, "eos_trained_rows")
-    if ended is not None and expected and ended < expected:
-        found.append(
-            f"{count(expected - ended)} of {count(expected)} training rows do not teach the model to "
-            "stop: their end token is not trained."
-        )
-    unfinished = figure(stages.metrics, "adapter", "unfinished_answers")
+    found = [*_data_warnings(stages)]
+    unfinished = stages.metrics.of("adapter").figure("unfinished_answers")
     if unfinished is not None and unfinished > UNFINISHED_LIMIT:
-        limit = figure(stages.eval, "decoding", "max_new_tokens")
+        limit = stages.eval.decoding.max_new_tokens if stages.eval.decoding else None
         within = f" within {count(limit)} tokens" if limit else ""
         found.append(f"{percent(unfinished)} of the adapter's answers did not stop{within}.")
-    if find(stages.merge, "met") is False:
+    if stages.merge is not None and stages.merge.met is False:
         found.append("The merged model drifts from the adapter by more than the limits allow; see Merge.")
     return tuple(found)
 
 
+def _data_warnings(stages: Stages) -> Iterator[str]:
+    figures, data = stages.data_figures, stages.data or DataJson()
+    if leaked := figures.leaked_rows:
+        yield (
+            f"{several(leaked, 'held-out row also stands', 'held-out rows also stand')} among the training "
+            "rows: their answers were seen, and the held-out scores flatter the adapter."
+        )
+    if truncated := figures.truncated_rows:
+        cut = f" at {count(data.max_length)} tokens" if data.max_length else ""
+        yield (
+            f"{several(truncated, 'row was', 'rows were')} cut{cut}: what stood behind the cut was neither "
+            "learned nor scored."
+        )
+    # A row that is cut has no end to learn; runs of an earlier version did not count those that have one.
+    expected = figures.train_rows if data.eos_expected_rows is None else data.eos_expected_rows
+    ended = data.eos_trained_rows
+    if ended is not None and expected and ended < expected:
+        yield (
+            f"{count(expected - ended)} of {count(expected)} training rows do not teach the model to "
+            "stop: their end token is not trained."
+        )
+
+
 def tiles(stages: Stages) -> tuple[Tile, ...]:
     """The few figures that are looked for first."""
-    found = []
+    found = [*_score_tiles(stages)]
+    if retention := stages.metrics.retention:
+        losses = f"{significant(retention.base_loss)} → {significant(retention.adapter_loss)}"
+        found.append(Tile("Forgetting", losses, "loss on another text, base → adapter"))
+    if stages.merging is not None and stages.merging.top1_agreement is not None:
+        what = "next token" if task_of(stages).generates else "label"
+        found.append(Tile("Merge agreement", percent(stages.merging.top1_agreement), f"same {what} as the adapter"))
+    train, sizes = stages.training, stages.metrics.bytes
+    if train is not None and train.seconds is not None:
+        note = f"{significant(train.tokens_per_second)} tokens/s" if train.tokens_per_second is not None else ""
+        found.append(Tile("Training time", duration(train.seconds), note))
+    if sizes.adapter is not None:
+        note = f"{share(sizes.adapter, sizes.base)} of the base" if sizes.base else ""
+        found.append(Tile("Adapter size", size(sizes.adapter), note))
+    return tuple(found)
+
+
+def _score_tiles(stages: Stages) -> Iterator[Tile]:
     metric = primary_metric(stages.metrics)
-    keys = [key for key in dict.fromkeys((metric.key if metric else "loss", "loss"))]
-    for key in keys:
-        base, adapter = figure(stages.metrics, "base", key), figure(stages.metrics, "adapter", key)
+    for key in dict.fromkeys((metric.key if metric else "loss", "loss")):
+        base, adapter = (stages.metrics.of(side).figure(key) for side in ("base", "adapter"))
         if base is not None or adapter is not None:
             write = BY_KEY[key].write
             per_token = key == "loss" and task_of(stages).generates
             note = "base → adapter, nats per token" if per_token else "base → adapter"
-            found.append(Tile(BY_KEY[key].title.split(",")[0], f"{write(base)} → {write(adapter)}", note))
-    if find(stages.metrics, "retention"):
-        losses = [significant(figure(stages.metrics, "retention", key)) for key in ("base_loss", "adapter_loss")]
-        found.append(Tile("Forgetting", " → ".join(losses), "loss on another text, base → adapter"))
-    agreement = _merge_figure(stages, "top1_agreement")
-    if agreement is not None:
-        what = "next token" if task_of(stages).generates else "label"
-        found.append(Tile("Merge agreement", percent(agreement), f"same {what} as the adapter"))
-    seconds = _first(figure(stages.train, "seconds"), figure(stages.metrics, "train", "seconds"))
-    if seconds is not None:
-        speed = _first(figure(stages.train, "tokens_per_second"), figure(stages.metrics, "train", "tokens_per_second"))
-        note = f"{significant(speed)} tokens/s" if speed is not None else ""
-        found.append(Tile("Training time", duration(seconds), note))
-    adapter_bytes, base_bytes = (
-        figure(stages.metrics, "bytes", "adapter"),
-        figure(stages.metrics, "bytes", "base"),
-    )
-    if adapter_bytes is not None:
-        note = f"{share(adapter_bytes, base_bytes)} of the base" if base_bytes else ""
-        found.append(Tile("Adapter size", size(adapter_bytes), note))
-    return tuple(found)
+            yield Tile(BY_KEY[key].title.split(",")[0], f"{write(base)} → {write(adapter)}", note)
 
 
 def gates(stages: Stages) -> tuple[Gate, ...]:
     """The recipe's gates, each met, not met, or not measured."""
-    return tuple(_gate(gate) for gate in objects(stages.metrics, "gates"))
+    return tuple(_gate(gate) for gate in stages.metrics.gates)
 
 
-def _gate(gate: dict[str, Any]) -> Gate:
-    met = gate.get("met") if figure(gate, "value") is not None else None
+def _gate(gate: GateResult) -> Gate:
     outcome: tuple[str, Tone] = ("– not measured", "warn")
-    if met is not None:
-        outcome = ("✓ met", "good") if met else ("✗ not met", "bad")
-    return Gate(text(gate, "name"), text(gate, "limit"), compact(figure(gate, "value")), *outcome)
-
-
-def _merge_figure(stages: Stages, key: str) -> float | None:
-    return _first(figure(stages.merge, key), figure(stages.metrics, "merge", key))
-
-
-def _first(*values: float | None) -> float | None:
-    return next((value for value in values if value is not None), None)
+    if gate.met is not None and gate.value is not None:
+        outcome = ("✓ met", "good") if gate.met else ("✗ not met", "bad")
+    return Gate(gate.name, text(gate.limit), compact(gate.value), *outcome)

@@ -3,15 +3,16 @@
 import logging
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from io import StringIO
 from typing import TYPE_CHECKING, Any, cast
 
 from peftcli.report.blocks import Plot, Plots, Table, table
 from peftcli.report.format import compact, count, several, significant
-from peftcli.report.load import Stages, figure
+from peftcli.report.load import Stages, logged
 from peftcli.report.metrics import task_of
 
 if TYPE_CHECKING:
@@ -62,12 +63,12 @@ class Curve:
     from_zero: bool = True
 
 
-def log_points(log: list[dict[str, Any]], key: str) -> Points:
+def log_points(log: Sequence[Mapping[str, Any]], key: str) -> Points:
     """The finite figures of one key by step; where a resumed run logged a step again, the later counts."""
     found = {
         step: value
         for row in log
-        if (step := figure(row, "step")) is not None and (value := figure(row, key)) is not None
+        if (step := logged(row, "step")) is not None and (value := logged(row, key)) is not None
     }
     return sorted(found.items())
 
@@ -108,10 +109,11 @@ def log_plots(stages: Stages) -> Plots | None:
     window = max(3, len(losses) // 20)
     wide: list[Plot] = []
     if len(losses) > 1:
-        levels = [(side, figure(stages.metrics, side, "loss")) for side in ("base", "adapter")]
+        levels = [(side, stages.metrics.of(side).figure("loss")) for side in ("base", "adapter")]
         known = tuple((f"{side} {significant(loss)}", loss) for side, loss in levels if loss is not None)
         curve = Curve("Loss", losses, smoothed(losses, window) if len(losses) > 12 else [], known)
-        wide.append(Plot("Training loss", _svg(curve, WIDE), _loss_note(stages, curve, window), _svg(curve, NARROW)))
+        note = _loss_note(stages, curve, window)
+        wide.append(Plot("Training loss", partial(_svg, curve), WIDE, note, narrow_inches=NARROW))
     small = []
     for key, title, from_zero in (
         ("learning_rate", "Learning rate", True),
@@ -120,7 +122,7 @@ def log_plots(stages: Stages) -> Plots | None:
     ):
         points = log_points(stages.log, key)
         if len(points) > 1:
-            small.append(Plot(title, _svg(Curve(title, points, [], from_zero=from_zero), SMALL)))
+            small.append(Plot(title, partial(_svg, Curve(title, points, [], from_zero=from_zero)), SMALL))
     return Plots(tuple(wide), tuple(small)) if wide or small else None
 
 
@@ -130,7 +132,7 @@ def _loss_note(stages: Stages, curve: Curve, window: int) -> str:
         parts.append(f"Light: each logged step; dark: the mean of {window} of them.")
     if curve.levels:
         parts.append("Dashed: the loss on the held-out rows.")
-    broken = [row for row in stages.log if "loss" in row and figure(row, "loss") is None]
+    broken = [row for row in stages.log if "loss" in row and logged(row, "loss") is None]
     if broken:
         steps = several(len(broken), "logged step has", "logged steps have")
         parts.append(f"{steps} no finite loss and cannot be drawn.")
@@ -139,7 +141,7 @@ def _loss_note(stages: Stages, curve: Curve, window: int) -> str:
 
 def log_table(stages: Stages) -> Table | None:
     """At most ten rows of the log, evenly spaced, for readers who want figures."""
-    by_step = {step: row for row in stages.log if "loss" in row and (step := figure(row, "step")) is not None}
+    by_step = {step: row for row in stages.log if "loss" in row and (step := logged(row, "step")) is not None}
     if not by_step:
         return None
     steps = sorted(by_step)
@@ -151,7 +153,7 @@ def log_table(stages: Stages) -> Table | None:
         ("tokens_per_second", significant),
     )
     cells = [
-        [count(step), *(write(figure(by_step[step], key)) for key, write in writers)]
+        [count(step), *(write(logged(by_step[step], key)) for key, write in writers)]
         for step in (steps[place] for place in places)
     ]
     return table(("Step", "Loss", "Learning rate", "Gradient norm", "Tokens/s"), cells, numeric=range(5))

@@ -1,7 +1,10 @@
 """Sections of the report: samples, data, plan, training, merge, stages, AdaLoRA ranks, selected modules, machine."""
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
+from peftcli.plan.module_selection import ScoredModule, Selection
 from peftcli.report.blocks import (
     Answer,
     Block,
@@ -13,26 +16,38 @@ from peftcli.report.blocks import (
     Plots,
     Samples,
     Section,
+    Table,
     facts,
     table,
 )
-from peftcli.report.format import DASH, compact, count, duration, percent, share, significant, size, without_home
-from peftcli.report.load import Stages, figure, find, objects, text
+from peftcli.report.forecast import evaluation_text
+from peftcli.report.format import (
+    DASH,
+    compact,
+    count,
+    duration,
+    percent,
+    share,
+    significant,
+    size,
+    text,
+    without_home,
+)
+from peftcli.report.load import EarlierStage, Stages
 from peftcli.report.metrics import primary_metric
 from peftcli.report.plots import LINE, NARROW, RAW, WIDE, drawing
+from peftcli.results import Calibration, Decision, MergeCandidate, MergeJson, PlanJson, TrainFigures, TrainJson
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-DRIFT = (
-    ("top1_agreement", "Same first choice (top-1 agreement)", percent),
-    ("max_abs_logit_difference", "Largest difference of a logit", compact),
-    ("mean_abs_logit_difference", "Mean difference of a logit", compact),
-    ("kl_nats", "KL divergence, nats per position", compact),
-)
-
-NOT_SHOWN = ("into", "rows", "positions")  # the same for every candidate, or the row's own name
+DRIFT: dict[str, tuple[str, Callable[[float | None], str]]] = {
+    "top1_agreement": ("Same first choice (top-1 agreement)", percent),
+    "max_abs_logit_difference": ("Largest difference of a logit", compact),
+    "mean_abs_logit_difference": ("Mean difference of a logit", compact),
+    "kl_nats": ("KL divergence, nats per position", compact),
+}
 
 MOST_BARS = 30
 """Modules that are drawn, those with the largest gradient; the table has all."""
@@ -42,88 +57,88 @@ NAME_INCHES = 0.078
 
 def samples_section(stages: Stages) -> Section | None:
     """Prompts with the reference and what each model said."""
-    merged = {text(row, "prompt"): find(row, "merged") for row in objects(stages.merge, "samples")}
-    rows = objects(stages.eval, "samples")
-    if not rows:
+    if not stages.eval.samples:
         return None
-    wide = [(row, merged.get(text(row, "prompt"))) for row in rows]
-    names = [name for name in ("base", "adapter") if any(find(row, name) is not None for row in rows)]
-    columns = ["Prompt", "Reference", *(name.capitalize() for name in names)]
-    if any(said is not None for _, said in wide):
-        columns.append("Merged")
-    shown = []
-    for row, said in wide:
-        answers = [_said(row.get(name), row.get("reference")) for name in names]
-        answers += [_said(said, row.get("reference"))] if "Merged" in columns else []
-        shown.append((_said(row.get("prompt"), None), _said(row.get("reference"), None), *answers))
-    decoding = find(stages.eval, "decoding")
+    decoding = stages.eval.decoding
     lead = (
         "Held-out rows, answered before and after training; an answer is correct if it equals the reference, "
         "outer space aside."
     )
-    lead += f" Decoding: {text(decoding)}." if decoding else ""
-    return Section("samples", "Samples", (Samples(tuple(columns), tuple(shown)),), lead.replace("_", " "))
+    lead += f" Decoding: {text(vars(decoding))}." if decoding else ""
+    return Section("samples", "Samples", (samples_table(stages),), lead.replace("_", " "))
 
 
-def _said(answer: Any, reference: Any) -> Answer:
-    said = None if answer is None else str(answer)
-    if said is None or reference is None:
-        return Answer(said)
-    return Answer(said, said.strip() == str(reference).strip())
+def samples_table(stages: Stages) -> Samples:
+    """The samples of `eval.json`, with the answers of the merged model from `merge.json`."""
+    merged = {row.prompt: row.merged for row in stages.merge.samples} if stages.merge else {}
+    rows = [replace(row, merged=merged.get(row.prompt, row.merged)) for row in stages.eval.samples]
+    names = [name for name in ("base", "adapter", "merged") if any(getattr(row, name) is not None for row in rows)]
+    shown = [
+        (Answer(row.prompt), Answer(row.reference), *(_said(getattr(row, name), row.reference) for name in names))
+        for row in rows
+    ]
+    return Samples(("Prompt", "Reference", *(name.capitalize() for name in names)), tuple(shown))
+
+
+def _said(answer: str | None, reference: str | None) -> Answer:
+    if answer is None or reference is None:
+        return Answer(answer)
+    return Answer(answer, answer.strip() == reference.strip())
 
 
 def plan_section(stages: Stages) -> Section:
     """What was decided before the first step, and why."""
     plan = stages.plan
-    trainable, total = figure(plan, "parameters", "trainable"), figure(plan, "parameters", "total")
-    sizes = [figure(plan, "batch", key) for key in ("per_device", "accumulation", "processes")]
-    effective = figure(plan, "batch", "effective")
-    product = f"{' × '.join(count(part) for part in sizes)} = {count(effective)} rows"
-    targets = [f"{text(row, 'name')} ({count(figure(row, 'modules'))})" for row in objects(plan, "targets")]
-    blocks: list[Block] = [
-        facts(
-            (
-                ("Model", without_home(text(plan, "model", "name"))),
-                ("Revision", text(plan, "model", "revision") if find(plan, "model", "revision") else None),
-                ("Architecture", text(plan, "model", "architecture")),
-                ("Parameters", count(total)),
-                ("Trainable", f"{count(trainable)} ({share(trainable, total)})"),
-                ("Targets (modules)", ", ".join(targets) if targets else None),
-                (
-                    "Rows of one step",
-                    f"{product} (per device × accumulation × processes)" if effective else None,
-                ),
-            )
-        )
-    ]
-    if notices := find(plan, "notices"):
-        blocks.append(Notices(tuple(without_home(text(notice)) for notice in notices)))
+    blocks: list[Block] = [_plan_facts(plan)]
+    if plan.notices:
+        blocks.append(Notices(tuple(map(without_home, plan.notices))))
     if predicted := _predicted(stages):
         blocks.append(predicted)
-    if decisions := objects(plan, "decisions"):
-        rows = [
-            (text(row, "key"), without_home(text(row, "value")), without_home(text(row, "reason"))) for row in decisions
-        ]
-        blocks.append(table(("Decided", "Value", "Reason"), rows))
-    if trainer := find(plan, "trainer"):
-        settings = [(str(key), without_home(text(trainer, key))) for key in trainer]
+    if plan.decisions:
+        blocks.append(decision_table(plan.decisions))
+    if plan.trainer:
+        settings = [(key, without_home(text(value))) for key, value in plan.trainer.items()]
         blocks.append(Collapsed("Arguments given to the trainer", table(("Argument", "Value"), settings)))
     return Section("plan", "Plan", tuple(blocks))
 
 
+def _plan_facts(plan: PlanJson) -> Block:
+    batch, numbers = plan.batch, plan.parameters
+    sizes = " × ".join(map(count, (batch.per_device, batch.accumulation, batch.processes)))
+    rows = f"{sizes} = {count(batch.effective)} rows (per device × accumulation × processes)"
+    targets = [f"{text(one.name)} ({count(one.modules)})" for one in plan.targets]
+    return facts(
+        (
+            ("Model", without_home(text(plan.model.name))),
+            ("Revision", plan.model.revision or None),
+            ("Architecture", text(plan.model.architecture)),
+            ("Parameters", count(numbers.total)),
+            ("Trainable", f"{count(numbers.trainable)} ({share(numbers.trainable, numbers.total)})"),
+            ("Targets (modules)", ", ".join(targets) if targets else None),
+            ("Rows of one step", rows if batch.effective else None),
+            ("Evaluation", evaluation_text(plan.forecast) if plan.forecast else None),
+        )
+    )
+
+
+def decision_table(decisions: Sequence[Decision]) -> Table:
+    """Each choice of the plan with its reason."""
+    rows = [(one.key, without_home(one.value), without_home(one.reason)) for one in decisions]
+    return table(("Decided", "Value", "Reason"), rows)
+
+
 def _predicted(stages: Stages) -> Block | None:
     """What was forecast before the first step beside what was measured; None for runs that had no forecast."""
-    forecast = find(stages.plan, "forecast")
-    if not forecast:
+    forecast = stages.plan.forecast
+    if forecast is None:
         return None
-    train = {**(find(stages.metrics, "train") or {}), **stages.train}
-    known = find(train, "calibration") or {}
-    steps, a_step = figure(train, "planned_steps"), figure(known, "step_seconds")
+    train = stages.training or TrainJson()
+    known = train.calibration or Calibration()
+    steps, a_step = train.planned_steps, known.step_seconds
     calibrated = None if steps is None or a_step is None else steps * a_step
-    peaks = figure(forecast, "peak_memory_bytes"), figure(known, "peak_memory_bytes")
-    lines = (
-        ("Peak memory", size, *peaks, figure(train, "peak_memory_bytes")),
-        ("Training time", duration, figure(forecast, "time", "seconds"), calibrated, figure(train, "seconds")),
+    lines: tuple[tuple[str, Callable[[float | None], str], float | None, float | None, float | None], ...] = (
+        ("Peak memory", size, forecast.peak_memory_bytes, known.peak_memory_bytes, train.peak_memory_bytes),
+        ("Training time", duration, forecast.time.seconds, calibrated, train.seconds),
     )
     rows = [
         (label, write(before), write(step), write(found), share(found, before if before is not None else step))
@@ -136,106 +151,105 @@ def _predicted(stages: Stages) -> Block | None:
 
 def training_facts(stages: Stages) -> Block | None:
     """What training took."""
-    train = {**(find(stages.metrics, "train") or {}), **stages.train}
-    if not train:
+    train = stages.training
+    if train is None:
         return None
-    resumed = figure(train, "resumed_from_step")
-    first, last = figure(train, "first_loss"), figure(train, "last_loss")
-    images = find(stages.data, "format") == "images"
+    first, last = train.first_loss, train.last_loss
+    images = stages.is_images
     losses = f"{significant(first)} → {significant(last)}" if first is not None or last is not None else None
+    resumed = "not resumed" if train.resumed_from_step is None else f"step {count(train.resumed_from_step)}"
+    of_rows = stages.data is not None and stages.data.format == "classification"
     return facts(
         (
-            ("Steps", count(figure(train, "steps"))),
-            ("Rows", count(figure(train, "rows"))),
-            ("Epochs", compact(figure(train, "epochs"))),
-            ("Tokens", None if images else _tokens(train, find(stages.data, "format") == "classification")),
-            ("Time", duration(figure(train, "seconds"))),
-            ("Speed", None if images else f"{significant(figure(train, 'tokens_per_second'))} tokens/s"),
-            ("Peak memory", size(figure(train, "peak_memory_bytes"))),
+            ("Steps", count(train.steps)),
+            ("Rows", count(train.rows)),
+            ("Epochs", compact(train.epochs)),
+            ("Tokens", None if images else _tokens(train, of_rows)),
+            ("Time", duration(train.seconds)),
+            ("Speed", None if images else f"{significant(train.tokens_per_second)} tokens/s"),
+            ("Peak memory", size(train.peak_memory_bytes)),
             ("Training loss", losses),
-            ("Resumed from", "not resumed" if resumed is None else f"step {count(resumed)}"),
+            ("Resumed from", resumed),
         )
     )
 
 
-def _tokens(train: dict[str, Any], of_rows: bool) -> str:
+def _tokens(train: TrainJson, of_rows: bool) -> str:
     """Tokens that were read and, where they are what is trained, how many of them were."""
-    tokens, trained = count(figure(train, "tokens")), count(figure(train, "trained_tokens"))
-    return tokens if of_rows else f"{tokens}, {trained} of them trained"
+    return count(train.tokens) if of_rows else f"{count(train.tokens)}, {count(train.trained_tokens)} of them trained"
 
 
 def merge_section(stages: Stages) -> Section | None:
     """How far the merged model is from the adapter that it came from."""
-    merge = {**(find(stages.metrics, "merge") or {}), **stages.merge}
-    if not merge:
+    merge = stages.merging
+    if merge is None:
         return None
-    limits = find(merge, "limit") or {}
-    rows = [(title, write(figure(merge, key)), text(limits, key)) for key, title, write in DRIFT]
-    known = {key for key, _, _ in DRIFT}
-    rows += [(str(key), compact(figure(merge, key)), text(limits, key)) for key in limits if key not in known]
-    blocks: list[Block] = [
-        facts(
-            (
-                ("Merged into", f"{text(merge, 'into')} base"),
-                ("Precision", text(merge, "dtype") if "dtype" in merge else None),
-                ("Compared on", _compared(merge)),
-                (
-                    "Within the limits",
-                    _within(merge["met"]) if "met" in merge else None,
-                ),
-                ("Size on disk", size(figure(merge, "bytes")) if "bytes" in merge else None),
-                ("Time", duration(figure(merge, "seconds")) if "seconds" in merge else None),
-            )
-        ),
-        table(("Drift from the adapter", "Measured", "Limit"), rows, numeric=(1, 2)),
-    ]
-    if candidates := objects(merge, "candidates"):
-        blocks.append(_candidates(candidates, merge.get("into")))
+    blocks: list[Block] = [_merge_facts(merge, whole=stages.merge is not None), _drift_table(merge)]
+    if merge.candidates:
+        blocks.append(_candidates(merge.candidates, merge.into))
     return Section("merge", "Merge", tuple(blocks))
 
 
-def _within(met: Any) -> str:
+def _merge_facts(merge: MergeJson, *, whole: bool) -> Block:
+    """What was merged; of `metrics.json` alone, not `whole`, only where it was merged into."""
+    return facts(
+        (
+            ("Merged into", f"{text(merge.into)} base"),
+            ("Precision", text(merge.dtype) if whole else None),
+            ("Compared on", _compared(merge)),
+            ("Within the limits", _within(merge.met) if whole else None),
+            ("Size on disk", size(merge.bytes) if whole else None),
+            ("Time", duration(merge.seconds) if whole else None),
+        )
+    )
+
+
+def _drift_table(merge: MergeJson) -> Table:
+    rows = []
+    for key in dict.fromkeys((*DRIFT, *merge.limit)):
+        title, write = DRIFT.get(key, (key, compact))
+        rows.append((title, write(getattr(merge, key, None)), text(merge.limit.get(key))))
+    return table(("Drift from the adapter", "Measured", "Limit"), rows, numeric=(1, 2))
+
+
+def _within(met: bool | None) -> str:
     return DASH if met is None else "✓ yes" if met else "✗ no"
 
 
-def _compared(merge: dict[str, Any]) -> str | None:
-    rows, positions = figure(merge, "rows"), figure(merge, "positions")
-    what = "training rows, since none were held out" if merge.get("rows_from") == "training" else "rows"
-    place = f", on {text(merge, 'compared_on')}" if "compared_on" in merge else ""
-    return None if rows is None and positions is None else f"{count(rows)} {what}, {count(positions)} positions{place}"
+def _compared(merge: MergeJson) -> str | None:
+    if merge.rows is None and merge.positions is None:
+        return None
+    kinds = {"training": "training rows, since none were held out", "test": "rows", None: "rows"}
+    what = kinds.get(merge.rows_from, f"rows of {merge.rows_from}")
+    place = f", on {merge.compared_on}" if merge.compared_on else ""
+    partly = place and merge.rows_from == "test" and merge.metrics is None
+    unscored = "; not scored, since the GPUs here do not hold the merged model" if partly else ""
+    return f"{count(merge.rows)} {what}, {count(merge.positions)} positions{place}{unscored}"
 
 
-def _candidates(candidates: list[dict[str, Any]], into: Any) -> Block:
-    keys = list(dict.fromkeys(key for row in candidates for key in row if key not in NOT_SHOWN))
-    titles = [{"kl_nats": "KL, nats"}.get(key, key.replace("_", " ").capitalize()) for key in keys]
+def _candidates(candidates: Sequence[MergeCandidate], into: str | None) -> Block:
+    columns = ("Candidate", "Loss", "Max abs logit difference", "Mean abs logit difference", "KL, nats")
     rows = [
         (
-            text(row, "into") + (" (taken)" if row.get("into") == into else ""),
-            *(_candidate_cell(row, key) for key in keys),
+            text(row.into) + (" (taken)" if row.into == into else ""),
+            significant(row.loss),
+            compact(row.max_abs_logit_difference),
+            compact(row.mean_abs_logit_difference),
+            compact(row.kl_nats),
+            percent(row.top1_agreement),
         )
         for row in candidates
     ]
-    return table(("Candidate", *titles), rows, numeric=range(1, len(keys) + 1))
-
-
-def _candidate_cell(row: dict[str, Any], key: str) -> str:
-    value = figure(row, key)
-    if value is None:
-        return text(row, key)
-    return significant(value) if key == "loss" else percent(value) if key == "top1_agreement" else compact(value)
+    return table((*columns, "Top1 agreement"), rows, numeric=range(1, 6))
 
 
 def sizes_section(stages: Stages) -> Section | None:
     """What has to be stored or sent, against the base model."""
-    sizes = find(stages.metrics, "bytes") or {}
-    base = figure(sizes, "base")
+    sizes = stages.metrics.bytes
+    merged = stages.merge.bytes if stages.merge else None
     rows = [
-        (title, size(value), count(value), share(value, base))
-        for title, value in (
-            ("Base model", base),
-            ("Adapter", figure(sizes, "adapter")),
-            ("Merged model", figure(stages.merge, "bytes")),
-        )
+        (title, size(value), count(value), share(value, sizes.base))
+        for title, value in (("Base model", sizes.base), ("Adapter", sizes.adapter), ("Merged model", merged))
         if value is not None or title != "Merged model"
     ]
     if all(row[1] == DASH for row in rows):
@@ -247,29 +261,27 @@ def sizes_section(stages: Stages) -> Section | None:
 def environment_section(stages: Stages) -> Section | None:
     """On what it ran, with which versions, and the command that runs it again."""
     environment = stages.environment
-    if not environment:
+    if environment is None:
         return None
-    device = find(environment, "device") or {}
-    capability = find(device, "capability")
-    named = text(device, "name") + (f", compute capability {capability}" if capability else "")
-    number = figure(device, "count")
+    device = environment.device
+    named = text(device.name) + (f", compute capability {device.capability}" if device.capability else "")
     blocks: list[Block] = [
         facts(
             (
-                ("Device", f"{count(number)} × {named}" if number and number > 1 else named),
-                ("Device memory", size(figure(device, "memory_bytes"))),
-                ("Processors", count(figure(environment, "cpu_count"))),
-                ("Memory", size(figure(environment, "ram_bytes"))),
-                ("Platform", text(environment, "platform")),
-                ("Python", text(environment, "python")),
+                ("Device", f"{count(device.count)} × {named}" if device.count and device.count > 1 else named),
+                ("Device memory", size(device.memory_bytes)),
+                ("Processors", count(environment.cpu_count)),
+                ("Memory", size(environment.ram_bytes)),
+                ("Platform", text(environment.platform)),
+                ("Python", text(environment.python)),
             )
         )
     ]
-    if packages := find(environment, "packages"):
-        rows = [(str(name), text(packages, name)) for name in sorted(packages)]
+    if environment.packages:
+        rows = [(name, text(environment.packages[name])) for name in sorted(environment.packages)]
         blocks.append(table(("Package", "Version"), rows))
-    if find(environment, "command") is not None:
-        blocks.append(Code("Run it again", without_home(text(environment, "command"))))
+    if environment.command is not None:
+        blocks.append(Code("Run it again", without_home(environment.command)))
     return Section("environment", "Hardware and versions", tuple(blocks))
 
 
@@ -278,19 +290,18 @@ def earlier_section(stages: Stages) -> Section | None:
     if not stages.earlier:
         return None
     metric = primary_metric(stages.metrics)
-    known = [*stages.earlier, (f"{len(stages.earlier) + 1} (this run)", stages.plan, stages.metrics)]
+    own = EarlierStage(name=f"{len(stages.earlier) + 1} (this run)", plan=stages.plan, metrics=stages.metrics)
     rows = []
-    for name, plan, metrics in known:
-        after = None if metric is None else figure(metrics, "adapter", metric.key)
-        trainable, total = (figure(plan, "parameters", key) for key in ("trainable", "total"))
+    for one in (*stages.earlier, own):
+        numbers, train = one.plan.parameters, one.metrics.train or TrainFigures()
         rows.append(
             (
-                name,
-                text(plan, "adapter", "method"),
-                f"{count(trainable)} ({share(trainable, total)})",
-                count(figure(metrics, "train", "steps")),
-                duration(figure(metrics, "train", "seconds")),
-                "" if metric is None else metric.write(after),
+                one.name,
+                text(one.plan.adapter.method),
+                f"{count(numbers.trainable)} ({share(numbers.trainable, numbers.total)})",
+                count(train.steps),
+                duration(train.seconds),
+                "" if metric is None else metric.write(one.metrics.of("adapter").figure(metric.key)),
             )
         )
     title = "" if metric is None else metric.heading
@@ -301,17 +312,17 @@ def earlier_section(stages: Stages) -> Section | None:
 
 def ranks_section(stages: Stages) -> Section | None:
     """The ranks of a run; None for a method whose ranks stay."""
-    steps, ranks, modules = (find(stages.ranks, key) or [] for key in ("steps", "ranks", "modules"))
-    if not steps or not modules or len(steps) != len(ranks):
+    found = stages.ranks
+    if found is None or not found.steps or not found.modules or len(found.steps) != len(found.ranks):
         return None
-    first, target = figure(stages.ranks, "first"), figure(stages.ranks, "target")
+    steps, ranks, modules = found.steps, found.ranks, found.modules
     last = ranks[-1]
-    allowed = None if target is None else target * len(modules)
+    allowed = None if found.target is None else found.target * len(modules)
     blocks = (
         Plots((_rank_plot(steps, ranks),), ()),
         facts(
             (
-                ("Rank of each module at first", count(first)),
+                ("Rank of each module at first", count(found.first)),
                 ("Mean rank at the end", f"{sum(last) / len(last):.3g}"),
                 ("Sum of the ranks at the end", f"{count(sum(last))} of {count(allowed)} allowed"),
                 ("Smallest and largest", f"{count(min(last))} and {count(max(last))}"),
@@ -326,7 +337,7 @@ def ranks_section(stages: Stages) -> Section | None:
     return Section("ranks", "Ranks", blocks, lead)
 
 
-def _rank_plot(steps: list[int], ranks: list[list[int]]) -> Plot:
+def _rank_plot(steps: Sequence[int], ranks: Sequence[Sequence[int]]) -> Plot:
     title = "Rank of each module"
 
     def drawn(inches: tuple[float, float]) -> str:
@@ -335,10 +346,10 @@ def _rank_plot(steps: list[int], ranks: list[list[int]]) -> Plot:
         return drawing(title, inches, lambda axes: _draw_ranks(axes, steps, ranks), frame)
 
     note = "Steps from left to right. Light: one line a module; dark: their mean."
-    return Plot(title, drawn(WIDE), note, drawn(NARROW))
+    return Plot(title, drawn, WIDE, note, narrow_inches=NARROW)
 
 
-def _draw_ranks(axes: "Axes", steps: list[int], ranks: list[list[int]]) -> None:
+def _draw_ranks(axes: "Axes", steps: Sequence[int], ranks: Sequence[Sequence[int]]) -> None:
     from matplotlib.ticker import MaxNLocator
 
     for line in zip(*ranks, strict=True):
@@ -350,7 +361,7 @@ def _draw_ranks(axes: "Axes", steps: list[int], ranks: list[list[int]]) -> None:
     axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
 
 
-def _rank_table(modules: list[str], ranks: list[list[int]]) -> Any:
+def _rank_table(modules: Sequence[str], ranks: Sequence[Sequence[int]]) -> Table:
     ordered = sorted(range(len(modules)), key=lambda place: (-ranks[-1][place], place))
     rows = [(modules[place], count(ranks[0][place]), count(ranks[-1][place])) for place in ordered]
     return table(("Module", "First rank", "Last rank"), rows, numeric=(1, 2))
@@ -359,22 +370,13 @@ def _rank_table(modules: list[str], ranks: list[list[int]]) -> Any:
 def selection_section(stages: Stages) -> Section | None:
     """The choice of a run; None where nothing was left to the gradient."""
     found = stages.selection
-    rows = [row for row in objects(found, "scored") if figure(row, "score") is not None]
-    if not rows:
+    if found is None or not found.scored:
         return None
-    ordered = sorted(rows, key=lambda row: -(figure(row, "score") or 0.0))
-    kind = "layers" if find(found, "kind") == "layers" else "modules"
-    chosen = sum(bool(row.get("chosen")) for row in rows)
-    allowed, used = figure(found, "budget_parameters"), figure(found, "used_parameters")
+    ordered = sorted(found.scored, key=lambda one: -one.score)
+    kind = found.kind
     blocks: list[Block] = [
         Plots((_score_plot(ordered, kind),), ()),
-        facts(
-            (
-                ("Chosen", f"{count(chosen)} of {count(len(rows))} {kind}"),
-                ("Trainable parameters", f"{count(used)} of {count(allowed)} allowed ({share(used, allowed)})"),
-                ("Measured on", f"{count(figure(found, 'batches'))} training batches"),
-            )
-        ),
+        _selection_facts(found),
         Collapsed(f"All {kind}", _score_table(ordered, kind)),
     ]
     lead = (
@@ -384,12 +386,24 @@ def selection_section(stages: Stages) -> Section | None:
     return Section("selection", f"Chosen {kind}", tuple(blocks), lead)
 
 
-def _score_plot(ordered: list[dict[str, Any]], kind: str) -> Plot:
-    shown = ordered[:MOST_BARS] if kind == "modules" else sorted(ordered, key=lambda row: _number(row))[:MOST_BARS]
+def _selection_facts(found: Selection) -> Block:
+    chosen = sum(one.chosen for one in found.scored)
+    allowed, used = found.budget_parameters, found.used_parameters
+    return facts(
+        (
+            ("Chosen", f"{count(chosen)} of {count(len(found.scored))} {found.kind}"),
+            ("Trainable parameters", f"{count(used)} of {count(allowed)} allowed ({share(used, allowed)})"),
+            ("Measured on", f"{count(found.batches)} training batches"),
+        )
+    )
+
+
+def _score_plot(ordered: Sequence[ScoredModule], kind: str) -> Plot:
+    shown = ordered[:MOST_BARS] if kind == "modules" else sorted(ordered, key=_number)[:MOST_BARS]
     height = 0.6 + 0.2 * len(shown)
 
-    def drawn(width: float) -> str:
-        inches = (width, height)
+    def drawn(inches: tuple[float, float]) -> str:
+        width, height = inches
         names = [_short(row, kind, most=24 if width == NARROW[0] else 60) for row in shown]
         left = min(0.5 * width, 0.25 + NAME_INCHES * max(map(len, names)))
         frame = (left / width, 0.4 / height, (width - left - 0.3) / width, (height - 0.5) / height)
@@ -398,15 +412,15 @@ def _score_plot(ordered: list[dict[str, Any]], kind: str) -> Plot:
     note = "Root mean square of the loss's gradient by the weights. Dark: chosen; light: left out."
     if len(ordered) > len(shown):
         note += f" The {count(len(shown))} largest of {count(len(ordered))}."
-    return Plot(f"Gradient by {kind}", drawn(WIDE[0]), note, drawn(NARROW[0]))
+    return Plot(f"Gradient by {kind}", drawn, (WIDE[0], height), note, narrow_inches=(NARROW[0], height))
 
 
-def _draw_scores(axes: "Axes", rows: list[dict[str, Any]], names: list[str]) -> None:
+def _draw_scores(axes: "Axes", rows: Sequence[ScoredModule], names: list[str]) -> None:
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     places = range(len(rows))
-    colours = [LINE if row.get("chosen") else RAW for row in rows]
-    axes.barh(places, [figure(row, "score") or 0.0 for row in rows], height=0.7, color=colours)
+    colours = [LINE if row.chosen else RAW for row in rows]
+    axes.barh(places, [row.score for row in rows], height=0.7, color=colours)
     axes.set_yticks(list(places), [name.replace("$", r"\$") for name in names])
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.xaxis.set_major_locator(MaxNLocator(4))
@@ -415,13 +429,13 @@ def _draw_scores(axes: "Axes", rows: list[dict[str, Any]], names: list[str]) -> 
     axes.grid(visible=True, axis="x")
 
 
-def _score_table(ordered: list[dict[str, Any]], kind: str) -> Any:
+def _score_table(ordered: Sequence[ScoredModule], kind: str) -> Table:
     cells = [
         (
-            text(row, "name"),
-            significant(figure(row, "score")),
-            count(figure(row, "cost")),
-            Cell("chosen", "good") if row.get("chosen") else Cell("left out", "quiet"),
+            row.name,
+            significant(row.score),
+            count(row.cost),
+            Cell("chosen", "good") if row.chosen else Cell("left out", "quiet"),
         )
         for row in ordered
     ]
@@ -429,12 +443,10 @@ def _score_table(ordered: list[dict[str, Any]], kind: str) -> Any:
     return table((name, "Gradient", "Adapter parameters", "Taken"), cells, numeric=(1, 2))
 
 
-def _short(row: dict[str, Any], kind: str, most: int) -> str:
-    name = text(row, "name")
-    name = f"layer {name}" if kind == "layers" else name.removeprefix("model.").removeprefix("layers.")
+def _short(row: ScoredModule, kind: str, most: int) -> str:
+    name = f"layer {row.name}" if kind == "layers" else row.name.removeprefix("model.").removeprefix("layers.")
     return name if len(name) <= most else "…" + name[-most + 1 :]
 
 
-def _number(row: dict[str, Any]) -> int:
-    name = text(row, "name")
-    return int(name) if name.isdigit() else 0
+def _number(row: ScoredModule) -> int:
+    return int(row.name) if row.name.isdigit() else 0

@@ -1,7 +1,7 @@
 """What the table says about a task: its rows, its model, its metrics, and where its code is.
 
 The table is light, so a recipe is checked and planned without torch. What a task does with rows and weights is named
-as `module:attribute` and imported by `load` where it runs.
+as `module:attribute` and imported by `implementation` where it runs.
 """
 
 from collections.abc import Mapping
@@ -83,10 +83,10 @@ class Task:
         return self.label_of == "row" and not self.images
 
 
-def load(reference: str) -> Any:
+def implementation(reference: str) -> Any:
     """The attribute that a `module:attribute` of the table names.
 
-    >>> load("peftcli.tasks.base:CLASS_METRICS")[:2]
+    >>> implementation("peftcli.tasks.base:CLASS_METRICS")[:2]
     ('accuracy', 'precision')
     """
     module, _, attribute = reference.partition(":")

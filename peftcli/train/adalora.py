@@ -14,7 +14,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from peftcli.plan.adalora import rank_schedule
 from peftcli.recipe.schema import AdapterSection
-from peftcli.run_dir import read_json, write_json
+from peftcli.results import RanksJson, save
+from peftcli.run_dir import read_json
 
 AVERAGES = "ranks.safetensors"
 HISTORY = "ranks.json"
@@ -141,17 +142,14 @@ class RankAllocation(TrainerCallback):  # type: ignore[misc]  # transformers' ca
 
     def write(self, file: Path) -> None:
         """Write what the ranks were over the run, for the report."""
-        write_json(
-            file,
-            {
-                "schema": 1,
-                "first": self._config.init_r,
-                "target": self._config.target_r,
-                "modules": self.modules,
-                "steps": [point["step"] for point in self.history],
-                "ranks": [point["ranks"] for point in self.history],
-            },
+        history = RanksJson(
+            first=self._config.init_r,
+            target=self._config.target_r,
+            modules=tuple(self.modules),
+            steps=tuple(point["step"] for point in self.history),
+            ranks=tuple(tuple(point["ranks"]) for point in self.history),
         )
+        save(file, history)
 
 
 def _values(model: PeftModel) -> list[tuple[str, Tensor]]:

@@ -28,7 +28,7 @@ from peftcli.model.gradients import gradient_matrices
 from peftcli.model.scoring import pad_right
 from peftcli.plan.plan import Plan
 from peftcli.recipe.schema import AdapterSection
-from peftcli.tasks.base import load
+from peftcli.tasks.base import implementation
 from peftcli.tasks.registry import TASKS
 from peftcli.train.module_selection import sample_rows
 
@@ -334,7 +334,7 @@ def initialize_from_gradient(
     layers: dict[str, Any] = dict(lora_layers(model) if lora else shira_layers(model))
     batches = int(plan.adapter.arguments.get("gradient_batches", GRADIENT_BATCHES))
     rows = sample_rows(plan, len(data.train.rows), batches)
-    make, loss = load(TASKS[plan.task].batches)(plan, data, tokenizer, model)
+    make, loss = implementation(TASKS[plan.task].batches)(plan, data, tokenizer, model)
     firsts: dict[str, tuple[Tensor, Tensor]] = {}
     for part in _parts(layers):
         names = {f"{name}.base_layer": name for name in part}

@@ -1,6 +1,5 @@
 """Reuses the baseline evaluation of another run where nothing that it depends on differs."""
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +10,8 @@ from peftcli.plan.planner import LOSS_MASK_KEYS
 from peftcli.recipe.dump import changed_keys
 from peftcli.recipe.load import load_run_recipe
 from peftcli.recipe.schema import Recipe
-from peftcli.run_dir import RunDir, read_json
+from peftcli.results import DataJson, EvalJson, PlanJson, TrainJson, load
+from peftcli.run_dir import RunDir
 from peftcli.tasks.registry import TASKS
 
 FREE = (
@@ -51,9 +51,11 @@ def reuse_blocker(source_run: RunDir, recipe: Recipe, plan: Plan, stamp: Mapping
         changed = [
             line for line in changed_keys(load_run_recipe(source_run.recipe).recipe, recipe) if not _is_free(line)
         ]
-        files = (source_run.eval, source_run.train, source_run.plan, source_run.data)
-        stored = {path.name: read_json(path) for path in files}
-    except (OSError, json.JSONDecodeError, PeftcliError):
+        evaluation, train = load(EvalJson, source_run.eval), load(TrainJson, source_run.train)
+        stored, data = load(PlanJson, source_run.plan), load(DataJson, source_run.data)
+    except (OSError, PeftcliError):
+        return "its figures are not there"
+    if evaluation is None or train is None or stored is None or data is None:
         return "its figures are not there"
     if changed:
         return changed[0]
@@ -61,24 +63,23 @@ def reuse_blocker(source_run: RunDir, recipe: Recipe, plan: Plan, stamp: Mapping
         return "there are no test rows"
     if not TASKS[plan.task].generates:
         return "a new head is part of the base"
-    evaluation, train = stored["eval.json"], stored["train.json"]
-    if "baseline_seconds" not in evaluation or (plan.evaluation.baseline and evaluation.get("base") is None):
+    if evaluation.baseline_seconds is None or (plan.evaluation.baseline and evaluation.base is None):
         return "it has not measured its base"
-    before = train.get("stamp") or {}
+    before = train.stamp
     keys = (*STAMPED, *(key for key in stamp if key.startswith("versions.")))
     other = next((key for key in keys if stamp.get(key) is None or before.get(key) != stamp[key]), None)
     if other is not None:
         return f"{other} is another one"
-    if plan.evaluation.baseline and stored["data.json"].get("format") != "text" and _answered_others(evaluation, plan):
+    if plan.evaluation.baseline and data.format != "text" and _answered_others(evaluation, plan):
         return "its base answered other test rows (evaluation.rows)"
-    return _decided_otherwise(stored["plan.json"], plan)
+    return _decided_otherwise(stored, plan)
 
 
-def _answered_others(evaluation: Mapping[str, Any], plan: Plan) -> bool:
+def _answered_others(evaluation: EvalJson, plan: Plan) -> bool:
     """Whether the answers of another run's base, to the same test split, are not to the rows of this plan."""
     digest = answered_digest(evaluation)
     return digest is not None and digest != rows_digest(
-        choose_answered_rows(plan.evaluation, int(evaluation["rows"]), plan.seed)
+        choose_answered_rows(plan.evaluation, evaluation.rows or 0, plan.seed)
     )
 
 
@@ -88,8 +89,8 @@ def _is_free(line: str) -> bool:
     return f"{key}.".startswith(FREE) and key.removeprefix("trainer.") not in LOSS_MASK_KEYS
 
 
-def _decided_otherwise(source_run: Mapping[str, Any], plan: Plan) -> str | None:
-    before = {one["key"]: one["value"] for one in source_run["decisions"]}
+def _decided_otherwise(source_run: PlanJson, plan: Plan) -> str | None:
+    before = {one.key: one.value for one in source_run.decisions}
     now = {one.key: one.value for one in plan.decisions}
     return next(
         (f"{key}: {before.get(key)} -> {now.get(key)}" for key in DECIDED if before.get(key) != now.get(key)), None

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from peftcli.filesystem import apply_umask
 from peftcli.run_dir import read_json, write_json
 
 MANIFEST = "manifest.json"
@@ -53,6 +54,7 @@ def _own_hash(facts: Mapping[str, Any]) -> str:
 
 def promote(staged: Path, final: Path) -> None:
     """Move a sealed checkpoint to its name; a reader sees it whole or not at all."""
+    apply_umask(staged)
     if final.exists():
         _remove(final)
     os.rename(staged, final)

@@ -20,8 +20,9 @@ from peftcli.plan.module_layout import within
 from peftcli.plan.module_selection import Selection, choose_layers, choose_modules
 from peftcli.plan.plan import Plan
 from peftcli.plan.targets import ALL_LINEAR, matches, resolve_targets
+from peftcli.results import PlanJson, load_or_default, save
 from peftcli.run_dir import RunDir, read_json, write_json
-from peftcli.tasks.base import load
+from peftcli.tasks.base import implementation
 from peftcli.tasks.registry import TASKS
 
 Inputs = Mapping[str, Tensor]
@@ -51,7 +52,7 @@ def select_modules(
     if rank_and_world_size()[0] == 0:
         write_json(run.selection, selection.as_json())
         if run.plan.is_file():
-            write_json(run.plan, read_json(run.plan) | chosen.as_json())
+            save(run.plan, chosen.as_json(load_or_default(PlanJson, run.plan).forecast))
     return chosen, selection.sentence()
 
 
@@ -67,7 +68,7 @@ def _select(plan: Plan, data: PreparedData, tokenizer: PreTrainedTokenizerBase, 
     choice, adapter = plan.choice, plan.adapter
     widths = _candidates(plan, model)
     rows = sample_rows(plan, len(data.train.rows), choice.batches)
-    make, loss = load(TASKS[plan.task].batches)(plan, data, tokenizer, model)
+    make, loss = implementation(TASKS[plan.task].batches)(plan, data, tokenizer, model)
     norms = gradient_norms(model, list(widths), [make(rows[part]) for part in local_rows(len(rows))], loss)
     kinds = {
         name: (*pair, getattr(model.get_submodule(name), "bias", None) is not None) for name, pair in widths.items()

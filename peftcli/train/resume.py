@@ -17,6 +17,7 @@ from peftcli.plan.plan import Batch
 from peftcli.recipe.dump import changed_keys, dump_recipe
 from peftcli.recipe.load import load_run_recipe
 from peftcli.recipe.schema import AdapterSection, Recipe
+from peftcli.results import PlanJson, TrainJson, load_or_default, status_of
 from peftcli.run_dir import RunDir, read_json, read_log, write_text
 from peftcli.train.checkpoint import MANIFEST, clear_staging, newest_valid
 from peftcli.train.lock import NAME as LOCK
@@ -115,7 +116,7 @@ def open_run(run: RunDir, recipe: Recipe, *, overwrite: bool, resume: bool, allo
         run.log.unlink(missing_ok=True)
         return OpenedRun(False, None, (f"{run.path}: no checkpoint to go on from, so training starts at step 0",))
     changed = [line for line in changes(run, recipe) if not is_allowed(line.split(":")[0], allowed)]
-    status = run.status()
+    status = status_of(run)
     held = [line for line in changes(run, recipe) if _is_held(line.split(":")[0])]
     if held and status != "finished":
         raise RecipeError(
@@ -147,7 +148,7 @@ def _is_trained(run: RunDir) -> bool:
     """Whether the adapter of the last step is there; `train.json` is written after it."""
     if not run.train.is_file() or not (run.adapter / "adapter_model.safetensors").is_file():
         return False
-    return bool(read_json(run.train).get("status") == "finished")
+    return load_or_default(TrainJson, run.train).status == "finished"
 
 
 def changes(run: RunDir, recipe: Recipe) -> list[str]:
@@ -156,11 +157,11 @@ def changes(run: RunDir, recipe: Recipe) -> list[str]:
     lines = changed_keys(before, recipe)
     if not run.plan.is_file():
         return [line for line in lines if not line.startswith(HARMLESS)]
-    batch, now = read_json(run.plan)["batch"], _batch(recipe)
-    same = batch["effective"] == now.effective
-    if not same and batch["processes"] != now.processes:
-        rows = f"so a step would have {now.effective} rows and no longer {batch['effective']}"
-        lines.append(f"processes: {batch['processes']} -> {now.processes}, {rows}")
+    batch, now = load_or_default(PlanJson, run.plan).batch, _batch(recipe)
+    same = batch.effective == now.effective
+    if not same and batch.processes != now.processes:
+        rows = f"so a step would have {now.effective} rows and no longer {batch.effective}"
+        lines.append(f"processes: {batch.processes} -> {now.processes}, {rows}")
     return [line for line in lines if not line.startswith((*HARMLESS, *SHARES) if same else HARMLESS)]
 
 
@@ -202,7 +203,7 @@ def _go_on(run: RunDir) -> OpenedRun:
     if run.merge.is_file():
         run.merge.unlink()  # of an adapter that this session replaces
         notes.append(f"{run.merged} was merged from the adapter of an earlier step; merge again after this session")
-    planned = read_json(run.train).get("planned_steps") if run.train.is_file() else None
+    planned = load_or_default(TrainJson, run.train).planned_steps
     notes.append(f"going on from step {found.step}" + (f" of {planned}" if planned else "") + " (checkpoint verified)")
     return OpenedRun(False, found.path, tuple(notes), stamp=_stamp(found.path / MANIFEST))
 

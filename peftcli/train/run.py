@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +31,26 @@ from peftcli.model.evaluate import (
 from peftcli.model.hardware import peak_memory_bytes
 from peftcli.model.init_from import load_initial_weights
 from peftcli.model.load import DTYPES, load_adapter, load_base
+from peftcli.model.manifest import refuse_unknown_tokens
 from peftcli.model.padding_free import RowCheck, check_rows, enable_padding_free, kernels_used
 from peftcli.model.varlen_attention import rejected
 from peftcli.plan.answered_rows import answered_digest, rows_digest
 from peftcli.plan.plan import DTYPE_BYTES, Plan
 from peftcli.progress import Progress
 from peftcli.report.format import duration
-from peftcli.run_dir import RunDir, read_json, write_json
-from peftcli.tasks.base import load
+from peftcli.results import (
+    Calibration,
+    EvalJson,
+    OutOfMemory,
+    Retention,
+    TrainBatching,
+    TrainJson,
+    load,
+    load_or_default,
+    save,
+)
+from peftcli.run_dir import RunDir
+from peftcli.tasks.base import implementation
 from peftcli.tasks.registry import TASKS
 from peftcli.train import checkpoint
 from peftcli.train.arguments import naming_arguments
@@ -117,6 +129,7 @@ def train(
         # Not only in the trainer: cuBLAS reads its configuration once, and kernels are checked before training.
         enable_full_determinism(plan.seed)
     model = load_base(plan.base, shards=plan.shards)
+    refuse_unknown_tokens(model, max(side.store.largest_token() for side in (data.train, data.test_split)))
     plan, chosen = select_modules(plan, run, data, tokenizer, model, resuming=resume_from is not None)
     if chosen is not None:
         progress.note(chosen)
@@ -130,7 +143,7 @@ def train(
         checkpoint_bytes=session.checkpoint_bytes,
     )
     with naming_arguments(session.trainer):
-        trainer: StepTrainer = load(TASKS[plan.task].trainer)(setup, run.checkpoints, model)
+        trainer: StepTrainer = implementation(TASKS[plan.task].trainer)(setup, run.checkpoints, model)
     for note in trainer.notes:
         progress.note(f"  note: {note}")
     if plan.base.dtype == "float16":
@@ -217,7 +230,7 @@ def evaluate_trained(
     known = _known_baseline(run, session, resuming=True)
     baseline = _baseline(plan, run, data, tokenizer, model, heeding, known=known)
     _measure_adapter(plan, run, data, tokenizer, model, heeding, baseline.found)
-    return TrainResult(from_first(lambda: int(read_json(run.train)["steps"])), None)
+    return TrainResult(from_first(lambda: load_or_default(TrainJson, run.train).steps or 0), None)
 
 
 def run_forecast(plan: Plan, trainer: Mapping[str, Any]) -> Forecast:
@@ -230,7 +243,7 @@ def run_forecast(plan: Plan, trainer: Mapping[str, Any]) -> Forecast:
         MachineError: a package that a trainer argument needs is missing.
         RecipeError: the libraries refuse a trainer argument.
     """
-    kind = load(TASKS[plan.task].arguments)
+    kind = implementation(TASKS[plan.task].arguments)
     with naming_arguments(trainer, only=True):
         arguments = kind(output_dir="unused", **plan.trainer)
     keep = (arguments.save_total_limit or 2) + bool(arguments.load_best_model_at_end)
@@ -252,7 +265,7 @@ class Baseline:
         on_test: it was measured on the test rows, not on the forgetting text alone.
     """
 
-    found: dict[str, Any] | None
+    found: EvalJson | None
     seconds: float
     on_test: bool
 
@@ -281,18 +294,17 @@ def _baseline(
     """
     if sampled := sampling_note(plan.evaluation, data, plan.seed):
         progress.note(f"  note: {sampled}")
-    stored = from_first(lambda: None if known is None else read_json(known))
+    stored = from_first(lambda: None if known is None else load(EvalJson, known))
     if stored is not None and not _answered_alike(stored, plan, data):
         if plan.base.absorbed:
             progress.note("  note: the base was measured on other test rows in an earlier stage, so it is left out")
-            stored = stored | {"base": None, "samples": [], "baseline_seconds": 0.0}
+            stored = replace(stored, base=None, samples=(), baseline_seconds=0.0)
         else:
             progress.note("  note: the base answered other test rows before (evaluation.rows), so it is measured again")
             stored = None
     if stored is not None:
-        measured_before = "baseline_seconds" in stored
-        seconds, on_test = float(stored.get("baseline_seconds") or 0.0), stored.get("base") is not None
-        return Baseline(stored if measured_before else None, seconds, on_test=on_test)
+        seconds = stored.baseline_seconds
+        return Baseline(None if seconds is None else stored, seconds or 0.0, on_test=stored.base is not None)
     tested = plan.evaluation.baseline and data.holds_out
     if not tested and plan.evaluation.forgetting_text is None:
         return Baseline(None, 0.0, on_test=False)
@@ -302,10 +314,10 @@ def _baseline(
         retention = base_retention(plan, tokenizer, model, progress)
     _check_losses(plan, measured, retention, trained=False)
     seconds = time.monotonic() - begun
-    before = _evaluation(plan, data, tokenizer, {"base": measured, "adapter": None}) | retention
-    before["baseline_seconds"] = round(seconds, 3)
+    before = _evaluation(plan, data, tokenizer, {"base": measured, "adapter": None})
+    before = replace(before, retention=retention, baseline_seconds=round(seconds, 3))
     if is_first_process():
-        write_json(run.eval, before)
+        save(run.eval, before)
     return Baseline(before, seconds, on_test=tested)
 
 
@@ -341,14 +353,14 @@ def _evaluation_reserve(
     return 1.5 * seconds
 
 
-def _answered_alike(stored: Mapping[str, Any], plan: Plan, data: PreparedData) -> bool:
+def _answered_alike(stored: EvalJson, plan: Plan, data: PreparedData) -> bool:
     """Whether the base in an `eval.json` has answered the test rows that the adapter will answer."""
-    if stored.get("base") is None or answered_digest(stored) is None:
+    if stored.base is None or answered_digest(stored) is None:
         return True
     return answered_digest(stored) == rows_digest(answered_rows(plan.evaluation, data, plan.seed))
 
 
-def _check_losses(plan: Plan, measured: Evaluation | None, retention: Mapping[str, Any], *, trained: bool) -> None:
+def _check_losses(plan: Plan, measured: Evaluation | None, retention: Retention | None, *, trained: bool) -> None:
     """Stop where a model computes no loss; every process has the same.
 
     Args:
@@ -359,8 +371,10 @@ def _check_losses(plan: Plan, measured: Evaluation | None, retention: Mapping[st
         Diverged: a loss is not finite.
     """
     whose = "the adapter after training" if trained else f"{plan.base.name} before training"
-    forgetting = retention.get("retention", {}).get("adapter_loss" if trained else "base_loss")
-    on_test = None if measured is None else float(measured.figures()["loss"])
+    forgetting = None
+    if retention is not None:
+        forgetting = retention.adapter_loss if trained else retention.base_loss
+    on_test = None if measured is None else float(measured.scores().figures["loss"])
     fix = "set model.dtype: float32, and compare the weight files of the base with those of the publisher"
     for rows, loss in (("the test rows", on_test), ("evaluation.forgetting_text", forgetting)):
         if loss is not None and not math.isfinite(loss):
@@ -384,7 +398,7 @@ def _measure(
 
 def _evaluation(
     plan: Plan, data: PreparedData, tokenizer: PreTrainedTokenizerBase, measured: dict[str, Evaluation | None]
-) -> dict[str, Any]:
+) -> EvalJson:
     decoding = decoding_for(plan.evaluation, data, tokenizer, plan.seed)
     return evaluation_json(data, plan.evaluation, decoding, measured)
 
@@ -396,7 +410,7 @@ def _measure_adapter(
     tokenizer: PreTrainedTokenizerBase,
     model: Any,
     progress: Progress,
-    before: dict[str, Any] | None,
+    before: EvalJson | None,
 ) -> None:
     """Measure the adapter, and put it beside its base into `eval.json` and the model card."""
     after = _measure(plan, data, tokenizer, model, progress, "adapter") if data.holds_out else None
@@ -404,14 +418,13 @@ def _measure_adapter(
     _check_losses(plan, after, retention, trained=True)
     if not is_first_process():
         return
-    value = _evaluation(plan, data, tokenizer, {"base": None, "adapter": after}) | retention
+    value = _evaluation(plan, data, tokenizer, {"base": None, "adapter": after})
     if before is not None:
-        value["base"] = before["base"]
-        value["baseline_seconds"] = before["baseline_seconds"]
-        if before["base"] is not None:
-            for sample, old in zip(value["samples"], before["samples"], strict=True):
-                sample["base"] = old["base"]
-    write_json(run.eval, value)
+        value = replace(value, base=before.base, baseline_seconds=before.baseline_seconds)
+        if before.base is not None:
+            pairs = zip(value.samples, before.samples, strict=True)
+            value = replace(value, samples=tuple(replace(sample, base=old.base) for sample, old in pairs))
+    save(run.eval, replace(value, retention=retention))
     write_card(run)
 
 
@@ -441,37 +454,34 @@ def write_train(run: RunDir, trainer: StepTrainer, watch: RunCallback, optimizat
     if not is_first_process():
         return
     seconds, of_tokens = counted["seconds"], trainer.counts == "tokens"
-    write_json(
-        run.train,
-        {
-            "schema": 1,
-            "status": "finished" if watch.stop_reason is None else "stopped",
-            "stop_reason": watch.stop_reason,
-            "steps": state.global_step,
-            "planned_steps": state.max_steps,
-            "rows": rows_seen(state.epoch or 0.0, rows, trainer.args),
-            "epochs": state.epoch,
-            "tokens": int(counted["tokens"]) if of_tokens else None,
-            "trained_tokens": int(counted["trained_tokens"]) if of_tokens else None,
-            "tokens_per_second": round(counted["tokens"] / seconds, 1) if seconds and of_tokens else None,
-            "seconds": round(seconds, 3),
-            "peak_memory_bytes": peak_memory_bytes(trainer.args.device.type),
-            "resident_before_bytes": watch.resident_before,
-            "resumed_from_step": None if resume_from is None else int(resume_from.name.rsplit("-", 1)[1]),
-            "first_loss": watch.losses[0][1] if watch.losses else None,
-            "last_loss": watch.losses[-1][1] if watch.losses else None,
-            "out_of_memory": [{"step": step, "pieces": pieces} for step, pieces in trainer.micro_batches.events],
-            "batching": {
-                "kind": plan.batching.kind if trainer.micro_batches.lines else "padded",
-                "attention": sorted(kernels_used) if trainer.micro_batches.lines else None,
-                "rejected_kernels": dict(rejected),
-                "row_difference": None if trainer.setup.row_check is None else trainer.setup.row_check.difference,
-                "real_tokens": trainer.micro_batches.real,
-                "padded_tokens": trainer.micro_batches.padded,
-            },
-            "levers": sorted(optimizations),
-            "calibration": trainer.calibration,
-            "stamp": dict(trainer.setup.fingerprint),
-        },
+    facts = TrainJson(
+        status="finished" if watch.stop_reason is None else "stopped",
+        stop_reason=watch.stop_reason,
+        steps=state.global_step,
+        planned_steps=state.max_steps,
+        rows=rows_seen(state.epoch or 0.0, rows, trainer.args),
+        epochs=state.epoch,
+        tokens=int(counted["tokens"]) if of_tokens else None,
+        trained_tokens=int(counted["trained_tokens"]) if of_tokens else None,
+        tokens_per_second=round(counted["tokens"] / seconds, 1) if seconds and of_tokens else None,
+        seconds=round(seconds, 3),
+        peak_memory_bytes=peak_memory_bytes(trainer.args.device.type),
+        resident_before_bytes=watch.resident_before,
+        resumed_from_step=None if resume_from is None else int(resume_from.name.rsplit("-", 1)[1]),
+        first_loss=watch.losses[0][1] if watch.losses else None,
+        last_loss=watch.losses[-1][1] if watch.losses else None,
+        out_of_memory=tuple(OutOfMemory(step=step, pieces=pieces) for step, pieces in trainer.micro_batches.events),
+        batching=TrainBatching(
+            kind=plan.batching.kind if trainer.micro_batches.lines else "padded",
+            attention=tuple(sorted(kernels_used)) if trainer.micro_batches.lines else None,
+            rejected_kernels={str(name): reason for name, reason in rejected.items()},
+            row_difference=None if trainer.setup.row_check is None else trainer.setup.row_check.difference,
+            real_tokens=trainer.micro_batches.real,
+            padded_tokens=trainer.micro_batches.padded,
+        ),
+        levers=tuple(sorted(optimizations)),
+        calibration=None if trainer.calibration is None else Calibration(**trainer.calibration),
+        stamp=dict(trainer.setup.fingerprint),
     )
+    save(run.train, facts)
     checkpoint.clear_staging(run.checkpoints)

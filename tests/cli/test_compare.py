@@ -28,6 +28,7 @@ from peftcli.progress import Silent
 from peftcli.recipe.load import load_recipe
 from peftcli.report.compare import make_comparison
 from peftcli.report.markdown import render_markdown
+from peftcli.results import CompareJson, VariantRow, save
 from peftcli.run_dir import RunDir, write_json, write_text
 from peftcli.summary import write_metrics
 from peftcli.train.baseline import reuse_blocker
@@ -133,12 +134,8 @@ def test_methods_with_different_keys_are_told_to_be_varied_whole(write_recipe: W
 # --- fronts
 
 
-def row(name: str, quality: float | None, cost: float | None, **more: Any) -> dict[str, Any]:
-    figures = dict.fromkeys(
-        ("peak_memory_bytes", "seconds", "retention_change", "loss", "trainable_parameters", "tokens_per_second")
-    )
-    figures |= {"merge_top1_agreement": None, "adapter_bytes": cost}
-    return {"name": name, "status": "finished", "quality": quality, **figures, **more}
+def row(name: str, quality: float | None, cost: int | None, **more: Any) -> VariantRow:
+    return VariantRow(**{"name": name, "status": "finished", "quality": quality, "adapter_bytes": cost} | more)
 
 
 def test_the_front_holds_what_no_other_variant_beats_at_both() -> None:
@@ -177,7 +174,7 @@ def sample_run(folder: Path, *, exact: float = 0.5, rows: int = 100, data: Path,
     write_text(run.recipe, yaml.safe_dump({"name": folder.name, **values}))
     loaded = load_recipe(run.recipe).recipe
     facts = ModelFacts("m", "LlamaForCausalLM", 10**6, LINEAR, LINEAR, "lm_head", 2048)
-    write_json(run.plan, make_plan(loaded, CPU, facts, lambda adapter: Trained(1000 * rank)).as_json())
+    save(run.plan, make_plan(loaded, CPU, facts, lambda adapter: Trained(1000 * rank)).as_json())
     side = {"loss": 1 - exact / 2, "exact_match": exact}
     retention = {"path": "t.txt", "tokens": 10, "base_loss": 1.0, "adapter_loss": 1.0 + exact, "change": exact}
     train = {"steps": 6, "seconds": 10.0 + rank, "tokens_per_second": 900.0, "peak_memory_bytes": 10**9 + rank}
@@ -224,8 +221,8 @@ def test_runs_that_are_there_are_compared_without_training(
     assert set(by_name["r4"]["best"]) >= {"adapter_bytes", "seconds", "retention_change", "trainable_parameters"}
     assert by_name["r64"]["best"] == ["quality", "loss"]
     assert found["fronts"]["adapter_bytes"] == ["r4", "r16", "r64"]
-    assert "0.520*" in said and "front of exact match against adapter size: r4, r16, r64" in said
-    assert max(map(len, said.splitlines()[:5])) <= 100
+    assert "0.520 ★" in said and re.search(r"^adapter size +1 r4, 2 r16, 3 r64", said, re.M)
+    assert said.splitlines()[-2].startswith("r64 has the best exact match, 0.520 on 200 held-out rows.")
 
 
 def test_the_verdict_says_when_the_rows_do_not_settle_it(three_runs: list[Path], run_cli: Cli, tmp_path: Path) -> None:
@@ -307,7 +304,8 @@ def test_runs_that_differ_in_their_rows_alone_make_a_learning_curve(
     curves = compared(tmp_path / "out")["curves"]
     assert [[point["rows"] for point in curve["points"]] for curve in curves] == [[10, 100, 400]]
     assert [point["variant"] for point in curves[0]["points"]] == ["n10", "n100", "n400"]
-    assert "learning curve: 10 rows 0.010, 100 rows 0.100, 400 rows 0.400" in capfd.readouterr().out
+    curve = re.findall(r"^ +(10|100|400) +(0\.\d+) +n\1 *$", capfd.readouterr().out, re.M)
+    assert curve == [("10", "0.010"), ("100", "0.100"), ("400", "0.400")]
     assert "## Learning curve" in (tmp_path / "out" / "compare.md").read_text(encoding="utf-8")
 
 
@@ -322,8 +320,7 @@ def test_a_run_without_figures_is_a_row_and_no_point(three_runs: list[Path], run
 
 
 def test_a_comparison_of_nothing_measured_says_so() -> None:
-    empty = {"name": "a", "status": "unfinished", "smoke": False, "task": None, "model": None, "quality": None}
-    nothing = make_comparison(empty | {"doubts": [], "variants": [], "fronts": {}, "curves": []})
+    nothing = make_comparison(CompareJson(name="a", status="unfinished"))
     assert "nothing to choose between yet" in render_markdown(nothing)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from peftcli.cli.console import Shown, duration, metric_table, printable, sample_table
+from peftcli.cli.console import Shown, duration, printable
 from peftcli.run_dir import RunDir, read_log, write_json
 
 Cli = Callable[..., int]
@@ -108,7 +108,7 @@ def test_validate_prints_json_and_notices(write_recipe: Write, run_cli: Cli, cap
 def test_plan_says_each_choice_with_its_reason(write_recipe: Write, run_cli: Cli, capfd: Any) -> None:
     assert run_cli("plan", write_recipe()) == 0
     out = capfd.readouterr().out
-    for part in ("model.dtype", "float32: a CPU", "adapter", "trainable", "quantization.compute_dtype"):
+    for part in ("model.dtype", "a CPU: exact", "adapter", "trainable", "quantization.compute_dtype"):
         assert part in out
     assert run_cli("plan", write_recipe(), "--json") == 0
     assert json.loads(capfd.readouterr().out)["parameters"]["trainable"] > 0
@@ -152,17 +152,10 @@ def test_hostile_text_cannot_reach_the_terminal() -> None:
     out = io.StringIO()
     console = Console(file=out, width=200, markup=False)
     Shown(console).note("[/foo] \x1b[31mred [bold]")
-    hostile = {"prompt": "[/foo]\x1b]0;owned\x07 \u202eabc", "reference": "[bold]x", "adapter": "</s>"}
-    console.print(sample_table([hostile]))
+    Shown(console).note("\x1b]0;owned\x07 \u202eabc [bold]x")
     text = out.getvalue()
     assert "\x1b" not in text and "\x07" not in text and "\u202e" not in text
     assert "[/foo]" in text and "[bold]x" in text
-
-
-def test_a_figure_that_was_not_measured_is_a_dash() -> None:
-    out = io.StringIO()
-    Console(file=out, width=120).print(metric_table({"base": {"loss": 1.0}, "adapter": {"loss": None}, "merged": None}))
-    assert "1.0000" in out.getvalue() and "-" in out.getvalue() and "merged" not in out.getvalue()
 
 
 def test_plain_progress_is_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,7 +69,7 @@ def test_a_merge_without_a_recipe_is_compared_on_fixed_texts(
     writer: Path, tiny_llama: Path, run_cli: Cli, tmp_path: Path, capfd: Any
 ) -> None:
     assert run_cli("merge", writer, "--output-dir", tmp_path / "merged") == 0
-    assert "compared on 64 rows: fixed texts" in capfd.readouterr().out
+    assert "64 rows of fixed texts" in capfd.readouterr().out
     found = read_json(tmp_path / "merged" / "merge.json")
     assert found["rows_from"] == "fixed texts" and found["metrics"] is None and found["positions"] > 200
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")

@@ -116,7 +116,7 @@ def test_both_losses_are_those_of_the_base_alone_and_of_the_adapter(
     )
     assert run_cli("train", recipe, "--output-dir", "run") == 7
     said = capfd.readouterr()
-    assert "forgetting: loss on" in said.out and "forgetting_change is" in said.err
+    assert "Forgetting: loss on another text" in said.out and "forgetting_change is" in said.err
     run = tmp_path / "run"
     found = json.loads((run / "metrics.json").read_text())["retention"]
     base = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32).eval()

@@ -71,7 +71,7 @@ def test_a_run_learns_and_writes_all_that_the_contract_names(write_recipe: Write
     assert metrics["train"]["steps"] == 40 and metrics["train"]["trained_tokens"] < metrics["train"]["tokens"]
     assert metrics["bytes"]["adapter"] == (run / "adapter" / "adapter_model.safetensors").stat().st_size
     card = (run / "adapter" / "README.md").read_text()
-    assert "exact match" in card and "None" not in card and str(tmp_path) not in card
+    assert "| Exact match ↑ |" in card and "None" not in card and str(tmp_path) not in card
     assert losses(run)[-1] < losses(run)[0]
 
 
@@ -410,7 +410,7 @@ def test_on_a_terminal_there_is_one_live_line_and_no_chatter_of_the_libraries(
     os.close(leader)
     assert process.wait(timeout=60) == 0
     text = seen.decode(errors="replace")
-    assert "training" in text and "exact match" in text and "loss" in text
+    assert "training" in text and "Exact match" in text and "Loss" in text
     assert "train_runtime" not in text and "grad_norm" not in text and "Warning" not in text
 
 

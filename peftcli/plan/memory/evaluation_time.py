@@ -5,7 +5,6 @@ weights are unpacked in every step, whatever the batch.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 from peftcli.plan.answered_rows import AUTO_ROWS, answered_count
 from peftcli.plan.gpus import GPU
@@ -14,6 +13,7 @@ from peftcli.plan.memory.model_shape import ModelDimensions
 from peftcli.plan.memory.step_time import LAUNCH_SECONDS, WRITTEN_BYTES
 from peftcli.plan.memory.training_setup import TrainingSetup
 from peftcli.plan.plan import Plan
+from peftcli.results import EvaluationTime
 from peftcli.tasks.registry import TASKS
 
 LONGEST_AUTO_ANSWER = 256
@@ -45,7 +45,7 @@ class EvaluationWork:
 
 def evaluation_time(
     plan: Plan, load: MicroBatchMemory, gpu: GPU | None, memory: int | None, *, test_rows: int | None, mean: float
-) -> dict[str, Any] | None:
+) -> EvaluationTime | None:
     """What the forecast says of evaluation; None where no row is held out or the GPU's speed is not known.
 
     Args:
@@ -58,16 +58,15 @@ def evaluation_time(
     work = evaluation_work(plan, load, memory or 0, test_rows, mean)
     passes = 1 + plan.evaluation.baseline
     seconds = pass_seconds(load.shape, load.setting, gpu, work)
-    return {
-        "estimated": True,
-        "passes": passes,
-        "scored_rows": test_rows,
-        "answered_rows": work.answers,
-        "answers_at_once": work.at_once,
-        "answer_tokens": work.new_tokens,
-        "pass_seconds": seconds,
-        "seconds": passes * seconds,
-    }
+    return EvaluationTime(
+        passes=passes,
+        scored_rows=test_rows,
+        answered_rows=work.answers,
+        answers_at_once=work.at_once,
+        answer_tokens=work.new_tokens,
+        pass_seconds=seconds,
+        seconds=passes * seconds,
+    )
 
 
 def evaluation_work(

@@ -17,6 +17,15 @@ from peftcli.plan.memory.training_setup import FULL_LOGITS_HEAD, LogitsHead, Tra
 from peftcli.plan.optimizer import optimizer_bytes
 from peftcli.plan.plan import DTYPE_BYTES, Plan
 from peftcli.recipe.schema import SelectSection
+from peftcli.results import (
+    Forecast,
+    ForecastChange,
+    ForecastDisk,
+    ForecastMemory,
+    ForecastRows,
+    ForecastTime,
+    MicroBatchTokens,
+)
 from peftcli.tasks.registry import TASKS
 
 FLASH_CAPABILITY = (8, 0)
@@ -88,8 +97,8 @@ def rows_of(plan: Plan, data: Mapping[str, Any] | None, lengths: Sequence[int] =
 
 
 def make_forecast(
-    plan: Plan, shape: ModelDimensions | None, machine: Machine, rows: Rows, disk: Mapping[str, int]
-) -> dict[str, Any] | None:
+    plan: Plan, shape: ModelDimensions | None, machine: Machine, rows: Rows, disk: ForecastDisk
+) -> Forecast | None:
     """Compute what a run will need.
 
     Args:
@@ -107,20 +116,17 @@ def make_forecast(
     largest = None if memory is None else load.largest(memory)
     fits = None if memory is None else load.total <= memory
     tight = None if memory is None else memory * (1 - MARGIN) < load.total <= memory
-    return {
-        "schema": 1,
-        "rows": {"longest_tokens": rows.longest, "mean_tokens": round(rows.mean, 1), "known": rows.known},
-        "micro_batch": {"tokens": load.tokens, "largest_tokens": largest},
-        "memory_bytes": {**parts, "total": load.total, "machine": memory},
-        "peak_memory_bytes": load.counted,
-        "fits": fits,
-        "tight": tight,
-        "mends": _suggestions(load, plan, memory, tight=bool(tight))
-        if memory is not None and (tight or not fits)
-        else [],
-        "time": _time(plan, load, machine, rows),
-        "disk_bytes": dict(disk),
-    }
+    return Forecast(
+        rows=ForecastRows(longest_tokens=rows.longest, mean_tokens=round(rows.mean, 1), known=rows.known),
+        micro_batch=MicroBatchTokens(tokens=load.tokens, largest_tokens=largest),
+        memory_bytes=ForecastMemory(parts=parts, total=load.total, machine=memory),
+        peak_memory_bytes=load.counted,
+        fits=fits,
+        tight=tight,
+        mends=() if memory is None or (fits and not tight) else _suggestions(load, plan, memory, tight=bool(tight)),
+        time=_time(plan, load, machine, rows),
+        disk_bytes=disk,
+    )
 
 
 def micro_batch_memory(plan: Plan, shape: ModelDimensions, machine: Machine, rows: Rows) -> MicroBatchMemory:
@@ -256,13 +262,13 @@ def _attention(plan: Plan, shape: ModelDimensions, machine: Machine, one_row: bo
     return "repeated" if plan.batching.kind == "padding_free" else "math"
 
 
-def _suggestions(load: MicroBatchMemory, plan: Plan, memory: int, *, tight: bool) -> list[dict[str, Any]]:
+def _suggestions(load: MicroBatchMemory, plan: Plan, memory: int, *, tight: bool) -> tuple[ForecastChange, ...]:
     """What to change so that a load fits, or so that one that fits leaves the margin."""
     room = int(memory * (1 - MARGIN)) if tight else memory
-    return [
-        {"keys": fix.keys.split("\n"), "total_bytes": fix.load.total, "fits": fix.load.total <= memory}
+    return tuple(
+        ForecastChange(keys=tuple(fix.keys.split("\n")), total_bytes=fix.load.total, fits=fix.load.total <= memory)
         for fix in suggest(load, plan, room)
-    ]
+    )
 
 
 @dataclass(frozen=True)
@@ -305,19 +311,19 @@ def _timed_gpu(load: MicroBatchMemory, machine: Machine) -> GPU | None:
     return gpu_of(machine) if load.setting.on_gpu and load.setting.width == 2 and unsharded else None
 
 
-def _time(plan: Plan, load: MicroBatchMemory, machine: Machine, rows: Rows) -> dict[str, Any]:
+def _time(plan: Plan, load: MicroBatchMemory, machine: Machine, rows: Rows) -> ForecastTime:
     """Steps and seconds; null for what is not known, such as the speed of a processor."""
     gpu, step = _timed_gpu(load, machine), _step(plan, load, rows)
     seconds, steps = step_time(plan, load, machine, rows), _steps(plan, rows)
-    return {
-        "steps": steps,
-        "flops_per_token": round(token_flops(load.shape, load.setting, step.attended)),
-        "tokens_per_step": round(step.tokens * plan.batch.processes),
-        "step_seconds": seconds,
-        "seconds": None if seconds is None or steps is None else seconds * steps,
-        "card": None if gpu is None else gpu.key,
-        "evaluation": evaluation_time(plan, load, gpu, machine.memory_bytes, test_rows=rows.test, mean=rows.mean),
-    }
+    return ForecastTime(
+        steps=steps,
+        flops_per_token=round(token_flops(load.shape, load.setting, step.attended)),
+        tokens_per_step=round(step.tokens * plan.batch.processes),
+        step_seconds=seconds,
+        seconds=None if seconds is None or steps is None else seconds * steps,
+        card=None if gpu is None else gpu.key,
+        evaluation=evaluation_time(plan, load, gpu, machine.memory_bytes, test_rows=rows.test, mean=rows.mean),
+    )
 
 
 def _steps(plan: Plan, rows: Rows) -> int | None:

@@ -13,7 +13,6 @@ from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from peftcli.cli.terminal import show_data
 from peftcli.data.label_stats import label_warnings
 from peftcli.data.label_tokenize import align_words, takes_words
 from peftcli.data.prepare import PreparedData, prepare
@@ -23,6 +22,11 @@ from peftcli.errors import DataError
 from peftcli.plan.plan import LossMask
 from peftcli.progress import Silent
 from peftcli.recipe.schema import DatasetSection
+from peftcli.report.data import data_section
+from peftcli.report.load import Stages
+from peftcli.report.terminal import print_blocks
+from peftcli.results import DataJson
+from peftcli.typed_json import parse
 
 SHARED = Path(__file__).parents[4] / "shared"
 needs_data = pytest.mark.skipif(not (SHARED / "data").is_dir(), reason="the shared data are not on this machine")
@@ -600,18 +604,20 @@ def test_the_terminal_shows_labels_numbers_words_and_entities(
 ) -> None:
     rows = [row | {"label": number / 4} for number, row in enumerate(animals())]
     numbers = shown(prepared(path=file(rows)).facts, capsys)
-    assert re.search(r"^label +min +median +max +mean +deviation", numbers, re.MULTILINE)
-    assert "trained or scored" not in numbers and "end token" not in numbers
+    assert re.search(r"^label +Least +Median +Most +Mean +Deviation", numbers, re.MULTILINE)
+    assert "Trained or scored" not in numbers and "end token" not in numbers
     words = shown(prepared(path=file(sentences(), "tags.jsonl"), rule=TOKENS).facts, capsys)
-    assert re.search(r"^entities: ANIMAL +20 *$", words, re.MULTILINE)
-    assert re.search(r"^O +#+ +\d+ +62\.5% +62\.5%", words, re.MULTILINE)
+    assert re.search(r"^Entities: ANIMAL +20 *$", words, re.MULTILINE)
+    assert re.search(r"^O +\d+ +#+ +62\.5 % +62\.5 %", words, re.MULTILINE)
     conflicting = [*animals(), {"text": "the cat 0 0", "label": "dog"}]
     classes = shown(prepared(path=file(conflicting, "c.jsonl"), split={"test_size": 1, "seed": 3}).facts, capsys)
-    assert "text of an earlier row, another label" in classes
+    assert "Text of an earlier row, another label" in classes
 
 
 def shown(facts: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> str:
-    show_data(facts, Console(width=160, color_system=None))
+    section = data_section(Stages(data=parse(DataJson, json.loads(json.dumps(facts)))))
+    assert section is not None
+    print_blocks(section.blocks, Console(width=160, color_system=None))
     return capsys.readouterr().out
 
 

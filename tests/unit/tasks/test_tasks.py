@@ -12,7 +12,7 @@ from peft import TaskType
 
 import peftcli
 from peftcli.methods.registry import METHODS
-from peftcli.tasks.base import Task, load
+from peftcli.tasks.base import Task, implementation
 from peftcli.tasks.registry import TASKS, find_task
 
 PACKAGE = Path(peftcli.__file__).parent
@@ -43,7 +43,7 @@ trainer: {max_steps: 2, per_device_train_batch_size: 4}
 @pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
 def test_all_that_a_task_refers_to_exists(task: Task) -> None:
     for reference in filter(None, (getattr(task, name) for name in REFERENCES)):
-        assert callable(load(reference)), reference
+        assert callable(implementation(reference)), reference
     assert hasattr(transformers, task.auto_class)
     assert task.peft_type is None or task.peft_type in TaskType.__members__
     assert bool(task.predict) != task.generates

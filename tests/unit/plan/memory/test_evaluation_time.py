@@ -17,6 +17,7 @@ from peftcli.plan.memory.training_setup import TrainingSetup
 from peftcli.plan.optimizer import Trained
 from peftcli.plan.planner import make_plan
 from peftcli.recipe.load import load_recipe
+from peftcli.results import EvaluationTime, ForecastDisk
 
 LAYERS = 32
 LINEARS = (
@@ -55,12 +56,12 @@ def planned(path: Path, more: str, machine: Machine) -> Any:
     return make_plan(load_recipe(path).recipe, machine, facts, lambda adapter: Trained(41_943_040))
 
 
-def forecast(path: Path, more: str = "", gpu: str = "t4", data: dict[str, Any] | None = None) -> Any:
+def forecast(path: Path, more: str = "", gpu: str = "t4", data: dict[str, Any] | None = None) -> EvaluationTime:
     machine = machine_with(find_gpu(gpu))
     plan = planned(path, more, machine)
-    found = make_forecast(plan, LLAMA_8B, machine, rows_of(plan, data), {"total": 1})
-    assert found is not None
-    return found["time"]["evaluation"]
+    found = make_forecast(plan, LLAMA_8B, machine, rows_of(plan, data), ForecastDisk(total=1))
+    assert found is not None and found.time.evaluation is not None
+    return found.time.evaluation
 
 
 def test_a_gpu_answers_64_rows_at_once_and_processes_in_step_fewer(tmp_path: Path) -> None:
@@ -87,28 +88,26 @@ def test_larger_batches_of_answers_take_less_time_on_a_gpu_that_unpacks_its_weig
 def test_the_forecast_counts_passes_rows_and_memory(tmp_path: Path) -> None:
     file = tmp_path / "r.yaml"
     auto = forecast(file)
-    assert (auto["estimated"], auto["passes"], auto["answered_rows"], auto["scored_rows"]) == (True, 2, 500, None)
-    assert auto["seconds"] == pytest.approx(2 * auto["pass_seconds"]) and auto["answer_tokens"] == 256
-    assert forecast(file, "evaluation: {baseline: false}")["passes"] == 1
-    assert forecast(file, "evaluation: {rows: 50}")["seconds"] < auto["seconds"] / 5
+    assert (auto.estimated, auto.passes, auto.answered_rows, auto.scored_rows) == (True, 2, 500, None)
+    assert auto.seconds == pytest.approx(2 * auto.pass_seconds) and auto.answer_tokens == 256
+    assert forecast(file, "evaluation: {baseline: false}").passes == 1
+    assert forecast(file, "evaluation: {rows: 50}").seconds < auto.seconds / 5
     data = {"train_rows": 90_000, "test_rows": 9937, "length": {"max": 512}, "tokens": {"train": 90_000 * 100}}
     whole = forecast(file, "evaluation: {rows: all}", data=data)
-    assert (whole["answered_rows"], whole["scored_rows"]) == (9937, 9937)
-    assert forecast(file, data=data)["answered_rows"] == 500
+    assert (whole.answered_rows, whole.scored_rows) == (9937, 9937)
+    assert forecast(file, data=data).answered_rows == 500
     # Keys and values of 64 rows of 4096 tokens take 34 GB: fewer are answered at once where memory does not hold them.
     long = "evaluation: {max_new_tokens: 3584}"
-    assert forecast(file, long, "t4")["answers_at_once"] < forecast(file, long, "h100")["answers_at_once"] == 64
+    assert forecast(file, long, "t4").answers_at_once < forecast(file, long, "h100").answers_at_once == 64
 
 
 def test_plan_prints_an_evaluation_time_that_is_labelled_as_an_estimate(
     write_recipe: Callable[..., Path], run_cli: Callable[..., int], capfd: Any
 ) -> None:
     assert run_cli("plan", write_recipe(), "--gpu", "t4") == 0
-    line = next(line for line in capfd.readouterr().out.replace("\n", " ").split("evaluation: ")[1:])
-    assert (
-        line.startswith("at most about")
-        and "an estimate (base and adapter: up to 500 answers of up to 6 tokens" in line
-    )
+    line = " ".join(capfd.readouterr().out.split()).partition("Evaluation ")[2]
+    assert line.startswith("at most about")
+    assert "an estimate (base and adapter: up to 500 answers of up to 6 tokens" in line
     recipe = write_recipe(dataset={"split": {"test_size": 0}}, evaluation={"baseline": False})
     assert run_cli("plan", recipe, "--gpu", "t4", "--json") == 0
     assert json.loads(capfd.readouterr().out)["forecast"]["time"]["evaluation"] is None

@@ -1,0 +1,60 @@
+"""Reads and writes the files of a run folder."""
+
+import json
+from pathlib import Path
+from typing import Any, TypeVar
+
+from peftcli.errors import DataError
+from peftcli.results.metrics import MetricsJson
+from peftcli.results.schema import SCHEMA
+from peftcli.run_dir import RunDir, read_json, write_json
+from peftcli.typed_json import WrongType, dump, parse
+
+T = TypeVar("T")
+
+
+def load(kind: type[T], path: Path) -> T | None:
+    """Read a file of a run; None where there is none.
+
+    Raises:
+        DataError: it is not JSON, another version of peftcli wrote it, or a key has a value of the wrong type.
+    """
+    if not path.is_file():
+        return None
+    again = "run the stage that writes it again"
+    try:
+        value = read_json(path)
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON ({error}); {again}") from error
+    schema = value.get("schema") if isinstance(value, dict) else None
+    if schema != SCHEMA:
+        raise DataError(
+            f"{path} has schema {schema!r}, but this peftcli reads schema {SCHEMA}; "
+            "run the stage again, or use the version that wrote it"
+        )
+    try:
+        return parse(kind, value)
+    except WrongType as error:
+        raise DataError(f"{path}: {error}; {again}") from error
+
+
+def load_or_default(kind: type[T], path: Path) -> T:
+    """The same, with all fields at their defaults where there is no file."""
+    found = load(kind, path)
+    return kind() if found is None else found
+
+
+def save(path: Path, value: Any) -> None:
+    """Write a file of a run."""
+    write_json(path, dump(value))
+
+
+def as_text(value: Any) -> str:
+    """A file of a run on one line, as `--json` prints it."""
+    return json.dumps(dump(value), ensure_ascii=False)
+
+
+def status_of(run: RunDir) -> str | None:
+    """The status that `metrics.json` states, or None where no run has ended in the folder."""
+    found = load(MetricsJson, run.metrics)
+    return None if found is None else found.status
