@@ -6,7 +6,7 @@ from dataclasses import replace
 from transformers import PreTrainedModel
 
 from peftcli.data.prepare import PreparedData
-from peftcli.model.evaluate import Evaluation, decoding_for, evaluate_model, evaluation_json
+from peftcli.model.evaluate import Evaluation, decoding_for, evaluate_model, evaluation_json, sampling_note
 from peftcli.model.load import load_base
 from peftcli.model.target import Target
 from peftcli.progress import Progress
@@ -40,6 +40,8 @@ def evaluate(
     model, tokenizer = target.load()
     decoding = decoding_for(evaluation, data, tokenizer, seed)
     measured: dict[str, Evaluation | None] = {}
+    if sampled := sampling_note(evaluation, data, seed):
+        progress.note(f"note: {sampled}")
 
     def run(what: str, model: PreTrainedModel) -> Evaluation:
         return evaluate_model(
@@ -52,5 +54,5 @@ def evaluate(
         with model.disable_adapter():
             measured["base"] = run("base", model)
     measured[target.kind] = run(target.kind, model)
-    value = evaluation_json(data, evaluation.samples, decoding, measured)
+    value = evaluation_json(data, evaluation, decoding, measured)
     return replace(value, seconds=round(time.monotonic() - begun, 3))

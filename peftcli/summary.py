@@ -4,8 +4,10 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Any, TypeVar
 
+from peftcli.metrics.interval import wilson_interval
 from peftcli.recipe.fields import Gate
 from peftcli.results import (
+    AnswerFigures,
     DataFigures,
     DataJson,
     EvalJson,
@@ -45,6 +47,7 @@ def write_metrics(run: RunDir, gates: Sequence[Gate]) -> MetricsJson:
         base=evaluation.base,
         adapter=evaluation.adapter,
         merged=merge.metrics if merge else None,
+        answers=_answers(evaluation, merge),
         retention=_part(RetentionFigures, evaluation.retention),
         train=_part(TrainFigures, train),
         data=_part(DataFigures, load(DataJson, run.data)) or DataFigures(),
@@ -83,6 +86,17 @@ def _judge(gate: Gate, metrics: MetricsJson) -> GateResult:
     else:
         value = metrics.of("adapter").figures.get(gate.name)
     return GateResult(name=gate.name, limit=gate.text, value=value, met=None if value is None else gate.met(value))
+
+
+def _answers(evaluation: EvalJson, merge: MergeJson | None) -> AnswerFigures | None:
+    """How many of the test rows were answered, and how far that number lets the exact match be off."""
+    rows = evaluation.generated_rows
+    if not rows:
+        return None
+    models = {"base": evaluation.base, "adapter": evaluation.adapter, "merged": merge.metrics if merge else None}
+    ratios = {name: model.figure("exact_match") if model else None for name, model in models.items()}
+    intervals = {name: None if one is None else wilson_interval(one, rows) for name, one in ratios.items()}
+    return AnswerFigures(rows=rows, test_rows=evaluation.rows, exact_match_interval=intervals)
 
 
 def _adapter_bytes(run: RunDir) -> int | None:

@@ -33,6 +33,7 @@ aliases and merge keys (`<<`) work. Durations are written `90s`, `10min` or `8h3
 READERS = {
     "read_seconds": "duration",
     "read_tokens": "`auto` or a whole number of at least 1",
+    "read_answered_rows": "whole number, at least 1, or `all`",
     "read_share": "number from 0 to 1",
     "read_template": "template",
     "read_test_size": "share or number of rows",

@@ -11,6 +11,7 @@ from typing import Any
 from peftcli.cli.console import Shown, Streams, console, printable, quiet
 from peftcli.cli.recipes import find_recipe
 from peftcli.errors import DataError, GateNotMet, MemoryExhausted, RecipeError
+from peftcli.plan.answered_rows import answered_digest
 from peftcli.plan.plan import DTYPE_BYTES
 from peftcli.plan.smoke import check_schedules, smoke_notices, smoke_recipe
 from peftcli.recipe.load import Loaded, load_recipe, load_run_recipe
@@ -75,8 +76,10 @@ def eval_command(name: str, recipe: str | None, overrides: Sequence[str], *, wit
         run = target.run
         if run is not None and target.kind == "adapter" and not overrides and recipe is None:
             before = load_or_default(EvalJson, run.eval)
+            same_rows = answered_digest(before) == answered_digest(value)
+            base = value.base or (before.base if same_rows else None)
             # Forgetting was measured during training; it does not depend on the test rows.
-            value = replace(value, base=value.base or before.base, retention=before.retention)
+            value = replace(value, base=base, retention=before.retention)
             save(run.eval, value)
             finish(run, loaded.recipe)
         if as_json:

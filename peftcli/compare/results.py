@@ -10,6 +10,7 @@ from typing import Any
 
 from peftcli.compare.variants import ROWS_KEY, unique
 from peftcli.errors import PeftcliError, RecipeError
+from peftcli.plan.answered_rows import answered_digest
 from peftcli.recipe.dump import fingerprint
 from peftcli.recipe.load import load_run_recipe
 from peftcli.recipe.schema import Recipe
@@ -309,7 +310,7 @@ def comparability_warnings(runs: Mapping[str, Stages], metric: Metric | None, me
     answered = metric is not None and metric.key in COUNTED_ON_ANSWERS
     checks: tuple[tuple[Callable[[Stages], Any], str], ...] = (
         (
-            lambda run: (_test_rows(run), run.eval.generated_rows if answered else 0),
+            lambda run: (_test_rows(run), answered_digest(run.eval) if answered else None),
             "were not evaluated on the same held-out rows, so their quality cannot be compared",
         ),
         (

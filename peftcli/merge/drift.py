@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import pyarrow as pa
 import torch
@@ -14,6 +14,9 @@ from peftcli.data.formats import LABELLED
 from peftcli.data.prepare import PreparedData
 from peftcli.data.tokenize import IGNORED
 from peftcli.model.classification import TaskHead, output_names, row_logits, task_head
+from peftcli.model.expected_time import ExpectedTime
+from peftcli.model.load import input_device
+from peftcli.model.oom import ShrinkingBatches
 from peftcli.model.scoring import pad_right, rows_at_once, vocabulary_of
 from peftcli.progress import Progress
 
@@ -69,11 +72,16 @@ class Comparison:
         """The split they come from: `test` or `training`."""
         return "test" if self.data.holds_out else "training"
 
-    def logits(self, model: PreTrainedModel, what: str) -> list[Tensor]:
-        """The logits of a model at the positions that count in the loss, for each row, float32 on the CPU."""
+    def logits(self, model: PreTrainedModel, what: str, most: int | None = None) -> list[Tensor]:
+        """The logits of a model at the positions that count in the loss, for each row, float32 on the CPU.
+
+        Args:
+            most: maximum number of rows, from the first; the expected time is reported after the first batch. None for
+                all rows.
+        """
+        rows = self.rows.slice(0, most)
         if self.data.format not in LABELLED:
-            return self._of_text(model, what)
-        rows = self.rows
+            return self._of_text(model, rows, what, timed=most is not None)
         head = task_head(output_names(self.data), self.data.problem_type, model, self.tokenizer)
         ids, labels = (rows.column(name).to_pylist() for name in (head.column, "labels"))
         return row_logits(
@@ -84,6 +92,7 @@ class Comparison:
             batch_rows=self.batch_rows,
             progress=self.progress,
             what=f"{what}: labels",
+            timed=most is not None,
         )
 
     def drift(self, reference: list[Tensor], merged: list[Tensor]) -> Drift:
@@ -92,14 +101,15 @@ class Comparison:
             return compare(reference, merged)
         return compare_labels(TaskHead(output_names(self.data), self.data.problem_type or "tagging"), reference, merged)
 
-    def _of_text(self, model: PreTrainedModel, what: str) -> list[Tensor]:
+    def _of_text(self, model: PreTrainedModel, rows: pa.Table, what: str, *, timed: bool) -> list[Tensor]:
         return trained_logits(
             model,
-            rows_to_compare(self.rows, model.config.get_text_config().vocab_size),
+            rows_to_compare(rows, model.config.get_text_config().vocab_size),
             pad_id=self.tokenizer.pad_token_id or 0,
             batch_rows=self.batch_rows,
             progress=self.progress,
             what=f"{what}: logits",
+            timed=timed,
         )
 
 
@@ -116,37 +126,58 @@ def rows_to_compare(table: pa.Table, vocabulary: int) -> pa.Table:
 
 @torch.inference_mode()
 def trained_logits(
-    model: PreTrainedModel, rows: pa.Table, *, pad_id: int, batch_rows: int, progress: Progress, what: str
+    model: PreTrainedModel,
+    rows: pa.Table,
+    *,
+    pad_id: int,
+    batch_rows: int,
+    progress: Progress,
+    what: str,
+    timed: bool = False,
 ) -> list[Tensor]:
     """Logits at the positions that predict a trained token.
 
     Args:
         rows: `input_ids` and `labels`.
         pad_id: token id for padding; any id, since padding is masked.
-        batch_rows: batch size.
+        batch_rows: batch size; smaller if memory runs out.
+        timed: report after the first batch how long all rows will take.
 
     Returns:
         (N, V) for each row with N trained tokens, float32 on the CPU.
     """
     ids, labels = rows.column("input_ids").to_pylist(), rows.column("labels").to_pylist()
     order = sorted(range(len(ids)), key=lambda row: len(ids[row]), reverse=True)
-    device = next(model.parameters()).device
+    device = input_device(model)
     found: list[Tensor | None] = [None] * len(ids)
     progress.start(what, len(ids))
     vocabulary = vocabulary_of(model)
-    done = 0
+    fitting, done = ShrinkingBatches(batch_rows, what, progress), 0
+    expected = ExpectedTime(what, len(ids), progress)
+    tokens = sum(map(len, ids))
     while done < len(order):
-        batch = order[done : done + rows_at_once(batch_rows, len(ids[order[done]]), vocabulary, device.type)]
+        batch = order[done : done + rows_at_once(fitting.rows, len(ids[order[done]]), vocabulary, device.type)]
         inputs, targets, mask = pad_right([ids[row] for row in batch], [labels[row] for row in batch], pad_id)
-        output = model(input_ids=inputs.to(device), attention_mask=mask.to(device), use_cache=False)
-        logits = output.logits[:, -inputs.shape[1] :]
-        for index, row in enumerate(batch):
-            chosen = (targets[index, 1:] != IGNORED).nonzero().squeeze(1)
-            found[row] = logits[index, chosen.to(device)].float().cpu()
+        work = partial(_trained, model, inputs.to(device), mask.to(device), targets)
+        logits = fitting.attempt(len(batch), device, work)
+        if logits is None:
+            expected.restart()
+            continue
+        for row, one in zip(batch, logits, strict=True):
+            found[row] = one
         done += len(batch)
+        if timed:
+            expected.after(done, sum(len(ids[row]) for row in batch) / tokens)
         progress.advance(done)
     progress.end()
     return [one for one in found if one is not None]
+
+
+def _trained(model: PreTrainedModel, inputs: Tensor, mask: Tensor, targets: Tensor) -> list[Tensor]:
+    """For each row of a batch the logits that predict its trained tokens, float32 on the CPU."""
+    logits = model(input_ids=inputs, attention_mask=mask, use_cache=False).logits[:, -inputs.shape[1] :]
+    chosen = [(labels[1:] != IGNORED).nonzero().squeeze(1).to(logits.device) for labels in targets]
+    return [row[places].float().cpu() for row, places in zip(logits, chosen, strict=True)]
 
 
 def compare(reference: list[Tensor], merged: list[Tensor]) -> Drift:

@@ -5,6 +5,7 @@ Adapters that cannot be merged are refused before the base model is loaded.
 
 import copy
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +19,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from peftcli.adapters.quantized import hide_quantization_flag
-from peftcli.errors import MachineError
+from peftcli.errors import MachineError, MemoryExhausted
 from peftcli.methods.base import Method
 from peftcli.methods.registry import METHODS
 from peftcli.model.files import Source, end_names, skeleton_of
+from peftcli.model.hardware import available_memory
 from peftcli.model.inspect import drop_parameters
+from peftcli.report.format import size
 
 
 @dataclass(frozen=True)
@@ -33,11 +36,13 @@ class FoldedWeights:
         sizes: number of elements by name, in the order of `tensors`.
         tensors: yields pairs of a name and a floating-point tensor.
         unties: whether a tied embedding or output layer was trained, so that the two may differ now.
+        largest_layer: number of elements of the largest layer that the adapter changes.
     """
 
     sizes: dict[str, int]
     tensors: Callable[[], Iterator[tuple[str, Tensor]]]
     unties: bool
+    largest_layer: int = 0
 
 
 def fold(base: PreTrainedModel, adapter: Path, source: Source) -> FoldedWeights:
@@ -52,11 +57,13 @@ def fold(base: PreTrainedModel, adapter: Path, source: Source) -> FoldedWeights:
 
     Raises:
         MachineError: this adapter cannot be merged.
+        MemoryExhausted: its method needs all weights at once, and RAM does not hold them.
     """
     skeleton = skeleton_of(base)
     drop_parameters(skeleton)
     method = method_of(adapter)
     if method is not None and method.from_weights:
+        _check_room_to_fill(base, method)
         _fill(skeleton, source)
     layers = _layers(PeftModel.from_pretrained(skeleton, str(adapter), torch_device="cpu"))
     names = skeleton_names(base)
@@ -83,13 +90,29 @@ def fold(base: PreTrainedModel, adapter: Path, source: Source) -> FoldedWeights:
 
     state = dict(base.state_dict(keep_vars=True))
     sizes = {name: _elements(state[name]) for name in names}
-    return FoldedWeights(sizes, tensors, unties)
+    changed = Counter[str]()
+    for name, elements in sizes.items():
+        owner = name.rpartition(".")[0]
+        if isinstance(layers.get(owner), BaseTunerLayer):
+            changed[owner] += elements
+    return FoldedWeights(sizes, tensors, unties, max(changed.values(), default=0))
 
 
 def _untied(ends: list[object]) -> bool:
     """Whether the embedding or the output layer was trained separately from the other."""
     weights = [end.weight for end in ends if isinstance(end, ModulesToSaveWrapper)]
     return bool(weights) and not (len(weights) == len(ends) and weights[0] is weights[-1])
+
+
+def _check_room_to_fill(base: PreTrainedModel, method: Method) -> None:
+    state = dict(base.state_dict(keep_vars=True))
+    needed, free = 4 * sum(_elements(state[name]) for name in skeleton_names(base)), available_memory()
+    if needed > free:
+        raise MemoryExhausted(
+            f"{method.title} needs all weights of the base in float32 to be merged: {size(needed)} of RAM, and "
+            f"{size(free)} are free; nothing was written, and the adapter is as it was; merge on a machine with more "
+            "RAM, or use the adapter as it is"
+        )
 
 
 def _fill(skeleton: PreTrainedModel, source: Source) -> None:

@@ -3,7 +3,8 @@
 import gc
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -11,15 +12,25 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peftcli.data.prepare import PreparedData
-from peftcli.errors import GateNotMet, RecipeError
+from peftcli.errors import GateNotMet, MemoryExhausted, RecipeError
 from peftcli.merge.drift import Comparison, Drift
 from peftcli.merge.fold import bare_base, fold
-from peftcli.merge.save import write_config, write_weights
+from peftcli.merge.placement import (
+    FreeMemory,
+    Placement,
+    check_memory,
+    choose_placements,
+    measure_free_memory,
+    placement_note,
+)
+from peftcli.merge.save import folding_bytes, write_config, write_weights
 from peftcli.model.adapter_files import replace_folder, write_companions
-from peftcli.model.evaluate import Evaluation, decoding_for, evaluate_model
+from peftcli.model.evaluate import Evaluation, answered_rows, decoding_for, evaluate_model
 from peftcli.model.files import Source, loaded_weights, original_weights
+from peftcli.model.generation import Answer
 from peftcli.model.load import DTYPES, load_base
 from peftcli.model.manifest import MANIFEST, build_merged_manifest
+from peftcli.model.oom import is_out_of_memory
 from peftcli.model.target import Target
 from peftcli.plan.plan import Base
 from peftcli.progress import Progress
@@ -33,6 +44,8 @@ DEFAULT_LIMITS = (Gate("merge_top1_agreement", ">=", 0.98),)
 """Limits on the drift if the recipe has no gates for the merge."""
 FEW_POSITIONS = 200
 """With fewer positions a single near-tie decides the agreement, so the KL divergence is limited instead."""
+KINDS = ("dequantized", "original")
+"""Base weights that an adapter can be merged into."""
 LIMITS_OF_FEW = (Gate("merge_kl_nats", "<=", 0.01),)
 
 
@@ -45,16 +58,16 @@ class Candidate:
     drift: Drift
     measured: Evaluation | None
     bytes: int
+    compared_on: str
 
     @property
     def loss(self) -> float | None:
         """Loss on the test rows, None if there are none."""
         return None if self.measured is None else self.measured.metrics.loss
 
-    @property
-    def worse(self) -> float:
-        """Criterion between candidates, lower is better: the loss, or the drift if there are no test rows."""
-        return self.drift.mean_abs_logit_difference if self.loss is None else self.loss
+    def worse(self, *, by_loss: bool) -> float:
+        """Criterion between candidates, lower is better: the loss, or the drift if some have no loss."""
+        return self.loss if by_loss and self.loss is not None else self.drift.mean_abs_logit_difference
 
 
 @dataclass(frozen=True)
@@ -103,25 +116,51 @@ def merge(target: Target, data: PreparedData, final: Path, settings: MergeSettin
             f"--into {settings.into}: the earlier stages of this run were trained on "
             f"{target.base.quantization['bits']}-bit weights and only fit those; remove --into"
         )
-    model, tokenizer = target.load()
+    with _explained_out_of_memory("while the adapter was loaded"):
+        model, tokenizer = target.load()
     comparison = Comparison(data, tokenizer, settings.batch_rows, progress)
-    reference = comparison.logits(model, "adapter")
-    written = _write_all(target, model, tokenizer, data, final, settings)
-    del model
-    _free_memory()
     try:
+        reference = comparison.logits(model, "adapter")
+        with _explained_out_of_memory("while the adapter was folded into its base"):
+            written = _write_all(target, model, tokenizer, data, final, settings)
+        del model
+        _free_memory()
         candidates = [
             _measure(target, (into, folder, size), reference, comparison, settings) for into, folder, size in written
         ]
-        best = min(candidates, key=lambda one: one.worse)
+        by_loss = all(one.loss is not None for one in candidates)
+        best = min(candidates, key=lambda one: one.worse(by_loss=by_loss))
         value = _merge_json(best, candidates, comparison, settings, time.monotonic() - begun, target)
         if not value.met:
             _fail(best, value, quantized=target.base.quantization is not None)
         replace_folder(best.folder, final)
     finally:
-        for _, folder, _ in written:
-            shutil.rmtree(folder, ignore_errors=True)
+        for into in KINDS:
+            shutil.rmtree(_staging(final, into), ignore_errors=True)
     return value
+
+
+def _staging(final: Path, into: str) -> Path:
+    """The folder in which a merged model is written before it is known to be good."""
+    return final.with_name(f"{final.name}.{into}.staging")
+
+
+@contextmanager
+def _explained_out_of_memory(when: str) -> Iterator[None]:
+    """Say of an out-of-memory error when it happened in a merge, and that nothing is lost.
+
+    Raises:
+        MemoryExhausted: in its place.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as problem:
+        if not is_out_of_memory(problem):
+            raise
+        raise MemoryExhausted(
+            f"out of memory {when}: {' '.join(str(problem).split())[:200]}; nothing of the merged model was kept, and "
+            "the adapter is as it was; close other programs that use the memory, or merge on a machine with more"
+        ) from problem
 
 
 class DriftTooLarge(GateNotMet):
@@ -158,7 +197,7 @@ def _write_all(
     """Write each candidate next to the final folder; returns kind, folder and bytes."""
     assert target.adapter is not None
     quantized = target.base.quantization is not None
-    wanted: Sequence[str] = ("dequantized", "original") if settings.into == "best" else (settings.into,)
+    wanted: Sequence[str] = KINDS if settings.into == "best" else (settings.into,)
     if not quantized:
         wanted = ("original",)
     dtype = DTYPES[settings.dtype or target.base.dtype]
@@ -166,12 +205,15 @@ def _write_all(
     # The wrapped model has PEFT's prefixes in its module names, so the unwrapped base model is folded.
     bare = bare_base(model)
     for into in wanted:
-        folder = final.with_name(f"{final.name}.{into}.staging")
+        folder = _staging(final, into)
         shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
         from_files = quantized and into == "original"
         source = _original(target.base, bare) if from_files else loaded_weights(bare)
         folded = fold(bare, target.adapter, source)
+        weights = sum(folded.sizes.values()) * torch.empty((), dtype=dtype).element_size()
+        free = measure_free_memory(on_gpu=target.base.device == "cuda", with_own=True)
+        check_memory(weights, folding_bytes(folded, dtype), free)
+        folder.mkdir(parents=True)
         size = write_weights(folded, dtype, folder)
         write_config(bare, dtype, folded.unties, folder)
         write_companions(bare, tokenizer, data.stop_ids, folder)
@@ -196,28 +238,61 @@ def _measure(
     comparison: Comparison,
     settings: MergeSettings,
 ) -> Candidate:
-    """Load a candidate as a user would, and compare it with the adapter.
+    """Load a candidate as a user would, and compare it with the adapter; on another device if memory runs out.
 
     Args:
         written: kind, folder and bytes of the candidate.
         reference: outputs of the adapter.
+
+    Raises:
+        MemoryExhausted: it fits nowhere.
     """
-    into, folder, size = written
+    weights = written[2]
+    free = measure_free_memory(on_gpu=target.base.device == "cuda")
+    check_memory(weights, 0, free)
+    *others, last = choose_placements(weights, free)
+    for place in others:
+        _announce(place, weights, free, comparison.progress)
+        try:
+            return _measure_on(place, target, written, reference, comparison, settings)
+        except MemoryExhausted as problem:
+            comparison.progress.note(f"note: {problem}")
+        # Outside the handler, which keeps the tensors of the failed attempt alive.
+        _free_memory()
+    _announce(last, weights, free, comparison.progress)
+    return _measure_on(last, target, written, reference, comparison, settings)
+
+
+def _announce(place: Placement, weights: int, free: FreeMemory, progress: Progress) -> None:
+    if note := placement_note(place, weights, free):
+        progress.note(f"note: {note}")
+
+
+def _measure_on(
+    place: Placement,
+    target: Target,
+    written: tuple[str, Path, int],
+    reference: list[torch.Tensor],
+    comparison: Comparison,
+    settings: MergeSettings,
+) -> Candidate:
+    into, folder, weights = written
     data, tokenizer = comparison.data, comparison.tokenizer
     stored = settings.dtype or target.base.dtype
-    device = target.base.device
-    if device == "cuda" and size > 0.9 * torch.cuda.mem_get_info()[0]:
-        device = "cpu"  # the dequantized weights are several times as large as the quantized ones that fit the GPU
     merged = replace(target.base, path=str(folder), revision=None, quantization=None, absorbed=(), dtype=stored)
-    merged = replace(merged, device=device)
-    model = load_base(merged)
+    with _explained_out_of_memory(f"while the merged model was loaded on {place.name}"):
+        model = load_base(replace(merged, device=place.device), max_memory=place.max_memory)
+    if not place.offloads and "disk" in (getattr(model, "hf_device_map", None) or {}).values():
+        raise MemoryExhausted(f"the layers of the merged model do not fit on {place.name} one by one")
     model.eval()
     what = f"merged into {into}"
-    logits = comparison.logits(model, what)
-    measured = _scored(model, data, tokenizer, settings, comparison.progress, what) if data.holds_out else None
+    logits = comparison.logits(model, what, place.rows)
+    whole = place.rows is None and data.holds_out
+    measured = _scored(model, data, tokenizer, settings, comparison.progress, what) if whole else None
     del model
     _free_memory()
-    return Candidate(into, folder, comparison.drift(reference, logits), measured, size)
+    drift = comparison.drift(reference[: len(logits)], logits)
+    return Candidate(into, folder, drift, measured, weights, place.name)
 
 
 def _scored(
@@ -252,23 +327,31 @@ def _merge_json(
     default = LIMITS_OF_FEW if few else DEFAULT_LIMITS
     limits = tuple(gate for gate in settings.gates if gate.name.startswith("merge_")) or default
     met = {name: _met(gate, drift[name]) for gate in limits for name in (gate.name.removeprefix("merge_"),)}
-    answers = [] if best.measured is None else best.measured.answers
-    prompts = comparison.rows.column("prompt")
-    shown = min(settings.evaluation.samples, len(answers))
+    prompts = comparison.data.test.column("prompt")
+    shown = _shown_answers(best, comparison.data, settings)
     return MergeJson(
         into=best.into,
         dtype=settings.dtype or target.base.dtype,
         rows_from=settings.rows_from or comparison.rows_from,
+        compared_on=best.compared_on,
         **drift,
         limit={gate.name.removeprefix("merge_"): gate.text for gate in limits},
         limits_met=met,
         met=all(one is not False for one in met.values()),
         metrics=None if best.measured is None else best.measured.scores(),
         candidates=tuple(MergeCandidate(into=one.into, loss=one.loss, **asdict(one.drift)) for one in candidates),
-        samples=tuple(MergeSample(prompt=prompts[row].as_py(), merged=answers[row].text) for row in range(shown)),
+        samples=tuple(MergeSample(prompt=prompts[row].as_py(), merged=answer.text) for row, answer in shown),
         bytes=best.bytes,
         seconds=round(seconds, 3),
     )
+
+
+def _shown_answers(best: Candidate, data: PreparedData, settings: MergeSettings) -> list[tuple[int, Answer]]:
+    """The first answers, each with the index of its test row; none if nothing was answered."""
+    if best.measured is None:
+        return []
+    rows = answered_rows(settings.evaluation, data, settings.seed)
+    return list(zip(rows, best.measured.answers, strict=True))[: settings.evaluation.samples]
 
 
 def _free_memory() -> None:

@@ -46,6 +46,18 @@ def write_weights(folded: FoldedWeights, dtype: torch.dtype, folder: Path, shard
     return total
 
 
+def folding_bytes(folded: FoldedWeights, dtype: torch.dtype, shard_bytes: int = SHARD_BYTES) -> int:
+    """RAM that `write_weights` takes at its peak.
+
+    That is one file's tensors and the copy that safetensors makes of them, and in float32 the layer at hand: its
+    weights, their copy, the one that PEFT checks (`safe_merge`) and the update.
+    """
+    width = torch.empty((), dtype=dtype).element_size()
+    sizes = {name: count * width for name, count in folded.sizes.items()}
+    largest = max(sum(sizes[name] for name in shard) for shard in plan_shards(sizes, shard_bytes))
+    return 2 * largest + 4 * 4 * folded.largest_layer
+
+
 def plan_shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
     """Group tensors in order so that no group exceeds the limit, unless a single tensor does.
 

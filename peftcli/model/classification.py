@@ -20,7 +20,9 @@ from peftcli.metrics.classification import classification_scores, multi_label_sc
 from peftcli.metrics.regression import regression_scores
 from peftcli.metrics.tagging import tagging_scores
 from peftcli.model.distributed import gather, interleave, local_rows
+from peftcli.model.expected_time import ExpectedTime
 from peftcli.model.generation import Answer
+from peftcli.model.load import input_device
 from peftcli.model.oom import ShrinkingBatches
 from peftcli.model.scoring import rows_alike
 from peftcli.plan.heads import NUMBER
@@ -260,6 +262,7 @@ def row_logits(
     batch_rows: int,
     progress: Progress,
     what: str,
+    timed: bool = False,
 ) -> list[Tensor]:
     """The outputs of a model for rows, in order.
 
@@ -269,28 +272,33 @@ def row_logits(
         marks: for tagging, a label per token, or -100 if its output is not needed.
         batch_rows: batch size; the result does not depend on it.
         what: name of the task for `progress`.
+        timed: report after the first batch how long all rows will take.
 
     Returns:
         For each row float32 on the CPU: (C,), for tagging (N, C) at the labeled tokens.
     """
     found: list[Tensor | None] = [None] * len(ids)
     order = sorted(range(len(ids)), key=lambda row: len(ids[row]), reverse=True)
-    device = next(model.parameters()).device
+    device = input_device(model)
     was_training = model.training
     model.eval()
     progress.start(what, len(ids))
     fitting, done = ShrinkingBatches(batch_rows, what, progress), 0
+    expected = ExpectedTime(what, len(ids), progress)
     while done < len(order):
         longest = 1 if head.images is not None else len(ids[order[done]])
         rows = order[done : done + rows_alike(fitting.rows, longest, device.type)]
         batch = {name: value.to(device) for name, value in make_batch([ids[row] for row in rows], None, head).items()}
         logits = fitting.attempt(len(rows), device, partial(forward, model, batch))
         if logits is None:
+            expected.restart()
             continue
         for row, one in zip(rows, logits.float().cpu(), strict=True):
             wanted = [place for place, mark in enumerate(marks[row]) if mark != IGNORED] if marks is not None else None
             found[row] = one if wanted is None else one[wanted]
         done += len(rows)
+        if timed:
+            expected.after(done, done / len(ids))
         progress.advance(done)
     progress.end()
     model.train(was_training)

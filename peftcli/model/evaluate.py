@@ -1,10 +1,13 @@
 """Evaluates one model on the test split: loss, answers against references, and forgetting."""
 
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.compute as pc
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peftcli.data.formats import LABELLED
@@ -12,23 +15,22 @@ from peftcli.data.prepare import PreparedData
 from peftcli.data.quality import hide_keys
 from peftcli.data.retention import RetentionText, read_retention
 from peftcli.metrics.language import Metrics, chrf, exact_match
-from peftcli.model.classification import LabelMetrics, evaluate_labels
-from peftcli.model.distributed import gather, interleave, is_fsdp, local_rows
+from peftcli.model.classification import LabelMetrics, evaluate_labels, output_names, row_logits, task_head
+from peftcli.model.distributed import gather, interleave, is_fsdp, local_rows, rank_and_world_size
 from peftcli.model.generation import Answer, Decoding, generate_answers
-from peftcli.model.scoring import Sums, score_shared
+from peftcli.model.scoring import Sums, score, score_shared
+from peftcli.plan.answered_rows import choose_answered_rows, rows_digest
+from peftcli.plan.memory.evaluation_time import LONGEST_AUTO_ANSWER
 from peftcli.plan.plan import Plan
 from peftcli.progress import Progress
 from peftcli.recipe.schema import EvaluationSection
 from peftcli.results import DecodingSettings, EvalJson, Retention, Sample, Scores
 from peftcli.typed_json import parse
 
-LONGEST_AUTO_ANSWER = 256
-"""Tokens; `evaluation.max_new_tokens: auto` does not go beyond."""
-
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The metrics of a model and its answers to the first rows of the test split."""
+    """The metrics of a model and its answers to the rows of `answered_rows`, in their order."""
 
     metrics: Metrics | LabelMetrics
     answers: list[Answer]
@@ -53,12 +55,26 @@ def decoding_for(
     return Decoding(longest, evaluation.temperature, evaluation.top_p, seed)
 
 
-def answered_rows(evaluation: EvaluationSection, data: PreparedData) -> int:
-    """Number of test rows that are answered; of plain text only the samples, since it has no right answer."""
-    rows = int(data.test.num_rows)
+def answered_rows(evaluation: EvaluationSection, data: PreparedData, seed: int) -> list[int]:
+    """Indices of the test rows that are answered; of plain text only the samples, since it has no right answer."""
+    rows = len(data.test_split.rows)
+    if data.format in LABELLED:
+        return list(range(rows))
     if data.format == "text":
-        return min(evaluation.samples, rows)
-    return rows if evaluation.rows is None else min(evaluation.rows, rows)
+        return list(range(min(evaluation.samples, rows)))
+    return choose_answered_rows(evaluation, rows, seed)
+
+
+def sampling_note(evaluation: EvaluationSection, data: PreparedData, seed: int) -> str | None:
+    """What to say where answers are generated for a sample only; None where every test row is answered."""
+    rows = len(data.test_split.rows)
+    if data.format == "text" or data.format in LABELLED or not rows:
+        return None
+    count = len(answered_rows(evaluation, data, seed))
+    if count == rows:
+        return None
+    whole = "" if evaluation.rows is not None else "; evaluation.rows: all answers every row"
+    return f"{count:,} of the {rows:,} test rows, drawn by the seed, are answered; the loss is over all{whole}"
 
 
 def evaluate_model(
@@ -92,8 +108,9 @@ def evaluate_model(
         total = _add(
             score_shared(model, table, pad_id=pad, batch_rows=batch_rows, progress=progress, what=f"{what}: loss")
         )
-        rows = answered_rows(evaluation, data)
-        prompts = data.test.column("prompt_ids").slice(0, rows).to_pylist()
+        answered = data.test.take(pa.array(answered_rows(evaluation, data, decoding.seed), pa.int64()))
+        rows = answered.num_rows
+        prompts = answered.column("prompt_ids").to_pylist()
         answers = interleave(
             gather(
                 generate_answers(
@@ -110,7 +127,7 @@ def evaluate_model(
         )[:rows]
     found = total.metrics()
     if data.format != "text" and answers:
-        references = data.test.column("reference").slice(0, rows).to_pylist()
+        references = answered.column("reference").to_pylist()
         texts = [one.text for one in answers]
         found = replace(
             found,
@@ -119,6 +136,99 @@ def evaluate_model(
             unfinished_answers=sum(not one.finished for one in answers) / len(answers),
         )
     return Evaluation(found, answers)
+
+
+def estimate_evaluation(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: PreparedData,
+    evaluation: EvaluationSection,
+    decoding: Decoding,
+    *,
+    batch_rows: int,
+    progress: Progress,
+) -> float:
+    """Seconds that `evaluate_model` will take, measured on the rows of its first batches, which are the longest.
+
+    Several processes share the rows, and all get the time of the slowest.
+
+    Args:
+        model: as it will be evaluated, or as it is before training.
+        batch_rows: rows at once.
+    """
+    if data.format in LABELLED:
+        seconds = _time_labels(model, tokenizer, data, batch_rows, progress)
+    else:
+        with router_silent(model):
+            seconds = _time_loss(model, tokenizer, data.test, batch_rows, progress)
+            seconds += _time_answers(
+                model, tokenizer, data, answered_rows(evaluation, data, decoding.seed), decoding, batch_rows, progress
+            )
+    return float(max(gather(seconds))) / rank_and_world_size()[1]
+
+
+def _time_labels(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: PreparedData,
+    batch_rows: int,
+    progress: Progress,
+) -> float:
+    head = task_head(output_names(data), data.problem_type, model, tokenizer)
+    ids = sorted(data.test.column(head.column).to_pylist(), key=len, reverse=True)
+    begun = time.monotonic()
+    row_logits(model, ids[:batch_rows], None, head, batch_rows=batch_rows, progress=progress, what="time of the labels")
+    return (time.monotonic() - begun) * len(ids) / len(ids[:batch_rows])
+
+
+def _time_loss(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, test: pa.Table, batch_rows: int, progress: Progress
+) -> float:
+    first = _longest(test, "input_ids", range(test.num_rows), batch_rows)
+    table = test.select(["input_ids", "labels"])
+    begun = time.monotonic()
+    score(
+        model,
+        table.take(pa.array(first, pa.int64())),
+        pad_id=tokenizer.pad_token_id or 0,
+        batch_rows=batch_rows,
+        progress=progress,
+        what="time of the loss",
+    )
+    lengths = pc.list_value_length(table.column("input_ids")).to_numpy()
+    return float((time.monotonic() - begun) * lengths.sum() / lengths[first].sum())
+
+
+def _time_answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: PreparedData,
+    rows: Sequence[int],
+    decoding: Decoding,
+    batch_rows: int,
+    progress: Progress,
+) -> float:
+    first = _longest(data.test, "prompt_ids", rows, batch_rows)
+    if not first:
+        return 0.0
+    begun = time.monotonic()
+    generate_answers(
+        model,
+        tokenizer,
+        data.test.column("prompt_ids").take(pa.array(first, pa.int64())).to_pylist(),
+        stop_ids=data.stop_ids,
+        decoding=decoding,
+        batch_rows=batch_rows,
+        progress=progress,
+        what="time of the answers",
+    )
+    return (time.monotonic() - begun) * len(rows) / len(first)
+
+
+def _longest(table: pa.Table, column: str, rows: Sequence[int], count: int) -> list[int]:
+    """The rows with the longest lists in a column."""
+    lengths = pc.list_value_length(table.column(column)).to_numpy()
+    return sorted(rows, key=lambda row: -lengths[row])[:count]
 
 
 @contextmanager
@@ -136,29 +246,31 @@ def router_silent(model: PreTrainedModel) -> Iterator[None]:
 
 
 def evaluation_json(
-    data: PreparedData, shown: int, decoding: Decoding, measured: Mapping[str, Evaluation | None]
+    data: PreparedData, evaluation: EvaluationSection, decoding: Decoding, measured: Mapping[str, Evaluation | None]
 ) -> EvalJson:
     """The content of `eval.json`; without test rows it holds no figures of theirs.
 
     Args:
-        shown: number of samples.
+        decoding: whose seed has drawn the answered rows.
         measured: by name of the model (`base`, `adapter`, ...), None for one that was not measured.
     """
     if not data.holds_out:
         return EvalJson(rows=0, generated_rows=0)
+    rows = answered_rows(evaluation, data, decoding.seed)
     samples = []
-    for row in range(min(shown, data.test.num_rows)):
+    for place, row in enumerate(rows[: evaluation.samples]):
         sample = {name: data.test.column(name)[row].as_py() for name in ("prompt", "reference")}
         for name, one in measured.items():
-            sample[name] = one.answers[row].text if one is not None and row < len(one.answers) else None
+            sample[name] = one.answers[place].text if one is not None else None
         samples.append(
             Sample(**{name: None if said is None else hide_keys([said])[0] for name, said in sample.items()})
         )
-    answered = [len(one.answers) for one in measured.values() if one is not None]
+    generates = data.format not in LABELLED and any(one is not None for one in measured.values())
     scores = {name: None if one is None else one.scores() for name, one in measured.items()}
     return EvalJson(
         rows=data.test.num_rows,
-        generated_rows=0 if data.format in LABELLED else max(answered, default=0),
+        generated_rows=len(rows) if generates else 0,
+        generated_rows_sha256=rows_digest(rows) if generates else None,
         base=scores.get("base"),
         adapter=scores.get("adapter"),
         merged=scores.get("merged"),

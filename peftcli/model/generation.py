@@ -9,8 +9,15 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from peftcli.model.distributed import is_fsdp, without_gradients
-from peftcli.model.oom import ShrinkingBatches
+from peftcli.model.expected_time import ExpectedTime
+from peftcli.model.oom import ShrinkingBatches, free_bytes
 from peftcli.progress import Progress
+
+CACHE_RATIO = 0.6
+"""Share of a GPU's free memory for keys and values: growing by a token makes a copy of one layer's, and the prompts'
+own pass through a layer needs about as much as they keep in all."""
+SAID_SECONDS = 60.0
+"""Answers that take longer are announced with the time that they will take."""
 
 
 @dataclass(frozen=True)
@@ -72,9 +79,11 @@ def generate_answers(
     with torch.random.fork_rng(devices=cards):
         torch.manual_seed(decoding.seed)
         done = 0
+        expected = ExpectedTime(what, len(order), progress, least_seconds=SAID_SECONDS)
         fitting = ShrinkingBatches(batch_rows, what, progress, in_step=is_fsdp(model))
         while done < len(order):
-            batch = order[done : done + fitting.rows]
+            longest = len(prompts[order[done]]) + decoding.max_new_tokens
+            batch = order[done : done + rows_with_room(fitting.rows, longest, model, device, in_step=is_fsdp(model))]
             inputs, mask = _pad_left([prompts[row] for row in batch], tokenizer.pad_token_id or 0)
             answer_these = partial(
                 model.generate,
@@ -84,14 +93,53 @@ def generate_answers(
             )
             made = fitting.attempt(len(batch), device, answer_these)
             if made is None:
+                expected.restart()
                 continue
             for row, ids in zip(batch, made[:, inputs.shape[1] :].tolist(), strict=True):
                 answers[row] = _decode(ids, tokenizer, stop_ids)
             done += len(batch)
+            expected.after(done, done / len(order))
             progress.advance(done)
     progress.end()
     model.train(was_training)
     return [one for one in answers if one is not None]
+
+
+def rows_with_room(rows: int, longest: int, model: Any, device: torch.device, *, in_step: bool = False) -> int:
+    """Rows that are answered at once: as many as the free memory of a GPU holds keys and values for.
+
+    A guess that is too high costs a failed attempt, since a batch that runs out of memory is halved.
+
+    Args:
+        rows: at most.
+        longest: tokens of the longest prompt with its answer.
+        in_step: other processes take as many, so that the number may depend on no machine.
+
+    Returns:
+        At least one.
+    """
+    if device.type != "cuda" or in_step:
+        return rows
+    kept = cache_bytes(model.config.get_text_config(), model.dtype.itemsize)
+    if kept is None:
+        return rows
+    return max(1, min(rows, int(CACHE_RATIO * free_bytes(device) / (longest * kept))))
+
+
+def cache_bytes(config: Any, width: int) -> int | None:
+    """Bytes of the keys and values of one token; None where the configuration does not tell.
+
+    Args:
+        config: of a language model.
+        width: bytes of a number.
+    """
+    heads = getattr(config, "num_attention_heads", None)
+    layers, hidden = getattr(config, "num_hidden_layers", None), getattr(config, "hidden_size", None)
+    if not heads or not layers or not hidden:
+        return None
+    keys = getattr(config, "num_key_value_heads", None) or heads
+    head = getattr(config, "head_dim", None) or hidden // heads
+    return int(2 * layers * keys * head * width)
 
 
 def _generation_config(

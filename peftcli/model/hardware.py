@@ -143,6 +143,17 @@ def usable_memory(root: Path = Path("/")) -> int:
     return total if limit is None else min(total, limit)
 
 
+def available_memory(root: Path = Path("/")) -> int:
+    """Bytes that can be allocated without swapping, on the machine or within what the container allows.
+
+    Args:
+        root: where `proc` and `sys` lie.
+    """
+    limit, used = memory_limit(root)
+    free = int(psutil.virtual_memory().available)
+    return free if limit is None else min(free, max(0, limit - used))
+
+
 def memory_limit(root: Path) -> tuple[int | None, int]:
     """The tightest memory limit in bytes of this process's control groups, and how much of it is used."""
     found = []

@@ -5,7 +5,7 @@ The adapters of earlier stages are merged into a base when it is loaded.
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,13 +96,17 @@ def _listed(tokenizer: PreTrainedTokenizerBase) -> str:
     return ", ".join(tokenizer.all_special_tokens[:12]) or "none"
 
 
-def load_base(base: Base, *, quantized: bool = True, shards: int = 1) -> PreTrainedModel:
+def load_base(
+    base: Base, *, quantized: bool = True, shards: int = 1, max_memory: Mapping[int | str, int] | None = None
+) -> PreTrainedModel:
     """Load the weights of a base model onto its device.
 
     Args:
         base: of the plan.
         quantized: False loads the weights unquantized even if the plan quantizes.
         shards: number of processes across which the weights are sharded; 1 for no sharding.
+        max_memory: bytes of weights per GPU, and in RAM under `cpu`, for a model that does not fit on one device; None
+            for whole weights on the device of the base.
 
     Raises:
         MachineError: the weights are not available, or this machine cannot load them.
@@ -118,6 +122,8 @@ def load_base(base: Base, *, quantized: bool = True, shards: int = 1) -> PreTrai
         "use_safetensors": True,
         "device_map": {"": local_device(base.device)},
     }
+    if max_memory is not None:
+        arguments |= {"device_map": "auto", "max_memory": dict(max_memory)}
     if quantized and base.quantization is not None:
         arguments["quantization_config"] = quantization_config(base)
     look_for_network(base.path)
@@ -240,6 +246,11 @@ def local_device(device: str) -> torch.device:
     import os
 
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def input_device(model: torch.nn.Module) -> torch.device:
+    """The device on which a model takes its inputs; layers that wait in RAM have no weights between their turns."""
+    return next(weight.device for weight in model.parameters() if weight.device.type != "meta")
 
 
 def merge_previous_stages(model: PreTrainedModel, folders: Sequence[str]) -> PreTrainedModel:

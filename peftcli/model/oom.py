@@ -12,6 +12,9 @@ from peftcli.progress import Progress
 
 T = TypeVar("T")
 MOST_HALVINGS = 3
+"""Of a micro-batch in training."""
+EVALUATION_HALVINGS = 6
+"""Of the rows that are evaluated at once: from 64 to a single one."""
 FROM_THE_DRIVER = ("[CUDA]: out of memory", "CUDA error: out of memory", "_STATUS_ALLOC_FAILED")
 """Messages of a RuntimeError if something other than torch's allocator ran out of memory: a Triton kernel, the CUDA
 driver, the workspace of cuBLAS, cuDNN or cuSOLVER."""
@@ -29,6 +32,12 @@ def free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes that torch can still allocate on a GPU, with what its allocator holds and does not use."""
+    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0] + held)
 
 
 def memory_said(device: torch.device) -> str:
@@ -56,7 +65,7 @@ class ShrinkingBatches:
         self.rows = rows
         self._what = what
         self._progress = progress
-        self._halvings = MOST_HALVINGS if in_step else 0
+        self._halvings = EVALUATION_HALVINGS if in_step else 0
 
     def attempt(self, taken: int, device: torch.device, work: Callable[[], T]) -> T | None:
         """Run the work; returns None if memory ran out and fewer rows must be used.
@@ -65,7 +74,7 @@ class ShrinkingBatches:
             taken: number of rows of this attempt, which may be less than `rows`.
 
         Raises:
-            MemoryExhausted: a single row does not fit, or the size was halved three times already.
+            MemoryExhausted: a single row does not fit, or the size was halved too often already.
         """
         try:
             return work()
@@ -74,7 +83,7 @@ class ShrinkingBatches:
                 raise
             said = str(problem)
         # Outside the except block, which keeps the tensors of the failed attempt alive.
-        if taken == 1 or self._halvings == MOST_HALVINGS:
+        if taken == 1 or self._halvings >= EVALUATION_HALVINGS:
             raise MemoryExhausted(
                 f"{self._what}: {taken} rows at once do not fit in {memory_said(device)} ({said[:120]}); lower "
                 "evaluation.batch_size, evaluation.max_new_tokens or dataset.max_length, or set "

@@ -164,6 +164,8 @@ def takes_positions(model: Any) -> bool:
     """Whether the model can compute logits for selected positions only."""
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
         return False  # virtual tokens shift the positions
+    if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
+        return False  # its last layers may be on another GPU than the positions
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
     forward: Any = type(base).forward  # that of the instance may be wrapped
     return "logits_to_keep" in inspect.signature(forward).parameters

@@ -61,6 +61,13 @@ APART = {
 """Trainer arguments that require padded batches, and why."""
 
 
+GPU_EVALUATION_ROWS = 64
+"""A step of generation takes as long for one answer as for 64: it reads and unpacks all weights. Where memory does not
+hold as many, fewer are taken."""
+SHARDED_EVALUATION_ROWS = 16
+"""Processes that each hold a part of the weights go in step, so none of them can take fewer rows on its own."""
+CPU_EVALUATION_ROWS = 128
+
 FitActivations: TypeAlias = Callable[[Plan], Mapping[str, ActivationFit] | None]
 """By the last part of the layer name, what an adapter saves there; None if that cannot be measured."""
 
@@ -128,7 +135,7 @@ def make_plan(
         | _ddp_arguments(recipe, machine.processes, facts)
         | (batch.arguments() if machine.shares_batch else {}),
         evaluation=recipe.evaluation,
-        evaluation_batch=_evaluation_batch(recipe, choices.on_gpu),
+        evaluation_batch=_evaluation_batch(recipe, choices.on_gpu, sharding.shards),
         gates=recipe.gates,
         budget=recipe.budget,
         targets=targets,
@@ -320,9 +327,13 @@ def _smaller_weights(recipe: Recipe) -> str:
     return f"add `quantization: {{bits: {bits}}}`" if now is None else f"set quantization.bits: {bits}"
 
 
-def _evaluation_batch(recipe: Recipe, on_gpu: bool) -> int:
+def _evaluation_batch(recipe: Recipe, on_gpu: bool, shards: int) -> int:
     asked = recipe.evaluation.batch_size
-    return asked if isinstance(asked, int) else (16 if on_gpu else 128)
+    if isinstance(asked, int):
+        return asked
+    if shards > 1:
+        return SHARDED_EVALUATION_ROWS
+    return GPU_EVALUATION_ROWS if on_gpu else CPU_EVALUATION_ROWS
 
 
 def _trainer_arguments(recipe: Recipe, labels: LossMask, choices: Choices, processes: int) -> dict[str, Any]:

@@ -145,6 +145,17 @@ def read_tokens(value: Any) -> int | str:
     raise wrong("must be auto or a whole number of at least 1")
 
 
+def read_answered_rows(value: Any) -> int | str | None:
+    """Read `evaluation.rows`."""
+    if value is None:
+        return None
+    if value == "all":
+        return "all"
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
+        return value
+    raise wrong("must be a whole number of at least 1, all, or null for at most 500")
+
+
 def read_seconds(value: Any) -> float:
     """Read a duration into seconds."""
     if isinstance(value, bool) or not isinstance(value, str | int | float):

@@ -27,6 +27,7 @@ from peftcli.recipe.fields import (
     freeze_mapping,
     freeze_names,
     freeze_rows,
+    read_answered_rows,
     read_delimiter,
     read_encoding,
     read_method,
@@ -144,8 +145,9 @@ class EvaluationSection(Section):
     """Maximum length of a generated answer, tokens; `auto` follows the longest reference."""
     samples: Annotated[int, Field(ge=0, le=100)] = 5
     """Number of rows for which the report shows the answers before and after training."""
-    rows: Annotated[int, Field(ge=1)] | None = None
-    """Number of test rows for which answers are generated; null for all. The loss always covers all test rows."""
+    rows: Annotated[int | Literal["all"] | None, BeforeValidator(read_answered_rows)] = None
+    """Number of test rows for which answers are generated, drawn by the seed, or `all`; null for at most 500. The loss
+    always covers all test rows."""
     temperature: Annotated[float, Field(ge=0)] = 0.0
     """Sampling temperature of generation; 0 for greedy decoding."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0

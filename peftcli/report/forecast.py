@@ -3,7 +3,7 @@
 from peftcli.plan.machine import Machine
 from peftcli.plan.memory.forecast import MARGIN
 from peftcli.report.blocks import Block, Notices, Table, facts, table
-from peftcli.report.format import count, duration, size
+from peftcli.report.format import count, duration, several, size
 from peftcli.results import Forecast
 
 PARTS = (
@@ -34,6 +34,7 @@ def forecast_blocks(forecast: Forecast | None, machine: Machine) -> list[Block]:
             (
                 ("Memory", verdict(forecast, machine) + (f"; {note}" if in_process else "")),
                 ("Time", time_text(forecast)),
+                ("Evaluation", evaluation_text(forecast)),
                 ("Disk", disk_text(forecast)),
             )
         )
@@ -97,6 +98,24 @@ def time_text(forecast: Forecast) -> str:
     return f"{about} {duration(time.step_seconds)} per step{whole} ({of}), without evaluation"
 
 
+def evaluation_text(forecast: Forecast) -> str | None:
+    """The estimated time of evaluation; None where there are no test rows, or the GPU's speed is not known."""
+    found = forecast.time.evaluation
+    if found is None:
+        return None
+    tokens, together = count(found.answer_tokens), count(found.answers_at_once)
+    answers = f"up to {count(found.answered_rows)} answers of up to {tokens} tokens, {together} at once"
+    loss = (
+        "the loss of test rows that are not read yet is not counted"
+        if found.scored_rows is None
+        else f"the loss of {several(found.scored_rows, 'row', 'rows')}"
+    )
+    models = "base and adapter" if found.passes > 1 else "the adapter alone"
+    parts = [answers] if found.answered_rows else []
+    work = f"{models}: {', '.join([*parts, loss])}"
+    return f"at most about {duration(found.seconds)}, an estimate ({work}); `train` measures it"
+
+
 def disk_text(forecast: Forecast) -> str:
     """Bytes on the disk."""
     disk = forecast.disk_bytes
@@ -111,6 +130,8 @@ def forecast_line(forecast: Forecast | None) -> str | None:
     line = f"  forecast: {size(memory.total)} of {size(memory.machine)} peak memory"
     if time.seconds is not None:
         line += f", about {duration(time.seconds)}"
+        if time.evaluation is not None:
+            line += f" and at most about {duration(time.evaluation.seconds)} of evaluation (estimates)"
     if forecast.tight:
         return line + "; barely fits; see `peftcli plan RECIPE` for what to reduce"
     return line if forecast.fits else line + "; may not fit; see `peftcli plan RECIPE` for what to change"

@@ -163,24 +163,6 @@ def share(part: float | None, whole: float | None) -> str:
     return DASH if part is None or not whole else percent(part / whole)
 
 
-def wilson_interval(ratio: float, rows: int) -> tuple[float, float]:
-    """Bounds of the 95 % interval of a share counted on independent rows.
-
-    Args:
-        ratio: the measured share, 0..1.
-        rows: number of rows, at least 1.
-
-    Source: Wilson 1927, Journal of the American Statistical Association 22(158), 209-212.
-
-    >>> [round(bound, 3) for bound in wilson_interval(0.5, 100)]
-    [0.404, 0.596]
-    """
-    z = 1.959964
-    centre = (ratio + z * z / (2 * rows)) / (1 + z * z / rows)
-    half = z * math.sqrt(ratio * (1 - ratio) / rows + z * z / (4 * rows * rows)) / (1 + z * z / rows)
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
 def _signed(text: str) -> str:
     return text.replace("-", MINUS)
 

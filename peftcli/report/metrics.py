@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from peftcli.metrics.interval import wilson_interval
 from peftcli.report.blocks import Block, Cell, Collapsed, Notices, Section, Table, Tone, table
 from peftcli.report.format import (
     DASH,
@@ -16,7 +17,6 @@ from peftcli.report.format import (
     share,
     significant,
     text,
-    wilson_interval,
 )
 from peftcli.report.load import Stages
 from peftcli.results import ClassFigures, MetricsJson, RetentionFigures, Scores
@@ -151,7 +151,9 @@ def _note(stages: Stages) -> str:
     parts = ["↓ lower is better, ↑ higher is better; the change is from base to adapter."]
     rows, answered = rows_scored(stages, "loss"), rows_scored(stages, "exact_match")
     if rows is not None:
-        parts.append(f"Scored on {rows:,} held-out rows" + (f", {answered:,} of them answered." if answered else "."))
+        drawn = ", drawn by the seed" if answered and answered < rows else ""
+        answers = f", {answered:,} of them answered{drawn}" if answered else ""
+        parts.append(f"Scored on {rows:,} held-out rows{answers}.")
     parts += filter(None, [f1_kind(stages.metrics.adapter or stages.metrics.of("base"))])
     bounds = [
         f"{side} {score(found[0])} to {score(found[1])}"

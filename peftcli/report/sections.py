@@ -20,6 +20,7 @@ from peftcli.report.blocks import (
     facts,
     table,
 )
+from peftcli.report.forecast import evaluation_text
 from peftcli.report.format import (
     DASH,
     compact,
@@ -115,6 +116,7 @@ def _plan_facts(plan: PlanJson) -> Block:
             ("Trainable", f"{count(numbers.trainable)} ({share(numbers.trainable, numbers.total)})"),
             ("Targets (modules)", ", ".join(targets) if targets else None),
             ("Rows of one step", rows if batch.effective else None),
+            ("Evaluation", evaluation_text(plan.forecast) if plan.forecast else None),
         )
     )
 
@@ -219,7 +221,10 @@ def _compared(merge: MergeJson) -> str | None:
         return None
     kinds = {"training": "training rows, because none were held out", "test": "rows", None: "rows"}
     what = kinds.get(merge.rows_from, f"rows of {merge.rows_from}")
-    return f"{count(merge.rows)} {what}, {count(merge.positions)} positions"
+    place = f", on {merge.compared_on}" if merge.compared_on else ""
+    partly = place and merge.rows_from == "test" and merge.metrics is None
+    unscored = "; not scored, since the GPUs here do not hold the merged model" if partly else ""
+    return f"{count(merge.rows)} {what}, {count(merge.positions)} positions{place}{unscored}"
 
 
 def _candidates(candidates: Sequence[MergeCandidate], into: str | None) -> Block:

@@ -57,12 +57,14 @@ from peftcli.results.merge import (
     MergeSample,
 )
 from peftcli.results.metrics import (
+    AnswerFigures,
     GateResult,
     MetricsJson,
     SizeBytes,
 )
 from peftcli.results.plan import (
     Decision,
+    EvaluationTime,
     Forecast,
     ForecastChange,
     ForecastDisk,
@@ -95,6 +97,7 @@ from peftcli.results.training import (
 
 __all__ = [
     "SCHEMA",
+    "AnswerFigures",
     "Calibration",
     "ClassFigures",
     "CompareJson",
@@ -113,6 +116,7 @@ __all__ = [
     "DriftFigures",
     "EnvironmentJson",
     "EvalJson",
+    "EvaluationTime",
     "Fingerprints",
     "Forecast",
     "ForecastChange",

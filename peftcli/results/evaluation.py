@@ -95,6 +95,8 @@ class EvalJson:
     Attributes:
         rows: held-out rows.
         generated_rows: how many of them were answered.
+        generated_rows_sha256: tells which rows these are, see `plan.answered_rows.rows_digest`; None where none were
+            answered, and in files of versions that answered the first rows.
         baseline_seconds: that measuring the base took in the training; None where that did not measure it.
         seconds: that an `eval` took.
     """
@@ -102,6 +104,7 @@ class EvalJson:
     schema: int = SCHEMA
     rows: int | None = None
     generated_rows: int | None = None
+    generated_rows_sha256: str | None = None
     base: Scores | None = None
     adapter: Scores | None = None
     merged: Scores | None = field(default=None, metadata=OMIT_NONE)

@@ -48,6 +48,7 @@ class MergeJson(MergeFigures):
 
     Attributes:
         rows_from: what the rows are that both were compared on.
+        compared_on: the devices that held the merged model meanwhile, in words.
         limit: by name of a figure.
         limits_met: by the same names; None for a figure that was not measured.
     """
@@ -55,6 +56,7 @@ class MergeJson(MergeFigures):
     schema: int = SCHEMA
     dtype: str | None = None
     rows_from: str | None = None
+    compared_on: str | None = None
     rows: int | None = None
     positions: int | None = None
     limit: Mapping[str, str | None] = field(default_factory=dict)

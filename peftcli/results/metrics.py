@@ -1,5 +1,6 @@
 """`metrics.json`: the summary that a script reads."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from peftcli.results.data import DataFigures
@@ -29,6 +30,15 @@ class SizeBytes:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AnswerFigures:
+    """How many of the test rows were answered; the 95 % interval of the exact match by model, None without one."""
+
+    rows: int | None = None
+    test_rows: int | None = None
+    exact_match_interval: Mapping[str, tuple[float | None, ...] | None] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
 class MetricsJson:
     """`metrics.json`: the summary that a script reads."""
 
@@ -39,6 +49,7 @@ class MetricsJson:
     base: Scores | None = None
     adapter: Scores | None = None
     merged: Scores | None = None
+    answers: AnswerFigures | None = None
     retention: RetentionFigures | None = None
     train: TrainFigures | None = None
     data: DataFigures = field(default_factory=DataFigures)

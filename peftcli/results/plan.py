@@ -44,8 +44,29 @@ class ForecastChange:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EvaluationTime:
+    """The estimated time of evaluation.
+
+    Attributes:
+        passes: models that are evaluated: the base and the adapter, or the adapter alone.
+        scored_rows: rows whose loss is computed, None where the test rows were not read.
+        answered_rows: generated answers of a pass, at most.
+        answer_tokens: of an answer, at most.
+    """
+
+    estimated: bool = True
+    passes: int = 1
+    scored_rows: int | None = None
+    answered_rows: int = 0
+    answers_at_once: int = 1
+    answer_tokens: int = 0
+    pass_seconds: float = 0.0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class ForecastTime:
-    """Time of the training; None for a device whose speed is not known."""
+    """Time of the training, and of evaluation; None for a device whose speed is not known."""
 
     steps: int | None = None
     flops_per_token: int | None = None
@@ -53,6 +74,7 @@ class ForecastTime:
     step_seconds: float | None = None
     seconds: float | None = None
     card: str | None = None
+    evaluation: EvaluationTime | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,12 +4,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from peftcli.errors import PeftcliError, RecipeError
+from peftcli.plan.answered_rows import answered_digest, choose_answered_rows, rows_digest
 from peftcli.plan.plan import Plan
 from peftcli.plan.planner import LOSS_MASK_KEYS
 from peftcli.recipe.dump import changed_keys
 from peftcli.recipe.load import load_run_recipe
 from peftcli.recipe.schema import Recipe
-from peftcli.results import EvalJson, PlanJson, TrainJson, load
+from peftcli.results import DataJson, EvalJson, PlanJson, TrainJson, load
 from peftcli.run_dir import RunDir
 from peftcli.tasks.registry import TASKS
 
@@ -49,10 +50,10 @@ def reuse_blocker(source_run: RunDir, recipe: Recipe, plan: Plan, stamp: Mapping
             line for line in changed_keys(load_run_recipe(source_run.recipe).recipe, recipe) if not _is_free(line)
         ]
         evaluation, train = load(EvalJson, source_run.eval), load(TrainJson, source_run.train)
-        stored = load(PlanJson, source_run.plan)
+        stored, data = load(PlanJson, source_run.plan), load(DataJson, source_run.data)
     except (OSError, PeftcliError):
         return "its results are missing"
-    if evaluation is None or train is None or stored is None:
+    if evaluation is None or train is None or stored is None or data is None:
         return "its results are missing"
     if changed:
         return changed[0]
@@ -67,7 +68,17 @@ def reuse_blocker(source_run: RunDir, recipe: Recipe, plan: Plan, stamp: Mapping
     other = next((key for key in keys if stamp.get(key) is None or before.get(key) != stamp[key]), None)
     if other is not None:
         return f"{other} differs"
+    if plan.evaluation.baseline and data.format != "text" and _answered_others(evaluation, plan):
+        return "its base answered other test rows (evaluation.rows)"
     return _different_decision(stored, plan)
+
+
+def _answered_others(evaluation: EvalJson, plan: Plan) -> bool:
+    """Whether the answers of another run's base, to the same test split, are not to the rows of this plan."""
+    digest = answered_digest(evaluation)
+    return digest is not None and digest != rows_digest(
+        choose_answered_rows(plan.evaluation, evaluation.rows or 0, plan.seed)
+    )
 
 
 def _is_free(line: str) -> bool:

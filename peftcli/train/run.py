@@ -15,15 +15,18 @@ from trl import SFTConfig
 from peftcli.data.prepare import PreparedData
 from peftcli.errors import Diverged
 from peftcli.model.adapter_files import save_adapter, write_card
-from peftcli.model.distributed import from_first
+from peftcli.model.distributed import from_first, gather
 from peftcli.model.evaluate import (
     Evaluation,
     adapter_retention,
+    answered_rows,
     base_retention,
     decoding_for,
+    estimate_evaluation,
     evaluate_model,
     evaluation_json,
     load_retention,
+    sampling_note,
 )
 from peftcli.model.hardware import peak_memory_bytes
 from peftcli.model.init_from import load_initial_weights
@@ -31,8 +34,10 @@ from peftcli.model.load import DTYPES, load_adapter, load_base
 from peftcli.model.manifest import refuse_unknown_tokens
 from peftcli.model.padding_free import RowCheck, check_rows, enable_padding_free, kernels_used
 from peftcli.model.varlen_attention import rejected
+from peftcli.plan.answered_rows import answered_digest, rows_digest
 from peftcli.plan.plan import DTYPE_BYTES, Plan
 from peftcli.progress import Progress
+from peftcli.report.format import duration
 from peftcli.results import (
     Calibration,
     EvalJson,
@@ -57,8 +62,6 @@ from peftcli.train.precision import downcast_saved_modules, free_trained_base
 from peftcli.train.step import OVERFLOW, StepTrainer, TrainerSetup
 from peftcli.train.stop import StoppableProgress, StopRequests, is_first_process
 
-UNMEASURED_RESERVE_SECONDS = 60.0
-"""Time reserved for the final evaluation if no baseline was measured."""
 SAVE_EVERY_SECONDS = 600.0
 """Default interval between checkpoints (`budget.save_every`)."""
 FINISH_SECONDS = 5.0
@@ -149,7 +152,7 @@ def train(
         progress, stops, "before the first step" if resume_from is None else "before the next step"
     )
     known = _known_baseline(run, session, resuming=resume_from is not None)
-    before, baseline_seconds = _baseline(plan, run, data, tokenizer, trainer.model, stoppable, known=known)
+    baseline = _baseline(plan, run, data, tokenizer, trainer.model, stoppable, known=known)
     if resume_from is None and plan.adapter.init_from is not None:
         progress.note(load_initial_weights(trainer.model, plan.adapter.init_from, plan.base))
     if plan.frees_base:
@@ -160,7 +163,8 @@ def train(
         progress,
         stops,
         save_every=plan.budget.save_every or SAVE_EVERY_SECONDS,
-        reserve=FINISH_SECONDS + 1.5 * baseline_seconds,
+        reserve=FINISH_SECONDS
+        + _evaluation_reserve(plan, data, tokenizer, trainer.model, stoppable, session, baseline),
         device=plan.base.device,
         writes=is_first_process(),
     )
@@ -188,7 +192,7 @@ def train(
     write_train(run, trainer, callback, forward.optimizations)
     downcast_saved_modules(tuned, plan.base.dtype)
     final: Progress = StoppableProgress(progress, stops, "during the final evaluation") if reason is None else progress
-    _measure_adapter(plan, run, data, tokenizer, tuned, final, before)
+    _measure_adapter(plan, run, data, tokenizer, tuned, final, baseline.found)
     return TrainResult(steps, reason)
 
 
@@ -225,8 +229,8 @@ def evaluate_trained(
     stoppable = StoppableProgress(progress, session.stops, "during the final evaluation")
     model = load_adapter(load_base(plan.base, shards=plan.shards), on_this_machine(run.adapter, run.received))
     known = _known_baseline(run, session, resuming=True)
-    before, _ = _baseline(plan, run, data, tokenizer, model, stoppable, known=known)
-    _measure_adapter(plan, run, data, tokenizer, model, stoppable, before)
+    baseline = _baseline(plan, run, data, tokenizer, model, stoppable, known=known)
+    _measure_adapter(plan, run, data, tokenizer, model, stoppable, baseline.found)
     return TrainResult(from_first(lambda: load_or_default(TrainJson, run.train).steps or 0), None)
 
 
@@ -252,6 +256,21 @@ def _known_baseline(run: RunDir, session: Session, *, resuming: bool) -> Path | 
     return run.eval if resuming and run.eval.is_file() else session.baseline
 
 
+@dataclass(frozen=True)
+class Baseline:
+    """What is known of the base before the training.
+
+    Attributes:
+        found: `eval.json` with the base alone, None where it was not measured.
+        seconds: that its measuring took.
+        on_test: it was measured on the test rows, not on the forgetting text alone.
+    """
+
+    found: EvalJson | None
+    seconds: float
+    on_test: bool
+
+
 @contextmanager
 def adapter_off(model: Any) -> Iterator[None]:
     """Disables the adapter within the context."""
@@ -268,18 +287,28 @@ def _baseline(
     progress: Progress,
     *,
     known: Path | None,
-) -> tuple[EvalJson | None, float]:
-    """`eval.json` with only the baseline, measured now or earlier, and the seconds that it took.
+) -> Baseline:
+    """Measure the base alone, or read what was measured earlier.
 
     Args:
         known: a file of the first process that contains it.
     """
+    if sampled := sampling_note(plan.evaluation, data, plan.seed):
+        progress.note(f"  note: {sampled}")
     stored = from_first(lambda: None if known is None else load(EvalJson, known))
+    if stored is not None and not _answered_alike(stored, plan, data):
+        if plan.base.absorbed:
+            progress.note("  note: the base was measured on other test rows in an earlier stage, so it is left out")
+            stored = replace(stored, base=None, samples=(), baseline_seconds=0.0)
+        else:
+            progress.note("  note: the base answered other test rows before (evaluation.rows), so it is measured again")
+            stored = None
     if stored is not None:
-        return (None if stored.baseline_seconds is None else stored), stored.baseline_seconds or 0.0
+        seconds = stored.baseline_seconds
+        return Baseline(None if seconds is None else stored, seconds or 0.0, on_test=stored.base is not None)
     tested = plan.evaluation.baseline and data.holds_out
     if not tested and plan.evaluation.forgetting_text is None:
-        return None, UNMEASURED_RESERVE_SECONDS if data.holds_out else 0.0
+        return Baseline(None, 0.0, on_test=False)
     begun = time.monotonic()
     with adapter_off(model):
         measured = _measure(plan, data, tokenizer, model, progress, "base") if tested else None
@@ -290,7 +319,46 @@ def _baseline(
     before = replace(before, retention=retention, baseline_seconds=round(seconds, 3))
     if is_first_process():
         save(run.eval, before)
-    return before, seconds
+    return Baseline(before, seconds, on_test=tested)
+
+
+def _evaluation_reserve(
+    plan: Plan,
+    data: PreparedData,
+    tokenizer: PreTrainedTokenizerBase,
+    model: Any,
+    progress: Progress,
+    session: Session,
+    baseline: Baseline,
+) -> float:
+    """Seconds to set aside for the last evaluation, half as many again as were measured.
+
+    Args:
+        model: before the first step, with its adapter.
+        baseline: whose time counts; where the base was not measured on the test rows, some of them are measured now.
+    """
+    if not any(gather(session.stops.seconds_left is not None)):
+        return 0.0  # there is no clock to set time aside for
+    seconds = baseline.seconds
+    if not baseline.on_test and data.holds_out:
+        seconds += estimate_evaluation(
+            model,
+            tokenizer,
+            data,
+            plan.evaluation,
+            decoding_for(plan.evaluation, data, tokenizer, plan.seed),
+            batch_rows=plan.evaluation_batch,
+            progress=progress,
+        )
+        progress.note(f"  the last evaluation will take at most about {duration(seconds)}, measured on its first rows")
+    return 1.5 * seconds
+
+
+def _answered_alike(stored: EvalJson, plan: Plan, data: PreparedData) -> bool:
+    """Whether the base in an `eval.json` has answered the test rows that the adapter will answer."""
+    if stored.base is None or answered_digest(stored) is None:
+        return True
+    return answered_digest(stored) == rows_digest(answered_rows(plan.evaluation, data, plan.seed))
 
 
 def _check_losses(plan: Plan, measured: Evaluation | None, retention: Retention | None, *, trained: bool) -> None:
@@ -333,7 +401,7 @@ def _evaluation(
     plan: Plan, data: PreparedData, tokenizer: PreTrainedTokenizerBase, measured: dict[str, Evaluation | None]
 ) -> EvalJson:
     decoding = decoding_for(plan.evaluation, data, tokenizer, plan.seed)
-    return evaluation_json(data, plan.evaluation.samples, decoding, measured)
+    return evaluation_json(data, plan.evaluation, decoding, measured)
 
 
 def _measure_adapter(
@@ -353,9 +421,10 @@ def _measure_adapter(
         return
     value = _evaluation(plan, data, tokenizer, {"base": None, "adapter": after})
     if before is not None:
-        pairs = zip(value.samples, before.samples, strict=True)
-        samples = tuple(replace(sample, base=old.base) for sample, old in pairs)
-        value = replace(value, base=before.base, baseline_seconds=before.baseline_seconds, samples=samples)
+        value = replace(value, base=before.base, baseline_seconds=before.baseline_seconds)
+        if before.base is not None:
+            pairs = zip(value.samples, before.samples, strict=True)
+            value = replace(value, samples=tuple(replace(sample, base=old.base) for sample, old in pairs))
     save(run.eval, replace(value, retention=retention))
     write_card(run)
 

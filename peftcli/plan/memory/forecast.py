@@ -9,6 +9,7 @@ from peftcli.methods.registry import METHODS
 from peftcli.plan.gpus import GPU, gpu_of
 from peftcli.plan.machine import Machine
 from peftcli.plan.memory.estimate import INT8_BITS, NF4_BITS, MicroBatchMemory
+from peftcli.plan.memory.evaluation_time import evaluation_time
 from peftcli.plan.memory.model_shape import Linear, ModelDimensions
 from peftcli.plan.memory.step_time import step_seconds, token_flops
 from peftcli.plan.memory.suggestions import suggest
@@ -58,6 +59,7 @@ class Rows:
         count: number of rows; None if the data was not read.
         known: False if both lengths are the recipe's `max_length`.
         lengths: tokens of the longest rows, in descending order; may be fewer than a batch, and empty if unknown.
+        test: number of test rows; None if the data was not read.
     """
 
     longest: int
@@ -65,6 +67,7 @@ class Rows:
     count: int | None = None
     known: bool = True
     lengths: tuple[int, ...] = ()
+    test: int | None = None
 
     def step_tokens(self, rows: int) -> int:
         """Maximum number of tokens of a step with a number of rows.
@@ -91,7 +94,7 @@ def rows_of(plan: Plan, data: Mapping[str, Any] | None, lengths: Sequence[int] =
     rows = int(data["train_rows"])
     # These lengths are before truncation.
     longest = min(most, int(data["length"]["max"]))
-    return Rows(longest, data["tokens"]["train"] / rows, rows, lengths=tuple(lengths))
+    return Rows(longest, data["tokens"]["train"] / rows, rows, lengths=tuple(lengths), test=data.get("test_rows"))
 
 
 def make_forecast(
@@ -327,6 +330,7 @@ def _time(plan: Plan, load: MicroBatchMemory, machine: Machine, rows: Rows) -> F
         step_seconds=seconds,
         seconds=None if seconds is None or steps is None else seconds * steps,
         card=None if gpu is None else gpu.key,
+        evaluation=evaluation_time(plan, load, gpu, machine.memory_bytes, test_rows=rows.test, mean=rows.mean),
     )
 
 

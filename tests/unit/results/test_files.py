@@ -41,7 +41,7 @@ FILES: dict[str, type[Any]] = {
     "merge.json": MergeJson,
     "metrics.json": MetricsJson,
 }
-NOT_IN_SAMPLES = {"Calibration", "ForecastChange", "OutOfMemory", "HeldOutPair"}
+NOT_IN_SAMPLES = {"Calibration", "EvaluationTime", "ForecastChange", "OutOfMemory", "HeldOutPair"}
 """What this short run has none of; their writers name the fields, so mypy or the constructor finds another one."""
 
 
