@@ -250,11 +250,13 @@ def rounding_limit(dtype: torch.dtype, device: torch.device) -> float:
     return EXACT_LIMIT if dtype == torch.float32 and device.type == "cpu" else ROUNDED_LIMIT
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # torch
 def padding_free_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     """No mask inside of `documents`; that of `sdpa` elsewhere."""
     return None if _now else sdpa_mask(*args, **kwargs)
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # torch
 def padding_free_attention(
     module: torch.nn.Module,
     query: Tensor,
@@ -264,6 +266,9 @@ def padding_free_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention of each row with itself.
+
+    It stays out of compiled code, which would be compiled again for the lengths of each batch. What is around it is
+    compiled for the first batches alone, the second time for any number of tokens.
 
     Args:
         query: (1, heads, tokens, size), the rows behind one another.

@@ -56,7 +56,6 @@ APART = {
     "neftune_noise_alpha": "the noise of NEFTune depends on the length of a padded row",
     "label_smoothing_factor": "label smoothing is computed on padded rows",
     "use_liger_kernel": "Liger replaces attention and loss",
-    "torch_compile": "torch.compile would recompile for every length",
 }
 """Trainer arguments that require padded batches, and why."""
 
@@ -439,6 +438,14 @@ def choose_optimizations(
     return OPTIMIZATIONS - left.keys(), tuple(decisions)
 
 
+def compiles(recipe: Recipe) -> bool:
+    """Whether the trainer compiles the model: a backend or a mode alone switches torch.compile on too.
+
+    Source: `TrainingArguments.__post_init__` of transformers.
+    """
+    return any(recipe.trainer.get(name) for name in ("torch_compile", "torch_compile_backend", "torch_compile_mode"))
+
+
 def _head_stays(recipe: Recipe, choices: Choices, facts: ModelFacts) -> str:
     """Why the loss is left to TRL; empty if it is not. Reasons that depend on the weights are found later."""
     name = (facts.output_layer or "").rpartition(".")[2]
@@ -449,7 +456,7 @@ def _head_stays(recipe: Recipe, choices: Choices, facts: ModelFacts) -> str:
         return "the output layer is trained"
     if recipe.trainer.get("label_smoothing_factor"):
         return "label smoothing needs all logits"
-    return COMPILED if recipe.trainer.get("torch_compile") else ""
+    return COMPILED if compiles(recipe) else ""
 
 
 def _sum_stays(recipe: Recipe) -> str:
@@ -462,7 +469,7 @@ def _sum_stays(recipe: Recipe) -> str:
         return "lora_bias adds a bias"
     if recipe.quantization is not None and recipe.quantization.bits == 8:
         return "PEFT has a separate layer for 8 bits"
-    return COMPILED if recipe.trainer.get("torch_compile") else ""
+    return COMPILED if compiles(recipe) else ""
 
 
 def _rms_norms(facts: ModelFacts) -> tuple[Norm, ...]:
@@ -482,7 +489,7 @@ def _why_python_norms(recipe: Recipe, choices: Choices, facts: ModelFacts, machi
         return f"{recipe.adapter.method} trains the norms, whose weights may be wider than their inputs"
     if recipe.trainer.get("use_liger_kernel"):
         return "trainer.use_liger_kernel brings its own"
-    return COMPILED if recipe.trainer.get("torch_compile") else ""
+    return COMPILED if compiles(recipe) else ""
 
 
 def _why_python_layers(recipe: Recipe, choices: Choices, machine: Machine, sharding: Sharding) -> str:
@@ -491,7 +498,7 @@ def _why_python_layers(recipe: Recipe, choices: Choices, machine: Machine, shard
         return "Liger's kernels are for language models on a GPU"
     if recipe.trainer.get("use_liger_kernel"):
         return "trainer.use_liger_kernel already brings them"
-    if recipe.trainer.get("torch_compile"):
+    if compiles(recipe):
         return COMPILED
     if machine.capability is not None and machine.capability < TRITON_CAPABILITY:
         return "Triton, which compiles Liger's kernels, supports GPUs of sm_80 and later"
@@ -506,7 +513,7 @@ def _why_random_states(recipe: Recipe, choices: Choices) -> str:
         return "no layer is checkpointed"
     if recipe.adapter.dropout:
         return f"adapter.dropout {recipe.adapter.dropout} uses random numbers in each layer"
-    return COMPILED if recipe.trainer.get("torch_compile") else ""
+    return COMPILED if compiles(recipe) else ""
 
 
 def _optimization_decision(key: str, value: str, does: str, why_not: str | None) -> Decision:

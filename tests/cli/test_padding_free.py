@@ -101,6 +101,30 @@ def test_without_keeping_rows_apart_the_same_line_gives_something_else() -> None
     assert (mixed - alone).abs().max() > 1e-3  # so the test above can fail
 
 
+def test_code_is_compiled_for_the_first_batches_and_not_for_each_length() -> None:
+    model = model_of("llama").train()
+    assert enable_padding_free(model)
+    graphs = []
+
+    def compiler(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    compiled, after = torch.compile(model, backend=compiler), []
+    # One number of tokens, any number of them, and a single row, of which transformers makes another mask.
+    first = ((5, 30, 17), (9, 12), (40,))
+    for lengths in (*first, (3, 44, 7, 21), (6, 6, 6, 6, 6), (33,), (2, 50)):
+        line, layout = flatten_rows(rows(*lengths))
+        with use_layout(layout):
+            found, expected = (one(**line, use_cache=False).loss for one in (compiled, model))
+        found.backward()
+        assert torch.allclose(found, expected, atol=1e-5)
+        after.append(len(graphs))
+    torch.compiler.reset()
+    assert 0 < after[0] < after[1] and after[len(first) - 1] == after[-1]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_proof_on_the_model_itself_passes_for_attention(family: str) -> None:
     model = model_of(family)

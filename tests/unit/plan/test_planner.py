@@ -293,6 +293,7 @@ def said_of(plan: Plan, key: str) -> str:
         (TORCH_29, None, "", "torch's fused kernel"),
         (TORCH_29, None, "performance: {disable: [fused_norms]}", "performance.disable"),
         (TORCH_29, None, "trainer: {torch_compile: true}", "compiled code fuses"),
+        (TORCH_29, None, "trainer: {torch_compile_mode: max-autotune}", "compiled code fuses"),
         (TORCH_29, None, "trainer: {use_liger_kernel: true}", "use_liger_kernel brings its own"),
         (TORCH_29, None, "adapter: {method: ln_tuning}", "trains the norms"),
         (TORCH_29, GEMMA_NORM, "", "the norm of LlamaForCausalLM computes another formula"),
@@ -370,3 +371,12 @@ def test_the_plan_says_whether_liger_computes_the_layers(recipe: Any, machine: M
     found = said_of(plan, "layer kernels")
     assert said in found and bool(said) == bool(found)
     assert ("liger_layers" in plan.optimizations) == found.startswith("Liger's")
+
+
+@pytest.mark.parametrize("argument", ["torch_compile: true", "torch_compile_backend: inductor"])
+def test_compiled_code_keeps_padding_free_batches_and_leaves_the_layers_to_the_compiler(
+    recipe: Any, argument: str
+) -> None:
+    plan = plan_on(replace(LIGER, fused_norms=True), recipe(f"trainer: {{{argument}}}"))
+    assert plan.batching.kind == "padding_free"
+    assert plan.optimizations.isdisjoint({"fused_lora", "fused_norms", "liger_layers", "skip_rng_state"})
