@@ -125,29 +125,8 @@ def train(
     """
     stops, resume_from = session.stops, session.resume_from
     load_retention(plan, tokenizer)  # problems with the text are reported before loading the weights
-    if plan.trainer.get("full_determinism"):
-        # Not only in the trainer: cuBLAS reads its configuration once, and kernels are checked before training.
-        enable_full_determinism(plan.seed)
-    model = load_base(plan.base, shards=plan.shards)
-    refuse_unknown_tokens(model, max(side.store.largest_token() for side in (data.train, data.test_split)))
-    plan, chosen = select_modules(plan, run, data, tokenizer, model, resuming=resume_from is not None)
-    if chosen is not None:
-        progress.note(chosen)
-    setup = TrainerSetup(
-        plan,
-        data,
-        tokenizer,
-        row_check=_check_rows(plan, model, progress) if plan.batching.kind == "padding_free" else None,
-        resume_from=resume_from,
-        fingerprint=session.fingerprint,
-        checkpoint_bytes=session.checkpoint_bytes,
-    )
-    with naming_arguments(session.trainer):
-        trainer: StepTrainer = implementation(TASKS[plan.task].trainer)(setup, run.checkpoints, model)
-    for note in trainer.notes:
-        progress.note(f"  note: {note}")
-    if plan.base.dtype == "float16":
-        trainer.check_float16()
+    trainer = _build_trainer(plan, run, data, tokenizer, progress, session)
+    plan = trainer.setup.plan  # with the modules that the gradient selected
     stoppable = StoppableProgress(
         progress, stops, "before the first step" if resume_from is None else "before the next step"
     )
@@ -181,19 +160,62 @@ def train(
     if reason is not None and not callback.stopped_by_clock:
         write_train(run, trainer, callback, forward.optimizations)
         return TrainResult(steps, reason)
-    tuned = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-    if trainer.residual is not None:
-        trainer.residual.convert_to_plain_lora()
-    if is_first_process():
-        if trainer.ranks is not None:
-            trainer.ranks.write(run.ranks)
-        save_adapter(tuned, tokenizer, plan, data, run.adapter)
+    tuned = _save_adapter(trainer, run)
     # After the adapter: a finished training implies that its adapter exists.
     write_train(run, trainer, callback, forward.optimizations)
     downcast_saved_modules(tuned, plan.base.dtype)
     final: Progress = StoppableProgress(progress, stops, "during the final evaluation") if reason is None else progress
     _measure_adapter(plan, run, data, tokenizer, tuned, final, baseline.found)
     return TrainResult(steps, reason)
+
+
+def _build_trainer(
+    plan: Plan,
+    run: RunDir,
+    data: PreparedData,
+    tokenizer: PreTrainedTokenizerBase,
+    progress: Progress,
+    session: Session,
+) -> StepTrainer:
+    """Load the base, select modules by gradient if the recipe asks for it, check the kernels, and build the trainer."""
+    resume_from = session.resume_from
+    if plan.trainer.get("full_determinism"):
+        # Not only in the trainer: cuBLAS reads its configuration once, and kernels are checked before training.
+        enable_full_determinism(plan.seed)
+    model = load_base(plan.base, shards=plan.shards)
+    refuse_unknown_tokens(model, max(side.store.largest_token() for side in (data.train, data.test_split)))
+    plan, chosen = select_modules(plan, run, data, tokenizer, model, resuming=resume_from is not None)
+    if chosen is not None:
+        progress.note(chosen)
+    setup = TrainerSetup(
+        plan,
+        data,
+        tokenizer,
+        row_check=_check_rows(plan, model, progress) if plan.batching.kind == "padding_free" else None,
+        resume_from=resume_from,
+        fingerprint=session.fingerprint,
+        checkpoint_bytes=session.checkpoint_bytes,
+    )
+    with naming_arguments(session.trainer):
+        trainer: StepTrainer = implementation(TASKS[plan.task].trainer)(setup, run.checkpoints, model)
+    for note in trainer.notes:
+        progress.note(f"  note: {note}")
+    if plan.base.dtype == "float16":
+        trainer.check_float16()
+    return trainer
+
+
+def _save_adapter(trainer: StepTrainer, run: RunDir) -> Any:
+    """Save the trained adapter; returns the model without the wrappers of accelerate."""
+    setup = trainer.setup
+    tuned = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    if trainer.residual is not None:
+        trainer.residual.convert_to_plain_lora()
+    if is_first_process():
+        if trainer.ranks is not None:
+            trainer.ranks.write(run.ranks)
+        save_adapter(tuned, setup.tokenizer, setup.plan, setup.data, run.adapter)
+    return tuned
 
 
 def _check_rows(plan: Plan, model: PreTrainedModel, progress: Progress) -> RowCheck:
