@@ -64,7 +64,7 @@ def save_random_states(model: nn.Module) -> None:
     for module in modules:
         given = module.__dict__.get("_gradient_checkpointing_func")
         if isinstance(given, RandomStateCheckpoint):
-            module._gradient_checkpointing_func = given.checkpoint
+            module.__dict__["_gradient_checkpointing_func"] = given.checkpoint
 
 
 def _checkpointed(model: nn.Module) -> Iterator[Any]:

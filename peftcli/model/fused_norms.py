@@ -64,9 +64,11 @@ def enable_fused_norms(model: nn.Module, device: torch.device) -> FusedNorms:
         device: that the model computes on.
     """
     found = FusedNorms()
-    norms: list[Any] = [module for module in model.modules() if is_rms_norm(module)]
-    for module in norms:
-        problem = norm_problem(module, module.weight.dtype, device)
+    for module in model.modules():
+        weight = module._parameters.get("weight")
+        if weight is None or not is_rms_norm(module):
+            continue
+        problem = norm_problem(module, weight.dtype, device)
         if problem is None:
             module.forward = MethodType(_forward, module)
             found.modules += 1
@@ -88,19 +90,19 @@ def is_rms_norm(module: nn.Module) -> bool:
     return named and isinstance(getattr(module, "weight", None), Tensor)
 
 
-def norm_problem(module: Any, dtype: torch.dtype, device: torch.device) -> str | None:
+def norm_problem(module: nn.Module, dtype: torch.dtype, device: torch.device) -> str | None:
     """Why torch's operator cannot take the place of a norm; None where it can.
 
     A copy of the module with random weights computes a few rows, forward and backward, and so does the operator. One
     row is so small that the epsilon shows, and the gradient of the output is not contiguous, as that of a norm over
     heads is.
     """
-    epsilon = _epsilon(module)
-    if epsilon is None or set(module._parameters) != {"weight"} or module.weight.dim() != 1:
+    epsilon, weight = _epsilon(module), module._parameters.get("weight")
+    if epsilon is None or set(module._parameters) != {"weight"} or weight is None or weight.dim() != 1:
         return "it is not one weight with an epsilon"
     try:
         with _as_in_training(dtype, device):
-            return _difference(module, epsilon, dtype, device)
+            return _difference(module, weight.shape[0], epsilon, dtype, device)
     except CANNOT_RUN as problem:
         if is_out_of_memory(problem):
             raise
@@ -119,9 +121,8 @@ def _as_in_training(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
         yield
 
 
-def _difference(module: Any, epsilon: float, dtype: torch.dtype, device: torch.device) -> str | None:
+def _difference(module: nn.Module, width: int, epsilon: float, dtype: torch.dtype, device: torch.device) -> str | None:
     drawn = torch.Generator().manual_seed(0)
-    width = module.weight.shape[0]
     weight = nn.Parameter((0.5 + torch.rand(width, generator=drawn)).to(device, dtype))
     scales = torch.tensor([1.0, max(math.sqrt(epsilon), LEAST_SCALE), 30.0])[None, :, None]
     rows = ((torch.randn((2, 3, width), generator=drawn) + 0.5) * scales).to(device, dtype)
