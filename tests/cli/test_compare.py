@@ -330,8 +330,8 @@ def test_a_comparison_of_nothing_measured_says_so() -> None:
     ("words", "message"),
     [
         (["runs/r4"], "a comparison needs at least two runs"),
-        (["runs/r4", "runs"], "runs: this is a folder|runs/r4 is a run, others are recipes"),
-        (["runs/r4", "runs/r16", "--vary", "adapter.r=1,2"], "--vary, --set and --smoke belong to recipes"),
+        (["runs/r4", "runs"], "runs: this is a folder|runs/r4 is a run and other targets are recipes"),
+        (["runs/r4", "runs/r16", "--vary", "adapter.r=1,2"], "--vary, --set and --smoke need recipes"),
         (["none.yaml", "--vary", "adapter.r=1,2"], "none.yaml: no such file"),
     ],
 )
@@ -383,9 +383,9 @@ def planned(task: str = "causal-lm", **decided: str) -> Any:
         ({"evaluation": {"rows": 5}}, {}, {}, "evaluation.rows: null -> 5"),
         ({"trainer": {"completion_only_loss": False}}, {}, {}, "trainer.completion_only_loss: not set -> false"),
         ({"seed": 7}, {}, {}, "seed: 42 -> 7"),
-        ({}, {"data.test": "u"}, {}, "data.test is another one"),
-        ({}, {"versions.torch": "3"}, {}, "versions.torch is another one"),
-        ({}, {"base": None}, {}, "base is another one"),
+        ({}, {"data.test": "u"}, {}, "data.test differs"),
+        ({}, {"versions.torch": "3"}, {}, "versions.torch differs"),
+        ({}, {"base": None}, {}, "base differs"),
         ({}, {}, {"model.dtype": "bfloat16"}, "model.dtype: float32 -> bfloat16"),
     ],
 )
@@ -405,7 +405,7 @@ def test_a_base_is_measured_anew_for_a_head_and_where_the_lender_has_not_measure
     assert reuse_blocker(source_run, asked, planned("sequence-classification"), STAMP) == "the base includes a new head"
     source_run.train.unlink()
     assert reuse_blocker(source_run, asked, planned(), STAMP) == "its results are missing"
-    with pytest.raises(RecipeError, match="no run folder"):
+    with pytest.raises(RecipeError, match="not a run folder"):
         reuse_blocker(RunDir(tmp_path / "none"), asked, planned(), STAMP)
 
 

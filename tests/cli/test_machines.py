@@ -185,7 +185,7 @@ def test_a_process_whose_peer_dies_says_so_in_one_line(machines: Any, dead: int)
     code, text = said[1 - dead]
     assert said[dead][0] == -signal.SIGKILL and code == 4, said
     assert text.count("error: ") == 1 and "Traceback" not in text
-    assert f"error: process {1 - dead} of 2 cannot go on" in text.splitlines()[-1]
+    assert f"error: process {1 - dead} of 2 cannot continue" in text.splitlines()[-1]
 
 
 def test_what_ends_one_machine_alone_is_said_by_both(machines: Any) -> None:
