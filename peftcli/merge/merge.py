@@ -27,7 +27,6 @@ from peftcli.merge.save import folding_bytes, write_config, write_weights
 from peftcli.model.adapter_files import replace_folder, write_companions
 from peftcli.model.evaluate import Evaluation, answered_rows, decoding_for, evaluate_model
 from peftcli.model.files import Source, loaded_weights, original_weights
-from peftcli.model.generation import Answer
 from peftcli.model.load import DTYPES, load_base
 from peftcli.model.manifest import MANIFEST, build_merged_manifest
 from peftcli.model.oom import is_out_of_memory
@@ -327,8 +326,6 @@ def _merge_json(
     default = LIMITS_OF_FEW if few else DEFAULT_LIMITS
     limits = tuple(gate for gate in settings.gates if gate.name.startswith("merge_")) or default
     met = {name: _met(gate, drift[name]) for gate in limits for name in (gate.name.removeprefix("merge_"),)}
-    prompts = comparison.data.test.column("prompt")
-    shown = _shown_answers(best, comparison.data, settings)
     return MergeJson(
         into=best.into,
         dtype=settings.dtype or target.base.dtype,
@@ -340,18 +337,20 @@ def _merge_json(
         met=all(one is not False for one in met.values()),
         metrics=None if best.measured is None else best.measured.scores(),
         candidates=tuple(MergeCandidate(into=one.into, loss=one.loss, **asdict(one.drift)) for one in candidates),
-        samples=tuple(MergeSample(prompt=prompts[row].as_py(), merged=answer.text) for row, answer in shown),
+        samples=_samples(best, comparison.data, settings),
         bytes=best.bytes,
         seconds=round(seconds, 3),
     )
 
 
-def _shown_answers(best: Candidate, data: PreparedData, settings: MergeSettings) -> list[tuple[int, Answer]]:
-    """The first answers, each with the index of its test row; none if nothing was answered."""
+def _samples(best: Candidate, data: PreparedData, settings: MergeSettings) -> tuple[MergeSample, ...]:
+    """The first answers with their prompts; none if nothing was answered."""
     if best.measured is None:
-        return []
+        return ()
     rows = answered_rows(settings.evaluation, data, settings.seed)
-    return list(zip(rows, best.measured.answers, strict=True))[: settings.evaluation.samples]
+    prompts = data.test.column("prompt")
+    answered = list(zip(rows, best.measured.answers, strict=True))[: settings.evaluation.samples]
+    return tuple(MergeSample(prompt=prompts[row].as_py(), merged=answer.text) for row, answer in answered)
 
 
 def _free_memory() -> None:

@@ -77,7 +77,7 @@ def test_a_base_that_answered_other_rows_is_not_compared_with_the_adapter(
     assert "its base answered other test rows (evaluation.rows)" in capfd.readouterr().err
     monkeypatch.setattr(answered_rows, "AUTO_ROWS", 12)
     assert run_cli("train", write_recipe(**SHORT), "--output-dir", "third", "--baseline-from", "run") == 0
-    assert "the figures of the base are those of run" in capfd.readouterr().err
+    assert "reusing the baseline of run" in capfd.readouterr().err
 
 
 def test_a_run_that_goes_on_measures_its_base_again_on_the_rows_of_the_adapter(

@@ -187,7 +187,7 @@ def test_a_bottleneck_stands_in_the_blocks_that_are_asked_for() -> None:
     ("config", "said"),
     [
         ({"placement": "parallel"}, "must be houlsby or pfeiffer"),
-        ({"layers": [3]}, r"layers \[3\]: this model has 3, numbered 0 to 2"),
+        ({"layers": [3]}, r"layers \[3\]: this model has 3 blocks, numbered 0 to 2"),
         ({"non_linearity": "rellu"}, "non_linearity rellu"),
         ({"reduction_factor": 0}, "must be above 0"),
     ],
@@ -319,7 +319,7 @@ def test_rows_of_the_embedding_can_be_trained_beside_frozen_blocks() -> None:
     ("config", "said"),
     [
         ({"last_layers": 4}, "last_layers 4: this model has 3"),
-        ({"layers": [0, 7]}, r"layers \[7\]: this model has 3, numbered 0 to 2"),
+        ({"layers": [0, 7]}, r"layers \[7\]: this model has 3 blocks, numbered 0 to 2"),
         ({}, "no module is trained; set last_layers"),
     ],
 )
@@ -478,8 +478,8 @@ def test_what_a_method_of_ours_cannot_do_is_said_before_anything_is_loaded(
     ("adapter", "said"),
     [
         ({"method": "freeze", "r": None, "last_layers": 3}, "last_layers 3: this model has 2"),
-        ({"method": "freeze", "r": None, "last_layers": 0}, "nothing is trained; set adapter.last_layers"),
-        ({"method": "bottleneck", "r": None, "layers": [2]}, "adapter.layers [2]: this model has 2, numbered 0 to 1"),
+        ({"method": "freeze", "r": None, "last_layers": 0}, "no module is trained; set adapter.last_layers"),
+        ({"method": "bottleneck", "r": None, "layers": [2]}, "adapter.layers [2]: this model has 2 blocks"),
         ({"method": "bottleneck", "r": None, "reduction_factor": -1}, "must be above 0"),
     ],
 )
@@ -495,5 +495,5 @@ def test_the_plan_counts_what_is_trained_of_the_base(
 ) -> None:
     recipe = write_recipe(adapter={"method": "full", "r": None}, quantization=None)
     assert run_cli("plan", recipe) == 0
-    said = r"^trainable +656,000 parameters +100\.00% of the 656,000 base parameters, as a trained copy"
+    said = r"^trainable +656,000 parameters +100\.00% of the 656,000 base"
     assert re.search(said, capfd.readouterr().out, re.M)

@@ -205,7 +205,7 @@ def trained(recipe_in: Any, cli_in: Any, tmp_path_factory: pytest.TempPathFactor
     ("adapter", "said"),
     [
         ({"init_from": "nowhere"}, "no adapter there (adapter_config.json and adapter_model.safetensors)"),
-        ({"init_from": "first", "r": 4}, "lora_A.weight is 8x384 there and 4x384 here"),
+        ({"init_from": "first", "r": 4}, "lora_A.weight is 8x384 in that adapter, but 4x384 in the recipe"),
         ({"init_from": "first", "target_modules": ["q_proj"]}, "recipe's adapter has no"),
         ({"init_from": "first", "method": "ia3", "r": None}, "a LORA adapter, but the recipe trains IA3"),
     ],
