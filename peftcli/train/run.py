@@ -183,7 +183,8 @@ def _build_trainer(
         # Not only in the trainer: cuBLAS reads its configuration once, and kernels are checked before training.
         enable_full_determinism(plan.seed)
     model = load_base(plan.base, shards=plan.shards)
-    refuse_unknown_tokens(model, max(side.store.largest_token() for side in (data.train, data.test_split)))
+    if not TASKS[plan.task].images:
+        refuse_unknown_tokens(model, max(side.store.largest_token() for side in (data.train, data.test_split)))
     plan, chosen = select_modules(plan, run, data, tokenizer, model, resuming=resume_from is not None)
     if chosen is not None:
         progress.note(chosen)

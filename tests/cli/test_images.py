@@ -345,7 +345,7 @@ def test_an_image_of_any_mode_becomes_rgb_as_it_is_seen(tmp_path: Path) -> None:
 
 def test_no_decoder_is_let_at_a_file_of_another_kind(tmp_path: Path) -> None:
     Image.new("RGB", (4, 4)).save(tmp_path / "a.tiff")
-    with pytest.raises(SkipRow, match="no image"):
+    with pytest.raises(SkipRow, match="not an image"):
         read_image(tmp_path / "a.tiff")
 
 
@@ -355,7 +355,7 @@ def test_a_file_that_cannot_be_labelled_is_named(
     assert run_cli("train", image_recipe(trainer={"max_steps": 1}, evaluation={"baseline": False})) == 0
     capfd.readouterr()
     assert run_cli("generate", "runs/shapes", "away.jpg") == 3
-    assert "away.jpg: a missing image; name image files" in capfd.readouterr().err
+    assert "away.jpg: a missing image; pass image files" in capfd.readouterr().err
 
 
 def test_keys_that_say_nothing_of_images_are_refused(

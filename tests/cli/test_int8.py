@@ -451,4 +451,4 @@ def test_the_doctor_tries_an_8_bit_layer() -> None:
     for dtype in ("float32", "bfloat16", "float16"):
         trial = try_8bit("cpu", dtype)
         verdict = check_8bit(trial)
-        assert verdict.result == "ok" and "unpacked weights" in verdict.found and 1e-3 < trial.loss < 0.01
+        assert verdict.result == "ok" and "dequantized weights" in verdict.found and 1e-3 < trial.loss < 0.01
