@@ -221,7 +221,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights_take_it(
     monkeypatch.setattr(Trainer, "training_step", poisoned)
     recipe = write_recipe(trainer={"max_steps": 6, "save_steps": 3})
     assert run_cli("train", recipe, "--output-dir", "run") == 6
-    assert "step 4: the gradient is" in capfd.readouterr().err
+    assert "step 4: the gradient norm is" in capfd.readouterr().err
     weights = load_file(tmp_path / "run" / "checkpoints" / "checkpoint-3" / "adapter_model.safetensors")
     assert all(torch.isfinite(tensor).all() for tensor in weights.values())
     assert not (tmp_path / "run" / "adapter").exists()

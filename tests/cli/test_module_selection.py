@@ -246,7 +246,7 @@ def test_a_run_trains_what_the_gradient_has_chosen_and_says_so(
     assert read_json(run / "merge.json")["top1_agreement"] >= 0.98
     page, words = (run / "report.html").read_text(), (run / "report.md").read_text()
     assert page.count('aria-label="Gradient by modules"') == 2  # a wide drawing and a narrow one
-    assert f"- Chosen: {len(found['modules'])} of 14 modules" in words
+    assert f"- Selected: {len(found['modules'])} of 14 modules" in words
     for one in found["scored"]:
         assert f"| {one['name']} |" in words
 
@@ -313,7 +313,7 @@ def test_a_layer_that_is_not_there_is_named_with_those_that_are(
     write_recipe: Write, run_cli: Cli, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert run_cli("plan", write_recipe(adapter={"layers": [0, 9]})) == 2
-    assert "adapter.layers [9]: this model has 2, numbered 0 to 1" in capfd.readouterr().err
+    assert "adapter.layers [9]: this model has 2 blocks, numbered 0 to 1" in capfd.readouterr().err
 
 
 def weights_of(run: Path) -> dict[str, torch.Tensor]:
