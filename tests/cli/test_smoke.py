@@ -233,8 +233,8 @@ def test_without_the_real_files_a_rehearsal_says_what_it_could_not_check(
     assert run_cli("train", recipe, "--smoke") == 0
     said = capfd.readouterr().err
     assert "smoke: ignored: model.dtype, gates" in said
-    assert "the configuration of org/llama-9b is not here" in said
-    assert "the tokenizer of org/llama-9b is not here" in said and "hf download org/llama-9b" in said
+    assert "the configuration of org/llama-9b is not local" in said
+    assert "the tokenizer of org/llama-9b is not available locally" in said and "hf download org/llama-9b" in said
     assert "rows are truncated at 1,024 tokens; dataset.max_length is 8,192" in said
     run = tmp_path / "runs" / "r-smoke"
     assert read_json(run / "data.json")["eos_trained_rows"] > 0

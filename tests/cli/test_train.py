@@ -226,7 +226,7 @@ def test_a_base_that_is_quantized_already_is_refused(
     config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     (folder / "config.json").write_text(json.dumps(config))
     assert run_cli("train", write_recipe(model={"name": str(folder)}), "--output-dir", "run") == 2
-    assert "quantized already (bitsandbytes)" in capfd.readouterr().err
+    assert "already quantized (bitsandbytes)" in capfd.readouterr().err
 
 
 def test_rows_are_counted_to_the_row() -> None:
@@ -296,7 +296,7 @@ def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_taken(
     capfd.readouterr()
     assert run_cli("train", recipe, "--output-dir", "run") == 0
     said = capfd.readouterr().err
-    assert "checkpoint-8 is damaged (the hash of optimizer.pt differs); kept as checkpoint-8.bad" in said
+    assert "checkpoint-8 is damaged (the hash of optimizer.pt differs); renamed to checkpoint-8.bad" in said
     assert "2 steps are repeated" in said
     assert "resuming from step 6" in said
     assert digest(run) == whole

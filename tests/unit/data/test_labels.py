@@ -607,7 +607,7 @@ def test_the_terminal_shows_labels_numbers_words_and_entities(
 ) -> None:
     rows = [row | {"label": number / 4} for number, row in enumerate(animals())]
     numbers = shown(prepared(path=file(rows)).facts, capsys)
-    assert re.search(r"^label +Least +Median +Most +Mean +Deviation", numbers, re.MULTILINE)
+    assert re.search(r"^label +Min +Median +Max +Mean +Std", numbers, re.MULTILINE)
     assert "Trained or scored" not in numbers and "end token" not in numbers
     words = shown(prepared(path=file(sentences(), "tags.jsonl"), rule=TOKENS).facts, capsys)
     assert re.search(r"^Entities: ANIMAL +20 *$", words, re.MULTILINE)

@@ -127,7 +127,7 @@ def test_training_does_what_the_plan_of_falcon_says(
     folder = stand_in(AutoConfig.for_model("falcon"))
     recipe = write_recipe(model={"name": str(folder)}, quantization=None, trainer={"max_steps": 2})
     assert run_cli("plan", recipe) == 0
-    assert "FalconForCausalLM has its own attention" in capfd.readouterr().out
+    assert "has its own attention" in " ".join(capfd.readouterr().out.split())
     assert run_cli("train", recipe, "--output-dir", tmp_path / "run") == 0
     assert "flat line" not in capfd.readouterr().err
     plan = json.loads((tmp_path / "run" / "plan.json").read_text())

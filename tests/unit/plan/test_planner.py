@@ -292,11 +292,11 @@ def said_of(plan: Plan, key: str) -> str:
     [
         (TORCH_29, None, "", "torch's fused kernel"),
         (TORCH_29, None, "performance: {disable: [fused_norms]}", "performance.disable"),
-        (TORCH_29, None, "trainer: {torch_compile: true}", "compiled code fuses"),
-        (TORCH_29, None, "trainer: {torch_compile_mode: max-autotune}", "compiled code fuses"),
+        (TORCH_29, None, "trainer: {torch_compile: true}", "torch.compile fuses"),
+        (TORCH_29, None, "trainer: {torch_compile_mode: max-autotune}", "torch.compile fuses"),
         (TORCH_29, None, "trainer: {use_liger_kernel: true}", "use_liger_kernel brings its own"),
         (TORCH_29, None, "adapter: {method: ln_tuning}", "trains the norms"),
-        (TORCH_29, GEMMA_NORM, "", "the norm of LlamaForCausalLM computes another formula"),
+        (TORCH_29, GEMMA_NORM, "", "the norm of LlamaForCausalLM uses a different formula"),
         (TORCH_29, LAYER_NORM, "", ""),
         (L4, None, "", "torch 2.9 and later have one"),
         (CPU, None, "", ""),
@@ -320,14 +320,14 @@ def test_flash_attention_keeps_padding_free_batches_and_eager_attention_does_not
     plan = plan_on(machine, recipe(f"model: {{name: org/model, attention: {attention}}}"))
     assert plan.batching.kind == kind and plan.base.attention == attention
     if kind == "padded":
-        assert "eager attention takes no boundaries" in said_of(plan, "batching")
+        assert "eager attention does not support row boundaries" in said_of(plan, "batching")
 
 
 @pytest.mark.parametrize(
     ("machine", "more", "said"),
     [
         (L4, "", "not saved for each layer"),
-        (L4, "adapter: {dropout: 0.1}", "adapter.dropout 0.1 draws random numbers"),
+        (L4, "adapter: {dropout: 0.1}", "adapter.dropout 0.1 uses random numbers"),
         (L4, "performance: {disable: [skip_rng_state]}", "performance.disable"),
         (L4, "trainer: {activation_checkpointing: false}", ""),
         (CPU, "", ""),
@@ -360,9 +360,9 @@ LIGER = replace(L4, liger=True)
         (L4, "", "liger-kernel is not installed"),
         (replace(T4, liger=True), "", "sm_80 and later"),
         (LIGER, "performance: {disable: [liger_layers]}", "performance.disable"),
-        (LIGER, "trainer: {use_liger_kernel: true}", "use_liger_kernel brings them already"),
-        (LIGER, "trainer: {torch_compile: true}", "compiled code fuses"),
-        (LIGER, "adapter: {method: ia3}", "with LoRA on whole weights alone"),
+        (LIGER, "trainer: {use_liger_kernel: true}", "use_liger_kernel already brings them"),
+        (LIGER, "trainer: {torch_compile: true}", "torch.compile fuses"),
+        (LIGER, "adapter: {method: ia3}", "only LoRA on unsharded weights"),
         (CPU, "", ""),
     ],
 )

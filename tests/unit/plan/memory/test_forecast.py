@@ -502,7 +502,7 @@ def test_a_run_that_barely_fits_says_so_and_what_to_lower(make: Any) -> None:
     roomy = replace(machine, memory_bytes=round(total / (1 - MARGIN)) + 1)
     found = make_forecast(plan, shape, roomy, rows_of(plan, None), DISK)
     assert found is not None and found.tight is False and found.mends == ()
-    assert verdict(found, roomy).startswith("fits into ")
+    assert verdict(found, roomy).startswith("fits in ")
 
 
 def test_a_change_that_leaves_less_than_the_margin_barely_fits_itself(make: Any) -> None:
@@ -732,7 +732,7 @@ def test_plan_for_a_card_makes_the_choices_of_that_card(
     assert plan["forecast"]["time"]["seconds"] > 0
     assert run_cli("plan", write_recipe(), "--gpu", "p100") == 0
     out = capfd.readouterr().out
-    assert "no kernels for a P100" in out and "In all" in out and "fits into the 15.9 GiB of Tesla P100" in out
+    assert "no kernels for a P100" in out and "Total" in out and "fits in the 15.9 GiB of Tesla P100" in out
 
 
 def test_no_time_is_made_up_for_a_processor(
@@ -744,7 +744,7 @@ def test_no_time_is_made_up_for_a_processor(
     assert forecast["time"]["step_seconds"] is None and forecast["time"]["seconds"] is None
     assert forecast["time"]["steps"] == 6
     assert run_cli("plan", recipe) == 0
-    assert re.search(r"^Time +not known for this device; 6 steps", capfd.readouterr().out, re.M)
+    assert re.search(r"^Time +unknown for this device; 6 steps", capfd.readouterr().out, re.M)
 
 
 def test_an_unknown_card_is_refused_before_anything_is_loaded(
