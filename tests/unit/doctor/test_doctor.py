@@ -513,7 +513,12 @@ def test_a_hub_that_is_out_of_reach_warns() -> None:
 def test_a_session_is_held_against_the_budget_of_a_recipe() -> None:
     kaggle = NotebookLimit("Kaggle", 12 * 3600.0, started=0.0)
     expect(check_session(None, None, 0.0, runs=True), "ok", "no notebook service")
-    expect(check_session(kaggle, None, 3600.0), "ok", "Kaggle ends a session after at most 12h", "budget.wall_clock: 10h30m")
+    expect(
+        check_session(kaggle, None, 3600.0),
+        "ok",
+        "Kaggle ends a session after at most 12h",
+        "budget.wall_clock: 10h30m",
+    )
     expect(check_session(kaggle, None, 3600.0, runs=True), "warn", "budget.wall_clock: 10h30m")
     expect(check_session(kaggle, None, 3600.0, budget=39600.0, runs=True), "ok", "budget of 11h is shorter")
     expect(check_session(kaggle, None, 7200.0, budget=39600.0, runs=True), "warn", "budget of 11h is longer")

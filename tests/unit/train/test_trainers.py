@@ -1,15 +1,19 @@
 """The trainer's own loss against TRL's, and the figures that stay on the device until they are logged."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
+from helpers import trainer_of
 from trl import SFTConfig, SFTTrainer
 
+from peftcli.adapters.build import peft_config
+from peftcli.model.load import load_base
 from peftcli.tiny.build import tiny_model
-from peftcli.train.trainers import DeferredTrainer, Trainer
+from peftcli.train.trainers import DeferredTrainer
 
 ROWS = [
     {"input_ids": [5, 6, 7, 8, 9], "labels": [-100, -100, 7, 8, 9]},
@@ -56,15 +60,27 @@ def test_another_loss_is_computed_by_trl(tmp_path: Path) -> None:
 
 
 @pytest.mark.numeric
-def test_the_logged_figures_are_those_of_trl(tmp_path: Path) -> None:
-    logged = {}
-    for kind in (SFTTrainer, Trainer):
-        trainer = made(kind, tmp_path / kind.__name__)
+def test_the_logged_figures_are_those_of_trl(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    settings = {"max_steps": 2, "logging_steps": 1, "per_device_train_batch_size": 2}
+    recipe = write_recipe(trainer=settings, quantization=None, performance={"batching": "padded"})
+    ours = trainer_of(recipe, tmp_path)
+    plan = ours.setup.plan
+    theirs = SFTTrainer(
+        model=load_base(plan.base),
+        args=SFTConfig(output_dir=str(tmp_path / "trl"), **plan.trainer),
+        train_dataset=ours.train_dataset,
+        processing_class=ours.setup.tokenizer,
+        peft_config=peft_config(plan.adapter, plan.task),
+    )
+    theirs.model.load_state_dict(ours.model.state_dict())
+    logged = []
+    for trainer in (ours, theirs):
         trainer.train()
-        logged[kind] = [row for row in trainer.state.log_history if "loss" in row]
+        logged.append([row for row in trainer.state.log_history if "loss" in row])
     names = ("loss", "grad_norm", "entropy", "mean_token_accuracy", "num_tokens")
-    for ours, theirs in zip(logged[Trainer], logged[SFTTrainer], strict=True):
-        assert [ours[name] for name in names] == pytest.approx([theirs[name] for name in names], rel=1e-6)
+    assert len(logged[0]) == 2
+    for mine, expected in zip(*logged, strict=True):
+        assert [mine[name] for name in names] == pytest.approx([expected[name] for name in names], rel=1e-5)
 
 
 def test_between_two_logs_no_figure_is_fetched_from_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
