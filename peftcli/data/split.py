@@ -86,10 +86,12 @@ def split_rows(
 def _recorded_and_drawn(
     dataset: DatasetSection, store: Store, rows: Indices, seed: int, earlier: SplitRecord | None
 ) -> tuple[Indices, Indices]:
+    sides = _draw(dataset, store, rows, seed)
     if earlier is None or not dataset.holds_out:
-        sides = _draw(dataset, store, rows, seed)
         return rows[sides[0]], rows[sides[1]]
     hashes = store.column("exact")[rows]
+    if len(sides[1]) == len(earlier.test) and np.isin(hashes[sides[1]], earlier.test).all():
+        return rows[sides[0]], rows[sides[1]]  # the same split; rows with equal text may be in both
     trained, tested = np.isin(hashes, earlier.train), np.isin(hashes, earlier.test)
     new = rows[~trained & ~tested]
     sides = _draw(dataset, store, new, seed) if len(new) else (np.arange(0), np.arange(0))

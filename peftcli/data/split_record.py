@@ -68,12 +68,14 @@ class SplitRecord:
 
 
 def join_records(records: Sequence[SplitRecord]) -> SplitRecord | None:
-    """One record of several trainings that build on each other; a row that one of them trained on is no test row."""
+    """One record of several trainings that build on each other; a row that another one trained on is no test row."""
     if not records:
         return None
-    train = np.unique(np.concatenate([one.train for one in records]))
-    test = np.unique(np.concatenate([one.test for one in records]))
-    return SplitRecord(train, test[~np.isin(test, train)])
+    test = []
+    for one in records:
+        others = [other.train for other in records if other is not one]
+        test.append(one.test[~np.isin(one.test, np.concatenate(others))] if others else one.test)
+    return SplitRecord(np.unique(np.concatenate([one.train for one in records])), np.sort(np.concatenate(test)))
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import csv
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,26 @@ def test_a_run_that_starts_from_another_keeps_its_test_rows(
     assert np.isin(first.train, second.train).all() and len(second.test) > len(first.test)
 
 
+def test_a_run_that_resumes_keeps_its_split_also_with_equal_rows_and_a_sample_of_the_training_rows(
+    write_recipe: Write, run_cli: Cli, tmp_path: Path, capfd: Any
+) -> None:
+    write_rows(tmp_path / "rows.csv", ROWS + ROWS[:15])
+    split = {"split": {"test_size": 12}, "max_train_samples": 20, "limits": {"max_leaked": 1.0}}
+    dataset = {"path": "rows.csv", "prompt": "{name}:", "completion": " {color}", **split}
+    recipe = write_recipe(dataset=dataset, trainer={"max_steps": 4, "save_steps": 2}, budget={"wall_clock": "1h"})
+    run = RunDir(tmp_path / "run")
+    assert run_cli("train", recipe, "--output-dir", run.path) == 0
+    before = read_json(run.data)["fingerprint"]
+    shutil.rmtree(run.adapter)
+    shutil.rmtree(run.checkpoints / "checkpoint-4")
+    for file in (run.train, run.eval, run.metrics):
+        file.unlink()
+    capfd.readouterr()
+    assert run_cli("train", recipe, "--output-dir", run.path) == 0
+    assert "resuming from step 2" in capfd.readouterr().err
+    assert read_json(run.data)["fingerprint"] == before
+
+
 def test_test_rows_of_their_own_that_were_trained_on_are_refused(
     trained: tuple[RunDir, Path, Path], run_cli: Cli, tmp_path: Path, capfd: Any
 ) -> None:
@@ -129,5 +150,5 @@ def test_a_row_that_one_training_of_several_has_seen_is_no_test_row() -> None:
     one = SplitRecord(np.array([1, 2], np.uint64), np.array([3], np.uint64))
     two = SplitRecord(np.array([3], np.uint64), np.array([4, 4], np.uint64))
     joined = join_records([one, two])
-    assert joined is not None and joined.train.tolist() == [1, 2, 3] and joined.test.tolist() == [4]
+    assert joined is not None and joined.train.tolist() == [1, 2, 3] and joined.test.tolist() == [4, 4]
     assert join_records([]) is None
