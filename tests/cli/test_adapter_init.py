@@ -19,7 +19,7 @@ from peftcli.recipe.schema import AdapterSection
 from peftcli.run_dir import read_json
 from peftcli.train.adapter_init import (
     ResidualInit,
-    _shared_out,
+    _eva_batches,
     initialize_from_data,
     initialize_from_quantization_error,
     leading_part,
@@ -119,7 +119,7 @@ def test_loftq_begins_nearer_to_the_weights_before_quantization(tiny_llama: Path
 
 @pytest.mark.parametrize(("rows", "pooled", "batches"), [(40, False, 5), (40, True, 2), (9, False, 1)])
 def test_eva_gets_no_batch_that_peft_would_leave_out(rows: int, pooled: bool, batches: int) -> None:
-    found = _shared_out([[5] * 3] * rows, 16, pooled=pooled)
+    found = _eva_batches([[5] * 3] * rows, 16, pooled=pooled)
     assert len(found) == batches
     assert all(len(some) * (1 if pooled else 3) >= 16 for some in found)
 
