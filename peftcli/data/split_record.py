@@ -7,7 +7,7 @@ rows that were trained on.
 import os
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
@@ -29,15 +29,19 @@ class SplitRecord:
     Attributes:
         train: of the training rows, each once.
         test: of the test rows, as often as they occur.
+        unused: of the other rows, such as those that `dataset.max_train_samples` leaves out; each once.
     """
 
     train: Hashes
     test: Hashes
+    unused: Hashes = field(default_factory=lambda: np.zeros(0, np.uint64))
 
     @classmethod
     def of(cls, train: Split, test: Split) -> Self:
         """The record of a split."""
-        return cls(np.unique(train.column("exact")), np.sort(test.column("exact")))
+        trained, tested = np.unique(train.column("exact")), np.sort(test.column("exact"))
+        unused = np.setdiff1d(train.store.column("exact"), np.concatenate([trained, tested]))
+        return cls(trained, tested, unused)
 
     @classmethod
     def load(cls, file: Path) -> Self:
@@ -48,7 +52,7 @@ class SplitRecord:
         """
         try:
             with np.load(file) as found:
-                return cls(found["train"], found["test"])
+                return cls(found["train"], found["test"], found["unused"])
         except (OSError, ValueError, KeyError, EOFError) as problem:
             raise MachineError(
                 f"{file}: cannot be read ({problem}), so it is not known which rows this run trained on; train it again"
@@ -59,7 +63,7 @@ class SplitRecord:
         descriptor, beside = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.", suffix=".npz")
         try:
             with os.fdopen(descriptor, "wb") as stream:
-                np.savez(stream, train=self.train, test=self.test)
+                np.savez(stream, train=self.train, test=self.test, unused=self.unused)
             os.chmod(beside, new_file_mode())
             os.replace(beside, file)
         except BaseException:
@@ -126,13 +130,14 @@ def find_test_rows(record: SplitRecord, store: Store, rows: Indices) -> TestRows
     hashes = store.column("exact")[rows]
     recorded = _as_often_as(hashes, record.test)
     trained = np.isin(hashes, record.train) & ~recorded
-    new = ~recorded & ~trained & ~np.isin(hashes, record.test)
+    new = ~recorded & ~trained & ~np.isin(hashes, np.concatenate([record.test, record.unused]))
     counts = int(recorded.sum()), int(new.sum()), len(record.test) - int(recorded.sum()), int(trained.sum())
     if recorded.any():
         return TestRows(rows[recorded], *counts)
-    if not new.any():
+    unseen = ~trained
+    if not unseen.any():
         raise DataError(f"the run trained on all {len(rows):,} rows, so they say nothing about it; name other rows")
-    return TestRows(rows[new], *counts)
+    return TestRows(rows[unseen], 0, int(unseen.sum()), *counts[2:])
 
 
 def _as_often_as(hashes: Hashes, wanted: Hashes) -> NDArray[np.bool_]:

@@ -114,6 +114,9 @@ def test_a_run_that_resumes_keeps_its_split_also_with_equal_rows_and_a_sample_of
     run = RunDir(tmp_path / "run")
     assert run_cli("train", recipe, "--output-dir", run.path) == 0
     before = read_json(run.data)["fingerprint"]
+    capfd.readouterr()
+    _, said = scored(run, run_cli, capfd)
+    assert "changed" not in said  # rows outside the sample are known, not new
     shutil.rmtree(run.adapter)
     shutil.rmtree(run.checkpoints / "checkpoint-4")
     for file in (run.train, run.eval, run.metrics):
