@@ -16,6 +16,11 @@ OTHER_KEYS = {"other_keys": True}
 """Metadata of a mapping that takes all keys of its object that no other field names."""
 
 
+def renamed_from(key: str) -> dict[str, str]:
+    """Metadata of a field that earlier files have under another key, which is read where the field's own is missing."""
+    return {"renamed_from": key}
+
+
 class WrongType(ValueError):
     """A value of a JSON object that its dataclass does not allow."""
 
@@ -43,8 +48,8 @@ def parse(kind: type[T], value: Any, where: str = "") -> T:
             named = {other.name for other in known}
             rest = {key: part for key, part in value.items() if key not in named}
             found[one.name] = _convert(hints[one.name], rest, where)
-        elif value.get(one.name) is not None:
-            found[one.name] = _convert(hints[one.name], value[one.name], f"{where}.{one.name}".lstrip("."))
+        elif (key := _key_of(one, value)) is not None:
+            found[one.name] = _convert(hints[one.name], value[key], f"{where}.{key}".lstrip("."))
         elif _is_required(one):
             raise WrongType(f"{f'{where}.{one.name}'.lstrip('.')} is missing")
     return kind(**{name: part for name, part in found.items() if part is not None})
@@ -69,6 +74,12 @@ def dump(value: Any) -> Any:
 @cache
 def _hints(kind: type) -> dict[str, Any]:
     return get_type_hints(kind)
+
+
+def _key_of(one: Field[Any], value: Mapping[str, Any]) -> str | None:
+    """The key of an object that holds the value of a field: its own, its earlier one, or None where neither does."""
+    keys = (one.name, one.metadata.get("renamed_from"))
+    return next((key for key in keys if key is not None and value.get(key) is not None), None)
 
 
 def _is_required(one: Field[Any]) -> bool:

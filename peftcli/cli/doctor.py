@@ -105,7 +105,7 @@ def print_verdicts(verdicts: Sequence[Check], out: Console) -> None:
 def as_object(verdicts: Sequence[Check], versions: dict[str, str | None]) -> dict[str, Any]:
     """The object of `--json`; the field for the fix is null if there is nothing to fix."""
     checks = [
-        {"name": found.name, "result": found.result, "there": found.found, "mend": found.fix or None}
+        {"name": found.name, "result": found.result, "found": found.found, "fix": found.fix or None}
         for found in verdicts
     ]
-    return {"schema": 1, "checks": checks, "versions": versions}
+    return {"schema": 2, "checks": checks, "versions": versions}

@@ -61,7 +61,7 @@ def verdict(forecast: Forecast, machine: Machine) -> str:
     free = memory.machine - memory.total
     whole = f"the {size(memory.machine)} of {where}"
     if forecast.tight:
-        fix = "one of the changes above" if forecast.mends else "a GPU with more memory"
+        fix = "one of the changes above" if forecast.suggestions else "a GPU with more memory"
         return (
             f"barely fits in {whole}: {size(free)} free{given}, {free / memory.machine:.1%} of it, and no forecast is "
             f"that precise; leave {MARGIN:.0%} free with {fix}; the largest micro-batch has {largest} tokens"
@@ -73,11 +73,11 @@ def verdict(forecast: Forecast, machine: Machine) -> str:
 
 def suggestion_table(forecast: Forecast) -> Table | None:
     """Suggested changes, the cheapest first, each on its own, and finally the combination that fits."""
-    if not forecast.mends:
+    if not forecast.suggestions:
         return None
     machine = forecast.memory_bytes.machine or 0  # known if there are suggestions
     rows = []
-    for change in forecast.mends:
+    for change in forecast.suggestions:
         free = machine - change.total_bytes
         fits = "still too much" if free < 0 else "fits" if free >= MARGIN * machine else "barely fits"
         rows.append((" and ".join(change.keys), size(change.total_bytes), fits))

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from peftcli.errors import DataError
 from peftcli.results.metrics import MetricsJson
+from peftcli.results.plan import Forecast, PlanJson
 from peftcli.results.schema import SCHEMA
 from peftcli.results.training import TrainJson
 from peftcli.run_dir import RunDir, read_json, write_json
@@ -14,8 +15,8 @@ from peftcli.typed_json import WrongType, dump, parse
 
 T = TypeVar("T")
 
-RENAMED_KEYS: Mapping[type[Any], Mapping[int, Mapping[str, str]]] = {TrainJson: {1: {"levers": "optimizations"}}}
-"""For each file with earlier schemas that are still read: the keys of each schema that have a new name."""
+EARLIER_SCHEMAS: Mapping[type[Any], tuple[int, ...]] = {Forecast: (1,), PlanJson: (1,), TrainJson: (1,)}
+"""The earlier schemas of a file that are still read; their keys that have a new name are stated by the fields."""
 
 
 def load(kind: type[T], path: Path) -> T | None:
@@ -32,15 +33,14 @@ def load(kind: type[T], path: Path) -> T | None:
     except ValueError as error:
         raise DataError(f"{path} is not JSON ({error}); {again}") from error
     schema = value.get("schema") if isinstance(value, dict) else None
-    current, earlier = getattr(kind, "schema", SCHEMA), RENAMED_KEYS.get(kind, {})
-    if not isinstance(schema, int) or (schema != current and schema not in earlier):
+    current = getattr(kind, "schema", SCHEMA)
+    if not isinstance(schema, int) or schema not in (current, *EARLIER_SCHEMAS.get(kind, ())):
         raise DataError(
             f"{path} has schema {schema!r}, but this peftcli reads schema {current}; "
             "run the stage again, or use the version that wrote it"
         )
-    renamed = {} if schema == current else earlier[schema]
     try:
-        return parse(kind, {renamed.get(key, key): part for key, part in value.items()})
+        return parse(kind, value)
     except WrongType as error:
         raise DataError(f"{path}: {error}; {again}") from error
 

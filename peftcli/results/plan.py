@@ -4,8 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from peftcli.results.schema import SCHEMA, Counts
-from peftcli.typed_json import OTHER_KEYS
+from peftcli.results.schema import Counts
+from peftcli.typed_json import OTHER_KEYS, renamed_from
+
+PLAN_SCHEMA = 2
+"""Schema 1 has `mends` instead of `suggestions`, and `card` instead of `gpu`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +76,7 @@ class ForecastTime:
     tokens_per_step: int | None = None
     step_seconds: float | None = None
     seconds: float | None = None
-    card: str | None = None
+    gpu: str | None = field(default=None, metadata=renamed_from("card"))
     evaluation: EvaluationTime | None = None
 
 
@@ -96,14 +99,14 @@ class Forecast:
         tight: it fits, with less than the margin to spare.
     """
 
-    schema: int = SCHEMA
+    schema: int = PLAN_SCHEMA
     rows: ForecastRows = field(default_factory=ForecastRows)
     micro_batch: MicroBatchTokens = field(default_factory=MicroBatchTokens)
     memory_bytes: ForecastMemory = field(default_factory=ForecastMemory)
     peak_memory_bytes: int | None = None
     fits: bool | None = None
     tight: bool | None = None
-    mends: tuple[ForecastChange, ...] = ()
+    suggestions: tuple[ForecastChange, ...] = field(default=(), metadata=renamed_from("mends"))
     "Changes of the recipe that lower the memory, the cheapest first."
     time: ForecastTime = field(default_factory=ForecastTime)
     disk_bytes: ForecastDisk = field(default_factory=ForecastDisk)
@@ -176,7 +179,7 @@ class PlanBatching:
 class PlanJson:
     """`plan.json`: what was decided; `trainer` holds the arguments of the trainer by name."""
 
-    schema: int = SCHEMA
+    schema: int = PLAN_SCHEMA
     name: str | None = None
     task: str | None = None
     smoke: bool = False

@@ -5,9 +5,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from peftcli.results.schema import SCHEMA
+from peftcli.typed_json import renamed_from
 
 TRAIN_SCHEMA = 2
-"""Schema 1 has `levers` instead of `optimizations`."""
+"""Schema 1 has `levers` instead of `optimizations`, and `pieces` instead of `micro_batches`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,10 +63,10 @@ class Calibration:
 
 @dataclass(frozen=True, kw_only=True)
 class OutOfMemory:
-    """A step that ran out of memory, and the parts that its micro-batch was divided into."""
+    """A step that ran out of memory, and the micro-batches that its rows were then divided into."""
 
     step: int | None = None
-    pieces: int | None = None
+    micro_batches: int | None = field(default=None, metadata=renamed_from("pieces"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +104,7 @@ class TrainJson(TrainFigures):
     last_loss: float | None = None
     out_of_memory: tuple[OutOfMemory, ...] = ()
     batching: TrainBatching = field(default_factory=TrainBatching)
-    optimizations: tuple[str, ...] = ()
+    optimizations: tuple[str, ...] = field(default=(), metadata=renamed_from("levers"))
     calibration: Calibration | None = None
     stamp: Mapping[str, Any] = field(default_factory=dict)
 

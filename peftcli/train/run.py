@@ -494,7 +494,9 @@ def write_train(run: RunDir, trainer: StepTrainer, callback: RunCallback, optimi
         resumed_from_step=None if resume_from is None else int(resume_from.name.rsplit("-", 1)[1]),
         first_loss=callback.losses[0][1] if callback.losses else None,
         last_loss=callback.losses[-1][1] if callback.losses else None,
-        out_of_memory=tuple(OutOfMemory(step=step, pieces=pieces) for step, pieces in trainer.micro_batches.events),
+        out_of_memory=tuple(
+            OutOfMemory(step=step, micro_batches=count) for step, count in trainer.micro_batches.events
+        ),
         batching=TrainBatching(
             kind=plan.batching.kind if trainer.micro_batches.padding_free else "padded",
             attention=tuple(sorted(kernels_used)) if trainer.micro_batches.padding_free else None,

@@ -41,8 +41,12 @@ def age(run: Path) -> None:
         value = read_json(run / name)
         assert value["batching"]["kind"] == "padding_free"
         value["batching"]["kind"] = "flat"
+        value["schema"] = 1
         if name == "train.json":
-            value |= {"schema": 1, "levers": value.pop("optimizations")}
+            value["levers"] = value.pop("optimizations")
+        else:
+            value["forecast"]["mends"] = value["forecast"].pop("suggestions")
+            value["forecast"]["time"]["card"] = value["forecast"]["time"].pop("gpu")
         write_json(run / name, value)
     metrics = read_json(run / "metrics.json")
     for gate in metrics["gates"]:

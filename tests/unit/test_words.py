@@ -45,7 +45,7 @@ def test_a_planted_word_is_found_with_its_line_and_the_usual_word(
         ("docs/a.md", "A model card, on a GPU.\n"),
         ("docs/a.css", "/* the card */\n"),
         ("scripts/quickstart_text.py", 'X = "it stood on the shelf"\n'),
-        ("peftcli/cli/doctor.py", 'KEYS = ["mend"]\n'),
+        ("peftcli/results/plan.py", 'KEYS = ["mends"]\n'),
     ],
     ids=["Python", "Markdown", "another kind of file", "an allowed file", "an allowed string"],
 )
@@ -56,8 +56,8 @@ def test_clean_text_and_exceptions_pass(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_an_exception_covers_one_string_of_its_file_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(words, "UNCHECKED", ())
-    assert found(tmp_path, "peftcli/cli/doctor.py", 'KEYS = ["mend"]\nX = "the mend"\n') == [
-        "peftcli/cli/doctor.py:2: 'mend': write 'fix'"
+    assert found(tmp_path, "peftcli/results/plan.py", 'KEYS = ["mends"]\nX = "the mend"\n') == [
+        "peftcli/results/plan.py:2: 'mend': write 'fix'"
     ]
 
 

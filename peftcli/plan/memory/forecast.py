@@ -124,7 +124,9 @@ def make_forecast(
         peak_memory_bytes=load.counted,
         fits=fits,
         tight=tight,
-        mends=() if memory is None or (fits and not tight) else _suggestions(load, plan, memory, tight=bool(tight)),
+        suggestions=()
+        if memory is None or (fits and not tight)
+        else _suggestions(load, plan, memory, tight=bool(tight)),
         time=_time(plan, load, machine, rows),
         disk_bytes=disk,
     )
@@ -329,7 +331,7 @@ def _time(plan: Plan, load: MicroBatchMemory, machine: Machine, rows: Rows) -> F
         tokens_per_step=round(step.tokens * plan.batch.processes),
         step_seconds=seconds,
         seconds=None if seconds is None or steps is None else seconds * steps,
-        card=None if gpu is None else gpu.key,
+        gpu=None if gpu is None else gpu.key,
         evaluation=evaluation_time(plan, load, gpu, machine.memory_bytes, test_rows=rows.test, mean=rows.mean),
     )
 

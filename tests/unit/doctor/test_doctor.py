@@ -655,8 +655,8 @@ def test_a_recipe_that_this_machine_can_run_is_all_well(write_recipe: Write, run
     out = capfd.readouterr().out
     value = json.loads(out)
     found = {check["name"]: check for check in value["checks"]}
-    assert value["schema"] == 1 and value["versions"]["trl"] == installed_versions(["trl"])["trl"]
-    assert set(found["plan"]) == {"name", "result", "there", "mend"} and found["plan"]["mend"] is None
+    assert value["schema"] == 2 and value["versions"]["trl"] == installed_versions(["trl"])["trl"]
+    assert set(found["plan"]) == {"name", "result", "found", "fix"} and found["plan"]["fix"] is None
     assert [found[name]["result"] for name in ("model", "plan", "disk space", "4-bit")] == ["ok"] * 4
     assert str(Path.home()) not in out and str(ROOT) not in out and platform.node() not in out
 

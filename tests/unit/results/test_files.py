@@ -154,8 +154,23 @@ def test_train_json_of_schema_1_has_its_optimizations_under_an_earlier_name(real
     assert before is not None and replace(before, schema=2) == now
 
 
+def test_a_forecast_of_schema_1_has_its_suggestions_and_gpu_under_earlier_names(tmp_path: Path) -> None:
+    change = {"keys": ["adapter.r=8"], "total_bytes": 5, "fits": True}
+    write_json(tmp_path / "now.json", {"schema": 2, "forecast": {"suggestions": [change], "time": {"gpu": "t4"}}})
+    write_json(tmp_path / "before.json", {"schema": 1, "forecast": {"mends": [change], "time": {"card": "t4"}}})
+    before, now = load(PlanJson, tmp_path / "before.json"), load(PlanJson, tmp_path / "now.json")
+    assert before is not None and now is not None and now.forecast is not None
+    assert now.forecast.suggestions[0].fits and now.forecast.time.gpu == "t4"
+    assert before.forecast == now.forecast
+
+
+def test_an_out_of_memory_step_of_schema_1_has_its_micro_batches_under_an_earlier_name() -> None:
+    before = parse(TrainJson, {"out_of_memory": [{"step": 3, "pieces": 4}]})
+    assert before.out_of_memory[0].micro_batches == 4
+
+
 def test_a_missing_key_and_null_give_the_default(tmp_path: Path) -> None:
-    write_json(tmp_path / "plan.json", {"schema": 1, "name": None, "targets": None, "batch": {"effective": None}})
+    write_json(tmp_path / "plan.json", {"schema": 2, "name": None, "targets": None, "batch": {"effective": None}})
     assert load(PlanJson, tmp_path / "plan.json") == PlanJson()
     assert load(PlanJson, tmp_path / "none.json") is None
     assert load_or_default(PlanJson, tmp_path / "none.json") == PlanJson()

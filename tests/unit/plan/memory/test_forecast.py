@@ -480,7 +480,7 @@ def test_a_forecast_says_whether_it_fits_and_how_long_it_takes(make: Any) -> Non
     plan, shape, machine = make("quantization: {bits: 4}\ntrainer: {max_steps: 300}", "l4")
     found = make_forecast(plan, shape, machine, rows_of(plan, None), DISK)
     assert found is not None
-    assert found.fits is True and found.tight is False and found.mends == ()
+    assert found.fits is True and found.tight is False and found.suggestions == ()
     assert found.rows == ForecastRows(longest_tokens=1024, mean_tokens=1024.0, known=False)
     assert found.micro_batch.tokens == 2048 < (found.micro_batch.largest_tokens or 0)
     assert found.time.step_seconds and found.time.seconds == pytest.approx(300 * found.time.step_seconds)
@@ -501,7 +501,7 @@ def test_a_run_that_barely_fits_says_so_and_what_to_lower(make: Any) -> None:
     assert "barely fits" in (forecast_line(found) or "")
     roomy = replace(machine, memory_bytes=round(total / (1 - MARGIN)) + 1)
     found = make_forecast(plan, shape, roomy, rows_of(plan, None), DISK)
-    assert found is not None and found.tight is False and found.mends == ()
+    assert found is not None and found.tight is False and found.suggestions == ()
     assert verdict(found, roomy).startswith("fits in ")
 
 
@@ -509,7 +509,7 @@ def test_a_change_that_leaves_less_than_the_margin_barely_fits_itself(make: Any)
     plan, shape, machine = make("quantization: {bits: 4}", "l4")
     found = make_forecast(plan, shape, replace(machine, memory_bytes=4 * GIB), rows_of(plan, None), DISK)
     assert found is not None and found.fits is False and found.tight is False
-    memory = min(fix.total_bytes for fix in found.mends)
+    memory = min(fix.total_bytes for fix in found.suggestions)
     found = make_forecast(plan, shape, replace(machine, memory_bytes=memory), rows_of(plan, None), DISK)
     assert found is not None
     assert "barely fits" in outcomes(found)
@@ -728,7 +728,7 @@ def test_plan_for_a_card_makes_the_choices_of_that_card(
     plan = json.loads(capfd.readouterr().out)
     chosen = {decision["key"]: decision["value"] for decision in plan["decisions"]}
     assert (chosen["device"], chosen["model.dtype"]) == ("cuda", "float16")
-    assert plan["forecast"]["fits"] is True and plan["forecast"]["time"]["card"] == "t4"
+    assert plan["forecast"]["fits"] is True and plan["forecast"]["time"]["gpu"] == "t4"
     assert plan["forecast"]["time"]["seconds"] > 0
     assert run_cli("plan", write_recipe(), "--gpu", "p100") == 0
     out = capfd.readouterr().out
