@@ -49,6 +49,10 @@ from peftcli.results.files import (
     save,
     status_of,
 )
+from peftcli.results.inputs import (
+    InputFile,
+    InputsJson,
+)
 from peftcli.results.merge import (
     DriftFigures,
     MergeCandidate,
@@ -127,6 +131,8 @@ __all__ = [
     "GateResult",
     "HeldOutPair",
     "Histogram",
+    "InputFile",
+    "InputsJson",
     "LabelCounts",
     "LearningCurve",
     "Lengths",
