@@ -283,6 +283,35 @@ def report(run: RunArgument, as_json: JsonOption = False) -> None:
 
 
 @app.command()
+def pack(
+    run: RunArgument,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            callback=expanded,
+            help="The archive, .tar.gz or .zip. Default: the run's name with .tar.gz.",
+        ),
+    ] = None,
+    merged: Annotated[bool, typer.Option("--merged", help="Pack the merged model instead of the adapter.")] = False,
+    with_test_rows: Annotated[
+        bool, typer.Option("--with-test-rows", help="Pack the test rows, so that eval needs no other file.")
+    ] = False,
+    with_base: Annotated[
+        bool, typer.Option("--with-base", help="Pack the base model too; otherwise it is named with its hash.")
+    ] = False,
+    model: ModelOption = None,
+    data: DataOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Pack a run into one file for another machine, without any path, user name or host name of this one."""
+    from peftcli.cli.pack import PackFlags, pack_command
+
+    flags = PackFlags(output, merged, with_test_rows, with_base, as_json)
+    pack_command(run, _pointers(model, data, None), flags)
+
+
+@app.command()
 def compare(
     targets: Annotated[list[str], typer.Argument(callback=expanded, help="Recipes to train, or existing run folders.")],
     vary: Annotated[

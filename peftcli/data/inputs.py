@@ -116,7 +116,8 @@ def _places(path: str, record: InputFile | None, run: RunDir) -> list[str]:
     if record is None:
         return [path]
     beside = path_from(run.path, record.beside)
-    known = (record.path, beside, os.path.normpath(os.path.join(os.path.abspath(run.path), record.beside)))
+    at_training = path_from(run.path, record.path)  # relative in a packed run
+    known = (at_training, beside, os.path.normpath(os.path.join(os.path.abspath(run.path), record.beside)))
     return list(dict.fromkeys(known[:2])) if path in known else [path]
 
 

@@ -66,6 +66,10 @@ from peftcli.results.metrics import (
     MetricsJson,
     SizeBytes,
 )
+from peftcli.results.packed import (
+    PackedBase,
+    PackJson,
+)
 from peftcli.results.plan import (
     Decision,
     EvaluationTime,
@@ -144,6 +148,8 @@ __all__ = [
     "MicroBatchTokens",
     "NumberSpread",
     "OutOfMemory",
+    "PackJson",
+    "PackedBase",
     "Parameters",
     "PlanAdapter",
     "PlanBatch",
