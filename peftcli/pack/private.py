@@ -59,7 +59,7 @@ class Private:
             all_paths: also shorten other absolute paths to their last component; not for texts that may hold rows.
         """
         for path, name in self.paths.items():
-            text = re.sub(rf"{re.escape(path)}(?![\w-]|\.\w)", lambda _, name=name: name, text)
+            text = re.sub(rf"{re.escape(path)}(?![\w-]|\.\w)", name.replace("\\", r"\\"), text)
         if all_paths:
             text = _ABSOLUTE.sub(lambda found: found[0].rstrip("/").rpartition("/")[2], text)
         for host in self.hosts:
