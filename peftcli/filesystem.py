@@ -8,7 +8,10 @@ _VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})")
 
 
 def expand_path(text: str) -> str:
-    """A path with `~` and environment variables expanded; the path of an existing file is returned unchanged.
+    """A path with `~` and environment variables expanded.
+
+    The path of an existing file is returned unchanged, unless it starts with `~`: the trainer would expand that again,
+    so a folder of this name is written `./~`.
 
     >>> expand_path("data/a.csv")
     'data/a.csv'
@@ -16,7 +19,7 @@ def expand_path(text: str) -> str:
     Raises:
         ValueError: a variable is not set; the message has its name.
     """
-    if os.path.lexists(text):
+    if os.path.lexists(text) and not text.startswith("~"):
         return text
     unset = next((name for found in _VARIABLE.finditer(text) if (name := found[1] or found[2]) not in os.environ), None)
     if unset is not None:

@@ -63,6 +63,11 @@ class RunDir:
         return self.path / "rows.npz"
 
     @property
+    def inputs(self) -> Path:
+        """The files that the recipe names: where they were, and a hash of their content."""
+        return self.path / "inputs.json"
+
+    @property
     def selection(self) -> Path:
         return self.path / "selection.json"
 
@@ -105,7 +110,7 @@ class RunDir:
     def remove_torn(self) -> None:
         """Remove the temporary files of `write_text` that a killed process left behind."""
         texts = (self.recipe, self.plan, self.environment, self.data, self.log, self.train, self.eval, self.merge)
-        for path in (*texts, self.metrics, self.report_md, self.report_html):
+        for path in (*texts, self.inputs, self.metrics, self.report_md, self.report_html):
             for torn in self.path.glob(f".{path.name}.????????"):
                 torn.unlink(missing_ok=True)
 

@@ -24,8 +24,9 @@ INTRODUCTION = """\
 A recipe is one YAML file. Unknown keys, duplicate keys, wrong types and contradictions are errors, and
 `peftcli validate RECIPE` lists all of them at once. `--set section.key=value` changes a key on the command line.
 
-Paths in a recipe are relative to the recipe's file; `output_dir` is relative to the working directory. YAML anchors,
-aliases and merge keys (`<<`) work. Durations are written `90s`, `10min` or `8h30m`. Shares are numbers from 0 to 1.
+Paths in a recipe are relative to the recipe's file; `output_dir`, and paths in `--set`, are relative to the working
+directory. `~` and environment variables are expanded. YAML anchors, aliases and merge keys (`<<`) work. Durations are
+written `90s`, `10min` or `8h30m`. Shares are numbers from 0 to 1.
 
 `trainer` takes any argument of the installed `SFTConfig`, and `adapter` takes the arguments of the chosen
 [method](methods.md) under PEFT's names. Old argument names are translated with a notice.

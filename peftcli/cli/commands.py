@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from peftcli.cli.console import Shown, Streams, console, printable, quiet
+from peftcli.cli.pointers import Pointers
 from peftcli.cli.recipes import find_recipe
 from peftcli.errors import DataError, GateNotMet, MemoryExhausted, RecipeError
 from peftcli.plan.answered_rows import answered_digest
@@ -58,12 +59,12 @@ def data_command(name: str, overrides: Sequence[str], *, preview: int, smoke: bo
         data.raise_if_crossed(f"peftcli data {loaded.path}")
 
 
-def eval_command(name: str, recipe: str | None, overrides: Sequence[str], *, with_base: bool, as_json: bool) -> None:
+def eval_command(name: str, recipe: str | None, pointers: Pointers, *, with_base: bool, as_json: bool) -> None:
     """Evaluate a target and print the table; the `eval.json` of a run folder is updated."""
     with shown_run(None) as (shown, streams):
         from peftcli.evaluate import evaluate
 
-        loaded, plan, target, data = _to_evaluate(name, recipe, overrides, shown)
+        loaded, plan, (target, data), is_own = _to_evaluate(name, recipe, pointers, shown)
         value = evaluate(
             target,
             data,
@@ -74,7 +75,7 @@ def eval_command(name: str, recipe: str | None, overrides: Sequence[str], *, wit
             progress=shown,
         )
         run = target.run
-        if run is not None and target.kind == "adapter" and not overrides and recipe is None:
+        if run is not None and target.kind == "adapter" and is_own:
             before = load_or_default(EvalJson, run.eval)
             same_rows = answered_digest(before) == answered_digest(value)
             base = value.base or (before.base if same_rows else None)
@@ -89,22 +90,30 @@ def eval_command(name: str, recipe: str | None, overrides: Sequence[str], *, wit
         _show(Stages(metrics=figures, eval=value), ("results", "classes"), streams)
 
 
-def _to_evaluate(name: str, recipe: str | None, overrides: Sequence[str], shown: Shown) -> tuple[Loaded, Any, Any, Any]:
-    """The recipe, its plan, the target and its test rows."""
+def _to_evaluate(
+    name: str, recipe: str | None, pointers: Pointers, shown: Shown
+) -> tuple[Loaded, Any, tuple[Any, Any], bool]:
+    """The recipe, its plan, the target with its test rows, and whether these are the rows of its run."""
     from peftcli.cli.external_adapters import opened, prepared
     from peftcli.cli.pipeline import plan_recipe, prepare_for
+    from peftcli.cli.run_inputs import open_run, point
     from peftcli.model.target import open_target
 
     if is_external_adapter(Path(name)):
-        _refuse_untested(*_both(_recipe_for(recipe, None, overrides)))
-        with opened(Path(name), recipe, overrides, shown) as (loaded, planned, target):
-            return loaded, planned.plan, *prepared(planned, target, shown)
-    found = open_target(name) if recipe is None else None
-    loaded = _recipe_for(recipe, found.run if found is not None else None, overrides)
-    _refuse_untested(*_both(loaded))
-    smoke = bool(found is not None and found.identity.get("smoke"))
-    planned = plan_recipe(loaded, smoke=smoke)
-    return loaded, planned.plan, *prepare_for(planned, found or open_target(name, planned.plan.base), shown)
+        if recipe is None:
+            raise RecipeError("this model has no run folder; pass --recipe to choose the test set")
+        _refuse_untested(*_both(load_recipe(find_recipe(recipe), pointers.overrides)))
+        with opened(Path(name), recipe, pointers, shown) as (loaded, planned, target):
+            return loaded, planned.plan, prepared(planned, target, shown), False
+    if recipe is not None:
+        loaded = point(load_recipe(find_recipe(recipe), pointers.overrides), pointers)
+        _refuse_untested(*_both(loaded))
+        planned = plan_recipe(loaded)
+        return loaded, planned.plan, prepare_for(planned, open_target(name, planned.plan.base), shown), False
+    run = open_run(name, pointers, shown)
+    _refuse_untested(*_both(run.loaded))
+    planned = plan_recipe(run.loaded, smoke=bool(run.target.identity.get("smoke")))
+    return run.loaded, planned.plan, prepare_for(planned, run.target, shown), run.same_rows
 
 
 def _both(loaded: Loaded) -> tuple[Loaded, Recipe]:
@@ -112,14 +121,23 @@ def _both(loaded: Loaded) -> tuple[Loaded, Recipe]:
     return loaded, (load_run_recipe if loaded.of_run else load_recipe)(loaded.path).recipe
 
 
-def merge_command(
-    path: Path, recipe: str | None, into: str, output_dir: Path | None, dtype: str | None, *, as_json: bool
-) -> None:
+@dataclass(frozen=True)
+class MergeFlags:
+    """The flags of `merge`."""
+
+    into: str
+    output_dir: Path | None
+    dtype: str | None
+    as_json: bool
+
+
+def merge_command(path: Path, recipe: str | None, pointers: Pointers, flags: MergeFlags) -> None:
     """Merge the adapter of a run or of another tool, and print the results.
 
     Args:
         recipe: for an adapter of another tool, the recipe with the rows to compare on.
     """
+    into, output_dir, dtype = flags.into, flags.output_dir, flags.dtype
     for flag, value, known in (
         ("--into", into, ("dequantized", "original", "best")),
         ("--dtype", dtype or "float32", ("float32", "bfloat16", "float16")),
@@ -127,7 +145,7 @@ def merge_command(
         if value not in known:
             raise RecipeError(f"{flag} {value}: must be one of {', '.join(known)}")
     if is_external_adapter(path):
-        _merge_external_adapter(path, recipe, (into, dtype), output_dir, as_json=as_json)
+        _merge_external_adapter(path, recipe, pointers, flags)
         return
     run = RunDir(path)
     if not run.recipe.is_file():
@@ -139,14 +157,15 @@ def merge_command(
         raise RecipeError(f"--recipe {recipe}: {path} is a run and has its own recipe; remove --recipe")
     with shown_run(run.library_log) as (shown, streams):
         from peftcli.cli.pipeline import plan_recipe, prepare_for
+        from peftcli.cli.run_inputs import open_run
         from peftcli.merge.fold import refuse_unmergeable
         from peftcli.merge.merge import DriftTooLarge, MergeSettings, merge
-        from peftcli.model.target import open_target
 
-        target = open_target(str(path))
-        if target.adapter is not None:
-            refuse_unmergeable(target.adapter)
-        loaded = load_run_recipe(run.recipe)
+        opened = open_run(str(path), pointers, shown)
+        target, loaded = opened.target, opened.loaded
+        if target.adapter is None:
+            raise RecipeError(f"{path}: this run has only a merged model and no adapter, so there is nothing to merge")
+        refuse_unmergeable(target.adapter)
         planned = plan_recipe(loaded, smoke=bool(target.identity.get("smoke")))
         plan = planned.plan
         target, data = prepare_for(planned, target, shown)
@@ -163,7 +182,7 @@ def merge_command(
             raise
         save(run.merge, found)
         metrics = finish(run, loaded.recipe)
-        if as_json:
+        if flags.as_json:
             print_json(streams, found)
         else:
             where = [f"merged model  {output_dir or run.merged}", f"report        {run.report_html}"]
@@ -171,37 +190,37 @@ def merge_command(
         raise_unmet(metrics)
 
 
-def _merge_external_adapter(
-    path: Path, recipe: str | None, settings: tuple[str, str | None], output_dir: Path | None, *, as_json: bool
-) -> None:
+def _merge_external_adapter(path: Path, recipe: str | None, pointers: Pointers, flags: MergeFlags) -> None:
     """Merge an adapter of another tool and print the results."""
     with shown_run(None) as (shown, streams):
         from peftcli.cli.external_adapters import merge_external_adapter
 
-        found, folder = merge_external_adapter(path, recipe, settings, output_dir, shown)
-        if as_json:
+        found, folder = merge_external_adapter(path, recipe, pointers, flags, shown)
+        if flags.as_json:
             print_json(streams, found)
             return
         figures = MetricsJson(merged=found.metrics)
         _show(Stages(metrics=figures, merge=found), ("merge", "results"), streams, [f"merged model  {folder}"])
 
 
-def _open_for_prompts(name: str, recipe: str | None, shown: Shown) -> Any:
-    """The target of `generate`."""
-    from peftcli.model.target import open_target
+def _open_for_prompts(name: str, recipe: str | None, pointers: Pointers, shown: Shown) -> tuple[Any, int]:
+    """The target of `generate`, and its batch size."""
+    from peftcli.cli.run_inputs import open_model
 
     if is_external_adapter(Path(name)):
         from peftcli.cli.external_adapters import opened
 
-        with opened(Path(name), recipe, (), shown) as (_, _, target):
-            return target
+        with opened(Path(name), recipe, pointers, shown) as (_, _, target):
+            return target, 16
     if recipe is not None:
         raise RecipeError(f"--recipe {recipe}: only for adapters of other tools; {name} has its own; remove --recipe")
-    return open_target(name)
+    target, loaded = open_model(name, pointers, ("model.name", "evaluation.batch_size"))
+    asked = None if loaded is None else loaded.recipe.evaluation.batch_size
+    return target, asked if isinstance(asked, int) else int(target.identity.get("evaluation_batch", 16))
 
 
 def generate_command(
-    name: str, recipe: str | None, prompts: list[str], file: Path | None, flags: GenerateFlags
+    name: str, recipe: str | None, prompts: list[str], file: Path | None, flags: GenerateFlags, pointers: Pointers
 ) -> None:
     """Answer prompts.
 
@@ -228,9 +247,8 @@ def generate_command(
             where = "a prompt" if prompts else str(file or "standard input")
             byte = ord(problem.object[problem.start]) & 0xFF
             raise DataError(f"{where}: byte 0x{byte:02x} is not UTF-8; convert the text to UTF-8") from problem
-        target = _open_for_prompts(name, recipe, shown)
+        target, rows = _open_for_prompts(name, recipe, pointers, shown)
         decoding = Decoding(flags.max_new_tokens, flags.temperature, flags.top_p, flags.seed)
-        rows = int(target.identity.get("evaluation_batch", 16))
         if not TASKS[target.base.task].generates:
             _show_labels(label(target, texts, raw=flags.raw, batch_rows=rows, progress=shown), flags, streams)
             return
@@ -264,14 +282,6 @@ def load(name: str, overrides: Sequence[str], *, smoke: bool) -> Loaded:
     check_schedules(loaded.recipe)
     notices = (*loaded.notices, *smoke_notices(loaded.recipe))
     return Loaded(smoke_recipe(loaded.recipe), notices, loaded.path)
-
-
-def _recipe_for(name: str | None, run: RunDir | None, overrides: Sequence[str]) -> Loaded:
-    if name is not None:
-        return load_recipe(find_recipe(name), overrides)
-    if run is not None and run.recipe.is_file():
-        return load_run_recipe(run.recipe, overrides)
-    raise RecipeError("this model has no run folder; pass --recipe to choose the test set")
 
 
 def _refuse_untested(loaded: Loaded, written: Recipe) -> None:

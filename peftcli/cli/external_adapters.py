@@ -2,14 +2,17 @@
 
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from peftcli.cli.commands import MergeFlags
 from peftcli.cli.pipeline import Planned, plan_recipe, prepare_for
+from peftcli.cli.pointers import Pointers
 from peftcli.cli.recipes import find_recipe
+from peftcli.cli.run_inputs import model_of, point
 from peftcli.data.prepare import PreparedData
 from peftcli.errors import MachineError, RecipeError
 from peftcli.merge.fold import refuse_unmergeable
@@ -41,7 +44,7 @@ FIXED = "fixed texts"
 
 @contextmanager
 def opened(
-    folder: Path, recipe: str | None, overrides: Sequence[str], progress: Progress
+    folder: Path, recipe: str | None, pointers: Pointers, progress: Progress
 ) -> Iterator[tuple[Loaded, Planned, Target]]:
     """An adapter of another tool as a target, on the base that it names or on the base of a recipe.
 
@@ -52,12 +55,18 @@ def opened(
         RecipeError: the recipe is for another task.
     """
     adapter = read_external_adapter(folder)
+    if recipe is None and (pointers.overrides or pointers.data):
+        raise RecipeError(f"--set and --data: {folder} has no recipe; pass one with --recipe")
+    if (model := model_of(pointers, None)) is not None:
+        adapter = replace(adapter, base=model, revision=None)
     with tempfile.TemporaryDirectory(prefix="peftcli-") as temporary:
         rows = Path(temporary) / "texts.jsonl"
         if recipe is None:
             loaded, outputs = _own_recipe(adapter, rows)
         else:
-            loaded, outputs = _with_names(load_recipe(find_recipe(recipe), overrides), adapter, progress)
+            loaded, outputs = _with_names(
+                point(load_recipe(find_recipe(recipe), pointers.overrides), pointers), adapter, progress
+            )
         planned = plan_recipe(loaded)
         target = open_target(str(folder), planned.plan.base)
         yield loaded, planned, _described(target, loaded.recipe, planned, given=recipe is not None, outputs=outputs)
@@ -80,12 +89,12 @@ def prepared(planned: Planned, target: Target, progress: Progress) -> tuple[Targ
 
 
 def merge_external_adapter(
-    folder: Path, recipe: str | None, settings: tuple[str, str | None], output_dir: Path | None, progress: Progress
+    folder: Path, recipe: str | None, pointers: Pointers, flags: MergeFlags, progress: Progress
 ) -> tuple[MergeJson, Path]:
     """Merge an adapter of another tool; `merge.json` is written into the folder of the merged model.
 
     Args:
-        settings: `--into` and `--dtype`.
+        pointers: the base and the rows that the command line names.
 
     Returns:
         The content of `merge.json`, and the folder of the merged model.
@@ -94,10 +103,10 @@ def merge_external_adapter(
         MachineError: it cannot be merged, or its base cannot be loaded.
         GateNotMet: the merged model differs too much from the adapter; no file is written.
     """
-    into, dtype = settings
-    final = output_dir or folder.resolve().with_name(f"{folder.resolve().name}-merged")
+    into, dtype = flags.into, flags.dtype
+    final = flags.output_dir or folder.resolve().with_name(f"{folder.resolve().name}-merged")
     refuse_unmergeable(folder)
-    with opened(folder, recipe, (), progress) as (_, planned, target):
+    with opened(folder, recipe, pointers, progress) as (_, planned, target):
         plan = planned.plan
         if recipe is None and TASKS[plan.task].images:
             raise RecipeError(f"{folder}: merging an image adapter needs test images; pass a recipe with --recipe")

@@ -14,6 +14,8 @@ import typer
 from typer.main import get_command
 
 from peftcli.cli.environment import set_variables
+from peftcli.cli.paths import expanded
+from peftcli.cli.pointers import Pointers
 from peftcli.errors import MachineError, MemoryExhausted, PeerLost, PeftcliError, RecipeError
 from peftcli.train.stop import is_first_of_machine
 
@@ -34,18 +36,41 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-RecipeArgument = Annotated[str, typer.Argument(help="A recipe file, or the name of a bundled one such as quickstart.")]
+RecipeArgument = Annotated[
+    str, typer.Argument(callback=expanded, help="A recipe file, or the name of a bundled one such as quickstart.")
+]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe key; may be repeated.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout, the rest to stderr.")]
 AdapterRecipeOption = Annotated[
-    str | None, typer.Option("--recipe", help="For an adapter of another tool: the recipe with its base and dataset.")
+    str | None,
+    typer.Option(
+        "--recipe", callback=expanded, help="For an adapter of another tool: the recipe with its base and dataset."
+    ),
+]
+ModelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        metavar="PATH",
+        callback=expanded,
+        help="Where the base model is now, if it was moved: a folder or a Hub id.",
+    ),
+]
+DataOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--data",
+        metavar="PATH",
+        callback=expanded,
+        help="Where the rows are now, if they were moved: a file, or the folder with the files of the recipe.",
+    ),
 ]
 SmokeOption = Annotated[
     bool, typer.Option("--smoke", help="Quick offline rehearsal on a CPU: a tiny model, a few rows and steps.")
 ]
-RunArgument = Annotated[Path, typer.Argument(help="A run folder.")]
+RunArgument = Annotated[Path, typer.Argument(callback=expanded, help="A run folder.")]
 
 COLLECTED_AFTER = (100_000, 20, 20)
 """Thresholds of Python's garbage collector; the defaults are 700, 10, 10.
@@ -123,7 +148,9 @@ def plan(
 def train(
     recipe: RecipeArgument,
     set_: SetOption = None,
-    output_dir: Annotated[Path | None, typer.Option(help="The run folder. Default: runs/NAME.")] = None,
+    output_dir: Annotated[
+        Path | None, typer.Option(callback=expanded, help="The run folder. Default: runs/NAME.")
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Resume from the newest complete checkpoint, or fail.")
     ] = False,
@@ -148,7 +175,11 @@ def train(
     ] = None,
     baseline_from: Annotated[
         Path | None,
-        typer.Option(metavar="RUN", help="Reuse this run's baseline evaluation if nothing it depends on changed."),
+        typer.Option(
+            metavar="RUN",
+            callback=expanded,
+            help="Reuse this run's baseline evaluation if nothing it depends on changed.",
+        ),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -167,22 +198,31 @@ def train(
 
 @app.command("eval")
 def eval_(
-    target: Annotated[str, typer.Argument(help="A run, an adapter, a merged model, or a base model with --recipe.")],
-    recipe: Annotated[str | None, typer.Option(help="The recipe with the test rows. Default: that of the run.")] = None,
+    target: Annotated[
+        str, typer.Argument(callback=expanded, help="A run, an adapter, a merged model, or a base model with --recipe.")
+    ],
+    recipe: Annotated[
+        str | None, typer.Option(callback=expanded, help="The recipe with the test rows. Default: that of the run.")
+    ] = None,
     set_: SetOption = None,
+    model: ModelOption = None,
+    data: DataOption = None,
     base: Annotated[bool, typer.Option(help="Also evaluate the base model of an adapter.")] = True,
     as_json: JsonOption = False,
 ) -> None:
     """Evaluate a model on the whole test split."""
     from peftcli.cli.commands import eval_command
 
-    eval_command(target, recipe, set_ or (), with_base=base, as_json=as_json)
+    eval_command(target, recipe, _pointers(model, data, set_), with_base=base, as_json=as_json)
 
 
 @app.command()
 def merge(
-    run: Annotated[Path, typer.Argument(help="A run folder, or an adapter of another tool.")],
+    run: Annotated[Path, typer.Argument(callback=expanded, help="A run folder, or an adapter of another tool.")],
     recipe: AdapterRecipeOption = None,
+    set_: SetOption = None,
+    model: ModelOption = None,
+    data: DataOption = None,
     into: Annotated[
         str,
         typer.Option(
@@ -190,7 +230,8 @@ def merge(
         ),
     ] = "dequantized",
     output_dir: Annotated[
-        Path | None, typer.Option(help="Folder of the merged model. Default: RUN/merged or ADAPTER-merged.")
+        Path | None,
+        typer.Option(callback=expanded, help="Folder of the merged model. Default: RUN/merged or ADAPTER-merged."),
     ] = None,
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16 for the merged model. Default: dtype of the run.")
@@ -198,17 +239,19 @@ def merge(
     as_json: JsonOption = False,
 ) -> None:
     """Write a stand-alone model and measure its drift from the adapter; above the tolerance the model is discarded."""
-    from peftcli.cli.commands import merge_command
+    from peftcli.cli.commands import MergeFlags, merge_command
 
-    merge_command(run, recipe, into, output_dir, dtype, as_json=as_json)
+    merge_command(run, recipe, _pointers(model, data, set_), MergeFlags(into, output_dir, dtype, as_json))
 
 
 @app.command()
 def generate(
-    target: Annotated[str, typer.Argument(help="A run, an adapter or a merged model.")],
+    target: Annotated[str, typer.Argument(callback=expanded, help="A run, an adapter or a merged model.")],
     prompts: Annotated[list[str] | None, typer.Argument(help="Prompts. Default: read from standard input.")] = None,
     recipe: AdapterRecipeOption = None,
-    file: Annotated[Path | None, typer.Option(help="A file with one prompt per line.")] = None,
+    set_: SetOption = None,
+    model: ModelOption = None,
+    file: Annotated[Path | None, typer.Option(callback=expanded, help="A file with one prompt per line.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Use each prompt as is, without the run's template.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum length of an answer, in tokens.")] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0 means greedy decoding.")] = 0.0,
@@ -222,7 +265,7 @@ def generate(
     from peftcli.cli.commands import GenerateFlags, generate_command
 
     flags = GenerateFlags(raw, max_new_tokens, temperature, top_p, seed, as_json)
-    generate_command(target, recipe, prompts or [], file, flags)
+    generate_command(target, recipe, prompts or [], file, flags, _pointers(model, None, set_))
 
 
 @app.command()
@@ -240,15 +283,45 @@ def report(run: RunArgument, as_json: JsonOption = False) -> None:
 
 
 @app.command()
+def pack(
+    run: RunArgument,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            callback=expanded,
+            help="The archive, .tar.gz or .zip. Default: the run's name with .tar.gz.",
+        ),
+    ] = None,
+    merged: Annotated[bool, typer.Option("--merged", help="Pack the merged model instead of the adapter.")] = False,
+    with_test_rows: Annotated[
+        bool, typer.Option("--with-test-rows", help="Pack the test rows, so that eval needs no other file.")
+    ] = False,
+    with_base: Annotated[
+        bool, typer.Option("--with-base", help="Pack the base model too; otherwise it is named with its hash.")
+    ] = False,
+    model: ModelOption = None,
+    data: DataOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Pack a run into one file for another machine, without any path, user name or host name of this one."""
+    from peftcli.cli.pack import PackFlags, pack_command
+
+    flags = PackFlags(output, merged, with_test_rows, with_base, as_json)
+    pack_command(run, _pointers(model, data, None), flags)
+
+
+@app.command()
 def compare(
-    targets: Annotated[list[str], typer.Argument(help="Recipes to train, or existing run folders.")],
+    targets: Annotated[list[str], typer.Argument(callback=expanded, help="Recipes to train, or existing run folders.")],
     vary: Annotated[
         list[str] | None,
         typer.Option(metavar="KEY=A,B", help="Values to try; repeat the option to try every combination."),
     ] = None,
     set_: SetOption = None,
     output_dir: Annotated[
-        Path | None, typer.Option(help="Folder of the comparison and its runs. Default: runs/NAME-compare.")
+        Path | None,
+        typer.Option(callback=expanded, help="Folder of the comparison and its runs. Default: runs/NAME-compare."),
     ] = None,
     smoke: SmokeOption = False,
     as_json: JsonOption = False,
@@ -274,7 +347,8 @@ def methods(
 @app.command()
 def doctor(
     recipe: Annotated[
-        str | None, typer.Argument(help="Recipe to check against this machine; omit for a general check.")
+        str | None,
+        typer.Argument(callback=expanded, help="Recipe to check against this machine; omit for a general check."),
     ] = None,
     set_: SetOption = None,
     as_json: JsonOption = False,
@@ -292,7 +366,9 @@ def bench(
     bits: Annotated[int, typer.Option(metavar="4|16", help="Bits per base weight.")] = 16,
     rounds: Annotated[int, typer.Option(min=1, help="Runs per tool, interleaved.")] = 3,
     minutes: Annotated[float, typer.Option(min=0.1, help="Approximate duration; at least ten steps are run.")] = 2.0,
-    output: Annotated[Path | None, typer.Option(help="A file for the JSON result, to share.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(callback=expanded, help="A file for the JSON result, to share.")
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object to stdout, the rest to stderr.")
     ] = False,
@@ -305,6 +381,10 @@ def bench(
 
 
 app.command()(bench)
+
+
+def _pointers(model: str | None, data: list[str] | None, overrides: list[str] | None) -> Pointers:
+    return Pointers(model, tuple(data or ()), tuple(overrides or ()))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -195,6 +195,7 @@ def _train(
         before: the runs of earlier stages, whose results are merged into the base.
     """
     from peftcli.cli.pipeline import earlier_record, forecast_run, save_record
+    from peftcli.data.inputs import record_inputs
     from peftcli.model.files import base_facts
     from peftcli.model.hardware import describe_environment
     from peftcli.model.load import base_hash
@@ -220,6 +221,7 @@ def _train(
         save(run.environment, environment)
         save(run.data, facts)
         save_record(run, data, continued)
+        save(run.inputs, record_inputs(loaded.recipe, run))
     all_do(lambda: data.raise_if_crossed(f"peftcli data {loaded.path}"))
     for line in [*plan_lines(decided, facts), *(f"  note: {notice}" for notice in plan.notices)]:
         shown.note(line)

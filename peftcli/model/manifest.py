@@ -19,6 +19,7 @@ from peftcli.model.files import BaseFacts, base_facts, local_folder
 from peftcli.model.hub import why_offline
 from peftcli.model.load import load_tokenizer
 from peftcli.plan.plan import Base, Plan, TokenizerChoice
+from peftcli.recipe.paths import relative_path
 from peftcli.run_dir import read_json
 from peftcli.tiny.build import NAMES as TINY_NAMES
 from peftcli.tiny.build import tiny_model
@@ -34,6 +35,21 @@ OPTIONAL = {field.name for field in fields(Base) if field.default is not MISSING
 
 KEYS = {"problem_type": "problem"}
 """Keys of the file whose names differ from the fields of a base; adapters of earlier versions have them too."""
+
+
+class MissingBase(MachineError):
+    """The base of an adapter is at none of the places where it may be.
+
+    Attributes:
+        places: the local ones.
+    """
+
+    def __init__(self, places: Sequence[str]) -> None:
+        self.places = tuple(places)
+        super().__init__(
+            f"{self.places[0]}: the base that the adapter was trained on is no longer there; put it back, or pass its "
+            "new location with --model"
+        )
 
 
 @dataclass(frozen=True)
@@ -52,7 +68,7 @@ def build_manifest(plan: Plan, data: PreparedData, folder: Path) -> dict[str, An
     """
     base = _stated(plan.base) | asdict(base_facts(plan.base.path, plan.base.revision))
     base["absorbed"] = [os.path.relpath(one, folder) for one in earlier_in(folder)]
-    base["beside"] = os.path.relpath(plan.base.path, folder) if Path(plan.base.path).is_dir() else None
+    base["beside"] = relative_path(plan.base.path, folder) if Path(plan.base.path).is_dir() else None
     return {
         "schema": SCHEMA,
         "kind": "adapter",
@@ -128,18 +144,15 @@ def base_of(found: dict[str, Any], device: str, places: Sequence[BaseLocation]) 
         places: possible locations of the base; the first that contains it is used.
 
     Raises:
-        MachineError: it is at none of them, or another one is.
+        MissingBase: it is at none of them.
+        MachineError: another one is.
     """
     stated = stated_base(found)
     if stated.name in TINY_NAMES and not any(Path(place.path).is_dir() for place in places):
         places = [BaseLocation(str(tiny_model(stated.name)), None)]  # made again if the cache was cleared
     present = [place for place in places if not _is_gone(place)]
     if not present:
-        raise MachineError(
-            f"{stated.path}: the base that the adapter was trained on is no longer there; put it back, or set "
-            "model.name of the run's recipe.yaml to its new location (for an adapter without run: in a recipe passed "
-            "with --recipe)"
-        )
+        raise MissingBase(list(dict.fromkeys(place.path for place in places)))
     refusals = []
     for place in present:
         base = replace(stated, path=place.path, revision=place.revision, device=device)

@@ -1,6 +1,7 @@
 """The targets of `eval`, `merge` and `generate`: a run folder, an adapter, a merged model or a base."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from peftcli.model.manifest import (
 )
 from peftcli.plan.plan import Base
 from peftcli.recipe.load import load_run_recipe
+from peftcli.recipe.paths import path_from
 from peftcli.run_dir import RunDir
 from peftcli.tasks.registry import TASKS
 from peftcli.tiny.tokenizer_files import holds_tokenizer
@@ -82,12 +84,13 @@ class Target:
         return model, tokenizer
 
 
-def open_target(path: str, base: Base | None = None) -> Target:
+def open_target(path: str, base: Base | None = None, model: str | None = None) -> Target:
     """Determine what a path is, and check that its files are unchanged since training or merging.
 
     Args:
         path: of a run folder, an adapter folder or a merged model; or the name of a base.
         base: the base of a recipe: for targets of other tools, and as the current location of an adapter's base.
+        model: local folder or Hub id of the adapter's base, where the user says where it is now.
 
     Raises:
         MachineError: there is nothing usable, or an adapter, its tokenizer or its base was changed.
@@ -96,18 +99,18 @@ def open_target(path: str, base: Base | None = None) -> Target:
     if (folder / "recipe.yaml").is_file():
         run = RunDir(folder)
         found = read_manifest(run.adapter)
+        if found is None and (merged := read_manifest(run.merged)) is not None:
+            return _merged(run.merged, merged, run)
         if found is None:
             fix = f"`peftcli train RECIPE --output-dir {path}` creates one"
             raise MachineError(f"{path}: this run has no adapter yet; {fix}")
-        return _adapter(run.adapter, found, base, run)
+        return _adapter(run.adapter, found, _places(run.adapter, found, (base, model), run), run)
     found = read_manifest(folder) if folder.is_dir() else None
     run_of = RunDir(folder.parent) if (folder.parent / "recipe.yaml").is_file() else None
     if found is not None and found["kind"] == "adapter":
-        return _adapter(folder, found, base, run_of)
+        return _adapter(folder, found, _places(folder, found, (base, model), run_of), run_of)
     if found is not None:
-        merged = _merged_base(folder, found, _device())
-        check_tokenizer(folder, found, merged)
-        return Target(merged, None, found, run_of)
+        return _merged(folder, found, run_of)
     if base is not None and (folder / CONFIG).is_file():
         return _external_adapter(folder, base)
     if base is not None:
@@ -134,28 +137,48 @@ def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _adapter(folder: Path, found: dict[str, Any], base: Base | None, run: RunDir | None) -> Target:
+def _merged(folder: Path, found: dict[str, Any], run: RunDir | None) -> Target:
+    """One of our merged models, after checking its tokenizer."""
+    merged = _merged_base(folder, found, _device())
+    check_tokenizer(folder, found, merged)
+    return Target(merged, None, found, run)
+
+
+def _adapter(folder: Path, found: dict[str, Any], places: Sequence[BaseLocation], run: RunDir | None) -> Target:
     """One of our adapters, after checking its files, base and tokenizer against its manifest."""
     check_adapter_files(folder, found.get("tensors"))
     refuse_changed(folder, found.get("files") or {})
-    under = base_of(found, _device(), _places(folder, found, base, run))
+    under = base_of(found, _device(), places)
     check_tokenizer(folder, found, under)
     under = replace(under, absorbed=tuple(str(folder / place) for place in under.absorbed))
     return Target(under, folder, found, run)
 
 
-def _places(folder: Path, found: dict[str, Any], base: Base | None, run: RunDir | None) -> list[BaseLocation]:
-    """Possible locations of an adapter's base: that of a recipe, the original one, and one relative to the adapter."""
+def _places(
+    folder: Path, found: dict[str, Any], given: tuple[Base | None, str | None], run: RunDir | None
+) -> list[BaseLocation]:
+    """Possible locations of an adapter's base: the given one, or else where it was, and in or beside the run.
+
+    Args:
+        given: the base of a recipe, and the base that the user names.
+    """
+    base, model = given
     stated = stated_base(found)
+    if model is not None:
+        return [BaseLocation(model, None if Path(model).is_dir() else stated.revision)]
     if base is not None and not found.get("smoke"):  # a smoke run uses a stand-in, never the recipe's base
         return [BaseLocation(base.path, base.revision)]
-    places = [BaseLocation(stated.path, stated.revision)]
     beside = found["base"].get("beside")
-    if beside is not None:
-        places.append(BaseLocation(os.path.normpath(os.path.join(os.path.abspath(folder), beside)), None))
+    if beside is None:
+        places = [BaseLocation(stated.path, stated.revision)]
+    else:
+        unresolved = os.path.join(os.path.abspath(folder), beside)  # as earlier versions wrote it
+        places = [BaseLocation(path_from(folder, path), None) for path in (stated.path, beside, unresolved)]
     if run is not None and not found.get("smoke"):
         places += _place_of_run(run)
-    return places
+    name = Path(stated.path).name
+    nearby = [] if beside is None or run is None else [run.path / name, run.path.parent / name]
+    return places + [BaseLocation(os.path.abspath(place), None) for place in nearby if place.is_dir()]
 
 
 def _place_of_run(run: RunDir) -> list[BaseLocation]:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from peftcli.recipe.fields import Gate, duration_text
+from peftcli.recipe.paths import MODEL, OTHER_KEYS, data_keys, relative_path, value_at
 from peftcli.recipe.problems import KeyPath, dotted, show
 from peftcli.recipe.schema import AdapterSection, Recipe
 from peftcli.recipe.yaml import read_scalar
@@ -46,15 +46,15 @@ _Writer.add_representer(str, _write_text)
 def dump_recipe(recipe: Recipe, path: Path) -> str:
     """The YAML text of a recipe to be saved at `path`; loading it from there gives an equal recipe.
 
-    Paths that were relative are written relative to the folder of `path`, absolute paths stay absolute. Keys that were
-    not set and have their default value are omitted.
+    Paths that were relative are written relative to the folder of `path`, as seen from where that folder really is;
+    absolute paths stay absolute. Keys that were not set and have their default value are omitted.
     """
     values = _given(recipe)
     values["name"] = recipe.name
-    folder = os.path.abspath(path.parent)
-    for key, section, last in _path_keys(values):
-        if key in recipe._relative:
-            section[last] = _relative_path(section[last], folder, is_model=key == "model.name")
+    for key in (MODEL, *data_keys(values), *OTHER_KEYS):
+        if dotted(key) in recipe._relative and (target := value_at(values, key)) is not None:
+            section = value_at(values, key[:-1])
+            section[str(key[-1])] = _relative_path(target, path.parent, is_model=key == MODEL)
     for name, last in _DURATIONS:
         seconds = values.get(name, {}).get(last)
         if seconds is not None:
@@ -129,26 +129,8 @@ def _plain(value: Any, *, whole: bool) -> Any:
     return value
 
 
-def _path_keys(values: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], str]]:
-    dataset: dict[str, Any] = values.get("dataset", {})
-    holders: list[tuple[KeyPath, Any]] = [
-        (("model", "name"), values.get("model")),
-        (("model", "chat_template"), values.get("model")),
-        (("dataset", "path"), dataset),
-        (("dataset", "test", "path"), dataset.get("test")),
-        (("evaluation", "forgetting_text"), values.get("evaluation")),
-        (("adapter", "init_from"), values.get("adapter")),
-        (("trainer", "deepspeed"), values.get("trainer")),
-    ]
-    for name in ("sources", "join"):
-        holders += [(("dataset", name, i, "path"), item) for i, item in enumerate(dataset.get(name, []))]
-    for path, holder in holders:
-        if isinstance(holder, dict) and holder.get(str(path[-1])) is not None:
-            yield dotted(path), holder, str(path[-1])
-
-
-def _relative_path(target: str, folder: str, *, is_model: bool) -> str:
-    relative = os.path.relpath(target, folder)
+def _relative_path(target: str, folder: Path, *, is_model: bool) -> str:
+    relative = relative_path(target, folder)
     # A relative model path needs `./`: `models/tiny` would be read as a Hub id.
     return f"./{relative}" if relative.startswith("~") or (is_model and not relative.startswith("..")) else relative
 

@@ -47,7 +47,8 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Loaded:
 
     Args:
         path: the YAML file; messages show it as given here.
-        overrides: `section.key=value` strings that override the file; paths in them are relative to the file.
+        overrides: `section.key=value` strings that override the file; paths in them are relative to the working
+            directory.
 
     Raises:
         RecipeError: the recipe is not valid; the message lists all problems with their locations.
@@ -62,7 +63,7 @@ def _load(path: Path, overrides: Sequence[str], *, of_run: bool) -> Loaded:
         rename_earlier(tree)
     apply_overrides(tree, overrides, problems)
     check_secrets(tree, problems)
-    relative = resolve_paths(tree, path, problems)
+    relative = resolve_paths(tree, path, problems, of_run=of_run)
     arguments = read_trainer(tree, problems)
     adapter = read_adapter(tree, arguments, problems)
     stages = read_stages(tree, arguments, problems)

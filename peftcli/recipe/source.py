@@ -12,19 +12,11 @@ from typing import Any, NoReturn
 from peftcli.errors import RecipeError
 from peftcli.filesystem import expand_path
 from peftcli.nearest import nearest
+from peftcli.recipe.paths import MODEL, OTHER_KEYS, data_keys
 from peftcli.recipe.problems import KeyPath, Problems, Where, dotted, hide_secrets, is_secret, printable
 from peftcli.recipe.yaml import Tree, parse_yaml
 
 MAX_BYTES = 1_000_000
-
-_PATH_KEYS: tuple[tuple[str, ...], ...] = (
-    ("dataset", "path"),
-    ("dataset", "test", "path"),
-    ("model", "chat_template"),
-    ("evaluation", "forgetting_text"),
-    ("adapter", "init_from"),
-    ("trainer", "deepspeed"),
-)
 
 _HEX_KEY = re.compile(r"[0-9a-fA-F]{40}")
 _SECRET_KEY = re.compile(r"(^|_)(key|token|secret|password)$", re.IGNORECASE)
@@ -137,47 +129,33 @@ def _stop(problems: Problems, where: Where, text: str) -> NoReturn:
     raise AssertionError("a problem was just added")
 
 
-def resolve_paths(tree: Tree, recipe: Path, problems: Problems) -> frozenset[str]:
+def resolve_paths(tree: Tree, recipe: Path, problems: Problems, *, of_run: bool = False) -> frozenset[str]:
     """Make the paths in the tree absolute, in place.
+
+    Paths in the file are relative to its folder, those of `--set` to the working directory.
+
+    Args:
+        of_run: the file is the copy in a run folder, whose paths are relative to where that folder really is.
 
     Returns:
         The dotted keys of the paths that were relative.
     """
-    folder = os.path.abspath(recipe.parent)
+    given, real = os.path.abspath(recipe.parent), os.path.realpath(recipe.parent)
+    # Earlier versions wrote the paths of a run as seen from the name of its folder, also where that is a link.
+    folders = (real, given) if of_run else (given, real)
+    here = (os.path.abspath("."),)
     relative: set[str] = set()
-    keys: list[KeyPath] = [*_PATH_KEYS]
-    for name in ("sources", "join"):
-        rows = tree.get("dataset", name)
-        keys += [("dataset", name, index, "path") for index in range(len(rows) if isinstance(rows, list) else 0)]
-    stages = tree.get("stages")
-    for index in range(len(stages) if isinstance(stages, list) else 0):
-        keys += [("stages", index, "adapter", "init_from"), ("stages", index, "trainer", "deepspeed")]
-    name = tree.get("model", "name")
-    if isinstance(name, str) and _is_local(name, folder):
-        keys.append(("model", "name"))
-    for path in keys:
+    for path in _path_keys(tree, folders):
         holder = _holder(tree.values, path)
         value = holder.get(path[-1]) if holder is not None else None
-        if holder is None or not isinstance(value, str) or not value:
+        if holder is None or not isinstance(value, str) or not value or not _is_path(path, value, tree, problems):
             continue
-        if path[-1] == "deepspeed" and value.startswith("{"):
-            continue  # an inline configuration
-        if path == ("model", "chat_template") and ("{%" in value or "{{" in value):
-            text = "model.chat_template is a template; it must be the path of a template file"
-            problems.add(tree.place(path), text)
-            continue
-        if "://" in value:
-            text = (
-                f"{dotted(path)} is a URL; it must be a local path (use dataset.name for a Hub id, dataset.url for a "
-                "database)"
-            )
-            problems.add(tree.place(path), text)
-            continue
-        expanded = _expanded(path, value, folder, tree, problems)
+        start = here if _is_override(tree, path) else folders
+        expanded = _expanded(path, value, start[0], tree, problems)
         if expanded is None:
             continue
-        holder[path[-1]], was_relative = _absolute(expanded, folder)
-        if was_relative:
+        holder[path[-1]] = _absolute(expanded, start)
+        if not os.path.isabs(expanded):
             relative.add(dotted(path))
     output = tree.get("output_dir")
     if isinstance(output, str) and output:  # relative to the working directory, as the flag of the same name
@@ -186,9 +164,45 @@ def resolve_paths(tree: Tree, recipe: Path, problems: Problems) -> frozenset[str
     return frozenset(relative)
 
 
+def _path_keys(tree: Tree, folders: Sequence[str]) -> list[KeyPath]:
+    """The keys that may hold a path; `model.name` only if it is not a Hub id."""
+    keys: list[KeyPath] = [*data_keys(tree.values), *OTHER_KEYS]
+    stages = tree.get("stages")
+    for index in range(len(stages) if isinstance(stages, list) else 0):
+        keys += [("stages", index, "adapter", "init_from"), ("stages", index, "trainer", "deepspeed")]
+    name = tree.get(*map(str, MODEL))
+    start = (os.path.abspath("."),) if _is_override(tree, MODEL) else folders
+    if isinstance(name, str) and any(_is_local(name, folder) for folder in start):
+        keys.append(MODEL)
+    return keys
+
+
+def _is_override(tree: Tree, path: KeyPath) -> bool:
+    """Whether a value comes from the command line."""
+    return isinstance(tree.place(path), str)
+
+
+def _is_path(path: KeyPath, value: str, tree: Tree, problems: Problems) -> bool:
+    """Whether the value of a key is a path; a URL or a template in its place is a problem."""
+    if path[-1] == "deepspeed" and value.startswith("{"):
+        return False  # an inline configuration
+    if path == ("model", "chat_template") and ("{%" in value or "{{" in value):
+        text = "model.chat_template is a template; it must be the path of a template file"
+        problems.add(tree.place(path), text)
+        return False
+    if "://" in value:
+        text = (
+            f"{dotted(path)} is a URL; it must be a local path (use dataset.name for a Hub id, dataset.url for a "
+            "database)"
+        )
+        problems.add(tree.place(path), text)
+        return False
+    return True
+
+
 def _expanded(path: KeyPath, value: str, folder: str, tree: Tree, problems: Problems) -> str | None:
     """A path with `~` and environment variables expanded; None if a variable is not set."""
-    if os.path.lexists(os.path.join(folder, value)):
+    if not value.startswith("~") and os.path.lexists(os.path.join(folder, value)):
         return value
     try:
         return expand_path(value)
@@ -205,8 +219,10 @@ def _is_local(name: str, folder: str) -> bool:
     return bool(name) and os.path.isdir(os.path.join(folder, name))
 
 
-def _absolute(value: str, folder: str) -> tuple[str, bool]:
-    return os.path.normpath(os.path.join(folder, value)), not os.path.isabs(value)
+def _absolute(value: str, folders: Sequence[str]) -> str:
+    """A path in the first of the folders that has it; in the first one if none has."""
+    found = [os.path.normpath(os.path.join(folder, value)) for folder in folders]
+    return next((path for path in found if os.path.lexists(path)), found[0])
 
 
 def _holder(values: Any, path: KeyPath) -> dict[str | int, Any] | None:

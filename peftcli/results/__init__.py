@@ -49,6 +49,10 @@ from peftcli.results.files import (
     save,
     status_of,
 )
+from peftcli.results.inputs import (
+    InputFile,
+    InputsJson,
+)
 from peftcli.results.merge import (
     DriftFigures,
     MergeCandidate,
@@ -61,6 +65,10 @@ from peftcli.results.metrics import (
     GateResult,
     MetricsJson,
     SizeBytes,
+)
+from peftcli.results.packed import (
+    PackedBase,
+    PackJson,
 )
 from peftcli.results.plan import (
     Decision,
@@ -127,6 +135,8 @@ __all__ = [
     "GateResult",
     "HeldOutPair",
     "Histogram",
+    "InputFile",
+    "InputsJson",
     "LabelCounts",
     "LearningCurve",
     "Lengths",
@@ -138,6 +148,8 @@ __all__ = [
     "MicroBatchTokens",
     "NumberSpread",
     "OutOfMemory",
+    "PackJson",
+    "PackedBase",
     "Parameters",
     "PlanAdapter",
     "PlanBatch",

@@ -16,8 +16,10 @@ from peftcli.plan.choices import count_batch
 from peftcli.plan.plan import Batch
 from peftcli.recipe.dump import changed_keys, dump_recipe
 from peftcli.recipe.load import load_run_recipe
+from peftcli.recipe.paths import input_paths, value_at, with_paths
+from peftcli.recipe.problems import dotted
 from peftcli.recipe.schema import AdapterSection, Recipe
-from peftcli.results import PlanJson, TrainJson, load_or_default, status_of
+from peftcli.results import InputsJson, PlanJson, TrainJson, load_or_default, status_of
 from peftcli.run_dir import RunDir, read_json, read_log, write_text
 from peftcli.train.checkpoint import MANIFEST, clear_staging, newest_valid
 from peftcli.train.lock import NAME as LOCK
@@ -153,8 +155,7 @@ def _is_trained(run: RunDir) -> bool:
 
 def changes(run: RunDir, recipe: Recipe) -> list[str]:
     """The recipe keys that differ from the run's, except those that do not affect training."""
-    before = load_run_recipe(run.recipe).recipe
-    lines = changed_keys(before, recipe)
+    lines = changed_keys(_moved_with(run, load_run_recipe(run.recipe).recipe, recipe), recipe)
     if not run.plan.is_file():
         return [line for line in lines if not line.startswith(HARMLESS)]
     batch, now = load_or_default(PlanJson, run.plan).batch, _batch(recipe)
@@ -163,6 +164,16 @@ def changes(run: RunDir, recipe: Recipe) -> list[str]:
         rows = f"so a step would have {now.effective} rows instead of {batch.effective}"
         lines.append(f"processes: {batch.processes} -> {now.processes}, {rows}")
     return [line for line in lines if not line.startswith((*HARMLESS, *SHARES) if same else HARMLESS)]
+
+
+def _moved_with(run: RunDir, before: Recipe, now: Recipe) -> Recipe:
+    """The recipe of a run, with the paths that a recipe names now where the run was trained on those files.
+
+    If the run folder was moved, its relative paths no longer lead there.
+    """
+    recorded = {one.key: one.path for one in load_or_default(InputsJson, run.inputs).inputs}
+    same = {key: path for key, path in input_paths(now).items() if recorded.get(dotted(key)) == path}
+    return with_paths(before, {key: path for key, path in same.items() if value_at(before, key) is not None})
 
 
 def _batch(recipe: Recipe) -> Batch:
@@ -182,7 +193,16 @@ def clear(run: RunDir) -> None:
         elif path.is_dir():
             shutil.rmtree(path)
     files = (run.recipe, run.plan, run.environment, run.data, run.log, run.library_log, run.train, run.eval, run.merge)
-    for path in (*files, run.selection, run.rows, run.metrics, run.report_md, run.report_html, run.path / "STOP"):
+    for path in (
+        *files,
+        run.inputs,
+        run.selection,
+        run.rows,
+        run.metrics,
+        run.report_md,
+        run.report_html,
+        run.path / "STOP",
+    ):
         path.unlink(missing_ok=True)
 
 

@@ -114,7 +114,7 @@ def test_a_moved_project_evaluates_merges_and_generates(project: Path, run_cli: 
 def test_a_base_that_moved_alone_is_found_by_the_recipe(project: Path, run_cli: Cli, capfd: Any) -> None:
     shutil.move(project / "base", project / "models" / "base")
     run = project / "run"
-    assert "no longer there; put it back, or set model.name" in said_of(run)
+    assert "no longer there; put it back, or pass its new location with --model" in said_of(run)
     text = (run / "recipe.yaml").read_text()
     assert "../base" in text
     (run / "recipe.yaml").write_text(text.replace("../base", "../models/base"))

@@ -303,7 +303,7 @@ def test_overrides_lay_over_the_file_and_make_sections(tmp_path: Path) -> None:
         "trainer.learning_rate=2e-4",
         "trainer.lr_scheduler_type=cosine",
         "trainer.lr_scheduler_kwargs.num_cycles=2",
-        "dataset.path=other.csv",
+        f"dataset.path={tmp_path}/other.csv",
         "gates.exact_match=>= 0.8",
         "adapter.target_modules=[q_proj, v_proj]",
         "quantization={}",
@@ -398,7 +398,7 @@ def test_a_wandb_key_is_refused_under_a_key_that_says_so(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("text", ["risk-adjusted-portfolio-optimization.csv", "hf_models/llama-base-of-the-year"])
 def test_ordinary_names_are_no_secrets(tmp_path: Path, text: str) -> None:
-    assert load(tmp_path, SMALL, f"dataset.path={text}").recipe.dataset.path == str(tmp_path / text)
+    assert load(tmp_path, SMALL, f"dataset.path={text}").recipe.dataset.path == str(Path(text).absolute())
 
 
 @pytest.mark.parametrize(
