@@ -30,11 +30,13 @@ class SplitRecord:
         train: of the training rows, each once.
         test: of the test rows, as often as they occur.
         unused: of the other rows, such as those that `dataset.max_train_samples` leaves out; each once.
+        closed: no other rows become test rows of a training that continues this one. It is not saved.
     """
 
     train: Hashes
     test: Hashes
     unused: Hashes = field(default_factory=lambda: np.zeros(0, np.uint64))
+    closed: bool = False
 
     @classmethod
     def of(cls, train: Split, test: Split) -> Self:
@@ -57,6 +59,16 @@ class SplitRecord:
             raise MachineError(
                 f"{file}: cannot be read ({problem}), so it is not known which rows this run trained on; train it again"
             ) from problem
+
+    def changed(self, now: "SplitRecord") -> str | None:
+        """How the rows of another record differ, whichever split they are in; None if they do not."""
+        known, found = (np.concatenate([one.train, one.test, one.unused]) for one in (self, now))
+        counts = (
+            (len(np.setdiff1d(found, known)), "new"),
+            (len(np.setdiff1d(self.train, found)), "of the training rows gone"),
+            (len(np.setdiff1d(self.test, found)), "of the test rows gone"),
+        )
+        return ", ".join(f"{count:,} {what}" for count, what in counts if count) or None
 
     def save(self, file: Path) -> None:
         """Write the record; a reader sees all of it or nothing."""
