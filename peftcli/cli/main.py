@@ -248,7 +248,10 @@ def compare(
     ] = None,
     set_: SetOption = None,
     output_dir: Annotated[
-        Path | None, typer.Option(help="Folder of the comparison and its runs. Default: runs/NAME-compare.")
+        Path | None,
+        typer.Option(
+            help="Folder of the comparison and its runs. Default: runs/FILE-compare, after the recipe's file name."
+        ),
     ] = None,
     smoke: SmokeOption = False,
     as_json: JsonOption = False,
