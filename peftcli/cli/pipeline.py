@@ -175,9 +175,7 @@ def changed_rows(run: RunDir, data: PreparedData) -> str | None:
 def save_record(run: RunDir, data: PreparedData, earlier: SplitRecord | None) -> None:
     """Record the rows of a run, and those that it or the trainings before it have trained on."""
     record = SplitRecord.of(data.train, data.test_split)
-    if earlier is not None:
-        record = replace(record, train=np.union1d(record.train, earlier.train))
-    record.save(run.rows)
+    (record if earlier is None else record.extended(earlier)).save(run.rows)
 
 
 def plan_with_labels(planned: Planned, data: PreparedData) -> Planned:

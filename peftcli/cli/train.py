@@ -150,7 +150,7 @@ def _refuse_changed_rows(loaded: Loaded, run: RunDir, shown: Shown, flags: Train
     recipe = last.recipe
     more = "trainer.num_train_epochs" if recipe.trainer.get("max_steps", -1) <= 0 else "trainer.max_steps"
     raise RecipeError(
-        f"{run.path} is already finished, but its data changed since then: {changed}\nto train it further on them, raise "
+        f"{run.path} is already finished, but its data changed since then: {changed}\nto train it further, raise "
         f"{more} and pass --force data (its test rows stay test rows); to train it again, pass --overwrite"
     )
 

@@ -93,8 +93,9 @@ def _recorded_and_drawn(
     if np.array_equal(np.sort(hashes[sides[1]]), np.sort(earlier.test)):
         return rows[sides[0]], rows[sides[1]]  # the same split; rows with equal text may be in both
     trained, tested = np.isin(hashes, earlier.train), np.isin(hashes, earlier.test)
+    trained |= ~tested & earlier.has_seen(store, rows)
     new = rows[~trained & ~tested]
-    draws = len(new) > 0 and not earlier.closed
+    draws = len(new) > 0 and not (earlier.closed and (tested & ~trained).any())
     sides = _draw(dataset, store, new, seed) if draws else (np.arange(len(new)), np.arange(0))
     train, test = rows[trained], rows[tested & ~trained]
     return np.sort(np.concatenate([train, new[sides[0]]])), np.sort(np.concatenate([test, new[sides[1]]]))
