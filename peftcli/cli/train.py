@@ -110,14 +110,14 @@ def train_command(recipe_name: str, overrides: Sequence[str], flags: TrainFlags)
         beginning = first_decides(prepare_folder)
         all_do(lambda: _prepare_here(run, beginning))
         with shown_run(run.library_log if not beginning.finished else None) as (shown, streams):
+            if beginning.suspect:
+                all_do(lambda: _refuse_changed_rows(loaded, run, shown, flags))
             for line in (*beginning.notes, session_note(budget, now)):
                 if line is not None:
                     shown.note(line)
             reason = None
             if not beginning.finished:
                 reason = _train_stages(loaded, run, shown, stops, beginning, flags)
-            elif beginning.suspect:
-                all_do(lambda: _refuse_changed_rows(loaded, run, shown, flags))
 
             def conclude() -> None:
                 metrics = finish(run, loaded.recipe)
@@ -147,11 +147,10 @@ def _refuse_changed_rows(loaded: Loaded, run: RunDir, shown: Shown, flags: Train
     changed = changed_rows(run, data)
     if changed is None:
         return
-    recipe = last.recipe
-    more = "trainer.num_train_epochs" if recipe.trainer.get("max_steps", -1) <= 0 else "trainer.max_steps"
+    more = "" if last.recipe.trainer.get("max_steps", -1) <= 0 else "raise trainer.max_steps and "
     raise RecipeError(
-        f"{run.path} is already finished, but its data changed since then: {changed}\nto train it further, raise "
-        f"{more} and pass --force data (its test rows stay test rows); to train it again, pass --overwrite"
+        f"{run.path} is already finished, but its data changed since then: {changed}\nto train it further on all rows, "
+        f"{more}pass --force data (its test rows stay test rows); to train it again, pass --overwrite"
     )
 
 

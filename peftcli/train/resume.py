@@ -197,10 +197,9 @@ def _open_finished(run: RunDir, recipe: Recipe, allowed: Collection[str], new_ru
             "set another output_dir, or pass --overwrite to remove that run"
             + (f"\nto train its adapter further in a new run: {elsewhere}" if fits else "")
         )
-    planned = recipe.trainer.get("max_steps")
-    fixed = isinstance(planned, int) and planned > 0
-    if (fixed and planned <= done) or (not changed and not suspect):
-        raise RecipeError(_nothing_left(run, done, planned if fixed else None, changed))
+    planned = _planned_steps(recipe)
+    if (planned is not None and planned <= done) or (not changed and not suspect):
+        raise RecipeError(_nothing_left(run, done, planned, changed))
     if not can_be_longer(recipe):
         why = "it has stages" if recipe.stages else "AdaLoRA has fixed the ranks at its end"
         raise RecipeError(
@@ -252,14 +251,20 @@ def steps_done(run: RunDir) -> int:
     return max((step for step, _ in list_checkpoints(run.checkpoints)), default=0) if steps is None else steps
 
 
+def _planned_steps(recipe: Recipe) -> int | None:
+    """`trainer.max_steps`; None if the epochs decide."""
+    planned = recipe.trainer.get("max_steps")
+    return planned if isinstance(planned, int) and planned > 0 else None
+
+
 def count_steps(recipe: Recipe, rows: int) -> int:
     """The steps of a training, as transformers counts them.
 
     Args:
         rows: training rows, repeated ones included.
     """
-    planned = recipe.trainer.get("max_steps")
-    if isinstance(planned, int) and planned > 0:
+    planned = _planned_steps(recipe)
+    if planned is not None:
         return planned
     epochs = float(recipe.trainer.get("num_train_epochs", DEFAULT_EPOCHS))
     return math.ceil(epochs * math.ceil(rows / _batch(recipe).effective))
