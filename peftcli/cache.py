@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import xxhash
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from peftcli.errors import MachineError
 from peftcli.filesystem import apply_umask
@@ -29,6 +29,8 @@ SUMS = "sums.json"
 """File of an entry with the size and the hash of each of its other files."""
 UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSYS, errno.ENOLCK)
 """Errors of a cache that cannot be written at all; a temporary folder is used instead."""
+SILENT_SECONDS = 2.0
+"""How long a process waits for another one before it says so."""
 BLOCK_BYTES = 2**20
 WHOLE_BYTES = 2**30
 """Files up to this size are hashed completely; for larger ones `SAMPLED_BLOCKS` evenly spaced blocks are hashed."""
@@ -67,7 +69,7 @@ def built_once(
     try:
         root.mkdir(parents=True, exist_ok=True, mode=mode)
         lock = FileLock(root / f".{name}.lock")
-        lock.acquire()
+        _acquire(lock, folder, note)
     except OSError as error:
         if error.errno in UNWRITABLE:
             return _build_unstored(name, build, note, error)
@@ -84,6 +86,15 @@ def built_once(
             except OSError as error:
                 raise _full(folder, error) from error
     return folder
+
+
+def _acquire(lock: FileLock, folder: Path, note: Note) -> None:
+    """Take a lock; after a while, say what it waits for."""
+    try:
+        lock.acquire(timeout=SILENT_SECONDS)
+    except Timeout:
+        note(f"note: another process is building {folder} in the cache; waiting for it to finish")
+        lock.acquire()
 
 
 def _full(folder: Path, error: OSError) -> MachineError:

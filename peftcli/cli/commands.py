@@ -10,7 +10,7 @@ from typing import Any
 
 from peftcli.cli.console import Shown, Streams, console, printable, quiet
 from peftcli.cli.pointers import Pointers
-from peftcli.cli.recipes import find_recipe
+from peftcli.cli.recipes import find_recipe, is_run_folder
 from peftcli.errors import DataError, GateNotMet, MemoryExhausted, RecipeError
 from peftcli.plan.answered_rows import answered_digest
 from peftcli.plan.plan import DTYPE_BYTES
@@ -276,7 +276,9 @@ def _one_line(text: str) -> str:
 
 
 def load(name: str, overrides: Sequence[str], *, smoke: bool) -> Loaded:
-    loaded = load_recipe(find_recipe(name), overrides)
+    # The recipe of a run may use the key names of an earlier version.
+    read = load_run_recipe if is_run_folder(Path(name)) else load_recipe
+    loaded = replace(read(find_recipe(name), overrides), of_run=False)
     if not smoke:
         return loaded
     check_schedules(loaded.recipe)

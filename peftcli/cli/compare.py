@@ -1,6 +1,7 @@
 """The body of `compare`: variants or existing runs, the table and the report."""
 
 import os
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +13,13 @@ from peftcli.compare.results import RESULT, Entry, collect, is_run, open_runs
 from peftcli.compare.run import VariantRunner
 from peftcli.compare.variants import Variant, check_variants, make_variants, read_axes
 from peftcli.errors import Aborted, RecipeError, Stopped
-from peftcli.report.compare import make_comparison, write_comparison
+from peftcli.recipe.load import load_run_recipe
+from peftcli.report.compare import make_comparison, winner, write_comparison
 from peftcli.report.format import several
 from peftcli.report.terminal import render_terminal
 from peftcli.results import CompareJson, as_text, save
+from peftcli.run_dir import RunDir
+from peftcli.train.resume import DEFAULT_EPOCHS, can_be_longer
 
 GATE_NOT_MET = 7
 
@@ -65,7 +69,7 @@ def compare_command(targets: Sequence[str], flags: CompareFlags, out: Any, err: 
     comparison = _write(name, entries, home)
     _say_cache(comparison, shown)
     if flags.as_json or any(row.is_finished for row in comparison.variants):
-        _show(comparison, home, flags, out)
+        _show(comparison, entries, home, flags, out)
     _raise_if_stopped(children, entries)
     return _ended(entries, shown)
 
@@ -76,7 +80,7 @@ def _compare_runs(folders: Sequence[Path], flags: CompareFlags, out: Any) -> int
     entries = open_runs(folders)
     default = folders[0] if len(folders) == 1 else Path("runs") / "compare"
     home = Path(os.path.abspath(flags.output_dir or default))
-    _show(_write(home.name, entries, home), home, flags, out)
+    _show(_write(home.name, entries, home), entries, home, flags, out)
     return 0
 
 
@@ -100,7 +104,7 @@ def _write(name: str, entries: Sequence[Entry], home: Path) -> CompareJson:
     return comparison
 
 
-def _show(comparison: CompareJson, home: Path, flags: CompareFlags, out: Any) -> None:
+def _show(comparison: CompareJson, entries: Sequence[Entry], home: Path, flags: CompareFlags, out: Any) -> None:
     if flags.as_json:
         out.write(as_text(comparison) + "\n")
         out.flush()
@@ -108,6 +112,23 @@ def _show(comparison: CompareJson, home: Path, flags: CompareFlags, out: Any) ->
     shown = console(out)
     render_terminal(make_comparison(comparison), shown)
     shown.print(f"report  {home / 'compare.html'}")
+    if further := _further(comparison, entries):
+        shown.print(further, soft_wrap=True)
+
+
+def _further(comparison: CompareJson, entries: Sequence[Entry]) -> str | None:
+    """The command that trains the best variant further; None without one, or where it cannot be."""
+    best = winner(comparison.variants)
+    if best is None or comparison.smoke or not best.steps:
+        return None
+    folder = next(entry.folder for entry in entries if entry.name == best.name)
+    recipe = load_run_recipe(RunDir(folder).recipe).recipe
+    if not can_be_longer(recipe):
+        return None
+    planned, epochs = recipe.trainer.get("max_steps", -1), recipe.trainer.get("num_train_epochs", DEFAULT_EPOCHS)
+    more = f"trainer.max_steps={2 * best.steps}" if planned > 0 else f"trainer.num_train_epochs={2 * epochs:g}"
+    words = ["peftcli", "train", os.path.relpath(folder), "--set", more]
+    return f"to train {best.name} further, for example twice as long: {shlex.join(words)}"
 
 
 def _say_cache(comparison: CompareJson, shown: Shown) -> None:

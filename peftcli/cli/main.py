@@ -321,7 +321,10 @@ def compare(
     set_: SetOption = None,
     output_dir: Annotated[
         Path | None,
-        typer.Option(callback=expanded, help="Folder of the comparison and its runs. Default: runs/NAME-compare."),
+        typer.Option(
+            callback=expanded,
+            help="Folder of the comparison and its runs. Default: runs/FILE-compare, after the recipe's file name.",
+        ),
     ] = None,
     smoke: SmokeOption = False,
     as_json: JsonOption = False,

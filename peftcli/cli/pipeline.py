@@ -151,25 +151,31 @@ def _note_unrecorded(run: RunDir, data: PreparedData, progress: Progress) -> Non
         )
 
 
-def earlier_record(recipe: Recipe, before: Sequence[RunDir]) -> SplitRecord | None:
+def earlier_record(recipe: Recipe, before: Sequence[RunDir], *, resumed: RunDir | None = None) -> SplitRecord | None:
     """The rows of the trainings that a run continues.
 
     Args:
-        before: the run itself where it resumes, and the runs of earlier stages.
+        before: the runs of earlier stages.
+        resumed: the run itself where it resumes; its test rows stay the same, and new rows are trained on.
     """
-    runs = list(before)
+    runs = [*([] if resumed is None else [resumed]), *before]
     if recipe.adapter.init_from is not None:
         folder = Path(recipe.adapter.init_from)
         runs.append(RunDir(folder if (folder / "recipe.yaml").is_file() else folder.parent))
-    return join_records([SplitRecord.load(run.rows) for run in runs if run.rows.is_file()])
+    joined = join_records([SplitRecord.load(run.rows) for run in runs if run.rows.is_file()])
+    own = None if resumed is None else run_record(resumed)
+    return joined if joined is None or own is None else replace(joined, closed=True)
+
+
+def changed_rows(run: RunDir, data: PreparedData) -> str | None:
+    """How the rows differ from those of a run, None if they do not."""
+    return SplitRecord.load(run.rows).changed(SplitRecord.of(data.train, data.test_split))
 
 
 def save_record(run: RunDir, data: PreparedData, earlier: SplitRecord | None) -> None:
     """Record the rows of a run, and those that it or the trainings before it have trained on."""
     record = SplitRecord.of(data.train, data.test_split)
-    if earlier is not None:
-        record = replace(record, train=np.union1d(record.train, earlier.train))
-    record.save(run.rows)
+    (record if earlier is None else record.extended(earlier)).save(run.rows)
 
 
 def plan_with_labels(planned: Planned, data: PreparedData) -> Planned:

@@ -8,6 +8,7 @@ from peftcli.errors import RecipeError
 from peftcli.plan.smoke import smoke_recipe
 from peftcli.recipe.load import Loaded
 from peftcli.recipe.stages import stage_recipes
+from peftcli.run_dir import RunDir
 
 PACKAGE = Path(__file__).resolve().parent.parent
 SHIPPED = (PACKAGE / "recipes", PACKAGE.parent / "recipes")
@@ -15,12 +16,14 @@ SHIPPED = (PACKAGE / "recipes", PACKAGE.parent / "recipes")
 
 
 def find_recipe(name: str) -> Path:
-    """The file of a recipe.
+    """The file of a recipe; for a run folder, the recipe in it.
 
     Raises:
         RecipeError: neither a file nor a bundled recipe.
     """
     path = Path(name)
+    if is_run_folder(path):
+        return RunDir(path).recipe
     if path.exists() or path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
         return path
     for folder in SHIPPED:
@@ -29,6 +32,11 @@ def find_recipe(name: str) -> Path:
             return shipped
     known = sorted({file.stem for folder in SHIPPED if folder.is_dir() for file in folder.glob("*.yaml")})
     raise RecipeError(f"{name}: no such file, and no bundled recipe of that name; bundled are {', '.join(known)}")
+
+
+def is_run_folder(path: Path) -> bool:
+    """Whether a path is a run folder, whose own recipe may be used."""
+    return path.is_dir() and RunDir(path).recipe.is_file()
 
 
 def loaded_stages(loaded: Loaded, *, smoke: bool) -> list[Loaded]:

@@ -6,15 +6,16 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftcli.cli.commands import finish, load, raise_unmet, show_result, shown_run
 from peftcli.cli.console import Shown, plan_lines
 from peftcli.cli.launcher import all_do, first_decides, several_processes
-from peftcli.cli.recipes import loaded_stages
-from peftcli.errors import Stopped
+from peftcli.cli.recipes import is_run_folder, loaded_stages
+from peftcli.data.file_state import file_state
+from peftcli.errors import RecipeError, Stopped
 from peftcli.plan.plan import Plan
 from peftcli.plan.requirements import check_hardware, check_packages
 from peftcli.recipe.load import Loaded
@@ -27,7 +28,18 @@ from peftcli.train.baseline import reuse_blocker
 from peftcli.train.deadline import deadline, session_note, wall_clock_limit
 from peftcli.train.disk import cannot_write, check_disk_space, check_writable
 from peftcli.train.lock import RunLock
-from peftcli.train.resume import OpenedRun, open_run, refuse_changes, run_fingerprint, write_recipe
+from peftcli.train.resume import (
+    OpenedRun,
+    accepted_data,
+    accepted_stamp,
+    begin_longer,
+    count_steps,
+    keep_base,
+    open_run,
+    refuse_changes,
+    run_fingerprint,
+    write_recipe,
+)
 from peftcli.train.stop import (
     StoppableProgress,
     StopRequests,
@@ -66,10 +78,11 @@ class TrainFlags:
     baseline_from: Path | None = None
 
 
-def train_command(name: str, overrides: Sequence[str], flags: TrainFlags) -> None:
+def train_command(recipe_name: str, overrides: Sequence[str], flags: TrainFlags) -> None:
     """Train a recipe, or resume its run."""
-    loaded = load(name, overrides, smoke=flags.smoke)
-    run = RunDir(flags.output_dir or Path(loaded.recipe.output_dir or Path("runs") / loaded.recipe.name))
+    loaded = load(recipe_name, overrides, smoke=flags.smoke)
+    own = Path(recipe_name) if is_run_folder(Path(recipe_name)) and not flags.smoke else None
+    run = RunDir(flags.output_dir or own or Path(loaded.recipe.output_dir or Path("runs") / loaded.recipe.name))
     now, budget = time.time(), loaded.recipe.budget.wall_clock
     limit, name = wall_clock_limit(budget, deadline(now), now - seconds_since_start())
     lock = RunLock(run.path)
@@ -81,8 +94,15 @@ def train_command(name: str, overrides: Sequence[str], flags: TrainFlags) -> Non
             if not run.path.is_file():
                 check_writable(run.path)
                 lock.acquire()
-            found = open_run(run, loaded.recipe, overwrite=flags.overwrite, resume=flags.resume, allowed=flags.force)
-            if not found.finished:
+            found = open_run(
+                run,
+                loaded.recipe,
+                overwrite=flags.overwrite,
+                resume=flags.resume,
+                allowed=flags.force,
+                new_run=new_run_command(recipe_name, overrides),
+            )
+            if not found.finished and found.longer is None:
                 run.path.mkdir(parents=True, exist_ok=True)
                 write_recipe(run, loaded.recipe)
             return found
@@ -90,6 +110,8 @@ def train_command(name: str, overrides: Sequence[str], flags: TrainFlags) -> Non
         beginning = first_decides(prepare_folder)
         all_do(lambda: _prepare_here(run, beginning))
         with shown_run(run.library_log if not beginning.finished else None) as (shown, streams):
+            if beginning.suspect:
+                all_do(lambda: _refuse_changed_rows(loaded, run, shown, flags))
             for line in (*beginning.notes, session_note(budget, now)):
                 if line is not None:
                     shown.note(line)
@@ -103,6 +125,33 @@ def train_command(name: str, overrides: Sequence[str], flags: TrainFlags) -> Non
                 _raise_unless_good(run, metrics, reason)
 
             first_decides(conclude)  # all exit with its code
+
+
+def new_run_command(name: str, overrides: Sequence[str]) -> str:
+    """The command line of a new run of a recipe, without its folder."""
+    words = [word for text in overrides for word in ("--set", text)]
+    return shlex.join(["peftcli", "train", name, *words])
+
+
+def _refuse_changed_rows(loaded: Loaded, run: RunDir, shown: Shown, flags: TrainFlags) -> None:
+    """Compare the rows with those of a finished run, whose data files have another size or time.
+
+    Raises:
+        RecipeError: rows are new, or gone.
+    """
+    import_peft(loaded.recipe)
+    from peftcli.cli.pipeline import changed_rows, plan_recipe, prepare_data
+
+    last = loaded_stages(loaded, smoke=flags.smoke)[-1]
+    _, data = prepare_data(plan_recipe(last, smoke=flags.smoke).plan, shown)
+    changed = changed_rows(run, data)
+    if changed is None:
+        return
+    more = "" if last.recipe.trainer.get("max_steps", -1) <= 0 else "raise trainer.max_steps and "
+    raise RecipeError(
+        f"{run.path} is already finished, but its data changed since then: {changed}\nto train it further on all rows, "
+        f"{more}pass --force data (its test rows stay test rows); to train it again, pass --overwrite"
+    )
 
 
 def _prepare_here(run: RunDir, beginning: OpenedRun) -> None:
@@ -203,7 +252,7 @@ def _train(
     from peftcli.train.run import Session, evaluate_trained, run_forecast, train
 
     resumes = beginning.resume_from is not None or beginning.trained
-    continued = earlier_record(loaded.recipe, [*([run] if resumes else []), *before])
+    continued = earlier_record(loaded.recipe, before, resumed=run if resumes else None)
     heard = StoppableProgress(shown, stops, "before the first step")
     planned, tokenizer, data = all_do(lambda: _planned_rows(loaded, run, heard, before, continued, smoke=flags.smoke))
     plan = planned.plan
@@ -212,10 +261,16 @@ def _train(
     weights = base_hash(base.weights_sha256 or base.config_sha256, plan.base.absorbed)
     stamp = run_fingerprint(data.facts, weights, environment.packages)
     check_alike(what_must_be_alike(plan, stamp), flags.force)
-    for note in all_do(lambda: refuse_changes(beginning.stamp, stamp, flags.force)):
+    before_now = accepted_stamp(run, beginning.stamp)
+    accepted = all_do(lambda: refuse_changes(before_now, stamp, [*flags.force, *accepted_data(beginning)]))
+    for note in accepted:
         shown.note(f"  note: {note}")
+    same_test_rows = before_now.get("data.test") in (None, stamp["data.test"])
+    for note in first_decides(lambda: _adapt_run(run, loaded.recipe, beginning, data, same_test_rows=same_test_rows)):
+        shown.note(note)
     forecast = forecast_run(planned)
-    decided, facts = plan.as_json(forecast), parse(DataJson, data.facts)
+    decided = plan.as_json(forecast)
+    facts = replace(parse(DataJson, data.facts), file_state=file_state(loaded.recipe.dataset))
     if is_first_process():
         save(run.plan, decided)
         save(run.environment, environment)
@@ -238,12 +293,28 @@ def _train(
     resume_from = beginning.resume_from and on_this_machine(beginning.resume_from, run.received)
     trainer = loaded.recipe.trainer
     checkpoint_bytes = run_forecast(plan, trainer).checkpoint_bytes
-    session = Session(stops, resume_from, stamp, checkpoint_bytes, baseline, trainer)
+    only_steps = not accepted and set(beginning.longer or ()) <= {"trainer.max_steps", "trainer.num_train_epochs"}
+    extends = beginning.longer is not None
+    session = Session(stops, resume_from, stamp, checkpoint_bytes, baseline, trainer, extends, only_steps)
     run_stage = evaluate_trained if beginning.trained else train
     try:
         return run_stage(plan, run, data, tokenizer, shown, session).stop_reason
     finally:
         _forget_received(run)
+
+
+def _adapt_run(
+    run: RunDir, recipe: Recipe, beginning: OpenedRun, data: "PreparedData", *, same_test_rows: bool
+) -> list[str]:
+    """Prepare the folder of a run that goes on with other steps or rows; returns notes."""
+    if beginning.longer is None or beginning.resume_from is None:
+        if beginning.stamp and not same_test_rows:
+            keep_base(run, same_test_rows=False)
+        return []
+    step = int(beginning.resume_from.name.rsplit("-", 1)[1])
+    total = count_steps(recipe, len(data.train.rows))
+    notes = begin_longer(run, recipe, step, total, same_test_rows=same_test_rows)
+    return [*notes, f"  steps {step + 1} to {total} are trained, with the optimizer state of step {step}"]
 
 
 def _planned_rows(

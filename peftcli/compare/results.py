@@ -37,6 +37,8 @@ RESULT = "compare.json"
 
 COSTS = ("adapter_bytes", "peak_memory_bytes", "seconds", "retention_change")
 """Costs of a variant that quality is compared with; lower is better."""
+MEASURED_ON_ROWS = ("quality", "loss")
+"""Figures without a best variant where the held-out rows differ."""
 LOWER = (*COSTS, "loss", "trainable_parameters")
 HIGHER = ("tokens_per_second", "merge_top1_agreement")
 
@@ -74,8 +76,11 @@ def collect(name: str, entries: Sequence[Entry], home: Path) -> CompareJson:
     metric = _quality(list(known.values()))
     better = "higher" if metric is None or metric.better is None else metric.better
     rows = [replace(_row(one, stages[one.name], metric, home), method=methods.get(one.name)) for one in entries]
-    fronts = {cost: tuple(found) for cost in COSTS if (found := pareto_front(rows, cost, better))}
-    rows = [_with_places(row, best_of(rows, better), fronts) for row in rows]
+    comparable = metric is None or len(_grouped(known, lambda run: _scored_rows(run, metric))) < 2
+    ranked = comparable and len({row.quality for row in rows if row.is_finished and row.quality is not None}) > 1
+    fronts = {cost: tuple(found) for cost in COSTS if ranked and (found := pareto_front(rows, cost, better))}
+    best = {key: names for key, names in best_of(rows, better).items() if comparable or key not in MEASURED_ON_ROWS}
+    rows = [_with_places(row, best, fronts) for row in rows]
     scored = [count for found in known.values() if metric and (count := rows_scored(found, metric.key))]
     scored_on = min(scored, default=None)
     return CompareJson(
@@ -84,7 +89,9 @@ def collect(name: str, entries: Sequence[Entry], home: Path) -> CompareJson:
         smoke=any(found.metrics.smoke for found in known.values()),
         task=next((found.metrics.task for found in known.values()), None),
         model=_shared(text(found.plan.model.name) for found in known.values()),
-        quality=None if metric is None else ComparedQuality(key=metric.key, better=better, rows=scored_on),
+        quality=None
+        if metric is None
+        else ComparedQuality(key=metric.key, better=better, rows=scored_on, comparable=comparable),
         doubts=tuple(comparability_warnings(known, metric, methods)),
         variants=tuple(rows),
         fronts=fronts,
@@ -137,6 +144,7 @@ def _row(entry: Entry, found: Stages | None, metric: Metric | None, home: Path) 
         exit_code=entry.exit_code,
         error=entry.error,
         quality=None if metric is None else adapter.figure(metric.key),
+        rows=None if found is None or metric is None else rows_scored(found, metric.key),
         interval=bounds,
         base_quality=None if metric is None else base.figure(metric.key),
         loss=adapter.figure("loss"),
@@ -307,10 +315,9 @@ def comparability_warnings(runs: Mapping[str, Stages], metric: Metric | None, me
         metric: the quality that is compared.
         methods: of the runs, as far as known.
     """
-    answered = metric is not None and metric.key in COUNTED_ON_ANSWERS
     checks: tuple[tuple[Callable[[Stages], Any], str], ...] = (
         (
-            lambda run: (_test_rows(run), answered_digest(run.eval) if answered else None),
+            lambda run: _scored_rows(run, metric),
             "were not evaluated on the same held-out rows, so their quality cannot be compared",
         ),
         (
@@ -337,6 +344,12 @@ def comparability_warnings(runs: Mapping[str, Stages], metric: Metric | None, me
     ]
     rate = _one_rate_for_all(runs, set(methods.values()))
     return [*found, rate] if rate else found
+
+
+def _scored_rows(run: Stages, metric: Metric | None) -> tuple[str | None, str | None]:
+    """The held-out rows of a run, and those of them that were answered where the metric counts answers."""
+    answered = metric is not None and metric.key in COUNTED_ON_ANSWERS
+    return _test_rows(run), answered_digest(run.eval) if answered else None
 
 
 def _test_rows(run: Stages) -> str | None:

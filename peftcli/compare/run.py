@@ -65,7 +65,7 @@ class VariantRunner:
         error: list[str] = []
         assert self._child.stderr is not None
         with self._child.stderr as lines:
-            for line in lines:
+            for line in (_in_comparison(line, folder) for line in lines):
                 if error or line.startswith(ERROR):
                     error.append(line.rstrip().removeprefix(ERROR))
                 if error or line not in self._shown:
@@ -82,6 +82,13 @@ class VariantRunner:
         self.stopped_by = signal.Signals(number).name
         if self._child is not None:
             self._child.send_signal(number)
+
+
+def _in_comparison(line: str, folder: Path) -> str:
+    """A message of `train` with the advice that fits a variant; `compare` has no --overwrite."""
+    if line.startswith(f"{folder} is already finished"):
+        return f"finished earlier; remove {folder} to train it again\n"
+    return line.replace("pass --overwrite", f"remove {folder}")
 
 
 def _end_with_parent() -> None:

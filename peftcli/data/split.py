@@ -90,11 +90,13 @@ def _recorded_and_drawn(
     if earlier is None or not dataset.holds_out:
         return rows[sides[0]], rows[sides[1]]
     hashes = store.column("exact")[rows]
-    if len(sides[1]) == len(earlier.test) and np.isin(hashes[sides[1]], earlier.test).all():
+    if np.array_equal(np.sort(hashes[sides[1]]), np.sort(earlier.test)):
         return rows[sides[0]], rows[sides[1]]  # the same split; rows with equal text may be in both
     trained, tested = np.isin(hashes, earlier.train), np.isin(hashes, earlier.test)
+    trained |= ~tested & earlier.has_seen(store, rows)
     new = rows[~trained & ~tested]
-    sides = _draw(dataset, store, new, seed) if len(new) else (np.arange(0), np.arange(0))
+    draws = len(new) > 0 and not (earlier.closed and (tested & ~trained).any())
+    sides = _draw(dataset, store, new, seed) if draws else (np.arange(len(new)), np.arange(0))
     train, test = rows[trained], rows[tested & ~trained]
     return np.sort(np.concatenate([train, new[sides[0]]])), np.sort(np.concatenate([test, new[sides[1]]]))
 

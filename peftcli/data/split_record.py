@@ -7,7 +7,7 @@ rows that were trained on.
 import os
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Self
 
@@ -30,18 +30,26 @@ class SplitRecord:
         train: of the training rows, each once.
         test: of the test rows, as often as they occur.
         unused: of the other rows, such as those that `dataset.max_train_samples` leaves out; each once.
+        inputs: of the normalized text of the training rows, and of the prompts that occur once among them. A row that
+            was trained on is recognized by them after a change of its case or spacing, or of its label.
+        closed: no other rows become test rows of a training that continues this one, unless none of its own is left. It
+            is not saved.
     """
 
     train: Hashes
     test: Hashes
     unused: Hashes = field(default_factory=lambda: np.zeros(0, np.uint64))
+    inputs: Hashes = field(default_factory=lambda: np.zeros(0, np.uint64))
+    closed: bool = False
 
     @classmethod
     def of(cls, train: Split, test: Split) -> Self:
         """The record of a split."""
         trained, tested = np.unique(train.column("exact")), np.sort(test.column("exact"))
         unused = np.setdiff1d(train.store.column("exact"), np.concatenate([trained, tested]))
-        return cls(trained, tested, unused)
+        prompts, counts = np.unique(train.column("prompt"), return_counts=True)
+        once = prompts[(counts == 1) & (prompts != 0)]  # 0: the rows have no prompt
+        return cls(trained, tested, unused, np.union1d(train.column("plain"), once))
 
     @classmethod
     def load(cls, file: Path) -> Self:
@@ -52,18 +60,39 @@ class SplitRecord:
         """
         try:
             with np.load(file) as found:
-                return cls(found["train"], found["test"], found["unused"])
+                inputs = found["inputs"] if "inputs" in found else np.zeros(0, np.uint64)
+                return cls(found["train"], found["test"], found["unused"], inputs)
         except (OSError, ValueError, KeyError, EOFError) as problem:
             raise MachineError(
                 f"{file}: cannot be read ({problem}), so it is not known which rows this run trained on; train it again"
             ) from problem
+
+    def changed(self, now: "SplitRecord") -> str | None:
+        """How the rows of another record differ, whichever split they are in; None if they do not."""
+        known, found = (np.concatenate([one.train, one.test, one.unused]) for one in (self, now))
+        counts = (
+            (len(np.setdiff1d(found, known)), "new"),
+            (len(np.setdiff1d(self.train, found)), "of the training rows gone"),
+            (len(np.setdiff1d(self.test, found)), "of the test rows gone"),
+        )
+        return ", ".join(f"{count:,} {what}" for count, what in counts if count) or None
+
+    def has_seen(self, store: Store, rows: Indices) -> NDArray[np.bool_]:
+        """(rows,), whether the input of a row was trained on, whatever its label is now."""
+        found: NDArray[np.bool_] = np.isin(store.column("plain")[rows], self.inputs)
+        return found | np.isin(store.column("prompt")[rows], self.inputs)
+
+    def extended(self, earlier: Self) -> Self:
+        """This record with what an earlier training has seen."""
+        train, inputs = np.union1d(self.train, earlier.train), np.union1d(self.inputs, earlier.inputs)
+        return replace(self, train=train, inputs=inputs)
 
     def save(self, file: Path) -> None:
         """Write the record; a reader sees all of it or nothing."""
         descriptor, beside = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.", suffix=".npz")
         try:
             with os.fdopen(descriptor, "wb") as stream:
-                np.savez(stream, train=self.train, test=self.test, unused=self.unused)
+                np.savez(stream, train=self.train, test=self.test, unused=self.unused, inputs=self.inputs)
             os.chmod(beside, new_file_mode())
             os.replace(beside, file)
         except BaseException:
@@ -79,7 +108,9 @@ def join_records(records: Sequence[SplitRecord]) -> SplitRecord | None:
     for one in records:
         others = [other.train for other in records if other is not one]
         test.append(one.test[~np.isin(one.test, np.concatenate(others))] if others else one.test)
-    return SplitRecord(np.unique(np.concatenate([one.train for one in records])), np.sort(np.concatenate(test)))
+    train = np.unique(np.concatenate([one.train for one in records]))
+    inputs = np.unique(np.concatenate([one.inputs for one in records]))
+    return SplitRecord(train, np.sort(np.concatenate(test)), inputs=inputs)
 
 
 @dataclass(frozen=True)
@@ -91,7 +122,7 @@ class TestRows:
         recorded: how many of them the run held out itself.
         new: rows that the run has never seen; scored only where none of its own test rows is left.
         missing: test rows of the run that are no longer in the data.
-        trained: rows that the run trained on.
+        trained: rows that the run trained on, or whose input it trained on.
     """
 
     rows: Indices
@@ -130,7 +161,9 @@ def find_test_rows(record: SplitRecord, store: Store, rows: Indices) -> TestRows
     hashes = store.column("exact")[rows]
     recorded = _as_often_as(hashes, record.test)
     trained = np.isin(hashes, record.train) & ~recorded
-    new = ~recorded & ~trained & ~np.isin(hashes, np.concatenate([record.test, record.unused]))
+    known = np.isin(hashes, np.concatenate([record.test, record.unused]))
+    trained |= ~recorded & ~known & record.has_seen(store, rows)
+    new = ~recorded & ~trained & ~known
     counts = int(recorded.sum()), int(new.sum()), len(record.test) - int(recorded.sum()), int(trained.sum())
     if recorded.any():
         return TestRows(rows[recorded], *counts)

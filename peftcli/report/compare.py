@@ -87,15 +87,19 @@ def quality_metric(comparison: CompareJson) -> Metric | None:
 def verdict(comparison: CompareJson) -> str:
     """Which variant is best, how certain that is, and the cheapest one that is nearly as good."""
     rows, metric = comparison.variants, quality_metric(comparison)
-    best = next((row for row in rows if "quality" in row.best), None)
-    if metric is None and any(row.is_finished for row in rows):
+    finished = [row for row in rows if row.is_finished]
+    if metric is None and finished:
         return "No variant was scored on held-out rows, so there is no ranking."
-    if metric is None or best is None:
-        return "No two finished variants have different scores yet, so there is no ranking."
-    number = comparison.quality.rows if comparison.quality else None
-    on = f" on {number:,} held-out rows" if number else ""
-    title = metric.title.split(",")[0]
-    sentence = f"{best.name} has the best {title[0].lower() + title[1:]}, {metric.write(best.quality)}{on}."
+    if comparison.quality and not comparison.quality.comparable:
+        return "The variants were scored on different held-out rows, so there is no ranking."
+    best = next((row for row in rows if "quality" in row.best), None)
+    scored = [row for row in finished if row.quality is not None]
+    if metric is None or len(scored) < 2:
+        return "Fewer than two finished variants have a score, so there is no ranking."
+    if best is None:
+        return _all_alike(scored, metric)
+    on = f" on {best.rows:,} held-out rows" if best.rows else ""
+    sentence = f"{best.name} has the best {_titled(metric)}, {metric.write(best.quality)}{on}."
     near = [row for row in rows if row is not best and row.is_finished and _overlap(row, best)]
     if not near:
         return sentence
@@ -106,6 +110,25 @@ def verdict(comparison: CompareJson) -> str:
     if cheapest is not best:
         sentence += f" The smallest adapter of these is that of {cheapest.name}, {size(cheapest.adapter_bytes)}."
     return sentence
+
+
+def _titled(metric: Metric) -> str:
+    title = metric.title.split(",")[0]
+    return title[0].lower() + title[1:]
+
+
+def _all_alike(scored: Sequence[VariantRow], metric: Metric) -> str:
+    sentence = f"All variants have the same {_titled(metric)} ({metric.write(scored[0].quality)})."
+    by_loss = winner(scored)
+    if by_loss is None or metric.key == "loss":
+        return f"{sentence} There is no ranking."
+    return f"{sentence} By loss, {by_loss.name} is lowest ({significant(by_loss.loss)})."
+
+
+def winner(rows: Sequence[VariantRow]) -> VariantRow | None:
+    """The best variant by quality, or by loss where the quality of all is equal; None without a ranking."""
+    best = (row for key in ("quality", "loss") for row in rows if key in row.best)
+    return next(best, None)
 
 
 def _intervals(near: Sequence[VariantRow]) -> str:

@@ -17,6 +17,7 @@ class VariantRow:
         exit_code: of its training; None where nothing was trained.
         error: why it failed.
         quality, base_quality: the metric of the comparison, of the adapter and of the base.
+        rows: held-out rows that the quality was measured on.
         interval: the 95 % interval of the quality, lower and upper bound.
         data_cache: whether its data were `made` or `reused`.
         best: names of the fields in which no other variant is better.
@@ -30,6 +31,7 @@ class VariantRow:
     exit_code: int | None = None
     error: str | None = None
     quality: float | None = None
+    rows: int | None = None
     interval: tuple[float, ...] | None = None
     base_quality: float | None = None
     loss: float | None = None
@@ -69,11 +71,13 @@ class ComparedQuality:
         key: a metric of `metrics.json`.
         better: `higher` or `lower`.
         rows: the fewest held-out rows that a variant was scored on.
+        comparable: all variants were scored on the same rows; otherwise there is no best one.
     """
 
     key: str
     better: str
     rows: int | None = None
+    comparable: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)

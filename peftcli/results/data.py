@@ -222,6 +222,9 @@ class DataJson(DataFigures):
 
     The data package collects these as a plain object, part by part; it becomes a `DataJson` where it is written or
     shown. What only rows with labels have (or only those without) is left out of the file elsewhere.
+
+    Attributes:
+        file_state: hash of the sizes and times of the data files, see `data.file_state`.
     """
 
     schema: int = SCHEMA
@@ -244,6 +247,7 @@ class DataJson(DataFigures):
     length_histogram: Histogram | None = None
     max_length: int | None = None
     fingerprint: Fingerprints = field(default_factory=Fingerprints)
+    file_state: str | None = field(default=None, metadata=OMIT_NONE)
     leaked_examples: tuple[HeldOutPair, ...] = ()
     leaked_prompts: int | None = None
     duplicate_rows: int | None = None

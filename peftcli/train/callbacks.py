@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.trainer_utils import SaveStrategy
 
 from peftcli.model.checkpoint_random import save_random_states, skip_random_states
 from peftcli.model.distributed import gather, is_fsdp
@@ -118,6 +119,9 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]  # transformers' callb
         self._progress.advance(state.global_step)
         self._report_oom_retries()
         if state.global_step >= state.max_steps:
+            # A finished run can be trained further from it. A full disk must not end a training that is complete.
+            if args.save_strategy == SaveStrategy.NO:
+                control.should_save = self._trainer.has_space()
             return
         # Clocks and signals differ between processes, but all must save and stop at the same step.
         # Whether it is the clock is sent with the reason: a deadline may be set on only one machine.

@@ -4,24 +4,39 @@ A checkpoint records its data, base model and library versions, and resuming wit
 """
 
 import json
+import math
 import os
+import shlex
 import shutil
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from peftcli.data.file_state import file_state
 from peftcli.errors import RecipeError
+from peftcli.methods.registry import METHODS
 from peftcli.plan.choices import count_batch
 from peftcli.plan.plan import Batch
 from peftcli.recipe.dump import changed_keys, dump_recipe
 from peftcli.recipe.load import load_run_recipe
 from peftcli.recipe.paths import input_paths, value_at, with_paths
 from peftcli.recipe.problems import dotted
+from peftcli.recipe.schedulers import MEASURED
 from peftcli.recipe.schema import AdapterSection, Recipe
-from peftcli.results import InputsJson, PlanJson, TrainJson, load_or_default, status_of
+from peftcli.results import (
+    DataJson,
+    EvalJson,
+    InputsJson,
+    PlanJson,
+    TrainJson,
+    load,
+    load_or_default,
+    save,
+    status_of,
+)
 from peftcli.run_dir import RunDir, read_json, read_log, write_text
-from peftcli.train.checkpoint import MANIFEST, clear_staging, newest_valid
+from peftcli.train.checkpoint import MANIFEST, FoundCheckpoint, clear_staging, list_checkpoints, newest_valid
 from peftcli.train.lock import NAME as LOCK
 
 HARMLESS = (
@@ -59,6 +74,22 @@ STORED = frozenset(
 )
 """Keys whose values are loaded with the adapter, optimizer or scheduler: a new value would be silently ignored."""
 
+LONGER = (
+    "trainer.max_steps",
+    "trainer.num_train_epochs",
+    "trainer.learning_rate",
+    "trainer.lr_scheduler_type",
+    "trainer.lr_scheduler_kwargs",
+    "trainer.warmup_steps",
+    "trainer.warmup_ratio",
+    "dataset.path",
+    "dataset.sources",
+    "dataset.max_train_samples",
+)
+"""Keys with which a finished run can be trained further."""
+DEFAULT_EPOCHS = 3.0
+"""Default of `trainer.num_train_epochs` in transformers."""
+
 VERSIONED = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate")
 """Libraries that affect a training step."""
 
@@ -73,6 +104,8 @@ class OpenedRun:
         trained: training is complete, and only the evaluation is missing.
         stamp: the fingerprint stored with the checkpoint or the finished training; empty for a new run.
         notes: for the user.
+        longer: keys that differ from those of the finished run that this session trains further; None for any other.
+        suspect: the run is finished, and its data files may have changed since.
     """
 
     finished: bool
@@ -80,15 +113,26 @@ class OpenedRun:
     notes: tuple[str, ...]
     trained: bool = False
     stamp: Mapping[str, Any] = field(default_factory=dict)
+    longer: tuple[str, ...] | None = None
+    suspect: bool = False
 
 
-def open_run(run: RunDir, recipe: Recipe, *, overwrite: bool, resume: bool, allowed: Collection[str] = ()) -> OpenedRun:
+def open_run(
+    run: RunDir,
+    recipe: Recipe,
+    *,
+    overwrite: bool,
+    resume: bool,
+    allowed: Collection[str] = (),
+    new_run: str = "peftcli train RECIPE",
+) -> OpenedRun:
     """Inspect the run folder and prepare it.
 
     Args:
         overwrite: remove the existing run first.
         resume: fail if there is nothing to resume.
         allowed: recipe keys that may differ from the run's.
+        new_run: the command line without the run folder, for a message.
 
     Raises:
         RecipeError: the folder contains another run or other files, or there is nothing to resume.
@@ -115,29 +159,170 @@ def open_run(run: RunDir, recipe: Recipe, *, overwrite: bool, resume: bool, allo
         return OpenedRun(False, None, ())
     if not _has_trained(run):
         # A run that failed before its first checkpoint has nothing that another recipe could conflict with.
+        notes = _lost(run)
         run.log.unlink(missing_ok=True)
-        return OpenedRun(False, None, (f"{run.path}: no checkpoint to resume from, so training starts at step 0",))
-    changed = [line for line in changes(run, recipe) if not is_allowed(line.split(":")[0], allowed)]
-    status = status_of(run)
-    stored = [line for line in changes(run, recipe) if _is_stored(line.split(":")[0])]
-    if stored and status != "finished":
+        return OpenedRun(False, None, tuple(notes))
+    if run.train.is_file() and (status_of(run) == "finished" or (_is_trained(run) and changes(run, recipe))):
+        return _open_finished(run, recipe, allowed, new_run)
+    changed = [line for line in changes(run, recipe) if not is_allowed(_key(line), allowed)]
+    stored = [line for line in changes(run, recipe) if _is_stored(_key(line))]
+    if stored:
         raise RecipeError(
             f"{run.path}: these keys are stored in its checkpoints, so they cannot change when it resumes:\n"
-            + "\n".join(f"  {line}" for line in stored)
+            + _indented(stored)
             + "\nrestore them, set another output_dir, or pass --overwrite to start over"
         )
     if changed:
-        state = "a finished run" if status == "finished" else "a run"
         raise RecipeError(
-            f"{run.path} already contains {state} of another recipe:\n"
-            + "\n".join(f"  {line}" for line in changed)
+            f"{run.path} already contains a run of another recipe:\n"
+            + _indented(changed)
             + "\nset another output_dir, pass --overwrite to remove that run, or --force KEY to resume with the change"
         )
-    if status == "finished":
-        return OpenedRun(True, None, (f"{run.path} is already finished; pass --overwrite to train it again",))
     if _is_trained(run):
         return OpenedRun(False, None, ("training is finished; running the evaluation now",), True, _stamp(run.train))
     return _resume(run)
+
+
+def _open_finished(run: RunDir, recipe: Recipe, allowed: Collection[str], new_run: str) -> OpenedRun:
+    """Leave a finished run as it is, or train it further.
+
+    Raises:
+        RecipeError: keys differ that a finished run cannot take, there is nothing more to train, or no checkpoint.
+    """
+    changed = changes(run, recipe)
+    done = steps_done(run)
+    before = load_or_default(DataJson, run.data).file_state
+    suspect = run.rows.is_file() and before is not None and file_state(recipe.dataset) not in (None, before)
+    if not changed and not allowed:
+        note = (
+            f"{run.path} is already finished; to train it further, raise trainer.max_steps or "
+            "trainer.num_train_epochs; --overwrite trains it again"
+        )
+        return OpenedRun(True, None, (note,), suspect=suspect)
+    elsewhere = _elsewhere(run, new_run)
+    refused = [line for line in changed if not _extends(line, recipe)]
+    refused = [line for line in refused if _is_stored(_key(line)) or not is_allowed(_key(line), allowed)]
+    if refused:
+        fits = not any(_key(line).startswith(("adapter.", "model.", "quantization", "stages")) for line in refused)
+        raise RecipeError(
+            f"{run.path} already contains a finished run of another recipe:\n{_indented(refused)}\n"
+            "set another output_dir, or pass --overwrite to remove that run"
+            + (f"\nto train its adapter further in a new run: {elsewhere}" if fits else "")
+        )
+    planned = _planned_steps(recipe)
+    if (planned is not None and planned <= done) or (not changed and not suspect):
+        raise RecipeError(_nothing_left(run, done, planned, changed))
+    if not can_be_longer(recipe):
+        why = "it has stages" if recipe.stages else "AdaLoRA has fixed the ranks at its end"
+        raise RecipeError(
+            f"{run.path} is finished at step {done} and cannot be trained further: {why}; set another output_dir"
+        )
+    found, notes = _newest(run)
+    if found.path is None:
+        raise RecipeError(
+            f"{run.path} is finished at step {done}, and no checkpoint is left in {run.checkpoints} to go on from\n"
+            f"to train its adapter further in a new run, with a new optimizer and learning rate schedule: {elsewhere}"
+        )
+    notes.append(f"{run.path} is finished at step {done} and is trained further from step {found.step}")
+    keys = tuple(_key(line) for line in changed)
+    return OpenedRun(False, found.path, tuple(notes), stamp=_stamp(found.path / MANIFEST), longer=keys)
+
+
+def can_be_longer(recipe: Recipe) -> bool:
+    """Whether a finished run of a recipe can be trained further."""
+    return not recipe.stages and not METHODS[recipe.adapter.method].allocates_ranks
+
+
+def _extends(line: str, recipe: Recipe) -> bool:
+    """Whether a finished run can be trained further with a change."""
+    measured = any(name in line for name in MEASURED) or recipe.trainer.get("lr_scheduler_type") in MEASURED
+    # A schedule that depends on the loss keeps its own learning rate, and would ignore another one.
+    return is_allowed(_key(line), LONGER) and not (measured and is_allowed(_key(line), LONGER[2:5]))
+
+
+def _nothing_left(run: RunDir, done: int, planned: int | None, changed: Sequence[str]) -> str:
+    """Why a finished run has no step to train, and what to set."""
+    said = f"{run.path} is already finished at step {done}"
+    if planned is not None and any(_key(line) == "trainer.max_steps" for line in changed):
+        return f"{said}, so trainer.max_steps = {planned} leaves nothing to train; set more than {done} steps"
+    more = "raise trainer.num_train_epochs" if planned is None else f"set trainer.max_steps to more than {done}"
+    what = f"; without more steps this has no effect:\n{_indented(changed)}\n" if changed else ", and --force has no "
+    return f"{said}{what}{'' if changed else 'change to accept; '}{more} to train it further, or pass --overwrite"
+
+
+def _elsewhere(run: RunDir, new_run: str) -> str:
+    """The command that starts a new run from the adapter of this one."""
+    free = next(path for number in range(2, 10_000) if not (path := Path(f"{run.path}-{number}")).exists())
+    words = ["--set", f"adapter.init_from={os.path.abspath(run.path)}", "--output-dir", str(free)]
+    return f"{new_run} {shlex.join(words)}"
+
+
+def steps_done(run: RunDir) -> int:
+    """The steps that a run has trained, of its checkpoints where `train.json` is missing."""
+    steps = load_or_default(TrainJson, run.train).steps
+    return max((step for step, _ in list_checkpoints(run.checkpoints)), default=0) if steps is None else steps
+
+
+def _planned_steps(recipe: Recipe) -> int | None:
+    """`trainer.max_steps`; None if the epochs decide."""
+    planned = recipe.trainer.get("max_steps")
+    return planned if isinstance(planned, int) and planned > 0 else None
+
+
+def count_steps(recipe: Recipe, rows: int) -> int:
+    """The steps of a training, as transformers counts them.
+
+    Args:
+        rows: training rows, repeated ones included.
+    """
+    planned = _planned_steps(recipe)
+    if planned is not None:
+        return planned
+    epochs = float(recipe.trainer.get("num_train_epochs", DEFAULT_EPOCHS))
+    return math.ceil(epochs * math.ceil(rows / _batch(recipe).effective))
+
+
+def begin_longer(run: RunDir, recipe: Recipe, step: int, total: int, *, same_test_rows: bool) -> list[str]:
+    """Turn a finished run into one that is being trained, without results that a reader could take for the new ones.
+
+    The order matters: a process that is killed in between leaves a run that the same command trains further.
+
+    Args:
+        step: of the checkpoint that the training goes on from.
+        total: steps that the run will have.
+        same_test_rows: the base need not be measured again.
+
+    Returns:
+        Notes for the user.
+
+    Raises:
+        RecipeError: the run has that many steps already.
+    """
+    done = steps_done(run)
+    if total <= done:
+        raise RecipeError(
+            f"{run.path} is already finished at step {done}, and this recipe has {total} steps; raise "
+            "trainer.max_steps or trainer.num_train_epochs to train it further"
+        )
+    run.train.unlink(missing_ok=True)
+    write_recipe(run, recipe)
+    for path in (run.metrics, run.report_md, run.report_html):
+        path.unlink(missing_ok=True)
+    keep_base(run, same_test_rows=same_test_rows)
+    return _go_back(run, step)
+
+
+def keep_base(run: RunDir, *, same_test_rows: bool) -> None:
+    """Keep only the base in `eval.json`, or nothing if it was measured on other rows."""
+    before = load(EvalJson, run.eval)
+    if before is None:
+        return
+    if not same_test_rows:
+        run.eval.unlink()
+        return
+    retention = before.retention and replace(before.retention, adapter_loss=None, change=None)
+    samples = tuple(replace(sample, adapter=None, merged=None) for sample in before.samples)
+    save(run.eval, replace(before, adapter=None, merged=None, samples=samples, retention=retention, seconds=None))
 
 
 def _has_trained(run: RunDir) -> bool:
@@ -208,24 +393,42 @@ def clear(run: RunDir) -> None:
 
 def _resume(run: RunDir) -> OpenedRun:
     clear_staging(run.checkpoints)
+    found, notes = _newest(run)
+    if found.path is None:
+        if not run.stages.is_dir():  # the training may be in an earlier stage
+            notes += _lost(run)
+        run.log.unlink(missing_ok=True)
+        return OpenedRun(False, None, tuple(notes))
+    notes += _go_back(run, found.step)
+    planned = load_or_default(TrainJson, run.train).planned_steps
+    notes.append(f"resuming from step {found.step}" + (f" of {planned}" if planned else "") + " (checkpoint verified)")
+    return OpenedRun(False, found.path, tuple(notes), stamp=_stamp(found.path / MANIFEST))
+
+
+def _newest(run: RunDir) -> tuple[FoundCheckpoint, list[str]]:
+    """The newest complete checkpoint, and notes about damaged ones."""
     found = newest_valid(run.checkpoints)
-    notes = [
+    return found, [
         f"{name} is damaged ({reason}); renamed to {name}.bad; {int(name.rsplit('-', 1)[1]) - found.step} steps are "
         "repeated"
         for name, reason in found.damaged
     ]
-    if found.path is None:
-        run.log.unlink(missing_ok=True)
-        if not run.stages.is_dir():  # the training may be in an earlier stage
-            notes.append(f"{run.path}: no checkpoint to resume from, so training starts at step 0")
-        return OpenedRun(False, None, tuple(notes))
-    _cut_log(run, found.step)
-    if run.merge.is_file():
-        run.merge.unlink()  # its adapter will be replaced
-        notes.append(f"{run.merged} was merged from the adapter of an earlier step; merge again after this session")
-    planned = load_or_default(TrainJson, run.train).planned_steps
-    notes.append(f"resuming from step {found.step}" + (f" of {planned}" if planned else "") + " (checkpoint verified)")
-    return OpenedRun(False, found.path, tuple(notes), stamp=_stamp(found.path / MANIFEST))
+
+
+def _lost(run: RunDir) -> list[str]:
+    """A note on steps that were trained but not saved; none if no step was trained."""
+    steps = max((row.get("step", 0) for row in read_log(run.log)), default=0)
+    damaged = run.checkpoints.is_dir() and any(run.checkpoints.glob("*.bad"))
+    return [f"{run.path}: no checkpoint to resume from, so training starts at step 0"] if steps or damaged else []
+
+
+def _go_back(run: RunDir, step: int) -> list[str]:
+    """Remove what later steps have left behind, before they are trained; returns a note on a merged model."""
+    _cut_log(run, step)
+    if not run.merge.is_file():
+        return []
+    run.merge.unlink()  # its adapter will be replaced
+    return [f"{run.merged} was merged from the adapter of an earlier step; merge again after this session"]
 
 
 def _stamp(file: Path) -> dict[str, Any]:
@@ -236,6 +439,14 @@ def _cut_log(run: RunDir, step: int) -> None:
     """Drop log rows of steps that will be repeated."""
     rows = [row for row in read_log(run.log) if row.get("step", 0) <= step]
     write_text(run.log, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _key(line: str) -> str:
+    return line.split(":")[0]
+
+
+def _indented(lines: Sequence[str]) -> str:
+    return "\n".join(f"  {line}" for line in lines)
 
 
 def _is_stored(key: str) -> bool:
@@ -258,6 +469,19 @@ def run_fingerprint(data: Mapping[str, Any], base: str | None, versions: Mapping
         "base": base,
         **{f"versions.{name}": versions.get(name) for name in VERSIONED},
     }
+
+
+def accepted_stamp(run: RunDir, stamp: Mapping[str, Any]) -> dict[str, Any]:
+    """The fingerprint of a checkpoint with the rows that an earlier session accepted since then, if any."""
+    rows = load_or_default(DataJson, run.data).fingerprint
+    if not stamp or rows.train is None:
+        return dict(stamp)
+    return {**stamp, "data.train": rows.train, "data.test": rows.test}
+
+
+def accepted_data(beginning: OpenedRun) -> list[str]:
+    """`data`, if the user has trained a finished run further with other keys of the dataset."""
+    return ["data"] if any(key.startswith("dataset.") for key in beginning.longer or ()) else []
 
 
 def refuse_changes(before: Mapping[str, Any], now: Mapping[str, Any], allowed: Collection[str]) -> list[str]:

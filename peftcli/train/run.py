@@ -59,6 +59,7 @@ from peftcli.train.disk import Forecast, forecast
 from peftcli.train.machines import on_this_machine
 from peftcli.train.module_selection import select_modules
 from peftcli.train.precision import downcast_saved_modules, free_trained_base
+from peftcli.train.schedule import ScheduleCallback
 from peftcli.train.step import OVERFLOW, StepTrainer, TrainerSetup
 from peftcli.train.stop import StoppableProgress, StopRequests, is_first_process
 
@@ -79,6 +80,8 @@ class Session:
         checkpoint_bytes: expected size of a checkpoint.
         baseline: `eval.json` with the baseline of an earlier stage or another run.
         trainer: the trainer arguments set in the recipe.
+        extends: a finished run is trained further.
+        only_steps: of that run nothing but the number of steps has changed.
     """
 
     stops: StopRequests
@@ -87,6 +90,8 @@ class Session:
     checkpoint_bytes: int
     baseline: Path | None = None
     trainer: Mapping[str, Any] = field(default_factory=dict)
+    extends: bool = False
+    only_steps: bool = False
 
 
 @dataclass(frozen=True)
@@ -149,6 +154,9 @@ def train(
     )
     forward = ForwardCallback(plan.checkpointed_blocks, trainer.optimizations, progress.note)
     trainer.add_callback(forward)
+    trainer.add_callback(
+        ScheduleCallback(trainer, progress.note, extends=session.extends, only_steps=session.only_steps)
+    )
     trainer.add_callback(CalibrationCallback(trainer, plan, data.train.column("length"), progress))
     trainer.add_callback(callback)  # its clock starts after the calibration
     if trainer.ranks is not None:

@@ -31,6 +31,7 @@ from peftcli.train.disk import has_space_for_checkpoint
 from peftcli.train.machines import on_this_machine
 from peftcli.train.micro_batch import MicroBatches, count_tokens, first_rows
 from peftcli.train.precision import upcast_trainable
+from peftcli.train.schedule import ScheduleChange, base_rates, follow_schedule
 
 MOST_FLAT_STEPS = 5
 """Consecutive steps with zero gradient; a single one may be chance, such as a row that is already certain."""
@@ -88,6 +89,7 @@ class StepTrainer(transformers.Trainer):  # type: ignore[misc]  # transformers' 
         counts: the unit of `tokens`: tokens or images.
         optimizations: names of those in use, as `performance.disable` names them.
         calibration: measurements of one micro-batch before the first step; None without.
+        schedule_change: how the learning rate of this session differs from that of its checkpoint; None if it does not.
         notes: for the user, about parts of the plan that this model or machine does not support.
     """
 
@@ -101,6 +103,7 @@ class StepTrainer(transformers.Trainer):  # type: ignore[misc]  # transformers' 
         self.seconds = 0.0
         self.optimizations = setup.plan.optimizations
         self.notes: list[str] = []
+        self.schedule_change: ScheduleChange | None = None
         self.calibration: dict[str, Any] | None = None
         self.micro_batches = self._micro_batches()
         self._waiting: list[dict[str, Any]] = []
@@ -209,6 +212,13 @@ class StepTrainer(transformers.Trainer):  # type: ignore[misc]  # transformers' 
             **settings,
         )
         return made
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Load both, then continue on the schedule of this session, whose length or rate may have changed."""
+        rates = base_rates(self.lr_scheduler)
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self.schedule_change = follow_schedule(self.lr_scheduler, self.optimizer, rates)
 
     @contextmanager
     def _apart(self, model: torch.nn.Module) -> Iterator[None]:
@@ -350,13 +360,20 @@ class StepTrainer(transformers.Trainer):  # type: ignore[misc]  # transformers' 
         Raises:
             MachineError: raised in every process.
         """
-        mine = has_space_for_checkpoint(folder, self.setup.checkpoint_bytes) if self.args.should_save else None
-        reason = next((one for one in gather(mine) if one is not None), None)
+        reason = self._no_space(folder)
         if reason is not None:
             raise MachineError(
                 f"step {self.state.global_step}: {reason}; free some space and run the same command again (earlier "
                 "checkpoints are complete)"
             )
+
+    def has_space(self) -> bool:
+        """Whether a checkpoint fits on the disk."""
+        return self._no_space(Path(self.args.output_dir)) is None
+
+    def _no_space(self, folder: Path) -> str | None:
+        mine = has_space_for_checkpoint(folder, self.setup.checkpoint_bytes) if self.args.should_save else None
+        return next((one for one in gather(mine) if one is not None), None)
 
     def _save_rng_state(self, output_dir: str) -> None:
         """Write the random states of all processes in the first one, because the others may not share its disk."""

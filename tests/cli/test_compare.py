@@ -216,7 +216,7 @@ def test_runs_that_are_there_are_compared_without_training(
     said = capfd.readouterr().out
     found = compared(tmp_path / "runs" / "compare")
     assert found["status"] == "finished" and found["schema"] == 1 and found["doubts"] == []
-    assert found["quality"] == {"key": "exact_match", "better": "higher", "rows": 200}
+    assert found["quality"] == {"key": "exact_match", "better": "higher", "rows": 200, "comparable": True}
     by_name = {one["name"]: one for one in found["variants"]}
     assert by_name["r4"]["adapter_bytes"] == 16000 and by_name["r4"]["trainable_share"] == 4000 / 1_004_000
     assert by_name["r4"]["retention_change"] == 0.3 and by_name["r4"]["adapter_share"] == 0.004
@@ -224,7 +224,34 @@ def test_runs_that_are_there_are_compared_without_training(
     assert by_name["r64"]["best"] == ["quality", "loss"]
     assert found["fronts"]["adapter_bytes"] == ["r4", "r16", "r64"]
     assert "0.520 ★" in said and re.search(r"^adapter size +1 r4, 2 r16, 3 r64", said, re.M)
-    assert said.splitlines()[-2].startswith("r64 has the best exact match, 0.520 on 200 held-out rows.")
+    assert said.splitlines()[-3].startswith("r64 has the best exact match, 0.520 on 200 held-out rows.")
+    assert said.splitlines()[-1].endswith("peftcli train runs/r64 --set trainer.num_train_epochs=6")
+
+
+def test_equal_scores_are_said_and_the_loss_decides(run_cli: Cli, capfd: Any, tmp_path: Path, things: Path) -> None:
+    runs = [sample_run(tmp_path / f"r{r}", exact=0.0, data=things, adapter={"r": r}) for r in (4, 16)]
+    for folder, loss in zip(runs, (1.668, 1.75), strict=True):
+        evaluation = json.loads((folder / "eval.json").read_text())
+        write_json(folder / "eval.json", evaluation | {"adapter": {"loss": loss, "exact_match": 0.0}})
+        write_metrics(RunDir(folder), [])
+    assert run_cli("compare", *runs, "--output-dir", "out") == 0
+    said = capfd.readouterr().out
+    assert "All variants have the same exact match (0.000). By loss, r4 is lowest (1.668)." in said
+    assert "to train r4 further" in said and compared(tmp_path / "out")["fronts"] == {}
+
+
+def test_runs_on_other_rows_have_no_ranking(run_cli: Cli, capfd: Any, tmp_path: Path, things: Path) -> None:
+    runs = [sample_run(tmp_path / f"r{r}", exact=r / 100, data=things, adapter={"r": r}) for r in (4, 16)]
+    data = json.loads((runs[0] / "data.json").read_text())
+    write_json(runs[0] / "data.json", data | {"fingerprint": {"train": "100", "test": "other"}})
+    assert run_cli("compare", *runs, "--output-dir", "out") == 0
+    said = capfd.readouterr().out
+    assert "The variants were scored on different held-out rows, so there is no ranking." in said
+    assert "has the best" not in said and "further" not in said
+    found = compared(tmp_path / "out")
+    assert found["fronts"] == {} and found["quality"]["comparable"] is False
+    assert all(not {"quality", "loss"} & set(one["best"]) for one in found["variants"])
+    assert [one["rows"] for one in found["variants"]] == [200, 200]
 
 
 def test_the_verdict_says_when_the_rows_do_not_settle_it(three_runs: list[Path], run_cli: Cli, tmp_path: Path) -> None:
@@ -448,7 +475,9 @@ def test_variants_are_trained_once_failures_are_rows_and_the_base_is_measured_on
     trained = (tmp_path / "out" / "q_proj" / "train.json").read_bytes()
     assert run_cli(*words) == 2
     assert (tmp_path / "out" / "q_proj" / "train.json").read_bytes() == trained
-    assert "q_proj is already finished" in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert f"finished earlier; remove {tmp_path / 'out' / 'q_proj'} to train it again" in said
+    assert "--overwrite" not in said
     assert run_cli("compare", "out") == 0
     again = compared(tmp_path / "out")
     assert again["variants"][2]["error"] == found["variants"][2]["error"]

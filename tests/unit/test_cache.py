@@ -2,6 +2,7 @@
 
 import os
 import stat
+import threading
 from pathlib import Path
 
 import pytest
@@ -103,3 +104,26 @@ def test_files_of_an_entry_can_be_read_as_the_umask_allows(tmp_path: Path) -> No
         assert stat.S_IMODE((entry / "weights").stat().st_mode) == 0o600
     finally:
         os.umask(before)
+
+
+def test_who_waits_for_another_builder_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "SILENT_SECONDS", 0.05)
+    begun, waited = threading.Event(), threading.Event()
+    said: list[str] = []
+
+    def build(folder: Path) -> None:
+        begun.set()
+        assert waited.wait(60)
+        (folder / "a.txt").write_text("a")
+
+    def note(line: str) -> None:
+        said.append(line)
+        waited.set()
+
+    first = threading.Thread(target=built_once, args=(tmp_path, "entry", build))
+    first.start()
+    assert begun.wait(60)
+    found = built_once(tmp_path, "entry", lambda _: pytest.fail("built twice"), note=note)
+    first.join()
+    assert (found / "a.txt").read_text() == "a"
+    assert said == [f"note: another process is building {tmp_path / 'entry'} in the cache; waiting for it to finish"]

@@ -98,7 +98,9 @@ def test_a_start_that_failed_before_its_first_checkpoint_takes_any_recipe(run: R
     run.plan.unlink()
     run.checkpoints.mkdir()
     found = open_run(run, other, overwrite=False, resume=False)
-    assert (found.finished, found.resume_from) == (False, None) and "step 0" in found.notes[0]
+    assert (found.finished, found.resume_from, found.notes) == (False, None, ())  # no step was trained
+    write_text(run.log, '{"step": 2, "loss": 1.0}\n')
+    assert "step 0" in open_run(run, other, overwrite=False, resume=False).notes[0]
     sealed(run.checkpoints, 3)
     with pytest.raises(RecipeError, match="keys are stored in its checkpoints"):
         open_run(run, other, overwrite=False, resume=False)
