@@ -20,9 +20,9 @@ from peftcli.report.build import make_report, write_report
 from peftcli.report.data import data_section
 from peftcli.report.load import Stages, load_stages
 from peftcli.report.terminal import print_blocks, render_terminal, section_blocks
-from peftcli.results import DataJson, EvalJson, MetricsJson, as_text, load_or_default, save
-from peftcli.run_dir import RunDir, is_external_adapter
-from peftcli.summary import unmet, write_metrics
+from peftcli.results import DataJson, EnvironmentJson, EvalJson, MetricsJson, as_text, load_or_default, save
+from peftcli.run_dir import RunDir, file_sha256, is_external_adapter
+from peftcli.summary import refuse_lost, unmet, write_metrics
 from peftcli.tasks.registry import TASKS
 from peftcli.train.disk import RESERVE_BYTES, Forecast, check_disk_space
 from peftcli.train.stop import is_first_process
@@ -64,6 +64,12 @@ def eval_command(name: str, recipe: str | None, overrides: Sequence[str], *, wit
         from peftcli.evaluate import evaluate
 
         loaded, plan, target, data = _to_evaluate(name, recipe, overrides, shown)
+        run = target.run
+        updates = target.kind == "adapter" and not overrides and recipe is None
+        if run is not None and updates:
+            refuse_lost(run, rewritten=run.eval)
+            if not run.eval.exists() and not with_base:
+                shown.note(f"note: {run.eval} was missing; pass --base to measure the base again too")
         value = evaluate(
             target,
             data,
@@ -73,8 +79,7 @@ def eval_command(name: str, recipe: str | None, overrides: Sequence[str], *, wit
             with_base=with_base,
             progress=shown,
         )
-        run = target.run
-        if run is not None and target.kind == "adapter" and not overrides and recipe is None:
+        if run is not None and updates:
             before = load_or_default(EvalJson, run.eval)
             same_rows = answered_digest(before) == answered_digest(value)
             base = value.base or (before.base if same_rows else None)
@@ -102,9 +107,18 @@ def _to_evaluate(name: str, recipe: str | None, overrides: Sequence[str], shown:
     found = open_target(name) if recipe is None else None
     loaded = _recipe_for(recipe, found.run if found is not None else None, overrides)
     _refuse_untested(*_both(loaded))
+    if loaded.of_run and found is not None and found.run is not None:
+        _note_edited(found.run, shown)
     smoke = bool(found is not None and found.identity.get("smoke"))
     planned = plan_recipe(loaded, smoke=smoke)
     return loaded, planned.plan, *prepare_for(planned, found or open_target(name, planned.plan.base), shown)
+
+
+def _note_edited(run: RunDir, shown: Shown) -> None:
+    """Say that the recipe of a run is not as training wrote it."""
+    written = load_or_default(EnvironmentJson, run.environment).recipe_sha256
+    if written is not None and file_sha256(run.recipe) != written:
+        shown.note(f"note: {run.recipe} was edited after training; its present values are used")
 
 
 def _both(loaded: Loaded) -> tuple[Loaded, Recipe]:
@@ -147,6 +161,8 @@ def merge_command(
         if target.adapter is not None:
             refuse_unmergeable(target.adapter)
         loaded = load_run_recipe(run.recipe)
+        _note_edited(run, shown)
+        refuse_lost(run, rewritten=run.merge)
         planned = plan_recipe(loaded, smoke=bool(target.identity.get("smoke")))
         plan = planned.plan
         target, data = prepare_for(planned, target, shown)

@@ -137,7 +137,7 @@ def prepare_for(planned: Planned, target: Target, progress: Progress) -> tuple[T
 
 def run_record(run: RunDir) -> SplitRecord | None:
     """Which rows a run held out; None where it held out none, and for runs of earlier versions."""
-    record = SplitRecord.load(run.rows) if run.rows.is_file() else None
+    record = SplitRecord.load(run.rows) if run.rows.exists() else None
     return record if record is not None and len(record.test) else None
 
 
@@ -161,7 +161,7 @@ def earlier_record(recipe: Recipe, before: Sequence[RunDir]) -> SplitRecord | No
     if recipe.adapter.init_from is not None:
         folder = Path(recipe.adapter.init_from)
         runs.append(RunDir(folder if (folder / "recipe.yaml").is_file() else folder.parent))
-    return join_records([SplitRecord.load(run.rows) for run in runs if run.rows.is_file()])
+    return join_records([SplitRecord.load(run.rows) for run in runs if run.rows.exists()])
 
 
 def save_record(run: RunDir, data: PreparedData, earlier: SplitRecord | None) -> None:

@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,8 @@ from peftcli.recipe.schema import Recipe
 from peftcli.recipe.stages import stage_recipes
 from peftcli.report.forecast import forecast_line
 from peftcli.results import DataJson, MetricsJson, save
-from peftcli.run_dir import RunDir
+from peftcli.run_dir import RunDir, file_sha256
+from peftcli.summary import refuse_lost
 from peftcli.train.baseline import reuse_blocker
 from peftcli.train.deadline import deadline, session_note, wall_clock_limit
 from peftcli.train.disk import cannot_write, check_disk_space, check_writable
@@ -98,6 +99,8 @@ def train_command(name: str, overrides: Sequence[str], flags: TrainFlags) -> Non
                 reason = _train_stages(loaded, run, shown, stops, beginning, flags)
 
             def conclude() -> None:
+                if beginning.finished:
+                    refuse_lost(run)
                 metrics = finish(run, loaded.recipe)
                 show_result(run, metrics, streams, as_json=flags.as_json)
                 _raise_unless_good(run, metrics, reason)
@@ -217,7 +220,7 @@ def _train(
     decided, facts = plan.as_json(forecast), parse(DataJson, data.facts)
     if is_first_process():
         save(run.plan, decided)
-        save(run.environment, environment)
+        save(run.environment, replace(environment, recipe_sha256=file_sha256(run.recipe)))
         save(run.data, facts)
         save_record(run, data, continued)
     all_do(lambda: data.raise_if_crossed(f"peftcli data {loaded.path}"))

@@ -105,7 +105,7 @@ def _stages(folder: Path) -> Stages | None:
     """The results of a run, None if none of its stages has finished."""
     try:
         return load_stages(RunDir(folder))
-    except PeftcliError:
+    except RecipeError:
         return None  # the variant failed in its first stage; its row has the error
 
 

@@ -5,7 +5,10 @@ rows that were trained on.
 """
 
 import os
+import struct
 import tempfile
+import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +23,8 @@ from peftcli.errors import DataError, MachineError
 from peftcli.filesystem import new_file_mode
 
 Hashes = NDArray[np.uint64]
+DAMAGE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, struct.error, NotImplementedError)
+"""What numpy and zipfile raise for a damaged file; its arrays have checksums."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,7 @@ class SplitRecord:
         try:
             with np.load(file) as found:
                 return cls(found["train"], found["test"], found["unused"])
-        except (OSError, ValueError, KeyError, EOFError) as problem:
+        except DAMAGE as problem:
             raise MachineError(
                 f"{file}: cannot be read ({problem}), so it is not known which rows this run trained on; train it again"
             ) from problem

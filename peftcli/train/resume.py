@@ -18,7 +18,7 @@ from peftcli.recipe.dump import changed_keys, dump_recipe
 from peftcli.recipe.load import load_run_recipe
 from peftcli.recipe.schema import AdapterSection, Recipe
 from peftcli.results import PlanJson, TrainJson, load_or_default, status_of
-from peftcli.run_dir import RunDir, read_json, read_log, write_text
+from peftcli.run_dir import RunDir, has_log_changed, read_json, read_log, write_text
 from peftcli.train.checkpoint import MANIFEST, clear_staging, newest_valid
 from peftcli.train.lock import NAME as LOCK
 
@@ -199,6 +199,8 @@ def _resume(run: RunDir) -> OpenedRun:
         if not run.stages.is_dir():  # the training may be in an earlier stage
             notes.append(f"{run.path}: no checkpoint to resume from, so training starts at step 0")
         return OpenedRun(False, None, tuple(notes))
+    if has_log_changed(run.log, read_json(found.path / MANIFEST).get("log")):
+        notes.append(f"{run.log} was changed since the checkpoint, so the training curve of the report may be wrong")
     _cut_log(run, found.step)
     if run.merge.is_file():
         run.merge.unlink()  # its adapter will be replaced
