@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peftcli.errors import DataError
+from peftcli.errors import DataError, MachineError
 from peftcli.filesystem import new_file_mode
 
 CHECKSUM = "checksum"
@@ -125,8 +125,14 @@ def is_external_adapter(folder: Path) -> bool:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 file atomically: a reader sees the old or the new content, never a part of it."""
+    """Write a UTF-8 file atomically: a reader sees the old or the new content, never a part of it.
+
+    Raises:
+        MachineError: there is a folder of this name.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir():
+        raise MachineError(f"{path} cannot be written: a folder of this name is in the way; move it")
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8", newline="\n") as file:

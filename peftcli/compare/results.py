@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from peftcli.compare.variants import ROWS_KEY, unique
-from peftcli.errors import PeftcliError, RecipeError
+from peftcli.errors import RecipeError
 from peftcli.plan.answered_rows import answered_digest
 from peftcli.recipe.dump import fingerprint
 from peftcli.recipe.load import load_run_recipe

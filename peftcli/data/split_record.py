@@ -64,7 +64,13 @@ class SplitRecord:
             ) from problem
 
     def save(self, file: Path) -> None:
-        """Write the record; a reader sees all of it or nothing."""
+        """Write the record; a reader sees all of it or nothing.
+
+        Raises:
+            MachineError: there is a folder of this name.
+        """
+        if file.is_dir():
+            raise MachineError(f"{file} cannot be written: a folder of this name is in the way; move it")
         descriptor, beside = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.", suffix=".npz")
         try:
             with os.fdopen(descriptor, "wb") as stream:

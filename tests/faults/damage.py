@@ -214,7 +214,20 @@ def content(file: Path) -> str:
 
 def without_times(text: str) -> str:
     """Text without the lines that differ between two equal runs: times, memory and versions of a file's own hash."""
-    told = ("second", "tokens/s", "tokens_per", "memory", "time", "checksum", "free", "left", "written", "GiB", "cache", "Time")
+    told = (
+        "second",
+        "tokens/s",
+        "tokens_per",
+        "memory",
+        "time",
+        "checksum",
+        "free",
+        "left",
+        "written",
+        "GiB",
+        "cache",
+        "Time",
+    )
     return "\n".join(line for line in text.splitlines() if not any(word in line for word in told))
 
 
@@ -231,7 +244,9 @@ def problems(healthy: Outcome, damaged: Outcome, file: str) -> list[str]:
     said = any(part in heard for part in file.split("/")[-2:] if part not in ("run", "cache"))
     if ended.code == 0 and not said and not file.startswith(INPUTS):
         other = [name for name, value in damaged.produced.items() if healthy.produced[name] != value]
-        found += [f"silently other {name}: {difference(healthy.produced[name], damaged.produced[name])}" for name in other]
+        found += [
+            f"silently other {name}: {difference(healthy.produced[name], damaged.produced[name])}" for name in other
+        ]
     if ended.code and not said and file.split("/")[0] not in heard and not file.startswith(INPUTS):
         found.append(f"the message does not name it: {ended.err.strip()[-300:]}")
     return found
@@ -246,9 +261,7 @@ def difference(one: str, other: str) -> str:
     return f"{len(left)} lines -> {len(right)}"
 
 
-def harm_and_play(
-    healthy: Healthy, reader: Reader, file: str, harm: str, at: float = 0.5
-) -> tuple[Outcome, list[str]]:
+def harm_and_play(healthy: Healthy, reader: Reader, file: str, harm: str, at: float = 0.5) -> tuple[Outcome, list[str]]:
     """Damage one file and run one reader; returns how it ended, and what is wrong with that."""
     whole, _ = healthy.outcome(reader)
     ground = healthy.restored()

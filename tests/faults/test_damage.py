@@ -18,7 +18,7 @@ CHOSEN = [
     ("run", "run/log.jsonl", "cut", 0),
     ("run", "run/metrics.json", "folder", 3),
     ("stopped", "stopped/rows.npz", "cut", 4),
-    ("stopped", "stopped/eval.json", "folder", 3),
+    ("stopped", "stopped/eval.json", "folder", 4),
     ("stopped", "stopped/checkpoints/checkpoint-4/optimizer.pt", "flip", 0),
     ("unmeasured", "unmeasured/adapter/adapter_model.safetensors", "flip", 4),
     ("next", "run/adapter/adapter_config.json", "cut", 4),
@@ -28,7 +28,7 @@ CHOSEN = [
     ("report run", "run/eval.json", "flip", 3),
     ("report run", "run/plan.json", "unreadable", 4),
     ("compare run", "run/train.json", "cut", 3),
-    ("doctor recipe.yaml", "base/model.safetensors", "folder", 4),
+    ("data recipe.yaml", "base/model.safetensors", "folder", 4),
 ]
 """A reader, a file that it opens, a damage, and the exit code."""
 

@@ -1,7 +1,8 @@
 """Odd values for every key of a recipe: whatever validate accepts must train a step, or end with one clear error."""
 
+import contextlib
+import io
 import json
-import random
 import resource
 import types
 import typing
@@ -13,6 +14,7 @@ from fork_server import ZYGOTE
 from pydantic import BaseModel
 from workspace import Ended, Workspace, pairs
 
+from peftcli.cli.main import main
 from peftcli.recipe.library_args import installed_arguments
 from peftcli.recipe.schema import Recipe
 from peftcli.recipe.trainer_args import OWNED
@@ -97,9 +99,7 @@ def values_for(kinds: set[type]) -> list[Any]:
 @cache
 def tried() -> tuple[tuple[str, str], ...]:
     """Each key with each of its odd values, as JSON."""
-    return tuple(
-        (key, json.dumps(value)) for key, kinds in sorted(keys().items()) for value in values_for(kinds)
-    )
+    return tuple((key, json.dumps(value)) for key, kinds in sorted(keys().items()) for value in values_for(kinds))
 
 
 def write(ground: Workspace, key: str, text: str) -> None:
@@ -117,22 +117,13 @@ def limited() -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
 
 
-def validate(ground: Workspace, key: str, text: str) -> Ended:
-    """Validate the recipe with an odd value."""
-    write(ground, key, text)
-    return ZYGOTE.run(ground, "validate", "recipe.yaml", hook=limited)
+def validate_here() -> tuple[int, str]:
+    """Validate the recipe in the current folder; the exit code and stderr."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as err:
+        code = main(["validate", "recipe.yaml"])
+    return code, err.getvalue()
 
 
 def train(ground: Workspace) -> Ended:
     """Train a step of the recipe."""
     return ZYGOTE.run(ground, "train", "recipe.yaml", "--output-dir", "run", "--overwrite", hook=limited)
-
-
-def is_long(key: str, text: str) -> bool:
-    """Whether a value asks for a long training."""
-    return key in ENDLESS
-
-
-def sample(count: int, seed: int) -> list[tuple[str, str]]:
-    """Some of all keys and values."""
-    return random.Random(seed).sample(tried(), count)
