@@ -3,7 +3,7 @@ that are not comparable.
 """
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -85,11 +85,21 @@ def collect(name: str, entries: Sequence[Entry], home: Path) -> CompareJson:
         task=next((found.metrics.task for found in known.values()), None),
         model=_shared(text(found.plan.model.name) for found in known.values()),
         quality=None if metric is None else ComparedQuality(key=metric.key, better=better, rows=scored_on),
-        doubts=tuple(comparability_warnings(known, metric, methods)),
+        doubts=(*_incomplete(entries, stages), *comparability_warnings(known, metric, methods)),
         variants=tuple(rows),
         fronts=fronts,
         curves=tuple(learning_curves(rows, recipes)),
     )
+
+
+def _incomplete(entries: Sequence[Entry], stages: Mapping[str, Stages | None]) -> Iterator[str]:
+    """One sentence for each trained run with missing files."""
+    for entry in entries:
+        run, found = RunDir(entry.folder), stages[entry.name]
+        lost = [path.name for path in (run.plan, run.metrics) if not path.exists()] if found is None else found.lost
+        if lost and run.adapter.is_dir():
+            are = "is" if len(lost) == 1 else "are"
+            yield f"{' and '.join(lost)} {are} missing in the folder of {entry.name}, so its figures are not complete."
 
 
 def _with_places(row: VariantRow, best: Mapping[str, list[str]], fronts: Mapping[str, Sequence[str]]) -> VariantRow:

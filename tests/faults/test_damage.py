@@ -28,6 +28,7 @@ CHOSEN = [
     ("report run", "run/eval.json", "flip", 3),
     ("report run", "run/plan.json", "unreadable", 4),
     ("compare run", "run/train.json", "cut", 3),
+    ("compare run", "run/metrics.json", "remove", 0),
     ("data recipe.yaml", "base/model.safetensors", "folder", 4),
 ]
 """A reader, a file that it opens, a damage, and the exit code."""
