@@ -118,7 +118,7 @@ def entry_damage(folder: Path) -> str | None:
             found = file.stat().st_size
             if found != size:
                 return f"{name} has {found:,} bytes instead of {size:,}"
-            if _hash(file) != digest:
+            if file_hash(file) != digest:
                 return f"{name} has changed"
     except FileNotFoundError as error:
         return f"{Path(str(error.filename)).name} is missing"
@@ -127,7 +127,7 @@ def entry_damage(folder: Path) -> str | None:
     return None
 
 
-def _hash(file: Path) -> str:
+def file_hash(file: Path) -> str:
     """The 128-bit hash of a file; for large files, of evenly spaced blocks."""
     total = xxhash.xxh3_128()
     with file.open("rb") as stream:
@@ -164,7 +164,7 @@ def _fill(stage: Path, build: Callable[[Path], None]) -> None:
     """Build an entry with the hashes of its files, with the permissions of the umask."""
     build(stage)
     files = [file for file in sorted(stage.rglob("*")) if file.is_file() and file.name != SUMS]
-    sums = {file.relative_to(stage).as_posix(): [file.stat().st_size, _hash(file)] for file in files}
+    sums = {file.relative_to(stage).as_posix(): [file.stat().st_size, file_hash(file)] for file in files}
     (stage / SUMS).write_text(json.dumps(sums, indent=1), encoding="utf-8")
     apply_umask(stage)
 

@@ -1,5 +1,6 @@
 """The file names of a run, and how they are written: to a temporary name, then renamed."""
 
+import hashlib
 import json
 import os
 import tempfile
@@ -7,7 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from peftcli.errors import DataError, MachineError
 from peftcli.filesystem import new_file_mode
+
+CHECKSUM = "checksum"
+"""Key of a JSON file with the hash of its other keys; files of earlier versions do not have it."""
+
+
+class ChecksumError(ValueError):
+    """The content of a JSON file differs from what was written."""
 
 
 @dataclass(frozen=True)
@@ -121,8 +130,14 @@ def is_external_adapter(folder: Path) -> bool:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 file atomically: a reader sees the old or the new content, never a part of it."""
+    """Write a UTF-8 file atomically: a reader sees the old or the new content, never a part of it.
+
+    Raises:
+        MachineError: there is a folder of this name.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir():
+        raise MachineError(f"{path} cannot be written: a folder of this name is in the way; move it")
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8", newline="\n") as file:
@@ -138,18 +153,63 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Write one JSON object; a non-finite float is an error, since JSON cannot represent it."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    content = {key: part for key, part in value.items() if key != CHECKSUM}
+    whole = content | {CHECKSUM: _checksum(content)}
+    write_text(path, json.dumps(whole, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read one JSON object that `write_json` wrote."""
+    """Read one JSON object that `write_json` or another program wrote, without its checksum.
+
+    Raises:
+        ValueError: it is not JSON.
+        ChecksumError: it has a checksum, which does not fit the other keys.
+    """
     value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    stated = value.pop(CHECKSUM, None) if isinstance(value, dict) else None
+    if stated is not None and stated != _checksum(value):
+        raise ChecksumError(f"its checksum differs; if you edited the file, remove its key {CHECKSUM}")
     return value
 
 
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """Read a JSON Lines log; an incomplete last line from a killed process is skipped."""
+def _checksum(value: dict[str, Any]) -> str:
+    """The hash of an object's content, whatever its formatting and the order of its keys."""
+    stored = json.loads(json.dumps(value, allow_nan=False))  # keys that are numbers become text
+    return hashlib.sha256(json.dumps(stored, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def log_mark(path: Path) -> str | None:
+    """Size and hash of a log, to find later changes; None where there is no log."""
     if not path.is_file():
+        return None
+    data = path.read_bytes()
+    return f"{len(data)} {hashlib.sha256(data).hexdigest()[:32]}"
+
+
+def has_log_changed(path: Path, mark: str | None) -> bool:
+    """Whether a log no longer begins with what it held at a mark; lines may have been added."""
+    if mark is None:
+        return False
+    if not path.is_file():
+        return True
+    length, _, digest = mark.partition(" ")
+    data = path.read_bytes()[: int(length) if length.isdigit() else 0]
+    return hashlib.sha256(data).hexdigest()[:32] != digest
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """Read a JSON Lines log; an incomplete last line from a killed process is skipped.
+
+    Raises:
+        DataError: another line is not a JSON object.
+    """
+    if not path.exists():
         return []
     rows = []
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
@@ -157,8 +217,12 @@ def read_log(path: Path) -> list[dict[str, Any]]:
         if not line:
             continue
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            if number < len(lines) - 1 and any(lines[number + 1 :]):
-                raise
+            row = json.loads(line)
+        except ValueError as error:
+            if not any(lines[number + 1 :]):
+                break
+            raise DataError(f"{path}:{number + 1}: this line is not JSON ({error}); delete the line") from error
+        if not isinstance(row, dict):
+            raise DataError(f"{path}:{number + 1}: this line is not a JSON object; delete the line")
+        rows.append(row)
     return rows

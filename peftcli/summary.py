@@ -2,8 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
+from peftcli.errors import DataError
 from peftcli.metrics.interval import wilson_interval
 from peftcli.recipe.fields import Gate
 from peftcli.results import (
@@ -22,6 +24,7 @@ from peftcli.results import (
     TrainJson,
     load,
     load_or_default,
+    lost_files,
     save,
 )
 from peftcli.run_dir import RunDir
@@ -37,7 +40,11 @@ def write_metrics(run: RunDir, gates: Sequence[Gate]) -> MetricsJson:
 
     Returns:
         The content of the file.
+
+    Raises:
+        DataError: a file of an earlier step is missing, and the summary would lose its figures.
     """
+    refuse_lost(run, rewritten=run.merge)  # a resumed training removes it
     plan, evaluation = load_or_default(PlanJson, run.plan), load_or_default(EvalJson, run.eval)
     train, merge = load(TrainJson, run.train), load(MergeJson, run.merge)
     measured = MetricsJson(
@@ -58,6 +65,24 @@ def write_metrics(run: RunDir, gates: Sequence[Gate]) -> MetricsJson:
     value = replace(measured, gates=tuple(_judge(gate, measured) for gate in gates))
     save(run.metrics, value)
     return value
+
+
+def refuse_lost(run: RunDir, *, rewritten: Path | None = None) -> None:
+    """Refuse to summarize a run again if files are missing whose figures `metrics.json` still has.
+
+    Args:
+        rewritten: a file that may be missing, because it is written next.
+
+    Raises:
+        DataError: a file is missing.
+    """
+    lost = lost_files(run, load_or_default(MetricsJson, run.metrics))
+    names = [name for name in lost if rewritten is None or name != rewritten.name]
+    if names:
+        raise DataError(
+            f"{run.path}: {' and '.join(names)} {'is' if len(names) == 1 else 'are'} missing, although "
+            f"{run.metrics.name} still has the figures; restore what is missing, or train again with --overwrite"
+        )
 
 
 def unmet(metrics: MetricsJson) -> list[str]:

@@ -21,9 +21,9 @@ from peftcli.report.build import make_report, write_report
 from peftcli.report.data import data_section
 from peftcli.report.load import Stages, load_stages
 from peftcli.report.terminal import print_blocks, render_terminal, section_blocks
-from peftcli.results import DataJson, EvalJson, MetricsJson, as_text, load_or_default, save
-from peftcli.run_dir import RunDir, is_external_adapter
-from peftcli.summary import unmet, write_metrics
+from peftcli.results import DataJson, EnvironmentJson, EvalJson, MetricsJson, as_text, load_or_default, save
+from peftcli.run_dir import RunDir, file_sha256, is_external_adapter
+from peftcli.summary import refuse_lost, unmet, write_metrics
 from peftcli.tasks.registry import TASKS
 from peftcli.train.disk import RESERVE_BYTES, Forecast, check_disk_space
 from peftcli.train.stop import is_first_process
@@ -65,6 +65,12 @@ def eval_command(name: str, recipe: str | None, pointers: Pointers, *, with_base
         from peftcli.evaluate import evaluate
 
         loaded, plan, (target, data), is_own = _to_evaluate(name, recipe, pointers, shown)
+        run = target.run
+        updates = target.kind == "adapter" and is_own
+        if run is not None and updates:
+            refuse_lost(run, rewritten=run.eval)
+            if not run.eval.exists() and not with_base:
+                shown.note(f"note: {run.eval} was missing; pass --base to measure the base again too")
         value = evaluate(
             target,
             data,
@@ -74,8 +80,7 @@ def eval_command(name: str, recipe: str | None, pointers: Pointers, *, with_base
             with_base=with_base,
             progress=shown,
         )
-        run = target.run
-        if run is not None and target.kind == "adapter" and is_own:
+        if run is not None and updates:
             before = load_or_default(EvalJson, run.eval)
             same_rows = answered_digest(before) == answered_digest(value)
             base = value.base or (before.base if same_rows else None)
@@ -112,8 +117,17 @@ def _to_evaluate(
         return loaded, planned.plan, prepare_for(planned, open_target(name, planned.plan.base), shown), False
     run = open_run(name, pointers, shown)
     _refuse_untested(*_both(run.loaded))
+    if run.target.run is not None:
+        _note_edited(run.target.run, shown)
     planned = plan_recipe(run.loaded, smoke=bool(run.target.identity.get("smoke")))
     return run.loaded, planned.plan, prepare_for(planned, run.target, shown), run.same_rows
+
+
+def _note_edited(run: RunDir, shown: Shown) -> None:
+    """Say that the recipe of a run is not as training wrote it."""
+    written = load_or_default(EnvironmentJson, run.environment).recipe_sha256
+    if written is not None and file_sha256(run.recipe) != written:
+        shown.note(f"note: {run.recipe} was edited after training; its present values are used")
 
 
 def _both(loaded: Loaded) -> tuple[Loaded, Recipe]:
@@ -166,6 +180,8 @@ def merge_command(path: Path, recipe: str | None, pointers: Pointers, flags: Mer
         if target.adapter is None:
             raise RecipeError(f"{path}: this run has only a merged model and no adapter, so there is nothing to merge")
         refuse_unmergeable(target.adapter)
+        _note_edited(run, shown)
+        refuse_lost(run, rewritten=run.merge)
         planned = plan_recipe(loaded, smoke=bool(target.identity.get("smoke")))
         plan = planned.plan
         target, data = prepare_for(planned, target, shown)

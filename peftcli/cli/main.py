@@ -22,7 +22,19 @@ from peftcli.train.stop import is_first_of_machine
 NO_MEMORY_SIGNS = ("failed to map segment", "Cannot allocate memory", "cannot allocate memory")
 """Messages of the dynamic loader if a library does not fit into memory."""
 BUG = "error: this is a bug in peftcli; please report it with the lines above and the output of `pip list`"
-MACHINE_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
+MACHINE_FAULTS = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EIO,
+    errno.ESTALE,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+)
 """Operating system errors caused by the machine, not by peftcli."""
 
 app = typer.Typer(

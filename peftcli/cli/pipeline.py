@@ -137,7 +137,7 @@ def prepare_for(planned: Planned, target: Target, progress: Progress) -> tuple[T
 
 def run_record(run: RunDir) -> SplitRecord | None:
     """Which rows a run held out; None where it held out none, and for runs of earlier versions."""
-    record = SplitRecord.load(run.rows) if run.rows.is_file() else None
+    record = SplitRecord.load(run.rows) if run.rows.exists() else None
     return record if record is not None and len(record.test) else None
 
 
@@ -162,7 +162,7 @@ def earlier_record(recipe: Recipe, before: Sequence[RunDir], *, resumed: RunDir 
     if recipe.adapter.init_from is not None:
         folder = Path(recipe.adapter.init_from)
         runs.append(RunDir(folder if (folder / "recipe.yaml").is_file() else folder.parent))
-    joined = join_records([SplitRecord.load(run.rows) for run in runs if run.rows.is_file()])
+    joined = join_records([SplitRecord.load(run.rows) for run in runs if run.rows.exists()])
     own = None if resumed is None else run_record(resumed)
     return joined if joined is None or own is None else replace(joined, closed=True)
 

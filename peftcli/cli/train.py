@@ -23,7 +23,8 @@ from peftcli.recipe.schema import Recipe
 from peftcli.recipe.stages import stage_recipes
 from peftcli.report.forecast import forecast_line
 from peftcli.results import DataJson, MetricsJson, save
-from peftcli.run_dir import RunDir
+from peftcli.run_dir import RunDir, file_sha256
+from peftcli.summary import refuse_lost
 from peftcli.train.baseline import reuse_blocker
 from peftcli.train.deadline import deadline, session_note, wall_clock_limit
 from peftcli.train.disk import cannot_write, check_disk_space, check_writable
@@ -120,6 +121,8 @@ def train_command(recipe_name: str, overrides: Sequence[str], flags: TrainFlags)
                 reason = _train_stages(loaded, run, shown, stops, beginning, flags)
 
             def conclude() -> None:
+                if beginning.finished:
+                    refuse_lost(run)
                 metrics = finish(run, loaded.recipe)
                 show_result(run, metrics, streams, as_json=flags.as_json)
                 _raise_unless_good(run, metrics, reason)
@@ -273,7 +276,7 @@ def _train(
     facts = replace(parse(DataJson, data.facts), file_state=file_state(loaded.recipe.dataset))
     if is_first_process():
         save(run.plan, decided)
-        save(run.environment, environment)
+        save(run.environment, replace(environment, recipe_sha256=file_sha256(run.recipe)))
         save(run.data, facts)
         save_record(run, data, continued)
         save(run.inputs, record_inputs(loaded.recipe, run))

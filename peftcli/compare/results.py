@@ -3,13 +3,13 @@ that are not comparable.
 """
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from peftcli.compare.variants import ROWS_KEY, unique
-from peftcli.errors import PeftcliError, RecipeError
+from peftcli.errors import RecipeError
 from peftcli.plan.answered_rows import answered_digest
 from peftcli.recipe.dump import fingerprint
 from peftcli.recipe.load import load_run_recipe
@@ -92,11 +92,21 @@ def collect(name: str, entries: Sequence[Entry], home: Path) -> CompareJson:
         quality=None
         if metric is None
         else ComparedQuality(key=metric.key, better=better, rows=scored_on, comparable=comparable),
-        doubts=tuple(comparability_warnings(known, metric, methods)),
+        doubts=(*_incomplete(entries, stages), *comparability_warnings(known, metric, methods)),
         variants=tuple(rows),
         fronts=fronts,
         curves=tuple(learning_curves(rows, recipes)),
     )
+
+
+def _incomplete(entries: Sequence[Entry], stages: Mapping[str, Stages | None]) -> Iterator[str]:
+    """One sentence for each trained run with missing files."""
+    for entry in entries:
+        run, found = RunDir(entry.folder), stages[entry.name]
+        lost = [path.name for path in (run.plan, run.metrics) if not path.exists()] if found is None else found.lost
+        if lost and run.adapter.is_dir():
+            are = "is" if len(lost) == 1 else "are"
+            yield f"{' and '.join(lost)} {are} missing in the folder of {entry.name}, so its figures are not complete."
 
 
 def _with_places(row: VariantRow, best: Mapping[str, list[str]], fronts: Mapping[str, Sequence[str]]) -> VariantRow:
@@ -112,7 +122,7 @@ def _stages(folder: Path) -> Stages | None:
     """The results of a run, None if none of its stages has finished."""
     try:
         return load_stages(RunDir(folder))
-    except PeftcliError:
+    except RecipeError:
         return None  # the variant failed in its first stage; its row has the error
 
 

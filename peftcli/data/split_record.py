@@ -5,7 +5,10 @@ rows that were trained on.
 """
 
 import os
+import struct
 import tempfile
+import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,6 +23,8 @@ from peftcli.errors import DataError, MachineError
 from peftcli.filesystem import new_file_mode
 
 Hashes = NDArray[np.uint64]
+DAMAGE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, struct.error, NotImplementedError)
+"""What numpy and zipfile raise for a damaged file; its arrays have checksums."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,7 @@ class SplitRecord:
             with np.load(file) as found:
                 inputs = found["inputs"] if "inputs" in found else np.zeros(0, np.uint64)
                 return cls(found["train"], found["test"], found["unused"], inputs)
-        except (OSError, ValueError, KeyError, EOFError) as problem:
+        except DAMAGE as problem:
             raise MachineError(
                 f"{file}: cannot be read ({problem}), so it is not known which rows this run trained on; train it again"
             ) from problem
@@ -88,7 +93,13 @@ class SplitRecord:
         return replace(self, train=train, inputs=inputs)
 
     def save(self, file: Path) -> None:
-        """Write the record; a reader sees all of it or nothing."""
+        """Write the record; a reader sees all of it or nothing.
+
+        Raises:
+            MachineError: there is a folder of this name.
+        """
+        if file.is_dir():
+            raise MachineError(f"{file} cannot be written: a folder of this name is in the way; move it")
         descriptor, beside = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.", suffix=".npz")
         try:
             with os.fdopen(descriptor, "wb") as stream:

@@ -63,7 +63,10 @@ def refuse_changed(folder: Path, stated: Mapping[str, str]) -> None:
     Raises:
         MachineError: a file differs.
     """
-    now = hash_files(folder)
+    try:
+        now = hash_files(folder)
+    except FileNotFoundError as problem:
+        raise MachineError(f"{problem.filename}: missing; restore it, or train again") from problem
     changed = [name for name, digest in stated.items() if now.get(name) != digest]
     if changed:
         raise MachineError(f"{folder}: {' and '.join(changed)} changed after training; restore it, or train again")

@@ -53,7 +53,9 @@ def open_weights(file: Path) -> Iterator[Any]:
     try:
         with safe_open(str(file), framework="pt") as stream:
             yield stream
-    except SafetensorError as problem:
+    except (FileNotFoundError, PermissionError):
+        raise
+    except (SafetensorError, OSError) as problem:  # also a folder of that name, or a faulty disk
         raise damaged_weights(file, problem) from problem
 
 

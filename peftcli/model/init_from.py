@@ -12,7 +12,7 @@ from peftcli.errors import RecipeError
 from peftcli.model.adapter_weights import CONFIG, WEIGHTS
 from peftcli.model.heads import is_within
 from peftcli.model.load import PREFIX
-from peftcli.model.manifest import EARLIER, read_manifest, refuse_other_base
+from peftcli.model.manifest import EARLIER, check_adapter, read_manifest, refuse_other_base
 from peftcli.plan.plan import Base
 from peftcli.run_dir import RunDir, read_json
 
@@ -37,6 +37,16 @@ def adapter_folder(path: str) -> Path:
             "model.name to the merged model"
         )
     return folder
+
+
+def check_initial_weights(path: str) -> None:
+    """Refuse an adapter to start from if a file of it differs from what was written.
+
+    Raises:
+        RecipeError: there is no adapter.
+        MachineError: a file is missing, damaged or changed.
+    """
+    check_adapter(adapter_folder(path))
 
 
 def load_initial_weights(model: PeftModel, path: str, base: Base) -> str:

@@ -11,10 +11,17 @@ from typing import Any
 from huggingface_hub.constants import is_offline_mode
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from peftcli.cache import file_hash
 from peftcli.data.cache import tokenizer_fingerprint
 from peftcli.data.prepare import PreparedData
 from peftcli.errors import DataError, MachineError
-from peftcli.model.adapter_weights import WEIGHTS, hash_files, read_tensors
+from peftcli.model.adapter_weights import (
+    WEIGHTS,
+    check_adapter_files,
+    hash_files,
+    read_tensors,
+    refuse_changed,
+)
 from peftcli.model.files import BaseFacts, base_facts, local_folder
 from peftcli.model.hub import why_offline
 from peftcli.model.load import load_tokenizer
@@ -28,6 +35,8 @@ from peftcli.tiny.tokenizer_files import tokenizer_files
 MANIFEST = "peftcli.json"
 EARLIER = "earlier"
 """Subfolder of an adapter folder with the adapters of earlier stages, which are merged into its base."""
+MODEL_FILES = "model_files"
+"""Key with the hashes of a merged model's files."""
 SCHEMA = 2
 """Schema 1 has the hash of the bytes of config.json, and nothing about weights, tokenizer and tensors."""
 OPTIONAL = {field.name for field in fields(Base) if field.default is not MISSING}
@@ -104,9 +113,45 @@ def build_merged_manifest(found: dict[str, Any], dtype: str, folder: Path, choic
         dtype: of the stored weights.
         folder: of the merged model, with its tokenizer.
     """
-    kept = {key: value for key, value in found.items() if key != "tensors"}
+    kept = {key: value for key, value in found.items() if key not in ("tensors", "files")}
     merged = {"kind": "merged", "base": found["base"] | {"dtype": dtype, "absorbed": []}}
+    merged[MODEL_FILES] = {file.name: file_hash(file) for file in _model_files(folder)}
     return kept | merged | {"tokenizer": tokenizer_record(folder, choice)}
+
+
+def _model_files(folder: Path) -> list[Path]:
+    """The files of a merged model that determine its results, besides those of its tokenizer."""
+    apart = {MANIFEST, "README.md", *(file.name for file in tokenizer_files(folder))}
+    return [file for file in sorted(folder.iterdir()) if file.is_file() and file.name not in apart]
+
+
+def check_merged(folder: Path, found: dict[str, Any]) -> None:
+    """Refuse a merged model if a file of its weights or its configuration changed since it was written.
+
+    Files of at most a GiB, as `merge` writes them, are hashed completely.
+
+    Raises:
+        MachineError: a file is missing or differs.
+    """
+    stated = found.get(MODEL_FILES) or {}
+    changed = [name for name, digest in stated.items() if not _is_same(folder / name, digest)]
+    if changed:
+        raise MachineError(f"{folder}: {' and '.join(changed)} changed after merging; restore it, or merge again")
+
+
+def _is_same(file: Path, digest: str) -> bool:
+    return file.is_file() and file_hash(file) == digest
+
+
+def check_adapter(folder: Path) -> None:
+    """Refuse an adapter of this program if a file differs from what training wrote.
+
+    Raises:
+        MachineError: a file is missing, damaged or changed.
+    """
+    found = read_manifest(folder) or {}
+    check_adapter_files(folder, found.get("tensors"))
+    refuse_changed(folder, found.get("files") or {})
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
@@ -116,8 +161,10 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         MachineError: it is damaged.
     """
     file = folder / MANIFEST
-    if not file.is_file():
+    if not file.exists():
         return None
+    if not file.is_file():
+        raise MachineError(f"{file}: not a file; restore the file")
     try:
         found = read_json(file)
         missing = {"kind", "base"} - found.keys() or {field.name for field in fields(Base)} - found["base"].keys()

@@ -10,11 +10,13 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peftcli.errors import MachineError, RecipeError
-from peftcli.model.adapter_weights import CONFIG, check_adapter_files, refuse_changed
+from peftcli.model.adapter_weights import CONFIG, check_adapter_files
 from peftcli.model.load import load_adapter, load_base, load_tokenizer
 from peftcli.model.manifest import (
     BaseLocation,
     base_of,
+    check_adapter,
+    check_merged,
     check_tokenizer,
     read_manifest,
     refuse_other_base,
@@ -138,16 +140,16 @@ def _device() -> str:
 
 
 def _merged(folder: Path, found: dict[str, Any], run: RunDir | None) -> Target:
-    """One of our merged models, after checking its tokenizer."""
+    """One of our merged models, after checking its files and its tokenizer."""
     merged = _merged_base(folder, found, _device())
+    check_merged(folder, found)
     check_tokenizer(folder, found, merged)
     return Target(merged, None, found, run)
 
 
 def _adapter(folder: Path, found: dict[str, Any], places: Sequence[BaseLocation], run: RunDir | None) -> Target:
     """One of our adapters, after checking its files, base and tokenizer against its manifest."""
-    check_adapter_files(folder, found.get("tensors"))
-    refuse_changed(folder, found.get("files") or {})
+    check_adapter(folder)
     under = base_of(found, _device(), places)
     check_tokenizer(folder, found, under)
     under = replace(under, absorbed=tuple(str(folder / place) for place in under.absorbed))

@@ -1,13 +1,12 @@
 """Loads the JSON files of a run for the report: any file may be absent, and any value may be null."""
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from peftcli.errors import DataError, RecipeError
+from peftcli.errors import RecipeError
 from peftcli.plan.module_selection import Selection
 from peftcli.results import (
     DataFigures,
@@ -21,8 +20,9 @@ from peftcli.results import (
     TrainJson,
     load,
     load_or_default,
+    lost_files,
 )
-from peftcli.run_dir import RunDir, read_log
+from peftcli.run_dir import RunDir, has_log_changed, read_log
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +51,10 @@ class Stages:
     """The history of AdaLoRA's ranks; None for other methods."""
     log: tuple[Mapping[str, Any], ...] = ()
     earlier: tuple[EarlierStage, ...] = ()
+    lost: tuple[str, ...] = ()
+    """Names of files that are missing, although `metrics.json` has figures of them."""
+    log_changed: bool = False
+    """The log is not as training wrote it."""
 
     @property
     def data_figures(self) -> DataFigures:
@@ -85,24 +89,25 @@ def load_stages(run: RunDir) -> Stages:
     """
     plan, metrics = load(PlanJson, run.plan), load(MetricsJson, run.metrics)
     if plan is None or metrics is None:
+        missing = run.plan.name if plan is None else run.metrics.name
         raise RecipeError(
-            f"{run.path} contains no finished stage; run `peftcli train RECIPE --output-dir {run.path}` first"
+            f"{run.path} contains no finished stage; run `peftcli train RECIPE --output-dir {run.path}` first "
+            f"({missing} is missing)"
         )
-    try:
-        log = read_log(run.log)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{run.log} has a line that is not JSON ({error.msg}); delete the line") from error
+    train = load(TrainJson, run.train)
     return Stages(
         plan=plan,
         metrics=metrics,
         environment=load(EnvironmentJson, run.environment),
         data=load(DataJson, run.data),
-        train=load(TrainJson, run.train),
+        train=train,
         eval=load_or_default(EvalJson, run.eval),
         merge=load(MergeJson, run.merge),
         selection=load(Selection, run.selection),
         ranks=load(RanksJson, run.ranks),
-        log=tuple(row for row in log if isinstance(row, dict)),
+        log=tuple(read_log(run.log)),
+        lost=lost_files(run, metrics),
+        log_changed=train is not None and has_log_changed(run.log, train.log),
         earlier=tuple(_earlier(RunDir(folder)) for folder in sorted(run.stages.glob("*"), key=_number)),
     )
 

@@ -117,7 +117,7 @@ def _merged(stages: Stages) -> str:
 
 def warnings(stages: Stages) -> tuple[str, ...]:
     """Problems that make the metrics of this run less meaningful."""
-    found = [*_data_warnings(stages)]
+    found = [*_file_warnings(stages), *_data_warnings(stages)]
     unfinished = stages.metrics.of("adapter").figure("unfinished_answers")
     if unfinished is not None and unfinished > UNFINISHED_LIMIT:
         limit = stages.eval.decoding.max_new_tokens if stages.eval.decoding else None
@@ -126,6 +126,14 @@ def warnings(stages: Stages) -> tuple[str, ...]:
     if stages.merge is not None and stages.merge.met is False:
         found.append("The merged model drifts from the adapter by more than the limits allow; see Merge.")
     return tuple(found)
+
+
+def _file_warnings(stages: Stages) -> Iterator[str]:
+    if stages.lost:
+        are = "is" if len(stages.lost) == 1 else "are"
+        yield f"{' and '.join(stages.lost)} {are} missing from the run folder, so this report is not complete."
+    if stages.log_changed:
+        yield "log.jsonl was changed after training, so the training curve may be wrong."
 
 
 def _data_warnings(stages: Stages) -> Iterator[str]:

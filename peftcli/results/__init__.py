@@ -46,6 +46,7 @@ from peftcli.results.files import (
     as_text,
     load,
     load_or_default,
+    lost_files,
     save,
     status_of,
 )
@@ -178,6 +179,7 @@ __all__ = [
     "as_text",
     "load",
     "load_or_default",
+    "lost_files",
     "save",
     "status_of",
 ]

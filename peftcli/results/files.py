@@ -10,7 +10,7 @@ from peftcli.results.metrics import MetricsJson
 from peftcli.results.plan import Forecast, PlanJson
 from peftcli.results.schema import SCHEMA
 from peftcli.results.training import TrainJson
-from peftcli.run_dir import RunDir, read_json, write_json
+from peftcli.run_dir import ChecksumError, RunDir, read_json, write_json
 from peftcli.typed_json import WrongType, dump, parse
 
 T = TypeVar("T")
@@ -23,13 +23,18 @@ def load(kind: type[T], path: Path) -> T | None:
     """Read a file of a run; None where there is none.
 
     Raises:
-        DataError: it is not JSON, another version of peftcli wrote it, or a key has a value of the wrong type.
+        DataError: it is not JSON, it was changed since it was written, another version of peftcli wrote it, or a key
+            has a value of the wrong type.
     """
-    if not path.is_file():
+    if not path.exists():
         return None
+    if not path.is_file():
+        raise DataError(f"{path} is not a file; remove it, and run the stage that writes it again")
     again = "run the stage that writes it again"
     try:
         value = read_json(path)
+    except ChecksumError as error:
+        raise DataError(f"{path} was changed after it was written: {error}; else {again}") from error
     except ValueError as error:
         raise DataError(f"{path} is not JSON ({error}); {again}") from error
     schema = value.get("schema") if isinstance(value, dict) else None
@@ -65,3 +70,16 @@ def status_of(run: RunDir) -> str | None:
     """The status that `metrics.json` states, or None where no run has ended in the folder."""
     found = load(MetricsJson, run.metrics)
     return None if found is None else found.status
+
+
+def lost_files(run: RunDir, metrics: MetricsJson) -> tuple[str, ...]:
+    """Names of files that are missing, although `metrics.json` repeats figures of them."""
+    repeated = {
+        run.eval: metrics.base or metrics.adapter,
+        run.train: metrics.train,
+        run.data: metrics.data.train_rows,
+        run.merge: metrics.merge,
+        run.environment: metrics.train,
+        run.log: metrics.train,
+    }
+    return tuple(path.name for path, figure in repeated.items() if figure is not None and not path.exists())

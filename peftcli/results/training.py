@@ -24,7 +24,11 @@ class Device:
 
 @dataclass(frozen=True, kw_only=True)
 class EnvironmentJson:
-    """`environment.json`: versions by package (None where one is not installed), hardware, and the command."""
+    """`environment.json`: versions by package (None where one is not installed), hardware, and the command.
+
+    Attributes:
+        recipe_sha256: of `recipe.yaml` in the run folder, as the last session wrote it.
+    """
 
     schema: int = SCHEMA
     python: str | None = None
@@ -34,6 +38,7 @@ class EnvironmentJson:
     cpu_count: int | None = None
     ram_bytes: int | None = None
     command: str | None = None
+    recipe_sha256: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +98,7 @@ class TrainJson(TrainFigures):
     Attributes:
         optimizations: names of the optimizations that were used.
         stamp: what the run was made from: hashes of the data and the base, versions of packages.
+        log: size and hash of `log.jsonl`, as `run_dir.log_mark` returns them.
     """
 
     schema: int = TRAIN_SCHEMA
@@ -107,6 +113,7 @@ class TrainJson(TrainFigures):
     optimizations: tuple[str, ...] = field(default=(), metadata=renamed_from("levers"))
     calibration: Calibration | None = None
     stamp: Mapping[str, Any] = field(default_factory=dict)
+    log: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,12 +28,15 @@ class FoundCheckpoint:
     damaged: list[tuple[str, str]]
 
 
-def seal(folder: Path, step: int, counters: Mapping[str, float], stamp: Mapping[str, Any]) -> None:
+def seal(
+    folder: Path, step: int, counters: Mapping[str, float], stamp: Mapping[str, Any], log: str | None = None
+) -> None:
     """Write the manifest of a staged checkpoint and flush all its files to disk.
 
     Args:
         counters: counts of the run up to this step, for the session that resumes.
         stamp: the fingerprint of the run, which that session compares.
+        log: `log_mark` of the run's log, which that session compares too.
     """
     files = {}
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
@@ -41,7 +44,7 @@ def seal(folder: Path, step: int, counters: Mapping[str, float], stamp: Mapping[
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
             os.fsync(stream.fileno())
         files[str(file.relative_to(folder))] = {"bytes": file.stat().st_size, "sha256": digest}
-    facts = {"schema": 1, "step": step, "counters": dict(counters), "stamp": dict(stamp), "files": files}
+    facts = {"schema": 1, "step": step, "counters": dict(counters), "stamp": dict(stamp), "files": files, "log": log}
     write_json(folder / MANIFEST, facts | {"sha256": _own_hash(facts)})
     with (folder / MANIFEST).open("rb") as stream:
         os.fsync(stream.fileno())

@@ -62,7 +62,13 @@ def _earlier(run: RunDir) -> Selection:
         raise MachineError(
             f"{run.selection}: missing, so the trained modules of this run are unknown; train it again with --overwrite"
         )
-    return Selection.from_json(read_json(run.selection))
+    try:
+        return Selection.from_json(read_json(run.selection))
+    except (ValueError, KeyError, TypeError, AttributeError) as problem:
+        raise MachineError(
+            f"{run.selection}: damaged ({problem}), so the trained modules of this run are unknown; restore it, or "
+            "train again with --overwrite"
+        ) from problem
 
 
 def _select(plan: Plan, data: PreparedData, tokenizer: PreTrainedTokenizerBase, model: Any) -> Selection:

@@ -35,7 +35,7 @@ from peftcli.results import (
     save,
     status_of,
 )
-from peftcli.run_dir import RunDir, read_json, read_log, write_text
+from peftcli.run_dir import RunDir, has_log_changed, read_json, read_log, write_text
 from peftcli.train.checkpoint import MANIFEST, FoundCheckpoint, clear_staging, list_checkpoints, newest_valid
 from peftcli.train.lock import NAME as LOCK
 
@@ -399,6 +399,8 @@ def _resume(run: RunDir) -> OpenedRun:
             notes += _lost(run)
         run.log.unlink(missing_ok=True)
         return OpenedRun(False, None, tuple(notes))
+    if has_log_changed(run.log, read_json(found.path / MANIFEST).get("log")):
+        notes.append(f"{run.log} was changed since the checkpoint, so the training curve of the report may be wrong")
     notes += _go_back(run, found.step)
     planned = load_or_default(TrainJson, run.train).planned_steps
     notes.append(f"resuming from step {found.step}" + (f" of {planned}" if planned else "") + " (checkpoint verified)")

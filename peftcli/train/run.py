@@ -29,9 +29,9 @@ from peftcli.model.evaluate import (
     sampling_note,
 )
 from peftcli.model.hardware import peak_memory_bytes
-from peftcli.model.init_from import load_initial_weights
+from peftcli.model.init_from import check_initial_weights, load_initial_weights
 from peftcli.model.load import DTYPES, load_adapter, load_base
-from peftcli.model.manifest import refuse_unknown_tokens
+from peftcli.model.manifest import check_adapter, refuse_unknown_tokens
 from peftcli.model.padding_free import RowCheck, check_rows, enable_padding_free, kernels_used
 from peftcli.model.varlen_attention import rejected
 from peftcli.plan.answered_rows import answered_digest, rows_digest
@@ -49,7 +49,7 @@ from peftcli.results import (
     load_or_default,
     save,
 )
-from peftcli.run_dir import RunDir
+from peftcli.run_dir import RunDir, log_mark
 from peftcli.tasks.base import implementation
 from peftcli.tasks.registry import TASKS
 from peftcli.train import checkpoint
@@ -130,6 +130,8 @@ def train(
     """
     stops, resume_from = session.stops, session.resume_from
     load_retention(plan, tokenizer)  # problems with the text are reported before loading the weights
+    if resume_from is None and plan.adapter.init_from is not None:
+        check_initial_weights(plan.adapter.init_from)
     trainer = _build_trainer(plan, run, data, tokenizer, progress, session)
     plan = trainer.setup.plan  # with the modules that the gradient selected
     stoppable = StoppableProgress(
@@ -258,7 +260,9 @@ def evaluate_trained(
         MachineError: the weights cannot be loaded.
     """
     stoppable = StoppableProgress(progress, session.stops, "during the final evaluation")
-    model = load_adapter(load_base(plan.base, shards=plan.shards), on_this_machine(run.adapter, run.received))
+    adapter = on_this_machine(run.adapter, run.received)
+    check_adapter(adapter)
+    model = load_adapter(load_base(plan.base, shards=plan.shards), adapter)
     known = _known_baseline(run, session, resuming=True)
     baseline = _baseline(plan, run, data, tokenizer, model, stoppable, known=known)
     _measure_adapter(plan, run, data, tokenizer, model, stoppable, baseline.found)
@@ -516,6 +520,7 @@ def write_train(run: RunDir, trainer: StepTrainer, callback: RunCallback, optimi
         optimizations=tuple(sorted(optimizations)),
         calibration=None if trainer.calibration is None else Calibration(**trainer.calibration),
         stamp=dict(trainer.setup.fingerprint),
+        log=log_mark(run.log),
     )
     save(run.train, facts)
     checkpoint.clear_staging(run.checkpoints)

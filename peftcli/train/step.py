@@ -23,7 +23,7 @@ from peftcli.methods.registry import METHODS
 from peftcli.model.distributed import gather, is_fsdp
 from peftcli.model.padding_free import RowCheck
 from peftcli.plan.plan import Plan
-from peftcli.run_dir import RunDir, read_json
+from peftcli.run_dir import RunDir, log_mark, read_json
 from peftcli.train import checkpoint
 from peftcli.train.adalora import RankAllocation
 from peftcli.train.adapter_init import initialize_adapter
@@ -420,7 +420,11 @@ class StepTrainer(transformers.Trainer):  # type: ignore[misc]  # transformers' 
             if is_best:
                 self.state.save_to_json(str(folder / checkpoint.STAGING / name / "trainer_state.json"))
             checkpoint.seal(
-                folder / checkpoint.STAGING / name, self.state.global_step, counters, dict(self.setup.fingerprint)
+                folder / checkpoint.STAGING / name,
+                self.state.global_step,
+                counters,
+                dict(self.setup.fingerprint),
+                log_mark(RunDir(folder.parent).log),
             )
             checkpoint.promote(folder / checkpoint.STAGING / name, folder / name)
             checkpoint.rotate(folder, self.args.save_total_limit or 2, self.state.best_model_checkpoint)

@@ -14,7 +14,7 @@ from peftcli.model.generation import Decoding, generate_answers
 from peftcli.model.scoring import completion_nll, score
 from peftcli.model.target import open_target
 from peftcli.progress import Silent
-from peftcli.run_dir import read_json
+from peftcli.run_dir import read_json, write_json
 
 Cli = Callable[..., int]
 Write = Callable[..., Path]
@@ -183,8 +183,8 @@ def test_an_adapter_on_another_base_is_refused(run: Path, run_cli: Cli, capfd: A
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)
     identity = copy / "adapter" / "peftcli.json"
-    value = json.loads(identity.read_text())
+    value = read_json(identity)
     value["base"]["config_sha256"] = "0" * 64
-    identity.write_text(json.dumps(value))
+    write_json(identity, value)
     assert run_cli("generate", copy, "x") == 4
     assert "differs from the one at" in capfd.readouterr().err

@@ -354,8 +354,8 @@ def test_a_configuration_that_asks_for_more_targets_than_the_file_holds_is_refus
     assert run_cli("generate", project / "run", "x") == 4
     assert "adapter_config.json changed after training" in capfd.readouterr().err
     stated = file.with_name("peftcli.json")
-    found = json.loads(stated.read_text())
-    stated.write_text(json.dumps({key: value for key, value in found.items() if key != "files"}))  # an older version's
+    found = read_json(stated)
+    write_json(stated, {key: value for key, value in found.items() if key != "files"})  # an older version's
     assert run_cli("generate", project / "run", "x") == 4
     assert "lacks base_model.model.model.layers.0.self_attn.k_proj" in capfd.readouterr().err
 

@@ -166,6 +166,8 @@ class Zygote:
         for number, name in ((1, ".out"), (2, ".err")):
             descriptor = os.open(ground.folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(descriptor, number)
+        # Where pytest captures, these objects write elsewhere.
+        sys.stdout, sys.stderr = (open(number, "w", encoding="utf-8", closefd=False) for number in (1, 2))  # noqa: SIM115
         sys.stdin.close()
         sys.argv = ["peftcli", *words]
         for phase, where in PHASES.items():

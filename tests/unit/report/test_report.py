@@ -27,7 +27,7 @@ from peftcli.recipe.fields import parse_gate
 from peftcli.recipe.load import load_recipe
 from peftcli.report.build import write_report
 from peftcli.results import save
-from peftcli.run_dir import RunDir, write_json, write_text
+from peftcli.run_dir import RunDir, read_json, write_json, write_text
 from peftcli.summary import write_metrics
 
 HOSTILE = (
@@ -331,7 +331,7 @@ def hostile_run(folder: Path) -> RunDir:
     run = sample_run(folder)
     update(run.data, **whole_data())
     for name in FILES:
-        raw = json.loads((folder / name).read_text(encoding="utf-8"))
+        raw = read_json(folder / name)
 
         def spoil(value: Any) -> Any:
             if isinstance(value, dict):
