@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from peftcli.cli.console import Shown, Streams, console, printable, quiet
+from peftcli.cli.console import Shown, Streams, console, quiet
 from peftcli.cli.recipes import find_recipe
-from peftcli.errors import DataError, GateNotMet, MemoryExhausted, RecipeError
+from peftcli.cli.text import JSON_OUTPUT, printable
+from peftcli.errors import Aborted, DataError, GateNotMet, MemoryExhausted, RecipeError
 from peftcli.plan.answered_rows import answered_digest
 from peftcli.plan.plan import DTYPE_BYTES
 from peftcli.plan.smoke import check_schedules, smoke_notices, smoke_recipe
@@ -132,8 +133,7 @@ def merge_command(
     run = RunDir(path)
     if not run.recipe.is_file():
         raise RecipeError(
-            f"{path}: not a run folder (no recipe.yaml) and not an adapter (no adapter_config.json); create a run with "
-            f"`peftcli train RECIPE --output-dir {path}`"
+            f"{path}: not a run folder (no recipe.yaml), and not an adapter of another tool; pass the run folder"
         )
     if recipe is not None:
         raise RecipeError(f"--recipe {recipe}: {path} is a run and has its own recipe; remove --recipe")
@@ -325,6 +325,8 @@ def shown_run(log: Path | None) -> Iterator[tuple[Shown, Streams]]:
         shown = Shown(console(streams.err), speaks=is_first_process())
         try:
             yield shown, streams
+        except KeyboardInterrupt as problem:  # training handles Ctrl-C itself
+            raise Aborted("stopped by Ctrl-C") from problem
         except Exception as problem:
             if not _is_out_of_memory(problem):
                 raise
@@ -346,5 +348,4 @@ def _is_out_of_memory(problem: Exception) -> bool:
 
 
 def print_json(streams: Streams, value: Any) -> None:
-    streams.out.write(as_text(value) + "\n")
-    streams.out.flush()
+    JSON_OUTPUT.write(as_text(value), streams.out)

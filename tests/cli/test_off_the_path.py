@@ -27,6 +27,12 @@ def own_base(tiny_llama: Path, tmp_path: Path) -> Path:
     return folder
 
 
+def write_run_mark(folder: Path) -> None:
+    """A folder that passes for a run until its files are read."""
+    folder.mkdir()
+    (folder / "recipe.yaml").write_text("")
+
+
 def test_a_cut_off_weights_file_is_named(
     own_base: Path, write_recipe: Write, run_cli: Cli, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -63,7 +69,8 @@ def test_an_alpha_that_overflows_is_refused(write_recipe: Write, run_cli: Cli, c
 def test_a_prompt_that_is_not_utf_8_is_refused(where: str, tmp_path: Path) -> None:
     latin = b"caf\xe9"
     (tmp_path / "p.txt").write_bytes(latin)
-    words: list[Any] = [sys.executable, "-m", "peftcli", "generate", "no-such-run"]
+    write_run_mark(tmp_path / "run")
+    words: list[Any] = [sys.executable, "-m", "peftcli", "generate", "run"]
     words += {"argument": [latin], "file": ["--file", str(tmp_path / "p.txt")]}.get(where, [])
     given = latin if where == "stdin" else b""
     done = subprocess.run(words, cwd=tmp_path, input=given, capture_output=True, check=False)
@@ -71,7 +78,8 @@ def test_a_prompt_that_is_not_utf_8_is_refused(where: str, tmp_path: Path) -> No
 
 
 def test_too_little_memory_for_the_libraries_is_no_bug(tmp_path: Path) -> None:
-    command = f"ulimit -v 1000000; exec {sys.executable} -m peftcli generate no-such-run hello"
+    write_run_mark(tmp_path / "run")
+    command = f"ulimit -v 1000000; exec {sys.executable} -m peftcli generate run hello"
     done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 4 and "memory" in done.stderr and "bug of peftcli" not in done.stderr
 
