@@ -95,12 +95,23 @@ def options(
 
 
 @app.command()
-def validate(recipe: RecipeArgument, set_: SetOption = None, as_json: JsonOption = False) -> None:
-    """Check a recipe and report every problem with its line. No model or data is loaded."""
+def validate(
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    data: Annotated[
+        bool, typer.Option(help="Also open the local data files and compare their columns with the recipe.")
+    ] = True,
+    as_json: JsonOption = False,
+) -> None:
+    """Check a recipe and the columns of its data files, and report every problem. No model is loaded."""
     from peftcli.cli.recipes import find_recipe
     from peftcli.recipe.load import load_recipe
 
     loaded = load_recipe(find_recipe(recipe), set_ or ())
+    if data:
+        from peftcli.data.first_rows import check_first_rows
+
+        check_first_rows(loaded.recipe)
     if as_json:
         _print_json({"recipe": str(loaded.path), "valid": True, "notices": list(loaded.notices)})
         return

@@ -49,7 +49,7 @@ def method_lines(name: str | None = None, width: int | None = None) -> Iterator[
     if name is not None:
         yield from _one(name, width)
         return
-    rows = [("method", "4-bit", "8-bit", "merge", "tasks", "what is trained")]
+    rows: list[tuple[str, ...]] = [("method", "4-bit", "8-bit", "merge", "tasks", "what is trained")]
     for one in METHODS.values():
         marks = ("no" if why else "yes" for why in (one.four_bit, one.eight_bit, one.merge))
         rows.append((one.name, *marks, "all" if len(one.tasks) == len(TASKS) else tasks_text(one), one.what))

@@ -15,7 +15,8 @@ from peftcli.data.label_tokenize import AlignedWords, align_words
 from peftcli.data.tokenize import IGNORED
 from peftcli.data.values import SkipRow
 from peftcli.errors import DataError
-from peftcli.metrics.tagging import OUTSIDE, entities_of, span_tags
+from peftcli.metrics.tagging import entities_of, span_tags
+from peftcli.tasks.labels import OUTSIDE
 from peftcli.model.classification import TaskHead, row_logits, task_head
 from peftcli.model.target import Target
 from peftcli.progress import Progress

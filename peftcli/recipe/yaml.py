@@ -393,6 +393,7 @@ def _syntax_text(error: yaml.MarkedYAMLError, *, one_line: bool) -> str:
             "unknown escape character",
             "an unknown escape sequence in double quotes; use single quotes",
         ),
+        ("expected '<document start>'", "there is text after the value; put text that starts with { or [ in quotes"),
         ("that cannot start any token", "text that starts with this character must be in quotes"),
     ):
         if part in problem:

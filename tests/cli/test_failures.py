@@ -33,6 +33,89 @@ def test_a_missing_run_folder_is_one_error_before_heavy_imports(command: str, tm
     assert done.stderr == "error: runs/dmeo: no such folder; did you mean runs/demo?\n"
 
 
+LIGHT = """
+import sys
+from peftcli.cli.main import main
+code = main(sys.argv[1:])
+print([name for name in ("torch", "transformers", "pyarrow", "numpy") if name in sys.modules])
+sys.exit(code)
+"""
+
+
+def validated(recipe: Path, *words: str) -> tuple[int, str, str]:
+    """Exit code of `validate`, its message, and the heavy libraries that it imported."""
+    command = [sys.executable, "-c", LIGHT, "validate", str(recipe), *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=recipe.parent)
+    return done.returncode, done.stderr, done.stdout.splitlines()[-1]
+
+
+ROWS = [{"thing": f"apple {number}", "kind": "fruit"} for number in range(8)]
+
+
+def write_csv(path: Path) -> None:
+    path.write_text("thing,kind\n" + "".join(f"{row['thing']},{row['kind']}\n" for row in ROWS))
+
+
+def write_tsv(path: Path) -> None:
+    path.write_text("thing\tkind\n" + "".join(f"{row['thing']}\t{row['kind']}\n" for row in ROWS))
+
+
+def write_jsonl(path: Path) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+
+
+def write_folder(path: Path) -> None:
+    path.mkdir()
+    write_csv(path / "first.csv")
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [("rows.csv", write_csv), ("rows.tsv", write_tsv), ("rows.jsonl", write_jsonl), ("rows", write_folder)],
+)
+def test_validate_finds_a_misspelled_column_without_a_heavy_import(
+    name: str, write: Callable[[Path], None], write_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    write(tmp_path / name)
+    recipe = write_recipe(dataset={"path": name, "prompt": "{thnig} ->:"})
+    code, said, heavy = validated(recipe)
+    assert (code, heavy) == (3, "[]")
+    file = "first.csv" if name == "rows" else name
+    assert said == f"error: {file}: no column thnig; it has thing, kind; did you mean thing?\n"
+    assert validated(recipe, "--set", 'dataset.prompt="{thing} ->:"')[0] == 0
+    assert validated(recipe, "--no-data")[0] == 0
+
+
+def test_validate_reads_the_schema_of_a_parquet_file(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "rows.parquet")
+    code, said, heavy = validated(write_recipe(dataset={"path": "rows.parquet", "completion": " {knid}"}))
+    assert code == 3 and "rows.parquet: no column knid; it has thing, kind; did you mean kind?" in said
+    assert "torch" not in heavy and "transformers" not in heavy
+
+
+def test_validate_reports_all_problems_of_the_data(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    write_csv(tmp_path / "rows.csv")
+    sources = [{"path": "rows.csv", "prompt": "{thing}", "completion": "{knd}"}, {"path": "row.csv", "text": "{thing}"}]
+    dataset = {"path": None, "prompt": None, "completion": None, "sources": sources, "split": {"stratify": "kin"}}
+    code, said, _ = validated(write_recipe(dataset=dataset))
+    assert code == 3 and said.startswith("error: the data has 3 problems\n")
+    assert "row.csv: no such file; did you mean rows.csv?" in said
+    assert "dataset.split.stratify: rows.csv has no column kin; it has thing, kind; did you mean kind?" in said
+    assert "rows.csv: no column knd; it has thing, kind; did you mean kind?" in said
+
+
+def test_validate_looks_for_columns_in_joined_tables(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "shops.csv").write_text("kind,shop\nfruit,corner\n")
+    write_csv(tmp_path / "rows.csv")
+    dataset = {"path": "rows.csv", "join": [{"path": "shops.csv", "on": "kind"}], "completion": " {shop}"}
+    recipe = write_recipe(dataset=dataset)
+    assert validated(recipe)[0] == 0
+    assert "no column shp" in validated(recipe, "--set", 'dataset.completion=" {shp}"')[1]
+
+
 @pytest.mark.parametrize("command", ["eval", "generate", "merge", "report"])
 def test_a_folder_without_a_run_is_one_error(command: str, run_cli: Cli, capfd: Any, tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
