@@ -1,5 +1,6 @@
 """Damaged files, odd bytes and tight memory: one clear error, the right exit code, and nothing lost."""
 
+import json
 import os
 import shutil
 import stat
@@ -116,3 +117,31 @@ def test_the_files_of_a_run_can_be_read_by_others_where_the_umask_allows(
         assert {(path.name, oct(stat.S_IMODE(path.stat().st_mode))) for path in files} == {
             (path.name, oct(mode)) for path in files
         }
+
+
+CHAT = [{"role": "user", "content": "How do I reset it?"}, {"role": "assistant", "content": "Hold the button."}]
+CHATS = [[{**CHAT[0], "content": f"How do I reset number {number % 10}?"}, CHAT[1]] for number in range(30)]
+
+
+def test_a_missing_template_and_leaks_are_reported_together(
+    own_base: Path, write_recipe: Write, run_cli: Cli, capfd: Any, tmp_path: Path
+) -> None:
+    (own_base / "chat_template.jinja").unlink()
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in CHATS))
+    dataset = {"path": "chats.jsonl", "prompt": None, "completion": None, "split": {"test_size": 10}}
+    recipe = write_recipe(model={"name": str(own_base)}, dataset=dataset)
+    assert run_cli("data", recipe) == 3
+    said = capfd.readouterr().err
+    assert "error: the data has 2 problems" in said and "the tokenizer has no chat template" in said
+    assert "test rows are also in the training split" in said and "dataset.limits.max_leaked" in said
+
+
+def test_a_template_with_a_syntax_error_names_its_line(
+    own_base: Path, write_recipe: Write, run_cli: Cli, capfd: Any, tmp_path: Path
+) -> None:
+    template = tmp_path / "own.jinja"
+    template.write_text("{% for m in messages %}\n{{ m.content }}\n{% endfor\n")
+    recipe = write_recipe(model={"name": str(own_base), "chat_template": "own.jinja"})
+    assert run_cli("data", recipe) == 2
+    said = capfd.readouterr().err
+    assert f"error: {template}:" in said and "the chat template is not valid Jinja" in said and len(said.splitlines()) == 1
