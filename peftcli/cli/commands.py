@@ -25,7 +25,7 @@ from peftcli.results import DataJson, EvalJson, MetricsJson, as_text, load_or_de
 from peftcli.run_dir import RunDir, is_external_adapter
 from peftcli.summary import unmet, write_metrics
 from peftcli.tasks.registry import TASKS
-from peftcli.train.disk import RESERVE_BYTES, Forecast, check_disk_space
+from peftcli.train.disk import check_disk_space, merge_forecast
 from peftcli.train.stop import is_first_process
 from peftcli.typed_json import parse
 
@@ -153,7 +153,7 @@ def merge_command(
         stored = DTYPE_BYTES[dtype or plan.base.dtype]
         # Fully trained modules replace those of the base; LoRA on a tied weight can add one to the merged model.
         merged = plan.total_parameters - (plan.trainable_parameters if plan.frees_base else 0)
-        check_disk_space(output_dir or run.merged, Forecast(0, 0, 0, merged * stored, RESERVE_BYTES))
+        check_disk_space(output_dir or run.merged, merge_forecast(merged * stored, run.adapter))
         settings = MergeSettings(into, dtype, plan.gates, plan.evaluation, plan.evaluation_batch, plan.seed)
         try:
             found = merge(target, data, output_dir or run.merged, settings, shown)

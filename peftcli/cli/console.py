@@ -196,10 +196,15 @@ def plan_lines(plan: PlanJson, data: DataJson | None) -> list[str]:
 
 def data_line(data: DataJson) -> str:
     """The statistics of the data on one line."""
+    from peftcli.data.stats import EQUAL  # here, because the light commands import this module
+
     tested = f"{data.test_rows:,}" if data.test_rows else "no"
+    read_as = data.format if data.problem in (None, "single-label") else f"{data.format}, {data.problem}"
+    duplicates = data.dropped.get(EQUAL, 0)
     parts = [
-        f"{data.train_rows:,} train and {tested} test rows of {data.rows:,} ({data.format})",
-        f"{data.dropped_rows:,} dropped",
+        f"{data.train_rows:,} train and {tested} test rows of {data.rows:,} ({read_as})",
+        *([f"{duplicates:,} duplicates left out"] if duplicates else []),
+        f"{(data.dropped_rows or 0) - duplicates:,} dropped",
         f"{data.truncated_rows:,} truncated",
         *([f"{data.leaked_rows:,} test rows also in training"] if data.test_rows else []),
     ]

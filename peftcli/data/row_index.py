@@ -7,8 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from peftcli.data.dedup import digest, normalize, signatures
-from peftcli.data.formats import Examples
 from peftcli.data.first_rows import no_split_column
+from peftcli.data.formats import Examples
 from peftcli.data.rows import Rows
 from peftcli.data.tokenize import TokenizedBatch
 from peftcli.recipe.schema import DatasetSection

@@ -144,4 +144,6 @@ def test_a_template_with_a_syntax_error_names_its_line(
     recipe = write_recipe(model={"name": str(own_base), "chat_template": "own.jinja"})
     assert run_cli("data", recipe) == 2
     said = capfd.readouterr().err
-    assert f"error: {template}:" in said and "the chat template is not valid Jinja" in said and len(said.splitlines()) == 1
+    assert (
+        f"error: {template}:" in said and "the chat template is not valid Jinja" in said and len(said.splitlines()) == 1
+    )

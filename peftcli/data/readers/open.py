@@ -18,7 +18,6 @@ from peftcli.errors import DataError
 from peftcli.recipe.schema import FilesSection, SourceSection, TestSection
 
 
-
 def _read_parquet(file: DataFile) -> Iterator[Rows]:
     from peftcli.data.readers.parquet import read_parquet  # pyarrow; the other formats do without it
 
