@@ -200,7 +200,7 @@ def data_line(data: DataJson) -> str:
 
     tested = f"{data.test_rows:,}" if data.test_rows else "no"
     read_as = data.format if data.problem in (None, "single-label") else f"{data.format}, {data.problem}"
-    duplicates = data.dropped.get(EQUAL, 0)
+    duplicates = data.dropped.get(EQUAL) or 0
     parts = [
         f"{data.train_rows:,} train and {tested} test rows of {data.rows:,} ({read_as})",
         *([f"{duplicates:,} duplicates left out"] if duplicates else []),

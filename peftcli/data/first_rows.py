@@ -16,7 +16,7 @@ from peftcli.data.rows import Rows, listed
 from peftcli.errors import DataError
 from peftcli.nearest import nearest
 from peftcli.plan.plan import LossMask
-from peftcli.recipe.schema import DatasetSection, FilesSection, Recipe, SourceSection, TestSection
+from peftcli.recipe.schema import DatasetSection, Recipe, SourceSection, TestSection
 from peftcli.tasks.base import Task, implementation
 from peftcli.tasks.registry import TASKS
 
@@ -37,45 +37,40 @@ def check_first_rows(recipe: Recipe) -> None:
 
 
 def _problems(dataset: DatasetSection, task: Task, recipe: Recipe) -> Iterator[str]:
-    joins: list[Join] | None = []
-    for number, section in enumerate(dataset.join):
+    joins: list[Join] = []
+    joined = True
+    for number, join in enumerate(dataset.join):
         try:
-            assert joins is not None
-            joins.append(Join(open_source(section, key=f"dataset.join[{number}]"), section.on))
+            joins.append(Join(open_source(join, key=f"dataset.join[{number}]"), join.on))
         except DataError as problem:
+            joined = False
             yield str(problem)
-            joins = None
-            break
-    sections: Sequence[SourceSection] = dataset.sources or (dataset,)
-    keys = [f"dataset.sources[{number}]" for number in range(len(dataset.sources))] or ["dataset"]
-    tested = _is_local(dataset.test)
-    test_files: frozenset[Path] = frozenset()
     opened: list[tuple[Any, SourceSection]] = []
-    if tested and dataset.test is not None:
+    without: frozenset[Path] = frozenset()
+    for key, section, like in _sections(dataset):
+        if section.path is None:
+            continue  # on the Hub, or behind a URL
         try:
-            source = _open(dataset.test, "dataset.test", task, frozenset())
-            test_files = frozenset(getattr(source, "files", ()))
-            opened.append((source, sections[0]))
+            source = (open_images if task.images else open_source)(section, without=without, key=key)
         except DataError as problem:
             yield str(problem)
-    for key, section in zip(keys, sections, strict=True):
-        try:
-            if _is_local(section):
-                opened.append((_open(section, key, task, test_files), section))
-        except DataError as problem:
-            yield str(problem)
-    if joins is None:
+            continue
+        if isinstance(section, TestSection):
+            without = frozenset(getattr(source, "files", ()))
+        opened.append((source, like))
+    if not joined:
         return  # columns of the joined table may be missing
-    for source, section in opened:
-        yield from _column_problems(source, section, joins, recipe)
+    for source, like in opened:
+        yield from _column_problems(source, like, joins, recipe)
 
 
-def _is_local(section: FilesSection | None) -> bool:
-    return section is not None and section.path is not None
-
-
-def _open(section: SourceSection | TestSection, key: str, task: Task, without: frozenset[Path]) -> Any:
-    return (open_images if task.images else open_source)(section, without=without, key=key)
+def _sections(dataset: DatasetSection) -> Iterator[tuple[str, SourceSection | TestSection, SourceSection]]:
+    """Each section with a source, the test rows first: its dotted name, and the section that says how rows are read."""
+    sources: Sequence[SourceSection] = dataset.sources or (dataset,)
+    if dataset.test is not None:
+        yield "dataset.test", dataset.test, sources[0]
+    for number, section in enumerate(sources):
+        yield (f"dataset.sources[{number}]" if dataset.sources else "dataset"), section, section
 
 
 def _column_problems(source: Any, section: SourceSection, joins: Sequence[Join], recipe: Recipe) -> Iterator[str]:
