@@ -98,6 +98,25 @@ def forecast(
     )
 
 
+def tokenizer_bytes(folder: Path) -> int:
+    """At most the bytes of the tokenizer files of an adapter folder; a usual maximum for a model that is not local.
+
+    A tokenizer is saved as indented JSON, which is up to twice as long as the original.
+    """
+    starts = (
+        "tokenizer",
+        "vocab",
+        "merges",
+        "special_tokens",
+        "added_tokens",
+        "chat_template",
+        "spiece",
+        "sentencepiece",
+    )
+    files = [path for path in folder.glob("*") if path.is_file() and path.name.startswith(starts)]
+    return 2 * sum(path.stat().st_size for path in files) + SMALL_FILES_BYTES // 32 if files else TOKENIZER_BYTES
+
+
 def merge_forecast(weights_bytes: int, adapter: Path) -> Forecast:
     """The disk space that a merge needs: the merged weights, the small files beside an adapter, and the report."""
     names = ("adapter_model.safetensors", "adapter_model.bin")
