@@ -27,7 +27,7 @@ Write = Callable[..., Path]
         ({"dataset": {"path": "/nowhere/things.csv"}}, 3, "/nowhere/things.csv: no such file"),
         ({"dataset": {"prompt": "{thin} ->:"}}, 3, "no column thin; it has id, thing, kind"),
         ({"dataset": {"prompt": "{thing} " + "long " * 60}}, 3, "raise dataset.max_length"),
-        ({"dataset": {"split": {"test_size": 48}}}, 3, "the training split is empty"),
+        ({"dataset": {"split": {"test_size": 48}}}, 3, "leaves no row for training"),
         ({"trainer": {"assistant_only_loss": True}}, 3, "the data format is prompt_completion, not messages"),
         ({"model": {"name": "./no-such-model"}}, 4, "no such folder"),
         ({"model": {"name": "nobody/no-such-model"}}, 4, "HF_HUB_OFFLINE is set"),
