@@ -16,9 +16,15 @@ INTRODUCTION = """\
 
 <!-- Written by scripts/cli_reference.py from the Typer app; do not edit. -->
 
-Every command takes `--help`. With `--json` a command prints one JSON object on stdout and everything else on stderr.
-Known errors are a few lines on stderr without a traceback; `--traceback`, or `PEFTCLI_TRACEBACK=1` in the environment,
-shows it. A RECIPE is a file or the name of a shipped recipe.
+Every command takes `-h` and `--help`, and `peftcli help COMMAND` shows the same. Known errors are a few lines on stderr
+without a traceback; `--traceback`, anywhere on the command line, or `PEFTCLI_TRACEBACK=1` in the environment, shows it.
+A terminal gets lines wrapped to its width; in a file or a pipe each message stays on one line.
+
+With `--json` a command prints one JSON object on stdout and everything else on stderr: its result or, if it fails
+before there is one, its error as `{"schema": 1, "error": {"exit_code": 3, "kind": "data", "message": "..."}}`. The
+kinds are `usage`, `recipe`, `data`, `machine`, `memory`, `diverged`, `gate`, `stopped`, `aborted` and `bug`.
+
+A RECIPE is a file or the name of a shipped recipe.
 """
 EXIT_CODES = """\
 ## Exit codes

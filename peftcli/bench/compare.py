@@ -53,7 +53,7 @@ def compare_quickly(request: BenchRequest, folder: Path, progress: Progress) -> 
         RecipeError: unknown shape or number of bits.
     """
     check_request(request)
-    progress.note("making the model, or finding it in the cache")
+    progress.note("preparing the model")
     made = make_model(request.shape, request.bits, folder)
     shape = SHAPES[made["shape"]]
     regime = SKEWED.stretched(shape.stretch)
@@ -79,9 +79,9 @@ def check_request(request: BenchRequest) -> None:
         RecipeError: unknown shape or number of bits.
     """
     if request.shape not in ("auto", *SHAPES):
-        raise RecipeError(f"--shape {request.shape}: the shapes are auto, {', '.join(SHAPES)}; choose one of them")
+        raise RecipeError(f"--shape {request.shape}: must be one of auto, {', '.join(SHAPES)}")
     if request.bits not in LEAST_GIB:
-        raise RecipeError(f"--bits {request.bits}: weights have 16 bits or, quantized, 4; choose one of the two")
+        raise RecipeError(f"--bits {request.bits}: must be 16, or 4 for quantized weights")
 
 
 def quick_tools(device: str) -> list[Tool]:
@@ -164,6 +164,6 @@ def judge(job: Job, adapters: Mapping[str, Path]) -> dict[str, float]:
     result = job.folder / "judged.json"
     ended = run_child("judge", write_spec(job.folder / "judge.json", spec), result)
     if ended.error is not None:
-        raise MachineError(f"the held-out rows could not be run: {ended.error}")
+        raise MachineError(f"the held-out rows could not be evaluated: {ended.error}")
     judged: dict[str, float] = json.loads(result.read_text(encoding="utf-8"))
     return judged

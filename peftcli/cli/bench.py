@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from peftcli.bench.compare import BenchRequest, compare_quickly
-from peftcli.cli.console import Shown, console, printable
+from peftcli.cli.console import Shown, console
+from peftcli.cli.text import JSON_OUTPUT, printable
 from peftcli.doctor.check import private_words, without_private
 from peftcli.report.format import size
 from peftcli.run_dir import write_json
@@ -28,8 +29,7 @@ def bench_command(request: BenchRequest, output: Path | None, out: TextIO, err: 
     if output is not None:
         write_json(output, found)
     if as_json:
-        out.write(json.dumps(found, ensure_ascii=False) + "\n")
-        out.flush()
+        JSON_OUTPUT.write(json.dumps(found, ensure_ascii=False), out)
         return
     for result in found["regimes"]:
         console(out).print(bench_table(result))

@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from peftcli.cli.console import Shown, Streams, console, printable, quiet
+from peftcli.cli.console import Shown, Streams, console, quiet
 from peftcli.cli.pointers import Pointers
 from peftcli.cli.recipes import find_recipe, is_run_folder
-from peftcli.errors import DataError, GateNotMet, MemoryExhausted, RecipeError
+from peftcli.cli.text import JSON_OUTPUT, printable
+from peftcli.errors import Aborted, DataError, GateNotMet, MemoryExhausted, RecipeError
 from peftcli.plan.answered_rows import answered_digest
 from peftcli.plan.plan import DTYPE_BYTES
 from peftcli.plan.smoke import check_schedules, smoke_notices, smoke_recipe
@@ -25,7 +26,7 @@ from peftcli.results import DataJson, EnvironmentJson, EvalJson, MetricsJson, as
 from peftcli.run_dir import RunDir, file_sha256, is_external_adapter
 from peftcli.summary import refuse_lost, unmet, write_metrics
 from peftcli.tasks.registry import TASKS
-from peftcli.train.disk import RESERVE_BYTES, Forecast, check_disk_space
+from peftcli.train.disk import check_disk_space, merge_forecast
 from peftcli.train.stop import is_first_process
 from peftcli.typed_json import parse
 
@@ -164,8 +165,7 @@ def merge_command(path: Path, recipe: str | None, pointers: Pointers, flags: Mer
     run = RunDir(path)
     if not run.recipe.is_file():
         raise RecipeError(
-            f"{path}: not a run folder (no recipe.yaml) and not an adapter (no adapter_config.json); create a run with "
-            f"`peftcli train RECIPE --output-dir {path}`"
+            f"{path}: not a run folder (no recipe.yaml), and not an adapter of another tool; pass the run folder"
         )
     if recipe is not None:
         raise RecipeError(f"--recipe {recipe}: {path} is a run and has its own recipe; remove --recipe")
@@ -188,7 +188,7 @@ def merge_command(path: Path, recipe: str | None, pointers: Pointers, flags: Mer
         stored = DTYPE_BYTES[dtype or plan.base.dtype]
         # Fully trained modules replace those of the base; LoRA on a tied weight can add one to the merged model.
         merged = plan.total_parameters - (plan.trainable_parameters if plan.frees_base else 0)
-        check_disk_space(output_dir or run.merged, Forecast(0, 0, 0, merged * stored, RESERVE_BYTES))
+        check_disk_space(output_dir or run.merged, merge_forecast(merged * stored, run.adapter))
         settings = MergeSettings(into, dtype, plan.gates, plan.evaluation, plan.evaluation_batch, plan.seed)
         try:
             found = merge(target, data, output_dir or run.merged, settings, shown)
@@ -353,6 +353,8 @@ def shown_run(log: Path | None) -> Iterator[tuple[Shown, Streams]]:
         shown = Shown(console(streams.err), speaks=is_first_process())
         try:
             yield shown, streams
+        except KeyboardInterrupt as problem:  # training handles Ctrl-C itself
+            raise Aborted("stopped by Ctrl-C") from problem
         except Exception as problem:
             if not _is_out_of_memory(problem):
                 raise
@@ -374,5 +376,4 @@ def _is_out_of_memory(problem: Exception) -> bool:
 
 
 def print_json(streams: Streams, value: Any) -> None:
-    streams.out.write(as_text(value) + "\n")
-    streams.out.flush()
+    JSON_OUTPUT.write(as_text(value), streams.out)

@@ -9,6 +9,8 @@ from typing import Any
 
 from peftcli.cli.console import Shown, console
 from peftcli.cli.recipes import find_recipe
+from peftcli.cli.targets import missing_folder
+from peftcli.cli.text import JSON_OUTPUT
 from peftcli.compare.results import RESULT, Entry, collect, is_run, open_runs
 from peftcli.compare.run import VariantRunner
 from peftcli.compare.variants import Variant, check_variants, make_variants, read_axes
@@ -51,6 +53,8 @@ def compare_command(targets: Sequence[str], flags: CompareFlags, out: Any, err: 
     for target in targets:
         if is_run(Path(target)):
             raise RecipeError(f"{target} is a run and other targets are recipes; compare only runs or only recipes")
+        if Path(target).suffix not in (".yaml", ".yml") and len(Path(target).parts) > 1 and not Path(target).exists():
+            raise missing_folder(Path(target))
     recipes = [find_recipe(target) for target in targets]
     variants = make_variants(recipes, read_axes(flags.vary), flags.overrides)
     check_variants(variants)
@@ -106,8 +110,7 @@ def _write(name: str, entries: Sequence[Entry], home: Path) -> CompareJson:
 
 def _show(comparison: CompareJson, entries: Sequence[Entry], home: Path, flags: CompareFlags, out: Any) -> None:
     if flags.as_json:
-        out.write(as_text(comparison) + "\n")
-        out.flush()
+        JSON_OUTPUT.write(as_text(comparison), out)
         return
     shown = console(out)
     render_terminal(make_comparison(comparison), shown)

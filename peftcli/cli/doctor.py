@@ -9,8 +9,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from peftcli.cli.console import Shown, console, printable, quiet
+from peftcli.cli.console import Shown, console, quiet
 from peftcli.cli.recipes import find_recipe
+from peftcli.cli.text import JSON_OUTPUT, printable
 from peftcli.doctor.check import FAIL, Check, anonymous, private_words
 from peftcli.doctor.packages import (
     OURS,
@@ -51,7 +52,7 @@ def doctor_command(name: str | None, overrides: Sequence[str], *, as_json: bool)
         verdicts = [anonymous(verdict, private) for verdict in ask_all(recipe)]
         versions = {"python": platform.python_version(), **installed_versions((OURS, *TESTED))}
         if as_json:
-            streams.out.write(json.dumps(as_object(verdicts, versions), ensure_ascii=False) + "\n")
+            JSON_OUTPUT.write(json.dumps(as_object(verdicts, versions), ensure_ascii=False), streams.out)
         else:
             print_verdicts(verdicts, console(streams.out))
         streams.out.flush()

@@ -35,7 +35,7 @@ from peftcli.recipe.schema import Recipe
 from peftcli.results import MergeJson, save
 from peftcli.tasks.registry import TASKS
 from peftcli.tiny.tokenizer import load_documents
-from peftcli.train.disk import RESERVE_BYTES, Forecast, check_disk_space
+from peftcli.train.disk import check_disk_space, merge_forecast
 
 TEXTS = 64
 """Number of bundled texts on which a merge is compared if no recipe is given."""
@@ -114,7 +114,7 @@ def merge_external_adapter(
         target, data = prepared(planned, target, progress)
         made = build_manifest(replace(plan, base=target.base), data, folder) | row_format
         stored = DTYPE_BYTES[dtype or plan.base.dtype]
-        check_disk_space(final, Forecast(0, 0, 0, plan.total_parameters * stored, RESERVE_BYTES))
+        check_disk_space(final, merge_forecast(plan.total_parameters * stored, folder))
         rows_from = FIXED if recipe is None else None
         options = MergeSettings(into, dtype, plan.gates, plan.evaluation, plan.evaluation_batch, plan.seed, rows_from)
         found = merge(replace(target, identity=made), data, final, options, progress)

@@ -5,23 +5,25 @@ import gc
 import json
 import os
 import sys
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer._click.exceptions import ClickException
+from typer.core import TyperGroup
 from typer.main import get_command
 
 from peftcli.cli.environment import set_variables
+from peftcli.cli.failure import TRACEBACK, Failures
 from peftcli.cli.paths import expanded
 from peftcli.cli.pointers import Pointers
-from peftcli.errors import MachineError, MemoryExhausted, PeerLost, PeftcliError, RecipeError
-from peftcli.train.stop import is_first_of_machine
+from peftcli.cli.text import JSON_OUTPUT, say
+from peftcli.errors import PeftcliError, RecipeError
 
 NO_MEMORY_SIGNS = ("failed to map segment", "Cannot allocate memory", "cannot allocate memory")
 """Messages of the dynamic loader if a library does not fit into memory."""
-BUG = "error: this is a bug in peftcli; please report it with the lines above and the output of `pip list`"
+MORE_MEMORY = "close other programs, raise the limit of this shell or container (ulimit -v), or use a larger machine"
 MACHINE_FAULTS = (
     errno.ENOSPC,
     errno.EDQUOT,
@@ -37,10 +39,25 @@ MACHINE_FAULTS = (
 )
 """Operating system errors caused by the machine, not by peftcli."""
 
+
+class Commands(TyperGroup):
+    """The commands; their help shows the whole first sentence of each, however narrow the terminal is."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Write the list of commands."""
+        rows = [(name, self.commands[name].help or "") for name in self.list_commands(ctx)]
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text.partition(". ")[0].rstrip(".")) for name, text in rows])
+
+
 app = typer.Typer(
     name="peftcli",
+    cls=Commands,
     help="Fine-tune a language model from one recipe, and measure the result.",
-    epilog="Start with: validate RECIPE; train RECIPE --smoke; train RECIPE; merge runs/NAME.",
+    epilog=(
+        "\b\nStart with:\n  peftcli validate RECIPE\n  peftcli train RECIPE --smoke\n  peftcli train RECIPE\n"
+        "  peftcli merge runs/NAME"
+    ),
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     no_args_is_help=True,
@@ -96,8 +113,12 @@ def options(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version of peftcli.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="With --version: also print library versions.")] = False,
+    show_trace: Annotated[
+        bool, typer.Option(TRACEBACK, help="Also print the Python traceback of an error; allowed after a command too.")
+    ] = False,
 ) -> None:
     """Options before a command."""
+    del show_trace  # `without_traceback` has taken it out of the command line, wherever it was
     if version:
         from peftcli.doctor.packages import version_lines
 
@@ -111,18 +132,29 @@ def options(
 
 
 @app.command()
-def validate(recipe: RecipeArgument, set_: SetOption = None, as_json: JsonOption = False) -> None:
-    """Check a recipe and report every problem with its line. No model or data is loaded."""
+def validate(
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    data: Annotated[
+        bool, typer.Option(help="Also open the local data files and compare their columns with the recipe.")
+    ] = True,
+    as_json: JsonOption = False,
+) -> None:
+    """Check a recipe and the columns of its data files, and report every problem. No model is loaded."""
     from peftcli.cli.recipes import find_recipe
     from peftcli.recipe.load import load_recipe
 
     loaded = load_recipe(find_recipe(recipe), set_ or ())
+    if data:
+        from peftcli.data.first_rows import check_first_rows
+
+        check_first_rows(loaded.recipe)
     if as_json:
         _print_json({"recipe": str(loaded.path), "valid": True, "notices": list(loaded.notices)})
         return
     for notice in loaded.notices:
-        typer.echo(f"note: {notice}", err=True)
-    typer.echo(f"{loaded.path}: valid")
+        say(f"note: {notice}", sys.stderr)
+    say(f"{loaded.path}: valid", sys.stdout)
 
 
 @app.command()
@@ -223,6 +255,9 @@ def eval_(
     as_json: JsonOption = False,
 ) -> None:
     """Evaluate a model on the whole test split."""
+    from peftcli.cli.targets import check_target
+
+    check_target(target, takes_base=True, with_recipe=recipe is not None)
     from peftcli.cli.commands import eval_command
 
     eval_command(target, recipe, _pointers(model, data, set_), with_base=base, as_json=as_json)
@@ -251,6 +286,9 @@ def merge(
     as_json: JsonOption = False,
 ) -> None:
     """Write a stand-alone model and measure its drift from the adapter; above the tolerance the model is discarded."""
+    from peftcli.cli.targets import check_target
+
+    check_target(str(run))
     from peftcli.cli.commands import MergeFlags, merge_command
 
     merge_command(run, recipe, _pointers(model, data, set_), MergeFlags(into, output_dir, dtype, as_json))
@@ -274,6 +312,9 @@ def generate(
     as_json: JsonOption = False,
 ) -> None:
     """Answer prompts, formatted with the run's template."""
+    from peftcli.cli.targets import check_target
+
+    check_target(target)
     from peftcli.cli.commands import GenerateFlags, generate_command
 
     flags = GenerateFlags(raw, max_new_tokens, temperature, top_p, seed, as_json)
@@ -283,9 +324,11 @@ def generate(
 @app.command()
 def report(run: RunArgument, as_json: JsonOption = False) -> None:
     """Regenerate report.md and report.html of a run from its JSON files."""
+    from peftcli.cli.targets import check_run
     from peftcli.report.build import write_report
     from peftcli.run_dir import RunDir, read_json
 
+    check_run(str(run))
     folder = RunDir(run)
     write_report(folder)
     if as_json:
@@ -402,6 +445,20 @@ def _pointers(model: str | None, data: list[str] | None, overrides: list[str] | 
     return Pointers(model, tuple(data or ()), tuple(overrides or ()))
 
 
+@app.command("help")
+def help_(
+    context: typer.Context,
+    command: Annotated[str | None, typer.Argument(help="A command; omit it for the list of commands.")] = None,
+) -> None:
+    """Show the help of peftcli or of a command, like --help."""
+    root: Any = context.parent
+    if command is None:
+        typer.echo(root.get_help())
+        return
+    name, found, _ = root.command.resolve_command(root, [command])  # an unknown one is a usage error with a hint
+    typer.echo(found.get_help(found.make_context(name, [], parent=root, resilient_parsing=True)))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code.
 
@@ -419,51 +476,39 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str] | None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
-    show_trace = "--traceback" in words or os.environ.get("PEFTCLI_TRACEBACK") == "1"
-    words = [word for word in words if word != "--traceback"]
+    failures = Failures.of(words)
+    JSON_OUTPUT.is_written = False
     try:
-        get_command(app)(words, prog_name="peftcli")
+        code = get_command(app)(without_traceback(words), prog_name="peftcli", standalone_mode=False)
+        return code if isinstance(code, int) else 0
     except SystemExit as ended:
         return ended.code if isinstance(ended.code, int) else 0
     except PeftcliError as error:
-        from peftcli.cli.console import printable
-
-        if show_trace:
-            traceback.print_exc()
-        # Only one process per machine prints, unless a process runs out of memory or loses contact on its own.
-        if is_first_of_machine() or isinstance(error, MemoryExhausted | PeerLost):
-            typer.echo(f"error: {printable(str(error))}", err=True)
-        return error.exit_code
+        return failures.known(error)
+    except ClickException as error:
+        return failures.usage(error)
     except OSError as problem:
         if problem.errno not in MACHINE_FAULTS:
-            return _bug()
-        if show_trace:
-            traceback.print_exc()
-        typer.echo(f"error: {problem.filename or 'the disk'}: {os.strerror(problem.errno)}", err=True)
-        return MachineError.exit_code
+            return failures.bug()
+        return failures.machine(f"{problem.filename or 'the disk'}: {os.strerror(problem.errno)}")
     except MemoryError:
-        return _out_of_memory("this process ran out of memory", show_trace=show_trace)
+        return failures.machine(f"this process ran out of memory; {MORE_MEMORY}")
     except ImportError as problem:
         if not any(sign in str(problem) for sign in NO_MEMORY_SIGNS):
-            return _bug()
-        return _out_of_memory(f"the libraries do not fit into memory ({problem})", show_trace=show_trace)
+            return failures.bug()
+        return failures.machine(f"the libraries do not fit into memory ({problem}); {MORE_MEMORY}")
     except Exception:
-        return _bug()
-    return 0
+        return failures.bug()
 
 
-def _bug() -> int:
-    traceback.print_exc()
-    typer.echo(BUG, err=True)
-    return 1
+def without_traceback(words: Sequence[str]) -> list[str]:
+    """A command line without `--traceback`, which is allowed anywhere before `--`.
 
-
-def _out_of_memory(what: str, *, show_trace: bool) -> int:
-    if show_trace:
-        traceback.print_exc()
-    fix = "close other programs, raise the limit of this shell or container (ulimit -v), or use a larger machine"
-    typer.echo(f"error: {what}; {fix}", err=True)
-    return MachineError.exit_code
+    >>> without_traceback(["train", "--traceback", "a.yaml", "--", "--traceback"])
+    ['train', 'a.yaml', '--', '--traceback']
+    """
+    end = words.index("--") if "--" in words else len(words)
+    return [*(word for word in words[:end] if word != TRACEBACK), *words[end:]]
 
 
 def entry() -> None:
@@ -472,7 +517,7 @@ def entry() -> None:
 
 
 def _print_json(value: dict[str, Any]) -> None:
-    typer.echo(json.dumps(value, ensure_ascii=False))
+    JSON_OUTPUT.write(json.dumps(value, ensure_ascii=False), sys.stdout)
 
 
 def settle_process() -> None:

@@ -40,6 +40,7 @@ from peftcli.results import DataJson, Forecast, ForecastDisk, load_or_default
 from peftcli.run_dir import RunDir
 from peftcli.tasks.registry import TASKS
 from peftcli.train.disk import forecast as disk_forecast
+from peftcli.train.disk import tokenizer_bytes
 
 SHOWN_ROWS = 3
 """Default number of preview rows."""
@@ -204,7 +205,13 @@ def forecast_run(planned: Planned) -> Forecast | None:
     # Counted as the trainer does, but without importing it for a plan.
     keep = int(given.get("save_total_limit") or 2) + bool(given.get("load_best_model_at_end"))
     width = DTYPE_BYTES[plan.adapter_dtype]
-    needs = disk_forecast(plan.trained, optimizer=str(given.get("optim", OPTIMIZER)), keep=keep, width=width)
+    needs = disk_forecast(
+        plan.trained,
+        optimizer=str(given.get("optim", OPTIMIZER)),
+        keep=keep,
+        width=width,
+        tokenizer_bytes=tokenizer_bytes(Path(plan.base.path)),
+    )
     disk = ForecastDisk(
         adapter=needs.adapter_bytes,
         checkpoint=needs.checkpoint_bytes,

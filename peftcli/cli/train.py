@@ -285,6 +285,11 @@ def _train(
         shown.note(line)
     if twice := plan.batch.repeated(len(data.train.rows)):
         shown.note(f"  note: {twice} rows are repeated per epoch so that every process gets the same number of batches")
+    if plan.batch.effective > len(data.train.rows):
+        shown.note(
+            f"  note: a step takes {plan.batch.effective:,} rows, but only {len(data.train.rows):,} are trained on, "
+            "so each step is an epoch; lower trainer.per_device_train_batch_size or gradient_accumulation_steps"
+        )
     for warning in facts.warnings:
         shown.note(f"  note: {warning}")
     if summary := forecast_line(forecast):

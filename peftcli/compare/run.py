@@ -15,7 +15,7 @@ from peftcli.signals import handle_stop_signals
 
 PR_SET_PDEATHSIG = 1
 """Option of Linux's prctl: the signal that a process gets when its parent dies."""
-ERROR = "error: "
+ERROR, STOPPED = "error: ", "stopped "
 
 
 class VariantRunner:
@@ -66,7 +66,7 @@ class VariantRunner:
         assert self._child.stderr is not None
         with self._child.stderr as lines:
             for line in (_in_comparison(line, folder) for line in lines):
-                if error or line.startswith(ERROR):
+                if error or line.startswith((ERROR, STOPPED)):
                     error.append(line.rstrip().removeprefix(ERROR))
                 if error or line not in self._shown:
                     progress.note(f"{variant.name} | {line.rstrip()}")

@@ -21,6 +21,10 @@ _REJECTED = (TemplateError, ValueError, TypeError)
 """Errors of templates and tokenizers for a chat that they do not support."""
 
 
+class TemplateProblem(DataError):
+    """The chat template is missing, or cannot be used for training."""
+
+
 def read_chats(columns: Mapping[str, Sequence[str]]) -> tuple[list[Chat], list[Any]]:
     """The chats of a batch of examples, and the tools of each or None."""
     tools = columns.get("tools") or [""] * len(columns["messages"])
@@ -58,10 +62,10 @@ class ChatEncoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, assistant_only: bool) -> None:
         """
         Raises:
-            DataError: the tokenizer has no chat template.
+            TemplateProblem: the tokenizer has no chat template.
         """
         if not tokenizer.chat_template:
-            raise DataError(
+            raise TemplateProblem(
                 "the tokenizer has no chat template, but the data format is messages; set model.chat_template to a "
                 "Jinja file, or use dataset.prompt and dataset.completion"
             )
@@ -77,7 +81,7 @@ class ChatEncoder:
             A function that waits and returns the ids and mask of each chat, or the reason why the template rejects it.
 
         Raises:
-            DataError: the assistant mask is ambiguous, or the template exceeds the time limit; also raised by the
+            TemplateProblem: the assistant mask is ambiguous, or the template exceeds the time limit; also raised by the
                 returned function.
         """
         plain = [
@@ -172,7 +176,7 @@ def assistant_mask_by_prefix(chat: Chat, tools: Any, tokenizer: PreTrainedTokeni
     """The assistant mask of a template without generation markers, found by rendering each prefix of the chat.
 
     Raises:
-        DataError: a prefix of the chat does not render as a prefix of the text, so the mask is ambiguous.
+        TemplateProblem: a prefix of the chat does not render as a prefix of the text, so the mask is ambiguous.
         TemplateError: the template rejects the chat.
     """
     whole = render(chat, tools, tokenizer)
@@ -183,7 +187,7 @@ def assistant_mask_by_prefix(chat: Chat, tools: Any, tokenizer: PreTrainedTokeni
         before = render(chat[:number], tools, tokenizer, prompt=True)
         after = render(chat[: number + 1], tools, tokenizer)
         if not (whole.startswith(after) and after.startswith(before)):
-            raise DataError(
+            raise TemplateProblem(
                 "the chat template renders earlier turns differently in a longer chat, so the assistant mask is "
                 "ambiguous; set model.chat_template to a template with {% generation %} markers, or set "
                 "trainer.assistant_only_loss: false"
@@ -199,7 +203,7 @@ def _mask_spans(text: str, spans: list[tuple[int, int]], tokenizer: PreTrainedTo
     case the pieces are encoded separately, as in generation, where the prompt also ends at that boundary.
 
     Raises:
-        DataError: the separately encoded pieces decode to another text.
+        TemplateProblem: the separately encoded pieces decode to another text.
     """
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids: list[int] = encoded["input_ids"]
@@ -216,7 +220,7 @@ def _mask_spans(text: str, spans: list[tuple[int, int]], tokenizer: PreTrainedTo
         pieces += piece
         mask += [int((start, end) in spans)] * len(piece)
     if tokenizer.decode(pieces) != tokenizer.decode(ids):
-        raise DataError(
+        raise TemplateProblem(
             "a token crosses the boundary of an assistant turn, and the tokenizer cannot encode the turns separately; "
             "end the generation prompt of the chat template with a special token or a line break"
         )

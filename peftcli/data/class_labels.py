@@ -9,7 +9,7 @@ from typing import Any
 from peftcli.data.rows import listed
 from peftcli.data.values import InvalidValue, SkipRow, is_null, type_name
 from peftcli.errors import DataError
-from peftcli.metrics.tagging import OUTSIDE
+from peftcli.tasks.labels import OUTSIDE
 
 SMALL_RANGE = 20
 """Whole numbers within a smaller range than this are classes; for others the recipe must set the problem type."""

@@ -146,7 +146,8 @@ def template_time_limit(seconds: float) -> Iterator[None]:
         return
 
     error = DataError(
-        f"the chat template was still running after {seconds:g} s; set model.chat_template to one without endless loops"
+        f"the chat template was still running after {seconds:g} s; it has an endless loop, or renders far more text "
+        "than the chats contain: fix the template, or set model.chat_template to another one"
     )
     expired = False
 

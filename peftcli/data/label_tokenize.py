@@ -14,8 +14,8 @@ from peftcli.data.class_labels import sorted_names
 from peftcli.data.encode import encode, flatten
 from peftcli.data.tokenize import FLAGS, IGNORED, Counts, Flags, Ids, TokenizedBatch, row_sums
 from peftcli.errors import DataError
-from peftcli.metrics.tagging import OUTSIDE
 from peftcli.plan.plan import LossMask
+from peftcli.tasks.labels import OUTSIDE
 
 NO_WORD = "with no word that has a token"
 

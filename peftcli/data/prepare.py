@@ -1,5 +1,6 @@
 """Prepares the rows for training and evaluation from the dataset section, and the content of `data.json`."""
 
+import copy
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ import pyarrow.compute as pc
 from transformers import PreTrainedTokenizerBase
 
 from peftcli.data.cache import load_or_tokenize
-from peftcli.data.chat_template import Chat, last_answer, read_chats, render
+from peftcli.data.chat_template import Chat, TemplateProblem, last_answer, read_chats, render
 from peftcli.data.class_labels import label_said
 from peftcli.data.encode import as_lists, encode, encode_prompts, flatten, stop_ids
 from peftcli.data.formats import LABELLED
@@ -45,6 +46,12 @@ from peftcli.tasks.registry import TASKS
 
 SMOKE_ROWS = 48
 """Number of rows that a smoke run reads from each source."""
+
+PLAIN_TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] }}: {% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}"
+    "{{ eos_token }}{% endgeneration %}{% else %}{{ m['content'] }}{% endif %}\n{% endfor %}"
+)
+"""A chat template that renders every chat; only to check rows whose own template cannot be used."""
 
 LONGEST_OPENING = 64
 """Maximum tokens of a text that are used as a prompt in the samples."""
@@ -156,6 +163,54 @@ def prepare(
     Raises:
         DataError: a source cannot be read or has no usable rows, or a split is empty.
     """
+    work = partial(
+        _prepare,
+        dataset,
+        rule=rule,
+        seed=seed,
+        progress=progress,
+        smoke=smoke,
+        own_tokenizer=own_tokenizer,
+        earlier=earlier,
+        record=record,
+    )
+    try:
+        return work(tokenizer)
+    except TemplateProblem as problem:
+        others = _other_problems(work, tokenizer, dataset)
+        if not others:
+            raise
+        lines = "".join(f"\n  {line}" for line in (str(problem), *others))
+        raise DataError(f"the data has {1 + len(others)} problems{lines}") from problem
+
+
+def _other_problems(
+    work: Callable[[PreTrainedTokenizerBase], PreparedData], tokenizer: PreTrainedTokenizerBase, dataset: DatasetSection
+) -> list[str]:
+    """What is wrong with the rows besides the chat template, found with a plain one that accepts every chat."""
+    plain = copy.deepcopy(tokenizer)
+    plain.chat_template = PLAIN_TEMPLATE
+    try:
+        facts = work(plain).facts
+    except DataError as problem:
+        return [str(problem)]
+    # Lengths and end tokens depend on the template that is still to be fixed.
+    limits = dataset.limits.model_copy(update={"max_truncated": 1.0, "min_eos_trained": 0.0})
+    return crossed_limits(facts, limits)
+
+
+def _prepare(
+    dataset: DatasetSection,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    rule: LossMask,
+    seed: int,
+    progress: Progress,
+    smoke: bool,
+    own_tokenizer: bool,
+    earlier: SplitRecord | None,
+    record: SplitRecord | None,
+) -> PreparedData:
     request = DataRequest(dataset, rule, SMOKE_ROWS if smoke else None)
     sections: Sequence[SourceSection] = dataset.sources or (dataset,)
     synthetic = partial(

@@ -15,8 +15,8 @@ from peftcli.data.quality import hide_keys
 from peftcli.data.spans import DROPPED, PROMPT, TRAINED, Part, shorten
 from peftcli.data.stats import Indices, Split
 from peftcli.data.tokenize import IGNORED, TokenizeStep
-from peftcli.metrics.tagging import OUTSIDE
 from peftcli.plan.plan import LossMask
+from peftcli.tasks.labels import OUTSIDE
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -7,10 +7,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from peftcli.data.dedup import digest, normalize, signatures
+from peftcli.data.first_rows import no_split_column
 from peftcli.data.formats import Examples
-from peftcli.data.rows import Rows, listed
+from peftcli.data.rows import Rows
 from peftcli.data.tokenize import TokenizedBatch
-from peftcli.errors import DataError
 from peftcli.recipe.schema import DatasetSection
 
 Hashes = NDArray[np.uint64]
@@ -72,7 +72,7 @@ def _column(rows: Rows, name: str | None, key: str) -> Hashes:
     if name is None:
         return np.zeros(len(rows), np.uint64)
     if name not in rows.columns:
-        raise DataError(f"dataset.split.{key}: {rows.file} has no column {name}; it has {listed(rows.columns)}")
+        raise no_split_column(rows, key, name)
     return _digests([repr(value) for value in rows.columns[name]])
 
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from peftcli.data.dedup import first_occurrence
 from peftcli.data.rows import FIRST_PLACES
 from peftcli.data.split_record import SplitRecord
-from peftcli.data.stats import Indices, Split
+from peftcli.data.stats import Indices, Split, counted
 from peftcli.data.store import Store
 from peftcli.errors import DataError
 from peftcli.recipe.schema import DatasetSection
@@ -47,6 +47,19 @@ def rehearsed_split(dataset: DatasetSection, store: Store, rows: Indices) -> tup
     return dataset.model_copy(update={"split": split.model_copy(update=update)}), note
 
 
+def _empty_split(name: str, usable: int, dataset: DatasetSection) -> str:
+    """The message for a split without rows."""
+    rows = counted(usable, "usable row", "usable rows")
+    if dataset.test is not None:
+        return f"the {name} split is empty: {rows} for training; add rows"
+    size = dataset.split.test_size
+    if name == "training":
+        return (
+            f"dataset.split.test_size = {size:g} leaves no row for training: the data have {rows}; lower it or add rows"
+        )
+    return f"dataset.split.test_size = {size:g} of {rows} gives no test row; raise it or add rows"
+
+
 def split_rows(
     dataset: DatasetSection,
     store: Store,
@@ -79,7 +92,7 @@ def split_rows(
         split["max_train_samples"] = dataset.max_train_samples
     for name, count in (("training", len(train)), ("test", len(test))):
         if count == 0 and (name == "training" or dataset.holds_out):
-            raise DataError(f"the {name} split is empty ({len(rows)} usable rows); change dataset.split")
+            raise DataError(_empty_split(name, len(rows), dataset))
     return Split(store, train), Split(test_store or store, test), split
 
 

@@ -204,7 +204,11 @@ def data_warnings(facts: Mapping[str, Any], train: Split, tokenizer: PreTrainedT
             warnings.append(f"{counted(facts[key], one, many)} {rest}{_where(facts, key)}")
     for reason, count in facts["dropped"].items():
         where = _place(facts["dropped_examples"].get(reason))
-        warnings.append(f"{counted(count, 'row is', 'rows are')} dropped: {reason}{where}")
+        if reason == EQUAL:
+            warnings.append(f"{counted(count, 'duplicate row', 'duplicate rows')} left out{where}")
+        else:
+            row, is_ = ("row", "is") if count == 1 else ("rows", "are")
+            warnings.append(f"{count:,} {row} {reason} {is_} dropped{where}")
     odd = odd_labels(train)
     if odd:
         warnings.append(

@@ -232,7 +232,7 @@ def check_trl_loss(number: int, problem: str | None) -> Check:
     if problem is None:
         return Check(name, OK, f"TRL's fused loss on GPU {number} gives the values and gradients of float32")
     found = f"TRL's fused loss on GPU {number} fails ({problem}); training uses another one with the same values"
-    fix = "install a C compiler (apt-get install gcc) and the triton that this torch asks for, or leave it so"
+    fix = "install a C compiler (apt-get install gcc) and the triton that this torch asks for, or keep that one"
     return Check(name, WARN, found, fix)
 
 

@@ -110,8 +110,8 @@ def _check_room_to_fill(base: PreTrainedModel, method: Method) -> None:
     if needed > free:
         raise MemoryExhausted(
             f"{method.title} needs all weights of the base in float32 to be merged: {size(needed)} of RAM, and "
-            f"{size(free)} are free; nothing was written, and the adapter is as it was; merge on a machine with more "
-            "RAM, or use the adapter as it is"
+            f"{size(free)} are free; nothing was written, and the adapter is unchanged; merge on a machine with more "
+            "RAM, or use the adapter unmerged"
         )
 
 

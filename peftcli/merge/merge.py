@@ -158,7 +158,7 @@ def _explained_out_of_memory(when: str) -> Iterator[None]:
             raise
         raise MemoryExhausted(
             f"out of memory {when}: {' '.join(str(problem).split())[:200]}; nothing of the merged model was kept, and "
-            "the adapter is as it was; close other programs that use the memory, or merge on a machine with more"
+            "the adapter is unchanged; close other programs that use the memory, or merge on a machine with more"
         ) from problem
 
 

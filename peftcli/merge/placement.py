@@ -119,7 +119,7 @@ def check_memory(weights: int, folding: int, free: FreeMemory) -> None:
     Raises:
         MemoryExhausted: there is no room to fold or to compare.
     """
-    nothing = "nothing was written, and the adapter is as it was"
+    nothing = "nothing was written, and the adapter is unchanged"
     if folding > free.ram:
         raise MemoryExhausted(
             f"folding the adapter into its base takes {size(folding)} of RAM, and {size(free.ram)} are free; "
@@ -128,5 +128,5 @@ def check_memory(weights: int, folding: int, free: FreeMemory) -> None:
     if not choose_placements(weights, free):
         raise MemoryExhausted(
             f"the merged model takes {size(weights)}, more than the {free.text} that are free, so it could not be "
-            f"compared with the adapter; {nothing}; merge on a machine with more memory, or use the adapter as it is"
+            f"compared with the adapter; {nothing}; merge on a machine with more memory, or use the adapter unmerged"
         )

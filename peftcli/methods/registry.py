@@ -18,11 +18,15 @@ METHODS: Mapping[str, Method] = {
 HEAD = ("method", "what is trained", "4-bit", "8-bit", "merge", "tasks", "not with")
 
 
+def conflict_reasons(method: Method) -> tuple[tuple[str, str], ...]:
+    """Short names of what a method cannot be combined with, each with its reason."""
+    found = (("packing, padding-free batching", method.padded), ("activation checkpointing", method.checkpointing))
+    return tuple((name, reason) for name, reason in found if reason)
+
+
 def conflicts(method: Method) -> tuple[str, ...]:
     """Short names of what a method cannot be combined with."""
-    return ("packing, padding-free batching",) * bool(method.padded) + ("activation checkpointing",) * bool(
-        method.checkpointing
-    )
+    return tuple(name for name, _ in conflict_reasons(method))
 
 
 def tasks_text(method: Method) -> str:

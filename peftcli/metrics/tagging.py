@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from peftcli.metrics.classification import ClassFigures, Figure, classification_scores
+from peftcli.tasks.labels import OUTSIDE
 
-OUTSIDE = "O"
 _SPAN = re.compile(r"[BIESLU](-.+)?")
 _SAME_END = {"L": "E", "U": "S"}
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateSyntaxError
 from peft import PeftModel, PeftType
 from safetensors import SafetensorError, safe_open
 from transformers import (
@@ -19,6 +20,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from peftcli.adapters.quantized import dequantized_weight, hide_quantization_flag, is_quantized_layer
 from peftcli.adapters.register import register
@@ -73,12 +75,23 @@ def load_tokenizer(choice: TokenizerChoice, path: str | None = None) -> PreTrain
             tokenizer.chat_template = Path(choice.chat_template).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as problem:
             raise MachineError(f"model.chat_template {choice.chat_template}: cannot be read: {problem}") from problem
+        _check_syntax(tokenizer.chat_template, choice.chat_template)
     if choice.eos_token is not None and path is None:
         _set_end(tokenizer, choice.eos_token)
     if tokenizer.pad_token is None:
         # Labels are masked by length and never by token, so an EOS token used for padding is still trained.
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _check_syntax(template: str, file: str) -> None:
+    """Compile a chat template, so that its error is reported once and not for each row."""
+    try:
+        render_jinja_template(conversations=[], chat_template=template)
+    except TemplateSyntaxError as problem:
+        raise RecipeError(
+            f"{file}:{problem.lineno}: the chat template is not valid Jinja: {problem.message}; fix it there"
+        ) from problem
 
 
 def _set_end(tokenizer: PreTrainedTokenizerBase, end: str) -> None:

@@ -15,11 +15,12 @@ from peftcli.data.label_tokenize import AlignedWords, align_words
 from peftcli.data.tokenize import IGNORED
 from peftcli.data.values import SkipRow
 from peftcli.errors import DataError
-from peftcli.metrics.tagging import OUTSIDE, entities_of, span_tags
+from peftcli.metrics.tagging import entities_of, span_tags
 from peftcli.model.classification import TaskHead, row_logits, task_head
 from peftcli.model.target import Target
 from peftcli.progress import Progress
 from peftcli.recipe.template import fill_template
+from peftcli.tasks.labels import OUTSIDE
 
 WORD = re.compile(r"[@#$]?\w+(?:[-'\u2019.,:/@]\w+)*|[^\w\s]")
 """A word of running text, or a single punctuation mark."""

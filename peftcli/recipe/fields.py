@@ -199,12 +199,21 @@ def read_encoding(value: Any) -> str:
     raise wrong("must be the name of an encoding, such as utf-8, latin-1, cp1252 or utf-16")
 
 
+LONGEST_NAME = 100
+"""Characters of the name of a run."""
+
+
 def read_name(value: Any) -> str:
     """Read the name of the run, which is also a folder name."""
     if not isinstance(value, str):
         raise wrong("must be text")
-    if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}", value):
-        raise wrong("must consist of letters, digits, '.', '_' and '-', and not start with a dot (it is a folder name)")
+    if len(value) > LONGEST_NAME:
+        raise wrong(f"has {len(value)} characters, and a folder name of a run has at most {LONGEST_NAME}; shorten it")
+    if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", value):
+        raise wrong(
+            "is a folder name, which may have ASCII letters (a-z, A-Z), digits, '.', '_' and '-', and no dot at its "
+            "start; set another name, and output_dir for a folder of any name"
+        )
     return value
 
 

@@ -153,7 +153,10 @@ def _sentence(item: Any, path: KeyPath, tree: Tree) -> str:
         text = _choices_of(context["expected"], new_value(path, value) or value)
     elif kind in _BOUNDS:
         words, key = _BOUNDS[kind]
-        text = f"{words} {context[key]:g}"
+        limit = context[key]
+        text = f"{words} {limit:d}" if isinstance(limit, int) else f"{words} {limit:g}"
+    elif kind == "string_type" and path in tree.written:
+        return f'{name} = {tree.written[path]}: must be text; put it in quotes: "{tree.written[path]}"'
     else:
         text = _TYPES.get(kind, "is not a valid value") + type_hint(kind.removesuffix("_type"), value)
     return f"{name} = {show(value)}: {text}"
@@ -176,7 +179,8 @@ def choices_text(choices: list[str], value: Any) -> str:
         near = "no"
     elif isinstance(value, str):
         alias = VALUE_ALIASES.get(value.lower())
-        near = alias if alias in choices else nearest(value, choices)
+        near = nearest(value, [*choices, *(name for name, choice in VALUE_ALIASES.items() if choice in choices)])
+        near = alias if alias in choices else VALUE_ALIASES.get(near or "", near)
     if near is not None and len(choices) > MANY_CHOICES:
         return f"is not one of the allowed values; did you mean {near}?"
     return f"must be {choice_text(choices)}" + (f"; did you mean {near}?" if near else "")

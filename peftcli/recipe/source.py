@@ -65,6 +65,10 @@ def apply_overrides(tree: Tree, overrides: Sequence[str], problems: Problems) ->
         if not equals or not all(parts):
             problems.add(where, "must have the form section.key=value")
             continue
+        if not text.strip():
+            fix = f"give a value (is a shell variable unset?), or write {name}=null for the default"
+            problems.add(where, f"{name} has an empty value; {fix}")
+            continue
         if name in seen:
             problems.add(where, "is given twice; remove one")
             continue
@@ -76,9 +80,11 @@ def apply_overrides(tree: Tree, overrides: Sequence[str], problems: Problems) ->
         # YAML reserves these first characters, but `gates.exact_match=>= 0.8` is meant as text.
         value, part = (text, None) if text[:1] in tuple(">|%@`") else parse_yaml(text, problems, where)
         tree.put(parts, value, where)
+        tree.written.pop(parts, None)
         if part is not None:
             tree.spoiled |= {(*parts, *path) for path in part.spoiled}
             tree.empty |= {(*parts, *path) for path in part.empty}
+            tree.written |= {(*parts, *path): number for path, number in part.written.items()}
             tree.places |= {(*parts, *path): where for path in part.places}
 
 

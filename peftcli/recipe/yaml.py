@@ -48,6 +48,8 @@ class Tree:
     "Keys with nothing after the colon: read as null, which is probably a mistake for a section."
     spoiled: set[KeyPath] = field(default_factory=set)
     "Values that were already rejected (a tag, an unknown alias, a secret); they get no further messages."
+    written: dict[KeyPath, str] = field(default_factory=dict)
+    "Numbers that Python writes in another way than the recipe, such as 012 or 1.10, as they are in the recipe."
 
     def place(self, path: KeyPath) -> Where:
         """The location of a key, or of its closest ancestor that is in the recipe."""
@@ -90,6 +92,7 @@ class Tree:
 
         self.places = {moved(known): where for known, where in self.places.items()}
         self.empty, self.spoiled = set(map(moved, self.empty)), set(map(moved, self.spoiled))
+        self.written = {moved(path): text for path, text in self.written.items()}
 
     def drop(self, path: tuple[str, ...]) -> None:
         """Remove a key and the locations below it."""
@@ -114,7 +117,9 @@ def read_scalar(text: str) -> Any:
         return _WORDS[text]
     if _INT.fullmatch(text) or _INT_BASE.fullmatch(text):
         if len(text) > MAX_DIGITS:
-            raise ValueError(f"a number of {len(text)} digits; put it in quotes if it is text")
+            raise ValueError(
+                f"a whole number of {len(text)} digits, which is too large; put it in quotes if it is text"
+            )
         return int(text, 0) if _INT_BASE.fullmatch(text) else int(text)
     return float(text) if _FLOAT.fullmatch(text) else text
 
@@ -162,6 +167,7 @@ class _Node:
     open: bool = False
     "The end is not parsed yet, so an alias to it would be recursive."
     empty: bool = False
+    written: str | None = None
     spoiled: bool = False
     refused: set[str] = field(default_factory=set)
     "Keys that are set twice or have a tag."
@@ -324,18 +330,24 @@ class _Builder:
         try:
             value = read_scalar(text)
         except ValueError as error:
-            return self._spoilt(line, f"{dotted(path)} is {error}")
+            return self._spoilt(line, f"{self._name(path)} is {error}")
         if isinstance(value, int) and not isinstance(value, bool) and re.match(r"[-+]?0[0-9]", text):
-            self.problems.note(
-                line, f"{dotted(path)} = {text} is read as {value}: in YAML 1.2 a leading 0 is not octal"
-            )
-        return _Node(value, size=size, empty=text == "")
+            self.problems.note(line, f"{self._name(path)} = {text} means {value} (YAML 1.2: a leading 0 is not octal)")
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        return _Node(value, size=size, empty=text == "", written=text if number and str(value) != text else None)
+
+    def _name(self, path: KeyPath) -> str:
+        """The key of a value; that of the option for the value of `--set`."""
+        option = (self.where or "").removeprefix("--set ")
+        return ".".join(part for part in (option, dotted(path)) if part)
 
     def _expand(self, node: _Node, path: KeyPath) -> Any:
         """The value of a node with all aliases expanded, so that no two keys share an object."""
         self.tree.spoiled |= {(*path, key) for key in node.refused} | ({path} if node.spoiled else set())
         if node.empty:
             self.tree.empty.add(path)
+        if node.written is not None:
+            self.tree.written[path] = node.written
         if node.parts is None:
             return node.value
         mapping = isinstance(node.parts, dict)
@@ -393,6 +405,7 @@ def _syntax_text(error: yaml.MarkedYAMLError, *, one_line: bool) -> str:
             "unknown escape character",
             "an unknown escape sequence in double quotes; use single quotes",
         ),
+        ("expected '<document start>'", "there is text after the value; put text that starts with { or [ in quotes"),
         ("that cannot start any token", "text that starts with this character must be in quotes"),
     ):
         if part in problem:

@@ -2,6 +2,9 @@
 
 from peftcli.tasks.base import Keys
 
+OUTSIDE = "O"
+"""The tag of a word that is not part of an entity."""
+
 _PADDED = "classification uses padded batches"
 _LOSS = "the loss is on the labels, not on tokens"
 _OF_LANGUAGE_MODELS = "it is for language models only"

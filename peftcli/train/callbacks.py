@@ -99,9 +99,10 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]  # transformers' callb
         state.best_model_checkpoint = gather(state.best_model_checkpoint)[0]
         left = self._stops.seconds_left
         if left is not None:
+            margin = self.margin()
             self._progress.note(
-                f"  time: {left:.0f} s left; training stops {self.margin():.0f} s plus one step earlier, to leave "
-                "time for a checkpoint, the final evaluation and the report"
+                f"  time: {left:.0f} s left; training stops after about {max(0.0, left - margin):.0f} s, to leave "
+                f"{margin:.0f} s for a checkpoint, the final evaluation and the report"
             )
         self._progress.start("training", state.max_steps)
         self._progress.advance(state.global_step)

@@ -98,6 +98,32 @@ def forecast(
     )
 
 
+def tokenizer_bytes(folder: Path) -> int:
+    """At most the bytes of the tokenizer files of an adapter folder; a usual maximum for a model that is not local.
+
+    A tokenizer is saved as indented JSON, which is up to twice as long as the original.
+    """
+    starts = (
+        "tokenizer",
+        "vocab",
+        "merges",
+        "special_tokens",
+        "added_tokens",
+        "chat_template",
+        "spiece",
+        "sentencepiece",
+    )
+    files = [path for path in folder.glob("*") if path.is_file() and path.name.startswith(starts)]
+    return 2 * sum(path.stat().st_size for path in files) + SMALL_FILES_BYTES // 32 if files else TOKENIZER_BYTES
+
+
+def merge_forecast(weights_bytes: int, adapter: Path) -> Forecast:
+    """The disk space that a merge needs: the merged weights, the small files beside an adapter, and the report."""
+    names = ("adapter_model.safetensors", "adapter_model.bin")
+    small = sum(path.stat().st_size for path in adapter.glob("*") if path.is_file() and path.name not in names)
+    return Forecast(0, 0, 0, weights_bytes + small, SMALL_FILES_BYTES)
+
+
 def free_bytes(folder: Path) -> int:
     """Bytes that this user can still write in a folder, which need not exist yet.
 
@@ -248,4 +274,7 @@ def _fix(needs: Forecast) -> str:
         fixes.append("lower trainer.save_total_limit")
     if needs.adapter_bytes:
         fixes.append("lower adapter.r")
-    return ", ".join([*fixes, "or set an output_dir on another disk"])
+    other = (
+        "set an output_dir on another disk" if needs.checkpoints else "pass --output-dir with a folder on another disk"
+    )
+    return ", ".join([*fixes, f"or {other}"])

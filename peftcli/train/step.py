@@ -452,7 +452,11 @@ class NanGuard:
         if not math.isfinite(loss):
             raise Diverged(
                 f"step {step}: the loss is {loss}; training stopped before the weights were updated; "
-                + (OVERFLOW if scaled else "lower trainer.learning_rate, or check the rows of this step")
+                + (
+                    OVERFLOW
+                    if scaled
+                    else "lower trainer.learning_rate or trainer.weight_decay, or check the rows of this step"
+                )
             )
         if not math.isfinite(norm):
             # The gradient scaler of float16 finds its scale through steps that overflow, and skips them.
@@ -460,7 +464,7 @@ class NanGuard:
             if not scaled:
                 raise Diverged(
                     f"step {step}: the gradient norm is {norm} at a loss of {loss:.4f}; training stopped before the "
-                    "weights were updated; lower trainer.learning_rate or trainer.max_grad_norm"
+                    "weights were updated; lower trainer.learning_rate, trainer.weight_decay or trainer.max_grad_norm"
                 )
             if self._skipped >= MOST_SKIPPED_STEPS:
                 raise Diverged(

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from peftcli.cli.console import Shown, duration, printable
+from peftcli.cli.console import Shown, console, duration, status_line
+from peftcli.cli.text import printable
 from peftcli.run_dir import RunDir, read_log, write_json
 
 Cli = Callable[..., int]
@@ -26,7 +27,7 @@ Write = Callable[..., Path]
         ({"dataset": {"path": "/nowhere/things.csv"}}, 3, "/nowhere/things.csv: no such file"),
         ({"dataset": {"prompt": "{thin} ->:"}}, 3, "no column thin; it has id, thing, kind"),
         ({"dataset": {"prompt": "{thing} " + "long " * 60}}, 3, "raise dataset.max_length"),
-        ({"dataset": {"split": {"test_size": 48}}}, 3, "the training split is empty"),
+        ({"dataset": {"split": {"test_size": 48}}}, 3, "leaves no row for training"),
         ({"trainer": {"assistant_only_loss": True}}, 3, "the data format is prompt_completion, not messages"),
         ({"model": {"name": "./no-such-model"}}, 4, "no such folder"),
         ({"model": {"name": "nobody/no-such-model"}}, 4, "HF_HUB_OFFLINE is set"),
@@ -150,19 +151,19 @@ def test_report_writes_again_without_torch(tmp_path: Path, write_recipe: Write, 
 
 def test_hostile_text_cannot_reach_the_terminal() -> None:
     out = io.StringIO()
-    console = Console(file=out, width=200, markup=False)
-    Shown(console).note("[/foo] \x1b[31mred [bold]")
-    Shown(console).note("\x1b]0;owned\x07 \u202eabc [bold]x")
+    plain = Console(file=out, width=200, markup=False)
+    Shown(plain).note("[/foo] \x1b[31mred [bold]")
+    Shown(plain).note("\x1b]0;owned\x07 \u202eabc [bold]x")
     text = out.getvalue()
     assert "\x1b" not in text and "\x07" not in text and "\u202e" not in text
     assert "[/foo]" in text and "[bold]x" in text
 
 
 def test_plain_progress_is_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
-    import peftcli.cli.console as console
+    import peftcli.cli.console as module
 
     clock = [0.0]
-    monkeypatch.setattr(console.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])
     out = io.StringIO()
     shown = Shown(Console(file=out, width=120))
     shown.start("training", 100)
@@ -171,8 +172,42 @@ def test_plain_progress_is_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) 
         shown.advance(step + 1, {"loss": f"{1 / (step + 1):.3f}"})
     shown.end()
     lines = out.getvalue().splitlines()
-    assert len(lines) == 4, "after 10 seconds, then every 30"
-    assert lines[0].startswith("training 10/100 loss 0.100") and "left" in lines[0]
+    assert [line.split()[1] for line in lines] == ["1/100", "31/100", "61/100", "91/100", "100/100"]
+    assert lines[1].startswith("training 31/100 loss 0.032 left")
+    assert lines[-1].startswith("training 100/100 loss 0.010 (first 1.000)")
+
+
+def test_a_short_training_leaves_its_first_and_last_loss(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = Shown(console(sys.stdout))
+    shown.start("training", 2)
+    shown.advance(1, {"loss": "2.50"})
+    shown.advance(2, {"loss": "1.25"})
+    shown.end()
+    shown.end()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and lines[0] == "training 1/2 loss 2.50"
+    assert lines[1].startswith("training 2/2 loss 1.25 (first 2.50) in ")
+
+
+FIGURES = {"loss": "3.4204", "lr": "3.33e-03", "tokens/s": "3,593", "memory": "0.5 GiB"}
+
+
+@pytest.mark.parametrize("width", [200, 80, 60, 40, 30])
+def test_the_live_line_keeps_step_and_time_left_at_any_width(width: int) -> None:
+    line = status_line("training", "\u2501" * 12, "60/120", FIGURES, "left 2m 10s", width)
+    assert len(line) <= width and "60/120" in line and line.endswith("left 2m 10s")
+    assert ("loss 3.4204" in line) == (width >= 40)
+    assert ("memory" in line) == (width == 200)
+
+
+def test_the_loss_stays_on_a_terminal_after_the_live_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    out = io.StringIO()
+    shown = Shown(Console(file=out, width=80, force_terminal=True, highlight=False))
+    shown.start("training", 3)
+    shown.advance(3, FIGURES)
+    shown.end()
+    assert "training 3/3 loss 3.4204 in " in out.getvalue().splitlines()[-1]
 
 
 def test_small_helpers() -> None:

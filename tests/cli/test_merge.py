@@ -252,7 +252,7 @@ def test_a_run_without_an_adapter_says_what_is_missing(
     write_recipe: Write, run_cli: Cli, capfd: Any, tmp_path: Path
 ) -> None:
     assert run_cli("merge", "nowhere") == 2
-    assert "not a run folder" in capfd.readouterr().err
+    assert "nowhere: no such folder" in capfd.readouterr().err
     (tmp_path / "half").mkdir()
     (tmp_path / "half" / "recipe.yaml").write_bytes(write_recipe().read_bytes())
     assert run_cli("merge", "half") == 4

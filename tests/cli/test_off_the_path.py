@@ -1,5 +1,6 @@
 """Damaged files, odd bytes and tight memory: one clear error, the right exit code, and nothing lost."""
 
+import json
 import os
 import shutil
 import stat
@@ -25,6 +26,12 @@ def own_base(tiny_llama: Path, tmp_path: Path) -> Path:
     folder = tmp_path / "base"
     shutil.copytree(tiny_llama, folder, ignore=shutil.ignore_patterns(SUMS))
     return folder
+
+
+def write_run_mark(folder: Path) -> None:
+    """A folder that passes for a run until its files are read."""
+    folder.mkdir()
+    (folder / "recipe.yaml").write_text("")
 
 
 def test_a_cut_off_weights_file_is_named(
@@ -63,7 +70,8 @@ def test_an_alpha_that_overflows_is_refused(write_recipe: Write, run_cli: Cli, c
 def test_a_prompt_that_is_not_utf_8_is_refused(where: str, tmp_path: Path) -> None:
     latin = b"caf\xe9"
     (tmp_path / "p.txt").write_bytes(latin)
-    words: list[Any] = [sys.executable, "-m", "peftcli", "generate", "no-such-run"]
+    write_run_mark(tmp_path / "run")
+    words: list[Any] = [sys.executable, "-m", "peftcli", "generate", "run"]
     words += {"argument": [latin], "file": ["--file", str(tmp_path / "p.txt")]}.get(where, [])
     given = latin if where == "stdin" else b""
     done = subprocess.run(words, cwd=tmp_path, input=given, capture_output=True, check=False)
@@ -71,7 +79,8 @@ def test_a_prompt_that_is_not_utf_8_is_refused(where: str, tmp_path: Path) -> No
 
 
 def test_too_little_memory_for_the_libraries_is_no_bug(tmp_path: Path) -> None:
-    command = f"ulimit -v 1000000; exec {sys.executable} -m peftcli generate no-such-run hello"
+    write_run_mark(tmp_path / "run")
+    command = f"ulimit -v 1000000; exec {sys.executable} -m peftcli generate run hello"
     done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 4 and "memory" in done.stderr and "bug of peftcli" not in done.stderr
 
@@ -108,3 +117,33 @@ def test_the_files_of_a_run_can_be_read_by_others_where_the_umask_allows(
         assert {(path.name, oct(stat.S_IMODE(path.stat().st_mode))) for path in files} == {
             (path.name, oct(mode)) for path in files
         }
+
+
+CHAT = [{"role": "user", "content": "How do I reset it?"}, {"role": "assistant", "content": "Hold the button."}]
+CHATS = [[{**CHAT[0], "content": f"How do I reset number {number % 10}?"}, CHAT[1]] for number in range(30)]
+
+
+def test_a_missing_template_and_leaks_are_reported_together(
+    own_base: Path, write_recipe: Write, run_cli: Cli, capfd: Any, tmp_path: Path
+) -> None:
+    (own_base / "chat_template.jinja").unlink()
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in CHATS))
+    dataset = {"path": "chats.jsonl", "prompt": None, "completion": None, "split": {"test_size": 10}}
+    recipe = write_recipe(model={"name": str(own_base)}, dataset=dataset)
+    assert run_cli("data", recipe) == 3
+    said = capfd.readouterr().err
+    assert "error: the data has 2 problems" in said and "the tokenizer has no chat template" in said
+    assert "test rows are also in the training split" in said and "dataset.limits.max_leaked" in said
+
+
+def test_a_template_with_a_syntax_error_names_its_line(
+    own_base: Path, write_recipe: Write, run_cli: Cli, capfd: Any, tmp_path: Path
+) -> None:
+    template = tmp_path / "own.jinja"
+    template.write_text("{% for m in messages %}\n{{ m.content }}\n{% endfor\n")
+    recipe = write_recipe(model={"name": str(own_base), "chat_template": "own.jinja"})
+    assert run_cli("data", recipe) == 2
+    said = capfd.readouterr().err
+    assert (
+        f"error: {template}:" in said and "the chat template is not valid Jinja" in said and len(said.splitlines()) == 1
+    )

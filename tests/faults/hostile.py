@@ -78,7 +78,7 @@ CASES = [
         0,
         edit=Edit("r: 8", "r: 010"),
         words=VALIDATE,
-        says=("010 is read as 10",),
+        says=("010 means 10",),
     ),
     hostile("4", "two documents", "model: {name: a}\n---\nmodel: {name: b}\n", "recipe.yaml:"),
     hostile("4", "a list at the top", "- model: a\n", "recipe.yaml:"),

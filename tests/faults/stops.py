@@ -88,7 +88,7 @@ def interrupted(
 
 
 def told_of(end: Ended) -> int:
-    return sum(line.startswith("error: ") for line in end.err.splitlines())
+    return sum(line.startswith(("error: ", "stopped ")) for line in end.err.splitlines())
 
 
 def sigterm(ground: Workspace) -> Iterator[Row]:

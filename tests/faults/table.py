@@ -175,7 +175,7 @@ def skipped(number: str, fault: str, why: str) -> Row:
 
 def first_error(err: str) -> str:
     """The first line that tells of an error, without the paths' temporary part."""
-    return next((line for line in err.splitlines() if line.startswith("error:")), "")[:160]
+    return next((line for line in err.splitlines() if line.startswith(("error:", "stopped "))), "")[:160]
 
 
 def print_row(row: Row, *, peer: bool) -> None:

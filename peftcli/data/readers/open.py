@@ -9,9 +9,7 @@ from typing import Protocol
 
 from peftcli.data.readers.csv import read_csv
 from peftcli.data.readers.files import DataFile, data_files
-from peftcli.data.readers.hub import HubSource
 from peftcli.data.readers.json import read_json, read_lines
-from peftcli.data.readers.parquet import class_names, read_arrow, read_parquet
 from peftcli.data.readers.sql import open_database, read_sqlite
 from peftcli.data.readers.text import read_conll, read_text
 from peftcli.data.readers.text_stream import check_head, reading
@@ -19,13 +17,26 @@ from peftcli.data.rows import Rows, Source, listed
 from peftcli.errors import DataError
 from peftcli.recipe.schema import FilesSection, SourceSection, TestSection
 
+
+def _read_parquet(file: DataFile) -> Iterator[Rows]:
+    from peftcli.data.readers.parquet import read_parquet  # pyarrow; the other formats do without it
+
+    return read_parquet(file)
+
+
+def _read_arrow(file: DataFile) -> Iterator[Rows]:
+    from peftcli.data.readers.parquet import read_arrow
+
+    return read_arrow(file)
+
+
 _READERS: dict[str, Callable[[DataFile], Iterator[Rows]]] = {
     "csv": read_csv,
     "tsv": read_csv,
     "json": read_json,
     "jsonl": read_lines,
-    "parquet": read_parquet,
-    "arrow": read_arrow,
+    "parquet": _read_parquet,
+    "arrow": _read_arrow,
     "text": read_text,
     "conll": read_conll,
     "sqlite": read_sqlite,
@@ -67,6 +78,8 @@ class FileSource:
         """Class names by column, if the files have them."""
         if self.parts[0].kind not in ("parquet", "arrow"):
             return {}
+        from peftcli.data.readers.parquet import class_names
+
         found = [class_names(part) for part in self.parts]
         return {name: names for name, names in found[0].items() if all(one.get(name) == names for one in found)}
 
@@ -107,6 +120,8 @@ def open_source(section: FilesSection, *, without: frozenset[Path] = frozenset()
     if isinstance(section, SourceSection | TestSection) and section.path is None:
         split = section.hub_split or ("test" if isinstance(section, TestSection) else "train")
         assert section.name is not None  # checked by the recipe
+        from peftcli.data.readers.hub import HubSource
+
         return HubSource(section.name, section.config, section.revision, split, key)
     parts = data_files(section, without, key)
     for part in parts:

@@ -11,8 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, TextIO
 
-import pyarrow as pa
-
 from peftcli.data.readers.files import DataFile
 from peftcli.errors import DataError
 
@@ -103,6 +101,8 @@ def unpacked(path: Path) -> IO[bytes]:
     """Open a file for reading bytes, decompressed according to its extension."""
     packing = path.suffix.lower()
     if packing == ".zst":
+        import pyarrow as pa  # only for these files, because `validate` reads text without it
+
         return io.BufferedReader(pa.CompressedInputStream(pa.OSFile(str(path)), "zstd"))
     opened: IO[bytes] = _OPENERS.get(packing, open)(path, "rb")
     return opened

@@ -346,7 +346,7 @@ def test_a_model_that_cannot_be_made_is_a_fault_of_the_machine(
     with pytest.raises(MachineError, match="could not be written"):
         make_model("tiny", 16, tmp_path)
     assert run_cli("bench", "--shape", "7b") == 2
-    assert "the shapes are auto, tiny, 0.6b, 3b, 8b" in capfd.readouterr().err
+    assert "must be one of auto, tiny, 0.6b, 3b, 8b" in capfd.readouterr().err
     assert run_cli("bench", "--bits", "8") == 2
     assert "--bits 8" in capfd.readouterr().err
 

@@ -116,7 +116,7 @@ def test_scalars_follow_the_core_schema_of_yaml_1_2(text: str, value: Any) -> No
 def test_an_octal_look_alike_is_read_as_decimal_and_noted(tmp_path: Path) -> None:
     loaded = load(tmp_path, SMALL + "adapter: {r: 010}\n")
     assert loaded.recipe.adapter.r == 10
-    assert "adapter.r = 010 is read as 10" in loaded.notices[0]
+    assert "adapter.r = 010 means 10" in loaded.notices[0]
 
 
 def test_the_safe_loader_of_pyyaml_stays_as_it_was(tmp_path: Path) -> None:

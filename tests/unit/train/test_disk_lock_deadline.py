@@ -617,3 +617,19 @@ def test_who_set_a_limit_hears_of_none(monkeypatch: pytest.MonkeyPatch) -> None:
     assert session_note(3600.0, now) is None
     monkeypatch.setenv(session.DEADLINE, str(int(now) + 60))
     assert session_note(None, now) is None
+
+
+def test_the_tokenizer_of_a_local_model_is_measured(tiny_llama: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path)
+    saved = sum(path.stat().st_size for path in tmp_path.iterdir())
+    assert saved <= disk.tokenizer_bytes(tiny_llama) < disk.TOKENIZER_BYTES
+    assert disk.tokenizer_bytes(tmp_path / "on-the-hub") == disk.TOKENIZER_BYTES
+
+
+def test_a_merge_needs_its_weights_and_the_small_files_of_the_adapter(tmp_path: Path) -> None:
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"0" * 5000)
+    (tmp_path / "tokenizer.json").write_bytes(b"0" * 300)
+    needs = disk.merge_forecast(10_000, tmp_path)
+    assert needs.merge_bytes == 10_300 and needs.total == 10_300 + disk.SMALL_FILES_BYTES
