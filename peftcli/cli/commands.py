@@ -1,8 +1,9 @@
 """The bodies of the heavy commands: call the packages below and print what they return."""
 
+import json
 import sys
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -212,9 +213,11 @@ def generate_command(
         raise RecipeError(f"--file {file}: no such file")
     with shown_run(None) as (shown, streams):
         # Imported here, so that what the libraries print on import goes to the log.
-        from peftcli.generate import generate, label, read_prompts
+        from peftcli.generate import generate, label, read_prompts, refuse_rows, refuse_table
         from peftcli.model.generation import Decoding
 
+        if file is not None:
+            refuse_table(file)
         try:
             lines = file.read_text(encoding="utf-8").split("\n") if file is not None else sys.stdin
             texts = prompts or read_prompts(lines)
@@ -229,27 +232,45 @@ def generate_command(
             byte = ord(problem.object[problem.start]) & 0xFF
             raise DataError(f"{where}: byte 0x{byte:02x} is not UTF-8; convert the text to UTF-8") from problem
         target = _open_for_prompts(name, recipe, shown)
+        if not flags.raw and not prompts:
+            refuse_rows(texts, target.identity, str(file or "standard input"))
         decoding = Decoding(flags.max_new_tokens, flags.temperature, flags.top_p, flags.seed)
         rows = int(target.identity.get("evaluation_batch", 16))
         if not TASKS[target.base.task].generates:
-            _show_labels(label(target, texts, raw=flags.raw, batch_rows=rows, progress=shown), flags, streams)
+            made: Iterator[Any] = label(target, texts, raw=flags.raw, batch_rows=rows, progress=shown)
+            _show_made(made, _label_line, flags, streams, several=len(texts) > 1)
             return
         made = generate(target, texts, decoding, raw=flags.raw, batch_rows=rows, progress=shown)
-        if flags.as_json:
-            print_json(streams, {"answers": [vars(one) for one in made]})
-            return
-        for one in made:
-            streams.out.write((f"{one.asked}\t" if len(made) > 1 else "") + one.answer.strip() + "\n")
+        _show_made(made, _answer_line, flags, streams, several=len(texts) > 1)
 
 
-def _show_labels(made: Sequence[Any], flags: GenerateFlags, streams: Streams) -> None:
-    if flags.as_json:
-        print_json(streams, {"answers": [one.as_dict() for one in made]})
-        return
+def _show_made(
+    made: Iterator[Any],
+    line: Callable[..., str],
+    flags: GenerateFlags,
+    streams: Streams,
+    *,
+    several: bool,
+) -> None:
+    """Print each result as soon as it is there: a line of JSON, or the line that `line` makes of it."""
+    masks = streams.out.isatty()
     for one in made:
-        # The line of a tagged text already contains the text.
-        before = f"{_one_line(one.asked)}\t" if len(made) > 1 and not hasattr(one, "words") else ""
-        streams.out.write(f"{before}{_one_line(one.line())}\n")
+        if flags.as_json:
+            streams.out.write(json.dumps(one.as_dict(), ensure_ascii=False) + "\n")
+        else:
+            text = line(one, several=several)
+            streams.out.write((printable(text) if masks else text) + "\n")
+        streams.out.flush()
+
+
+def _answer_line(one: Any, *, several: bool) -> str:
+    return (f"{one.asked}\t" if several else "") + str(one.answer.strip())
+
+
+def _label_line(one: Any, *, several: bool) -> str:
+    # The line of a tagged text already contains the text.
+    before = f"{_one_line(one.asked)}\t" if several and not hasattr(one, "words") else ""
+    return f"{before}{_one_line(one.line())}"
 
 
 def _one_line(text: str) -> str:
