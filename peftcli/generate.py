@@ -14,7 +14,7 @@ from peftcli.errors import DataError, RecipeError
 from peftcli.model.generation import Decoding, generate_answers
 from peftcli.model.manifest import refuse_unknown_tokens
 from peftcli.model.predict_labels import Labelled, Tagged, check_asked
-from peftcli.model.predictors import WINDOW_BATCHES
+from peftcli.model.predictors import window_rows
 from peftcli.model.target import LoadedTarget, Target
 from peftcli.progress import Progress
 from peftcli.recipe.template import fill_template, template_columns
@@ -103,7 +103,7 @@ def windows(rows: int, batch_rows: int) -> Iterator[slice]:
     >>> list(windows(20, 1))
     [slice(0, 16, None), slice(16, 20, None)]
     """
-    size = WINDOW_BATCHES * batch_rows
+    size = window_rows(batch_rows)
     for first in range(0, rows, size):
         yield slice(first, min(first + size, rows))
 

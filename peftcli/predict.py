@@ -30,13 +30,12 @@ from peftcli.errors import DataError, RecipeError
 from peftcli.model.adapter_weights import hash_files
 from peftcli.model.files import base_facts
 from peftcli.model.predictors import (
-    WINDOW_BATCHES,
     Predicted,
     Prediction,
     PredictSettings,
-    cell_type,
     make_predictor,
     new_columns,
+    window_rows,
 )
 from peftcli.model.target import LoadedTarget, Target
 from peftcli.progress import Progress
@@ -159,10 +158,10 @@ def predict(target: Target, dataset: DatasetSection | None, request: PredictRequ
                 progress.note(f"{before:,} of {table.rows:,} rows are predicted already; continuing with the others")
             loaded = LoadedTarget.of(target)
             progress.start("predictions", table.rows)
-            windows = _windows(table, format_, joins, WINDOW_BATCHES * settings.batch_rows)
-            _predict_windows(loaded, windows, settings, added, journal, RowProgress(progress, before))
+            windows = _windows(table, format_, joins, window_rows(settings.batch_rows))
+            _predict_windows(loaded, windows, settings, list(added), journal, RowProgress(progress, before))
             progress.end()
-        types = dict(zip(names, map(cell_type, (*added, ERROR)), strict=True))
+        types = dict(zip(names, (*added.values(), pa.string()), strict=True))
         errors = _write(table, journal, names, types, output)
         journal.remove()
     return Summary(

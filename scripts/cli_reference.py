@@ -16,7 +16,8 @@ INTRODUCTION = """\
 
 <!-- Written by scripts/cli_reference.py from the Typer app; do not edit. -->
 
-Every command takes `--help`. With `--json` a command prints one JSON object on stdout and everything else on stderr.
+Every command takes `--help`. With `--json` a command prints one JSON object on stdout (`generate` one for each answer,
+each on its line) and everything else on stderr.
 Known errors are a few lines on stderr without a traceback; `--traceback`, or `PEFTCLI_TRACEBACK=1` in the environment,
 shows it. A RECIPE is a file or the name of a shipped recipe.
 """

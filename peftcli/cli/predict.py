@@ -108,9 +108,9 @@ def _show(found: Any, streams: Streams) -> None:
     parts = [f"{found.rows:,} rows: {found.predicted:,} predicted"]
     if found.errors:
         reasons = sorted(found.errors.items(), key=lambda one: -one[1])
-        said = ", ".join(f"{count:,} {reason}" for reason, count in reasons[:SHOWN_ERRORS])
+        said = ", ".join(f"{reason} ({count:,})" for reason, count in reasons[:SHOWN_ERRORS])
         more = f", and {len(reasons) - SHOWN_ERRORS} other reasons" if len(reasons) > SHOWN_ERRORS else ""
-        parts.append(f"{sum(found.errors.values()):,} with an error ({said}{more})")
+        parts.append(f"{sum(found.errors.values()):,} with an error: {said}{more}")
     if found.truncated:
         parts.append(f"{found.truncated:,} truncated to the maximum length, as in training")
     if found.unfinished:

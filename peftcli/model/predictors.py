@@ -34,7 +34,9 @@ from peftcli.progress import Progress
 from peftcli.tasks.registry import TASKS
 
 WINDOW_BATCHES = 16
-"""Batches in a window: enough that rows of about equal length share one, few enough that little is lost by a kill."""
+WINDOW_ROWS = 256
+"""Most batches and rows in a window: enough that rows of about equal length share a batch, few enough that little is
+lost by a kill."""
 
 Prediction: TypeAlias = Mapping[str, Any] | Unusable
 """The new cells of a row, by column; or why there are none."""
@@ -297,32 +299,35 @@ def label_cells(found: Labelled, loaded: LoadedTarget, *, probabilities: bool) -
 
 
 def new_columns(
-    loaded_names: Sequence[str], task: str, problem_type: str | None, settings: PredictSettings
-) -> list[str]:
-    """The columns that the predictions of a task have, in order.
+    labels: Sequence[str], task: str, problem_type: str | None, settings: PredictSettings
+) -> dict[str, pa.DataType]:
+    """The columns that the predictions of a task have, in order, with their types in Parquet.
 
     Args:
-        loaded_names: the labels of the model.
+        labels: names of the labels of the model.
     """
-    each = [f"probability_{name}" for name in loaded_names]
+    text, number = pa.string(), pa.float64()
+    each = {f"probability_{name}": number for name in labels}
     if TASKS[task].generates:
-        return ["answer"]
+        return {"answer": text}
     if TASKS[task].label_of == "token":
-        words = ["words"] if settings.splits_words else []
-        return [*words, "tags", *(["probabilities"] if settings.probabilities else [])]
+        words = {"words": pa.list_(text)} if settings.splits_words else {}
+        shares = {"probabilities": pa.list_(number)} if settings.probabilities else {}
+        return {**words, "tags": pa.list_(text), **shares}
     if problem_type == "regression":
-        return ["value"]
+        return {"value": number}
     if problem_type == "multi-label":
-        return ["label", *each]
-    return ["label", "probability", *(each if settings.probabilities else [])]
+        return {"label": pa.list_(text), **each}
+    return {"label": text, "probability": number, **(each if settings.probabilities else {})}
 
 
-def cell_type(column: str) -> pa.DataType:
-    """The Parquet type of a new column of `new_columns`, or of the column with the errors."""
-    if column == "value" or column == "probability" or column.startswith("probability_"):
-        return pa.float64()
-    lists = {"words": pa.string(), "tags": pa.string(), "probabilities": pa.float64()}
-    return pa.list_(lists[column]) if column in lists else pa.string()
+def window_rows(batch_rows: int) -> int:
+    """Number of rows that are predicted, and recorded or printed, together.
+
+    >>> window_rows(4), window_rows(64), window_rows(1000)
+    (64, 256, 1000)
+    """
+    return max(batch_rows, min(WINDOW_BATCHES * batch_rows, WINDOW_ROWS))
 
 
 def shortest(value: float) -> float:
