@@ -115,4 +115,4 @@ def _show(found: Any, streams: Streams) -> None:
         parts.append(f"{found.truncated:,} truncated to the maximum length, as in training")
     if found.unfinished:
         parts.append(f"{found.unfinished:,} answers cut off at --max-new-tokens")
-    streams.out.write(printable(f"{', '.join(parts)}; written to {found.output}") + "\n")
+    streams.out.write(printable(f"{'; '.join(parts)}; written to {found.output}") + "\n")

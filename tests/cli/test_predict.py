@@ -89,7 +89,7 @@ def test_each_format_keeps_all_columns_and_rows(classifier: Path, run_cli: Cli, 
         capfd.readouterr()
         assert run_cli("predict", classifier, source, "--output", tmp_path / f"out{suffix}") == 0
         out = capfd.readouterr().out
-        assert "6 rows: 3 predicted, 3 with an error: an empty text (2), 4 cells, but the header has 3 (1);" in out
+        assert "6 rows: 3 predicted; 3 with an error: an empty text (2), 4 cells, but the header has 3 (1);" in out
     found = {
         ".csv": read_csv(tmp_path / "out.csv"),
         ".tsv": read_csv(tmp_path / "out.tsv", "\t"),
