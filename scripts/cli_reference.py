@@ -20,9 +20,10 @@ Every command takes `-h` and `--help`, and `peftcli help COMMAND` shows the same
 without a traceback; `--traceback`, anywhere on the command line, or `PEFTCLI_TRACEBACK=1` in the environment, shows it.
 A terminal gets lines wrapped to its width; in a file or a pipe each message stays on one line.
 
-With `--json` a command prints one JSON object on stdout and everything else on stderr: its result or, if it fails
-before there is one, its error as `{"schema": 1, "error": {"exit_code": 3, "kind": "data", "message": "..."}}`. The
-kinds are `usage`, `recipe`, `data`, `machine`, `memory`, `diverged`, `gate`, `stopped`, `aborted` and `bug`.
+With `--json` a command prints one JSON object on stdout (`generate` one for each answer, each on its line) and
+everything else on stderr: its result or, if it fails before there is one, its error as
+`{"schema": 1, "error": {"exit_code": 3, "kind": "data", "message": "..."}}`. The kinds are `usage`, `recipe`, `data`,
+`machine`, `memory`, `diverged`, `gate`, `stopped`, `aborted` and `bug`.
 
 A RECIPE is a file or the name of a shipped recipe.
 """

@@ -1,8 +1,9 @@
 """The bodies of the heavy commands: call the packages below and print what they return."""
 
+import json
 import sys
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +30,9 @@ from peftcli.tasks.registry import TASKS
 from peftcli.train.disk import check_disk_space, merge_forecast
 from peftcli.train.stop import is_first_process
 from peftcli.typed_json import parse
+
+DEFAULT_BATCH = 16
+"""Rows that a model without a plan of its own is given at once."""
 
 
 @dataclass(frozen=True)
@@ -227,12 +231,21 @@ def _open_for_prompts(name: str, recipe: str | None, pointers: Pointers, shown: 
         from peftcli.cli.external_adapters import opened
 
         with opened(Path(name), recipe, pointers, shown) as (_, _, target):
-            return target, 16
+            return target, DEFAULT_BATCH
     if recipe is not None:
         raise RecipeError(f"--recipe {recipe}: only for adapters of other tools; {name} has its own; remove --recipe")
     target, loaded = open_model(name, pointers, ("model.name", "evaluation.batch_size"))
-    asked = None if loaded is None else loaded.recipe.evaluation.batch_size
-    return target, asked if isinstance(asked, int) else int(target.identity.get("evaluation_batch", 16))
+    return target, evaluation_batch(target, loaded)
+
+
+def evaluation_batch(target: Any, changed: Loaded | None) -> int:
+    """The rows that a target is given at once.
+
+    Args:
+        changed: the recipe of its run with the overrides of the command line; None if there are none.
+    """
+    asked = None if changed is None else changed.recipe.evaluation.batch_size
+    return asked if isinstance(asked, int) else int(target.identity.get("evaluation_batch", DEFAULT_BATCH))
 
 
 def generate_command(
@@ -247,9 +260,11 @@ def generate_command(
         raise RecipeError(f"--file {file}: no such file")
     with shown_run(None) as (shown, streams):
         # Imported here, so that what the libraries print on import goes to the log.
-        from peftcli.generate import generate, label, read_prompts
+        from peftcli.generate import generate, label, read_prompts, refuse_rows, refuse_table
         from peftcli.model.generation import Decoding
 
+        if file is not None:
+            refuse_table(file)
         try:
             lines = file.read_text(encoding="utf-8").split("\n") if file is not None else sys.stdin
             texts = prompts or read_prompts(lines)
@@ -264,26 +279,44 @@ def generate_command(
             byte = ord(problem.object[problem.start]) & 0xFF
             raise DataError(f"{where}: byte 0x{byte:02x} is not UTF-8; convert the text to UTF-8") from problem
         target, rows = _open_for_prompts(name, recipe, pointers, shown)
+        if not flags.raw and not prompts:
+            refuse_rows(texts, target.identity, str(file or "standard input"))
         decoding = Decoding(flags.max_new_tokens, flags.temperature, flags.top_p, flags.seed)
         if not TASKS[target.base.task].generates:
-            _show_labels(label(target, texts, raw=flags.raw, batch_rows=rows, progress=shown), flags, streams)
+            made: Iterator[Any] = label(target, texts, raw=flags.raw, batch_rows=rows, progress=shown)
+            _show_made(made, _label_line, flags, streams, several=len(texts) > 1)
             return
         made = generate(target, texts, decoding, raw=flags.raw, batch_rows=rows, progress=shown)
-        if flags.as_json:
-            print_json(streams, {"answers": [vars(one) for one in made]})
-            return
-        for one in made:
-            streams.out.write((f"{one.asked}\t" if len(made) > 1 else "") + one.answer.strip() + "\n")
+        _show_made(made, _answer_line, flags, streams, several=len(texts) > 1)
 
 
-def _show_labels(made: Sequence[Any], flags: GenerateFlags, streams: Streams) -> None:
-    if flags.as_json:
-        print_json(streams, {"answers": [one.as_dict() for one in made]})
-        return
+def _show_made(
+    made: Iterator[Any],
+    line: Callable[..., str],
+    flags: GenerateFlags,
+    streams: Streams,
+    *,
+    several: bool,
+) -> None:
+    """Print each result as soon as it is there: a line of JSON, or the line that `line` makes of it."""
+    masks = streams.out.isatty()
     for one in made:
-        # The line of a tagged text already contains the text.
-        before = f"{_one_line(one.asked)}\t" if len(made) > 1 and not hasattr(one, "words") else ""
-        streams.out.write(f"{before}{_one_line(one.line())}\n")
+        if flags.as_json:
+            JSON_OUTPUT.write(json.dumps(one.as_dict(), ensure_ascii=False), streams.out)
+        else:
+            text = line(one, several=several)
+            streams.out.write((printable(text) if masks else text) + "\n")
+        streams.out.flush()
+
+
+def _answer_line(one: Any, *, several: bool) -> str:
+    return (f"{one.asked}\t" if several else "") + str(one.answer.strip())
+
+
+def _label_line(one: Any, *, several: bool) -> str:
+    # The line of a tagged text already contains the text.
+    before = f"{_one_line(one.asked)}\t" if several and not hasattr(one, "words") else ""
+    return f"{before}{_one_line(one.line())}"
 
 
 def _one_line(text: str) -> str:

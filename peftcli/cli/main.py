@@ -294,6 +294,23 @@ def merge(
     merge_command(run, recipe, _pointers(model, data, set_), MergeFlags(into, output_dir, dtype, as_json))
 
 
+TokensOption = Annotated[int, typer.Option(min=1, help="Maximum length of an answer, in tokens.")]
+TemperatureOption = Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0 means greedy decoding.")]
+TopPOption = Annotated[
+    float, typer.Option(min=0.0, max=1.0, help="Nucleus sampling: keep tokens up to this cumulative probability.")
+]
+SeedOption = Annotated[int, typer.Option(min=0, help="Random seed for sampling (with --temperature > 0).")]
+PrefixOption = Annotated[
+    str, typer.Option(metavar="TEXT", help="Put before the names of the new columns, which the file must not have.")
+]
+ProbabilitiesOption = Annotated[
+    bool, typer.Option("--probabilities", help="Also write the probability of each label, or of each tag.")
+]
+ReplaceOption = Annotated[
+    bool, typer.Option("--overwrite", help="Replace the output, or what another command has left of it.")
+]
+
+
 @app.command()
 def generate(
     target: Annotated[str, typer.Argument(callback=expanded, help="A run, an adapter or a merged model.")],
@@ -301,24 +318,87 @@ def generate(
     recipe: AdapterRecipeOption = None,
     set_: SetOption = None,
     model: ModelOption = None,
-    file: Annotated[Path | None, typer.Option(callback=expanded, help="A file with one prompt per line.")] = None,
+    file: Annotated[Path | None, typer.Option(callback=expanded, help="A text file with one prompt per line.")] = None,
+    input_: Annotated[
+        str | None,
+        typer.Option("--input", metavar="FILE", callback=expanded, help="A file of rows, with --output: as `predict`."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(metavar="FILE", callback=expanded, help="With --input: as for `predict`.")
+    ] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Use each prompt as is, without the run's template.")] = False,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum length of an answer, in tokens.")] = 128,
-    temperature: Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0 means greedy decoding.")] = 0.0,
-    top_p: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Nucleus sampling: keep tokens up to this cumulative probability.")
-    ] = 1.0,
-    seed: Annotated[int, typer.Option(min=0, help="Random seed for sampling (with --temperature > 0).")] = 0,
-    as_json: JsonOption = False,
+    max_new_tokens: TokensOption = 128,
+    temperature: TemperatureOption = 0.0,
+    top_p: TopPOption = 1.0,
+    seed: SeedOption = 0,
+    probabilities: ProbabilitiesOption = False,
+    prefix: PrefixOption = "",
+    overwrite: ReplaceOption = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object per answer to stdout, each on its line.")
+    ] = False,
 ) -> None:
     """Answer prompts, formatted with the run's template."""
     from peftcli.cli.targets import check_target
 
     check_target(target)
+    if input_ is not None or output is not None:
+        if input_ is None or output is None or prompts or file is not None or raw:
+            raise RecipeError("--input and --output: need each other, and take no prompts, --file or --raw")
+        predict(
+            target, input_, output, recipe, set_, model, max_new_tokens, temperature, top_p, seed, probabilities,
+            prefix, overwrite, as_json,
+        )  # fmt: skip
+        return
+    if probabilities or prefix or overwrite:
+        raise RecipeError("--probabilities, --prefix and --overwrite: only with --input and --output")
     from peftcli.cli.commands import GenerateFlags, generate_command
 
     flags = GenerateFlags(raw, max_new_tokens, temperature, top_p, seed, as_json)
     generate_command(target, recipe, prompts or [], file, flags, _pointers(model, None, set_))
+
+
+@app.command()
+def predict(
+    target: Annotated[str, typer.Argument(callback=expanded, help="A run, an adapter or a merged model.")],
+    file: Annotated[
+        str,
+        typer.Argument(
+            callback=expanded,
+            help="CSV, TSV, JSONL, JSON or Parquet; a folder of images; - for JSONL from stdin.",
+        ),
+    ],
+    output: Annotated[
+        Path,
+        typer.Option(
+            metavar="FILE",
+            callback=expanded,
+            help="File to write; .csv, .tsv, .jsonl or .parquet decides its format.",
+        ),
+    ],
+    recipe: Annotated[
+        str | None,
+        typer.Option(callback=expanded, help="The recipe with the columns, for a model without a run folder."),
+    ] = None,
+    set_: SetOption = None,
+    model: ModelOption = None,
+    max_new_tokens: TokensOption = 128,
+    temperature: TemperatureOption = 0.0,
+    top_p: TopPOption = 1.0,
+    seed: SeedOption = 0,
+    probabilities: ProbabilitiesOption = False,
+    prefix: PrefixOption = "",
+    overwrite: ReplaceOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Predict for every row of a file, and write the rows with the predictions. Run it again to continue."""
+    from peftcli.cli.targets import check_target
+
+    check_target(target)
+    from peftcli.cli.predict import PredictFlags, predict_command
+
+    flags = PredictFlags(output, max_new_tokens, temperature, top_p, seed, probabilities, prefix, overwrite, as_json)
+    predict_command(target, recipe, file, flags, _pointers(model, None, set_))
 
 
 @app.command()

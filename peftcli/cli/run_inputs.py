@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from peftcli.cli.pointers import Pointers
-from peftcli.data.inputs import FoundInputs, find_inputs
+from peftcli.data.input_files import FoundInputs, find_inputs
 from peftcli.errors import DataError, MachineError, RecipeError
 from peftcli.model.manifest import MissingBase
 from peftcli.model.target import Target, open_target

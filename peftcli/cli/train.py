@@ -247,7 +247,7 @@ def _train(
         before: the runs of earlier stages, whose results are merged into the base.
     """
     from peftcli.cli.pipeline import earlier_record, forecast_run, save_record
-    from peftcli.data.inputs import record_inputs
+    from peftcli.data.input_files import record_inputs
     from peftcli.model.files import base_facts
     from peftcli.model.hardware import describe_environment
     from peftcli.model.load import base_hash

@@ -44,6 +44,25 @@ def chat_example(turns: list[Turn], tools: list[Any]) -> tuple[str, str, str]:
     return written[0], written[1] if tools else "", content
 
 
+def chat_prompt(turns: list[Turn]) -> list[Turn]:
+    """The messages to answer: all, or those before the last answer if the chat ends with one.
+
+    Evaluation asks for the last answer of a chat in the same way.
+
+    Raises:
+        SkipRow: the order of the messages is not valid, or the assistant would begin.
+    """
+    turns = [{key: value for key, value in turn.items() if key != "train"} for turn in turns]
+    if turns[-1]["role"] == "assistant" and not turns[-1]["content"].strip() and "tool_calls" not in turns[-1]:
+        turns = turns[:-1]  # an empty place for the answer
+    if not turns or turns[-1]["role"] != "assistant":
+        _check_order([*turns, {"role": "assistant", "content": "answer"}])
+        return turns
+    _check_order(turns)
+    answers = [at for at, turn in enumerate(turns) if turn["role"] == "assistant"]
+    return turns[: next((at for at in reversed(answers) if turns[at]["content"].strip()), answers[-1])]
+
+
 def normalize_messages(value: Any, *, train: bool = True) -> list[Turn]:
     """The messages of a list, or of a JSON string with one.
 

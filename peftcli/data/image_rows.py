@@ -57,7 +57,7 @@ def _from_files(folder: Path, column: LabelColumn, *, folders: bool) -> Maker:
     """A maker of: path, name as given, hash of the pixels, label, and the hash again."""
 
     def make(values: tuple[Any, ...]) -> tuple[str, ...]:
-        name = _file_name(values[0])
+        name = file_name(values[0])
         if folders:
             _check_location(name)
         label = column.text(values[1])
@@ -67,7 +67,12 @@ def _from_files(folder: Path, column: LabelColumn, *, folders: bool) -> Maker:
     return make
 
 
-def _file_name(value: Any) -> str:
+def file_name(value: Any) -> str:
+    """The image of a cell.
+
+    Raises:
+        SkipRow: it is not the name of a file.
+    """
     if is_null(value) or value == "":
         raise SkipRow("without an image name")
     if not isinstance(value, str):

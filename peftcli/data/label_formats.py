@@ -64,7 +64,7 @@ def choose_classification(first: Rows, section: SourceSection, given: Given) -> 
     """The format of texts with a label; arguments and errors as for `choose_tagging`."""
     check_named(first, section)
     named = section.columns
-    texts = _texts(first, section)
+    texts = choose_texts(first, section)
     column, names = choose_label(first, section, given, texts.reads)
     label = column.name
     return RowFormat(
@@ -103,7 +103,7 @@ def choose_label(
 
 
 @dataclass(frozen=True)
-class _Texts:
+class Texts:
     """How the text of a row, or its text pair, is built.
 
     Attributes:
@@ -131,7 +131,12 @@ class _Texts:
         return texts
 
 
-def _texts(first: Rows, section: SourceSection) -> _Texts:
+def choose_texts(first: Rows, section: SourceSection) -> Texts:
+    """The columns of the text, or of a pair of texts: those that the recipe names, or the only ones that fit.
+
+    Raises:
+        DataError: a column is missing, or no columns or more than one fit.
+    """
     named = section.columns
     pair = named.text_pair if named is not None else None
     second = () if pair is None else (pair,)
@@ -144,12 +149,12 @@ def _texts(first: Rows, section: SourceSection) -> _Texts:
         found = [target for target in targets if target is not None]
         fill = from_templates([section.text], paths, [steps for _, steps in found])
         said = f"the recipe's template with {joined([*paths, *second])}"
-        return _Texts((*(column for column, _ in found), *second), said, fill, pair is not None)
+        return Texts((*(column for column, _ in found), *second), said, fill, pair is not None)
     own = named.text if named is not None else None
     if own is None and pair is None and (both := _pair(first)) is not None:
-        return _Texts(both, joined(both), None, True)
+        return Texts(both, joined(both), None, True)
     reads = (own or only_column(first, TEXTS, "text", "the text", second), *second)
-    return _Texts(reads, joined(reads), None, pair is not None)
+    return Texts(reads, joined(reads), None, pair is not None)
 
 
 def _pair(first: Rows) -> tuple[str, str] | None:
@@ -181,7 +186,7 @@ def _source_of(named: Any) -> str:
     return ", from dataset.columns" if named is not None else ""
 
 
-def _from_texts(texts: _Texts, column: LabelColumn) -> Maker:
+def _from_texts(texts: Texts, column: LabelColumn) -> Maker:
     """A maker of: text, second text or an empty string, label, and the texts."""
 
     def make(values: tuple[Any, ...]) -> tuple[str, ...]:
@@ -197,8 +202,8 @@ def _from_words(words_name: str, tags_name: str, names: Names | None) -> Maker:
     read_tag = tag_names(names, tags_name)
 
     def make(values: tuple[Any, ...]) -> tuple[str, ...]:
-        words = [_word(word, words_name) for word in _items(values[0], words_name)]
-        tags = [read_tag(tag) for tag in _items(values[1], tags_name)]
+        words = [word_text(word, words_name) for word in word_items(values[0], words_name)]
+        tags = [read_tag(tag) for tag in word_items(values[1], tags_name)]
         if not words:
             raise SkipRow(f"without words in {words_name}")
         if len(words) != len(tags):
@@ -208,7 +213,7 @@ def _from_words(words_name: str, tags_name: str, names: Names | None) -> Maker:
     return make
 
 
-def _items(value: Any, name: str) -> Sequence[Any]:
+def word_items(value: Any, name: str) -> Sequence[Any]:
     """A list, a list in a JSON string, or the words of a plain string."""
     if isinstance(value, str) and not value.lstrip().startswith("["):
         return value.split()
@@ -217,7 +222,7 @@ def _items(value: Any, name: str) -> Sequence[Any]:
     return parsed_list(value, f"with {name} not a list")
 
 
-def _word(value: Any, name: str) -> str:
+def word_text(value: Any, name: str) -> str:
     if is_null(value):
         raise SkipRow(f"with a null word in {name}")
     return template_text(value, name)

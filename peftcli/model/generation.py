@@ -56,6 +56,7 @@ def generate_answers(
     batch_rows: int,
     progress: Progress,
     what: str,
+    timed: bool = True,
 ) -> list[Answer]:
     """Answer every prompt, in the given order.
 
@@ -67,6 +68,7 @@ def generate_answers(
         decoding: sampling settings; the global random state is restored.
         batch_rows: prompts per batch.
         what: name of the task for `progress`.
+        timed: say after the first batch how long all answers will take, if it is long.
     """
     answers: list[Answer | None] = [None] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]), reverse=True)
@@ -98,7 +100,8 @@ def generate_answers(
             for row, ids in zip(batch, made[:, inputs.shape[1] :].tolist(), strict=True):
                 answers[row] = _decode(ids, tokenizer, stop_ids)
             done += len(batch)
-            expected.after(done, done / len(order))
+            if timed:
+                expected.after(done, done / len(order))
             progress.advance(done)
     progress.end()
     model.train(was_training)

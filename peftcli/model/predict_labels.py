@@ -1,7 +1,7 @@
 """Predicts labels for new texts and images: a class with its probability, a number, or a tag per word."""
 
 import json
-import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,20 +10,21 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from peftcli.data.encode import encode
 from peftcli.data.image_processor import read_image
 from peftcli.data.label_tokenize import AlignedWords, align_words
+from peftcli.data.model_inputs import WORD
 from peftcli.data.tokenize import IGNORED
 from peftcli.data.values import SkipRow
 from peftcli.errors import DataError
 from peftcli.metrics.tagging import entities_of, span_tags
 from peftcli.model.classification import TaskHead, row_logits, task_head
-from peftcli.model.target import Target
+from peftcli.model.heads import positions_of
+from peftcli.model.target import LoadedTarget, Target
 from peftcli.progress import Progress
 from peftcli.recipe.template import fill_template
 from peftcli.tasks.labels import OUTSIDE
-
-WORD = re.compile(r"[@#$]?\w+(?:[-'\u2019.,:/@]\w+)*|[^\w\s]")
-"""A word of running text, or a single punctuation mark."""
+from peftcli.tasks.registry import TASKS
 
 
 @dataclass(frozen=True)
@@ -78,12 +79,12 @@ class Tagged:
 
 
 def label_texts(
-    target: Target, asked: Sequence[str], *, raw: bool, batch_rows: int, progress: Progress
+    loaded: LoadedTarget, asked: Sequence[str], *, raw: bool, batch_rows: int, progress: Progress
 ) -> list[Labelled]:
     """Predict labels of texts and pairs of texts.
 
     Args:
-        target: a model with a head for whole texts.
+        loaded: a model with a head for whole texts.
         asked: texts, or values for the columns of the run's template; a JSON object with `text` and `text_pair` is a
             pair.
         raw: use each text as is, without a template and not as JSON.
@@ -91,25 +92,29 @@ def label_texts(
     Raises:
         RecipeError: a value does not fit the template.
     """
-    texts = _filled(target, asked, raw=raw)
-    model, tokenizer = target.load()
-    head = task_head(target.base.labels, target.base.problem_type, model, tokenizer)
-    limit = _limit(target, tokenizer)
-    ids = [_encode(text, tokenizer, raw=raw) for text in texts]
-    _tell_cut(sum(len(row) > limit for row in ids), limit, progress)
-    ids = [
-        row if len(row) <= limit else _encode(text, tokenizer, raw=raw, limit=limit)
-        for row, text in zip(ids, texts, strict=True)
-    ]
-    logits = row_logits(model, ids, None, head, batch_rows=batch_rows, progress=progress, what="labels")
-    return [labelled(head, *row) for row in zip(asked, logits, strict=True)]
+    texts = [_text_or_pair(text, raw=raw) for text in filled(loaded.target, asked, raw=raw)]
+    limit = token_limit(loaded)
+    rows = encode_texts(texts, loaded.tokenizer, limit)
+    tell_truncated(sum(row.truncated for row in rows), limit, progress)
+    logits = row_logits(
+        loaded.model,
+        [row.ids for row in rows],
+        None,
+        head_of(loaded),
+        batch_rows=batch_rows,
+        progress=progress,
+        what="labels",
+    )
+    return [labelled(head_of(loaded), *row) for row in zip(asked, logits, strict=True)]
 
 
-def tag_texts(target: Target, asked: Sequence[str], *, raw: bool, batch_rows: int, progress: Progress) -> list[Tagged]:
+def tag_texts(
+    loaded: LoadedTarget, asked: Sequence[str], *, raw: bool, batch_rows: int, progress: Progress
+) -> list[Tagged]:
     """Tag the words of texts.
 
     Args:
-        target: a model with a head for tokens.
+        loaded: a model with a head for tokens.
         asked: texts, or values for the columns of the run's template; a JSON list contains the words of a text.
         raw: split words only at whitespace, and do not parse JSON.
 
@@ -117,27 +122,55 @@ def tag_texts(target: Target, asked: Sequence[str], *, raw: bool, batch_rows: in
         DataError: the tokenizer does not map tokens to words.
         RecipeError: a value does not fit the template.
     """
-    texts = _filled(target, asked, raw=raw)
-    model, tokenizer = target.load()
-    head = task_head(target.base.labels, None, model, tokenizer)
-    limit = _limit(target, tokenizer)
+    texts = filled(loaded.target, asked, raw=raw)
     rows = [split_words(text, raw=raw) for text in texts]
-    aligned = align_words(rows, tokenizer)
-    _tell_cut(sum(len(row.ids) > limit for row in aligned), limit, progress)
-    aligned = [row.cut(limit) for row in aligned]
+    limit = token_limit(loaded)
+    aligned = align_words(rows, loaded.tokenizer)
+    tell_truncated(sum(len(row.ids) > limit for row in aligned), limit, progress)
+    return tag_words(loaded, asked, rows, [row.cut(limit) for row in aligned], batch_rows, progress)
+
+
+def tag_words(
+    loaded: LoadedTarget,
+    asked: Sequence[str],
+    rows: Sequence[list[str]],
+    aligned: Sequence[AlignedWords],
+    batch_rows: int,
+    progress: Progress,
+) -> list[Tagged]:
+    """Tag rows of words.
+
+    Args:
+        asked: the text of each row.
+        aligned: the tokens of each row, not longer than the model takes.
+    """
+    head = head_of(loaded)
     ids = [row.ids for row in aligned]
     marks = [[IGNORED if word is None else 0.0 for word in row.words] for row in aligned]
-    found = row_logits(model, ids, marks, head, batch_rows=batch_rows, progress=progress, what="labels")
+    found = row_logits(loaded.model, ids, marks, head, batch_rows=batch_rows, progress=progress, what="labels")
     return [_tagged(head, *row) for row in zip(asked, rows, aligned, found, strict=True)]
 
 
-def _filled(target: Target, asked: Sequence[str], *, raw: bool) -> list[str]:
+def head_of(loaded: LoadedTarget) -> TaskHead:
+    """The meaning of a model's outputs."""
+    base = loaded.target.base
+    return task_head(base.labels, base.problem_type, loaded.model, loaded.tokenizer)
+
+
+def filled(target: Target, asked: Sequence[str], *, raw: bool) -> list[str]:
+    """The texts of a command line in the template of the training.
+
+    Raises:
+        RecipeError: a value does not fit the template.
+    """
     template = target.identity.get("prompt")
     return list(asked) if raw or template is None else [fill_template(text, str(template)) for text in asked]
 
 
-def _limit(target: Target, tokenizer: PreTrainedTokenizerBase) -> int:
-    return int(target.identity.get("max_length") or tokenizer.model_max_length)
+def token_limit(loaded: LoadedTarget) -> int:
+    """The maximum length of a row: that of the training, or what the model takes."""
+    given = loaded.target.identity.get("max_length")
+    return int(given or min(loaded.tokenizer.model_max_length, positions_of(loaded.model.config) or sys.maxsize))
 
 
 def split_words(text: str, *, raw: bool = False) -> list[str]:
@@ -157,10 +190,38 @@ def split_words(text: str, *, raw: bool = False) -> list[str]:
     return [str(word) for word in words]
 
 
-def _encode(text: str, tokenizer: PreTrainedTokenizerBase, *, raw: bool, limit: int | None = None) -> list[int]:
+def _text_or_pair(text: str, *, raw: bool) -> tuple[str, ...]:
     pair = None if raw else _json(text, dict)
-    texts = (text,) if pair is None or set(pair) != {"text", "text_pair"} else (pair["text"], pair["text_pair"])
-    return list(tokenizer(*texts, truncation=limit is not None, max_length=limit)["input_ids"])
+    return (text,) if pair is None or set(pair) != {"text", "text_pair"} else (pair["text"], pair["text_pair"])
+
+
+@dataclass(frozen=True)
+class EncodedText:
+    """The token ids of a text or a pair of texts, and whether they were truncated."""
+
+    ids: list[int]
+    truncated: bool
+
+
+def encode_texts(texts: Sequence[tuple[str, ...]], tokenizer: PreTrainedTokenizerBase, limit: int) -> list[EncodedText]:
+    """Encode texts and pairs of texts as in training.
+
+    Args:
+        limit: longer rows are truncated, as the tokenizer does it.
+    """
+    counts = {len(text) for text in texts}
+    if counts == {1}:
+        found = encode([text[0] for text in texts], tokenizer)
+    elif counts == {2}:
+        found = encode([(text[0], text[1]) for text in texts], tokenizer)
+    else:
+        found = [list(tokenizer(*text)["input_ids"]) for text in texts]
+    rows = []
+    for text, ids in zip(texts, found, strict=True):
+        long = len(ids) > limit
+        short = list(tokenizer(*text, truncation=True, max_length=limit)["input_ids"]) if long else ids
+        rows.append(EncodedText(short, long))
+    return rows
 
 
 def _json(text: str, kind: type) -> Any:
@@ -174,7 +235,8 @@ def _json(text: str, kind: type) -> Any:
     return found if isinstance(found, kind) else None
 
 
-def _tell_cut(count: int, limit: int, progress: Progress) -> None:
+def tell_truncated(count: int, limit: int, progress: Progress) -> None:
+    """Say how many texts were truncated."""
     if count:
         are = "text is" if count == 1 else "texts are"
         progress.note(f"{count} {are} truncated at {limit} tokens, the maximum length in training")
@@ -210,24 +272,39 @@ def _tagged(head: TaskHead, asked: str, words: list[str], aligned: AlignedWords,
 
 
 def label_images(
-    target: Target, asked: Sequence[str], *, raw: bool, batch_rows: int, progress: Progress
+    loaded: LoadedTarget, asked: Sequence[str], *, raw: bool, batch_rows: int, progress: Progress
 ) -> list[Labelled]:
     """Predict labels of image files.
 
     Args:
-        target: a model with a head for images.
+        loaded: a model with a head for images.
         asked: paths of the files, relative to the working directory.
         raw: ignored for images.
 
     Raises:
-        DataError: one of them cannot be read; then none is predicted.
+        DataError: one of them can no longer be read.
     """
+    head = head_of(loaded)
+    logits = row_logits(loaded.model, list(asked), None, head, batch_rows=batch_rows, progress=progress, what="labels")
+    return [labelled(head, *row) for row in zip(asked, logits, strict=True)]
+
+
+def check_asked(target: Target, asked: Sequence[str], *, raw: bool) -> None:
+    """Check the inputs of a command line before the model is loaded; a bad one stops all.
+
+    Raises:
+        DataError: an image cannot be read, or a text has no words to tag.
+        RecipeError: a value does not fit the template.
+    """
+    task = TASKS[target.base.task]
+    if not task.images:
+        texts = filled(target, asked, raw=raw)
+        if task.label_of == "token":
+            for text in texts:
+                split_words(text, raw=raw)
+        return
     for path in asked:
         try:
             read_image(Path(path))
         except SkipRow as reason:
             raise DataError(f"{path}: {str(reason).removeprefix('with ')}; pass image files") from reason
-    model, reader = target.load()
-    head = task_head(target.base.labels, target.base.problem_type, model, reader)
-    logits = row_logits(model, list(asked), None, head, batch_rows=batch_rows, progress=progress, what="labels")
-    return [labelled(head, *row) for row in zip(asked, logits, strict=True)]

@@ -86,6 +86,20 @@ class Target:
         return model, tokenizer
 
 
+@dataclass(frozen=True)
+class LoadedTarget:
+    """A target with its model, in evaluation mode, and its tokenizer."""
+
+    target: Target
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+    @classmethod
+    def of(cls, target: Target) -> "LoadedTarget":
+        """Load a target; errors as for `Target.load`."""
+        return cls(target, *target.load())
+
+
 def open_target(path: str, base: Base | None = None, model: str | None = None) -> Target:
     """Determine what a path is, and check that its files are unchanged since training or merging.
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peftcli.data.inputs import content_hash
+from peftcli.data.input_files import content_hash
 from peftcli.errors import DataError, MachineError
 from peftcli.model.adapter_weights import hash_files
 from peftcli.model.manifest import MANIFEST, read_manifest

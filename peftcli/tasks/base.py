@@ -48,7 +48,7 @@ class Task:
         arguments: class of the trainer arguments.
         trainer: `(plan, run, data, tokenizer, model) -> StepTrainer`.
         batches: `(plan, data, tokenizer, model) -> (rows to batch, batch to loss)`, for use outside the trainer.
-        predict: `(target, inputs, raw=, batch_rows=, progress=)`, predicts labels of new inputs; empty if
+        predict: `(loaded target, inputs, raw=, batch_rows=, progress=)`, predicts labels of new inputs; empty if
             text is generated.
     """
 

@@ -205,7 +205,7 @@ def test_words_are_tagged_and_shown_with_their_tags(
     assert run_cli("generate", "runs/reviews", "the soup was good 8 in Paris") == 0
     assert capfd.readouterr().out == "the/O soup/O was/O good/O 8/O in/O Paris/B-place\n"
     assert run_cli("generate", "runs/reviews", '["the", "room", "was", "bad", "3", "in", "Rome"]', "--json") == 0
-    (answer,) = json.loads(capfd.readouterr().out)["answers"]
+    answer = json.loads(capfd.readouterr().out)
     assert answer["entities"] == [{"type": "place", "words": ["Rome"], "first": 6, "last": 6}]
     assert len(answer["probabilities"]) == 7 and min(answer["probabilities"]) > 0.5
     assert run_cli("merge", "runs/reviews") == 0
@@ -461,7 +461,7 @@ def test_a_text_to_label_is_put_into_the_template_of_the_run(
     assert run_cli("train", recipe) == 0
     capfd.readouterr()
     assert run_cli("generate", "runs/reviews", "the soup was good", "--json") == 0
-    (filled,) = json.loads(capfd.readouterr().out)["answers"]
+    filled = json.loads(capfd.readouterr().out)
     assert run_cli("generate", "runs/reviews", "Review: the soup was good Verdict:", "--raw", "--json") == 0
-    (whole,) = json.loads(capfd.readouterr().out)["answers"]
+    whole = json.loads(capfd.readouterr().out)
     assert filled["probabilities"] == whole["probabilities"] and filled["asked"] == "the soup was good"

@@ -157,7 +157,7 @@ def test_metrics_of_answers() -> None:
 def test_generate_writes_prompts_as_training_did(run: Path, run_cli: Cli, capfd: Any, tmp_path: Path) -> None:
     capfd.readouterr()
     assert run_cli("generate", run, "big apple 77", "--json") == 0
-    made = json.loads(capfd.readouterr().out)["answers"][0]
+    made = json.loads(capfd.readouterr().out)
     assert made["prompt"] == "big apple 77 ->:" and made["answer"].strip() == "apple kind" and made["finished"]
     (tmp_path / "prompts.txt").write_text('small pear 5\n\n{"thing": "big pear 6"}\n')
     assert run_cli("generate", run / "adapter", "--file", tmp_path / "prompts.txt") == 0

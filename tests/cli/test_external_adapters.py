@@ -87,14 +87,14 @@ def test_a_merge_without_a_recipe_is_compared_on_fixed_texts(
 
 def test_answers_are_those_of_plain_peft(writer: Path, tiny_llama: Path, run_cli: Cli, capfd: Any) -> None:
     assert run_cli("generate", writer, "The milk is", "--raw", "--max-new-tokens", "5", "--json") == 0
-    said = json.loads(capfd.readouterr().out)["answers"][0]["answer"]
+    said = json.loads(capfd.readouterr().out)["answer"]
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama), str(writer)).eval()
     ids = tokenizer("The milk is", return_tensors="pt")["input_ids"]
     made = model.generate(input_ids=ids, max_new_tokens=5, do_sample=False)[0, ids.shape[1] :]
     assert said.strip() == tokenizer.decode(made, skip_special_tokens=True).strip()
     assert run_cli("generate", writer, "Is milk cold?", "--max-new-tokens", "2", "--json") == 0
-    assert "<|user|>" in json.loads(capfd.readouterr().out)["answers"][0]["prompt"], "the tokenizer has a chat template"
+    assert "<|user|>" in json.loads(capfd.readouterr().out)["prompt"], "the tokenizer has a chat template"
 
 
 def test_an_adapter_is_evaluated_and_merged_with_the_rows_of_a_recipe(
@@ -110,7 +110,7 @@ def test_an_adapter_is_evaluated_and_merged_with_the_rows_of_a_recipe(
     # The same rows in float32, merged or not: the sums differ in their order alone.
     assert found["metrics"]["loss"] == pytest.approx(measured["adapter"]["loss"], rel=1e-3)
     assert run_cli("generate", writer, "big apple", "--recipe", recipe, "--max-new-tokens", "2", "--json") == 0
-    assert json.loads(capfd.readouterr().out)["answers"][0]["prompt"] == "big apple ->:"
+    assert json.loads(capfd.readouterr().out)["prompt"] == "big apple ->:"
     assert run_cli("eval", writer) == 2
     assert "pass --recipe to choose the test set" in capfd.readouterr().err
 
@@ -119,7 +119,7 @@ def test_a_head_with_named_classes_labels_merges_and_is_evaluated(
     labeller: Path, run_cli: Cli, tmp_path: Path, capfd: Any
 ) -> None:
     assert run_cli("generate", labeller, "The fig is ripe.", "--json") == 0
-    answer = json.loads(capfd.readouterr().out)["answers"][0]
+    answer = json.loads(capfd.readouterr().out)
     assert list(answer["probabilities"]) == list(LABELS.values())
     bert = tiny_model("tiny:bert")
     base = AutoModelForSequenceClassification.from_pretrained(bert, num_labels=3)

@@ -11,7 +11,7 @@ import yaml
 from conftest import write_things
 
 from peftcli.cli.main import main
-from peftcli.data.inputs import content_hash, point_to
+from peftcli.data.input_files import content_hash, point_to
 from peftcli.errors import DataError
 from peftcli.run_dir import read_json
 

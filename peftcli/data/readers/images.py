@@ -99,6 +99,50 @@ class ImageFolder:
 
 
 @dataclass
+class PictureFolder:
+    """All files of a folder and its subfolders as images without a class."""
+
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        return f"{self.folder.name}/"
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the path, the names, sizes and times of all files."""
+        digest = hashlib.sha256(str(self.folder).encode())
+        for name in self._names():
+            digest.update(b"\0" + name.encode("utf-8", "surrogateescape") + b"\0" + _stamp(self.folder / name))
+        return digest.hexdigest()
+
+    def batches(self) -> Iterator[Rows]:
+        """The files, sorted by name.
+
+        Raises:
+            DataError: there are none, or a folder cannot be read.
+        """
+        names = self._names()
+        if not names:
+            raise DataError(f"{self.folder}: no files in this folder; use a folder of images")
+        for first in range(0, len(names), BATCH_IMAGES):
+            part = names[first : first + BATCH_IMAGES]
+            yield Rows(self.name, list(range(first + 1, first + 1 + len(part))), {"image": part})
+
+    def _names(self) -> list[str]:
+        found: list[str] = []
+        try:
+            for current, folders, files in os.walk(self.folder, onerror=_raise):
+                folders[:] = [one for one in folders if not _is_aside(one)]
+                below = Path(current).relative_to(self.folder)
+                found += [(below / file).as_posix() for file in files if not _is_aside(file)]
+        except OSError as problem:
+            raise DataError(
+                f"{problem.filename}: cannot be read: {problem.strerror}; check its permissions"
+            ) from problem
+        return sorted(found)
+
+
+@dataclass
 class ImageTable:
     """Rows with image paths relative to the file of the rows."""
 
