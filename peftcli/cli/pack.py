@@ -48,7 +48,7 @@ def pack_command(path: Path, pointers: Pointers, flags: PackFlags) -> None:
         output = flags.output or Path(f"{run.path.resolve().name}.tar.gz")
         writer_of(output)
         output.parent.mkdir(parents=True, exist_ok=True)
-        stage = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}.stage."))
+        stage = Path(tempfile.mkdtemp(dir=output.parent.absolute(), prefix=f".{output.name}.stage."))
         try:
             described = _fill(run, stage, pointers, flags, shown)
             size = write_archive(stage, output, described.name)

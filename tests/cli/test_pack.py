@@ -126,8 +126,8 @@ def test_an_archive_names_nothing_of_the_machine(run: Path, tmp_path: Path, run_
     environment["command"] += f" --set trainer.logging_dir=/srv/{USER}/tb on {HOST} by {USER}@{HOST}"
     (copy / "environment.json").write_text(json.dumps(environment))
     assert str(run.parent.parent) in (copy / "adapter" / "adapter_config.json").read_text()
-    for name in ("one.tar.gz", "two.tar.gz", "one.zip", "two.zip"):
-        assert run_cli("pack", copy, "--with-test-rows", "--merged", "--output", tmp_path / name) == 0
+    for output in (tmp_path / "one.tar.gz", "two.tar.gz", tmp_path / "one.zip", "two.zip"):
+        assert run_cli("pack", copy, "--with-test-rows", "--merged", "--output", output) == 0
     assert run_cli("pack", copy, "--output", tmp_path / "adapter.tar.gz") == 0
     for ending in ("tar.gz", "zip"):
         assert (tmp_path / f"one.{ending}").read_bytes() == (tmp_path / f"two.{ending}").read_bytes()
