@@ -78,8 +78,10 @@ def validate(recipe: RecipeArgument, set_: SetOption = None, as_json: JsonOption
     """Check a recipe and report every problem with its line. No model or data is loaded."""
     from peftcli.cli.recipes import find_recipe
     from peftcli.recipe.load import load_recipe
+    from peftcli.recipe.local_config import check_local_config
 
     loaded = load_recipe(find_recipe(recipe), set_ or ())
+    check_local_config(loaded.recipe)
     if as_json:
         _print_json({"recipe": str(loaded.path), "valid": True, "notices": list(loaded.notices)})
         return

@@ -13,6 +13,7 @@ import torch
 from peft import PeftModel, PeftType
 from safetensors import SafetensorError, safe_open
 from transformers import (
+    AutoConfig,
     AutoImageProcessor,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -30,6 +31,7 @@ from peftcli.model.files import weights_damage
 from peftcli.model.heads import auto_class, load_with_head, unquantized_modules
 from peftcli.model.hub import explain_missing, look_for_network
 from peftcli.model.padding_free import use_fused_attention
+from peftcli.model.quantized_files import dequantizing
 from peftcli.nearest import nearest
 from peftcli.plan.plan import Base, TokenizerChoice
 from peftcli.tasks.registry import TASKS
@@ -128,6 +130,10 @@ def load_base(
         arguments["quantization_config"] = quantization_config(base)
     look_for_network(base.path)
     try:
+        if base.quantization is None:
+            trust = base.trust_remote_code
+            config = AutoConfig.from_pretrained(base.path, revision=base.revision, trust_remote_code=trust)
+            arguments |= dequantizing(config)
         model = _load(base, arguments, shards)
     except ImportError as problem:
         raise MachineError(f"{base.name}: a package is missing: {' '.join(str(problem).split())[:300]}") from problem

@@ -190,7 +190,7 @@ class SelectSection(Section):
 
 
 def read_target_modules(value: Any) -> Any:
-    """Read `adapter.target_modules`: names, all-linear, or a selection by gradient."""
+    """Read `adapter.target_modules`: names, all-linear, a regular expression, or a selection by gradient."""
     return read_select(value) if isinstance(value, Mapping | SelectSection) else read_targets(value)
 
 
@@ -218,11 +218,9 @@ class AdapterSection(Section):
     """Scaling of the update: alpha / r, or alpha / sqrt(r) with `use_rslora`."""
     dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
     """Dropout probability of the adapter's inputs."""
-    target_modules: Annotated[
-        tuple[str, ...] | Literal["all-linear"] | SelectSection | None, BeforeValidator(read_target_modules)
-    ] = None
-    """Names of the modules that get an adapter, all linear layers except the output layer, or a selection by gradient;
-    null for the method's default."""
+    target_modules: Annotated[tuple[str, ...] | str | SelectSection | None, BeforeValidator(read_target_modules)] = None
+    """Names of the modules that get an adapter, a regular expression for their full names, `all-linear` for all linear
+    layers except the output layer, or a selection by gradient; null for the method's default."""
     layers: Annotated[tuple[int, ...] | SelectSection | None, BeforeValidator(read_layers)] = None
     """Indices of the layers that get an adapter, or a selection by gradient; null for all."""
     use_rslora: bool = False
