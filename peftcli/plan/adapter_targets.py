@@ -217,8 +217,11 @@ def _refuse_unmatched(
 def _refuse(key: str, unused: list[str], known: Iterable[str], facts: ModelFacts) -> None:
     if not unused:
         return
-    short = list(without_numbers(dict.fromkeys(known, 1)))
-    leaves = list(dict.fromkeys([*(one.rpartition(".")[2] for one in short), *short]))
+    short = without_numbers(dict.fromkeys(known, 1))
+    ends = list(
+        dict.fromkeys(".".join(parts[i:]) for one in short for parts in [one.split(".")] for i in range(len(parts)))
+    )
+    leaves = sorted(ends, key=lambda one: one.count("."))
     near = list(dict.fromkeys(one for word in unused for one in nearest_names(word, leaves, most=3, least=0.4)))
     what = {"target_parameters": "parameter", "exclude_modules": "module"}.get(key, "trained module")
     how = (
