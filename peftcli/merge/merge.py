@@ -254,8 +254,8 @@ def _write_all(
 
 def _original(base: Base, bare: PreTrainedModel) -> Source:
     """The unquantized weights of a base model; an image model is loaded completely, since its files may use the names
-    of earlier versions of transformers."""
-    if not TASKS[base.task].images:
+    of earlier versions of transformers, and so is one with new tokens, for which the files have no rows."""
+    if not TASKS[base.task].images and not base.add_tokens:
         return original_weights(base, bare)
     return loaded_weights(load_base(replace(base, device="cpu"), quantized=False))
 
@@ -308,7 +308,15 @@ def _measure_on(
     into, folder, weights = written
     data, tokenizer = comparison.data, comparison.tokenizer
     stored = settings.dtype or target.base.dtype
-    merged = replace(target.base, path=str(folder), revision=None, quantization=None, absorbed=(), dtype=stored)
+    merged = replace(
+        target.base,
+        path=str(folder),
+        revision=None,
+        quantization=None,
+        absorbed=(),
+        add_tokens=(),
+        dtype=stored,
+    )
     with _explained_out_of_memory(f"while the merged model was loaded on {place.name}"):
         model = load_base(replace(merged, device=place.device), max_memory=place.max_memory)
     if not place.offloads and "disk" in (getattr(model, "hf_device_map", None) or {}).values():

@@ -30,6 +30,7 @@ from peftcli.model.distributed import disable_accelerate_fsdp
 from peftcli.model.files import weights_damage
 from peftcli.model.heads import auto_class, load_with_head, unquantized_modules
 from peftcli.model.hub import explain_missing, look_for_network
+from peftcli.model.new_tokens import extend_embeddings, extend_tokenizer, ids_of
 from peftcli.model.padding_free import use_fused_attention
 from peftcli.model.quantized_files import dequantizing
 from peftcli.nearest import nearest
@@ -75,6 +76,8 @@ def load_tokenizer(choice: TokenizerChoice, path: str | None = None) -> PreTrain
             tokenizer.chat_template = Path(choice.chat_template).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as problem:
             raise MachineError(f"model.chat_template {choice.chat_template}: cannot be read: {problem}") from problem
+    if choice.add_tokens and path is None:
+        extend_tokenizer(tokenizer, choice.add_tokens)
     if choice.eos_token is not None and path is None:
         _set_end(tokenizer, choice.eos_token)
     if tokenizer.pad_token is None:
@@ -147,6 +150,8 @@ def load_base(
         if not re.search("size mismatch|SafetensorError|corrupt", str(problem)):
             raise
         raise MachineError(f"{base.path}: the weights do not match the configuration: {problem}") from problem
+    if base.add_tokens:
+        extend_embeddings(model, ids_of(load_tokenizer(base.tokenizer), base.add_tokens))
     keep_gradients_of_4bit(model)
     if eight_bit(base):
         # It imports bitsandbytes, which takes seconds on a CUDA machine.

@@ -50,26 +50,23 @@ def find_targets(adapter: AdapterSection, facts: ModelFacts) -> AdapterTargets:
     wanted = named_targets(adapter)
     if METHODS[adapter.method].prompts or METHODS[adapter.method].targets == "whole":
         return AdapterTargets(match_targets(wanted, facts))
-    moved = _moved(adapter, facts)
-    rest = tuple(name for name in wanted or () if _old_name(name, moved) is None) if wanted != ALL_LINEAR else wanted
+    rest, renamed = _split_moved(wanted, _moved(adapter, facts))
     asked = tuple(adapter.arguments.get("target_parameters") or ())
-    olds = set(moved) if wanted == ALL_LINEAR else {_old_name(name, moved) for name in wanted or ()} - {None}
-    parameters = tuple(
-        one for one in facts.weights if any(matches(one, name) for name in (*asked, *map(moved.get, olds)))
-    )
-    _refuse_unmatched("target_parameters", asked, facts.weights, facts, parameter=True)
+    if facts.weights:
+        _refuse("target_parameters", _without_match(asked, facts.weights), facts.weights, facts)
+    parameters = tuple(one for one in facts.weights if any(matches(one, name) for name in (*asked, *renamed.values())))
     try:
         counts = match_targets(rest, facts) if rest else {}
     except RecipeError as problem:
         raise RecipeError(f"{problem}{_about_experts(wanted, facts)}") from problem
     modules = _modules(rest, facts)
-    displaced = tuple(name for name in modules if rest == ALL_LINEAR and _old_name(name, moved) is not None)
-    if rest != ALL_LINEAR:
-        displaced = tuple(m for m in facts.modules if any(matches(m, n) for n in wanted or () if n not in rest))
+    all_named = modules if rest == ALL_LINEAR else facts.modules
+    displaced = tuple(one for one in all_named if renamed and one.rpartition(".")[2] in renamed)
     excluded = _excluded(adapter, modules, facts)
     modules = tuple(name for name in modules if name not in excluded and name not in displaced)
     if not modules and not parameters:
-        raise RecipeError(f"adapter.exclude_modules leaves no target in {facts.architecture}; change it")
+        what = "exclude_modules leaves" if excluded else "target_modules matches"
+        raise RecipeError(f"adapter.{what} no target in {facts.architecture}; change it")
     if parameters:
         _refuse_beside_parameters(adapter)
     _check_patterns(adapter, (*modules, *parameters), facts)
@@ -89,9 +86,19 @@ def _moved(adapter: AdapterSection, facts: ModelFacts) -> Mapping[str, str]:
     return facts.fused if METHODS[adapter.method].config == "LoraConfig" else {}
 
 
-def _old_name(name: str, moved: Mapping[str, str]) -> str | None:
-    leaf = name.rpartition(".")[2]
-    return leaf if leaf in moved else None
+def _split_moved(
+    wanted: tuple[str, ...] | str | None, moved: Mapping[str, str]
+) -> tuple[tuple[str, ...] | str | None, dict[str, str]]:
+    """The targets that stay modules, and the parameters of the others by the last part of the target's name."""
+    if wanted == ALL_LINEAR:
+        return wanted, dict(moved)
+    leaves = {name: name.rpartition(".")[2] for name in wanted or ()}
+    renamed = {leaf: moved[leaf] for leaf in leaves.values() if leaf in moved}
+    return tuple(name for name, leaf in leaves.items() if leaf not in renamed), renamed
+
+
+def _without_match(wanted: Iterable[str], known: Collection[str]) -> list[str]:
+    return [name for name in wanted if not any(matches(one, name) for one in known)]
 
 
 def _modules(wanted: tuple[str, ...] | str | None, facts: ModelFacts) -> tuple[str, ...]:
@@ -178,7 +185,7 @@ def _excluded(adapter: AdapterSection, modules: Collection[str], facts: ModelFac
         unused = [] if found else [asked]
     else:
         found = tuple(one for one in facts.modules if any(matches(one, name) for name in asked))
-        unused = [name for name in asked if not any(matches(one, name) for one in facts.modules)]
+        unused = _without_match(asked, facts.modules)
     _refuse("exclude_modules", unused, facts.modules, facts)
     return tuple(one for one in found if one in modules)
 
@@ -205,13 +212,6 @@ def _check_patterns(adapter: AdapterSection, trained: tuple[str, ...], facts: Mo
         if isinstance(given, Mapping):
             unused = [one for one in given if not any(re.match(rf"(.*\.)?({one})$", name) for name in trained)]
             _refuse(key, unused, trained, facts)
-
-
-def _refuse_unmatched(
-    key: str, asked: Iterable[str], known: Collection[str], facts: ModelFacts, *, parameter: bool = False
-) -> None:
-    if known or not parameter:
-        _refuse(key, [name for name in asked if not any(matches(one, name) for one in known)], known, facts)
 
 
 def _refuse(key: str, unused: list[str], known: Iterable[str], facts: ModelFacts) -> None:
@@ -259,6 +259,11 @@ def target_decisions(
     if facts.stored:
         value = f"{_memory(facts.parameters * DTYPE_BYTES[dtype])} in {dtype}"
         decisions.append(Decision("dequantized base", value, f"its files are {facts.stored}, which cannot be trained"))
+    if recipe.model.add_tokens:
+        rows = adapter.arguments.get("trainable_token_indices")
+        where = " and ".join(rows) if isinstance(rows, dict) else "the embedding"
+        what = f"only their rows of {where} are trained" if rows else "the whole embedding is trained"
+        decisions.append(Decision("new tokens", ", ".join(recipe.model.add_tokens), what))
     if facts.experts:
         state = "trained" if found.experts else "frozen"
         names = ", ".join(f"{name} x {n}" for name, n in without_numbers(dict.fromkeys(found.experts, 1)).items())

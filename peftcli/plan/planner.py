@@ -185,6 +185,7 @@ def _base(recipe: Recipe, facts: ModelFacts, choices: Choices, merged_adapters: 
         trust_remote_code=recipe.model.trust_remote_code,
         eos_token=recipe.model.eos_token,
         absorbed=merged_adapters,
+        add_tokens=recipe.model.add_tokens,
     )
 
 

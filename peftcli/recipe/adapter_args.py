@@ -194,6 +194,9 @@ def check_together(method: Method, tree: Tree, trainer: Mapping[str, Any], probl
     if isinstance(task, str) and task not in method.tasks:
         text = f"model.task: {task} is not supported by {title}, only {choice_text(method.tasks)}; change one of them"
         problems.add(tree.place(("model", "task")), text)
+    if tree.get("model", "add_tokens") and method.config != "LoraConfig" and not method.trains_all:
+        text = f"model.add_tokens: {title} cannot train the embedding rows of new tokens; set adapter.method: lora"
+        problems.add(tree.place(("model", "add_tokens")), text)
     bits = quantized_bits(tree)
     why = method.on_bits(bits) if bits is not None else ""
     if why:

@@ -101,6 +101,8 @@ class ModelSection(Section):
     """File with a Jinja chat template that replaces the tokenizer's; absolute once loaded."""
     eos_token: Text | None = None
     """Token that ends an answer, if the model uses another one than the tokenizer's end token."""
+    add_tokens: Annotated[tuple[str, ...], BeforeValidator(freeze_names)] = ()
+    """New tokens for the vocabulary, such as `[<tool>]`; only their embedding rows are trained, beside the adapter."""
     trust_remote_code: bool = False
     """Run Python code from the model repository; requires `revision` to be a commit."""
 
