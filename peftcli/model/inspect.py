@@ -89,7 +89,9 @@ def inspect_model(
     output_layer = next((name for name, module in names.items() if module is output), None)
     text = config.get_text_config()
     beside = {name: one for name, one in names.items() if name != output_layer and not is_within(name, head)}
-    towers = () if TASKS[task].images else _towers(model, text, (*head, *filter(None, (embedding, output_layer))))
+    several = text is not config and not TASKS[task].images
+    kept = (*head, *filter(None, (embedding, output_layer)))
+    towers = _towers(model, text.model_type, kept) if several else ()
     beside = {name: one for name, one in beside.items() if not is_within(name, towers)}
     linear = tuple(name for name, module in beside.items() if isinstance(module, (torch.nn.Linear, Conv1D)))
     convolutions = () if linear else _convolutions(beside)
@@ -123,20 +125,18 @@ def inspect_model(
     )
 
 
-def _towers(model: PreTrainedModel, text: PreTrainedConfig, kept: tuple[str, ...]) -> tuple[str, ...]:
+def _towers(model: PreTrainedModel, text_type: str, kept: tuple[str, ...]) -> tuple[str, ...]:
     """Names of the parts beside the text model that own weights, such as a vision tower and its projector.
 
     Args:
-        text: the configuration of the text model; that of the whole model if it has no other parts.
+        text_type: model type of the text model.
         kept: modules outside the text model that rows of text pass.
     """
-    if text is model.config:
-        return ()
     modules = {name: module for name, module in model.named_modules() if name}
     roots = tuple(
         name
         for name, module in modules.items()
-        if isinstance(module, PreTrainedModel) and module.config.model_type == text.model_type
+        if isinstance(module, PreTrainedModel) and module.config.model_type == text_type
     )
     if not roots:
         return ()

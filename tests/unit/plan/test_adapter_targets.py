@@ -17,6 +17,7 @@ from peftcli.model.inspect import inspect_model, resolve_model, trainable_counte
 from peftcli.plan.adapter import resolve_adapter
 from peftcli.plan.adapter_targets import find_targets
 from peftcli.plan.machine import Machine, ModelFacts
+from peftcli.plan.memory.forecast import training_setup
 from peftcli.plan.plan import Plan
 from peftcli.plan.planner import make_plan
 from peftcli.recipe.load import load_recipe
@@ -210,3 +211,14 @@ def test_an_encoder_decoder_is_refused_by_validate_and_by_what_loads_it(kind: st
         resolve_model(recipe.model, smoke=False)
     labelled = recipe.model.model_copy(update={"task": "sequence-classification"})
     check_local_config(recipe.model_copy(update={"model": labelled}))
+
+
+def test_the_forecast_counts_the_copies_of_experts_only_where_they_have_adapters(tmp_path: Path) -> None:
+    shape = facts_of("qwen3_moe").shape
+    assert shape is not None
+    trained, frozen = (
+        training_setup(plan_of("qwen3_moe", tmp_path, targets), shape, CPU, one_row=True)
+        for targets in ("{target_modules: all-linear}", "{target_modules: [q_proj], trainable_token_indices: [1, 2]}")
+    )
+    assert trained.expert_adapters and not frozen.expert_adapters
+    assert frozen.head_trained and not trained.head_trained
