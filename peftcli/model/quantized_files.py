@@ -4,10 +4,10 @@ from typing import Any
 
 from transformers import FineGrainedFP8Config, Mxfp4Config, PreTrainedConfig
 
-from peftcli.errors import RecipeError
+from peftcli.recipe.local_config import DEQUANTIZABLE, refuse_stored
 
-DEQUANTIZED = {"mxfp4": (Mxfp4Config, "MXFP4"), "fp8": (FineGrainedFP8Config, "FP8")}
-"""Formats that transformers dequantizes while loading, by `quant_method`.
+CONFIGS = {"mxfp4": Mxfp4Config, "fp8": FineGrainedFP8Config}
+"""The configurations of `DEQUANTIZABLE` formats, by `quant_method`.
 
 Source: `dequantize` in transformers/utils/quantization_config.py, 5.23.
 """
@@ -20,14 +20,8 @@ def stored_quantization(path: str, config: PreTrainedConfig) -> str:
         RecipeError: transformers cannot dequantize that format while loading.
     """
     method = quantization_method(config)
-    if not method or method in DEQUANTIZED:
-        return DEQUANTIZED[method][1] if method else ""
-    known = " and ".join(name for _, name in DEQUANTIZED.values())
-    raise RecipeError(
-        f"model.name {path}: its weights are already quantized ({method}), and transformers cannot dequantize them "
-        f"while loading, which training and merging need (only {known}); use the repository with the full weights and "
-        "let `quantization: {bits: 4}` quantize them"
-    )
+    refuse_stored(path, method)
+    return DEQUANTIZABLE[method] if method else ""
 
 
 def quantization_method(config: PreTrainedConfig) -> str:
@@ -42,11 +36,11 @@ def quantization_method(config: PreTrainedConfig) -> str:
 def dequantizing(config: PreTrainedConfig) -> dict[str, Any]:
     """Arguments of `from_pretrained` that dequantize the weights of a model; empty if they are not quantized."""
     method, packed = quantization_method(config), _packed(config) or {}
-    if method not in DEQUANTIZED:
+    if method not in CONFIGS:
         return {}
     # transformers replaces the list of the file by the one that is passed.
     kept = {"modules_to_not_convert": packed.get("modules_to_not_convert")}
-    return {"quantization_config": DEQUANTIZED[method][0](dequantize=True, **kept)}
+    return {"quantization_config": CONFIGS[method](dequantize=True, **kept)}
 
 
 def _packed(config: PreTrainedConfig) -> dict[str, Any] | None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import base_of
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -14,7 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from peftcli.errors import RecipeError
 from peftcli.model.inspect import inspect_model, load_config
 from peftcli.model.load import load_base
-from tests.helpers import base_of
+from peftcli.recipe.load import load_recipe
+from peftcli.recipe.local_config import check_local_config
 
 SMALL = {"vocab_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
 FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
@@ -83,3 +85,7 @@ def test_a_base_that_transformers_cannot_dequantize_is_refused(method: str, tmp_
         RecipeError, match=rf"\({method}\), and transformers cannot dequantize .*only MXFP4 and FP8.*use"
     ):
         inspect_model(str(tmp_path), config)
+    file = tmp_path / "r.yaml"
+    file.write_text(f"model: {{name: {tmp_path}}}\ndataset: {{path: a.csv, text: '{{a}}'}}\n", encoding="utf-8")
+    with pytest.raises(RecipeError, match="transformers cannot dequantize"):
+        check_local_config(load_recipe(file).recipe)
