@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from peftcli.data.prepare import PreparedData
 from peftcli.errors import GateNotMet, MemoryExhausted, RecipeError
 from peftcli.merge.drift import Comparison, Drift, rounding_limit
-from peftcli.merge.fold import bare_base, fold
+from peftcli.merge.fold import bare_base, fold, skeleton_names
 from peftcli.merge.placement import (
     FreeMemory,
     Placement,
@@ -26,7 +26,7 @@ from peftcli.merge.placement import (
 from peftcli.merge.save import folding_bytes, write_config, write_weights
 from peftcli.model.adapter_files import replace_folder, write_companions
 from peftcli.model.evaluate import Evaluation, answered_rows, decoding_for, evaluate_model
-from peftcli.model.files import Source, loaded_weights, original_weights
+from peftcli.model.files import Source, end_names, loaded_weights, original_weights, stored_names
 from peftcli.model.load import DTYPES, load_base
 from peftcli.model.manifest import MANIFEST, build_merged_manifest
 from peftcli.model.oom import is_out_of_memory
@@ -253,9 +253,15 @@ def _write_all(
 
 
 def _original(base: Base, bare: PreTrainedModel) -> Source:
-    """The unquantized weights of a base model; an image model is loaded completely, since its files may use the names
-    of earlier versions of transformers, and so is one with new tokens, for which the files have no rows."""
-    if not TASKS[base.task].images and not base.add_tokens:
+    """The unquantized weights of a base model, from its files if these have all of them under the names of the model.
+
+    Otherwise the model is loaded completely: transformers renames weights of earlier versions and fuses experts, and
+    new tokens have no rows in the files.
+    """
+    stored, ends = stored_names(base.path, base.revision), end_names(bare)
+    tied = f"{ends[1]}.weight" if ends else ""
+    converted = stored is not None and any(name not in stored for name in skeleton_names(bare) if name != tied)
+    if not TASKS[base.task].images and not base.add_tokens and not converted:
         return original_weights(base, bare)
     return loaded_weights(load_base(replace(base, device="cpu"), quantized=False))
 

@@ -215,6 +215,8 @@ def test_other_architectures_merge(run_cli: Cli, tmp_path: Path, family: str) ->
     assert run_cli("merge", "runs/s-smoke") == 0
     found = read_json(tmp_path / "runs" / "s-smoke" / "merge.json")
     assert found["kl_nats"] <= 1e-9
+    if family.startswith("Mixtral"):  # its files store each expert by itself
+        assert run_cli("merge", "runs/s-smoke", "--into", "original") == 0
 
 
 @pytest.mark.parametrize("saved", ["[lm_head]", "[embed_tokens]", "[embed_tokens, lm_head]"])
