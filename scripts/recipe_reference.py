@@ -43,7 +43,7 @@ READERS = {
     "read_encoding": "name of an encoding",
     "read_delimiter": "one character",
     "read_quote": "one character or `none`",
-    "read_target_modules": "`all-linear`, list of names, or `{select: gradient, budget: 0.5%}`",
+    "read_target_modules": "`all-linear`, list of names, regular expression, or `{select: gradient, budget: 0.5%}`",
     "read_layers": "list of numbers, or `{select: gradient, budget: 0.5%}`",
     "freeze_names": "name or list of names",
 }

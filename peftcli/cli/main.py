@@ -143,8 +143,10 @@ def validate(
     """Check a recipe and the columns of its data files, and report every problem. No model is loaded."""
     from peftcli.cli.recipes import find_recipe
     from peftcli.recipe.load import load_recipe
+    from peftcli.recipe.local_config import check_local_config
 
     loaded = load_recipe(find_recipe(recipe), set_ or ())
+    check_local_config(loaded.recipe)
     if data:
         from peftcli.data.first_rows import check_first_rows
 

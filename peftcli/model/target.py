@@ -221,5 +221,6 @@ def _merged_base(folder: Path, found: dict[str, Any], device: str) -> Base:
         chat_template=None,
         eos_token=None,
         absorbed=(),
+        add_tokens=(),
         device=device,
     )

@@ -41,6 +41,7 @@ class TokenizerChoice:
         eos_token: token that replaces the tokenizer's EOS token, or None.
         trust_remote_code: run code that comes with the model.
         images: it is an image processor instead of a tokenizer.
+        add_tokens: tokens that the recipe adds to the vocabulary.
     """
 
     path: str
@@ -49,6 +50,7 @@ class TokenizerChoice:
     eos_token: str | None
     trust_remote_code: bool
     images: bool = False
+    add_tokens: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ class Base:
         problem_type: for whole texts and images: `single-label`, `multi-label` or `regression`.
         head: names of the modules that are fully trained for the task and not quantized.
         seed: of a randomly initialized head.
+        add_tokens: tokens that the recipe adds to the vocabulary.
     """
 
     name: str
@@ -90,12 +93,19 @@ class Base:
     problem_type: str | None = None
     head: tuple[str, ...] = ()
     seed: int = 0
+    add_tokens: tuple[str, ...] = ()
 
     @property
     def tokenizer(self) -> TokenizerChoice:
         images = TASKS[self.task].images
         return TokenizerChoice(
-            self.path, self.revision, self.chat_template, self.eos_token, self.trust_remote_code, images
+            self.path,
+            self.revision,
+            self.chat_template,
+            self.eos_token,
+            self.trust_remote_code,
+            images,
+            self.add_tokens,
         )
 
 

@@ -75,13 +75,20 @@ def read_trained_dtype(value: Any) -> Any:
 
 
 def read_targets(value: Any) -> tuple[str, ...] | str | None:
-    """Read `adapter.target_modules`: all-linear or a list of names."""
+    """Read `adapter.target_modules`: all-linear, a regular expression or a list of names."""
     if value is None:
         return None
     if value == "all-linear":
         return "all-linear"
     if isinstance(value, str):
-        raise wrong(f"must be all-linear or a list of module names, such as [{value or 'q_proj'}]")
+        if re.fullmatch(r"[\w.-]*", value):
+            # PEFT would compare it with full names, which no short name equals.
+            raise wrong(f"must be all-linear or a list of module names, such as [{value or 'q_proj'}]")
+        try:
+            re.compile(value)
+        except re.error as problem:
+            raise wrong(f"is not a regular expression ({problem}); fix it, or list module names") from None
+        return value
     try:
         return freeze_names(value)
     except PydanticCustomError:

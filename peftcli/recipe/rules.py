@@ -214,6 +214,8 @@ def _check_labels(tree: Tree, problems: Problems) -> None:
 
 
 def _check_model(tree: Tree, problems: Problems) -> None:
+    if tree.get("model", "add_tokens") and tree.get("model", "task") == "image-classification":
+        problems.add(tree.place(("model", "add_tokens")), "model.add_tokens: images have no tokens; remove it")
     revision = tree.get("model", "revision")
     if tree.get("model", "trust_remote_code") is not True or ("model", "trust_remote_code") in tree.spoiled:
         return

@@ -101,6 +101,8 @@ class ModelSection(Section):
     """File with a Jinja chat template that replaces the tokenizer's; absolute once loaded."""
     eos_token: Text | None = None
     """Token that ends an answer, if the model uses another one than the tokenizer's end token."""
+    add_tokens: Annotated[tuple[str, ...], BeforeValidator(freeze_names)] = ()
+    """New tokens for the vocabulary, such as `[<tool>]`; only their embedding rows are trained, beside the adapter."""
     trust_remote_code: bool = False
     """Run Python code from the model repository; requires `revision` to be a commit."""
 
@@ -190,7 +192,7 @@ class SelectSection(Section):
 
 
 def read_target_modules(value: Any) -> Any:
-    """Read `adapter.target_modules`: names, all-linear, or a selection by gradient."""
+    """Read `adapter.target_modules`: names, all-linear, a regular expression, or a selection by gradient."""
     return read_select(value) if isinstance(value, Mapping | SelectSection) else read_targets(value)
 
 
@@ -218,11 +220,9 @@ class AdapterSection(Section):
     """Scaling of the update: alpha / r, or alpha / sqrt(r) with `use_rslora`."""
     dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
     """Dropout probability of the adapter's inputs."""
-    target_modules: Annotated[
-        tuple[str, ...] | Literal["all-linear"] | SelectSection | None, BeforeValidator(read_target_modules)
-    ] = None
-    """Names of the modules that get an adapter, all linear layers except the output layer, or a selection by gradient;
-    null for the method's default."""
+    target_modules: Annotated[tuple[str, ...] | str | SelectSection | None, BeforeValidator(read_target_modules)] = None
+    """Names of the modules that get an adapter, a regular expression for their full names, `all-linear` for all linear
+    layers except the output layer, or a selection by gradient; null for the method's default."""
     layers: Annotated[tuple[int, ...] | SelectSection | None, BeforeValidator(read_layers)] = None
     """Indices of the layers that get an adapter, or a selection by gradient; null for all."""
     use_rslora: bool = False
