@@ -31,7 +31,18 @@ _APART: tuple[tuple[str, str, str], ...] = (
     *((key, "format", "the recipe defines the row format twice; keep one") for key in ("text", "prompt", "columns")),
 )
 _OWN_SOURCE = ("path", "name", "url", "url_env", "config", "revision", "hub_split", "table", "query", "file_format")
-_OF_THE_SOURCES = (*_OWN_SOURCE, "encoding", "csv", "format", "text", "prompt", "completion", "columns")
+_OF_THE_SOURCES = (
+    *_OWN_SOURCE,
+    "encoding",
+    "csv",
+    "format",
+    "text",
+    "prompt",
+    "completion",
+    "columns",
+    "turns",
+    "mask_history",
+)
 _PLACES = ("path", "name", "url", "url_env")
 
 ASKED = "performance.sharding: full"
@@ -195,9 +206,10 @@ def _check_task(path: KeyPath, source: dict[str, Any], task: Task, tree: Tree, p
         if columns[key] and needed and task.name not in needed and ("dataset", "columns", key) not in task.unused_keys:
             text = f"{dotted((*path, 'columns', key))} is for model.task: {needed[0]}, but the task is {task.name}"
             problems.add(tree.place((*path, "columns", key)), f"{text}; change the task or remove the column")
-    if not task.generates and source.get("format") is not None:
-        text = f"{dotted((*path, 'format'))} is for language models, but model.task is {task.name}; remove it"
-        problems.add(tree.place((*path, "format")), text)
+    for key in ("format", "turns", "mask_history"):
+        if not task.generates and source.get(key) is not None:
+            text = f"{dotted((*path, key))} is for language models, but model.task is {task.name}; remove it"
+            problems.add(tree.place((*path, key)), text)
     if task.label_of == "token" and source.get("text") is not None:
         text = f"{dotted((*path, 'text'))} builds one text, but model.task: {task.name} needs words with tags; "
         problems.add(tree.place((*path, "text")), text + f"name their columns in {dotted((*path, 'columns'))}")

@@ -351,6 +351,12 @@ class SourceSection(FilesSection):
     """Template of the completion to learn."""
     columns: ColumnsSection | None = None
     """Columns to use directly, instead of templates."""
+    turns: Literal["refuse", "join", "keep"] = "refuse"
+    """Chats with consecutive messages of one role: drop the row (`refuse`), `join` them with a blank line, or `keep`
+    them; `join` and `keep` also pass a later system message to the chat template, and drop a row if the template
+    rejects it or leaves a message out."""
+    mask_history: bool = False
+    """Train only the last assistant message of a chat."""
 
 
 class WeightedSection(SourceSection):
