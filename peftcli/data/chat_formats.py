@@ -2,9 +2,10 @@
 
 import json
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, TypeAlias
 
-from peftcli.data.loss_flags import agreed_flags, message_flag, row_flags
+from peftcli.data.loss_flags import FLAGS, agreed_flags, message_flag, row_flags
 from peftcli.data.turn_order import arrange, check_turns, is_empty
 from peftcli.data.values import SkipRow, parsed_list
 from peftcli.recipe.problems import printable
@@ -25,8 +26,11 @@ _ROLES = {
     "model": "assistant",
     "bot": "assistant",
     "chatgpt": "assistant",
+    "ai": "assistant",
     "function_call": "assistant",
+    "tool_call": "assistant",
     "tool": "tool",
+    "tool_response": "tool",
     "function": "tool",
     "observation": "tool",
     "function_response": "tool",
@@ -113,20 +117,41 @@ def normalize_messages(
     given = parsed_list(value, _NO_LIST)
     if not given:
         raise SkipRow("with no messages")
-    turns = [_normalize_message(turn) for turn in given]
-    roles = [turn["role"] for turn in turns]
-    own = [message_flag(turn) for turn in given]
+    turns = [[_normalize_message(part) for part in _split_tool_parts(message)] for message in given]
+    roles = [parts[-1]["role"] for parts in turns]
+    own = [message_flag(message) for message in given]
     beside = [row_flags(values, name, roles) for name, values in (flags or {}).items()]
-    for turn, flag in zip(turns, agreed_flags([own, *beside], len(turns)), strict=True):
-        if not train:
-            flag = False
-        elif flag and rules.assistant_only and turn["role"] != "assistant":
-            raise SkipRow(
-                f"with a {turn['role']} message that is marked to be trained (set trainer.assistant_only_loss: false)"
-            )
-        if flag is False and (turn["role"] == "assistant" or not rules.assistant_only):
-            turn["train"] = False
-    return turns
+    for parts, flag in zip(turns, agreed_flags([own, *beside], len(turns)), strict=True):
+        for turn in parts:
+            _mark(turn, flag if train else False, rules)
+    return list(chain.from_iterable(turns))
+
+
+def _mark(turn: Turn, flag: bool | None, rules: ChatRules) -> None:
+    if flag and rules.assistant_only and turn["role"] != "assistant":
+        raise SkipRow(
+            f"with a {turn['role']} message that is marked to be trained (set trainer.assistant_only_loss: false)"
+        )
+    if flag is False and (turn["role"] == "assistant" or not rules.assistant_only):
+        turn["train"] = False
+
+
+def _split_tool_parts(message: Any) -> list[Any]:
+    """An Anthropic message in OpenAI's form: tool calls under their key, and the result of each in a message."""
+    parts = message.get("content") if isinstance(message, dict) else None
+    kinds = [part.get("type") if isinstance(part, dict) else None for part in parts] if isinstance(parts, list) else []
+    if not isinstance(parts, list) or not {"tool_use", "tool_result"} & set(kinds):
+        return [message]
+    of = {kind: [part for part, one in zip(parts, kinds, strict=True) if one == kind] for kind in set(kinds)}
+    calls, results = of.pop("tool_use", []), of.pop("tool_result", [])
+    rest = [part for part, kind in zip(parts, kinds, strict=True) if kind in of]
+    made = [
+        {"role": "tool", "content": part.get("content") or "", "tool_call_id": part.get("tool_use_id")}
+        for part in results
+    ]
+    if rest or calls:
+        made.append({**message, "content": rest or "", **({"tool_calls": calls} if calls else {})})
+    return made
 
 
 def _mask_history(turns: list[Turn]) -> list[Turn]:
@@ -166,6 +191,18 @@ def is_sharegpt(value: Any) -> bool:
     return is_chat(list(turns[:1])) and turns[0].get("role") is None
 
 
+def is_message(value: Any) -> bool:
+    """Whether a value is a message and nothing else: a known role and a content.
+
+    >>> is_message({"role": "user", "content": "Hi"}), is_message({"role": "user", "content": "Hi", "label": 1})
+    (True, False)
+    """
+    if not isinstance(value, dict) or not set(value) <= _MESSAGE_KEYS:
+        return False
+    name = _first(value, "role", "from")
+    return isinstance(name, str) and name.strip().lower() in _ROLES and not {"content", "value"}.isdisjoint(value)
+
+
 def _has_speaker(turn: Any) -> bool:
     return isinstance(turn, dict) and any(isinstance(turn.get(key), str) for key in ("role", "from"))
 
@@ -178,8 +215,10 @@ def _normalize_message(turn: Any) -> Turn:
     role = _ROLES.get(name) or _ROLES.get(name.strip().lower())
     if role is None:
         raise SkipRow(f"with the unknown role {printable(name, 20)}")
+    if role != "assistant" and turn.get("tool_calls"):
+        raise SkipRow(f"with tool calls in a {role} message")
     content = _first(turn, "content", "value")
-    if name == "function_call":
+    if name.strip().lower() in _CALLS:
         calls = _sharegpt_calls(content)
         content = ""
     else:
@@ -191,8 +230,11 @@ def _normalize_message(turn: Any) -> Turn:
     return made
 
 
+_CALLS = ("function_call", "tool_call")
+"""Roles of messages whose content is the tool calls: those of ShareGPT files and of ms-swift."""
 _PASSED_ON = ("name", "tool_call_id", "reasoning_content", "thinking")
 """Further text keys of a message for chat templates; they are only trained if the template renders them."""
+_MESSAGE_KEYS = {"role", "from", "content", "value", "tool_calls", "function_call", "id", *_PASSED_ON, *FLAGS}
 
 
 def _first(turn: Turn, key: str, other: str) -> Any:
@@ -246,12 +288,16 @@ def _sharegpt_calls(value: Any) -> list[Turn]:
     return found
 
 
+_ARGUMENTS = ("arguments", "parameters", "input", "args")
+"""Keys of the arguments of a call: OpenAI's, Llama's, Anthropic's and LangChain's."""
+
+
 def _call(call: Any) -> Turn:
     """One call, with its arguments as an object: templates serialize them as JSON themselves."""
     function = call.get("function") if isinstance(call, dict) and call.get("function") is not None else call
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise SkipRow(_BAD_CALL)
-    arguments = function.get("arguments")
+    arguments = next((function[key] for key in _ARGUMENTS if function.get(key) is not None), None)
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments) if arguments.strip() else {}

@@ -4,9 +4,11 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any, TextIO
 
+from peftcli.data.chat_formats import is_chat, is_message
 from peftcli.data.readers.batches import Item, UnreadableRow, gather
 from peftcli.data.readers.files import DataFile
 from peftcli.data.readers.text_stream import open_text
@@ -69,7 +71,7 @@ class JsonObjects:
 
 
 class RowRule:
-    """The valid type of rows in a file: objects, or strings if the first row is one."""
+    """The valid type of rows in a file: objects, or strings or chats (lists of messages) if the first row is one."""
 
     def __init__(self) -> None:
         self._kind: type | None = None
@@ -82,19 +84,22 @@ class RowRule:
             DataError: the value has an invalid type, or another type than the previous rows.
         """
         kind = type(value)
+        if kind is list and not is_chat(value):
+            kind = object  # an invalid row
         if kind is not self._kind:
             place = f"{file.path}:{number}"
-            found = _NAMES.get(kind, "null")
+            found = _NAMES.get(type(value), "null")
             if self._kind is not None:
+                found += " without messages" if self._kind is list and kind is object else ""
                 raise DataError(
                     f"{place}: is {found}, but the previous rows are {_NAMES[self._kind]}; use one type for all rows"
                 )
-            if kind not in (dict, str):
-                one_list = kind is list and file.kind == "jsonl"
+            if kind not in (dict, str, list):
+                one_list = isinstance(value, list) and file.kind == "jsonl"
                 hint = "; rename a file with one list to .json" if one_list else "; write {...} for each row"
                 raise DataError(f"{place}: is {found}, but each row must be an object with columns{hint}")
             self._kind = kind
-        return value if kind is dict else {"text": value}
+        return value if kind is dict else {"messages" if kind is list else "text": value}
 
     def columns(self, rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
         """The columns of a batch; every batch has at least those of the first."""
@@ -113,20 +118,21 @@ def read_lines(file: DataFile) -> Iterator[Rows]:
 
 
 def read_json(file: DataFile) -> Iterator[Rows]:
-    """The rows of a list of objects, or of a file with one object per line.
+    """The rows of a list of objects, of a file with one object per line, or of a file with one chat.
 
     Raises:
-        DataError: the file is a single object, or not JSON.
+        DataError: the file is a single object that is not a chat, or not JSON.
     """
     with open_text(file) as text:
         start = Window(text, file.path).next_char()
     if start == "[":
         rule = RowRule()
-        return gather(file.name, _list_items(file, rule), rule.columns)
+        return gather(file.name, _one_chat(file) or _list_items(file, rule), rule.columns)
     if start == "{" and _has_lines(file):
         return read_lines(file)
     if start == "{":
-        raise _one_object(file)
+        rule = RowRule()
+        return gather(file.name, _one_object(file), rule.columns)
     raise DataError(
         f"{file.path}: "
         + (f"starts with {start}; it must be a list of rows" if start else "the file is blank; add rows")
@@ -169,6 +175,35 @@ def _line_fix(line: str, problem: json.JSONDecodeError, number: int) -> str:
 
 
 def _list_items(file: DataFile, rule: RowRule) -> Iterator[Item[dict[str, Any]]]:
+    """The rows of a list with their lines, or with their numbers if the first two are on the same line."""
+    items = _lined_items(file, rule)
+    first, second = next(items, None), next(items, None)
+    by_line = first is None or second is None or first[0] != second[0]
+    found = chain([one for one in (first, second) if one is not None], items)
+    return found if by_line else ((number, row, size) for number, (_, row, size) in enumerate(found, start=1))
+
+
+def _one_chat(file: DataFile) -> Iterator[Item[dict[str, Any]]] | None:
+    """The row of a file with a single list of messages; None for any other list."""
+    if file.path.stat().st_size > DESCRIBED_BYTES:
+        return None
+    objects = JsonObjects()
+    with open_text(file) as text:
+        window = Window(text, file.path)
+        window.next_char()
+        window.step()
+        if window.next_char() != "{" or not is_message(window.value(objects.decode)[0]):
+            return None
+    items = list(_lined_items(file, RowRule()))
+    turns = [row for _, row, _ in items]
+    unreadable = next((row for row in turns if isinstance(row, UnreadableRow)), None)
+    size = sum(size for _, _, size in items)
+    if unreadable is not None:
+        return iter([(1, unreadable, size)])
+    return iter([(1, {"messages": turns}, size)]) if all(map(is_message, turns)) else None
+
+
+def _lined_items(file: DataFile, rule: RowRule) -> Iterator[Item[dict[str, Any]]]:
     objects = JsonObjects()
     with open_text(file) as text:
         window = Window(text, file.path)
@@ -220,30 +255,39 @@ def _has_lines(file: DataFile) -> bool:
     return second is not None
 
 
-def _one_object(file: DataFile) -> DataError:
+def _one_object(file: DataFile) -> Iterator[Item[dict[str, Any]]]:
+    """The row of a file with a single object, if it has a chat.
+
+    Raises:
+        DataError: it has none, or the file is not JSON.
+    """
     expected = "use a list of rows, or one object per line"
     if file.path.stat().st_size > DESCRIBED_BYTES:
-        return DataError(f"{file.path}: has objects that span several lines; {expected}")
+        raise DataError(f"{file.path}: has objects that span several lines; {expected}")
     with open_text(file) as text:
         content = text.read()
+    objects = JsonObjects()
+    start = len(content) - len(content.lstrip())
     try:
-        value = json.loads(content)
+        value, end = objects.decode(content, start)
+        if content[end:].strip():
+            raise DataError(f"{file.path}: has several objects that span several lines; {expected}")
     except json.JSONDecodeError as problem:
-        if problem.msg == "Extra data":
-            return DataError(f"{file.path}: has several objects that span several lines; {expected}")
-        return DataError(
+        raise DataError(
             f"{file.path}:{problem.lineno}: not JSON at column {problem.colno}: {describe(problem)}; {expected}"
-        )
+        ) from problem
     except (ValueError, RecursionError) as problem:
-        return unusable(str(file.path), problem)
+        raise unusable(str(file.path), problem) from problem
+    if any(map(is_chat, value.values())):
+        return iter([(1, _checked(value, content, start, end, objects), end - start)])
     keys = ", ".join(f"{shown(key)}: {_described(item)}" for key, item in list(value.items())[:8])
-    fix = "rename the file to .jsonl if it is one row"
+    fix = "write it in brackets if it is one row: [{...}]"
     lists = [key for key, item in value.items() if isinstance(item, list)]
     if lists:
         fix = f"save the list under {shown(lists[0])} to a separate file"
     elif value and all(isinstance(item, dict) for item in value.values()):
         fix = 'save it by rows (in pandas, to_json with orient="records")'
-    return DataError(f"{file.path}: is one object ({keys}); {expected}; {fix}")
+    raise DataError(f"{file.path}: is one object ({keys}); {expected}; {fix}")
 
 
 def _described(value: Any) -> str:
