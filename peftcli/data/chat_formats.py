@@ -197,7 +197,7 @@ def is_message(value: Any) -> bool:
     >>> is_message({"role": "user", "content": "Hi"}), is_message({"role": "user", "content": "Hi", "label": 1})
     (True, False)
     """
-    if not isinstance(value, dict) or not set(value) <= _MESSAGE_KEYS:
+    if not isinstance(value, dict) or not set(value) <= MESSAGE_KEYS | {"id"}:
         return False
     name = _first(value, "role", "from")
     return isinstance(name, str) and name.strip().lower() in _ROLES and not {"content", "value"}.isdisjoint(value)
@@ -234,7 +234,8 @@ _CALLS = ("function_call", "tool_call")
 """Roles of messages whose content is the tool calls: those of ShareGPT files and of ms-swift."""
 _PASSED_ON = ("name", "tool_call_id", "reasoning_content", "thinking")
 """Further text keys of a message for chat templates; they are only trained if the template renders them."""
-_MESSAGE_KEYS = {"role", "from", "content", "value", "tool_calls", "function_call", "id", *_PASSED_ON, *FLAGS}
+MESSAGE_KEYS = frozenset(("role", "from", "content", "value", "tool_calls", "function_call", *_PASSED_ON, *FLAGS))
+"""The keys of a message that are read here."""
 
 
 def _first(turn: Turn, key: str, other: str) -> Any:

@@ -4,7 +4,6 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator
-from itertools import chain
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -118,10 +117,10 @@ def read_lines(file: DataFile) -> Iterator[Rows]:
 
 
 def read_json(file: DataFile) -> Iterator[Rows]:
-    """The rows of a list of objects, of a file with one object per line, or of a file with one chat.
+    """The rows of a list of objects, or of a file with one object per line.
 
     Raises:
-        DataError: the file is a single object that is not a chat, or not JSON.
+        DataError: the file is a single object that is not a row, or not JSON.
     """
     with open_text(file) as text:
         start = Window(text, file.path).next_char()
@@ -131,8 +130,7 @@ def read_json(file: DataFile) -> Iterator[Rows]:
     if start == "{" and _has_lines(file):
         return read_lines(file)
     if start == "{":
-        rule = RowRule()
-        return gather(file.name, _one_object(file), rule.columns)
+        return gather(file.name, iter([_one_row(file)]), RowRule().columns)
     raise DataError(
         f"{file.path}: "
         + (f"starts with {start}; it must be a list of rows" if start else "the file is blank; add rows")
@@ -175,43 +173,14 @@ def _line_fix(line: str, problem: json.JSONDecodeError, number: int) -> str:
 
 
 def _list_items(file: DataFile, rule: RowRule) -> Iterator[Item[dict[str, Any]]]:
-    """The rows of a list with their lines, or with their numbers if the first two are on the same line."""
-    items = _lined_items(file, rule)
-    first, second = next(items, None), next(items, None)
-    by_line = first is None or second is None or first[0] != second[0]
-    found = chain([one for one in (first, second) if one is not None], items)
-    return found if by_line else ((number, row, size) for number, (_, row, size) in enumerate(found, start=1))
-
-
-def _one_chat(file: DataFile) -> Iterator[Item[dict[str, Any]]] | None:
-    """The row of a file with a single list of messages; None for any other list."""
-    if file.path.stat().st_size > DESCRIBED_BYTES:
-        return None
     objects = JsonObjects()
     with open_text(file) as text:
         window = Window(text, file.path)
         window.next_char()
         window.step()
-        if window.next_char() != "{" or not is_message(window.value(objects.decode)[0]):
-            return None
-    items = list(_lined_items(file, RowRule()))
-    turns = [row for _, row, _ in items]
-    unreadable = next((row for row in turns if isinstance(row, UnreadableRow)), None)
-    size = sum(size for _, _, size in items)
-    if unreadable is not None:
-        return iter([(1, unreadable, size)])
-    return iter([(1, {"messages": turns}, size)]) if all(map(is_message, turns)) else None
-
-
-def _lined_items(file: DataFile, rule: RowRule) -> Iterator[Item[dict[str, Any]]]:
-    objects = JsonObjects()
-    with open_text(file) as text:
-        window = Window(text, file.path)
-        window.next_char()
-        window.step()
-        char = window.next_char()
+        char, number = window.next_char(), 0
         while char != "]":
-            number = window.line
+            number = max(window.line, number + 1)  # rows on one line are counted, so that each has its own number
             value, start = window.value(objects.decode)
             row = rule.row(value, file, number)
             yield number, _checked(row, window.text, start, window.at, objects), window.at - start
@@ -225,6 +194,26 @@ def _lined_items(file: DataFile, rule: RowRule) -> Iterator[Item[dict[str, Any]]
         window.step()
         if window.next_char():
             raise window.wrong("extra data after the list")
+
+
+def _one_chat(file: DataFile) -> Iterator[Item[dict[str, Any]]] | None:
+    """The row of a file with a single list of messages; None for any other list."""
+    if file.path.stat().st_size > DESCRIBED_BYTES:
+        return None
+    objects = JsonObjects()
+    with open_text(file) as text:
+        window = Window(text, file.path)
+        window.next_char()
+        window.step()
+        if window.next_char() != "{" or not is_message(window.value(objects.decode)[0]):
+            return None
+    items = list(_list_items(file, RowRule()))
+    turns = [row for _, row, _ in items]
+    unreadable = next((row for row in turns if isinstance(row, UnreadableRow)), None)
+    size = sum(size for _, _, size in items)
+    if unreadable is not None:
+        return iter([(1, unreadable, size)])
+    return iter([(1, {"messages": turns}, size)]) if all(map(is_message, turns)) else None
 
 
 def _checked(
@@ -255,39 +244,49 @@ def _has_lines(file: DataFile) -> bool:
     return second is not None
 
 
-def _one_object(file: DataFile) -> Iterator[Item[dict[str, Any]]]:
-    """The row of a file with a single object, if it has a chat.
+def _one_row(file: DataFile) -> Item[dict[str, Any]]:
+    """The only row of a file with a single object: a chat, or plain values.
 
     Raises:
-        DataError: it has none, or the file is not JSON.
+        DataError: the object contains the rows, or the file has several objects.
     """
     expected = "use a list of rows, or one object per line"
     if file.path.stat().st_size > DESCRIBED_BYTES:
         raise DataError(f"{file.path}: has objects that span several lines; {expected}")
-    with open_text(file) as text:
-        content = text.read()
     objects = JsonObjects()
-    start = len(content) - len(content.lstrip())
+    with open_text(file) as text:
+        content = text.read().strip()
     try:
-        value, end = objects.decode(content, start)
-        if content[end:].strip():
-            raise DataError(f"{file.path}: has several objects that span several lines; {expected}")
+        value, end = objects.decode(content)
     except json.JSONDecodeError as problem:
-        raise DataError(
-            f"{file.path}:{problem.lineno}: not JSON at column {problem.colno}: {describe(problem)}; {expected}"
-        ) from problem
+        place = f"{file.path}:{problem.lineno}"
+        raise DataError(f"{place}: not JSON at column {problem.colno}: {describe(problem)}; {expected}") from problem
     except (ValueError, RecursionError) as problem:
         raise unusable(str(file.path), problem) from problem
-    if any(map(is_chat, value.values())):
-        return iter([(1, _checked(value, content, start, end, objects), end - start)])
-    keys = ", ".join(f"{shown(key)}: {_described(item)}" for key, item in list(value.items())[:8])
-    fix = "write it in brackets if it is one row: [{...}]"
+    if end < len(content):
+        raise DataError(f"{file.path}: has several objects that span several lines; {expected}")
+    if not _is_row(value):
+        raise DataError(f"{file.path}: is one object ({_keys_of(value)}); {expected}; {_object_fix(value)}")
+    return 1, _checked(value, content, 0, end, objects), len(content)
+
+
+def _is_row(value: dict[str, Any]) -> bool:
+    """Whether an object is a chat with what belongs to it, or has plain values only."""
+    items = value.values()
+    return any(map(is_chat, items)) or (bool(value) and not any(isinstance(item, list | dict) for item in items))
+
+
+def _keys_of(value: dict[str, Any]) -> str:
+    return ", ".join(f"{shown(key)}: {_described(item)}" for key, item in list(value.items())[:8])
+
+
+def _object_fix(value: dict[str, Any]) -> str:
     lists = [key for key, item in value.items() if isinstance(item, list)]
     if lists:
-        fix = f"save the list under {shown(lists[0])} to a separate file"
-    elif value and all(isinstance(item, dict) for item in value.values()):
-        fix = 'save it by rows (in pandas, to_json with orient="records")'
-    raise DataError(f"{file.path}: is one object ({keys}); {expected}; {fix}")
+        return f"save the list under {shown(lists[0])} to a separate file"
+    if value and all(isinstance(item, dict) for item in value.values()):
+        return 'save it by rows (in pandas, to_json with orient="records")'
+    return "put it in [ ] if it is one row"
 
 
 def _described(value: Any) -> str:

@@ -260,7 +260,7 @@ def test_a_json_row_that_would_lose_something_is_not_read(tmp_path: Path, ending
         ("a.json", "[[1]]", "a.json:1: is a list, but each row must be an object"),
         ("a.json", '{"v": "x", "data": [1, 2]}', "is one object (v: a text, data: a list of 2)"),
         ("a.json", '{\n "v": 1,\n "data": [\n]}', "save the list under data to a separate file"),
-        ("a.json", '{"text": "x"}', "write it in brackets if it is one row"),
+        ("a.json", '{"text": {"a": 1, "b": "x"}, "n": 1}', "put it in [ ] if it is one row"),
         ("a.json", '{\n"a": 1}\n{\n"a": 2}', "a.json: has several objects that span several lines"),
         ("a.json", '{\n"a": 1,\n', "a.json:3: not JSON at column 1"),
     ],
@@ -324,7 +324,7 @@ def test_rows_that_only_look_like_messages_stay_rows(tmp_path: Path) -> None:
 def test_rows_on_one_line_are_named_by_their_number(tmp_path: Path) -> None:
     rows = [{"a": "x"}, {"a": "y"}, {"a": "z"}]
     assert numbers_of(opened(write(tmp_path / "a.json", json.dumps(rows)))) == [1, 2, 3]
-    assert numbers_of(opened(write(tmp_path / "b.json", "[\n" + json.dumps(rows)[1:]))) == [1, 2, 3]
+    assert numbers_of(opened(write(tmp_path / "b.json", "[\n" + json.dumps(rows)[1:]))) == [2, 3, 4]
     assert numbers_of(opened(write(tmp_path / "c.json", json.dumps(rows, indent=1)))) == [2, 5, 8]
     assert numbers_of(opened(write(tmp_path / "d.json", json.dumps(rows[:1])))) == [1]
 
