@@ -4,6 +4,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -173,14 +174,24 @@ def _line_fix(line: str, problem: json.JSONDecodeError, number: int) -> str:
 
 
 def _list_items(file: DataFile, rule: RowRule) -> Iterator[Item[dict[str, Any]]]:
+    """The rows of a list with their lines, or with their numbers if the first two are on the same line."""
+    items = _lined_items(file, rule)
+    first = list(islice(items, 2))
+    found = chain(first, items)
+    if len({line for line, _, _ in first}) == len(first):
+        return found
+    return ((number, row, size) for number, (_, row, size) in enumerate(found, start=1))
+
+
+def _lined_items(file: DataFile, rule: RowRule) -> Iterator[Item[dict[str, Any]]]:
     objects = JsonObjects()
     with open_text(file) as text:
         window = Window(text, file.path)
         window.next_char()
         window.step()
-        char, number = window.next_char(), 0
+        char = window.next_char()
         while char != "]":
-            number = max(window.line, number + 1)  # rows on one line are counted, so that each has its own number
+            number = window.line
             value, start = window.value(objects.decode)
             row = rule.row(value, file, number)
             yield number, _checked(row, window.text, start, window.at, objects), window.at - start
@@ -207,7 +218,7 @@ def _one_chat(file: DataFile) -> Iterator[Item[dict[str, Any]]] | None:
         window.step()
         if window.next_char() != "{" or not is_message(window.value(objects.decode)[0]):
             return None
-    items = list(_list_items(file, RowRule()))
+    items = list(_lined_items(file, RowRule()))
     turns = [row for _, row, _ in items]
     unreadable = next((row for row in turns if isinstance(row, UnreadableRow)), None)
     size = sum(size for _, _, size in items)
@@ -255,19 +266,20 @@ def _one_row(file: DataFile) -> Item[dict[str, Any]]:
         raise DataError(f"{file.path}: has objects that span several lines; {expected}")
     objects = JsonObjects()
     with open_text(file) as text:
-        content = text.read().strip()
+        content = text.read()
+    start = len(content) - len(content.lstrip())
     try:
-        value, end = objects.decode(content)
+        value, end = objects.decode(content, start)
     except json.JSONDecodeError as problem:
         place = f"{file.path}:{problem.lineno}"
         raise DataError(f"{place}: not JSON at column {problem.colno}: {describe(problem)}; {expected}") from problem
     except (ValueError, RecursionError) as problem:
         raise unusable(str(file.path), problem) from problem
-    if end < len(content):
+    if content[end:].strip():
         raise DataError(f"{file.path}: has several objects that span several lines; {expected}")
     if not _is_row(value):
         raise DataError(f"{file.path}: is one object ({_keys_of(value)}); {expected}; {_object_fix(value)}")
-    return 1, _checked(value, content, 0, end, objects), len(content)
+    return 1, _checked(value, content, start, end, objects), len(content)
 
 
 def _is_row(value: dict[str, Any]) -> bool:

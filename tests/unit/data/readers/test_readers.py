@@ -324,7 +324,7 @@ def test_rows_that_only_look_like_messages_stay_rows(tmp_path: Path) -> None:
 def test_rows_on_one_line_are_named_by_their_number(tmp_path: Path) -> None:
     rows = [{"a": "x"}, {"a": "y"}, {"a": "z"}]
     assert numbers_of(opened(write(tmp_path / "a.json", json.dumps(rows)))) == [1, 2, 3]
-    assert numbers_of(opened(write(tmp_path / "b.json", "[\n" + json.dumps(rows)[1:]))) == [2, 3, 4]
+    assert numbers_of(opened(write(tmp_path / "b.json", "[\n" + json.dumps(rows)[1:]))) == [1, 2, 3]
     assert numbers_of(opened(write(tmp_path / "c.json", json.dumps(rows, indent=1)))) == [2, 5, 8]
     assert numbers_of(opened(write(tmp_path / "d.json", json.dumps(rows[:1])))) == [1]
 
