@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from peftcli.data.chat_formats import is_chat, is_sharegpt
+from peftcli.data.chat_formats import ChatRules, is_chat, is_sharegpt
 from peftcli.data.class_labels import Names
 from peftcli.data.examples import (
     Maker,
@@ -20,6 +20,7 @@ from peftcli.data.examples import (
     from_questions,
     from_templates,
 )
+from peftcli.data.loss_flags import flag_columns, flag_keys
 from peftcli.data.rows import LONG_NAME, Rows, listed, shown
 from peftcli.data.values import InvalidValue, SkipRow
 from peftcli.errors import DataError
@@ -153,16 +154,17 @@ def choose_text_format(first: Rows, section: SourceSection, given: Given) -> Row
     if section.prompt is not None and section.completion is not None:
         templates = {"prompt": section.prompt, "completion": section.completion}
         return _by_templates(first, section, "prompt_completion", templates)
+    rules = ChatRules(section.turns, section.mask_history, given.rule.assistant_only)
     if section.columns is not None:
-        return _by_columns(first, section, section.columns)
+        return _by_columns(first, section, section.columns, rules)
     found = detect_format(first, section)
     if found.format in ("messages", "sharegpt"):
-        return _chats(first, found.needs[0], None)
+        return _chats(first, found.needs[0], None, rules)
     if found.format == "alpaca":
-        return _instructions(first, found, given.chats)
+        return _instructions(first, found, given.chats, rules)
     if found.format == "question_answer":
         return _questions(found, given.chats)
-    return _plain(first, found.needs, found.name, "")
+    return _plain(first, found.needs, found.name, "", rules)
 
 
 def _by_templates(first: Rows, section: SourceSection, kind: str, templates: dict[str, str]) -> RowFormat:
@@ -190,40 +192,51 @@ def _by_templates(first: Rows, section: SourceSection, kind: str, templates: dic
     )
 
 
-def _by_columns(first: Rows, section: SourceSection, named: ColumnsSection) -> RowFormat:
+def _by_columns(first: Rows, section: SourceSection, named: ColumnsSection, rules: ChatRules) -> RowFormat:
     chosen = named.model_dump(exclude_none=True)
     missing = [name for name in chosen.values() if name not in first.columns]
     if missing:
         keys = [f"dataset.columns.{key}" for key, name in chosen.items() if name in missing]
         raise missing_columns(first, missing, len(chosen), joined(keys), section)
     if named.messages is not None:
-        return _chats(first, named.messages, "columns")
+        return _chats(first, named.messages, "columns", rules)
     kind = "text" if named.text is not None else "prompt_completion"
-    return _plain(first, [chosen[column] for column in KINDS[kind]], "columns", ", from dataset.columns")
+    return _plain(first, [chosen[column] for column in KINDS[kind]], "columns", ", from dataset.columns", rules)
 
 
-def _plain(first: Rows, names: Sequence[str], name: str, why: str) -> RowFormat:
+def _plain(first: Rows, names: Sequence[str], name: str, why: str, rules: ChatRules) -> RowFormat:
     """Columns without templates: a text, or a prompt and a completion, which may be lists of messages."""
     if len(names) == 2 and all(is_chat(first_value(first, column)) for column in names):
         reads = (*names, "tools")
         said = f"chats: the messages of {names[0]}, then those of {names[1]}, which are trained{why}"
-        return RowFormat("messages", name, said, _present(first, reads), None, reads, from_chat_pairs)
+        return RowFormat("messages", name, said, _present(first, reads), None, reads, from_chat_pairs(rules))
     kind = "text" if len(names) == 1 else "prompt_completion"
     prompt = "{prompt}" if kind == "prompt_completion" else None
     said = f"{joined(names)}{why}"
     return RowFormat(kind, name, said, tuple(names), prompt, tuple(names), from_columns(names))
 
 
-def _chats(first: Rows, column: str, name: str | None) -> RowFormat:
+def _chats(first: Rows, column: str, name: str | None, rules: ChatRules) -> RowFormat:
     sharegpt = is_sharegpt(first_value(first, column))
     said = f"chats in {column} ({'from, value' if sharegpt else 'role, content'})"
     if "system" in first.columns:
         said += ", with system as the first message"
     tools = next((tools for tools in ("tools", "functions") if tools in first.columns), None)
     said += f", with the tools in {tools}" if tools is not None else ""
+    flags = _flag_columns(first)
+    marked = [*flags, *(f"{key} of a message" for key in flag_keys(first.columns[column]))]
+    said += f", with the loss flags in {joined(marked)}" if marked else ""
+    said += ", with the last answer trained" if rules.mask_history else ""
     name = name or ("sharegpt" if sharegpt else "messages")
-    reads = (column, "system", "tools", "functions")
-    return RowFormat("messages", name, said, _present(first, reads), None, reads, from_chats)
+    reads = (column, "system", "tools", "functions", *flags)
+    return RowFormat("messages", name, said, _present(first, reads), None, reads, from_chats(rules, flags))
+
+
+def _flag_columns(first: Rows) -> list[str]:
+    try:
+        return flag_columns(first.columns, {name: first_value(first, name) for name in first.columns})
+    except InvalidValue as problem:
+        raise DataError(f"{first.file}: {problem}") from problem
 
 
 @dataclass(frozen=True)
@@ -241,12 +254,12 @@ class ColumnFormat:
     needs: tuple[str, ...]
 
 
-def _instructions(first: Rows, found: ColumnFormat, chats: bool) -> RowFormat:
+def _instructions(first: Rows, found: ColumnFormat, chats: bool, rules: ChatRules) -> RowFormat:
     instruction, answer = found.needs
     more = "context" if found.name == "dolly" else "input"
     reads = (instruction, more, answer, "system", "history")
     used = _present(first, reads)
-    make = from_instructions(reads, chats=chats)
+    make = from_instructions(reads, chats=chats, rules=rules)
     said = f"{found.name} rows ({', '.join(used)}) "
     if chats:
         both = joined([name for name in (instruction, more) if name in used])

@@ -351,6 +351,12 @@ class SourceSection(FilesSection):
     """Template of the completion to learn."""
     columns: ColumnsSection | None = None
     """Columns to use directly, instead of templates."""
+    turns: Literal["refuse", "join", "keep"] = "refuse"
+    """Chats with consecutive messages of one role: drop the row (`refuse`), `join` them with a blank line, or `keep`
+    them; `join` and `keep` also pass a later system message to the chat template, and drop a row if the template
+    rejects it or leaves a message out."""
+    mask_history: bool = False
+    """Train only the last assistant message of a chat."""
 
 
 class WeightedSection(SourceSection):
@@ -358,6 +364,9 @@ class WeightedSection(SourceSection):
 
     weight: Annotated[float, Field(gt=0, le=100)] = 1.0
     """How often each training row of this source is used per epoch; 0.5 uses a random half of them."""
+    share: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Share of the training rows per epoch that come from this source, instead of a weight; the shares of all sources
+    add up to 1."""
 
 
 class SplitSection(Section):
@@ -406,6 +415,9 @@ class DatasetSection(SourceSection):
 
     sources: Annotated[tuple[WeightedSection, ...], BeforeValidator(freeze_rows)] = ()
     """Several sources, instead of one."""
+    stopping_strategy: Literal["first_exhausted", "all_exhausted"] = "first_exhausted"
+    """With shares of sources: stop when one source is used up, so that no row is repeated, or use all rows of every
+    source, repeating those of the others."""
     join: Annotated[tuple[JoinSection, ...], BeforeValidator(freeze_rows)] = ()
     """Tables to join, in order."""
     labels: Annotated[Names, Field(min_length=1)] | None = None

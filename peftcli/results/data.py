@@ -10,12 +10,22 @@ from peftcli.typed_json import OMIT_NONE
 
 @dataclass(frozen=True, kw_only=True)
 class DataSource:
-    """A source of rows; `read_as` says how its rows were understood."""
+    """A source of rows; `read_as` says how its rows were understood.
+
+    Attributes:
+        weight: how often its training rows are used per epoch.
+        share: asked share of the training rows, instead of a weight.
+        train_rows: its training rows; None if it is the only source, or has no training rows.
+        mixed_rows: training rows per epoch, with those that are repeated.
+    """
 
     path: str | None = None
     rows: int | None = None
     read_as: str | None = None
     weight: float | None = None
+    share: float | None = None
+    train_rows: int | None = None
+    mixed_rows: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
