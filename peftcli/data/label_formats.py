@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from peftcli.data.class_labels import LabelColumn, Names, read_labels, tag_names
+from peftcli.data.class_labels import LabelColumn, Names, numbered, read_labels, tag_names
 from peftcli.data.examples import Maker, from_templates
 from peftcli.data.formats import Given, RowFormat, joined, missing_columns
 from peftcli.data.rows import Rows, listed
@@ -99,7 +99,10 @@ def choose_label(
     names = given.names or given.of_columns.get(label)
     of_hub = given.names is None and names is not None
     problem_type = problem_type or given.rule.problem_type
-    return read_labels(first.columns[label], label, problem_type, names, first.file, unlabelled=of_hub), names
+    column = read_labels(first.columns[label], label, problem_type, names, first.file, unlabelled=of_hub)
+    if names is None and column.width is not None:
+        names = numbered(column.width)  # each position is a class, also one that no row has
+    return column, names
 
 
 @dataclass(frozen=True)
