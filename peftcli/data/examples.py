@@ -70,7 +70,8 @@ def from_chat_pairs(values: tuple[Any, ...]) -> tuple[str, ...]:
     The assistant messages of the prompt are not trained.
     """
     prompt, completion, tools = values
-    turns = normalize_messages(prompt, train=False) + normalize_messages(completion)
+    answer = [completion] if isinstance(completion, dict) else completion  # a single message, as in preference data
+    turns = normalize_messages(prompt, train=False) + normalize_messages(answer)
     return chat_example(turns, normalize_tools(tools, None))
 
 

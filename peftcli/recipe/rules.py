@@ -31,7 +31,10 @@ _APART: tuple[tuple[str, str, str], ...] = (
     *((key, "format", "the recipe defines the row format twice; keep one") for key in ("text", "prompt", "columns")),
 )
 _OWN_SOURCE = ("path", "name", "url", "url_env", "config", "revision", "hub_split", "table", "query", "file_format")
-_OF_THE_SOURCES = (*_OWN_SOURCE, "encoding", "csv", "format", "text", "prompt", "completion", "columns")
+_OF_THE_SOURCES = (
+    *(*_OWN_SOURCE, "encoding", "csv", "format"),
+    *("text", "prompt", "completion", "columns", "where", "ignore_columns"),
+)
 _PLACES = ("path", "name", "url", "url_env")
 
 ASKED = "performance.sharding: full"

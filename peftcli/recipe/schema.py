@@ -40,6 +40,7 @@ from peftcli.recipe.fields import (
     read_test_size,
     read_tokens,
     read_trained_dtype,
+    read_where,
     wrong,
 )
 from peftcli.tasks.registry import DEFAULT, TASKS
@@ -351,6 +352,10 @@ class SourceSection(FilesSection):
     """Template of the completion to learn."""
     columns: ColumnsSection | None = None
     """Columns to use directly, instead of templates."""
+    where: Annotated[Mapping[str, Any], PlainValidator(read_where), PlainSerializer(dict)] | None = None
+    """Use only the rows with these values, such as `{label: true}`, `{lang: [en, de]}` or `{score: ">= 4"}`."""
+    ignore_columns: Annotated[tuple[str, ...], BeforeValidator(freeze_names)] = ()
+    """Columns to treat as if the source did not have them, such as labels for another task."""
 
 
 class WeightedSection(SourceSection):
