@@ -346,7 +346,7 @@ def missing_columns(first: Rows, missing: Sequence[str], wanted: int, key: str, 
         if near
         else f"set {key} to one of these"
     )
-    hint = (_header_hint(first, section) if len(missing) == wanted else "") or _edge_hint(first)
+    hint = (_header_hint(first, section) if len(missing) == wanted and not near else "") or _edge_hint(first)
     return DataError(f"{first.file}: no column {listed(missing)}; it has {listed(first.columns)}; {fix}{hint}")
 
 
@@ -395,10 +395,11 @@ def _unused_context(first: Rows, found: ColumnFormat, context: str) -> str:
 
 
 def _unknown(first: Rows, section: SourceSection) -> str:
-    names = [name for name in first.columns if not _NO_EXAMPLE.search(name)] or ["column"]
+    usable = list(filter(_fits_a_template, first.columns))
+    names = [name for name in usable if not _NO_EXAMPLE.search(name)] or usable
     chat = next((name for name in first.columns if is_chat(first_value(first, name))), None)
     texts = [name for name in names if isinstance(first_value(first, name), str | int | float)] or names
-    learned = next((name for name in texts if _LEARNED.search(name)), texts[-1])
+    learned = next((name for name in texts if _LEARNED.search(name)), "".join(texts[-1:]))
     prompt = next((name for name in texts if name != learned), None)
     if chat is not None:
         example = f"columns: {{messages: {chat}}}"
@@ -409,12 +410,21 @@ def _unknown(first: Rows, section: SourceSection) -> str:
     hint = _header_hint(first, section) if any(map(_is_like_a_cell, first.columns)) else _edge_hint(first)
     if hint:
         return f"{first.file}: its columns ({listed(first.columns)}) do not match a known format{hint}"
+    if not names:
+        return (
+            f"{first.file}: its columns ({listed(first.columns)}) do not match a known format; give them names without "
+            "brackets, colons, exclamation marks and control characters"
+        )
     return (
         f"{first.file}: its columns ({listed(first.columns)}) do not match a known format; known are text, prompt with "
         "completion, messages, conversations, instruction with output or response, and question with answer;\n  set "
         "dataset.prompt and dataset.completion (or dataset.text) to templates with these columns, or set "
         f"dataset.columns, for example\n  dataset: {example}"
     )
+
+
+def _fits_a_template(name: str) -> bool:
+    return name.isprintable() and bool(name.strip()) and not set(name) & set("{}[]:!")
 
 
 def _is_like_a_cell(name: str) -> bool:

@@ -310,10 +310,16 @@ class TokenizePipeline:
                 return join.no_partner()
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in self._dropped.counts.most_common(6))
         first = next(iter(self._dropped.places.values()), [""])[0]
-        fix = "; raise dataset.max_length" if any("max_length" in reason for reason in self._dropped.counts) else ""
-        return (
-            f"{names}: none of {self._read:,} rows is usable: {reasons}" + (f" (first {first})" if first else "") + fix
-        )
+        where = f" (first {first})" if first else ""
+        return f"{names}: none of {self._read:,} rows is usable: {reasons}{where}; {self._fix()}"
+
+    def _fix(self) -> str:
+        reasons = list(self._dropped.counts)
+        if any("max_length" in reason for reason in reasons):
+            return "raise dataset.max_length"
+        if any("the unknown role" in reason for reason in reasons):
+            return "rename the roles to system, user, assistant or tool"
+        return "fix the rows, or read other columns"
 
 
 def _nothing() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
+from peftcli.data.chat_formats import is_chat
 from peftcli.data.readers.batches import Item, UnreadableRow, gather
 from peftcli.data.readers.files import DataFile
 from peftcli.data.readers.text_stream import open_text
@@ -116,7 +117,7 @@ def read_json(file: DataFile) -> Iterator[Rows]:
     """The rows of a list of objects, or of a file with one object per line.
 
     Raises:
-        DataError: the file is a single object, or not JSON.
+        DataError: the file is a single object that is not a row, or not JSON.
     """
     with open_text(file) as text:
         start = Window(text, file.path).next_char()
@@ -126,7 +127,7 @@ def read_json(file: DataFile) -> Iterator[Rows]:
     if start == "{" and _has_lines(file):
         return read_lines(file)
     if start == "{":
-        raise _one_object(file)
+        return gather(file.name, iter([_one_row(file)]), RowRule().columns)
     raise DataError(
         f"{file.path}: "
         + (f"starts with {start}; it must be a list of rows" if start else "the file is blank; add rows")
@@ -174,9 +175,10 @@ def _list_items(file: DataFile, rule: RowRule) -> Iterator[Item[dict[str, Any]]]
         window = Window(text, file.path)
         window.next_char()
         window.step()
-        char = window.next_char()
+        char, number = window.next_char(), 0
         while char != "]":
-            number = window.line
+            # Rows on the first line are counted: it is the only line of most files that begin like this.
+            number = number + 1 if window.line == 1 else window.line
             value, start = window.value(objects.decode)
             row = rule.row(value, file, number)
             yield number, _checked(row, window.text, start, window.at, objects), window.at - start
@@ -220,30 +222,49 @@ def _has_lines(file: DataFile) -> bool:
     return second is not None
 
 
-def _one_object(file: DataFile) -> DataError:
+def _one_row(file: DataFile) -> Item[dict[str, Any]]:
+    """The only row of a file with a single object: a chat, or plain values.
+
+    Raises:
+        DataError: the object contains the rows, or the file has several objects.
+    """
     expected = "use a list of rows, or one object per line"
     if file.path.stat().st_size > DESCRIBED_BYTES:
-        return DataError(f"{file.path}: has objects that span several lines; {expected}")
+        raise DataError(f"{file.path}: has objects that span several lines; {expected}")
+    objects = JsonObjects()
     with open_text(file) as text:
         content = text.read()
     try:
-        value = json.loads(content)
+        value, end = objects.decode(content, len(content) - len(content.lstrip()))
     except json.JSONDecodeError as problem:
-        if problem.msg == "Extra data":
-            return DataError(f"{file.path}: has several objects that span several lines; {expected}")
-        return DataError(
-            f"{file.path}:{problem.lineno}: not JSON at column {problem.colno}: {describe(problem)}; {expected}"
-        )
+        place = f"{file.path}:{problem.lineno}"
+        raise DataError(f"{place}: not JSON at column {problem.colno}: {describe(problem)}; {expected}") from problem
     except (ValueError, RecursionError) as problem:
-        return unusable(str(file.path), problem)
-    keys = ", ".join(f"{shown(key)}: {_described(item)}" for key, item in list(value.items())[:8])
-    fix = "rename the file to .jsonl if it is one row"
+        raise unusable(str(file.path), problem) from problem
+    if content[end:].strip():
+        raise DataError(f"{file.path}: has several objects that span several lines; {expected}")
+    if not _is_row(value):
+        raise DataError(f"{file.path}: is one object ({_keys_of(value)}); {expected}; {_object_fix(value)}")
+    return 1, _checked(value, content, 0, end, objects), len(content)
+
+
+def _is_row(value: dict[str, Any]) -> bool:
+    """Whether an object is a chat with what belongs to it, or has plain values only."""
+    items = value.values()
+    return any(map(is_chat, items)) or (bool(value) and not any(isinstance(item, list | dict) for item in items))
+
+
+def _keys_of(value: dict[str, Any]) -> str:
+    return ", ".join(f"{shown(key)}: {_described(item)}" for key, item in list(value.items())[:8])
+
+
+def _object_fix(value: dict[str, Any]) -> str:
     lists = [key for key, item in value.items() if isinstance(item, list)]
     if lists:
-        fix = f"save the list under {shown(lists[0])} to a separate file"
-    elif value and all(isinstance(item, dict) for item in value.values()):
-        fix = 'save it by rows (in pandas, to_json with orient="records")'
-    return DataError(f"{file.path}: is one object ({keys}); {expected}; {fix}")
+        return f"save the list under {shown(lists[0])} to a separate file"
+    if value and all(isinstance(item, dict) for item in value.values()):
+        return 'save it by rows (in pandas, to_json with orient="records")'
+    return "put it in [ ] if it is one row"
 
 
 def _described(value: Any) -> str:
