@@ -11,7 +11,7 @@ import yaml
 from peftcli.recipe.schema import Recipe
 
 _SECTIONS = "|".join(Recipe.model_fields)
-_KEY = re.compile(rf"(?<![\w.(`/])(?P<key>(?:{_SECTIONS})(?:\.\w+)*): ?(?=[\w\"'{{\[-])")
+_KEY = re.compile(rf"(?<![\w.(`/\"])(?P<key>(?:{_SECTIONS})(?:\.\w+)*): ?(?=[\w\"'{{\[-])")
 _PLAIN = re.compile(r"-?[\w][\w.+-]*\w|\w")
 _OTHER = re.compile(r" or (\w[\w.+-]*\w)(?=$|[,;])")
 _CLOSING = {"{": "}", "[": "]"}
@@ -46,11 +46,15 @@ def nested_keys(path: Sequence[str], value: Any) -> dict[str, Any]:
 
 
 def _values(message: str) -> Iterator[tuple[str, str]]:
+    end = 0
     for match in _KEY.finditer(message):
+        if match.start() < end:
+            continue  # inside the value of another key
         text = message[match.end() :]
         value = _flow(text)
         if value is None:
             continue
+        end = match.end() + len(value)
         yield match["key"], value
         other = _OTHER.match(text[len(value) :])
         if other is not None and not value.startswith(tuple(_CLOSING)):
