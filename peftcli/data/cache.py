@@ -62,7 +62,18 @@ def _key(
     request: DataRequest,
 ) -> str:
     """Hexadecimal hash of everything that the result of one pass depends on."""
-    keys = ("format", "text", "prompt", "completion", "columns", "turns", "mask_history", "weight")
+    keys = (
+        "format",
+        "text",
+        "prompt",
+        "completion",
+        "columns",
+        "where",
+        "ignore_columns",
+        "turns",
+        "mask_history",
+        "weight",
+    )
     parts = {
         "version": [VERSION, transformers.__version__, tokenizers.__version__],
         "sources": [

@@ -261,6 +261,7 @@ def test_a_json_row_that_would_lose_something_is_not_read(tmp_path: Path, ending
         ("a.json", '{"v": "x", "data": [1, 2]}', "is one object (v: a text, data: a list of 2)"),
         ("a.json", '{\n "v": 1,\n "data": [\n]}', "save the list under data to a separate file"),
         ("a.json", '{"text": {"a": 1, "b": "x"}, "n": 1}', "put it in [ ] if it is one row"),
+        ("a.json", '{"text": "x", "meta": {"n": 1}}', "put it in [ ] if it is one row"),
         ("a.json", '{\n"a": 1}\n{\n"a": 2}', "a.json: has several objects that span several lines"),
         ("a.json", '{\n"a": 1,\n', "a.json:3: not JSON at column 1"),
     ],
@@ -268,6 +269,23 @@ def test_a_json_row_that_would_lose_something_is_not_read(tmp_path: Path, ending
 def test_a_json_file_that_cannot_be_read_says_where(tmp_path: Path, name: str, content: str, message: str) -> None:
     path = write(tmp_path / name, content)
     assert message in error_of(path) and str(path) in error_of(path)
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_a_file_with_one_object_is_one_row(tmp_path: Path, indent: int | None) -> None:
+    chat = {"id": 7, "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Good day"}]}
+    write(tmp_path / "a.json", json.dumps(chat, indent=indent))
+    write(tmp_path / "b.json", json.dumps({"text": "x", "n": 1}, indent=indent))
+    assert rows_of(opened(tmp_path / "a.json")) == [chat]
+    rows = rows_of(opened(tmp_path))
+    assert [row.get("conversations") or row["text"] for row in rows] == [chat["conversations"], "x"]
+    twice = write(tmp_path / "c.json", json.dumps(chat, indent=indent).replace('"id": 7', '"id": 7, "id": 8'))
+    assert unread_of(opened(twice)) == [(1, "with the duplicate key id")]
+
+
+def test_rows_on_one_line_have_numbers_of_their_own(tmp_path: Path) -> None:
+    source = opened(write(tmp_path / "a.json", json.dumps([{"a": at} for at in range(5)])))
+    assert numbers_of(source) == [1, 2, 3, 4, 5]
 
 
 def test_a_long_element_of_a_list_is_read_in_proportion_to_its_length(tmp_path: Path) -> None:
