@@ -185,7 +185,7 @@ class ChatEncoder:
         rendering the chat up to it.
 
         Raises:
-            TemplateProblem: the spans of a message cannot be told.
+            TemplateProblem: the spans of a message cannot be found.
         """
         answers = [number for number, turn in enumerate(chat) if turn["role"] == "assistant"]
         if all(chat[number].get("train", True) for number in answers):

@@ -127,9 +127,14 @@ UNREAD = {
 
 
 @pytest.mark.parametrize("write", [list, json.dumps], ids=["lists", "text"])
-def test_keys_of_messages_parts_and_tool_calls_are_named(write: Any, look: Any) -> None:
+def test_keys_of_messages_parts_and_tool_calls_are_named(write: Any, look: Any, tmp_path: Path) -> None:
+    calls = (
+        "{%- for call in message.tool_calls or [] -%}{{- call.function.name ~ call.function.arguments -}}{%- endfor -%}"
+    )
+    text = CHATS.read_text().replace("{%- generation -%}", "{%- generation -%}" + calls)
+    (tmp_path / "calls.jinja").write_text(text)
     given = [{"messages": write([*CHAT[:3], CHAT[3] | {"content": f"It is {at}"}])} for at in range(24)]
-    facts = look(given, {"chat_template": str(CHATS)}, limits={"max_leaked": 1})
+    facts = look(given, {"chat_template": "calls.jinja"}, limits={"max_leaked": 1})
     assert facts["sources"][0]["unread_keys"] == dict.fromkeys(UNREAD, 24)
 
 
