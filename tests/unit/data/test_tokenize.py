@@ -241,3 +241,9 @@ def test_a_template_that_never_ends_is_stopped(tokenizer: Any, monkeypatch: pyte
     tokenizer.chat_template = loop + MARKLESS
     with pytest.raises(DataError, match=r"still running after 0.5 s; it has an endless loop"):
         tokenize("messages", chats(CHAT), tokenizer)
+
+
+def test_the_token_after_both_turns_ends_an_answer(tokenizer: Any) -> None:
+    end = tokenizer.all_special_tokens[-1]
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}" + end + "\n{% endfor %}"
+    assert tokenizer.convert_tokens_to_ids(end) in stop_ids(tokenizer)
