@@ -2,27 +2,40 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, TypeAlias
+from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import render_jinja_template
-from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
 from peftcli.data.encode import BATCH_SECONDS, BackgroundEncoder, encode, rust_core, template_time_limit
-from peftcli.errors import DataError
+from peftcli.data.shown_answers import (
+    REJECTED,
+    AnswerFinder,
+    Chat,
+    ShownChat,
+    Span,
+    TemplateProblem,
+    render_chat,
+)
+from peftcli.data.template_settings import has_settings, marked_template, settle
 
-Chat: TypeAlias = list[dict[str, Any]]
-MaskedChat: TypeAlias = tuple[list[int], list[int]]
-"""Token ids of a chat, and the loss mask (1 for trained tokens)."""
 
-_REJECTED = (TemplateError, ValueError, TypeError)
-"""Errors of templates and tokenizers for a chat that they do not support."""
+@dataclass(frozen=True)
+class EncodedChat:
+    """The token ids of a chat, and which are trained.
 
+    Attributes:
+        ids: token ids.
+        mask: 1 for trained tokens.
+        mismatched: evaluation asks the last answer with another text than the trained one.
+        context_only: some answers are not trained because the text shows them differently than they are generated.
+    """
 
-class TemplateProblem(DataError):
-    """The chat template is missing, or cannot be used for training."""
+    ids: list[int]
+    mask: list[int]
+    mismatched: bool = False
+    context_only: bool = False
 
 
 def read_chats(columns: Mapping[str, Sequence[str]]) -> tuple[list[Chat], list[Any]]:
@@ -37,17 +50,12 @@ def render(chat: Chat, tools: Any, tokenizer: PreTrainedTokenizerBase, *, prompt
     Raises:
         TemplateError: the template rejects the chat.
     """
-    return str(tokenizer.apply_chat_template(_plain(chat), tools=tools, tokenize=False, add_generation_prompt=prompt))
+    return render_chat(chat, tools, tokenizer, prompt=prompt)
 
 
 def training_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """A template with generation markers: the tokenizer's own, TRL's for a known family, or None."""
-    if has_generation_markers(tokenizer.chat_template):
-        return str(tokenizer.chat_template)
-    try:
-        return str(get_training_chat_template(tokenizer))
-    except ValueError:  # TRL does not know this family
-        return None
+    return marked_template(str(tokenizer.get_chat_template(None, None)))
 
 
 def last_answer(chat: Chat) -> int:
@@ -70,11 +78,10 @@ class ChatEncoder:
                 "Jinja file, or use dataset.prompt and dataset.completion"
             )
         self._tokenizer = tokenizer
-        self._assistant_only = assistant_only
-        self._template = training_template(tokenizer) if assistant_only else None
+        self._finder = AnswerFinder(tokenizer, assistant_only=assistant_only)
         self._background = BackgroundEncoder(tokenizer)
 
-    def start(self, chats: Sequence[Chat], tools: Sequence[Any]) -> Callable[[], list[MaskedChat | str]]:
+    def start(self, chats: Sequence[Chat], tools: Sequence[Any]) -> Callable[[], list[EncodedChat | str]]:
         """Render chats, and encode them in the background.
 
         Returns:
@@ -84,84 +91,73 @@ class ChatEncoder:
             TemplateProblem: the assistant mask is ambiguous, or the template exceeds the time limit; also raised by the
                 returned function.
         """
-        plain = [
-            row for row, chat in enumerate(chats) if not tools[row] and all(turn.get("train", True) for turn in chat)
-        ]
-        if self._assistant_only and self._template is None:
-            plain = []
-        together: Callable[[], list[MaskedChat]] = list
-        try:
-            if plain:
-                with template_time_limit(BATCH_SECONDS):
-                    together = self._together([chats[row] for row in plain])
-        except _REJECTED:  # at least one chat is rejected; find it by rendering them one by one
-            plain = []
+        with template_time_limit(BATCH_SECONDS):
+            found = [self._find(chat, given) for chat, given in zip(chats, tools, strict=True)]
+        shown = [one for one in found if isinstance(one, ShownChat)]
+        encoding = self._background.start(encode_shown, shown, self._tokenizer)
 
-        def finish() -> list[MaskedChat | str]:
-            found: list[MaskedChat | str | None] = [None] * len(chats)
-            try:
-                for row, marked in zip(plain, together(), strict=True):
-                    found[row] = marked
-            except _REJECTED:  # the tokenizer rejects a text
-                found = [None] * len(chats)
-            with template_time_limit(BATCH_SECONDS):
-                return [
-                    self._one(chats[row], tools[row]) if marked is None else marked for row, marked in enumerate(found)
-                ]
+        def finish() -> list[EncodedChat | str]:
+            encoded = iter(encoding())
+            return [one if isinstance(one, str) else next(encoded) for one in found]
 
         return finish
 
-    def _together(self, chats: Sequence[Chat]) -> Callable[[], list[MaskedChat]]:
-        """Render chats like `apply_chat_template`; the returned function waits for their ids and masks."""
-        if rust_core(self._tokenizer) is None:
-            marked = self._by_template(chats, None)
-            return lambda: marked
-        texts, spans = render_jinja_template(
-            conversations=[_plain(chat) for chat in chats],
-            chat_template=self._tokenizer.get_chat_template(self._template, None),
-            return_assistant_tokens_mask=self._assistant_only,
-            **self._tokenizer.special_tokens_map,
-        )
-        return self._background.start(_masked_texts, texts, spans if self._assistant_only else None, self._tokenizer)
-
-    def _one(self, chat: Chat, tools: Any) -> MaskedChat | str:
-        partly = any(not turn.get("train", True) for turn in chat)
+    def _find(self, chat: Chat, tools: Any) -> ShownChat | str:
         try:
-            if self._assistant_only and (self._template is None or partly):
-                return assistant_mask_by_prefix(chat, tools, self._tokenizer)
-            return self._by_template([chat], tools)[0]
-        except _REJECTED as problem:
-            return f"rejected by the chat template ({' '.join(str(problem).split())[:100]})"
+            return self._finder.find(chat, tools)
+        except TemplateProblem:
+            raise
+        except REJECTED as problem:
+            reason = " ".join(str(problem).split())[:100]
+            return f"rejected by the chat template ({reason}{self._advice(chat, tools)})"
 
-    def _by_template(self, chats: Sequence[Chat], tools: Any) -> list[MaskedChat]:
-        encoded = self._tokenizer.apply_chat_template(
-            [_plain(chat) for chat in chats],
-            tools=tools,
-            chat_template=self._template,
-            tokenize=True,
-            return_dict=True,
-            return_assistant_tokens_mask=self._assistant_only,
-        )
-        ids = encoded["input_ids"]
-        if not self._assistant_only:
-            return [(row, [1] * len(row)) for row in ids]
-        return list(zip(ids, encoded["assistant_masks"], strict=True))
+    def _advice(self, chat: Chat, tools: Any) -> str:
+        """The key that makes the template take a system message, if that is why it rejects the chat."""
+        template = str(self._tokenizer.get_chat_template(None, tools))
+        if chat[0]["role"] != "system" or has_settings(template):
+            return ""
+        try:
+            render_chat(chat, tools, self._tokenizer, settle(template, {"system": "fold"}))
+        except REJECTED:
+            return ""
+        return "; set dataset.system: fold"
 
 
-def _masked_texts(
-    texts: Sequence[str], spans: Sequence[Sequence[tuple[int, int]]] | None, tokenizer: PreTrainedTokenizerBase
-) -> list[MaskedChat]:
-    """Ids of rendered chats, and masks of the character spans; all tokens if `spans` is None.
+def encode_shown(shown: Sequence[ShownChat], tokenizer: PreTrainedTokenizerBase) -> list[EncodedChat | str]:
+    """Ids and masks of rendered chats, or the reason why the tokenizer rejects one.
 
     Source: the mask of `PreTrainedTokenizerBase.apply_chat_template`, which takes twice as long.
+
+    Raises:
+        TemplateProblem: a token crosses the boundary of a turn.
     """
-    if spans is None:
-        return [(ids, [1] * len(ids)) for ids in encode(texts, tokenizer, special=False)]
-    encoded = rust_core(tokenizer).encode_batch(list(texts), add_special_tokens=False)
-    return [(one.ids, _mask(one, inside)) for one, inside in zip(encoded, spans, strict=True)]
+    core = rust_core(tokenizer)
+    if core is None:
+        return [_encode_slowly(one, tokenizer) for one in shown]
+    encoded = core.encode_batch([one.text for one in shown], add_special_tokens=False)
+    found: list[EncodedChat | str] = []
+    for one, row in zip(shown, encoded, strict=True):
+        if one.by_markers:
+            ids, mask = row.ids, _mask(row, one.spans)
+        else:
+            ids, mask = _mask_spans(one.text, one.spans, row.ids, row.offsets, tokenizer)
+        found.append(EncodedChat(ids, mask, one.mismatch is not None, one.context_only))
+    return found
 
 
-def _mask(encoded: Any, spans: Sequence[tuple[int, int]]) -> list[int]:
+def _encode_slowly(one: ShownChat, tokenizer: PreTrainedTokenizerBase) -> EncodedChat | str:
+    """Of a tokenizer in Python, which does not know the characters of its tokens."""
+    if one.spans == [(0, len(one.text))]:
+        ids = encode([one.text], tokenizer, special=False)[0]
+        return EncodedChat(ids, [1] * len(ids), one.mismatch is not None, one.context_only)
+    try:
+        ids, mask = _pieces(one.text, one.spans, encode([one.text], tokenizer, special=False)[0], tokenizer)
+    except REJECTED as problem:
+        return f"rejected by the tokenizer ({' '.join(str(problem).split())[:100]})"
+    return EncodedChat(ids, mask, one.mismatch is not None, one.context_only)
+
+
+def _mask(encoded: Any, spans: Sequence[Span]) -> list[int]:
     mask = [0] * len(encoded)
     for start, end in spans:
         first, last = encoded.char_to_token(start), encoded.char_to_token(end - 1)
@@ -172,31 +168,13 @@ def _mask(encoded: Any, spans: Sequence[tuple[int, int]]) -> list[int]:
     return mask
 
 
-def assistant_mask_by_prefix(chat: Chat, tools: Any, tokenizer: PreTrainedTokenizerBase) -> MaskedChat:
-    """The assistant mask of a template without generation markers, found by rendering each prefix of the chat.
-
-    Raises:
-        TemplateProblem: a prefix of the chat does not render as a prefix of the text, so the mask is ambiguous.
-        TemplateError: the template rejects the chat.
-    """
-    whole = render(chat, tools, tokenizer)
-    spans = []
-    for number, turn in enumerate(chat):
-        if turn["role"] != "assistant" or not turn.get("train", True):
-            continue
-        before = render(chat[:number], tools, tokenizer, prompt=True)
-        after = render(chat[: number + 1], tools, tokenizer)
-        if not (whole.startswith(after) and after.startswith(before)):
-            raise TemplateProblem(
-                "the chat template renders earlier turns differently in a longer chat, so the assistant mask is "
-                "ambiguous; set model.chat_template to a template with {% generation %} markers, or set "
-                "trainer.assistant_only_loss: false"
-            )
-        spans.append((len(before), len(after)))
-    return _mask_spans(whole, spans, tokenizer)
-
-
-def _mask_spans(text: str, spans: list[tuple[int, int]], tokenizer: PreTrainedTokenizerBase) -> MaskedChat:
+def _mask_spans(
+    text: str,
+    spans: Sequence[Span],
+    ids: list[int],
+    offsets: Sequence[Span],
+    tokenizer: PreTrainedTokenizerBase,
+) -> tuple[list[int], list[int]]:
     """Ids of a text, and a mask of exactly the character spans.
 
     A token that crosses the boundary of a span would train a part of the prompt, or miss a part of the answer. In this
@@ -205,13 +183,18 @@ def _mask_spans(text: str, spans: list[tuple[int, int]], tokenizer: PreTrainedTo
     Raises:
         TemplateProblem: the separately encoded pieces decode to another text.
     """
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    ids: list[int] = encoded["input_ids"]
-    offsets = encoded["offset_mapping"]
     edges = {edge for span in spans for edge in span}
-    if not any(left < edge < right for left, right in offsets for edge in edges):
-        inside = [any(start <= left and right <= end for start, end in spans) for left, right in offsets]
-        return ids, [int(bit and right > left) for bit, (left, right) in zip(inside, offsets, strict=True)]
+    if any(left < edge < right for left, right in offsets for edge in edges):
+        return _pieces(text, spans, ids, tokenizer)
+    inside = [any(start <= left and right <= end for start, end in spans) for left, right in offsets]
+    return ids, [int(bit and right > left) for bit, (left, right) in zip(inside, offsets, strict=True)]
+
+
+def _pieces(
+    text: str, spans: Sequence[Span], ids: list[int], tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[int], list[int]]:
+    """Ids and mask of a text whose trained spans are encoded by themselves."""
+    edges = {edge for span in spans for edge in span}
     cuts = [0, *sorted(edges - {0, len(text)}), len(text)]
     pieces: list[int] = []
     mask: list[int] = []
@@ -225,8 +208,3 @@ def _mask_spans(text: str, spans: list[tuple[int, int]], tokenizer: PreTrainedTo
             "end the generation prompt of the chat template with a special token or a line break"
         )
     return pieces, mask
-
-
-def _plain(chat: Chat) -> Chat:
-    """The chat without our `train` flags and without null values."""
-    return [{key: value for key, value in turn.items() if key != "train" and value is not None} for turn in chat]

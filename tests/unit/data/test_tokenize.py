@@ -175,7 +175,7 @@ def test_a_chat_that_the_template_refuses_is_left_out_and_named(tokenizer: Any) 
     )
     batch = tokenize("messages", chats([{"role": "system", "content": "Be kind."}, *CHAT], CHAT), tokenizer)
     assert batch.of.tolist() == [1]
-    assert batch.dropped == [(0, "rejected by the chat template (System role not supported)")]
+    assert batch.dropped == [(0, "rejected by the chat template (System role not supported; set dataset.system: fold)")]
 
 
 def test_tools_reach_the_template(tokenizer: Any) -> None:
