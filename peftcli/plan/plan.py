@@ -9,7 +9,7 @@ from peftcli.plan.memory.training_setup import ActivationFit
 from peftcli.plan.module_selection import SelectionRule
 from peftcli.plan.optimizer import Trained
 from peftcli.recipe.fields import Gate
-from peftcli.recipe.schema import AdapterSection, BudgetSection, DatasetSection, EvaluationSection
+from peftcli.recipe.schema import AdapterSection, BudgetSection, DatasetSection, EvaluationSection, Recipe
 from peftcli.results import Decision as Decision  # the parts of a plan, for the modules that make it
 from peftcli.results import (
     Forecast,
@@ -41,6 +41,7 @@ class TokenizerChoice:
         eos_token: token that replaces the tokenizer's EOS token, or None.
         trust_remote_code: run code that comes with the model.
         images: it is an image processor instead of a tokenizer.
+        template: settings of the chat template, see `data.template_settings.settle`; None for none.
     """
 
     path: str
@@ -49,6 +50,7 @@ class TokenizerChoice:
     eos_token: str | None
     trust_remote_code: bool
     images: bool = False
+    template: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ class Base:
         problem_type: for whole texts and images: `single-label`, `multi-label` or `regression`.
         head: names of the modules that are fully trained for the task and not quantized.
         seed: of a randomly initialized head.
+        template: settings of the chat template, see `template_settings`; None for none.
     """
 
     name: str
@@ -90,13 +93,23 @@ class Base:
     problem_type: str | None = None
     head: tuple[str, ...] = ()
     seed: int = 0
+    template: Mapping[str, Any] | None = None
 
     @property
     def tokenizer(self) -> TokenizerChoice:
         images = TASKS[self.task].images
         return TokenizerChoice(
-            self.path, self.revision, self.chat_template, self.eos_token, self.trust_remote_code, images
+            self.path, self.revision, self.chat_template, self.eos_token, self.trust_remote_code, images, self.template
         )
+
+
+def template_settings(recipe: Recipe) -> dict[str, Any] | None:
+    """The settings of the chat template in a recipe: `variables`, `thinking` and `system`; None without any."""
+    dataset = recipe.dataset
+    found: dict[str, Any] = {"variables": dict(recipe.model.template)} if recipe.model.template else {}
+    found |= {"thinking": dataset.thinking} if dataset.thinking != "last" else {}
+    found |= {"system": dataset.system} if dataset.system != "keep" else {}
+    return found or None
 
 
 @dataclass(frozen=True)

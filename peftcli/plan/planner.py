@@ -22,7 +22,7 @@ from peftcli.plan.memory.training_setup import ActivationFit
 from peftcli.plan.optimizations import choose_optimizations
 from peftcli.plan.optimizer import Trained
 from peftcli.plan.parallelism import Sharding, choose_sharding
-from peftcli.plan.plan import BATCHING, DTYPE_BYTES, Base, Batch, Batching, Decision, LossMask, Plan
+from peftcli.plan.plan import BATCHING, DTYPE_BYTES, Base, Batch, Batching, Decision, LossMask, Plan, template_settings
 from peftcli.plan.smoke import ROW_TOKENS
 from peftcli.plan.targets import choice_decisions, choice_of, match_saved, match_targets, named_targets, within_choice
 from peftcli.recipe.schedulers import LEARNING_RATE
@@ -180,6 +180,8 @@ def _base(recipe: Recipe, facts: ModelFacts, choices: Choices, merged_adapters: 
         trust_remote_code=recipe.model.trust_remote_code,
         eos_token=recipe.model.eos_token,
         absorbed=merged_adapters,
+        # The template of a stand-in has other variables.
+        template=template_settings(recipe) if facts.own_tokenizer else None,
     )
 
 
