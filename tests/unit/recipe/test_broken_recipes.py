@@ -38,7 +38,8 @@ MESSAGES = {path: path.read_bytes().splitlines()[0].decode("utf-8", "replace")[l
 KEY = r"[a-z][a-z_\d]*(?:\.[a-z][a-z_\d]*(?:\[\d\])?)*"
 BY_HAND = re.compile(
     r"(write|remove|put|set|give|quote|indent|save|add|check|close|use|needs|in quotes|never closed|did you mean \*"
-    r"|refers to|are|with spaces|must be a (?:section|mapping)|access nested values|a recipe is|set twice; the first)[^;]*$"
+    r"|refers to|are|with spaces|must be a (?:section|mapping)|access nested values|a recipe is"
+    r"|set twice; the first)[^;]*$"
 )
 """The end of a message about the notation, or about a value that only a person knows."""
 
