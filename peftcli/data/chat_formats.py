@@ -241,7 +241,11 @@ _REASONING = ("reasoning_content", "thinking", "reasoning")
 MESSAGE_KEYS = frozenset(
     ("role", "from", "content", "value", "tool_calls", "function_call", *_PASSED_ON, *_REASONING, *FLAGS)
 )
-"""The keys of a message that are read here."""
+PART_KEYS = frozenset(("type", "text", "value", "content", "id", "name", "input", "tool_use_id"))
+CALL_KEYS = frozenset(("id", "type", "function", "name", "arguments", "parameters", "input", "args"))
+FUNCTION_KEYS = frozenset(("name", "arguments", "parameters", "input", "args"))
+"""The keys of a message, of a part of its content, of a tool call and of its function that are read here; others are
+reported as not read."""
 
 
 def _separate_reasoning(made: Turn, turn: Turn) -> None:

@@ -89,7 +89,8 @@ def from_chat_pairs(rules: ChatRules) -> Maker:
 
     def make(values: tuple[Any, ...]) -> tuple[str, ...]:
         prompt, completion, tools = values
-        turns = normalize_messages(prompt, train=False, rules=rules) + normalize_messages(completion, rules=rules)
+        answer = [completion] if isinstance(completion, dict) else completion  # a single message, as in preference data
+        turns = normalize_messages(prompt, train=False, rules=rules) + normalize_messages(answer, rules=rules)
         return chat_example(turns, normalize_tools(tools, None), rules)
 
     return make

@@ -8,10 +8,10 @@ from typing import Any, TypeAlias
 
 from peftcli.data.chat_formats import chat_prompt, is_chat, normalize_messages, normalize_tools
 from peftcli.data.examples import from_instructions, from_questions, from_templates
-from peftcli.data.formats import COLUMN_FORMATS, ColumnFormat, first_value, joined, missing_columns
+from peftcli.data.formats import COLUMN_FORMATS, ColumnFormat, joined, missing_columns
 from peftcli.data.image_rows import IMAGES, file_name
 from peftcli.data.label_formats import TEXTS, WORDS, choose_texts, only_column, word_items, word_text
-from peftcli.data.rows import Rows, listed
+from peftcli.data.rows import Rows, first_value, listed
 from peftcli.data.values import EMPTY, SkipRow, optional_text, whole_text
 from peftcli.errors import DataError
 from peftcli.recipe.schema import SourceSection

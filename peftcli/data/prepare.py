@@ -136,7 +136,7 @@ class PreparedData:
         if self.crossed:
             lines = "".join(f"\n  {line}" for line in self.crossed)
             raise DataError(
-                f"a data limit was exceeded; run `{shown_by}` to see the rows, or raise the key shown{lines}"
+                f"a data limit was exceeded; run `{shown_by}` to see the rows, or change the limit shown{lines}"
             )
 
 

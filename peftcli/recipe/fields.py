@@ -109,6 +109,20 @@ def freeze_mapping(value: Mapping[str, Any]) -> Mapping[str, Any]:
     return MappingProxyType(dict(value))
 
 
+def read_where(value: Any) -> Mapping[str, Any] | None:
+    """Read `dataset.where`: the wanted values of columns; a list is stored as a tuple."""
+    if value is None:
+        return None
+    scalar = (str, int, float, type(None))
+    if not isinstance(value, Mapping) or not value:
+        raise wrong("must be columns with the values to keep, such as {label: true}")
+    for name, wanted in value.items():
+        values = wanted if isinstance(wanted, list | tuple) else [wanted]
+        if not values or not all(isinstance(one, scalar) for one in values):
+            raise wrong(f'needs a value or a list of values for {name}, such as true, [en, de] or ">= 4"')
+    return freeze_mapping({str(name): tuple(one) if isinstance(one, list) else one for name, one in value.items()})
+
+
 def read_template(value: Any) -> str:
     """Read a template and check its braces."""
     if isinstance(value, dict):

@@ -40,6 +40,7 @@ from peftcli.recipe.fields import (
     read_test_size,
     read_tokens,
     read_trained_dtype,
+    read_where,
     wrong,
 )
 from peftcli.tasks.registry import DEFAULT, TASKS
@@ -359,6 +360,10 @@ class SourceSection(FilesSection):
     rejects it or leaves a message out."""
     mask_history: bool = False
     """Train only the last assistant message of a chat."""
+    where: Annotated[Mapping[str, Any], PlainValidator(read_where), PlainSerializer(dict)] | None = None
+    """Use only the rows with these values, such as `{label: true}`, `{lang: [en, de]}` or `{score: ">= 4"}`."""
+    ignore_columns: Annotated[tuple[str, ...], BeforeValidator(freeze_names)] = ()
+    """Columns to treat as if the source did not have them, such as labels for another task."""
 
 
 class WeightedSection(SourceSection):

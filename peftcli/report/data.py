@@ -103,6 +103,7 @@ def data_section(stages: Stages) -> Section | None:
     blocks: list[Block | None] = [
         _warnings(data),
         SideBySide((_present(left), _present(right))),
+        _unread(data),
         None if stages.is_images else length_plots(data),
         label_table(data),
         number_table(data),
@@ -168,6 +169,17 @@ def _sources(data: DataJson) -> Table | None:
     rows = [list(row) for row in zip(*(columns[title] for title in titles), strict=True)]
     numeric = tuple(at for at, title in enumerate(titles) if title not in ("Source", "Read as", "Weight", "Share"))
     return table(tuple(titles), rows, numeric=numeric)
+
+
+def _unread(data: DataJson) -> Block | None:
+    """The columns and keys that nothing reads, for each source that has some."""
+    several_sources = len(data.sources) > 1
+    pairs = [
+        (f"Not read of {without_home(text(source.path))}" if several_sources else "Not read", unread)
+        for source in data.sources
+        if (unread := source.not_read()) is not None
+    ]
+    return facts(tuple(pairs)) if pairs else None
 
 
 def _joins(data: DataJson) -> Table | None:

@@ -216,7 +216,7 @@ def test_an_unknown_table_gets_an_example_of_its_own_columns() -> None:
     assert message.endswith('dataset: {prompt: "{question_text} ->", completion: " {reply}"}')
     with pytest.raises(DataError, match=r'dataset: \{text: "\{body\}"\}$'):
         choose(rows_of([{"body": "x"}]))
-    with pytest.raises(DataError, match=r"dataset: columns: \{messages: dialog\}$"):
+    with pytest.raises(DataError, match=r"dataset: \{columns: \{messages: dialog\}\}$"):
         choose(rows_of([{"dialog": [user(), assistant()]}]))
 
 
@@ -225,7 +225,7 @@ def test_an_unknown_table_gets_an_example_of_its_own_columns() -> None:
     [
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, r'preference data.*prompt: "\{prompt\}", .*"\{chosen\}"'),
         ({"chosen": [user(), assistant()], "rejected": []}, r"preference data.*dataset\.columns: \{messages: chosen\}"),
-        ({"prompt": "a", "completion": "b", "label": True}, r"KTO.*dataset\.format: prompt_completion"),
+        ({"prompt": "a", "completion": "b", "label": True}, r"KTO.*dataset\.where: \{label: true\}"),
         ({"tokens": ["a"], "tags": ["O"]}, r'token classification.*"\{tokens\}\\ntags:", completion: " \{tags\}"'),
         ({"tokens": ["a"], "ner_tags": [0]}, r"with names instead of numbers in ner_tags"),
         ({"text": "a", "label": 1}, r'classification.*"\{text\}\\nlabel:", .*" \{label\}".*dataset\.format: text'),

@@ -270,6 +270,23 @@ def test_a_json_file_that_cannot_be_read_says_where(tmp_path: Path, name: str, c
     assert message in error_of(path) and str(path) in error_of(path)
 
 
+@pytest.mark.parametrize("indent", [None, 1])
+def test_a_file_with_one_chat_is_one_row(tmp_path: Path, indent: int | None) -> None:
+    chat = {"id": 7, "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Good day"}]}
+    write(tmp_path / "a.json", json.dumps(chat, indent=indent))
+    write(tmp_path / "b.json", json.dumps({"text": "x", "n": 1}, indent=indent))
+    assert rows_of(opened(tmp_path / "a.json")) == [chat]
+    rows = rows_of(opened(tmp_path))
+    assert [row.get("conversations") or row["text"] for row in rows] == [chat["conversations"], "x"]
+    twice = write(tmp_path / "c.json", json.dumps(chat, indent=indent).replace('"id": 7', '"id": 7, "id": 8'))
+    assert unread_of(opened(twice)) == [(1, "with the duplicate key id")]
+
+
+def test_rows_on_one_line_have_numbers_of_their_own(tmp_path: Path) -> None:
+    source = opened(write(tmp_path / "a.json", json.dumps([{"a": at} for at in range(5)])))
+    assert numbers_of(source) == [1, 2, 3, 4, 5]
+
+
 def test_a_long_element_of_a_list_is_read_in_proportion_to_its_length(tmp_path: Path) -> None:
     rows = [{"a": "x" * size} for size in (10, 10_000_000, 70_000, 65_530, 3)]
     source = opened(write(tmp_path / "a.json", json.dumps(rows, indent=1)))
@@ -295,7 +312,7 @@ CHAT = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Good day"}]
 
 
 @pytest.mark.parametrize("indent", [None, 1])
-def test_a_file_with_one_chat_is_one_row(tmp_path: Path, indent: int | None) -> None:
+def test_a_file_or_a_folder_of_files_with_one_chat_each_is_read(tmp_path: Path, indent: int | None) -> None:
     row = {"id": "a", "conversations": CHAT}
     one = write(tmp_path / "a.json", json.dumps(row, indent=indent))
     assert rows_of(opened(one)) == [row] and numbers_of(opened(one)) == [1]
