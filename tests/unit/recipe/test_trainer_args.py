@@ -155,3 +155,60 @@ def test_a_stage_cannot_change_what_all_stages_share(tmp_path: Path) -> None:
     assert [line.split(" cannot be set in a stage")[0] for line in lines] == [
         f"FILE:{number}: trainer.{name}" for number, name in enumerate([*VALUES][:9], start=4)
     ]
+
+
+@pytest.mark.parametrize(
+    ("section", "said"),
+    [
+        ("eval_steps: 10", "trainer.eval_steps has no effect without eval_strategy; add eval_strategy: steps"),
+        (
+            "eval_steps: 10, eval_strategy: epoch",
+            "trainer.eval_steps has no effect with eval_strategy: epoch; set eval",
+        ),
+        ("eval_delay: 5", "trainer.eval_delay has no effect without eval_strategy; add eval_strategy: steps"),
+        ("save_steps: 10, save_strategy: epoch", "trainer.save_steps has no effect with save_strategy: epoch"),
+        (
+            "logging_steps: 5, logging_strategy: epoch",
+            "trainer.logging_steps has no effect with logging_strategy: epoch",
+        ),
+        ("max_steps: 5, num_train_epochs: 3", "trainer.num_train_epochs has no effect with max_steps: 5"),
+        ("packing_strategy: bfd", "trainer.packing_strategy has no effect without packing: true"),
+        ("optim: sgd, adam_beta2: 0.95", "trainer.adam_beta2 has no effect with optim: sgd"),
+        ("optim: adafactor, adam_epsilon: 1e-6", "trainer.adam_epsilon has no effect with optim: adafactor"),
+    ],
+)
+def test_an_argument_that_the_libraries_accept_and_do_not_use_is_said(tmp_path: Path, section: str, said: str) -> None:
+    (notice,) = load(tmp_path, f"trainer: {{{section}}}\n").notices
+    assert notice.startswith(f"{tmp_path / 'recipe.yaml'}:3: {said}")
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        "eval_steps: 10, eval_strategy: steps, eval_delay: 1",
+        "save_steps: 10",
+        "logging_steps: 5",
+        "max_steps: -1, num_train_epochs: 3",
+        "packing_strategy: bfd, packing: true",
+        "optim: adamw_torch, adam_beta2: 0.95",
+    ],
+)
+def test_an_argument_that_is_used_gets_no_notice(tmp_path: Path, section: str) -> None:
+    assert load(tmp_path, f"trainer: {{{section}}}\n").notices == ()
+
+
+def test_the_notice_of_a_stage_names_its_own_argument_only(tmp_path: Path) -> None:
+    text = "trainer: {eval_strategy: epoch}\nstages: [{name: a, trainer: {eval_steps: 5}}, {name: b}]\n"
+    notices = load(tmp_path, text).notices
+    assert [notice.partition(": ")[2][:36] for notice in notices] == ["trainer.eval_steps has no effect wit"]
+
+
+@pytest.mark.parametrize("optimizer", sorted({"sgd", "adagrad", "rmsprop", "adafactor"}))
+def test_transformers_gives_these_optimizers_no_arguments_of_adam(tmp_path: Path, optimizer: str) -> None:
+    import torch
+    from transformers import Trainer, TrainingArguments
+
+    model = torch.nn.Linear(2, 2)
+    arguments = TrainingArguments(str(tmp_path), optim=optimizer, adam_beta2=0.123, adam_epsilon=0.123, use_cpu=True)
+    options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)[1]
+    assert "0.123" not in repr(options)
