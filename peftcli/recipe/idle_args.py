@@ -6,7 +6,10 @@ from typing import Any
 from peftcli.recipe.problems import KeyPath
 
 _OF_ADAM = ("adam_beta1", "adam_beta2", "adam_epsilon")
-_NOT_ADAM = ("sgd", "adagrad", "rmsprop", "adafactor", "galore_adafactor")
+_NOT_ADAM = (
+    *("sgd", "adagrad", "rmsprop", "adafactor"),
+    *("galore_adamw", "galore_adamw_8bit", "galore_adafactor", "grokadamw"),
+)
 """Optimizers whose handlers do not pass the arguments of Adam on. Source: transformers/trainer_optimizer.py, 5.23."""
 _STEPS = (("eval_steps", "eval_strategy"), ("save_steps", "save_strategy"), ("logging_steps", "logging_strategy"))
 
