@@ -69,7 +69,7 @@ class MediaMarks:
         """One sentence for each mark."""
         return [
             f"{count:,} {'row has' if count == 1 else 'rows have'} {mark}, which is trained as text, without what it "
-            f"stands for (first {self._found.places[mark][0]})"
+            f"refers to (first {self._found.places[mark][0]})"
             for mark, count in self._found.counts.items()
         ]
 

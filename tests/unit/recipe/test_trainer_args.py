@@ -1,5 +1,6 @@
 """Arguments of a pasted trainer section that are keys of other sections: taken over, dropped, or refused."""
 
+import re
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -212,3 +213,29 @@ def test_transformers_gives_these_optimizers_no_arguments_of_adam(tmp_path: Path
     arguments = TrainingArguments(str(tmp_path), optim=optimizer, adam_beta2=0.123, adam_epsilon=0.123, use_cpu=True)
     options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)[1]
     assert "0.123" not in repr(options)
+
+
+def _followed(folder: Path, trainer: str) -> int:
+    """Add what the messages about a trainer section ask for, until there are none; gives the number of messages."""
+    for count in range(4):
+        try:
+            load(folder, f"trainer:\n{trainer}")
+        except RecipeError as problem:
+            (name, value) = re.findall(r"(?:; add|; use) (\w+)(?:: (\{.*\}|[\w-]+))?", str(problem))[-1]
+            key = name if value else "optim"
+            kept = [line for line in trainer.splitlines() if not line.strip().startswith(f"{key}:")]
+            trainer = "\n".join([*kept, f"  {key}: {value or name}"])
+        else:
+            return count
+    raise AssertionError(f"the advice has no end: {trainer}")
+
+
+def test_the_advice_for_every_scheduler_and_optimizer_ends_in_a_valid_recipe(tmp_path: Path) -> None:
+    from transformers.trainer_utils import SchedulerType
+    from transformers.training_args import OptimizerNames
+
+    asked = {kind.value: _followed(tmp_path, f"  lr_scheduler_type: {kind.value}") for kind in SchedulerType}
+    needs = {"cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay", "reduce_lr_on_plateau", "greedy"}
+    assert {name for name, count in asked.items() if count} == needs
+    asked = {one.value: _followed(tmp_path, f"  optim: {one.value}") for one in OptimizerNames}
+    assert asked["galore_adamw"] == asked["lomo"] == 1 and asked["adamw_torch"] == asked["sgd"] == 0
