@@ -36,6 +36,7 @@ _LIKED = (
 """Columns that say whether an answer is good."""
 _TEXT_KEYS = ("content", "value", "text", "answer", "response", "output")
 """Keys of an object with its text, the most likely first."""
+_DEEPEST = 4
 _TRUE, _FALSE = ("true", "1"), ("false", "0")
 _EMBEDDINGS = (("anchor", "positive"), ("query", "pos", "neg"), ("query", "positive", "negative"))
 _MEDIA = {
@@ -68,7 +69,7 @@ class MediaMarks:
         """One sentence for each mark."""
         return [
             f"{count:,} {'row has' if count == 1 else 'rows have'} {mark}, which is trained as text, without what it "
-            f"stands for (first {self._found.places[mark][0]})"
+            f"refers to (first {self._found.places[mark][0]})"
             for mark, count in self._found.counts.items()
         ]
 
@@ -187,18 +188,22 @@ def _better(first: Rows, better: str) -> str:
     return f'dataset: {{prompt: "{{{prompt}{text_path(asked)}}}", completion: "{{{path}}}"}}'
 
 
-def text_path(value: Any, *, inner: bool = False) -> str:
+def text_path(value: Any, *, inner: int = 0) -> str:
     """The path to the text in a value, for a template: that of a message, or of the first item of a list.
+
+    Args:
+        inner: number of lists and objects around the value; deeper values than a few have no path.
 
     >>> text_path("a"), text_path([{"role": "user", "content": "a"}]), text_path({"text": ["a"], "start": [0]})
     ('', '.0.content', '.text.0')
     """
+    if inner > _DEEPEST:
+        return ""
     if isinstance(value, list) and value and (inner or not isinstance(value[0], str)):
-        return f".0{text_path(value[0], inner=True)}"
+        return f".0{text_path(value[0], inner=inner + 1)}"
     if isinstance(value, Mapping):
-        keys = [*_TEXT_KEYS, *value]
-        found = next((key for key in keys if key in value and _has_text(value[key])), None)
-        return "" if found is None else f".{found}{text_path(value[found], inner=True)}"
+        found = next((key for key in (*_TEXT_KEYS, *value) if key in value and _has_text(value[key])), None)
+        return "" if found is None else f".{found}{text_path(value[found], inner=inner + 1)}"
     return ""
 
 
