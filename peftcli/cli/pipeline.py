@@ -31,7 +31,7 @@ from peftcli.plan.memory.forecast import OPTIMIZER, Rows, make_forecast, rows_of
 from peftcli.plan.memory.micro_batch import choose_micro_batch
 from peftcli.plan.memory.model_shape import ModelDimensions
 from peftcli.plan.optimizer import Trained
-from peftcli.plan.plan import DTYPE_BYTES, LossMask, Plan, TokenizerChoice
+from peftcli.plan.plan import DTYPE_BYTES, LossMask, Plan, TokenizerChoice, template_settings
 from peftcli.plan.planner import check_recipe, loss_mask, make_plan
 from peftcli.plan.smoke import stand_in_adapter
 from peftcli.progress import Progress
@@ -208,6 +208,15 @@ def plan_with_rows(planned: Planned, recipe: Recipe, data: PreparedData) -> Plan
     return replace(planned, plan=choose_micro_batch(plan, planned.shape, planned.machine, recipe, rows), rows=rows)
 
 
+def keep_date(planned: Planned, run: RunDir) -> Planned:
+    """The plan with the date that a run's chat template writes, if the run has begun."""
+    date = (load_or_default(DataJson, run.data).template or {}).get("date")
+    if date is None:
+        return planned
+    base = replace(planned.plan.base, template={**(planned.plan.base.template or {}), "date": date})
+    return replace(planned, plan=replace(planned.plan, base=base))
+
+
 def forecast_run(planned: Planned) -> Forecast | None:
     """The resources that a planned run needs; None if the model's dimensions cannot be read."""
     plan, given = planned.plan, planned.plan.trainer
@@ -269,11 +278,12 @@ def inspect_data(recipe: Recipe, progress: Progress, *, smoke: bool, preview: in
     model = recipe.model
     images = TASKS[model.task].images
     trust = model.trust_remote_code
+    own = made is None or made.own_tokenizer
+    settings = template_settings(recipe) if own else None
     choice = TokenizerChoice(
-        path, model.revision, model.chat_template, model.eos_token, trust, images, model.add_tokens
+        path, model.revision, model.chat_template, model.eos_token, trust, images, model.add_tokens, settings
     )
     tokenizer = load_tokenizer(choice)
-    own = made is None or made.own_tokenizer
     data = prepare(recipe.dataset, tokenizer, rule, recipe.seed, progress, smoke=smoke, own_tokenizer=own)
     if made is not None:
         choice = replace(choice, path=model.name)

@@ -344,6 +344,7 @@ def _planned_rows(
         SHOWN_ROWS,
         add_view,
         check_ends,
+        keep_date,
         plan_recipe,
         plan_with_labels,
         plan_with_rows,
@@ -357,7 +358,7 @@ def _planned_rows(
     earlier = [str(on_this_machine(part.adapter, run.received)) for part in before]
 
     def prepare() -> tuple["Planned", "PreTrainedTokenizerBase", "PreparedData"]:
-        planned = plan_recipe(loaded, smoke=smoke, merged_adapters=earlier)
+        planned = keep_date(plan_recipe(loaded, smoke=smoke, merged_adapters=earlier), run)
         plan = planned.plan
         if is_first_process():
             check_disk_space(run.path, run_forecast(plan, loaded.recipe.trainer))

@@ -11,8 +11,8 @@ from peftcli.data.values import SkipRow, parsed_list
 from peftcli.recipe.problems import printable
 
 Turn: TypeAlias = dict[str, Any]
-"""`role` (system, user, assistant or tool) and `content` (text); optionally `tool_calls`, `name`, `tool_call_id`, and
-`train`, which is False for a message that is not trained although its role is."""
+"""`role` (system, user, assistant or tool) and `content` (text); optionally `tool_calls`, `name`, `tool_call_id`,
+`reasoning_content`, and `train`, which is False for a message that is not trained although its role is."""
 
 _NO_LIST = "with messages that are not a list"
 _BAD_CALL = "with a tool call that is not JSON with a name and arguments"
@@ -227,19 +227,48 @@ def _normalize_message(turn: Any) -> Turn:
     if calls:
         made["tool_calls"] = calls
     made.update({key: turn[key] for key in _PASSED_ON if isinstance(turn.get(key), str) and turn[key]})
+    if role == "assistant":
+        _separate_reasoning(made, turn)
     return made
 
 
 _CALLS = ("function_call", "tool_call")
 """Roles of messages whose content is the tool calls: those of ShareGPT files and of ms-swift."""
-_PASSED_ON = ("name", "tool_call_id", "reasoning_content", "thinking")
-"""Further text keys of a message for chat templates; they are only trained if the template renders them."""
-MESSAGE_KEYS = frozenset(("role", "from", "content", "value", "tool_calls", "function_call", *_PASSED_ON, *FLAGS))
-PART_KEYS = frozenset(("type", "text", "value"))
-CALL_KEYS = frozenset(("id", "type", "function", "name", "arguments"))
-FUNCTION_KEYS = frozenset(("name", "arguments"))
+_PASSED_ON = ("name", "tool_call_id")
+"""Further text keys of a message for chat templates."""
+_REASONING = ("reasoning_content", "thinking", "reasoning")
+"""Names under which the reasoning of an answer is given; or it is in the content, in a think block."""
+MESSAGE_KEYS = frozenset(
+    ("role", "from", "content", "value", "tool_calls", "function_call", *_PASSED_ON, *_REASONING, *FLAGS)
+)
+PART_KEYS = frozenset(("type", "text", "value", "content", "id", "name", "input", "tool_use_id"))
+CALL_KEYS = frozenset(("id", "type", "function", "name", "arguments", "parameters", "input", "args"))
+FUNCTION_KEYS = frozenset(("name", "arguments", "parameters", "input", "args"))
 """The keys of a message, of a part of its content, of a tool call and of its function that are read here; others are
 reported as not read."""
+
+
+def _separate_reasoning(made: Turn, turn: Turn) -> None:
+    """Put the reasoning of an answer under `reasoning_content`, wherever the row has it."""
+    given = next((turn[key] for key in _REASONING if isinstance(turn.get(key), str) and turn[key].strip()), None)
+    thought, made["content"] = split_reasoning(made["content"])
+    if given := given or thought:
+        made["reasoning_content"] = given.strip("\n")
+
+
+def split_reasoning(text: str) -> tuple[str, str]:
+    """The reasoning in a think block at the beginning of an answer, and the answer after it.
+
+    >>> split_reasoning("<think>\\nTwice 2.\\n</think>\\n\\n4"), split_reasoning("Twice 2.\\n</think>\\n\\n4")
+    (('Twice 2.', '4'), ('Twice 2.', '4'))
+    >>> split_reasoning("4"), split_reasoning("<think>\\n\\n</think>\\n\\n4"), split_reasoning("<think>")
+    (('', '4'), ('', '4'), ('', '<think>'))
+    """
+    thought, closed, answer = text.partition("</think>")
+    opened = thought.lstrip().removeprefix("<think>")
+    if not closed or "<think>" in opened:  # text before the block belongs to the answer
+        return "", text
+    return opened.strip() and opened.strip("\n"), answer.lstrip("\n")
 
 
 def _first(turn: Turn, key: str, other: str) -> Any:

@@ -9,9 +9,10 @@ from jinja2 import TemplateError
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from peftcli.data.chat_template import Chat, assistant_mask_by_prefix, render, training_template
+from peftcli.data.chat_template import render, training_template
 from peftcli.data.encode import stop_ids
 from peftcli.data.formats import LABELLED
+from peftcli.data.shown_answers import AnswerFinder, Chat
 from peftcli.errors import DataError
 
 Floats = NDArray[np.floating[Any]]
@@ -256,8 +257,9 @@ def _turns(chats: Sequence[Chat], tokenizer: PreTrainedTokenizerBase, *, assista
     if training_template(tokenizer) is not None:
         return Check(name, "ok", "The template has generation markers, or TRL has a training template for it.")
     try:
+        finder = AnswerFinder(tokenizer, assistant_only=True)
         for chat in chats:
-            assistant_mask_by_prefix(chat, None, tokenizer)
+            finder.find(chat, None)
     except DataError as problem:
         text = str(problem)
         return Check(name, "fail", f"{text[0].upper()}{text[1:]}.")
@@ -288,7 +290,7 @@ def _system_role(probe: Chat, chats: Sequence[Chat], tokenizer: PreTrainedTokeni
     if kept:
         return Check("system turns", "ok", "The template renders them.")
     if used:
-        fix = "set model.chat_template to one that renders them, or put their text into the first user turn"
+        fix = "set dataset.system: fold to put their text into the first user turn"
         return Check("system turns", "warn", f"The template omits them, but the data have some; {fix}.")
     return Check("system turns", "ok", "The template does not support them, and the sampled chats have none.")
 

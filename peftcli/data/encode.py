@@ -110,10 +110,10 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
         except TemplateError:  # a template for another purpose; rows that need it are rejected when they are read
             ids = []
         special = set(tokenizer.all_special_ids)
-        last = next((token for token in reversed(ids) if token in special), None)
-        text = tokenizer.decode(ids[ids.index(last) + 1 :]) if last is not None else "b"
-        if last is not None and not text.strip():
-            ends.add(last)
+        place = next((place for place in range(len(ids) - 1, -1, -1) if ids[place] in special), None)
+        # The user's turn may end with the same token, so its first place is not the end of the answer.
+        if place is not None and not tokenizer.decode(ids[place + 1 :]).strip():
+            ends.add(ids[place])
     return frozenset(ends)
 
 

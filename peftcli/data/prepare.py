@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from transformers import PreTrainedTokenizerBase
 
 from peftcli.data.cache import load_or_tokenize
-from peftcli.data.chat_template import Chat, TemplateProblem, last_answer, read_chats, render
+from peftcli.data.chat_template import last_answer, read_chats, render
 from peftcli.data.class_labels import label_said
 from peftcli.data.encode import as_lists, encode, encode_prompts, flatten, stop_ids
 from peftcli.data.formats import LABELLED
@@ -24,6 +24,7 @@ from peftcli.data.pipeline import DataRequest
 from peftcli.data.readers.images import open_images
 from peftcli.data.readers.open import open_source
 from peftcli.data.rows import BATCH_ROWS, Source
+from peftcli.data.shown_answers import Chat, TemplateProblem
 from peftcli.data.split import drop_duplicates_of_test, rehearsed_split, split_rows
 from peftcli.data.split_record import SplitRecord, find_test_rows
 from peftcli.data.stats import (
@@ -39,6 +40,7 @@ from peftcli.data.stats import (
 )
 from peftcli.data.store import Store
 from peftcli.data.synthetic import SyntheticSource
+from peftcli.data.template_figures import crossed_mismatch, template_figures, template_warnings
 from peftcli.errors import DataError
 from peftcli.plan.plan import LossMask
 from peftcli.progress import Progress
@@ -251,7 +253,7 @@ def _prepare(
         train, test, split = _recorded(record, store, test_store, rows, progress)
     facts = _facts(store, test_store, train, test, tokenizer, rule, duplicates, duplicate_places)
     facts |= {"split": split, "cache": "made" if built else "reused"}
-    crossed = crossed_limits(facts, dataset.limits)
+    crossed = [*crossed_limits(facts, dataset.limits), *crossed_mismatch(facts, dataset.limits)]
     if smoke:
         crossed, notes = _rehearsed(sources, dataset, facts, crossed, own_tokenizer=own_tokenizer)
         facts["warnings"][:0] = [*notes, *([scaled] if scaled else [])]
@@ -395,6 +397,9 @@ def _facts(
         warnings = [*label_warnings(facts), *warnings]
     else:
         facts |= count_ends(train, tokenizer)
+    if store.facts["kind"] == "messages":
+        facts |= template_figures(train, test, tokenizer)
+        warnings = [*template_warnings(facts), *warnings]
     return facts | {"warnings": [*data_warnings(facts, train, tokenizer), *warnings]}
 
 

@@ -25,7 +25,7 @@ ROW_COLUMNS = {
     "uncut": pa.int64(),
     "length": pa.int64(),
     "trained": pa.int64(),
-    "flags": pa.uint8(),
+    "flags": pa.uint16(),
     "label": pa.int32(),
     "exact": pa.uint64(),
     "plain": pa.uint64(),
@@ -198,9 +198,9 @@ class Writer:
         lists = [as_lists(tokens.flat, tokens.lengths), as_lists(*labels)]
         strings = [pa.array([texts[name][row] for row in chosen], pa.large_string()) for name in self._columns]
         self._examples.write_batch(pa.record_batch([*lists, *strings], schema=self._schema))
-        bits = np.zeros(len(chosen), np.uint8)
+        bits = np.zeros(len(chosen), np.uint16)
         for number, name in enumerate(FLAGS):
-            bits |= tokens.flags[name].astype(np.uint8) << number
+            bits |= tokens.flags[name].astype(np.uint16) << np.uint16(number)
         values = {"uncut": tokens.uncut, "length": tokens.lengths, "trained": tokens.trained, "flags": bits, **known}
         columns = [pa.array(values[name], kind) for name, kind in ROW_COLUMNS.items()]
         flat = pa.array(np.ascontiguousarray(signatures).ravel(), pa.uint32())

@@ -5,7 +5,7 @@ counted and shown before a model is loaded.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, TypeAlias
 
@@ -23,7 +23,7 @@ IGNORED = -100
 
 Columns: TypeAlias = Mapping[str, Sequence[str]]
 
-FLAGS = ("truncated", "ends", "end_trained", "merged", "doubled_bos", "unknown")
+FLAGS = ("truncated", "ends", "end_trained", "merged", "doubled_bos", "unknown", "mismatched", "context_only")
 
 Ids: TypeAlias = NDArray[np.int32]
 Flags: TypeAlias = NDArray[np.bool_]
@@ -40,6 +40,7 @@ class Encoded:
         lengths: (rows,), tokens of each row.
         merged: (rows,), whether a token crosses the boundary between prompt and completion.
         whole: (rows,), whether the row ends at the end of its text.
+        chats: further flags of chats by name, each (rows,).
     """
 
     flat: Ids
@@ -47,6 +48,7 @@ class Encoded:
     lengths: Counts
     merged: Flags
     whole: Flags
+    chats: Mapping[str, Flags] = field(default_factory=dict)
 
 
 Made: TypeAlias = tuple[Encoded, list[int], list[tuple[int, str]]]
@@ -65,7 +67,8 @@ class TokenizedBatch:
         uncut: (rows,), tokens before truncation.
         trained: (rows,), number of predicted tokens that are trained; the first token of a row is never predicted.
         flags: by name, (rows,): truncated, ends (the end token should be trained), end_trained, merged, doubled_bos,
-            unknown (has the unknown token).
+            unknown (has the unknown token), mismatched (evaluation asks another text), context_only (an answer is not
+            trained because the text shows it differently).
         dropped: example and reason.
         classes: for rows with labels, the concatenated labels of all rows, int32 or float32, and their number per row.
     """
@@ -180,11 +183,15 @@ class TokenizeStep:
             encoded = encoding()
             dropped = [(row, reason) for row, reason in enumerate(encoded) if isinstance(reason, str)]
             kept = [row for row, one in enumerate(encoded) if not isinstance(one, str)]
-            pairs = [one for one in encoded if not isinstance(one, str)]
-            flat, lengths = flatten([ids for ids, _ in pairs])
-            trained = np.fromiter(chain.from_iterable(mask for _, mask in pairs), np.bool_, len(flat))
-            none = np.zeros(len(pairs), bool)
-            return Encoded(flat, trained, lengths, none, ~none), kept, dropped
+            rows = [one for one in encoded if not isinstance(one, str)]
+            flat, lengths = flatten([row.ids for row in rows])
+            trained = np.fromiter(chain.from_iterable(row.mask for row in rows), np.bool_, len(flat))
+            none = np.zeros(len(rows), bool)
+            flags = {
+                "mismatched": np.array([row.mismatched for row in rows], bool),
+                "context_only": np.array([row.context_only for row in rows], bool),
+            }
+            return Encoded(flat, trained, lengths, none, ~none, flags), kept, dropped
 
         return made
 
@@ -205,6 +212,7 @@ class TokenizeStep:
                 reason = f"longer than max_length {limit}" if action == "drop" else _prompt_fills(limit)
             dropped.append((int(kept[cut.of[row]]), reason))
         inside = np.repeat(keep, cut.lengths)
+        no_chat = np.zeros(len(encoded.lengths), bool)
         flags = {
             "truncated": truncated,
             "ends": cut.ends & ~truncated,
@@ -212,6 +220,7 @@ class TokenizeStep:
             "merged": encoded.merged[cut.of],
             "doubled_bos": self._doubled(cut),
             "unknown": self._unknown(cut),
+            **{name: encoded.chats.get(name, no_chat)[cut.of] for name in ("mismatched", "context_only")},
         }
         return TokenizedBatch(
             of=kept[cut.of[keep]],

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from peftcli.data.chat_formats import split_reasoning
 from peftcli.data.formats import LABELLED
 from peftcli.data.prepare import PreparedData
 from peftcli.data.quality import hide_keys
@@ -26,6 +27,9 @@ from peftcli.progress import Progress
 from peftcli.recipe.schema import EvaluationSection
 from peftcli.results import DecodingSettings, EvalJson, Retention, Sample, Scores
 from peftcli.typed_json import parse
+
+END_TOKENS = 2
+"""Tokens of an answer after its text: the end token, and one more if the answer is written differently."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,11 @@ def decoding_for(
     else:
         references = data.test.column("reference").to_pylist()
         encoded = tokenizer(references, add_special_tokens=False)["input_ids"]
-        longest = min(max(len(ids) for ids in encoded) + 2, LONGEST_AUTO_ANSWER)
+        lengths = [len(ids) for ids in encoded]
+        if data.format == "messages":  # with the reasoning before the answer
+            rows, prompts = (pc.list_value_length(data.test.column(name)) for name in ("input_ids", "prompt_ids"))
+            lengths += pc.subtract(pc.subtract(rows, prompts), END_TOKENS).to_pylist()
+        longest = min(max(lengths) + END_TOKENS, LONGEST_AUTO_ANSWER)
     return Decoding(longest, evaluation.temperature, evaluation.top_p, seed)
 
 
@@ -128,7 +136,7 @@ def evaluate_model(
     found = total.metrics()
     if data.format != "text" and answers:
         references = answered.column("reference").to_pylist()
-        texts = [one.text for one in answers]
+        texts = [split_reasoning(one.text)[1] if data.format == "messages" else one.text for one in answers]
         found = replace(
             found,
             exact_match=exact_match(texts, references),

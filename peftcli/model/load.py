@@ -26,6 +26,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from peftcli.adapters.quantized import dequantized_weight, hide_quantization_flag, is_quantized_layer
 from peftcli.adapters.register import register
 from peftcli.data.image_processor import ImageProcessor, need_pillow
+from peftcli.data.template_settings import settle
 from peftcli.errors import MachineError, RecipeError
 from peftcli.model.adapter_weights import WEIGHTS, explain_unfit, hash_files, refuse_unfit
 from peftcli.model.distributed import disable_accelerate_fsdp
@@ -81,12 +82,27 @@ def load_tokenizer(choice: TokenizerChoice, path: str | None = None) -> PreTrain
         _check_syntax(tokenizer.chat_template, choice.chat_template)
     if choice.add_tokens and path is None:
         extend_tokenizer(tokenizer, choice.add_tokens)
+    if path is None:
+        tokenizer.chat_template = _settled(tokenizer.chat_template, choice)
     if choice.eos_token is not None and path is None:
         _set_end(tokenizer, choice.eos_token)
     if tokenizer.pad_token is None:
         # Labels are masked by length and never by token, so an EOS token used for padding is still trained.
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _settled(template: Any, choice: TokenizerChoice) -> Any:
+    """The chat template with the settings of the recipe written into it."""
+    if template is None and choice.template:
+        raise RecipeError(
+            "model.template, dataset.thinking and dataset.system are settings of the chat template, but the tokenizer "
+            "has none; set model.chat_template to a Jinja file, or remove them"
+        )
+    try:
+        return settle(template, choice.template or {}, choice.chat_template)
+    except TemplateSyntaxError:  # of the tokenizer's own template; rows that need it are rejected when they are read
+        return template
 
 
 def _check_syntax(template: str, file: str) -> None:

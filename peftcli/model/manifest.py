@@ -87,6 +87,7 @@ def build_manifest(plan: Plan, data: PreparedData, folder: Path) -> dict[str, An
         "format": data.format,
         "prompt": data.prompt,
         "stop_ids": sorted(data.stop_ids),
+        "template": data.facts.get("template"),
         "max_length": plan.labels.max_length,
         "evaluation_batch": plan.evaluation_batch,
         "tokenizer": tokenizer_record(folder, plan.base.tokenizer),

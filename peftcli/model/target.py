@@ -220,6 +220,7 @@ def _merged_base(folder: Path, found: dict[str, Any], device: str) -> Base:
         quantization=None,
         chat_template=None,
         eos_token=None,
+        template=None,  # written into the template of the merged model
         absorbed=(),
         add_tokens=(),
         device=device,

@@ -9,7 +9,7 @@ from peftcli.plan.memory.training_setup import ActivationFit
 from peftcli.plan.module_selection import SelectionRule
 from peftcli.plan.optimizer import Trained
 from peftcli.recipe.fields import Gate
-from peftcli.recipe.schema import AdapterSection, BudgetSection, DatasetSection, EvaluationSection
+from peftcli.recipe.schema import AdapterSection, BudgetSection, DatasetSection, EvaluationSection, Recipe
 from peftcli.results import Decision as Decision  # the parts of a plan, for the modules that make it
 from peftcli.results import (
     Forecast,
@@ -42,6 +42,7 @@ class TokenizerChoice:
         trust_remote_code: run code that comes with the model.
         images: it is an image processor instead of a tokenizer.
         add_tokens: tokens that the recipe adds to the vocabulary.
+        template: settings of the chat template, see `data.template_settings.settle`; None for none.
     """
 
     path: str
@@ -51,6 +52,7 @@ class TokenizerChoice:
     trust_remote_code: bool
     images: bool = False
     add_tokens: tuple[str, ...] = ()
+    template: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,7 @@ class Base:
         head: names of the modules that are fully trained for the task and not quantized.
         seed: of a randomly initialized head.
         add_tokens: tokens that the recipe adds to the vocabulary.
+        template: settings of the chat template, see `template_settings`; None for none.
     """
 
     name: str
@@ -94,6 +97,7 @@ class Base:
     head: tuple[str, ...] = ()
     seed: int = 0
     add_tokens: tuple[str, ...] = ()
+    template: Mapping[str, Any] | None = None
 
     @property
     def tokenizer(self) -> TokenizerChoice:
@@ -106,7 +110,17 @@ class Base:
             self.trust_remote_code,
             images,
             self.add_tokens,
+            self.template,
         )
+
+
+def template_settings(recipe: Recipe) -> dict[str, Any] | None:
+    """The settings of the chat template in a recipe: `variables`, `thinking` and `system`; None without any."""
+    dataset = recipe.dataset
+    found: dict[str, Any] = {"variables": dict(recipe.model.template)} if recipe.model.template else {}
+    found |= {"thinking": dataset.thinking} if dataset.thinking != "last" else {}
+    found |= {"system": dataset.system} if dataset.system != "keep" else {}
+    return found or None
 
 
 @dataclass(frozen=True)

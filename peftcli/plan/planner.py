@@ -23,7 +23,7 @@ from peftcli.plan.memory.training_setup import ActivationFit
 from peftcli.plan.optimizations import choose_optimizations
 from peftcli.plan.optimizer import Trained
 from peftcli.plan.parallelism import Sharding, choose_sharding
-from peftcli.plan.plan import BATCHING, DTYPE_BYTES, Base, Batch, Batching, Decision, LossMask, Plan
+from peftcli.plan.plan import BATCHING, DTYPE_BYTES, Base, Batch, Batching, Decision, LossMask, Plan, template_settings
 from peftcli.plan.smoke import ROW_TOKENS
 from peftcli.plan.targets import choice_decisions, choice_of, match_saved, within_choice
 from peftcli.recipe.schedulers import LEARNING_RATE
@@ -186,6 +186,8 @@ def _base(recipe: Recipe, facts: ModelFacts, choices: Choices, merged_adapters: 
         eos_token=recipe.model.eos_token,
         absorbed=merged_adapters,
         add_tokens=recipe.model.add_tokens,
+        # The template of a stand-in has other variables.
+        template=template_settings(recipe) if facts.own_tokenizer else None,
     )
 
 

@@ -100,6 +100,8 @@ class ModelSection(Section):
     """Attention implementation."""
     chat_template: Text | None = None
     """File with a Jinja chat template that replaces the tokenizer's; absolute once loaded."""
+    template: Arguments = Field(default_factory=lambda: MappingProxyType({}))
+    """Values for variables of the chat template, such as `{enable_thinking: false}`; also in the saved template."""
     eos_token: Text | None = None
     """Token that ends an answer, if the model uses another one than the tokenizer's end token."""
     add_tokens: Annotated[tuple[str, ...], BeforeValidator(freeze_names)] = ()
@@ -314,7 +316,7 @@ class ColumnsSection(Section):
     completion: Text | None = None
     """Column with the completion to learn."""
     messages: Text | None = None
-    """Column with a list of chat messages."""
+    """Column with a list of chat messages, or a path to them inside its objects, such as `input.messages`."""
     text_pair: Text | None = None
     """Column with the second text of a text pair."""
     label: Text | None = None
@@ -413,6 +415,8 @@ class LimitsSection(Section):
     """Maximum share of test rows that are also in the training split."""
     min_eos_trained: Share = 1.0
     """Minimum share of training rows whose end token is trained, not counting truncated rows."""
+    max_template_mismatch: Share = 0.0
+    """Maximum share of chats whose trained text is not the prompt that evaluation asks, followed by the answer."""
 
 
 class DatasetSection(SourceSection):
@@ -425,6 +429,12 @@ class DatasetSection(SourceSection):
     source, repeating those of the others."""
     join: Annotated[tuple[JoinSection, ...], BeforeValidator(freeze_rows)] = ()
     """Tables to join, in order."""
+    thinking: Literal["keep", "last", "drop"] = "last"
+    """Reasoning in chats: `last` trains it where the chat template shows it at inference, usually in the last answer;
+    `keep` shows and trains that of all answers, also in the saved template; `drop` leaves it out."""
+    system: Literal["keep", "fold", "drop"] = "keep"
+    """System messages: `fold` puts their text into the first user turn, for chat templates that refuse a system role;
+    `drop` leaves them out; also in the saved template."""
     labels: Annotated[Names, Field(min_length=1)] | None = None
     """Names of the classes or tags in the order of their ids; null for all that occur in the rows, sorted."""
     deduplicate: bool = False

@@ -236,6 +236,22 @@ class PreviewRow:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TemplateMismatch:
+    """Where the trained text of a chat is not the prompt that evaluation asks, followed by the answer.
+
+    Attributes:
+        turn: index of the message, from 0.
+        trained, asked: the two texts around the first difference.
+    """
+
+    place: str | None = None
+    turn: int | None = None
+    trained: str | None = None
+    asked: str | None = None
+    reason: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataFigures:
     """Numbers of rows, as `metrics.json` repeats them."""
 
@@ -255,6 +271,10 @@ class DataJson(DataFigures):
 
     Attributes:
         file_state: hash of the sizes and times of the data files, see `data.file_state`.
+        template: settings that were written into the chat template.
+        template_mismatch_rows: chats whose trained text is not what evaluation asks, followed by the answer.
+        context_only_rows: chats with answers that are not trained, since the text shows them differently than they are
+            generated.
     """
 
     schema: int = SCHEMA
@@ -297,6 +317,14 @@ class DataJson(DataFigures):
     eos_trained_rows: int | None = field(default=None, metadata=OMIT_NONE)
     eos_lacking_examples: tuple[str, ...] | None = field(default=None, metadata=OMIT_NONE)
     ends_with: str | None = None
+    # Chats.
+    template: Mapping[str, Any] | None = field(default=None, metadata=OMIT_NONE)
+    template_mismatch_rows: int | None = field(default=None, metadata=OMIT_NONE)
+    template_mismatch_examples: tuple[TemplateMismatch, ...] | None = field(default=None, metadata=OMIT_NONE)
+    template_mismatch_fix: str | None = field(default=None, metadata=OMIT_NONE)
+    context_only_rows: int | None = field(default=None, metadata=OMIT_NONE)
+    context_only_examples: tuple[str, ...] | None = field(default=None, metadata=OMIT_NONE)
+    context_only_fix: str | None = field(default=None, metadata=OMIT_NONE)
     # Rows with labels.
     problem: str | None = None
     classes: tuple[str, ...] | None = field(default=None, metadata=OMIT_NONE)

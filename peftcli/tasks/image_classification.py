@@ -13,8 +13,8 @@ IMAGE_CLASSIFICATION = Task(
     columns=("image", "label"),
     unused_keys={
         **UNUSED_BY_LABELS,
-        **{("model", name): _NO_TOKENS for name in ("chat_template", "eos_token")},
-        **{("dataset", name): _NO_TOKENS for name in ("max_length", "too_long")},
+        **{("model", name): _NO_TOKENS for name in ("chat_template", "eos_token", "template")},
+        **{("dataset", name): _NO_TOKENS for name in ("max_length", "too_long", "thinking", "system")},
         **{("dataset", name): _FILES for name in ("text", "prompt", "completion", "name", "url", "url_env")},
         **{("dataset", "columns", name): _FILES for name in ("prompt", "completion", "messages")},
         ("performance", "tokens_per_micro_batch"): _NO_TOKENS,

@@ -26,6 +26,8 @@ UNUSED_BY_LABELED_TEXT: Keys = {
     **UNUSED_BY_LABELS,
     ("model", "chat_template"): "texts are classified without a template; name their column or set dataset.text",
     ("model", "eos_token"): _NO_TEXT,
+    ("model", "template"): "texts are classified without a template",
+    **{("dataset", name): "texts are classified without a template" for name in ("thinking", "system")},
     **{("dataset", name): _TEXT_WITH_LABEL for name in ("prompt", "completion")},
     **{("dataset", "columns", name): _TEXT_WITH_LABEL for name in ("prompt", "completion", "messages")},
 }

@@ -468,6 +468,7 @@ def run_fingerprint(data: Mapping[str, Any], base: str | None, versions: Mapping
     return {
         "data.train": data["fingerprint"]["train"],
         "data.test": data["fingerprint"]["test"],
+        "data.template": json.dumps(data["template"], sort_keys=True) if data.get("template") else None,
         "base": base,
         **{f"versions.{name}": versions.get(name) for name in VERSIONED},
     }

@@ -175,7 +175,7 @@ def test_a_chat_that_the_template_refuses_is_left_out_and_named(tokenizer: Any) 
     )
     batch = tokenize("messages", chats([{"role": "system", "content": "Be kind."}, *CHAT], CHAT), tokenizer)
     assert batch.of.tolist() == [1]
-    assert batch.dropped == [(0, "rejected by the chat template (System role not supported)")]
+    assert batch.dropped == [(0, "rejected by the chat template (System role not supported; set dataset.system: fold)")]
 
 
 def test_tools_reach_the_template(tokenizer: Any) -> None:
@@ -241,3 +241,9 @@ def test_a_template_that_never_ends_is_stopped(tokenizer: Any, monkeypatch: pyte
     tokenizer.chat_template = loop + MARKLESS
     with pytest.raises(DataError, match=r"still running after 0.5 s; it has an endless loop"):
         tokenize("messages", chats(CHAT), tokenizer)
+
+
+def test_the_token_after_both_turns_ends_an_answer(tokenizer: Any) -> None:
+    end = tokenizer.all_special_tokens[-1]
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}" + end + "\n{% endfor %}"
+    assert tokenizer.convert_tokens_to_ids(end) in stop_ids(tokenizer)
