@@ -164,18 +164,19 @@ def earlier_record(recipe: Recipe, before: Sequence[RunDir], *, resumed: RunDir 
         folder = Path(recipe.adapter.init_from)
         runs.append(RunDir(folder if (folder / "recipe.yaml").is_file() else folder.parent))
     joined = join_records([SplitRecord.load(run.rows) for run in runs if run.rows.exists()])
-    own = None if resumed is None else run_record(resumed)
-    return joined if joined is None or own is None else replace(joined, closed=True)
+    own = None if resumed is None or not resumed.rows.exists() else SplitRecord.load(resumed.rows)
+    held_out = own is not None and len(own.test) + len(own.validation) > 0
+    return replace(joined, closed=True) if joined is not None and held_out else joined
 
 
 def changed_rows(run: RunDir, data: PreparedData) -> str | None:
     """How the rows differ from those of a run, None if they do not."""
-    return SplitRecord.load(run.rows).changed(SplitRecord.of(data.train, data.test_split))
+    return SplitRecord.load(run.rows).changed(SplitRecord.of(data.train, data.test_split, data.validation_split))
 
 
 def save_record(run: RunDir, data: PreparedData, earlier: SplitRecord | None) -> None:
     """Record the rows of a run, and those that it or the trainings before it have trained on."""
-    record = SplitRecord.of(data.train, data.test_split)
+    record = SplitRecord.of(data.train, data.test_split, data.validation_split)
     (record if earlier is None else record.extended(earlier)).save(run.rows)
 
 

@@ -224,6 +224,14 @@ class Plan:
     optimizations: frozenset[str] = frozenset()
 
     @property
+    def evaluates_test_rows(self) -> bool:
+        """Whether test rows are evaluated during training: only in runs that began before there were validation rows.
+
+        `validate` refuses such a recipe.
+        """
+        return self.trainer.get("eval_strategy", "no") != "no" and not self.dataset.validates
+
+    @property
     def frees_base(self) -> bool:
         """Whether base weights with a trained copy are removed from memory during training."""
         whole = METHODS[self.adapter.method].targets == "whole"

@@ -381,6 +381,11 @@ def _notices(recipe: Recipe, machine: Machine, on_gpu: bool) -> tuple[str, ...]:
     notices = []
     if not recipe.dataset.holds_out:
         notices.append("dataset.split.test_size is 0: all rows are trained on, so no held-out rows are evaluated")
+    if recipe.trainer.get("eval_strategy", "no") != "no" and not recipe.dataset.validates:
+        notices.append(
+            "the test rows are evaluated during training, because this run began without validation rows, so its "
+            "metrics on them may be too good; a new run needs dataset.split.validation_size"
+        )
     if on_gpu and machine.count > 1 and machine.processes == 1:
         notices.append(
             f"{machine.count} GPUs are available, but one is used; without --num-processes the batch is split across "

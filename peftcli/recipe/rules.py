@@ -10,6 +10,7 @@ from peftcli.recipe.no_test_rows import find_untested
 from peftcli.recipe.problems import KeyPath, Problems, dotted
 from peftcli.recipe.schema import Recipe
 from peftcli.recipe.template import template_columns
+from peftcli.recipe.validation_rows import find_unvalidated
 from peftcli.recipe.yaml import Tree
 from peftcli.tasks.base import Task
 from peftcli.tasks.registry import DEFAULT, TASKS, find_task, tasks_reading
@@ -55,8 +56,12 @@ _TRAINER = {
 """Trainer arguments that cannot be combined with sharding, and why."""
 
 
-def check_rules(tree: Tree, problems: Problems) -> None:
-    """Add a problem for keys that exclude each other, and for keys that need another key."""
+def check_rules(tree: Tree, problems: Problems, *, of_run: bool = False) -> None:
+    """Add a problem for keys that exclude each other, and for keys that need another key.
+
+    Args:
+        of_run: the recipe is that of a run folder; runs of earlier versions chose on their test rows.
+    """
     dataset = tree.get("dataset")
     if isinstance(dataset, dict):
         _check_dataset(dataset, tree, problems)
@@ -68,6 +73,8 @@ def check_rules(tree: Tree, problems: Problems) -> None:
     _check_forgetting(tree, problems)
     check_sharding(tree, problems)
     find_untested(tree, problems)
+    if not of_run:
+        find_unvalidated(tree, problems)
 
 
 def _check_dtype(tree: Tree, problems: Problems) -> None:
@@ -99,27 +106,35 @@ def _check_dataset(dataset: dict[str, Any], tree: Tree, problems: Problems) -> N
                 problems.add(tree.place((*section, key)), text)
     else:
         _check_source(section, dataset, tree, problems)
-    if dataset.get("split") is not None and dataset.get("test") is not None:
-        why = "test rows are split off or have their own source; keep one"
-        _apart((*section, "split"), (*section, "test"), why, tree, problems)
-    _check_test(dataset, tree, problems)
+    for name in ("test", "validation"):
+        _check_held_out(name, dataset, tree, problems)
     split = dataset.get("split")
     if isinstance(split, dict) and split.get("stratify") is not None and split.get("group") is not None:
         why = "a split by groups cannot preserve the class distribution; keep one"
         _apart((*section, "split", "stratify"), (*section, "split", "group"), why, tree, problems)
 
 
-def _check_test(dataset: dict[str, Any], tree: Tree, problems: Problems) -> None:
-    test = dataset.get("test")
-    if not isinstance(test, dict):
+def _check_held_out(name: str, dataset: dict[str, Any], tree: Tree, problems: Problems) -> None:
+    """Check `dataset.test` or `dataset.validation`: rows with a source of their own are not also split off."""
+    section, split = dataset.get(name), dataset.get("split")
+    if section is None:
         return
-    path: KeyPath = ("dataset", "test")
-    if test.get("path") is not None and test.get("name") is not None:
-        _apart((*path, "path"), (*path, "name"), "test rows come from files or the Hub; keep one", tree, problems)
-    if all(test.get(key) is None for key in ("path", "name", "table", "query")) and (
-        test.get("hub_split") is None or dataset.get("name") is None
+    path: KeyPath = ("dataset", name)
+    drawn = f"{name}_size"
+    why = f"{name} rows are split off or have their own source; keep one"
+    if isinstance(split, dict) and split.get(drawn) is not None:
+        _apart(("dataset", "split", drawn), path, why, tree, problems)
+    elif name == "test" and isinstance(split, dict) and not split.get("validation_size"):
+        _apart(("dataset", "split"), path, why, tree, problems)  # no row is drawn
+    if not isinstance(section, dict):
+        return
+    if section.get("path") is not None and section.get("name") is not None:
+        why = f"{name} rows come from files or the Hub; keep one"
+        _apart((*path, "path"), (*path, "name"), why, tree, problems)
+    if all(section.get(key) is None for key in ("path", "name", "table", "query")) and (
+        section.get("hub_split") is None or dataset.get("name") is None
     ):
-        text = "dataset.test has no source; set dataset.test.path, or dataset.test.hub_split for a Hub dataset"
+        text = f"{dotted(path)} has no source; set {dotted(path)}.path, or {dotted(path)}.hub_split for a Hub dataset"
         problems.add(tree.place(path), text)
 
 

@@ -361,14 +361,18 @@ class WeightedSection(SourceSection):
 
 
 class SplitSection(Section):
-    """How test rows are split off."""
+    """How test and validation rows are split off."""
 
     test_size: Annotated[float | int, BeforeValidator(read_test_size)] = 0.2
     """Share of the rows if below 1, otherwise a number of rows; 0 trains on all rows without a test split."""
+    validation_size: Annotated[float | int, BeforeValidator(read_test_size)] = 0
+    """Share of the rows if below 1, otherwise a number of rows, for the choices made during and after training: best
+    checkpoint, early stopping, thresholds. They are drawn from the rows that are not test rows; 0 for no validation
+    split."""
     seed: Annotated[int, Field(ge=0)] | None = None
     """Seed of the split; null for the recipe's `seed`."""
     stratify: Text | None = None
-    """Column whose values have the same distribution in both splits."""
+    """Column whose values have the same distribution in all splits."""
     group: Text | None = None
     """Column whose equal values stay in the same split, such as a customer id."""
 
@@ -386,6 +390,13 @@ class TestSection(FilesSection):
     """Branch, tag or commit of the Hub dataset."""
     hub_split: Text | None = None
     """Split of the Hub dataset; null for `test`."""
+
+
+class ValidationSection(TestSection):
+    """Validation rows from a separate source."""
+
+    hub_split: Text | None = None
+    """Split of the Hub dataset; null for `validation`."""
 
 
 class LimitsSection(Section):
@@ -413,9 +424,12 @@ class DatasetSection(SourceSection):
     deduplicate: bool = False
     """Keep only the first of equal rows, ignoring case and white space."""
     split: SplitSection = SplitSection()
-    """How test rows are split off; not used if `test` is set."""
+    """How test and validation rows are split off; a size is not used for rows with a source of their own."""
     test: TestSection | None = None
     """Test rows from a separate source."""
+    validation: ValidationSection | None = None
+    """Validation rows from a separate source; every choice made during or after training uses them, and never the test
+    rows."""
     max_length: Annotated[int, Field(ge=2)] = 1024
     """Maximum length of a row, tokens."""
     too_long: Literal["truncate", "drop", "split"] | None = None
@@ -430,6 +444,11 @@ class DatasetSection(SourceSection):
     def holds_out(self) -> bool:
         """Whether there are test rows to evaluate on."""
         return self.test is not None or self.split.test_size != 0
+
+    @property
+    def validates(self) -> bool:
+        """Whether there are validation rows to choose with."""
+        return self.validation is not None or self.split.validation_size != 0
 
 
 class Recipe(Section):

@@ -467,6 +467,7 @@ def run_fingerprint(data: Mapping[str, Any], base: str | None, versions: Mapping
     """
     return {
         "data.train": data["fingerprint"]["train"],
+        "data.validation": (data.get("validation") or {}).get("fingerprint"),
         "data.test": data["fingerprint"]["test"],
         "base": base,
         **{f"versions.{name}": versions.get(name) for name in VERSIONED},
@@ -475,10 +476,12 @@ def run_fingerprint(data: Mapping[str, Any], base: str | None, versions: Mapping
 
 def accepted_stamp(run: RunDir, stamp: Mapping[str, Any]) -> dict[str, Any]:
     """The fingerprint of a checkpoint with the rows that an earlier session accepted since then, if any."""
-    rows = load_or_default(DataJson, run.data).fingerprint
+    stored = load_or_default(DataJson, run.data)
+    rows = stored.fingerprint
     if not stamp or rows.train is None:
         return dict(stamp)
-    return {**stamp, "data.train": rows.train, "data.test": rows.test}
+    validation = None if stored.validation is None else stored.validation.fingerprint
+    return {**stamp, "data.train": rows.train, "data.validation": validation, "data.test": rows.test}
 
 
 def accepted_data(beginning: OpenedRun) -> list[str]:

@@ -125,6 +125,19 @@ class Trainer(StepTrainer, DeferredTrainer):
         """Write none: the adapter folder gets a model card with the metrics of this run."""
 
 
+def evaluated_rows(setup: TrainerSetup, columns: list[str]) -> Dataset | None:
+    """The validation rows, which are evaluated during training; None without.
+
+    A run that an earlier version started without validation rows is still evaluated on its test rows when it resumes.
+    """
+    data = setup.data
+    if data.validates:
+        return Dataset(data.validation_split.store.examples.select(columns)).select(data.validation_split.rows)
+    if setup.plan.evaluates_test_rows and data.holds_out:
+        return Dataset(data.test.select(columns))
+    return None
+
+
 def make_trainer(setup: TrainerSetup, checkpoints: Path, model: Any) -> Trainer:
     """Build TRL's trainer from a plan; TRL wraps the model with the adapter.
 
@@ -141,7 +154,7 @@ def make_trainer(setup: TrainerSetup, checkpoints: Path, model: Any) -> Trainer:
         model=model,
         args=arguments,
         train_dataset=Dataset(data.train.store.examples.select(["input_ids", "labels"])).select(data.train.rows),
-        eval_dataset=Dataset(data.test.select(["input_ids", "labels"])) if data.holds_out else None,
+        eval_dataset=evaluated_rows(setup, ["input_ids", "labels"]),
         processing_class=setup.tokenizer,
         peft_config=peft_config(plan.adapter, plan.task, tokenizer=plan.base.path),
     )
@@ -247,6 +260,6 @@ def make_label_trainer(setup: TrainerSetup, checkpoints: Path, model: Any) -> La
         args=arguments,
         data_collator=collate,
         train_dataset=Dataset(data.train.store.examples.select(columns)).select(data.train.rows),
-        eval_dataset=Dataset(data.test.select(columns)) if data.holds_out else None,
+        eval_dataset=evaluated_rows(setup, columns),
         processing_class=tokenizer if head.images is None else head.images.processor,
     )
