@@ -335,6 +335,24 @@ def evaluate_labels(
     return LabelMetrics(label_loss(head, logits, labels), figures), answers
 
 
+def predicted_and_actual(head: TaskHead, logits: Tensor, labels: Tensor) -> tuple[list[Any], list[list[float]]]:
+    """The predicted labels of a batch as `TaskHead.chosen` returns them, and those of the rows as stored.
+
+    Args:
+        logits: (B, C), for tagging (B, T, C).
+        labels: as `targets_of` makes them.
+    """
+    logits, labels = logits.float().cpu(), labels.cpu()
+    if head.problem_type == "tagging":
+        marked = labels != IGNORED
+        pairs = [(row[where], own[where]) for row, own, where in zip(logits, labels, marked, strict=True)]
+        return [head.chosen(row) for row, _ in pairs], [own.tolist() for _, own in pairs]
+    chosen = [head.chosen(row) for row in logits]
+    if head.problem_type == "multi-label":
+        return chosen, [row.nonzero().flatten().tolist() for row in labels]
+    return chosen, [row.reshape(-1).tolist() for row in labels]
+
+
 def label_loss(head: TaskHead, logits: Sequence[Tensor], labels: Sequence[Sequence[float]]) -> float:
     """Mean loss over all rows, or all labeled tokens, with equal weight.
 

@@ -108,34 +108,51 @@ def evaluate_model(
         total = _add(
             score_shared(model, table, pad_id=pad, batch_rows=batch_rows, progress=progress, what=f"{what}: loss")
         )
-        answered = data.test.take(pa.array(answered_rows(evaluation, data, decoding.seed), pa.int64()))
-        rows = answered.num_rows
-        prompts = answered.column("prompt_ids").to_pylist()
-        answers = interleave(
-            gather(
-                generate_answers(
-                    model,
-                    tokenizer,
-                    [prompts[row] for row in local_rows(rows, in_step=is_fsdp(model))],
-                    stop_ids=data.stop_ids,
-                    decoding=decoding,
-                    batch_rows=batch_rows,
-                    progress=progress,
-                    what=f"{what}: answers",
-                )
-            )
-        )[:rows]
+        rows = answered_rows(evaluation, data, decoding.seed)
+        answers = answer_rows(
+            model, tokenizer, data, rows, decoding, batch_rows=batch_rows, progress=progress, what=f"{what}: answers"
+        )
     found = total.metrics()
     if data.format != "text" and answers:
-        references = answered.column("reference").to_pylist()
-        texts = [one.text for one in answers]
-        found = replace(
-            found,
-            exact_match=exact_match(texts, references),
-            chrf=chrf(texts, references),
-            unfinished_answers=sum(not one.finished for one in answers) / len(answers),
-        )
+        references = data.test.column("reference").take(pa.array(rows, pa.int64())).to_pylist()
+        found = replace(found, **answer_figures(answers, references))
     return Evaluation(found, answers)
+
+
+def answer_rows(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: PreparedData,
+    rows: Sequence[int],
+    decoding: Decoding,
+    *,
+    batch_rows: int,
+    progress: Progress,
+    what: str,
+) -> list[Answer]:
+    """Answer some test rows; several processes share them and all get all answers."""
+    prompts = data.test.column("prompt_ids").take(pa.array(rows, pa.int64())).to_pylist()
+    mine = generate_answers(
+        model,
+        tokenizer,
+        [prompts[row] for row in local_rows(len(rows), in_step=is_fsdp(model))],
+        stop_ids=data.stop_ids,
+        decoding=decoding,
+        batch_rows=batch_rows,
+        progress=progress,
+        what=what,
+    )
+    return interleave(gather(mine))[: len(rows)]
+
+
+def answer_figures(answers: Sequence[Answer], references: Sequence[str]) -> dict[str, float]:
+    """The metrics of answers: exact match, chrF, and the share that reached the length limit."""
+    texts = [one.text for one in answers]
+    return {
+        "exact_match": exact_match(texts, references),
+        "chrf": chrf(texts, references),
+        "unfinished_answers": sum(not one.finished for one in answers) / len(answers),
+    }
 
 
 def estimate_evaluation(

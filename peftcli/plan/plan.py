@@ -171,6 +171,19 @@ class Batching:
 
 
 @dataclass(frozen=True)
+class EarlyStop:
+    """Arguments of early stopping.
+
+    Attributes:
+        patience: number of evaluations without an improvement after which training stops.
+        threshold: minimum improvement that counts.
+    """
+
+    patience: int
+    threshold: float = 0.0
+
+
+@dataclass(frozen=True)
 class Plan:
     """What will happen, without any `auto` left; no later step makes decisions.
 
@@ -191,6 +204,7 @@ class Plan:
             layer name. checkpointed_blocks: number of checkpointed blocks, None for all or none, as `trainer` says.
         own_tokenizer: the tokenizer is the model's own; a smoke run may have to use another one.
         optimizations: names of the optimizations in use; they do not change the loss.
+        early_stop: when training stops because the metric no longer improves; None without.
     """
 
     name: str
@@ -222,6 +236,7 @@ class Plan:
     own_tokenizer: bool = True
     activation_fit: Mapping[str, ActivationFit] = field(default_factory=dict)
     optimizations: frozenset[str] = frozenset()
+    early_stop: EarlyStop | None = None
 
     @property
     def evaluates_test_rows(self) -> bool:

@@ -13,6 +13,7 @@ from peftcli.methods.registry import METHODS
 from peftcli.plan.adalora import check_ranks
 from peftcli.plan.adapter import resolve_adapter
 from peftcli.plan.choices import Choices, choose, choose_trained_dtype, count_batch
+from peftcli.plan.evaluations import early_stop, evaluation_decisions
 from peftcli.plan.heads import base_with_head, head_decisions, head_notices, with_head
 from peftcli.plan.machine import Machine, ModelFacts
 from peftcli.plan.memory.estimate import INT8_BITS, NF4_BITS
@@ -26,6 +27,7 @@ from peftcli.plan.plan import BATCHING, DTYPE_BYTES, Base, Batch, Batching, Deci
 from peftcli.plan.smoke import ROW_TOKENS
 from peftcli.plan.targets import choice_decisions, choice_of, match_saved, match_targets, named_targets, within_choice
 from peftcli.recipe.schedulers import LEARNING_RATE
+from peftcli.recipe.best_model import EARLY_STOPPING, best_model_arguments
 from peftcli.recipe.schema import AdapterSection, QuantizationSection, Recipe
 from peftcli.recipe.trainer_together import default_logging_steps, save_strategy
 from peftcli.tasks.registry import TASKS
@@ -140,6 +142,7 @@ def make_plan(
             *sizes,
             *choice_decisions(choice),
             *head_decisions(recipe, facts),
+            *evaluation_decisions(recipe),
             how,
             *switched,
             *((sharding.decision,) if sharding.decision else ()),
@@ -154,6 +157,7 @@ def make_plan(
         shards=sharding.shards,
         possible_shards=sharding.possible,
         own_tokenizer=facts.own_tokenizer,
+        early_stop=early_stop(recipe),
     )
     if fit_activations is not None:
         plan = _with_activations(plan, fit_activations(plan))
@@ -330,7 +334,8 @@ def _evaluation_batch(recipe: Recipe, on_gpu: bool, shards: int) -> int:
 
 def _trainer_arguments(recipe: Recipe, labels: LossMask, choices: Choices, processes: int) -> dict[str, Any]:
     # The labels are made before the trainer sees the rows, so it must not look for columns to make them from.
-    given = {name: value for name, value in recipe.trainer.items() if name not in LOSS_MASK_KEYS}
+    apart = (*LOSS_MASK_KEYS, *EARLY_STOPPING)  # early stopping is a callback
+    given = {name: value for name, value in recipe.trainer.items() if name not in apart}
     asked = recipe.evaluation.batch_size
     # With one process, transformers would take it for an existing process group.
     given = {name: value for name, value in given.items() if name != "ddp_backend" or processes > 1}
@@ -345,8 +350,6 @@ def _trainer_arguments(recipe: Recipe, labels: LossMask, choices: Choices, proce
         # The rows are already truncated; packing still needs the length of a packed row.
         **({"max_length": labels.max_length if packs else None} if TASKS[labels.task].generates else {}),
         "learning_rate": LEARNING_RATE,
-        # Only the loss is measured during training, and without a metric transformers refuses save_strategy: best.
-        **({"metric_for_best_model": "loss"} if save_strategy(given) == "best" else {}),
         # By default, evaluation during training uses the training batch size, which is known to fit.
         "per_device_eval_batch_size": asked if isinstance(asked, int) else count_batch(given, 1).per_device,
     }
@@ -360,6 +363,7 @@ def _trainer_arguments(recipe: Recipe, labels: LossMask, choices: Choices, proce
         "logging_nan_inf_filter": False,
         "disable_tqdm": True,
         "run_name": recipe.name,
+        **best_model_arguments(recipe.trainer),
     }
     return {**defaults, **given, **decided}
 

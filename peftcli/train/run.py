@@ -56,6 +56,7 @@ from peftcli.train import checkpoint
 from peftcli.train.arguments import naming_arguments
 from peftcli.train.callbacks import CalibrationCallback, ForwardCallback, RunCallback
 from peftcli.train.disk import Forecast, forecast
+from peftcli.train.evaluations import EarlyStopping, best_step
 from peftcli.train.machines import on_this_machine
 from peftcli.train.module_selection import select_modules
 from peftcli.train.precision import downcast_saved_modules, free_trained_base
@@ -163,16 +164,22 @@ def train(
     trainer.add_callback(callback)  # its clock starts after the calibration
     if trainer.ranks is not None:
         trainer.add_callback(trainer.ranks)
+    early = None if plan.early_stop is None else EarlyStopping(plan.early_stop.patience, plan.early_stop.threshold)
+    if early is not None:
+        trainer.add_callback(early)
     with naming_arguments(session.trainer):
         trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
     reason = callback.stop_reason
     steps = trainer.state.global_step
+    stopped_early = early is not None and early.stopped
+    if reason is None:
+        _note_best(trainer, progress, stopped_early=stopped_early)
     if reason is not None and not callback.stopped_by_clock:
-        write_train(run, trainer, callback, forward.optimizations)
+        write_train(run, trainer, callback, forward.optimizations, stopped_early=stopped_early)
         return TrainResult(steps, reason)
     tuned = _save_adapter(trainer, run)
     # After the adapter: a finished training implies that its adapter exists.
-    write_train(run, trainer, callback, forward.optimizations)
+    write_train(run, trainer, callback, forward.optimizations, stopped_early=stopped_early)
     downcast_saved_modules(tuned, plan.base.dtype)
     final: Progress = StoppableProgress(progress, stops, "during the final evaluation") if reason is None else progress
     _measure_adapter(plan, run, data, tokenizer, tuned, final, baseline.found)
@@ -214,6 +221,20 @@ def _build_trainer(
     if plan.base.dtype == "float16":
         trainer.check_float16()
     return trainer
+
+
+def _note_best(trainer: StepTrainer, progress: Progress, *, stopped_early: bool) -> None:
+    """Say which step is kept, and whether training stopped early."""
+    state, best = trainer.state, best_step(trainer)
+    stop = trainer.setup.plan.early_stop
+    if stopped_early and stop is not None and state.global_step < state.max_steps:
+        progress.note(
+            f"  stopped early at step {state.global_step} of {state.max_steps}: no improvement in {stop.patience} "
+            "evaluations"
+        )
+    if best is not None:
+        kept = "its adapter is kept" if best.kept else f"the adapter of step {state.global_step} is kept"
+        progress.note(f"  best step {best.step}: {best.metric} {best.value:.4g} on the {best.rows_from} rows; {kept}")
 
 
 def _save_adapter(trainer: StepTrainer, run: RunDir) -> Any:
@@ -477,11 +498,19 @@ def rows_seen(epochs: float, rows: int, arguments: SFTConfig) -> int:
     return whole * rows + int(min(steps * step, rows))
 
 
-def write_train(run: RunDir, trainer: StepTrainer, callback: RunCallback, optimizations: frozenset[str]) -> None:
+def write_train(
+    run: RunDir,
+    trainer: StepTrainer,
+    callback: RunCallback,
+    optimizations: frozenset[str],
+    *,
+    stopped_early: bool = False,
+) -> None:
     """Write `train.json`; the counts are of all processes, and the first one writes.
 
     Args:
         optimizations: names of those in use.
+        stopped_early: early stopping ended the training.
     """
     plan, resume_from = trainer.setup.plan, trainer.setup.resume_from
     state = trainer.state
@@ -504,6 +533,8 @@ def write_train(run: RunDir, trainer: StepTrainer, callback: RunCallback, optimi
         peak_memory_bytes=peak_memory_bytes(trainer.args.device.type),
         resident_before_bytes=callback.resident_before,
         resumed_from_step=None if resume_from is None else int(resume_from.name.rsplit("-", 1)[1]),
+        best=best_step(trainer),
+        stopped_early=stopped_early if plan.early_stop is not None else None,
         first_loss=callback.losses[0][1] if callback.losses else None,
         last_loss=callback.losses[-1][1] if callback.losses else None,
         out_of_memory=tuple(

@@ -19,10 +19,20 @@ from trl import SFTConfig, SFTTrainer
 from peftcli.adapters.build import peft_config
 from peftcli.data.tokenize import IGNORED
 from peftcli.errors import RecipeError
-from peftcli.model.classification import TaskHead, forward, make_batch, task_head
+from peftcli.metrics.language import perplexity
+from peftcli.model.classification import (
+    TaskHead,
+    forward,
+    label_figures,
+    make_batch,
+    predicted_and_actual,
+    task_head,
+)
+from peftcli.model.distributed import gather
 from peftcli.model.fused_loss import replace_broken_loss, score_targets
 from peftcli.model.heads import freeze_statistics
 from peftcli.model.load import DTYPES
+from peftcli.train.evaluations import answer_metrics
 from peftcli.train.step import StepTrainer, TrainerSetup
 
 SMOOTHED = ("single-label", "tagging")
@@ -115,6 +125,24 @@ class Trainer(StepTrainer, DeferredTrainer):
     def targets(self, labels: Tensor) -> Tensor:
         """The number of trained tokens; the first token of a row is not predicted."""
         return (labels[..., 1:] != IGNORED).sum()
+
+    def evaluate_batch(self, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """The mean loss, and the trained tokens and those with the highest probability: (2,)."""
+        loss = self.prediction_step(self.model, inputs, prediction_loss_only=True)[0]
+        if self._is_plain():
+            return loss, self._metrics["eval"]["sums"][-1][[0, 2]]
+        # TRL has only the mean over all processes, with rows that accelerate repeats.
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            outputs = self.model(**{**inputs, "use_cache": False}, fused_lm_head=True)
+        return loss, torch.stack([outputs.label_mask.sum().float(), outputs.is_top1.sum().float()])
+
+    def task_metrics(self, loss: float, seen: Sequence[Tensor]) -> dict[str, float | None]:
+        """Perplexity and token accuracy, and the metrics of answers if one of them chooses the best step."""
+        counted = torch.stack([torch.zeros(2, device=self.args.device), *seen]).double().sum(0)
+        tokens, right = self.accelerator.reduce(counted, "sum").tolist()
+        accuracy = right / tokens if tokens else None
+        return {"perplexity": perplexity(loss), "token_accuracy": accuracy, **answer_metrics(self)}
 
     def random_baseline(self) -> str:
         """The loss of guessing uniformly among all tokens."""
@@ -220,6 +248,22 @@ class LabelTrainer(StepTrainer, HeadTrainer):
     """The trainer of a head, with the shared parts of all trainers."""
 
     targets = HeadTrainer.targets
+
+    def evaluate_batch(self, inputs: dict[str, Any]) -> tuple[Tensor, tuple[list[Any], list[list[float]]]]:
+        """The mean loss, without class weights or label smoothing, and the predicted and the actual labels."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, outputs = self.compute_loss(self.model, inputs, return_outputs=True)
+        return loss.detach(), predicted_and_actual(self.head, outputs["logits"], inputs["labels"])
+
+    def task_metrics(
+        self, loss: float, seen: Sequence[tuple[list[Any], list[list[float]]]]
+    ) -> dict[str, float | None]:
+        """The metrics of the final evaluation that are numbers."""
+        pairs = [pair for one in gather(list(seen)) for pair in one]
+        chosen, labels = ([value for pair in pairs for value in pair[side]] for side in (0, 1))
+        figures = label_figures(self.head, chosen, labels, positive=self.setup.plan.evaluation.positive_label)
+        return {name: value for name, value in figures.items() if value is None or isinstance(value, int | float)}
 
 
 def make_label_trainer(setup: TrainerSetup, checkpoints: Path, model: Any) -> LabelTrainer:
