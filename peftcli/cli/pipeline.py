@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from peftcli.data.checks import Check, check_embeddings, check_tokenizer
 from peftcli.data.formats import LABELLED
+from peftcli.data.label_stats import class_counts
 from peftcli.data.prepare import PreparedData, prepare
 from peftcli.data.preview import sample_rows
 from peftcli.data.split_record import SplitRecord, join_records
@@ -186,7 +187,8 @@ def plan_with_labels(planned: Planned, data: PreparedData) -> Planned:
         return planned
     labels = output_names(data)
     count = planned.counter(labels=labels)
-    return replace(planned, plan=resolve_labels(planned.plan, labels, data.problem_type, count))
+    rows = class_counts(data.train, len(data.labels)).tolist() if data.labels else ()
+    return replace(planned, plan=resolve_labels(planned.plan, labels, data.problem_type, count, rows))
 
 
 def plan_with_rows(planned: Planned, recipe: Recipe, data: PreparedData) -> Planned:

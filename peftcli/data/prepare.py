@@ -119,11 +119,14 @@ class PreparedData:
         return held_out_table(self.test_split, self.format, self.tokenizer)
 
     def comparable(self, rows: int) -> pa.Table:
-        """Rows for comparing two models, like `test`: the first test rows, or training rows if there are none.
+        """Rows for comparing two models, like `test`: the first validation, test or training rows, in this order.
 
         Args:
             rows: maximum number.
         """
+        if self.validates:
+            first = replace(self.validation_split, rows=self.validation_split.rows[:rows])
+            return held_out_table(first, self.format, self.tokenizer)
         if self.holds_out:
             return self.test.slice(0, rows)
         return held_out_table(replace(self.train, rows=self.train.rows[:rows]), self.format, self.tokenizer)
@@ -306,7 +309,10 @@ def _recorded(
     if not len(train):  # nothing is trained here, and what is said of the data needs a row
         train = rows
     counts = {"recorded": found.recorded, "new": found.new, "missing": found.missing}
-    return Splits(Split(store, train), Split(held_out.test or store, found.rows), Split(store, rows[:0]), counts)
+    validated = held_out.validation or store
+    chosen = np.flatnonzero(np.isin(validated.column("exact"), record.validation))
+    train = np.setdiff1d(train, chosen) if held_out.validation is None and len(train) > len(chosen) else train
+    return Splits(Split(store, train), Split(held_out.test or store, found.rows), Split(validated, chosen), counts)
 
 
 def _rehearsed(

@@ -21,7 +21,7 @@ from peftcli.model.generation import Answer, Decoding, generate_answers
 from peftcli.model.scoring import Sums, score, score_shared
 from peftcli.plan.answered_rows import choose_answered_rows, rows_digest
 from peftcli.plan.memory.evaluation_time import LONGEST_AUTO_ANSWER
-from peftcli.plan.plan import Plan
+from peftcli.plan.plan import Base, Plan
 from peftcli.progress import Progress
 from peftcli.recipe.schema import EvaluationSection
 from peftcli.results import DecodingSettings, EvalJson, Retention, Sample, Scores
@@ -53,6 +53,13 @@ def decoding_for(
         encoded = tokenizer(references, add_special_tokens=False)["input_ids"]
         longest = min(max(len(ids) for ids in encoded) + 2, LONGEST_AUTO_ANSWER)
     return Decoding(longest, evaluation.temperature, evaluation.top_p, seed)
+
+
+def with_threshold(evaluation: EvaluationSection, base: Base) -> EvaluationSection:
+    """The section with the threshold of a trained model, unless the recipe has a number of its own."""
+    if isinstance(evaluation.threshold, float) or base.threshold is None:
+        return evaluation
+    return evaluation.model_copy(update={"threshold": base.threshold})
 
 
 def answered_rows(evaluation: EvaluationSection, data: PreparedData, seed: int) -> list[int]:

@@ -72,6 +72,7 @@ class Base:
         problem_type: for whole texts and images: `single-label`, `multi-label` or `regression`.
         head: names of the modules that are fully trained for the task and not quantized.
         seed: of a randomly initialized head.
+        threshold: probability from which one of several classes is predicted; None for 0.5.
     """
 
     name: str
@@ -90,6 +91,7 @@ class Base:
     problem_type: str | None = None
     head: tuple[str, ...] = ()
     seed: int = 0
+    threshold: float | None = None
 
     @property
     def tokenizer(self) -> TokenizerChoice:
@@ -204,6 +206,7 @@ class Plan:
             layer name. checkpointed_blocks: number of checkpointed blocks, None for all or none, as `trainer` says.
         own_tokenizer: the tokenizer is the model's own; a smoke run may have to use another one.
         optimizations: names of the optimizations in use; they do not change the loss.
+        class_weights: of the training loss, by class id; until the rows are read, as the recipe gives them.
         early_stop: when training stops because the metric no longer improves; None without.
     """
 
@@ -237,6 +240,7 @@ class Plan:
     activation_fit: Mapping[str, ActivationFit] = field(default_factory=dict)
     optimizations: frozenset[str] = frozenset()
     early_stop: EarlyStop | None = None
+    class_weights: tuple[float, ...] | Mapping[str, float] | str | None = None
 
     @property
     def evaluates_test_rows(self) -> bool:

@@ -15,6 +15,7 @@ from peftcli.plan.adapter import resolve_adapter
 from peftcli.plan.choices import Choices, choose, choose_trained_dtype, count_batch
 from peftcli.plan.evaluations import early_stop, evaluation_decisions
 from peftcli.plan.heads import base_with_head, head_decisions, head_notices, with_head
+from peftcli.plan.label_loss import class_weight_decisions
 from peftcli.plan.machine import Machine, ModelFacts
 from peftcli.plan.memory.estimate import INT8_BITS, NF4_BITS
 from peftcli.plan.memory.forecast import rows_of
@@ -142,6 +143,7 @@ def make_plan(
             *sizes,
             *choice_decisions(choice),
             *head_decisions(recipe, facts),
+            *class_weight_decisions(recipe.model.class_weights),
             *evaluation_decisions(recipe),
             how,
             *switched,
@@ -158,6 +160,7 @@ def make_plan(
         possible_shards=sharding.possible,
         own_tokenizer=facts.own_tokenizer,
         early_stop=early_stop(recipe),
+        class_weights=recipe.model.class_weights,
     )
     if fit_activations is not None:
         plan = _with_activations(plan, fit_activations(plan))

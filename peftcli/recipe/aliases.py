@@ -31,6 +31,8 @@ _BY_KEY: dict[str, str] = {
     "adapter.use_dora": "lora_use_dora peft_use_dora dora",
     "adapter.dtype": "pure_bf16 bf16_pure adapter_dtype lora_dtype autocast_adapter_dtype",
     "adapter.bias": "lora_bias",
+    "model.class_weights": "class_weights class_weight loss_weights label_weights pos_weight class_weighting",
+    "evaluation.threshold": "decision_threshold classification_threshold prob_threshold",
     "dataset": "data datasets train_dataset",
     "dataset.path": "data_path train_file data_file data_files dataset_path train_data train_path file",
     "dataset.name": "dataset_name dataset_id hf_dataset",

@@ -223,6 +223,13 @@ def _check_labels(tree: Tree, problems: Problems) -> None:
     if task is not None and task.labels_texts and tree.get("dataset", "too_long") == "split":
         text = "dataset.too_long: split would give every piece of a text the same label; use truncate or drop"
         problems.add(tree.place(("dataset", "too_long")), text)
+    problem_type = tree.get("model", "problem_type")
+    if problem_type in ("single-label", "regression") and tree.get("evaluation", "threshold") is not None:
+        text = f"evaluation.threshold is for rows with any number of classes, but model.problem_type is {problem_type}"
+        problems.add(tree.place(("evaluation", "threshold")), f"{text}; remove one of the two")
+    if problem_type in ("multi-label", "regression") and tree.get("model", "class_weights") is not None:
+        text = f"model.class_weights weights the loss of classes, but model.problem_type is {problem_type}"
+        problems.add(tree.place(("model", "class_weights")), f"{text}; remove one of the two")
     if tree.get("model", "problem_type") == "regression" and tree.get("dataset", "labels") is not None:
         text = "dataset.labels names classes, but model.problem_type: regression has numbers; remove one of the two"
         problems.add(tree.place(("dataset", "labels")), text)
@@ -301,7 +308,8 @@ def check_unused_keys(tree: Tree, problems: Problems) -> None:
 
 
 def _refuse(path: KeyPath, task: str, why: str, tree: Tree, problems: Problems) -> None:
-    if tree.get(*[str(part) for part in path]) not in (None, False, "auto"):
+    unset: tuple[Any, ...] = (None, False) if path == ("evaluation", "threshold") else (None, False, "auto")
+    if tree.get(*[str(part) for part in path]) not in unset:
         text = f"{dotted(path)} has no effect with model.task: {task}: {why}; remove it"
         problems.add(tree.place(path), text)
 

@@ -28,6 +28,7 @@ from peftcli.recipe.fields import (
     freeze_names,
     freeze_rows,
     read_answered_rows,
+    read_class_weights,
     read_delimiter,
     read_encoding,
     read_method,
@@ -38,6 +39,7 @@ from peftcli.recipe.fields import (
     read_targets,
     read_template,
     read_test_size,
+    read_threshold,
     read_tokens,
     read_trained_dtype,
     wrong,
@@ -93,6 +95,11 @@ class ModelSection(Section):
     problem_type: Literal["auto", "single-label", "multi-label", "regression"] = "auto"
     """What a classifier predicts for a text or an image: one class, any number of classes, or a number; `auto` decides
     from the labels."""
+    class_weights: Annotated[
+        Literal["balanced"] | tuple[float, ...] | Mapping[str, float] | None, BeforeValidator(read_class_weights)
+    ] = None
+    """Weights of the classes or tags in the training loss: by name, or a list in the order of the classes; `balanced`
+    gives every class the same share. The losses of evaluations are unweighted."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Dtype of the computation and of weights that are not quantized; `auto` is decided by the plan."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3"] = "auto"
@@ -154,6 +161,9 @@ class EvaluationSection(Section):
     """Nucleus sampling: sample from the most likely tokens with this cumulative probability."""
     positive_label: Text | None = None
     """Positive class of a binary classification, for precision, recall and F1; null for the last class."""
+    threshold: Annotated[float | Literal["auto"] | None, BeforeValidator(read_threshold)] = None
+    """Probability from which a class is predicted, for rows with any number of classes; `auto` chooses the one with the
+    best micro F1 on the validation rows, after training; null for 0.5."""
     baseline: bool = True
     """Evaluate the base model before the first step."""
     forgetting_text: Text | None = None

@@ -220,6 +220,7 @@ def _compared(merge: MergeJson) -> str | None:
     if merge.rows is None and merge.positions is None:
         return None
     kinds = {"training": "training rows, because none were held out", "test": "rows", None: "rows"}
+    kinds["validation"] = "validation rows"
     what = kinds.get(merge.rows_from, f"rows of {merge.rows_from}")
     place = f", on {merge.compared_on}" if merge.compared_on else ""
     partly = place and merge.rows_from == "test" and merge.metrics is None

@@ -15,6 +15,7 @@ from trl import SFTConfig
 from peftcli.data.prepare import PreparedData
 from peftcli.errors import Diverged
 from peftcli.model.adapter_files import save_adapter, write_card
+from peftcli.model.classification import tune_threshold
 from peftcli.model.distributed import from_first, gather
 from peftcli.model.evaluate import (
     Evaluation,
@@ -27,11 +28,12 @@ from peftcli.model.evaluate import (
     evaluation_json,
     load_retention,
     sampling_note,
+    with_threshold,
 )
 from peftcli.model.hardware import peak_memory_bytes
 from peftcli.model.init_from import check_initial_weights, load_initial_weights
 from peftcli.model.load import DTYPES, load_adapter, load_base
-from peftcli.model.manifest import check_adapter, refuse_unknown_tokens
+from peftcli.model.manifest import check_adapter, read_manifest, refuse_unknown_tokens, stated_base
 from peftcli.model.padding_free import RowCheck, check_rows, enable_padding_free, kernels_used
 from peftcli.model.varlen_attention import rejected
 from peftcli.plan.answered_rows import answered_digest, rows_digest
@@ -177,7 +179,9 @@ def train(
     if reason is not None and not callback.stopped_by_clock:
         write_train(run, trainer, callback, forward.optimizations, stopped_early=stopped_early)
         return TrainResult(steps, reason)
-    tuned = _save_adapter(trainer, run)
+    tuned = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    plan = _with_threshold(plan, data, tokenizer, tuned, progress)
+    _save_adapter(trainer, run, plan)
     # After the adapter: a finished training implies that its adapter exists.
     write_train(run, trainer, callback, forward.optimizations, stopped_early=stopped_early)
     downcast_saved_modules(tuned, plan.base.dtype)
@@ -237,8 +241,29 @@ def _note_best(trainer: StepTrainer, progress: Progress, *, stopped_early: bool)
         progress.note(f"  best step {best.step}: {best.metric} {best.value:.4g} on the {best.rows_from} rows; {kept}")
 
 
-def _save_adapter(trainer: StepTrainer, run: RunDir) -> Any:
-    """Save the trained adapter; returns the model without the wrappers of accelerate."""
+def _with_threshold(
+    plan: Plan, data: PreparedData, tokenizer: PreTrainedTokenizerBase, model: Any, progress: Progress
+) -> Plan:
+    """The plan with the threshold of the trained model, if the recipe asks to choose it on the validation rows."""
+    if plan.evaluation.threshold != "auto":
+        return plan
+    rows = plan.evaluation_batch
+    found, score = tune_threshold(model, tokenizer, data, batch_rows=rows, progress=progress)
+    progress.note(f"  threshold {found:.4g}: the best micro F1 on the validation rows, {score:.4g}")
+    return _decided(plan, found)
+
+
+def _decided(plan: Plan, threshold: float | None) -> Plan:
+    base = replace(plan.base, threshold=threshold)
+    return replace(plan, base=base, evaluation=with_threshold(plan.evaluation, base))
+
+
+def _save_adapter(trainer: StepTrainer, run: RunDir, plan: Plan) -> None:
+    """Save the trained adapter.
+
+    Args:
+        plan: with the threshold of the trained model.
+    """
     setup = trainer.setup
     tuned = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     if trainer.residual is not None:
@@ -246,8 +271,7 @@ def _save_adapter(trainer: StepTrainer, run: RunDir) -> Any:
     if is_first_process():
         if trainer.ranks is not None:
             trainer.ranks.write(run.ranks)
-        save_adapter(tuned, setup.tokenizer, setup.plan, setup.data, run.adapter)
-    return tuned
+        save_adapter(tuned, setup.tokenizer, plan, setup.data, run.adapter)
 
 
 def _check_rows(plan: Plan, model: PreTrainedModel, progress: Progress) -> RowCheck:
@@ -286,6 +310,9 @@ def evaluate_trained(
     model = load_adapter(load_base(plan.base, shards=plan.shards), adapter)
     known = _known_baseline(run, session, resuming=True)
     baseline = _baseline(plan, run, data, tokenizer, model, stoppable, known=known)
+    stated = read_manifest(adapter)
+    if stated is not None:
+        plan = _decided(plan, stated_base(stated).threshold)
     _measure_adapter(plan, run, data, tokenizer, model, stoppable, baseline.found)
     return TrainResult(from_first(lambda: load_or_default(TrainJson, run.train).steps or 0), None)
 

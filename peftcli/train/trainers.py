@@ -198,9 +198,15 @@ class HeadTrainer(transformers.Trainer):  # type: ignore[misc]  # transformers' 
     loss_is_scaled_for_ga = True  # by the rows or tokens of the whole step
     aux_loss_enabled = False
 
-    def __init__(self, head: TaskHead, **kwargs: Any) -> None:
+    def __init__(self, head: TaskHead, class_weights: Sequence[float] = (), **kwargs: Any) -> None:
+        """
+        Args:
+            class_weights: of the training loss, by class id; empty without.
+        """
         super().__init__(**kwargs)
         self.head = head
+        weights = torch.tensor(list(class_weights), dtype=torch.float32, device=self.args.device)
+        self.class_weights = weights if len(weights) else None
         self.counts = "tokens" if head.images is None else "images"
 
     def targets(self, labels: Tensor) -> Tensor:
@@ -210,7 +216,8 @@ class HeadTrainer(transformers.Trainer):  # type: ignore[misc]  # transformers' 
     def _get_num_items_in_batch(self, batch_samples: Sequence[Any], device: torch.device) -> Tensor | None:
         if not batch_samples:
             return None
-        mine = torch.stack([self.targets(batch["labels"]) for batch in batch_samples]).sum().to(device)
+        labels = [batch["labels"].to(device) for batch in batch_samples]
+        mine = torch.stack([self.head.weight_sum(one, self.class_weights) for one in labels]).sum().to(device)
         total: Tensor = self.accelerator.reduce(mine, "sum")
         return total
 
@@ -221,12 +228,18 @@ class HeadTrainer(transformers.Trainer):  # type: ignore[misc]  # transformers' 
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """The loss of a micro-batch as its part of the step's mean; without a count, the mean of the micro-batch."""
+        """The loss of a micro-batch as its part of the step's mean; without a count, the mean of the micro-batch.
+
+        With class weights it is the weighted mean, as of `torch.nn.CrossEntropyLoss(weight=...)`; the mean of an
+        evaluation is unweighted.
+        """
         logits = forward(model, inputs)
         smoothing = self.args.label_smoothing_factor if model.training else 0.0
-        losses = self.head.losses(logits, inputs["labels"], smoothing=smoothing)
-        count = self.targets(inputs["labels"]) if num_items_in_batch is None else num_items_in_batch
-        loss = losses.sum() / torch.as_tensor(count).clamp(min=1)
+        weights = self.class_weights if model.training else None
+        losses = self.head.losses(logits, inputs["labels"], smoothing=smoothing, weights=weights)
+        own = self.head.weight_sum(inputs["labels"], weights) if num_items_in_batch is None else num_items_in_batch
+        count = torch.as_tensor(own)
+        loss = losses.sum() / torch.where(count > 0, count, 1)  # a batch of tags may have no label
         if num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # because gradients are averaged
         return (loss, {"logits": logits}) if return_outputs else loss
@@ -277,7 +290,7 @@ def make_label_trainer(setup: TrainerSetup, checkpoints: Path, model: Any) -> La
         RecipeError: an argument does not apply to this kind of labels.
     """
     plan, data, tokenizer = setup.plan, setup.data, setup.tokenizer
-    head = task_head(plan.base.labels, plan.base.problem_type, model, tokenizer)
+    head = task_head(plan.base.labels, plan.base.problem_type, model, tokenizer, threshold=plan.base.threshold)
     arguments = TrainingArguments(
         output_dir=str(checkpoints), remove_unused_columns=False, label_names=["labels"], **plan.trainer
     )
@@ -300,6 +313,7 @@ def make_label_trainer(setup: TrainerSetup, checkpoints: Path, model: Any) -> La
     return LabelTrainer(
         setup,
         head=head,
+        class_weights=plan.class_weights if isinstance(plan.class_weights, tuple) else (),
         model=wrapped,
         args=arguments,
         data_collator=collate,
