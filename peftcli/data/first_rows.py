@@ -65,7 +65,7 @@ def _problems(dataset: DatasetSection, task: Task, recipe: Recipe) -> Iterator[s
 
 
 def _sections(dataset: DatasetSection) -> Iterator[tuple[str, SourceSection | TestSection, SourceSection]]:
-    """Each section with a source, the held-out rows first: its dotted name, and the section that says how rows are read."""
+    """Each section with a source, held-out rows first: its dotted name, and the section that says how rows are read."""
     sources: Sequence[SourceSection] = dataset.sources or (dataset,)
     for name in ("test", "validation"):
         if getattr(dataset, name) is not None:

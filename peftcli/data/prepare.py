@@ -247,7 +247,9 @@ def _prepare(
     }
     held_out_files = frozenset(file for source in own.values() for file in getattr(source, "files", ()))
     keys = [f"dataset.sources[{number}]" for number in range(len(dataset.sources))] or ["dataset"]
-    sources = [(open_(section, key, without=held_out_files), section) for key, section in zip(keys, sections, strict=True)]
+    sources = [
+        (open_(section, key, without=held_out_files), section) for key, section in zip(keys, sections, strict=True)
+    ]
     store, built = load_or_tokenize(sources, tokenizer, request, progress)
     _check_rule(rule, store.facts["kind"])
     request = replace(request, rule=replace(rule, problem_type=store.facts.get("problem") or rule.problem_type))
@@ -297,9 +299,7 @@ def _prepare(
     )
 
 
-def _recorded(
-    record: SplitRecord, store: Store, held_out: HeldOutStores, rows: Indices, progress: Progress
-) -> Splits:
+def _recorded(record: SplitRecord, store: Store, held_out: HeldOutStores, rows: Indices, progress: Progress) -> Splits:
     """The training rows and the test rows of a run, found by content, and how many there are."""
     searched = np.arange(held_out.test.rows) if held_out.test is not None else rows
     found = find_test_rows(record, held_out.test or store, searched)

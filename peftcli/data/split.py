@@ -1,4 +1,4 @@
-"""Splits the rows into train, validation and test: at random, stratified by class, by group, or with a separate test set."""
+"""Splits the rows into train, validation and test: at random, stratified by class, by group, or by separate files."""
 
 import math
 from collections.abc import Sequence

@@ -69,7 +69,7 @@ class SplitRecord:
         try:
             with np.load(file) as found:
                 none = np.zeros(0, np.uint64)  # earlier versions did not record all of them
-                inputs, validation = (found[name] if name in found else none for name in ("inputs", "validation"))
+                inputs, validation = (found.get(name, none) for name in ("inputs", "validation"))
                 return cls(found["train"], found["test"], found["unused"], inputs, validation=validation)
         except DAMAGE as problem:
             raise MachineError(

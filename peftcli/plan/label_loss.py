@@ -37,6 +37,7 @@ def with_class_weights(plan: Plan, names: Sequence[str], problem_type: str | Non
     elif isinstance(asked, Mapping):
         weights, reason = _named_weights(asked, names), "model.class_weights"
     else:
+        assert isinstance(asked, tuple)  # the schema has no other text
         weights, reason = _listed_weights(asked, names), "model.class_weights, in the order of the classes"
     pairs = [f"{name} {weight:.4g}" for name, weight in zip(names, weights, strict=True)]
     shown = ", ".join(pairs[:SHOWN]) + (f" and {len(pairs) - SHOWN} more" if len(pairs) > SHOWN else "")

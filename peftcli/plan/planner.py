@@ -27,8 +27,8 @@ from peftcli.plan.parallelism import Sharding, choose_sharding
 from peftcli.plan.plan import BATCHING, DTYPE_BYTES, Base, Batch, Batching, Decision, LossMask, Plan
 from peftcli.plan.smoke import ROW_TOKENS
 from peftcli.plan.targets import choice_decisions, choice_of, match_saved, match_targets, named_targets, within_choice
-from peftcli.recipe.schedulers import LEARNING_RATE
 from peftcli.recipe.best_model import EARLY_STOPPING, best_model_arguments
+from peftcli.recipe.schedulers import LEARNING_RATE
 from peftcli.recipe.schema import AdapterSection, QuantizationSection, Recipe
 from peftcli.recipe.trainer_together import default_logging_steps, save_strategy
 from peftcli.tasks.registry import TASKS

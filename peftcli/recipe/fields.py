@@ -154,8 +154,10 @@ def read_class_weights(value: Any) -> Any:
 
 def read_threshold(value: Any) -> float | str | None:
     """Read `evaluation.threshold`."""
-    if value is None or value == "auto":
-        return value
+    if value is None:
+        return None
+    if value == "auto":
+        return "auto"
     if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1:
         return float(value)
     raise wrong("must be a number between 0 and 1, auto, or null for 0.5")

@@ -209,7 +209,7 @@ class _Section:
         self.tree, self.problems, self.under = tree, problems, under
         self.of_stage = under is not None
         installed = installed_arguments()
-        self.installed = None if installed is None else installed | EARLY_STOPPING
+        self.installed = None if installed is None else {**installed, **EARLY_STOPPING}
         self.arguments: dict[str, Any] = {}
         self.source: dict[str, str] = {}
         self.refused: set[str] = set()

@@ -75,4 +75,4 @@ def answer_metrics(trainer: StepTrainer) -> dict[str, float | None]:
             what="answers",
         )
     references = asked.test.column("reference").take(rows).to_pylist()
-    return answer_figures(answers, references) if answers else {}
+    return {**answer_figures(answers, references)} if answers else {}

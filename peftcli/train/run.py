@@ -205,7 +205,9 @@ def _build_trainer(
         enable_full_determinism(plan.seed)
     model = load_base(plan.base, shards=plan.shards)
     if not TASKS[plan.task].images:
-        refuse_unknown_tokens(model, max(side.store.largest_token() for side in (data.train, data.test_split, data.validation_split)))
+        refuse_unknown_tokens(
+            model, max(side.store.largest_token() for side in (data.train, data.test_split, data.validation_split))
+        )
     plan, chosen = select_modules(plan, run, data, tokenizer, model, resuming=resume_from is not None)
     if chosen is not None:
         progress.note(chosen)

@@ -269,9 +269,7 @@ class LabelTrainer(StepTrainer, HeadTrainer):
             loss, outputs = self.compute_loss(self.model, inputs, return_outputs=True)
         return loss.detach(), predicted_and_actual(self.head, outputs["logits"], inputs["labels"])
 
-    def task_metrics(
-        self, loss: float, seen: Sequence[tuple[list[Any], list[list[float]]]]
-    ) -> dict[str, float | None]:
+    def task_metrics(self, loss: float, seen: Sequence[tuple[list[Any], list[list[float]]]]) -> dict[str, float | None]:
         """The metrics of the final evaluation that are numbers."""
         pairs = [pair for one in gather(list(seen)) for pair in one]
         chosen, labels = ([value for pair in pairs for value in pair[side]] for side in (0, 1))

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from helpers import write_yaml
 from safetensors.torch import load_file
 
@@ -93,9 +94,10 @@ def test_no_test_row_is_read_before_the_final_scoring(
         flat = inputs["input_ids"].flatten().tolist()
         starts = [0] if positions is None else [n for n, place in enumerate(positions.flatten().tolist()) if not place]
         if positions is None:
-            rows = [[token for token, on in zip(*row, strict=True) if on] for row in zip(
-                inputs["input_ids"].tolist(), inputs["attention_mask"].tolist(), strict=True
-            )]
+            rows = [
+                [token for token, on in zip(*row, strict=True) if on]
+                for row in zip(inputs["input_ids"].tolist(), inputs["attention_mask"].tolist(), strict=True)
+            ]
         else:
             rows = [flat[start:end] for start, end in zip(starts, [*starts[1:], len(flat)], strict=True)]
         seen.update(map(tuple, rows))
@@ -109,9 +111,7 @@ def test_no_test_row_is_read_before_the_final_scoring(
     monkeypatch.setattr(StepTrainer, "compute_loss", spy)
     monkeypatch.setattr(PreparedData, "test", property(spied))
     trainer = BEST | {"metric_for_best_model": "exact_match", "early_stopping_patience": 3}
-    recipe = write_recipe(
-        trainer=trainer, dataset={"split": SPLIT}, evaluation={"baseline": False}, quantization=None
-    )
+    recipe = write_recipe(trainer=trainer, dataset={"split": SPLIT}, evaluation={"baseline": False}, quantization=None)
     assert run_cli("train", recipe) == 0
     data = held_out[0]
 
@@ -126,7 +126,9 @@ def test_no_test_row_is_read_before_the_final_scoring(
 
 
 def test_the_best_step_by_a_task_metric_is_kept(tmp_path: Path, run_cli: Cli, capfd: Any) -> None:
-    recipe = labelled(tmp_path, spam(), trainer=BEST | {"metric_for_best_model": "eval_f1_macro", "learning_rate": 0.02})
+    recipe = labelled(
+        tmp_path, spam(), trainer=BEST | {"metric_for_best_model": "eval_f1_macro", "learning_rate": 0.02}
+    )
     assert run_cli("train", recipe) == 0
     said, run = capfd.readouterr(), tmp_path / "runs" / "labels"
     found = evaluations(run)
@@ -140,7 +142,9 @@ def test_the_best_step_by_a_task_metric_is_kept(tmp_path: Path, run_cli: Cli, ca
         assert stored == best | {"kept": True, "rows_from": "validation"}
     assert same_weights(run / "adapter", run / "checkpoints" / f"checkpoint-{step}")
     assert f"best step {step}: f1_macro" in said.err
-    assert f"step {step}" in (run / "report.md").read_text()
+    assert f"step {step}: F1 (f1_macro)" in (run / "report.md").read_text()
+    page = (run / "report.html").read_text()
+    assert "F1 on the validation rows" in page and "Loss on the validation rows" in page
 
 
 def test_a_best_step_between_two_saves_is_kept(write_recipe: Write, run_cli: Cli, tmp_path: Path) -> None:
@@ -154,7 +158,7 @@ def test_a_best_step_between_two_saves_is_kept(write_recipe: Write, run_cli: Cli
 
 
 @pytest.fixture
-def stopped_early(tmp_path: Path, run_cli: Cli) -> Path:
+def stopped_early(tmp_path: Path, run_cli: Cli, capfd: Any) -> Path:
     """A run in which no evaluation improves enough, so that it stops after three of them."""
     trainer = BEST | {"max_steps": 12, "early_stopping_patience": 2, "early_stopping_threshold": 100}
     recipe = labelled(tmp_path, spam(), trainer=trainer | {"learning_rate": 1e-3, "per_device_train_batch_size": 4})
@@ -166,7 +170,12 @@ def test_early_stopping_stops_and_keeps_the_best_step(stopped_early: Path, run_c
     run = stopped_early
     said = capfd.readouterr().err
     found = read_json(run / "train.json")
-    assert (found["status"], found["steps"], found["planned_steps"], found["stopped_early"]) == ("finished", 6, 12, True)
+    assert (found["status"], found["steps"], found["planned_steps"], found["stopped_early"]) == (
+        "finished",
+        6,
+        12,
+        True,
+    )
     losses = {row["step"]: row["eval_loss"] for row in evaluations(run)}
     assert list(losses) == [2, 4, 6] and found["best"]["step"] == min(losses, key=lambda step: losses[step])
     assert "stopped early at step 6 of 12: no improvement in 2 evaluations" in said
@@ -198,12 +207,15 @@ def test_an_evaluation_during_training_has_the_metrics_of_the_final_one(
     lines = things.read_text().splitlines()
     (tmp_path / "other.csv").write_text("\n".join([lines[0], *lines[1:12]]))
     recipe = write_recipe(
-        dataset={"split": None, "test": {"path": "other.csv"}, "validation": {"path": "other.csv"}},
+        dataset={"test": {"path": "other.csv"}, "validation": {"path": "other.csv"}},
         trainer=EVALUATED | {"early_stopping_patience": 9, "metric_for_best_model": "exact_match"},
         evaluation={"batch_size": 4, "baseline": False},
         performance={"disable": disabled},
         quantization=None,
     )
+    sections = yaml.safe_load(recipe.read_text())
+    del sections["dataset"]["split"]
+    write_yaml(tmp_path, sections)
     # All test rows are training rows, which only matters to a reader of their metrics.
     assert run_cli("train", recipe, "--set", "dataset.limits.max_leaked=1") == 0
     run = tmp_path / "runs" / "things"
@@ -225,7 +237,8 @@ def test_class_weights_are_those_of_torch_and_evaluations_are_unweighted(
         loss, outputs = original(self, model, inputs, True, num_items_in_batch)
         if model.training:
             plain = torch.nn.CrossEntropyLoss(weight=weights, label_smoothing=0.1)
-            compared.append((float(loss), float(plain(outputs["logits"], inputs["labels"]))))
+            expected = plain(outputs["logits"].detach(), inputs["labels"])
+            compared.append((float(loss.detach()), float(expected)))
         return (loss, outputs) if return_outputs else loss
 
     monkeypatch.setattr(HeadTrainer, "compute_loss", spy)
@@ -281,13 +294,13 @@ def test_a_threshold_is_chosen_on_validation_rows_and_used_later(tmp_path: Path,
     trained = read_json(run / "eval.json")["adapter"]
     assert run_cli("eval", run) == 0
     assert read_json(run / "eval.json")["adapter"] == trained
-    assert run_cli("eval", run, "--set", "evaluation.threshold=0.999") == 0
-    assert read_json(run / "eval.json")["adapter"]["recall_micro"] == 0
     capfd.readouterr()
+    assert run_cli("eval", run, "--set", "evaluation.threshold=0.999", "--json") == 0
+    assert json.loads(capfd.readouterr().out)["adapter"]["recall_micro"] == 0
     assert run_cli("generate", run, "red big 7", "--json") == 0
     answer = json.loads(capfd.readouterr().out.splitlines()[0])
     said = {name for name, value in answer["probabilities"].items() if value >= threshold}
-    assert set(answer["labels"]) == said
+    assert set(answer["label"]) == said
 
 
 def test_a_run_that_began_without_validation_rows_resumes(
