@@ -54,6 +54,7 @@ def write_metrics(run: RunDir, gates: Sequence[Gate]) -> MetricsJson:
         base=evaluation.base,
         adapter=evaluation.adapter,
         merged=merge.metrics if merge else None,
+        validation=evaluation.validation,
         answers=_answers(evaluation, merge),
         retention=_part(RetentionFigures, evaluation.retention),
         train=_part(TrainFigures, train),

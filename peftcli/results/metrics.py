@@ -44,6 +44,7 @@ class MetricsJson:
     """`metrics.json`: the summary that a script reads.
 
     Attributes:
+        validation: of the adapter on the validation rows, by which runs are compared.
         test_rows_used_for: everything that has read the test rows, in order; None without test rows.
     """
 
@@ -54,6 +55,7 @@ class MetricsJson:
     base: Scores | None = None
     adapter: Scores | None = None
     merged: Scores | None = None
+    validation: Scores | None = field(default=None, metadata=OMIT_NONE)
     answers: AnswerFigures | None = None
     retention: RetentionFigures | None = None
     train: TrainFigures | None = None

@@ -56,7 +56,7 @@ class EvaluationTime:
         answered_rows: generated answers of a pass, at most.
         answer_tokens: of an answer, at most.
         evaluations: of the validation rows, during training.
-        seconds: of all passes, and of the evaluations during training.
+        seconds: of all passes, of the evaluations during training, and of the adapter on the validation rows.
     """
 
     estimated: bool = True

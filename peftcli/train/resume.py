@@ -322,7 +322,8 @@ def keep_base(run: RunDir, *, same_test_rows: bool) -> None:
         return
     retention = before.retention and replace(before.retention, adapter_loss=None, change=None)
     samples = tuple(replace(sample, adapter=None, merged=None) for sample in before.samples)
-    save(run.eval, replace(before, adapter=None, merged=None, samples=samples, retention=retention, seconds=None))
+    base = replace(before, adapter=None, merged=None, samples=samples, retention=retention, seconds=None)
+    save(run.eval, replace(base, validation=None, validation_answered=None, validation_sha256=None))
 
 
 def _has_trained(run: RunDir) -> bool:

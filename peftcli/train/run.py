@@ -416,7 +416,7 @@ def _evaluation_reserve(
     session: Session,
     baseline: Baseline,
 ) -> float:
-    """Seconds to set aside for the last evaluation, half as many again as were measured.
+    """Seconds to set aside for the last evaluation, half as many again as were measured or estimated.
 
     Args:
         model: before the first step, with its adapter.
@@ -425,16 +425,18 @@ def _evaluation_reserve(
     if not any(gather(session.stops.seconds_left is not None)):
         return 0.0  # there is no clock to set time aside for
     seconds = baseline.seconds
-    if not baseline.on_test and data.holds_out:
+    tested = data.holds_out and not baseline.on_test
+    for asked in [*([data] if tested else []), *([data.scored_on_validation()] if data.validates else [])]:
         seconds += estimate_evaluation(
             model,
             tokenizer,
-            data,
+            asked,
             plan.evaluation,
-            decoding_for(plan.evaluation, data, tokenizer, plan.seed),
+            decoding_for(plan.evaluation, asked, tokenizer, plan.seed),
             batch_rows=plan.evaluation_batch,
             progress=progress,
         )
+    if tested:
         progress.note(f"  the last evaluation will take at most about {duration(seconds)}, measured on its first rows")
     return 1.5 * seconds
 
@@ -499,12 +501,19 @@ def _measure_adapter(
     before: EvalJson | None,
 ) -> None:
     """Evaluate the adapter, and write it with its baseline into `eval.json` and the model card."""
+    asked = data.scored_on_validation()
+    validated = _measure(plan, asked, tokenizer, model, progress, "validation rows") if data.validates else None
     after = _measure(plan, data, tokenizer, model, progress, "adapter") if data.holds_out else None
     retention = adapter_retention(plan, tokenizer, model, progress, before)
     _check_losses(plan, after, retention, trained=True)
     if not is_first_process():
         return
     value = _evaluation(plan, data, tokenizer, {"base": None, "adapter": after})
+    if validated is not None:
+        rows = answered_rows(plan.evaluation, asked, plan.seed)
+        value = replace(
+            value, validation=validated.scores(), validation_answered=len(rows), validation_sha256=rows_digest(rows)
+        )
     if before is not None:
         value = replace(value, base=before.base, baseline_seconds=before.baseline_seconds)
         if before.base is not None:

@@ -324,3 +324,29 @@ def test_a_run_that_began_without_validation_rows_resumes(
     assert metrics["train"]["resumed_from_step"] == 4 and metrics["train"]["best"]["rows_from"] == "test"
     assert metrics["test_rows_used_for"][:2] == ["evaluations during training", "the choice of the best step"]
     assert run_cli("eval", run) == 0 and run_cli("report", run) == 0
+
+
+def test_runs_are_compared_by_their_validation_rows(write_recipe: Write, run_cli: Cli, tmp_path: Path) -> None:
+    recipe = write_recipe(dataset={"split": SPLIT}, evaluation={"baseline": False})
+    for name, steps in (("short", 1), ("long", 6)):
+        assert run_cli("train", recipe, "--output-dir", name, "--set", f"trainer.max_steps={steps}") == 0
+    assert run_cli("compare", "short", "long", "--output-dir", "both") == 0
+    compared = read_json(tmp_path / "both" / "compare.json")
+    assert (compared["quality"]["rows_from"], compared["quality"]["rows"]) == ("validation", 12)
+    for row in compared["variants"]:
+        metrics = read_json(tmp_path / row["name"] / "metrics.json")
+        assert row["loss"] == metrics["validation"]["loss"] != metrics["adapter"]["loss"]
+    assert run_cli("eval", "long") == 0  # which measures the test rows again, and nothing else
+    assert read_json(tmp_path / "long" / "metrics.json")["validation"] == metrics["validation"]
+
+
+def test_a_merge_is_chosen_by_validation_rows(write_recipe: Write, run_cli: Cli, tmp_path: Path) -> None:
+    recipe = write_recipe(dataset={"split": SPLIT}, evaluation={"baseline": False})
+    assert run_cli("train", recipe, "--output-dir", "run") == 0
+    assert run_cli("merge", "run", "--into", "best") == 0
+    merge = read_json(tmp_path / "run" / "merge.json")
+    assert (merge["rows_from"], merge["rows"]) == ("validation", 12)
+    drifts = {one["into"]: one["mean_abs_logit_difference"] for one in merge["candidates"]}
+    assert len(drifts) == 2 and merge["into"] == min(drifts, key=lambda into: drifts[into])
+    uses = read_json(tmp_path / "run" / "metrics.json")["test_rows_used_for"]
+    assert uses == ["final scoring of the adapter", "final scoring of the merged model"]

@@ -87,6 +87,8 @@ def evaluation_time(
         answers=_answers_during(plan, rows.validation),
     )
     one = pass_seconds(load.shape, load.setting, gpu, validation) if during else 0.0
+    last = replace(validation, answers=_answers(plan, rows.validation)) if plan.dataset.validates else None
+    seconds_last = 0.0 if last is None else pass_seconds(load.shape, load.setting, gpu, last)
     return EvaluationTime(
         evaluations=during,
         validation_rows=rows.validation,
@@ -97,7 +99,7 @@ def evaluation_time(
         answers_at_once=work.at_once,
         answer_tokens=work.new_tokens,
         pass_seconds=seconds,
-        seconds=passes * seconds + during * one,
+        seconds=passes * seconds + during * one + seconds_last,
     )
 
 

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from peftcli.errors import RecipeError
+from peftcli.recipe.best_model import EARLY_STOPPING
 from peftcli.recipe.dump import changed_keys, dump_recipe, fingerprint
 from peftcli.recipe.fields import Gate, duration_text, parse_duration, parse_gate
-from peftcli.recipe.best_model import EARLY_STOPPING
 from peftcli.recipe.library_args import installed_arguments
 from peftcli.recipe.load import Loaded, load_recipe
 from peftcli.recipe.messages import unknown_key
