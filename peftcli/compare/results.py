@@ -97,7 +97,13 @@ def collect(name: str, entries: Sequence[Entry], home: Path) -> CompareJson:
         model=_shared(text(found.plan.model.name) for found in known.values()),
         quality=None
         if metric is None
-        else ComparedQuality(key=metric.key, better=better, rows=scored_on, comparable=comparable, rows_from="validation" if validated else "test"),
+        else ComparedQuality(
+            key=metric.key,
+            better=better,
+            rows=scored_on,
+            comparable=comparable,
+            rows_from="validation" if validated else "test",
+        ),
         doubts=(*_incomplete(entries, stages), *comparability_warnings(known, metric, methods)),
         variants=tuple(rows),
         fronts=fronts,

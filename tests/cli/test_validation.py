@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -350,3 +352,37 @@ def test_a_merge_is_chosen_by_validation_rows(write_recipe: Write, run_cli: Cli,
     assert len(drifts) == 2 and merge["into"] == min(drifts, key=lambda into: drifts[into])
     uses = read_json(tmp_path / "run" / "metrics.json")["test_rows_used_for"]
     assert uses == ["final scoring of the adapter", "final scoring of the merged model"]
+
+
+def by_two(folder: Path, recipe: Path, name: str) -> subprocess.CompletedProcess[str]:
+    words = [sys.executable, "-m", "peftcli", "train", str(recipe), "--num-processes", "2", "--output-dir", name]
+    return subprocess.run(words, cwd=folder, check=False, capture_output=True, text=True)
+
+
+@pytest.mark.numeric
+@pytest.mark.parametrize("generates", [True, False])
+def test_two_processes_evaluate_and_choose_as_one_does(
+    recipe_in: Write, run_cli: Cli, tmp_path: Path, generates: bool
+) -> None:
+    # 12 rows in batches of 5 by 2 processes: accelerate repeats rows, which must not count twice.
+    sections: dict[str, Any] = {"evaluation": {"batch_size": 5, "baseline": False, "max_new_tokens": 6}}
+    trainer = BEST | {"early_stopping_patience": 1, "early_stopping_threshold": 100, "learning_rate": 5e-3}
+    if generates:
+        metric = {"metric_for_best_model": "exact_match"}
+        recipe = recipe_in(tmp_path, trainer=trainer | metric, dataset={"split": SPLIT}, quantization=None, **sections)
+    else:
+        model = {"name": "tiny:bert", "task": "sequence-classification", "class_weights": {"spam": 3}}
+        metric = {"metric_for_best_model": "f1_macro", "per_device_train_batch_size": 4}
+        recipe = labelled(
+            tmp_path, spam(), trainer=trainer | metric, model=model, evaluation={"batch_size": 5, "baseline": False}
+        )
+    said = by_two(tmp_path, recipe, "two")
+    assert said.returncode == 0, said.stderr
+    assert run_cli("train", recipe, "--output-dir", "one", "--set", "trainer.per_device_train_batch_size=8") == 0
+    one, two = (evaluations(tmp_path / name) for name in ("one", "two"))
+    assert [row["step"] for row in two] == [row["step"] for row in one] == [2, 4]
+    if generates:  # the dropout of a classifier differs between processes
+        assert [row["eval_loss"] for row in two] == pytest.approx([row["eval_loss"] for row in one], abs=1e-3)
+    best = read_json(tmp_path / "two" / "train.json")["best"]
+    assert same_weights(tmp_path / "two" / "adapter", tmp_path / "two" / "checkpoints" / f"checkpoint-{best['step']}")
+    assert best["value"] == max(row[f"eval_{best['metric']}"] for row in two)
