@@ -47,6 +47,8 @@ def evaluate(
     model, tokenizer = target.load()
     decoding = decoding_for(evaluation, data, tokenizer, seed)
     measured: dict[str, Evaluation | None] = {}
+    if evaluation.threshold == "auto" and target.base.threshold is None and target.kind != "base":
+        progress.note("note: no threshold was chosen when this model was trained, so 0.5 is used")
     if sampled := sampling_note(evaluation, data, seed):
         progress.note(f"note: {sampled}")
 

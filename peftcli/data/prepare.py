@@ -267,7 +267,7 @@ def _prepare(
         store, held_out, labels = _with_classes(store, held_out, smoke=smoke)
     rows, duplicates, duplicate_places = drop_duplicates_of_test(dataset, store)
     scaled = None
-    if smoke and held_out.test is None:
+    if smoke:
         dataset, scaled = rehearsed_split(dataset, store, rows)
     if record is None:
         splits = split_rows(dataset, store, held_out, rows, seed, earlier)

@@ -21,14 +21,21 @@ class EarlyStopping(EarlyStoppingCallback):  # type: ignore[misc]  # transformer
         stopped: whether it has ended the training.
     """
 
-    stopped = False
+    def __init__(self, patience: int, threshold: float, *, restarts: bool) -> None:
+        """
+        Args:
+            restarts: a finished run is trained further, so the count starts again.
+        """
+        super().__init__(patience, threshold)
+        self.stopped = False
+        self._restarts = restarts
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         # transformers restores callbacks only together, and from classes that it can import by their name.
         stored = state.stateful_callbacks.get(type(self).__name__)
-        if isinstance(stored, Mapping) and state.global_step:
+        if isinstance(stored, Mapping) and state.global_step and not self._restarts:
             self.early_stopping_patience_counter = int(stored["attributes"]["early_stopping_patience_counter"])
         super().on_train_begin(args, state, control, **kwargs)
 

@@ -166,7 +166,8 @@ def train(
     trainer.add_callback(callback)  # its clock starts after the calibration
     if trainer.ranks is not None:
         trainer.add_callback(trainer.ranks)
-    early = None if plan.early_stop is None else EarlyStopping(plan.early_stop.patience, plan.early_stop.threshold)
+    stop = plan.early_stop
+    early = None if stop is None else EarlyStopping(stop.patience, stop.threshold, restarts=session.extends)
     if early is not None:
         trainer.add_callback(early)
     with naming_arguments(session.trainer):
