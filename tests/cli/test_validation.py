@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -386,3 +387,11 @@ def test_two_processes_evaluate_and_choose_as_one_does(
     best = read_json(tmp_path / "two" / "train.json")["best"]
     assert same_weights(tmp_path / "two" / "adapter", tmp_path / "two" / "checkpoints" / f"checkpoint-{best['step']}")
     assert best["value"] == max(row[f"eval_{best['metric']}"] for row in two)
+
+
+@pytest.mark.parametrize(("higher", "worst"), [(True, -np.inf), (False, np.inf)])
+def test_a_metric_that_is_undefined_is_never_the_best(higher: bool, worst: float) -> None:
+    arguments = SimpleNamespace(metric_for_best_model="pearson", greater_is_better=higher)
+    trainer: Any = SimpleNamespace(args=arguments)
+    found = StepTrainer._comparable(trainer, {"loss": 1.0, "pearson": None, "spearman": None})
+    assert found == {"loss": 1.0, "pearson": worst}
