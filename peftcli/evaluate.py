@@ -6,7 +6,14 @@ from dataclasses import replace
 from transformers import PreTrainedModel
 
 from peftcli.data.prepare import PreparedData
-from peftcli.model.evaluate import Evaluation, decoding_for, evaluate_model, evaluation_json, sampling_note
+from peftcli.model.evaluate import (
+    Evaluation,
+    decoding_for,
+    evaluate_model,
+    evaluation_json,
+    sampling_note,
+    with_threshold,
+)
 from peftcli.model.load import load_base
 from peftcli.model.target import Target
 from peftcli.progress import Progress
@@ -40,12 +47,16 @@ def evaluate(
     model, tokenizer = target.load()
     decoding = decoding_for(evaluation, data, tokenizer, seed)
     measured: dict[str, Evaluation | None] = {}
+    if evaluation.threshold == "auto" and target.base.threshold is None and target.kind != "base":
+        progress.note("note: no threshold was chosen when this model was trained, so 0.5 is used")
     if sampled := sampling_note(evaluation, data, seed):
         progress.note(f"note: {sampled}")
 
     def run(what: str, model: PreTrainedModel) -> Evaluation:
+        # A tuned threshold is that of the trained model; the base has the default, as in training.
+        settings = evaluation if what == "base" else with_threshold(evaluation, target.base)
         return evaluate_model(
-            model, tokenizer, data, evaluation, decoding, batch_rows=batch_rows, progress=progress, what=what
+            model, tokenizer, data, settings, decoding, batch_rows=batch_rows, progress=progress, what=what
         )
 
     if with_base and target.base.absorbed:  # disabling the adapter would give the result of the previous stage

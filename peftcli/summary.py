@@ -54,9 +54,11 @@ def write_metrics(run: RunDir, gates: Sequence[Gate]) -> MetricsJson:
         base=evaluation.base,
         adapter=evaluation.adapter,
         merged=merge.metrics if merge else None,
+        validation=evaluation.validation,
         answers=_answers(evaluation, merge),
         retention=_part(RetentionFigures, evaluation.retention),
         train=_part(TrainFigures, train),
+        test_rows_used_for=_test_uses(evaluation, train, merge),
         data=_part(DataFigures, load(DataJson, run.data)) or DataFigures(),
         parameters=plan.parameters,
         bytes=SizeBytes(adapter=_adapter_bytes(run), base=plan.model.bytes),
@@ -65,6 +67,22 @@ def write_metrics(run: RunDir, gates: Sequence[Gate]) -> MetricsJson:
     value = replace(measured, gates=tuple(_judge(gate, measured) for gate in gates))
     save(run.metrics, value)
     return value
+
+
+def _test_uses(evaluation: EvalJson, train: TrainJson | None, merge: MergeJson | None) -> tuple[str, ...] | None:
+    """What has read the test rows: no choice, except in runs that began before there were validation rows."""
+    best = None if train is None else train.best
+    chosen_on_test = best is not None and best.rows_from == "test"
+    candidates = () if merge is None else merge.candidates
+    uses = {
+        "evaluations during training": chosen_on_test,
+        "the choice of the best step": chosen_on_test and best is not None and best.kept,
+        "scoring of the base, which decides nothing": evaluation.base is not None,
+        "final scoring of the adapter": evaluation.adapter is not None,
+        "the choice of the merged weights": merge is not None and merge.rows_from == "test" and len(candidates) > 1,
+        "final scoring of the merged model": merge is not None and merge.metrics is not None,
+    }
+    return tuple(use for use, is_so in uses.items() if is_so) or None
 
 
 def refuse_lost(run: RunDir, *, rewritten: Path | None = None) -> None:

@@ -35,6 +35,8 @@ READERS = {
     "read_seconds": "duration",
     "read_tokens": "`auto` or a whole number of at least 1",
     "read_answered_rows": "whole number, at least 1, or `all`",
+    "read_class_weights": "`balanced`, list of numbers, or numbers by class",
+    "read_threshold": "number between 0 and 1, or `auto`",
     "read_share": "number from 0 to 1",
     "read_template": "template",
     "read_test_size": "share or number of rows",

@@ -21,6 +21,7 @@ from typer.main import get_command
 
 from peftcli.cli.main import app
 from peftcli.methods.registry import METHODS
+from peftcli.recipe.best_model import EARLY_STOPPING
 from peftcli.recipe.library_args import installed_arguments, recipe_arguments
 from peftcli.recipe.load import load_recipe
 from peftcli.recipe.schema import Recipe
@@ -168,7 +169,7 @@ def test_a_recipe_is_valid_without_a_notice(where: str, block: str, tmp_path: Pa
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_a_recipe_key_that_a_page_names_exists(page: Path) -> None:
     keys = set(schema_keys())
-    arguments = set(installed_arguments() or ())
+    arguments = {*(installed_arguments() or ()), *EARLY_STOPPING}
     adapter = {name for method in METHODS for name in recipe_arguments(method)}
     for span in code_spans(page):
         match = re.match(

@@ -24,6 +24,7 @@ from peftcli.report.data import data_section
 from peftcli.report.load import Stages, load_stages
 from peftcli.report.terminal import print_blocks, render_terminal, section_blocks
 from peftcli.results import DataJson, EnvironmentJson, EvalJson, MetricsJson, as_text, load_or_default, save
+from peftcli.results.evaluation import VALIDATED
 from peftcli.run_dir import RunDir, file_sha256, is_external_adapter
 from peftcli.summary import refuse_lost, unmet, write_metrics
 from peftcli.tasks.registry import TASKS
@@ -91,6 +92,7 @@ def eval_command(name: str, recipe: str | None, pointers: Pointers, *, with_base
             base = value.base or (before.base if same_rows else None)
             # Forgetting was measured during training; it does not depend on the test rows.
             value = replace(value, base=base, retention=before.retention)
+            value = replace(value, **{name: getattr(before, name) for name in VALIDATED})
             save(run.eval, value)
             finish(run, loaded.recipe)
         if as_json:

@@ -209,11 +209,12 @@ def data_line(data: DataJson) -> str:
     from peftcli.data.stats import EQUAL, is_wanted  # here, because the light commands import this module
 
     tested = f"{data.test_rows:,}" if data.test_rows else "no"
+    validated = f", {data.validation_rows:,} validation" if data.validation_rows else ""
     read_as = data.format if data.problem in (None, "single-label") else f"{data.format}, {data.problem}"
     duplicates = data.dropped.get(EQUAL) or 0
     wanted = sum(count or 0 for reason, count in data.dropped.items() if is_wanted(reason))
     parts = [
-        f"{data.train_rows:,} train and {tested} test rows of {data.rows:,} ({read_as})",
+        f"{data.train_rows:,} train{validated} and {tested} test rows of {data.rows:,} ({read_as})",
         *([f"{duplicates:,} duplicates left out"] if duplicates else []),
         *([f"{wanted - duplicates:,} left out by dataset.where"] if wanted > duplicates else []),
         f"{(data.dropped_rows or 0) - wanted:,} dropped",

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from peftcli.data.checks import Check, check_embeddings, check_tokenizer
 from peftcli.data.formats import LABELLED
+from peftcli.data.label_stats import class_counts
 from peftcli.data.prepare import PreparedData, prepare
 from peftcli.data.preview import sample_rows
 from peftcli.data.split_record import SplitRecord, join_records
@@ -173,18 +174,19 @@ def earlier_record(recipe: Recipe, before: Sequence[RunDir], *, resumed: RunDir 
         folder = Path(recipe.adapter.init_from)
         runs.append(RunDir(folder if (folder / "recipe.yaml").is_file() else folder.parent))
     joined = join_records([SplitRecord.load(run.rows) for run in runs if run.rows.exists()])
-    own = None if resumed is None else run_record(resumed)
-    return joined if joined is None or own is None else replace(joined, closed=True)
+    own = None if resumed is None or not resumed.rows.exists() else SplitRecord.load(resumed.rows)
+    held_out = own is not None and len(own.test) + len(own.validation) > 0
+    return replace(joined, closed=True) if joined is not None and held_out else joined
 
 
 def changed_rows(run: RunDir, data: PreparedData) -> str | None:
     """How the rows differ from those of a run, None if they do not."""
-    return SplitRecord.load(run.rows).changed(SplitRecord.of(data.train, data.test_split))
+    return SplitRecord.load(run.rows).changed(SplitRecord.of(data.train, data.test_split, data.validation_split))
 
 
 def save_record(run: RunDir, data: PreparedData, earlier: SplitRecord | None) -> None:
     """Record the rows of a run, and those that it or the trainings before it have trained on."""
-    record = SplitRecord.of(data.train, data.test_split)
+    record = SplitRecord.of(data.train, data.test_split, data.validation_split)
     (record if earlier is None else record.extended(earlier)).save(run.rows)
 
 
@@ -194,7 +196,8 @@ def plan_with_labels(planned: Planned, data: PreparedData) -> Planned:
         return planned
     labels = output_names(data)
     count = planned.counter(labels=labels)
-    return replace(planned, plan=resolve_labels(planned.plan, labels, data.problem_type, count))
+    rows = class_counts(data.train, len(data.labels)).tolist() if data.labels else ()
+    return replace(planned, plan=resolve_labels(planned.plan, labels, data.problem_type, count, rows))
 
 
 def plan_with_rows(planned: Planned, recipe: Recipe, data: PreparedData) -> Planned:

@@ -21,11 +21,13 @@ from peftcli.results import (
     ComparedQuality,
     CompareJson,
     CurvePoint,
+    DataJson,
     Device,
     LearningCurve,
     MergeFigures,
     MetricsJson,
     RetentionFigures,
+    Scores,
     TrainFigures,
     VariantRow,
     status_of,
@@ -73,6 +75,10 @@ def collect(name: str, entries: Sequence[Entry], home: Path) -> CompareJson:
     recipes = {entry.name: _recipe(entry.folder) for entry in entries}
     methods = {name: recipe.adapter.method for name, recipe in recipes.items() if recipe is not None}
     known = {name: found for name, found in stages.items() if found is not None}
+    validated = bool(known) and all(found.metrics.validation is not None for found in known.values())
+    if validated:
+        known = {name: _on_validation(found) for name, found in known.items()}
+        stages = {name: known.get(name) for name in stages}
     metric = _quality(list(known.values()))
     better = "higher" if metric is None or metric.better is None else metric.better
     rows = [replace(_row(one, stages[one.name], metric, home), method=methods.get(one.name)) for one in entries]
@@ -91,11 +97,37 @@ def collect(name: str, entries: Sequence[Entry], home: Path) -> CompareJson:
         model=_shared(text(found.plan.model.name) for found in known.values()),
         quality=None
         if metric is None
-        else ComparedQuality(key=metric.key, better=better, rows=scored_on, comparable=comparable),
+        else ComparedQuality(
+            key=metric.key,
+            better=better,
+            rows=scored_on,
+            comparable=comparable,
+            rows_from="validation" if validated else "test",
+        ),
         doubts=(*_incomplete(entries, stages), *comparability_warnings(known, metric, methods)),
         variants=tuple(rows),
         fronts=fronts,
         curves=tuple(learning_curves(rows, recipes)),
+    )
+
+
+def _on_validation(run: Stages) -> Stages:
+    """A run with its validation rows as held-out rows: a choice between runs by their test rows would be biased."""
+    metrics, data = run.metrics, run.data or DataJson()
+    scores, rows = metrics.validation or Scores(), data.validation_rows
+    fingerprint = None if data.validation is None else data.validation.fingerprint
+    held_out = replace(data, test_rows=rows, fingerprint=replace(data.fingerprint, test=fingerprint))
+    figures = replace(metrics.data, test_rows=rows)
+    return replace(
+        run,
+        metrics=replace(metrics, adapter=scores, base=None, merged=None, answers=None, data=figures),
+        data=held_out,
+        eval=replace(
+            run.eval,
+            rows=rows,
+            generated_rows=run.eval.validation_answered,
+            generated_rows_sha256=run.eval.validation_sha256,
+        ),
     )
 
 

@@ -16,7 +16,8 @@ def file_state(dataset: DatasetSection) -> str | None:
     Args:
         dataset: section of the recipe, with absolute paths.
     """
-    sections: list[Any] = [*(dataset.sources or (dataset,)), *dataset.join, *([dataset.test] if dataset.test else [])]
+    held_out = [section for section in (dataset.test, dataset.validation) if section is not None]
+    sections: list[Any] = [*(dataset.sources or (dataset,)), *dataset.join, *held_out]
     paths = [section.path for section in sections if section.path is not None]
     found = [[_state(file) for file in _files(path)] for path in paths]
     if not found or not all(found):

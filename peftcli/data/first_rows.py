@@ -57,7 +57,7 @@ def _problems(dataset: DatasetSection, task: Task, recipe: Recipe) -> Iterator[s
             yield str(problem)
             continue
         if isinstance(section, TestSection):
-            without = frozenset(getattr(source, "files", ()))
+            without |= frozenset(getattr(source, "files", ()))
         opened.append((source, like))
     if not joined:
         return  # columns of the joined table may be missing
@@ -66,10 +66,11 @@ def _problems(dataset: DatasetSection, task: Task, recipe: Recipe) -> Iterator[s
 
 
 def _sections(dataset: DatasetSection) -> Iterator[tuple[str, SourceSection | TestSection, SourceSection]]:
-    """Each section with a source, the test rows first: its dotted name, and the section that says how rows are read."""
+    """Each section with a source, held-out rows first: its dotted name, and the section that says how rows are read."""
     sources: Sequence[SourceSection] = dataset.sources or (dataset,)
-    if dataset.test is not None:
-        yield "dataset.test", dataset.test, sources[0]
+    for name in ("test", "validation"):
+        if getattr(dataset, name) is not None:
+            yield f"dataset.{name}", getattr(dataset, name), sources[0]
     for number, section in enumerate(sources):
         yield (f"dataset.sources[{number}]" if dataset.sources else "dataset"), section, section
 

@@ -97,6 +97,19 @@ def class_counts(split: Split, classes: int) -> NDArray[np.int64]:
     return found
 
 
+def absent_from_validation(validation: Split, train: Split) -> list[str]:
+    """A warning about classes of the training rows that no validation row has; empty without a validation split."""
+    names = train.store.classes
+    if not len(validation.rows) or train.store.facts["problem"] == "regression":
+        return []
+    trained, found = class_counts(train, len(names)), class_counts(validation, len(names))
+    absent = [_shown(names[label]) for label in np.flatnonzero((trained > 0) & (found == 0))]
+    if not absent:
+        return []
+    which = f"{listed(absent)} {'is' if len(absent) == 1 else 'are'}"
+    return [f"{which} in no validation row, so no choice depends on it; raise dataset.split.validation_size"]
+
+
 def label_warnings(facts: Mapping[str, Any]) -> list[str]:
     """Warnings about the labels, as sentences."""
     warnings = [

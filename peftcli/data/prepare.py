@@ -18,14 +18,14 @@ from peftcli.data.chat_template import last_answer, read_chats, render
 from peftcli.data.class_labels import label_said
 from peftcli.data.encode import as_lists, encode, encode_prompts, flatten, stop_ids
 from peftcli.data.formats import LABELLED
-from peftcli.data.label_stats import check_classes, class_names, label_stats, label_warnings
+from peftcli.data.label_stats import absent_from_validation, check_classes, class_names, label_stats, label_warnings
 from peftcli.data.mixing import mixed_rows
 from peftcli.data.pipeline import DataRequest
 from peftcli.data.readers.images import open_images
 from peftcli.data.readers.open import open_source
 from peftcli.data.rows import BATCH_ROWS, Source
 from peftcli.data.shown_answers import Chat, TemplateProblem
-from peftcli.data.split import drop_duplicates_of_test, rehearsed_split, split_rows
+from peftcli.data.split import HeldOutStores, Splits, drop_duplicates_of_test, rehearsed_split, split_rows
 from peftcli.data.split_record import SplitRecord, find_test_rows
 from peftcli.data.stats import (
     EQUAL,
@@ -37,6 +37,7 @@ from peftcli.data.stats import (
     count_rows,
     crossed_limits,
     data_warnings,
+    validation_facts,
 )
 from peftcli.data.store import Store
 from peftcli.data.synthetic import SyntheticSource
@@ -67,6 +68,7 @@ class PreparedData:
     Attributes:
         train: the training rows; mixed as the weights or shares of the sources say.
         test_split: the test rows; empty if the recipe trains on all rows.
+        validation_split: the rows that every choice uses; empty without a validation split.
         format: `prompt_completion`, `messages`, `text`, `classification`, `tagging` or `images`.
         stop_ids: token ids that end an answer; empty for rows with labels.
         prompt: template for new prompts; None for chats and plain text.
@@ -79,6 +81,7 @@ class PreparedData:
 
     train: Split
     test_split: Split
+    validation_split: Split
     format: str
     stop_ids: frozenset[int]
     prompt: str | None
@@ -94,6 +97,15 @@ class PreparedData:
         """Whether there are test rows."""
         return len(self.test_split.rows) > 0
 
+    @property
+    def validates(self) -> bool:
+        """Whether there are validation rows."""
+        return len(self.validation_split.rows) > 0
+
+    def scored_on_validation(self) -> "PreparedData":
+        """The same data with the validation rows in place of the test rows, for code that scores test rows."""
+        return replace(self, test_split=self.validation_split)
+
     @cached_property
     def test(self) -> pa.Table:
         """The test rows: `input_ids`, `labels`, `prompt_ids`, `prompt`, `reference`; `words` or `image` for some tasks.
@@ -103,11 +115,14 @@ class PreparedData:
         return held_out_table(self.test_split, self.format, self.tokenizer)
 
     def comparable(self, rows: int) -> pa.Table:
-        """Rows for comparing two models, like `test`: the first test rows, or training rows if there are none.
+        """Rows for comparing two models, like `test`: the first validation, test or training rows, in this order.
 
         Args:
             rows: maximum number.
         """
+        if self.validates:
+            first = replace(self.validation_split, rows=self.validation_split.rows[:rows])
+            return held_out_table(first, self.format, self.tokenizer)
         if self.holds_out:
             return self.test.slice(0, rows)
         return held_out_table(replace(self.train, rows=self.train.rows[:rows]), self.format, self.tokenizer)
@@ -221,38 +236,42 @@ def _prepare(
     )
     images = TASKS[rule.task].images
     open_ = partial(_open, synthetic=synthetic if smoke else None, images=images)
-    test_section = _test_section(dataset)
-    test_source = None
-    if test_section is not None:
-        like = partial(synthetic, like=sections[0])
-        test_source = _open(test_section, "dataset.test", synthetic=like if smoke else None, images=images)
-    test_files = frozenset(getattr(test_source, "files", ()))
+    like = partial(synthetic, like=sections[0]) if smoke else None
+    own = {
+        name: _open(section, f"dataset.{name}", synthetic=like, images=images)
+        for name, section in _held_out_sections(dataset).items()
+    }
+    held_out_files = frozenset(file for source in own.values() for file in getattr(source, "files", ()))
     keys = [f"dataset.sources[{number}]" for number in range(len(dataset.sources))] or ["dataset"]
-    sources = [(open_(section, key, without=test_files), section) for key, section in zip(keys, sections, strict=True)]
+    sources = [
+        (open_(section, key, without=held_out_files), section) for key, section in zip(keys, sections, strict=True)
+    ]
     store, built = load_or_tokenize(sources, tokenizer, request, progress)
     _check_rule(rule, store.facts["kind"])
-    test_store = None
-    if test_source is not None:
-        request = replace(request, rule=replace(rule, problem_type=store.facts.get("problem") or rule.problem_type))
-        test_store, _ = load_or_tokenize([(test_source, sections[0])], tokenizer, request, progress)
-        if test_store.facts["kind"] != store.facts["kind"]:
+    request = replace(request, rule=replace(rule, problem_type=store.facts.get("problem") or rule.problem_type))
+    stores = {}
+    for name, source in own.items():
+        stores[name], _ = load_or_tokenize([(source, sections[0])], tokenizer, request, progress)
+        if stores[name].facts["kind"] != store.facts["kind"]:
             raise DataError(
-                f"{test_source.name}: the test rows are {test_store.facts['kind']}, but the training rows are "
-                f"{store.facts['kind']}; give the test rows the same columns as the training rows"
+                f"{source.name}: the {name} rows are {stores[name].facts['kind']}, but the training rows are "
+                f"{store.facts['kind']}; give the {name} rows the same columns as the training rows"
             )
+    held_out = HeldOutStores(**stores)
     labels: tuple[str, ...] = ()
     if store.facts["kind"] in LABELLED:
-        store, test_store, labels = _with_classes(store, test_store, smoke=smoke)
+        store, held_out, labels = _with_classes(store, held_out, smoke=smoke)
     rows, duplicates, duplicate_places = drop_duplicates_of_test(dataset, store)
     scaled = None
-    if smoke and test_store is None:
+    if smoke:
         dataset, scaled = rehearsed_split(dataset, store, rows)
     if record is None:
-        train, test, split = split_rows(dataset, store, test_store, rows, seed, earlier)
+        splits = split_rows(dataset, store, held_out, rows, seed, earlier)
     else:
-        train, test, split = _recorded(record, store, test_store, rows, progress)
-    facts = _facts(store, test_store, train, test, tokenizer, rule, duplicates, duplicate_places)
-    facts |= {"split": split, "cache": "made" if built else "reused"}
+        splits = _recorded(record, store, held_out, rows, progress)
+    train = splits.train
+    facts = _facts(store, held_out, splits, tokenizer, rule, duplicates, duplicate_places)
+    facts |= {"split": splits.made, "cache": "made" if built else "reused"}
     crossed = [*crossed_limits(facts, dataset.limits), *crossed_mismatch(facts, dataset.limits)]
     if smoke:
         crossed, notes = _rehearsed(sources, dataset, facts, crossed, own_tokenizer=own_tokenizer)
@@ -260,7 +279,8 @@ def _prepare(
     order, facts["sources"] = mixed_rows(dataset, train, facts["sources"], seed)
     return PreparedData(
         train=Split(store, order),
-        test_split=test,
+        test_split=splits.test,
+        validation_split=splits.validation,
         format=store.facts["kind"],
         stop_ids=frozenset() if store.facts["kind"] in LABELLED else stop_ids(tokenizer),
         prompt=store.facts["prompt"],
@@ -273,19 +293,20 @@ def _prepare(
     )
 
 
-def _recorded(
-    record: SplitRecord, store: Store, test_store: Store | None, rows: Indices, progress: Progress
-) -> tuple[Split, Split, dict[str, Any]]:
+def _recorded(record: SplitRecord, store: Store, held_out: HeldOutStores, rows: Indices, progress: Progress) -> Splits:
     """The training rows and the test rows of a run, found by content, and how many there are."""
-    searched = np.arange(test_store.rows) if test_store is not None else rows
-    found = find_test_rows(record, test_store or store, searched)
+    searched = np.arange(held_out.test.rows) if held_out.test is not None else rows
+    found = find_test_rows(record, held_out.test or store, searched)
     if (note := found.note()) is not None:
         progress.note(note)
-    train = rows if test_store is not None else np.setdiff1d(rows, found.rows)
+    train = rows if held_out.test is not None else np.setdiff1d(rows, found.rows)
     if not len(train):  # nothing is trained here, and what is said of the data needs a row
         train = rows
     counts = {"recorded": found.recorded, "new": found.new, "missing": found.missing}
-    return Split(store, train), Split(test_store or store, found.rows), counts
+    validated = held_out.validation or store
+    chosen = np.flatnonzero(np.isin(validated.column("exact"), record.validation))
+    train = np.setdiff1d(train, chosen) if held_out.validation is None and len(train) > len(chosen) else train
+    return Splits(Split(store, train), Split(held_out.test or store, found.rows), Split(validated, chosen), counts)
 
 
 def _rehearsed(
@@ -315,15 +336,19 @@ def _rehearsed(
 
 
 def _with_classes(
-    store: Store, test_store: Store | None, *, smoke: bool
-) -> tuple[Store, Store | None, tuple[str, ...]]:
+    store: Store, held_out: HeldOutStores, *, smoke: bool
+) -> tuple[Store, HeldOutStores, tuple[str, ...]]:
     """The stores with a common order of classes, and the class names."""
-    labels = class_names([store] if test_store is None else [store, test_store])
+    labels = class_names([store, *held_out.all()])
     if not smoke:
         check_classes(labels, store)
     elif labels and len(labels) < 2:  # the first rows of a sorted file may have only one class
         labels = (*labels, "other")
-    return replace(store, classes=labels), test_store and replace(test_store, classes=labels), labels
+    common = {
+        name: None if one is None else replace(one, classes=labels)
+        for name, one in (("test", held_out.test), ("validation", held_out.validation))
+    }
+    return replace(store, classes=labels), HeldOutStores(**common), labels
 
 
 def _open(
@@ -342,13 +367,18 @@ def _open(
     return open_(section, without=without, key=key)
 
 
-def _test_section(dataset: DatasetSection) -> TestSection | None:
-    """The section of the test rows, with the Hub dataset of the training rows if it names none."""
-    test = dataset.test
-    if test is None or test.path is not None:
-        return test
-    inherited = {name: getattr(dataset, name) for name in ("name", "config", "revision")} if test.name is None else {}
-    return test.model_copy(update={**inherited, "hub_split": test.hub_split or "test"})
+def _held_out_sections(dataset: DatasetSection) -> dict[str, TestSection]:
+    """The sections of the test and validation rows, with the Hub dataset of the training rows if they name none."""
+    found: dict[str, TestSection] = {}
+    for name, section in (("test", dataset.test), ("validation", dataset.validation)):
+        if section is None:
+            continue
+        update: dict[str, Any] = {}
+        if section.path is None:
+            inherited = ("name", "config", "revision") if section.name is None else ()
+            update = {key: getattr(dataset, key) for key in inherited} | {"hub_split": section.hub_split or name}
+        found[name] = section.model_copy(update=update)
+    return found
 
 
 def _check_rule(rule: LossMask, kind: str) -> None:
@@ -359,22 +389,21 @@ def _check_rule(rule: LossMask, kind: str) -> None:
 
 def _facts(
     store: Store,
-    test_store: Store | None,
-    train: Split,
-    test: Split,
+    held_out: HeldOutStores,
+    splits: Splits,
     tokenizer: PreTrainedTokenizerBase,
     rule: LossMask,
     duplicates: int,
     duplicate_places: list[str],
 ) -> dict[str, Any]:
-    stores = [store] if test_store is None else [store, test_store]
+    train, test = splits.train, splits.test
+    stores = [store, *held_out.all()]
     dropped = dict(store.facts["dropped"])
     places = dict(store.facts["dropped_examples"])
-    if test_store is not None:
-        dropped |= {f"of the test rows {reason}": count for reason, count in test_store.facts["dropped"].items()}
-        places |= {
-            f"of the test rows {reason}": found for reason, found in test_store.facts["dropped_examples"].items()
-        }
+    for name, own in (("test", held_out.test), ("validation", held_out.validation)):
+        facts_of = {} if own is None else own.facts
+        for every, key in ((dropped, "dropped"), (places, "dropped_examples")):
+            every.update({f"of the {name} rows {reason}": value for reason, value in facts_of.get(key, {}).items()})
     if duplicates:
         dropped[EQUAL], places[EQUAL] = duplicates, duplicate_places
     facts: dict[str, Any] = {
@@ -391,10 +420,11 @@ def _facts(
         "labels": balance(train, test),
     }
     facts |= count_rows(train, test, rule) | compare_rows(train, test)
+    facts |= validation_facts(splits.validation, train, test)
     warnings = [warning for one in stores for warning in one.facts["warnings"]]
     if store.facts["kind"] in LABELLED:
         facts |= label_stats(train, test)
-        warnings = [*label_warnings(facts), *warnings]
+        warnings = [*label_warnings(facts), *absent_from_validation(splits.validation, train), *warnings]
     else:
         facts |= count_ends(train, tokenizer)
     if store.facts["kind"] == "messages":

@@ -1,7 +1,8 @@
-"""Splits the rows into train and test: at random, stratified by class, by group, or with a separate test set."""
+"""Splits the rows into train, validation and test: at random, stratified by class, by group, or by separate files."""
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -35,9 +36,11 @@ def rehearsed_split(dataset: DatasetSection, store: Store, rows: Indices) -> tup
     split, changes = dataset.split, []
     update: dict[str, Any] = {}
     most = len(rows) // 4
-    if isinstance(split.test_size, int) and split.test_size > most:
-        update["test_size"] = most
-        changes.append(f"{most} test rows instead of dataset.split.test_size: {split.test_size:,}")
+    for key in ("test_size", "validation_size"):
+        size = getattr(split, key)
+        if isinstance(size, int) and size > most:
+            update[key] = most
+            changes.append(f"{most} {key.partition('_')[0]} rows instead of dataset.split.{key}: {size:,}")
     if split.group is not None and len(np.unique(store.column("group")[rows])) < 2:
         update["group"] = None
         changes.append(f"dataset.split.group is ignored, because {split.group} has one value")
@@ -50,91 +53,156 @@ def rehearsed_split(dataset: DatasetSection, store: Store, rows: Indices) -> tup
 def _empty_split(name: str, usable: int, dataset: DatasetSection) -> str:
     """The message for a split without rows."""
     rows = counted(usable, "usable row", "usable rows")
-    if dataset.test is not None:
-        return f"the {name} split is empty: {rows} for training; add rows"
-    size = dataset.split.test_size
-    if name == "training":
+    sizes = {key: value for key, value in drawn_sizes(dataset).items() if value}
+    said = " and ".join(f"dataset.split.{key}_size = {value:g}" for key, value in sizes.items())
+    if name == "training" and sizes:
+        return f"{said} leaves no row for training: the data have {rows}; lower it or add rows"
+    if name in sizes:
         return (
-            f"dataset.split.test_size = {size:g} leaves no row for training: the data have {rows}; lower it or add rows"
+            f"dataset.split.{name}_size = {sizes[name]:g} of {rows} gives no {name} row that no earlier training has "
+            f"used; raise it or add rows"
         )
-    return f"dataset.split.test_size = {size:g} of {rows} gives no test row; raise it or add rows"
+    return f"the {name} split is empty: {rows} for training; add rows"
+
+
+def drawn_sizes(dataset: DatasetSection) -> dict[str, float | int]:
+    """The sizes of the splits that are drawn from the rows; 0 for one that is not."""
+    return {
+        "test": 0 if dataset.test is not None else dataset.split.test_size,
+        "validation": 0 if dataset.validation is not None else dataset.split.validation_size,
+    }
+
+
+@dataclass(frozen=True)
+class HeldOutStores:
+    """The rows of separate test and validation sources; None for rows that are drawn."""
+
+    test: Store | None = None
+    validation: Store | None = None
+
+    def all(self) -> list[Store]:
+        return [store for store in (self.test, self.validation) if store is not None]
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The three splits; one that the recipe does not have is empty.
+
+    Attributes:
+        made: how they were made, for `data.json`.
+    """
+
+    train: Split
+    test: Split
+    validation: Split
+    made: dict[str, Any]
 
 
 def split_rows(
     dataset: DatasetSection,
     store: Store,
-    test_store: Store | None,
+    held_out: HeldOutStores,
     rows: Indices,
     seed: int,
     earlier: SplitRecord | None = None,
-) -> tuple[Split, Split, dict[str, Any]]:
-    """Both splits, and how they were made; the test split is empty if the recipe holds no rows out.
+) -> Splits:
+    """Split the rows.
 
     Args:
         rows: of the store that are used.
         earlier: of trainings that this one continues; their rows keep their split, and only new rows are drawn.
 
     Raises:
-        DataError: a split is empty, or rows of a separate test file were trained on before.
+        DataError: a split is empty, or rows of a separate test or validation file were trained on before.
     """
     drawn = dataset.split.seed if dataset.split.seed is not None else seed
+    sizes = drawn_sizes(dataset)
+    for name in ("test", "validation"):
+        _refuse_trained(name, getattr(held_out, name), earlier)
+    train, test, validation = _recorded_and_drawn(dataset, store, rows, drawn, earlier)
     split: dict[str, Any] = {}
-    if test_store is not None:
-        train, test = rows, np.arange(test_store.rows)
-        _refuse_trained(test_store, earlier)
-    else:
-        split = {"test_size": dataset.split.test_size, "seed": drawn}
-        train, test = _recorded_and_drawn(dataset, store, rows, drawn, earlier)
+    if held_out.test is None or sizes["validation"]:
+        split = {f"{name}_size": size for name, size in sizes.items() if size or name == "test"} | {"seed": drawn}
         split |= {key: getattr(dataset.split, key) for key in ("stratify", "group") if getattr(dataset.split, key)}
     if dataset.max_train_samples is not None and len(train) > dataset.max_train_samples:
         order = np.random.default_rng(seed).permutation(len(train))[: dataset.max_train_samples]
         train = train[np.sort(order)]
         split["max_train_samples"] = dataset.max_train_samples
-    for name, count in (("training", len(train)), ("test", len(test))):
-        if count == 0 and (name == "training" or dataset.holds_out):
+    own = {name: getattr(held_out, name) for name in ("test", "validation")}
+    test, validation = (
+        found if own[name] is None else np.arange(own[name].rows)
+        for name, found in (("test", test), ("validation", validation))
+    )
+    asked = {"training": True, "test": dataset.holds_out, "validation": dataset.validates}
+    for name, found in (("training", train), ("test", test), ("validation", validation)):
+        if len(found) == 0 and asked[name]:
             raise DataError(_empty_split(name, len(rows), dataset))
-    return Split(store, train), Split(test_store or store, test), split
+    return Splits(
+        Split(store, train), Split(own["test"] or store, test), Split(own["validation"] or store, validation), split
+    )
 
 
 def _recorded_and_drawn(
     dataset: DatasetSection, store: Store, rows: Indices, seed: int, earlier: SplitRecord | None
-) -> tuple[Indices, Indices]:
-    sides = _draw(dataset, store, rows, seed)
-    if earlier is None or not dataset.holds_out:
-        return rows[sides[0]], rows[sides[1]]
-    hashes = store.column("exact")[rows]
-    if np.array_equal(np.sort(hashes[sides[1]]), np.sort(earlier.test)):
-        return rows[sides[0]], rows[sides[1]]  # the same split; rows with equal text may be in both
+) -> tuple[Indices, Indices, Indices]:
+    """Training, test and validation rows: those of earlier trainings stay where they are, and new ones are drawn."""
+    sizes = drawn_sizes(dataset)
+    drawn = _draw_both(dataset, store, rows, seed)
+    if earlier is None or not any(sizes.values()):
+        return drawn
+    hashes = store.column("exact")
+    if all(
+        np.array_equal(np.sort(hashes[found]), np.sort(known))
+        for found, known in zip(drawn[1:], (earlier.test, earlier.validation), strict=True)
+    ):
+        return drawn  # the same split; rows with equal text may be in several
+    hashes = hashes[rows]
     trained, tested = np.isin(hashes, earlier.train), np.isin(hashes, earlier.test)
-    trained |= ~tested & earlier.has_seen(store, rows)
-    new = rows[~trained & ~tested]
-    draws = len(new) > 0 and not (earlier.closed and (tested & ~trained).any())
-    sides = _draw(dataset, store, new, seed) if draws else (np.arange(len(new)), np.arange(0))
-    train, test = rows[trained], rows[tested & ~trained]
-    return np.sort(np.concatenate([train, new[sides[0]]])), np.sort(np.concatenate([test, new[sides[1]]]))
+    validated = np.isin(hashes, earlier.validation) & ~tested
+    trained |= ~tested & ~validated & earlier.has_seen(store, rows)
+    # Rows of a split that this recipe does not draw are trained on.
+    trained |= (tested & (not sizes["test"])) | (validated & (not sizes["validation"]))
+    new = rows[~trained & ~tested & ~validated]
+    draws = len(new) > 0 and not (earlier.closed and ((tested | validated) & ~trained).any())
+    more = _draw_both(dataset, store, new, seed) if draws else (new, new[:0], new[:0])
+    kept = rows[trained], rows[tested & ~trained], rows[validated & ~trained]
+    train, test, validation = (np.sort(np.concatenate(parts)) for parts in zip(kept, more, strict=True))
+    return train, test, validation
 
 
-def _refuse_trained(test_store: Store, earlier: SplitRecord | None) -> None:
-    if earlier is None:
+def _refuse_trained(name: str, store: Store | None, earlier: SplitRecord | None) -> None:
+    if earlier is None or store is None:
         return
-    trained = np.flatnonzero(np.isin(test_store.column("exact"), earlier.train))
+    trained = np.flatnonzero(np.isin(store.column("exact"), earlier.train))
     if len(trained):
         raise DataError(
-            f"{len(trained):,} of the {test_store.rows:,} rows of dataset.test were trained on by the run that this "
-            f"one continues (first {test_store.places(trained[:1])[0]}), so they would be scored too well; remove them"
+            f"{len(trained):,} of the {store.rows:,} rows of dataset.{name} were trained on by the run that this "
+            f"one continues (first {store.places(trained[:1])[0]}), so they would be scored too well; remove them"
         )
 
 
-def _draw(dataset: DatasetSection, store: Store, rows: Indices, seed: int) -> tuple[Indices, Indices]:
-    if not dataset.holds_out:
+def _draw_both(dataset: DatasetSection, store: Store, rows: Indices, seed: int) -> tuple[Indices, Indices, Indices]:
+    """Training, test and validation rows; the test rows do not depend on whether validation rows are drawn."""
+    sizes = drawn_sizes(dataset)
+    others, test = _draw(dataset, store, rows, sizes["test"], seed)
+    rest = rows[others]
+    # A share is of all rows, as that of the test rows.
+    train, validation = _draw(dataset, store, rest, wanted_rows(len(rows), sizes["validation"]), seed)
+    return rest[train], rows[test], rest[validation]
+
+
+def _draw(
+    dataset: DatasetSection, store: Store, rows: Indices, size: float | int, seed: int
+) -> tuple[Indices, Indices]:
+    if size == 0:
         return np.arange(len(rows)), np.arange(0)
     if dataset.split.stratify is not None:
-        return split_by_class(store.column("class")[rows], dataset.split.test_size, seed)
+        return split_by_class(store.column("class")[rows], size, seed)
     if dataset.split.group is not None or dataset.too_long == "split":
         groups = store.column("group")[rows]
         if dataset.split.group is not None or len(np.unique(groups)) > 1:
-            return split_by_group(groups, dataset.split.test_size, seed)
-    return split_indices(len(rows), dataset.split.test_size, seed)
+            return split_by_group(groups, size, seed)
+    return split_indices(len(rows), size, seed)
 
 
 def split_indices(rows: int, test_size: float | int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

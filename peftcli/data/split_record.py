@@ -34,9 +34,11 @@ class SplitRecord:
     Attributes:
         train: of the training rows, each once.
         test: of the test rows, as often as they occur.
+        validation: of the validation rows, as often as they occur.
         unused: of the other rows, such as those that `dataset.max_train_samples` leaves out; each once.
-        inputs: of the normalized text of the training rows, and of the prompts that occur once among them. A row that
-            was trained on is recognized by them after a change of its case or spacing, or of its label.
+        inputs: of the normalized text of the training and validation rows, and of the prompts that occur once among
+            them. A row that was used is recognized by them after a change of its case or spacing, or of its label; it
+            is then a training row.
         closed: no other rows become test rows of a training that continues this one, unless none of its own is left. It
             is not saved.
     """
@@ -46,15 +48,16 @@ class SplitRecord:
     unused: Hashes = field(default_factory=lambda: np.zeros(0, np.uint64))
     inputs: Hashes = field(default_factory=lambda: np.zeros(0, np.uint64))
     closed: bool = False
+    validation: Hashes = field(default_factory=lambda: np.zeros(0, np.uint64))
 
     @classmethod
-    def of(cls, train: Split, test: Split) -> Self:
+    def of(cls, train: Split, test: Split, validation: Split | None = None) -> Self:
         """The record of a split."""
         trained, tested = np.unique(train.column("exact")), np.sort(test.column("exact"))
-        unused = np.setdiff1d(train.store.column("exact"), np.concatenate([trained, tested]))
-        prompts, counts = np.unique(train.column("prompt"), return_counts=True)
-        once = prompts[(counts == 1) & (prompts != 0)]  # 0: the rows have no prompt
-        return cls(trained, tested, unused, np.union1d(train.column("plain"), once))
+        validated = np.zeros(0, np.uint64) if validation is None else np.sort(validation.column("exact"))
+        unused = np.setdiff1d(train.store.column("exact"), np.concatenate([trained, tested, validated]))
+        inputs = np.unique(np.concatenate([_inputs(used) for used in (train, validation) if used is not None]))
+        return cls(trained, tested, unused, inputs, validation=validated)
 
     @classmethod
     def load(cls, file: Path) -> Self:
@@ -65,8 +68,9 @@ class SplitRecord:
         """
         try:
             with np.load(file) as found:
-                inputs = found["inputs"] if "inputs" in found else np.zeros(0, np.uint64)
-                return cls(found["train"], found["test"], found["unused"], inputs)
+                none = np.zeros(0, np.uint64)  # earlier versions did not record all of them
+                inputs, validation = (found.get(name, none) for name in ("inputs", "validation"))
+                return cls(found["train"], found["test"], found["unused"], inputs, validation=validation)
         except DAMAGE as problem:
             raise MachineError(
                 f"{file}: cannot be read ({problem}), so it is not known which rows this run trained on; train it again"
@@ -74,16 +78,17 @@ class SplitRecord:
 
     def changed(self, now: "SplitRecord") -> str | None:
         """How the rows of another record differ, whichever split they are in; None if they do not."""
-        known, found = (np.concatenate([one.train, one.test, one.unused]) for one in (self, now))
+        known, found = (np.concatenate([one.train, one.validation, one.test, one.unused]) for one in (self, now))
         counts = (
             (len(np.setdiff1d(found, known)), "new"),
             (len(np.setdiff1d(self.train, found)), "of the training rows gone"),
+            (len(np.setdiff1d(self.validation, found)), "of the validation rows gone"),
             (len(np.setdiff1d(self.test, found)), "of the test rows gone"),
         )
         return ", ".join(f"{count:,} {what}" for count, what in counts if count) or None
 
     def has_seen(self, store: Store, rows: Indices) -> NDArray[np.bool_]:
-        """(rows,), whether the input of a row was trained on, whatever its label is now."""
+        """(rows,), whether the input of a row was trained on or chosen with, whatever its label is now."""
         found: NDArray[np.bool_] = np.isin(store.column("plain")[rows], self.inputs)
         return found | np.isin(store.column("prompt")[rows], self.inputs)
 
@@ -103,7 +108,8 @@ class SplitRecord:
         descriptor, beside = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.", suffix=".npz")
         try:
             with os.fdopen(descriptor, "wb") as stream:
-                np.savez(stream, train=self.train, test=self.test, unused=self.unused, inputs=self.inputs)
+                arrays = ("train", "validation", "test", "unused", "inputs")
+                np.savez(stream, **{name: getattr(self, name) for name in arrays})
             os.chmod(beside, new_file_mode())
             os.replace(beside, file)
         except BaseException:
@@ -111,17 +117,27 @@ class SplitRecord:
             raise
 
 
+def _inputs(split: Split) -> Hashes:
+    prompts, counts = np.unique(split.column("prompt"), return_counts=True)
+    once = prompts[(counts == 1) & (prompts != 0)]  # 0: the rows have no prompt
+    return np.union1d(split.column("plain"), once)
+
+
 def join_records(records: Sequence[SplitRecord]) -> SplitRecord | None:
     """One record of several trainings that build on each other; a row that another one trained on is no test row."""
     if not records:
         return None
-    test = []
+    test, validation = [], []
     for one in records:
-        others = [other.train for other in records if other is not one]
-        test.append(one.test[~np.isin(one.test, np.concatenate(others))] if others else one.test)
+        others = [other for other in records if other is not one]
+        trained = np.concatenate([one.train[:0], *(other.train for other in others)])
+        seen = np.concatenate([trained, *(other.validation for other in others)])
+        test.append(one.test[~np.isin(one.test, seen)])
+        validation.append(one.validation[~np.isin(one.validation, trained)])
     train = np.unique(np.concatenate([one.train for one in records]))
     inputs = np.unique(np.concatenate([one.inputs for one in records]))
-    return SplitRecord(train, np.sort(np.concatenate(test)), inputs=inputs)
+    held_out = (np.sort(np.concatenate(rows)) for rows in (test, validation))
+    return SplitRecord(train, next(held_out), inputs=inputs, validation=next(held_out))
 
 
 @dataclass(frozen=True)
@@ -133,7 +149,7 @@ class TestRows:
         recorded: how many of them the run held out itself.
         new: rows that the run has never seen; scored only where none of its own test rows is left.
         missing: test rows of the run that are no longer in the data.
-        trained: rows that the run trained on, or whose input it trained on.
+        trained: rows that the run trained on, or whose input it trained on, and its validation rows.
     """
 
     rows: Indices
@@ -146,7 +162,7 @@ class TestRows:
         """What changed since the training, None where nothing did."""
         if not self.recorded:
             return f"note: none of the run's own test rows is in these data; scored on {self.new:,} new rows" + (
-                f", without the {self.trained:,} that it trained on" if self.trained else ""
+                f", without the {self.trained:,} that it has used" if self.trained else ""
             )
         parts = []
         if self.missing:
@@ -171,7 +187,8 @@ def find_test_rows(record: SplitRecord, store: Store, rows: Indices) -> TestRows
     """
     hashes = store.column("exact")[rows]
     recorded = _as_often_as(hashes, record.test)
-    trained = np.isin(hashes, record.train) & ~recorded
+    # Validation rows chose the checkpoint, so they say too much good of it.
+    trained = np.isin(hashes, np.concatenate([record.train, record.validation])) & ~recorded
     known = np.isin(hashes, np.concatenate([record.test, record.unused]))
     trained |= ~recorded & ~known & record.has_seen(store, rows)
     new = ~recorded & ~trained & ~known

@@ -97,6 +97,26 @@ def count_rows(train: Split, test: Split, rule: LossMask) -> dict[str, Any]:
     }
 
 
+def validation_facts(validation: Split, train: Split, test: Split) -> dict[str, Any]:
+    """Number and hash of the validation rows, and rows that are equal to those of another split; empty without any."""
+    if not len(validation.rows):
+        return {}
+    hashes = validation.column("plain")
+    trained = np.flatnonzero(match_exact(hashes, train.column("plain")) >= 0)
+    tested = np.flatnonzero(match_exact(hashes, test.column("plain")) >= 0)
+    return {
+        "validation_rows": len(validation.rows),
+        "validation": {
+            "tokens": int(validation.column("length").sum()),
+            "fingerprint": _fingerprint(validation),
+            "trained_rows": len(trained),
+            "trained_examples": validation.places(trained[:FIRST_PLACES]),
+            "tested_rows": len(tested),
+            "tested_examples": validation.places(tested[:FIRST_PLACES]),
+        },
+    }
+
+
 def count_ends(train: Split, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """Number of training rows whose end token is trained, not counting truncated and continued rows."""
     expected, trained = train.flag("ends"), train.flag("end_trained")
@@ -208,6 +228,12 @@ def data_warnings(facts: Mapping[str, Any], train: Split, tokenizer: PreTrainedT
     ):
         if facts[key]:
             warnings.append(f"{counted(facts[key], one, many)} {rest}{_where(facts, key)}")
+    for key, other in (("trained", "training"), ("tested", "test")):
+        count = facts.get("validation", {}).get(f"{key}_rows")
+        if count:
+            where = _place(facts["validation"][f"{key}_examples"])
+            rows = counted(count, "validation row is", "validation rows are")
+            warnings.append(f"{rows} also in the {other} split{where}")
     for reason, count in facts["dropped"].items():
         where = _place(facts["dropped_examples"].get(reason))
         if reason == EQUAL:
@@ -279,7 +305,8 @@ def crossed_limits(facts: Mapping[str, Any], limits: LimitsSection) -> list[str]
     """
     found = []
     wanted = sum(count for reason, count in facts["dropped"].items() if is_wanted(reason))
-    rows, kept = facts["rows"] - wanted, facts["train_rows"] + facts["test_rows"]
+    rows = facts["rows"] - wanted
+    kept = facts["train_rows"] + facts["test_rows"]  # the splits in which truncated rows are counted
     dropped = facts["dropped_rows"] - wanted
     if _above(dropped, rows, limits.max_dropped):
         reasons = sorted(_counted(facts), key=lambda item: -item[1])[:3]

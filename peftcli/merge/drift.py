@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from peftcli.data.formats import LABELLED
 from peftcli.data.prepare import PreparedData
 from peftcli.data.tokenize import IGNORED
-from peftcli.model.classification import TaskHead, output_names, row_logits, task_head
+from peftcli.model.classification import APPLIES, TaskHead, output_names, row_logits, task_head
 from peftcli.model.expected_time import ExpectedTime
 from peftcli.model.load import input_device
 from peftcli.model.oom import ShrinkingBatches
@@ -57,14 +57,16 @@ class Comparison:
     """The rows that are run through the adapter and each merged model.
 
     Attributes:
-        data: its first test rows are used, or training rows if it has none.
+        data: its first validation rows are used, test rows if it has none, or training rows if it has neither.
         batch_rows: batch size.
+        threshold: of multi-label classification; the default if it is not a number.
     """
 
     data: PreparedData
     tokenizer: PreTrainedTokenizerBase
     batch_rows: int
     progress: Progress
+    threshold: float | str | None = None
 
     @cached_property
     def rows(self) -> pa.Table:
@@ -73,7 +75,9 @@ class Comparison:
 
     @property
     def rows_from(self) -> str:
-        """The split they come from: `test` or `training`."""
+        """The split they come from: `validation`, `test` or `training`."""
+        if self.data.validates:
+            return "validation"
         return "test" if self.data.holds_out else "training"
 
     def logits(self, model: PreTrainedModel, what: str, most: int | None = None) -> list[Tensor]:
@@ -103,7 +107,9 @@ class Comparison:
         """The differences between the outputs of the adapter and of a merged model."""
         if self.data.format not in LABELLED:
             return compare(reference, merged)
-        return compare_labels(TaskHead(output_names(self.data), self.data.problem_type or "tagging"), reference, merged)
+        applies = self.threshold if isinstance(self.threshold, float) else APPLIES
+        head = TaskHead(output_names(self.data), self.data.problem_type or "tagging", threshold=applies)
+        return compare_labels(head, reference, merged)
 
     def _of_text(self, model: PreTrainedModel, rows: pa.Table, what: str, *, timed: bool) -> list[Tensor]:
         return trained_logits(

@@ -25,7 +25,7 @@ from peftcli.merge.placement import (
 )
 from peftcli.merge.save import folding_bytes, write_config, write_weights
 from peftcli.model.adapter_files import replace_folder, write_companions
-from peftcli.model.evaluate import Evaluation, answered_rows, decoding_for, evaluate_model
+from peftcli.model.evaluate import Evaluation, answered_rows, decoding_for, evaluate_model, with_threshold
 from peftcli.model.files import Source, end_names, loaded_weights, original_weights, stored_names
 from peftcli.model.load import DTYPES, load_base
 from peftcli.model.manifest import MANIFEST, build_merged_manifest
@@ -77,8 +77,9 @@ class MergeSettings:
     """The options of the command.
 
     Attributes:
-        into: `dequantized`, `original`, or `best` (both are built, and the one with the lower test loss is saved;
-            without test rows the one with the smaller drift).
+        into: `dequantized`, `original`, or `best` (both are built, and the one with the smaller drift on the
+            validation rows is saved; without them the one with the lower test loss, and without test rows the one with
+            the smaller drift on training rows).
         dtype: of the saved weights, None for the dtype of the run.
         gates: of the recipe.
         batch_rows: batch size of the evaluation.
@@ -113,6 +114,7 @@ def merge(target: Target, data: PreparedData, final: Path, settings: MergeSettin
     """
     begun = time.monotonic()
     assert target.adapter is not None
+    settings = replace(settings, evaluation=with_threshold(settings.evaluation, target.base))
     if target.base.absorbed and target.base.quantization is not None and settings.into != "dequantized":
         raise RecipeError(
             f"--into {settings.into}: the earlier stages of this run were trained on "
@@ -120,7 +122,7 @@ def merge(target: Target, data: PreparedData, final: Path, settings: MergeSettin
         )
     with _explained_out_of_memory("while the adapter was loaded"):
         model, tokenizer = target.load()
-    comparison = Comparison(data, tokenizer, settings.batch_rows, progress)
+    comparison = Comparison(data, tokenizer, settings.batch_rows, progress, settings.evaluation.threshold)
     try:
         reference = comparison.logits(model, "adapter")
         rounding = _rounding(target, model, reference, settings)
@@ -131,7 +133,8 @@ def merge(target: Target, data: PreparedData, final: Path, settings: MergeSettin
         candidates = [
             _measure(target, (into, folder, size), reference, comparison, settings) for into, folder, size in written
         ]
-        by_loss = all(one.loss is not None for one in candidates)
+        # A choice by the loss on test rows would make their metrics too good.
+        by_loss = not data.validates and all(one.loss is not None for one in candidates)
         best = min(candidates, key=lambda one: one.worse(by_loss=by_loss))
         limits = _limits(best.drift, settings, rounding)
         value = _merge_json(best, candidates, comparison, settings, limits)

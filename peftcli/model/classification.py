@@ -19,6 +19,7 @@ from peftcli.errors import DataError
 from peftcli.metrics.classification import classification_scores, multi_label_scores
 from peftcli.metrics.regression import regression_scores
 from peftcli.metrics.tagging import tagging_scores
+from peftcli.metrics.threshold import best_threshold
 from peftcli.model.distributed import gather, interleave, local_rows
 from peftcli.model.expected_time import ExpectedTime
 from peftcli.model.generation import Answer
@@ -33,7 +34,7 @@ Row: TypeAlias = Sequence[int] | str
 """Token ids, or the path of an image."""
 PIXELS = "pixel_values"
 APPLIES = 0.5
-"""Probability from which a label is predicted in multi-label classification."""
+"""Default probability from which a label is predicted in multi-label classification."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class TaskHead:
         pad: token id used for padding.
         separator: token id after the first text of a pair; None if the model does not distinguish the texts.
         images: loads the image files of the rows; None for tokens.
+        threshold: probability from which a label is predicted in multi-label classification.
     """
 
     names: tuple[str, ...]
@@ -53,13 +55,16 @@ class TaskHead:
     pad: int = 0
     separator: int | None = None
     images: ImageProcessor | None = None
+    threshold: float = APPLIES
 
     @property
     def column(self) -> str:
         """The column of the rows that the model reads: `input_ids`, or the paths in `image`."""
         return "input_ids" if self.images is None else "image"
 
-    def losses(self, logits: Tensor, labels: Tensor, *, smoothing: float = 0.0) -> Tensor:
+    def losses(
+        self, logits: Tensor, labels: Tensor, *, smoothing: float = 0.0, weights: Tensor | None = None
+    ) -> Tensor:
         """The loss of each row, or of each token.
 
         Args:
@@ -67,6 +72,7 @@ class TaskHead:
             labels: (B,) int64 for single-label; (B, C) float of 0 and 1, or of numbers; (B, T) int64 for tagging, with
                 -100 for tokens without a label.
             smoothing: share of the weight spread over all classes.
+            weights: (C,) float32, of the classes; only for single-label and tagging.
 
         Returns:
             (B,) or (B, T) float32: nats; for several labels their mean, for numbers the squared error; 0 without a
@@ -83,6 +89,7 @@ class TaskHead:
             ignore_index=IGNORED,
             reduction="none",
             label_smoothing=smoothing,
+            weight=weights,
         )
         return flat.view(labels.shape)
 
@@ -91,6 +98,12 @@ class TaskHead:
         if self.problem_type == "tagging":
             return (labels != IGNORED).sum()
         return torch.tensor(labels.shape[0], device=labels.device)
+
+    def weight_sum(self, labels: Tensor, weights: Tensor | None) -> Tensor:
+        """Sum of the weights of the labels, by which a weighted loss is divided: (); without weights their number."""
+        if weights is None:
+            return self.targets(labels)
+        return weights[labels[labels != IGNORED]].sum()
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """The probability of each label, or the value of a regression: float32 in the shape of `logits`."""
@@ -110,7 +123,7 @@ class TaskHead:
         if self.problem_type == "regression":
             return [float(value) for value in logits]
         if self.problem_type == "multi-label":
-            return (self.probabilities(logits) >= APPLIES).nonzero().flatten().tolist()
+            return (self.probabilities(logits) >= self.threshold).nonzero().flatten().tolist()
         return logits.argmax(-1).tolist()
 
     def said(self, chosen: Any) -> str:
@@ -134,11 +147,21 @@ def output_names(data: PreparedData) -> tuple[str, ...]:
 
 
 def task_head(
-    names: tuple[str, ...], problem_type: str | None, model: Any, tokenizer: PreTrainedTokenizerBase
+    names: tuple[str, ...],
+    problem_type: str | None,
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    threshold: float | str | None = None,
 ) -> TaskHead:
-    """The head of a loaded model; without a problem type it tags tokens."""
+    """The head of a loaded model; without a problem type it tags tokens.
+
+    Args:
+        threshold: of multi-label classification; the default if it is not a number.
+    """
+    applies = threshold if isinstance(threshold, float) else APPLIES
     if isinstance(tokenizer, ImageProcessor):
-        return TaskHead(names, problem_type or "single-label", images=tokenizer)
+        return TaskHead(names, problem_type or "single-label", images=tokenizer, threshold=applies)
     kinds = getattr(model.config.get_text_config(), "type_vocab_size", 0) or 0
     told = kinds > 1 and "token_type_ids" in tokenizer.model_input_names
     return TaskHead(
@@ -146,6 +169,7 @@ def task_head(
         problem_type=problem_type or "tagging",
         pad=tokenizer.pad_token_id or 0,
         separator=tokenizer.sep_token_id if told else None,
+        threshold=applies,
     )
 
 
@@ -316,7 +340,7 @@ def evaluate_labels(
     what: str,
 ) -> tuple[LabelMetrics, list[Answer]]:
     """Evaluate a model with a head on all test rows; processes share the rows and all get the full result."""
-    head = task_head(output_names(data), data.problem_type, model, tokenizer)
+    head = task_head(output_names(data), data.problem_type, model, tokenizer, threshold=evaluation.threshold)
     ids, labels = (data.test.column(name).to_pylist() for name in (head.column, "labels"))
     mine = local_rows(len(ids))
     outputs = row_logits(
@@ -333,6 +357,47 @@ def evaluate_labels(
     figures = label_figures(head, chosen, labels, positive=evaluation.positive_label)
     answers = [Answer(head.said(one), finished=True) for one in chosen]
     return LabelMetrics(label_loss(head, logits, labels), figures), answers
+
+
+def tune_threshold(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    data: PreparedData,
+    *,
+    batch_rows: int,
+    progress: Progress,
+) -> tuple[float, float]:
+    """The threshold with the best micro F1 on the validation rows, and that F1; processes share the rows.
+
+    Args:
+        data: with validation rows that have any number of classes.
+    """
+    head = task_head(output_names(data), data.problem_type, model, tokenizer)
+    rows = data.scored_on_validation().test
+    ids, labels = (rows.column(name).to_pylist() for name in (head.column, "labels"))
+    mine = [ids[row] for row in local_rows(len(ids))]
+    what = "validation rows: labels"
+    outputs = row_logits(model, mine, None, head, batch_rows=batch_rows, progress=progress, what=what)
+    logits = torch.stack(interleave(gather(outputs)))
+    return best_threshold(head.probabilities(logits).numpy(), targets_of(labels, head, 1).numpy() > 0)
+
+
+def predicted_and_actual(head: TaskHead, logits: Tensor, labels: Tensor) -> tuple[list[Any], list[list[float]]]:
+    """The predicted labels of a batch as `TaskHead.chosen` returns them, and those of the rows as stored.
+
+    Args:
+        logits: (B, C), for tagging (B, T, C).
+        labels: as `targets_of` makes them.
+    """
+    logits, labels = logits.float().cpu(), labels.cpu()
+    if head.problem_type == "tagging":
+        marked = labels != IGNORED
+        pairs = [(row[where], own[where]) for row, own, where in zip(logits, labels, marked, strict=True)]
+        return [head.chosen(row) for row, _ in pairs], [own.tolist() for _, own in pairs]
+    chosen = [head.chosen(row) for row in logits]
+    if head.problem_type == "multi-label":
+        return chosen, [row.nonzero().flatten().tolist() for row in labels]
+    return chosen, [row.reshape(-1).tolist() for row in labels]
 
 
 def label_loss(head: TaskHead, logits: Sequence[Tensor], labels: Sequence[Sequence[float]]) -> float:

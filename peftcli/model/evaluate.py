@@ -22,7 +22,7 @@ from peftcli.model.generation import Answer, Decoding, generate_answers
 from peftcli.model.scoring import Sums, score, score_shared
 from peftcli.plan.answered_rows import choose_answered_rows, rows_digest
 from peftcli.plan.memory.evaluation_time import LONGEST_AUTO_ANSWER
-from peftcli.plan.plan import Plan
+from peftcli.plan.plan import Base, Plan
 from peftcli.progress import Progress
 from peftcli.recipe.schema import EvaluationSection
 from peftcli.results import DecodingSettings, EvalJson, Retention, Sample, Scores
@@ -61,6 +61,13 @@ def decoding_for(
             lengths += pc.subtract(pc.subtract(rows, prompts), END_TOKENS).to_pylist()
         longest = min(max(lengths) + END_TOKENS, LONGEST_AUTO_ANSWER)
     return Decoding(longest, evaluation.temperature, evaluation.top_p, seed)
+
+
+def with_threshold(evaluation: EvaluationSection, base: Base) -> EvaluationSection:
+    """The section with the threshold of a trained model, unless the recipe has a number of its own."""
+    if isinstance(evaluation.threshold, float) or base.threshold is None:
+        return evaluation
+    return evaluation.model_copy(update={"threshold": base.threshold})
 
 
 def answered_rows(evaluation: EvaluationSection, data: PreparedData, seed: int) -> list[int]:
@@ -116,34 +123,55 @@ def evaluate_model(
         total = _add(
             score_shared(model, table, pad_id=pad, batch_rows=batch_rows, progress=progress, what=f"{what}: loss")
         )
-        answered = data.test.take(pa.array(answered_rows(evaluation, data, decoding.seed), pa.int64()))
-        rows = answered.num_rows
-        prompts = answered.column("prompt_ids").to_pylist()
-        answers = interleave(
-            gather(
-                generate_answers(
-                    model,
-                    tokenizer,
-                    [prompts[row] for row in local_rows(rows, in_step=is_fsdp(model))],
-                    stop_ids=data.stop_ids,
-                    decoding=decoding,
-                    batch_rows=batch_rows,
-                    progress=progress,
-                    what=f"{what}: answers",
-                )
-            )
-        )[:rows]
+        rows = answered_rows(evaluation, data, decoding.seed)
+        answers = answer_rows(
+            model, tokenizer, data, rows, decoding, batch_rows=batch_rows, progress=progress, what=f"{what}: answers"
+        )
     found = total.metrics()
     if data.format != "text" and answers:
-        references = answered.column("reference").to_pylist()
-        texts = [split_reasoning(one.text)[1] if data.format == "messages" else one.text for one in answers]
-        found = replace(
-            found,
-            exact_match=exact_match(texts, references),
-            chrf=chrf(texts, references),
-            unfinished_answers=sum(not one.finished for one in answers) / len(answers),
-        )
+        references = data.test.column("reference").take(pa.array(rows, pa.int64())).to_pylist()
+        found = replace(found, **answer_figures(answers, references, chats=data.format == "messages"))
     return Evaluation(found, answers)
+
+
+def answer_rows(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: PreparedData,
+    rows: Sequence[int],
+    decoding: Decoding,
+    *,
+    batch_rows: int,
+    progress: Progress,
+    what: str,
+) -> list[Answer]:
+    """Answer some test rows; several processes share them and all get all answers."""
+    prompts = data.test.column("prompt_ids").take(pa.array(rows, pa.int64())).to_pylist()
+    mine = generate_answers(
+        model,
+        tokenizer,
+        [prompts[row] for row in local_rows(len(rows), in_step=is_fsdp(model))],
+        stop_ids=data.stop_ids,
+        decoding=decoding,
+        batch_rows=batch_rows,
+        progress=progress,
+        what=what,
+    )
+    return interleave(gather(mine))[: len(rows)]
+
+
+def answer_figures(answers: Sequence[Answer], references: Sequence[str], *, chats: bool) -> dict[str, float]:
+    """The metrics of answers: exact match, chrF, and the share that reached the length limit.
+
+    Args:
+        chats: the rows are chats, whose answers are compared without their reasoning.
+    """
+    texts = [split_reasoning(one.text)[1] if chats else one.text for one in answers]
+    return {
+        "exact_match": exact_match(texts, references),
+        "chrf": chrf(texts, references),
+        "unfinished_answers": sum(not one.finished for one in answers) / len(answers),
+    }
 
 
 def estimate_evaluation(

@@ -154,7 +154,7 @@ def tag_words(
 def head_of(loaded: LoadedTarget) -> TaskHead:
     """The meaning of a model's outputs."""
     base = loaded.target.base
-    return task_head(base.labels, base.problem_type, loaded.model, loaded.tokenizer)
+    return task_head(base.labels, base.problem_type, loaded.model, loaded.tokenizer, threshold=base.threshold)
 
 
 def filled(target: Target, asked: Sequence[str], *, raw: bool) -> list[str]:

@@ -1,16 +1,20 @@
 """What classification and regression change in a plan: the head that is fully trained, and its size by the labels."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 from peftcli.errors import RecipeError
 from peftcli.methods.registry import METHODS
+from peftcli.nearest import nearest
+from peftcli.plan.label_loss import check_threshold, with_class_weights
 from peftcli.plan.machine import ModelFacts
 from peftcli.plan.optimizer import Trained
 from peftcli.plan.plan import Base, Decision, Plan
 from peftcli.plan.targets import ALL_LINEAR, matches, of_head
+from peftcli.recipe.best_model import chooses, metric_name
 from peftcli.recipe.schema import AdapterSection, Recipe
+from peftcli.tasks.base import CLASS_METRICS, ENTITY_METRICS, NUMBER_METRICS
 from peftcli.tasks.registry import TASKS
 
 NUMBER = "value"
@@ -107,21 +111,30 @@ def head_notices(recipe: Recipe) -> tuple[str, ...]:
 
 
 def resolve_labels(
-    plan: Plan, labels: tuple[str, ...], problem_type: str | None, count: Callable[[AdapterSection], Trained]
+    plan: Plan,
+    labels: tuple[str, ...],
+    problem_type: str | None,
+    count: Callable[[AdapterSection], Trained],
+    class_rows: Sequence[int] = (),
 ) -> Plan:
     """The plan with the labels found in the rows.
 
     Args:
         labels: label names by index; empty for a regression.
+        class_rows: training rows, or words, of each label.
         problem_type: of sequence-classification, as detected from the rows.
         count: counts the trainable parameters of an adapter with a head of that size.
 
     Raises:
-        RecipeError: `evaluation.positive_label` is not one of two classes.
+        RecipeError: `evaluation.positive_label` is not one of two classes, or class weights, a threshold or the metric
+            of the best step do not fit the labels.
     """
     if TASKS[plan.task].generates:
         return plan
     _check_positive(plan.evaluation.positive_label, labels, problem_type)
+    _check_metric(plan, problem_type)
+    check_threshold(plan, problem_type)
+    plan = with_class_weights(plan, labels or (NUMBER,), problem_type, class_rows)
     names = labels or (NUMBER,)
     trained = count(plan.adapter)
     trainable = trained.parameters
@@ -135,11 +148,35 @@ def resolve_labels(
     )
     return replace(
         plan,
-        base=replace(plan.base, labels=names, problem_type=problem_type),
+        base=replace(plan.base, labels=names, problem_type=problem_type, threshold=_fixed(plan.evaluation.threshold)),
         trained=trained,
         total_parameters=total,
         decisions=decisions,
     )
+
+
+def _fixed(threshold: float | str | None) -> float | None:
+    """A threshold that the recipe fixes; None if it is chosen after training."""
+    return threshold if isinstance(threshold, float) else None
+
+
+def _check_metric(plan: Plan, problem_type: str | None) -> None:
+    """Refuse to choose the best step by a metric that labels of this kind do not have."""
+    name = metric_name(plan.trainer)
+    if not chooses(plan.trainer) or name == "loss":
+        return
+    measured = NUMBER_METRICS if problem_type == "regression" else CLASS_METRICS
+    if problem_type is None:
+        measured = (*CLASS_METRICS, *ENTITY_METRICS)
+    if problem_type != "multi-label":
+        measured = tuple(one for one in measured if not one.endswith("_samples"))
+    if name not in measured:
+        near = nearest(name, measured) or measured[0]
+        kind = "tags" if problem_type is None else problem_type
+        raise RecipeError(
+            f"trainer.metric_for_best_model = {name}: the labels are {kind}, which have no such metric; use loss or "
+            f"{near}"
+        )
 
 
 def _check_positive(positive: str | None, labels: tuple[str, ...], problem_type: str | None) -> None:

@@ -78,6 +78,7 @@ class Base:
         seed: of a randomly initialized head.
         add_tokens: tokens that the recipe adds to the vocabulary.
         template: settings of the chat template, see `template_settings`; None for none.
+        threshold: probability from which one of several classes is predicted; None for 0.5.
     """
 
     name: str
@@ -98,6 +99,7 @@ class Base:
     seed: int = 0
     add_tokens: tuple[str, ...] = ()
     template: Mapping[str, Any] | None = None
+    threshold: float | None = None
 
     @property
     def tokenizer(self) -> TokenizerChoice:
@@ -195,6 +197,19 @@ class Batching:
 
 
 @dataclass(frozen=True)
+class EarlyStop:
+    """Arguments of early stopping.
+
+    Attributes:
+        patience: number of evaluations without an improvement after which training stops.
+        threshold: minimum improvement that counts.
+    """
+
+    patience: int
+    threshold: float = 0.0
+
+
+@dataclass(frozen=True)
 class Plan:
     """What will happen, without any `auto` left; no later step makes decisions.
 
@@ -215,6 +230,8 @@ class Plan:
             layer name. checkpointed_blocks: number of checkpointed blocks, None for all or none, as `trainer` says.
         own_tokenizer: the tokenizer is the model's own; a smoke run may have to use another one.
         optimizations: names of the optimizations in use; they do not change the loss.
+        class_weights: of the training loss, by class id; until the rows are read, as the recipe gives them.
+        early_stop: when training stops because the metric no longer improves; None without.
     """
 
     name: str
@@ -246,6 +263,16 @@ class Plan:
     own_tokenizer: bool = True
     activation_fit: Mapping[str, ActivationFit] = field(default_factory=dict)
     optimizations: frozenset[str] = frozenset()
+    early_stop: EarlyStop | None = None
+    class_weights: tuple[float, ...] | Mapping[str, float] | str | None = None
+
+    @property
+    def evaluates_test_rows(self) -> bool:
+        """Whether test rows are evaluated during training: only in runs that began before there were validation rows.
+
+        `validate` refuses such a recipe.
+        """
+        return self.trainer.get("eval_strategy", "no") != "no" and not self.dataset.validates
 
     @property
     def frees_base(self) -> bool:

@@ -14,7 +14,9 @@ from peftcli.plan.adalora import check_ranks
 from peftcli.plan.adapter import resolve_adapter
 from peftcli.plan.adapter_targets import AdapterTargets, find_targets, target_decisions
 from peftcli.plan.choices import Choices, choose, choose_trained_dtype, count_batch
+from peftcli.plan.evaluations import early_stop, evaluation_decisions
 from peftcli.plan.heads import base_with_head, head_decisions, head_notices, with_head
+from peftcli.plan.label_loss import class_weight_decisions
 from peftcli.plan.machine import Machine, ModelFacts
 from peftcli.plan.memory.estimate import INT8_BITS, NF4_BITS
 from peftcli.plan.memory.forecast import rows_of
@@ -26,6 +28,7 @@ from peftcli.plan.parallelism import Sharding, choose_sharding
 from peftcli.plan.plan import BATCHING, DTYPE_BYTES, Base, Batch, Batching, Decision, LossMask, Plan, template_settings
 from peftcli.plan.smoke import ROW_TOKENS
 from peftcli.plan.targets import choice_decisions, choice_of, match_saved, within_choice
+from peftcli.recipe.best_model import EARLY_STOPPING, best_model_arguments
 from peftcli.recipe.schedulers import LEARNING_RATE
 from peftcli.recipe.schema import AdapterSection, QuantizationSection, Recipe
 from peftcli.recipe.trainer_together import default_logging_steps, save_strategy
@@ -145,6 +148,8 @@ def make_plan(
             *target_decisions(recipe, resolved, found, facts, choices.dtype.value),
             *choice_decisions(choice),
             *head_decisions(recipe, facts),
+            *class_weight_decisions(recipe.model.class_weights),
+            *evaluation_decisions(recipe),
             how,
             *switched,
             *((sharding.decision,) if sharding.decision else ()),
@@ -159,6 +164,8 @@ def make_plan(
         shards=sharding.shards,
         possible_shards=sharding.possible,
         own_tokenizer=facts.own_tokenizer,
+        early_stop=early_stop(recipe),
+        class_weights=recipe.model.class_weights,
     )
     if fit_activations is not None:
         plan = _with_activations(plan, fit_activations(plan))
@@ -352,7 +359,8 @@ def _evaluation_batch(recipe: Recipe, on_gpu: bool, shards: int) -> int:
 
 def _trainer_arguments(recipe: Recipe, labels: LossMask, choices: Choices, processes: int) -> dict[str, Any]:
     # The labels are made before the trainer sees the rows, so it must not look for columns to make them from.
-    given = {name: value for name, value in recipe.trainer.items() if name not in LOSS_MASK_KEYS}
+    apart = (*LOSS_MASK_KEYS, *EARLY_STOPPING)  # early stopping is a callback
+    given = {name: value for name, value in recipe.trainer.items() if name not in apart}
     asked = recipe.evaluation.batch_size
     # With one process, transformers would take it for an existing process group.
     given = {name: value for name, value in given.items() if name != "ddp_backend" or processes > 1}
@@ -367,8 +375,6 @@ def _trainer_arguments(recipe: Recipe, labels: LossMask, choices: Choices, proce
         # The rows are already truncated; packing still needs the length of a packed row.
         **({"max_length": labels.max_length if packs else None} if TASKS[labels.task].generates else {}),
         "learning_rate": LEARNING_RATE,
-        # Only the loss is measured during training, and without a metric transformers refuses save_strategy: best.
-        **({"metric_for_best_model": "loss"} if save_strategy(given) == "best" else {}),
         # By default, evaluation during training uses the training batch size, which is known to fit.
         "per_device_eval_batch_size": asked if isinstance(asked, int) else count_batch(given, 1).per_device,
     }
@@ -382,6 +388,7 @@ def _trainer_arguments(recipe: Recipe, labels: LossMask, choices: Choices, proce
         "logging_nan_inf_filter": False,
         "disable_tqdm": True,
         "run_name": recipe.name,
+        **best_model_arguments(recipe.trainer),
     }
     return {**defaults, **given, **decided}
 
@@ -403,6 +410,11 @@ def _notices(recipe: Recipe, machine: Machine, on_gpu: bool) -> tuple[str, ...]:
     notices = []
     if not recipe.dataset.holds_out:
         notices.append("dataset.split.test_size is 0: all rows are trained on, so no held-out rows are evaluated")
+    if recipe.trainer.get("eval_strategy", "no") != "no" and not recipe.dataset.validates:
+        notices.append(
+            "the test rows are evaluated during training, because this run began without validation rows, so its "
+            "metrics on them may be too good; a new run needs dataset.split.validation_size"
+        )
     if on_gpu and machine.count > 1 and machine.processes == 1:
         notices.append(
             f"{machine.count} GPUs are available, but one is used; without --num-processes the batch is split across "

@@ -31,6 +31,8 @@ _BY_KEY: dict[str, str] = {
     "adapter.use_dora": "lora_use_dora peft_use_dora dora",
     "adapter.dtype": "pure_bf16 bf16_pure adapter_dtype lora_dtype autocast_adapter_dtype",
     "adapter.bias": "lora_bias",
+    "model.class_weights": "class_weights class_weight loss_weights label_weights pos_weight class_weighting",
+    "evaluation.threshold": "decision_threshold classification_threshold prob_threshold",
     "dataset": "data datasets train_dataset",
     "dataset.path": "data_path train_file data_file data_files dataset_path train_data train_path file",
     "dataset.name": "dataset_name dataset_id hf_dataset",
@@ -48,8 +50,10 @@ _BY_KEY: dict[str, str] = {
     "dataset.completion": "response answer output_template",
     "dataset.prompt": "instruction prompt_template input_template",
     "dataset.text": "template text_template",
-    "dataset.split.test_size": "val_set_size test_split validation_split val_size eval_size test_ratio",
-    "dataset.test.path": "test_file eval_file validation_file test_data eval_data eval_path test_path",
+    "dataset.split.test_size": "test_split eval_size test_ratio",
+    "dataset.split.validation_size": "val_set_size validation_split val_size dev_size valid_size validation_ratio",
+    "dataset.test.path": "test_file eval_file test_data eval_data eval_path test_path",
+    "dataset.validation.path": "validation_file val_file dev_file valid_file validation_path validation_data",
     "dataset.mask_history": (
         "train_on_last_turn_only train_on_last_assistant_only train_only_last_turn last_turn_only last_round loss_scale"
     ),

@@ -157,6 +157,33 @@ def read_test_size(value: Any) -> float | int:
     raise wrong("must be a share between 0 and 1, or a whole number of rows")
 
 
+def read_class_weights(value: Any) -> Any:
+    """Read `model.class_weights`: balanced, a list, or a mapping from class names."""
+    if value is None or value == "balanced":
+        return value
+    example = "such as balanced, [1, 4] or {spam: 4}"
+    weights = value.values() if isinstance(value, Mapping) else value
+    if isinstance(weights, str | int | float) or not weights:
+        raise wrong(f"must be the weights of the classes, {example}")
+    for weight in weights:
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
+            raise wrong(f"has the weight {weight}; weights must be numbers above 0, {example}")
+    if isinstance(value, Mapping):
+        return MappingProxyType({str(name): float(weight) for name, weight in value.items()})
+    return tuple(float(weight) for weight in value)
+
+
+def read_threshold(value: Any) -> float | str | None:
+    """Read `evaluation.threshold`."""
+    if value is None:
+        return None
+    if value == "auto":
+        return "auto"
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1:
+        return float(value)
+    raise wrong("must be a number between 0 and 1, auto, or null for 0.5")
+
+
 def read_tokens(value: Any) -> int | str:
     """Read a count, or `auto`."""
     if value == "auto":

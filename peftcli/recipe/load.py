@@ -68,7 +68,7 @@ def _load(path: Path, overrides: Sequence[str], *, of_run: bool) -> Loaded:
     adapter = read_adapter(tree, arguments, problems)
     stages = read_stages(tree, arguments, problems)
     gates = read_gates(tree, problems)
-    check_rules(tree, problems)
+    check_rules(tree, problems, of_run=of_run)
     values = {"name": _default_name(path), **tree.values, **adapter, **stages, "trainer": arguments, "gates": gates}
     recipe = None
     try:

@@ -1,8 +1,6 @@
 """Finds keys that need test rows in a recipe with `dataset.split.test_size: 0`."""
 
-from typing import Any
-
-from peftcli.recipe.problems import KeyPath, Problems, dotted
+from peftcli.recipe.problems import Problems
 from peftcli.recipe.yaml import Tree
 
 NOT_HELD_OUT = ("merge_", "forgetting_")
@@ -21,20 +19,7 @@ def find_untested(tree: Tree, problems: Problems) -> None:
             text = f"gates.{name} is measured on test rows, {NEEDED}, or add test rows with dataset.test"
             problems.add(tree.place(("gates", name)), text)
     for key in ("stratify", "group"):
-        if tree.get("dataset", "split", key) is not None:
+        drawn = tree.get("dataset", "split", "validation_size") not in (None, 0)
+        if tree.get("dataset", "split", key) is not None and not drawn:
             text = f"dataset.split.{key} controls how test rows are split off, {NEEDED}"
             problems.add(tree.place(("dataset", "split", key)), text)
-    _check_trainer(("trainer",), tree.get("trainer"), tree, problems)
-    stages = tree.get("stages")
-    for number, stage in enumerate(stages if isinstance(stages, list) else ()):
-        if isinstance(stage, dict):
-            _check_trainer(("stages", number, "trainer"), stage.get("trainer"), tree, problems)
-
-
-def _check_trainer(path: KeyPath, trainer: Any, tree: Tree, problems: Problems) -> None:
-    if not isinstance(trainer, dict):
-        return
-    for key in ("eval_strategy", "evaluation_strategy", "do_eval", "load_best_model_at_end"):
-        if trainer.get(key) not in (None, False, "no"):
-            text = f"{dotted((*path, key))} needs test rows, {NEEDED}"
-            problems.add(tree.place((*path, key)), text)

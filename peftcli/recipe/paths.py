@@ -11,7 +11,11 @@ from peftcli.recipe.fields import freeze_mapping
 from peftcli.recipe.problems import KeyPath
 from peftcli.recipe.schema import Recipe
 
-DATA_KEYS: tuple[KeyPath, ...] = (("dataset", "path"), ("dataset", "test", "path"))
+DATA_KEYS: tuple[KeyPath, ...] = (
+    ("dataset", "path"),
+    ("dataset", "test", "path"),
+    ("dataset", "validation", "path"),
+)
 """Files that hold rows; `dataset.sources` and `dataset.join` have one in each item."""
 OTHER_KEYS: tuple[KeyPath, ...] = (
     ("model", "chat_template"),

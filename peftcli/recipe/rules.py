@@ -11,6 +11,7 @@ from peftcli.recipe.no_test_rows import find_untested
 from peftcli.recipe.problems import KeyPath, Problems, dotted
 from peftcli.recipe.schema import Recipe
 from peftcli.recipe.template import template_columns
+from peftcli.recipe.validation_rows import find_unvalidated
 from peftcli.recipe.yaml import Tree
 from peftcli.tasks.base import Task
 from peftcli.tasks.registry import DEFAULT, TASKS, find_task, tasks_reading
@@ -61,8 +62,12 @@ _TRAINER = {
 """Trainer arguments that cannot be combined with sharding, and why."""
 
 
-def check_rules(tree: Tree, problems: Problems) -> None:
-    """Add a problem for keys that exclude each other, and for keys that need another key."""
+def check_rules(tree: Tree, problems: Problems, *, of_run: bool = False) -> None:
+    """Add a problem for keys that exclude each other, and for keys that need another key.
+
+    Args:
+        of_run: the recipe is that of a run folder; runs of earlier versions chose on their test rows.
+    """
     dataset = tree.get("dataset")
     if isinstance(dataset, dict):
         _check_dataset(dataset, tree, problems)
@@ -74,6 +79,8 @@ def check_rules(tree: Tree, problems: Problems) -> None:
     _check_forgetting(tree, problems)
     check_sharding(tree, problems)
     find_untested(tree, problems)
+    if not of_run:
+        find_unvalidated(tree, problems)
 
 
 def _check_dtype(tree: Tree, problems: Problems) -> None:
@@ -109,10 +116,8 @@ def _check_dataset(dataset: dict[str, Any], tree: Tree, problems: Problems) -> N
     if dataset.get("stopping_strategy") is not None and not _have_shares(sources):
         text = "dataset.stopping_strategy needs sources with a share; set dataset.sources[0].share and the others"
         problems.add(tree.place((*section, "stopping_strategy")), text)
-    if dataset.get("split") is not None and dataset.get("test") is not None:
-        why = "test rows are split off or have their own source; keep one"
-        _apart((*section, "split"), (*section, "test"), why, tree, problems)
-    _check_test(dataset, tree, problems)
+    for name in ("test", "validation"):
+        _check_held_out(name, dataset, tree, problems)
     split = dataset.get("split")
     if isinstance(split, dict) and split.get("stratify") is not None and split.get("group") is not None:
         why = "a split by groups cannot preserve the class distribution; keep one"
@@ -145,17 +150,27 @@ def _check_shares(sources: list[Any], tree: Tree, problems: Problems) -> None:
         problems.add(tree.place(("dataset", "sources")), text)
 
 
-def _check_test(dataset: dict[str, Any], tree: Tree, problems: Problems) -> None:
-    test = dataset.get("test")
-    if not isinstance(test, dict):
+def _check_held_out(name: str, dataset: dict[str, Any], tree: Tree, problems: Problems) -> None:
+    """Check `dataset.test` or `dataset.validation`: rows with a source of their own are not also split off."""
+    section, split = dataset.get(name), dataset.get("split")
+    if section is None:
         return
-    path: KeyPath = ("dataset", "test")
-    if test.get("path") is not None and test.get("name") is not None:
-        _apart((*path, "path"), (*path, "name"), "test rows come from files or the Hub; keep one", tree, problems)
-    if all(test.get(key) is None for key in ("path", "name", "table", "query")) and (
-        test.get("hub_split") is None or dataset.get("name") is None
+    path: KeyPath = ("dataset", name)
+    drawn = f"{name}_size"
+    why = f"{name} rows are split off or have their own source; keep one"
+    if isinstance(split, dict) and split.get(drawn) is not None:
+        _apart(("dataset", "split", drawn), path, why, tree, problems)
+    elif name == "test" and isinstance(split, dict) and not split.get("validation_size"):
+        _apart(("dataset", "split"), path, why, tree, problems)  # no row is drawn
+    if not isinstance(section, dict):
+        return
+    if section.get("path") is not None and section.get("name") is not None:
+        why = f"{name} rows come from files or the Hub; keep one"
+        _apart((*path, "path"), (*path, "name"), why, tree, problems)
+    if all(section.get(key) is None for key in ("path", "name", "table", "query")) and (
+        section.get("hub_split") is None or dataset.get("name") is None
     ):
-        text = "dataset.test has no source; set dataset.test.path, or dataset.test.hub_split for a Hub dataset"
+        text = f"{dotted(path)} has no source; set {dotted(path)}.path, or {dotted(path)}.hub_split for a Hub dataset"
         problems.add(tree.place(path), text)
 
 
@@ -245,6 +260,13 @@ def _check_labels(tree: Tree, problems: Problems) -> None:
     if task is not None and task.labels_texts and tree.get("dataset", "too_long") == "split":
         text = "dataset.too_long: split would give every piece of a text the same label; use truncate or drop"
         problems.add(tree.place(("dataset", "too_long")), text)
+    problem_type = tree.get("model", "problem_type")
+    if problem_type in ("single-label", "regression") and tree.get("evaluation", "threshold") is not None:
+        text = f"evaluation.threshold is for rows with any number of classes, but model.problem_type is {problem_type}"
+        problems.add(tree.place(("evaluation", "threshold")), f"{text}; remove one of the two")
+    if problem_type in ("multi-label", "regression") and tree.get("model", "class_weights") is not None:
+        text = f"model.class_weights weights the loss of classes, but model.problem_type is {problem_type}"
+        problems.add(tree.place(("model", "class_weights")), f"{text}; remove one of the two")
     if tree.get("model", "problem_type") == "regression" and tree.get("dataset", "labels") is not None:
         text = "dataset.labels names classes, but model.problem_type: regression has numbers; remove one of the two"
         problems.add(tree.place(("dataset", "labels")), text)
@@ -325,7 +347,8 @@ def check_unused_keys(tree: Tree, problems: Problems) -> None:
 
 
 def _refuse(path: KeyPath, task: str, why: str, tree: Tree, problems: Problems) -> None:
-    if tree.get(*[str(part) for part in path]) not in (None, False, "auto"):
+    unset: tuple[Any, ...] = (None, False) if path == ("evaluation", "threshold") else (None, False, "auto")
+    if tree.get(*[str(part) for part in path]) not in unset:
         text = f"{dotted(path)} has no effect with model.task: {task}: {why}; remove it"
         problems.add(tree.place(path), text)
 

@@ -28,6 +28,7 @@ from peftcli.recipe.fields import (
     freeze_names,
     freeze_rows,
     read_answered_rows,
+    read_class_weights,
     read_delimiter,
     read_encoding,
     read_method,
@@ -38,6 +39,7 @@ from peftcli.recipe.fields import (
     read_targets,
     read_template,
     read_test_size,
+    read_threshold,
     read_tokens,
     read_trained_dtype,
     read_where,
@@ -94,6 +96,11 @@ class ModelSection(Section):
     problem_type: Literal["auto", "single-label", "multi-label", "regression"] = "auto"
     """What a classifier predicts for a text or an image: one class, any number of classes, or a number; `auto` decides
     from the labels."""
+    class_weights: Annotated[
+        Literal["balanced"] | tuple[float, ...] | Mapping[str, float] | None, BeforeValidator(read_class_weights)
+    ] = None
+    """Weights of the classes or tags in the training loss: by name, or a list in the order of the classes; `balanced`
+    gives every class the same share. The losses of evaluations are unweighted."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Dtype of the computation and of weights that are not quantized; `auto` is decided by the plan."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3"] = "auto"
@@ -159,6 +166,9 @@ class EvaluationSection(Section):
     """Nucleus sampling: sample from the most likely tokens with this cumulative probability."""
     positive_label: Text | None = None
     """Positive class of a binary classification, for precision, recall and F1; null for the last class."""
+    threshold: Annotated[float | Literal["auto"] | None, BeforeValidator(read_threshold)] = None
+    """Probability from which a class is predicted, for rows with any number of classes; `auto` chooses the one with the
+    best micro F1 on the validation rows, after training; null for 0.5."""
     baseline: bool = True
     """Evaluate the base model before the first step."""
     forgetting_text: Text | None = None
@@ -377,14 +387,18 @@ class WeightedSection(SourceSection):
 
 
 class SplitSection(Section):
-    """How test rows are split off."""
+    """How test and validation rows are split off."""
 
     test_size: Annotated[float | int, BeforeValidator(read_test_size)] = 0.2
     """Share of the rows if below 1, otherwise a number of rows; 0 trains on all rows without a test split."""
+    validation_size: Annotated[float | int, BeforeValidator(read_test_size)] = 0
+    """Share of the rows if below 1, otherwise a number of rows, for the choices made during and after training: best
+    checkpoint, early stopping, thresholds. They are drawn from the rows that are not test rows; 0 for no validation
+    split."""
     seed: Annotated[int, Field(ge=0)] | None = None
     """Seed of the split; null for the recipe's `seed`."""
     stratify: Text | None = None
-    """Column whose values have the same distribution in both splits."""
+    """Column whose values have the same distribution in all splits."""
     group: Text | None = None
     """Column whose equal values stay in the same split, such as a customer id."""
 
@@ -402,6 +416,13 @@ class TestSection(FilesSection):
     """Branch, tag or commit of the Hub dataset."""
     hub_split: Text | None = None
     """Split of the Hub dataset; null for `test`."""
+
+
+class ValidationSection(TestSection):
+    """Validation rows from a separate source."""
+
+    hub_split: Text | None = None
+    """Split of the Hub dataset; null for `validation`."""
 
 
 class LimitsSection(Section):
@@ -440,9 +461,12 @@ class DatasetSection(SourceSection):
     deduplicate: bool = False
     """Keep only the first of equal rows, ignoring case and white space."""
     split: SplitSection = SplitSection()
-    """How test rows are split off; not used if `test` is set."""
+    """How test and validation rows are split off; a size is not used for rows with a source of their own."""
     test: TestSection | None = None
     """Test rows from a separate source."""
+    validation: ValidationSection | None = None
+    """Validation rows from a separate source; every choice made during or after training uses them, and never the test
+    rows."""
     max_length: Annotated[int, Field(ge=2)] = 1024
     """Maximum length of a row, tokens."""
     too_long: Literal["truncate", "drop", "split"] | None = None
@@ -457,6 +481,11 @@ class DatasetSection(SourceSection):
     def holds_out(self) -> bool:
         """Whether there are test rows to evaluate on."""
         return self.test is not None or self.split.test_size != 0
+
+    @property
+    def validates(self) -> bool:
+        """Whether there are validation rows to choose with."""
+        return self.validation is not None or self.split.validation_size != 0
 
 
 class Recipe(Section):

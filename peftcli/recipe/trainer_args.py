@@ -11,6 +11,7 @@ from typing import Any
 from peftcli.nearest import nearest
 from peftcli.recipe.aliases import NAME_ALIASES
 from peftcli.recipe.argument_values import limit_fault, nested_type_error, type_error
+from peftcli.recipe.best_model import EARLY_STOPPING, EARLY_STOPPING_BOUNDS, metric_faults
 from peftcli.recipe.idle_args import without_effect
 from peftcli.recipe.library_args import Argument, installed_arguments
 from peftcli.recipe.messages import type_hint
@@ -18,6 +19,7 @@ from peftcli.recipe.problems import KeyPath, Problems, Where, choice_text, dotte
 from peftcli.recipe.trainer_together import deprecations, implied, together_faults
 from peftcli.recipe.trainer_values import read_json_text, value_fault
 from peftcli.recipe.yaml import Tree
+from peftcli.tasks.registry import find_task
 
 DROP = object()
 """Marks "nothing to set": the old value is the current default."""
@@ -171,6 +173,7 @@ BOUNDS: Mapping[str, tuple[tuple[str, float], ...]] = {
     "dataloader_prefetch_factor": ((">=", 1),),
     "ddp_timeout": ((">", 0),),
     "ddp_bucket_cap_mb": ((">", 0),),
+    **EARLY_STOPPING_BOUNDS,
 }
 
 WHOLE_FROM_ONE = ("save_steps", "logging_steps", "eval_steps", "warmup_steps")
@@ -206,7 +209,8 @@ class _Section:
     def __init__(self, tree: Tree, problems: Problems, under: Mapping[str, Any] | None) -> None:
         self.tree, self.problems, self.under = tree, problems, under
         self.of_stage = under is not None
-        self.installed = installed_arguments()
+        installed = installed_arguments()
+        self.installed = None if installed is None else {**installed, **EARLY_STOPPING}
         self.arguments: dict[str, Any] = {}
         self.source: dict[str, str] = {}
         self.refused: set[str] = set()
@@ -385,7 +389,8 @@ class _Section:
         self.arguments |= implied({**inherited, **self.arguments})
         effective = {**inherited, **self.arguments}
         if self.under is not None or not _all_stages_have_their_own(self.tree):
-            for path, text in together_faults(effective):
+            task = find_task(self.tree.get("model", "task"))
+            for path, text in (*together_faults(effective), *metric_faults(effective, task)):
                 if not any(name in text for name in self.refused):  # their values are invalid and not known here
                     self.problems.add(self._place(path), text)
         for path, text in without_effect(effective):

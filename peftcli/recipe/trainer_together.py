@@ -51,7 +51,7 @@ def together_faults(arguments: Mapping[str, Any]) -> Iterator[tuple[KeyPath, str
 def _best_faults(arguments: Mapping[str, Any]) -> Iterator[tuple[KeyPath, str]]:
     evaluates, saves = str(arguments.get("eval_strategy", "no")), save_strategy(arguments)
     if saves == "best" and evaluates == "no":
-        text = "trainer.save_strategy: best saves the step with the lowest evaluation loss; add eval_strategy: steps"
+        text = "trainer.save_strategy: best saves the best evaluated step; add eval_strategy: steps"
         yield ("save_strategy",), text
     if not arguments.get("load_best_model_at_end") or saves == "best":
         return

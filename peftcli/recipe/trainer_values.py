@@ -9,7 +9,7 @@ from peftcli.nearest import nearest
 from peftcli.recipe.argument_values import limit_fault, type_error
 from peftcli.recipe.library_args import Argument, class_arguments
 from peftcli.recipe.messages import choices_text
-from peftcli.recipe.problems import KeyPath, choice_text, show
+from peftcli.recipe.problems import KeyPath, show
 
 LARGEST = 2**31 - 1
 """Maximum whole number: counts of rows, steps and seconds are far smaller, and the libraries store some in 32 bits."""
@@ -17,8 +17,6 @@ COMPILERS = ("inductor", "cudagraphs", "eager", "aot_eager", "tvm")
 """Backends in both accelerate's DynamoBackend and torch._dynamo.list_backends, without those for TPUs."""
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs", "lite")
 """Source: torch._inductor.list_mode_options, torch 2.13."""
-LOSS_NAMES = ("loss", "eval_loss")
-"""Metrics of an evaluation during training."""
 _CHECKPOINTING = {
     "every_n_layers": Argument("every_n_layers", frozenset({"int"})),
     "offload": Argument("offload", frozenset({"bool"})),
@@ -120,16 +118,6 @@ def _pad(value: Any) -> str | None:
     return "must be a whole number or auto" + ("; remove the quotes" if value.isdigit() else "")
 
 
-def _metric(value: str) -> str | None:
-    if value in LOSS_NAMES:
-        return None
-    return f"must be {choice_text(LOSS_NAMES)}, the only metrics of an evaluation during training"
-
-
-def _higher(value: bool) -> str | None:
-    return "would treat the highest loss as the best; remove it" if value else None
-
-
 def _one_of(*choices: str) -> Callable[[Any], str | None]:
     """A check that a string is one of the choices; other types are checked elsewhere."""
 
@@ -142,9 +130,7 @@ def _one_of(*choices: str) -> Callable[[Any], str | None]:
 _CHECKS: Mapping[str, Callable[[Any], str | None]] = {
     "ddp_backend": _one_of("nccl", "gloo", "mpi"),
     "debug": _debug,
-    "greater_is_better": _higher,
     "include_num_input_tokens_seen": _one_of("all", "non_padding", "no"),
-    "metric_for_best_model": _metric,
     "pad_to_multiple_of": _pad,
     "torch_compile_backend": _compiler,
     "torch_compile_mode": _one_of(*COMPILE_MODES),

@@ -98,7 +98,8 @@ def verdict(comparison: CompareJson) -> str:
         return "Fewer than two finished variants have a score, so there is no ranking."
     if best is None:
         return _all_alike(scored, metric)
-    on = f" on {best.rows:,} held-out rows" if best.rows else ""
+    kind = "validation" if comparison.quality and comparison.quality.rows_from == "validation" else "held-out"
+    on = f" on {best.rows:,} {kind} rows" if best.rows else ""
     sentence = f"{best.name} has the best {_titled(metric)}, {metric.write(best.quality)}{on}."
     near = [row for row in rows if row is not best and row.is_finished and _overlap(row, best)]
     if not near:

@@ -52,6 +52,7 @@ ROWS = (
     ("Training, end token trained", "eos_trained_rows", "train_rows"),
 )
 RARE_ROWS = (
+    ("Validation", "validation_rows", "rows"),
     ("Held out, prompt or text also in training", "leaked_prompts", "test_rows"),
     ("Held out, near-duplicate in training", "near_leaked_rows", "test_rows"),
     ("Duplicate of an earlier row", "duplicate_rows", "rows"),

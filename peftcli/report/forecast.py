@@ -113,6 +113,10 @@ def evaluation_text(forecast: Forecast) -> str | None:
     models = "base and adapter" if found.passes > 1 else "the adapter alone"
     parts = [answers] if found.answered_rows else []
     work = f"{models}: {', '.join([*parts, loss])}"
+    if found.evaluations:
+        rows = f"{'' if found.validation_rows is None else count(found.validation_rows)} validation rows".strip()
+        times = several(found.evaluations, "evaluation", "evaluations")
+        work += f"; {times} of {rows} during training: {duration(found.during_seconds)}"
     return f"at most about {duration(found.seconds)}, an estimate ({work}); `train` measures it"
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 from peftcli.report.blocks import Plot, Plots, Table, table
 from peftcli.report.format import compact, count, several, significant
 from peftcli.report.load import Stages, logged
-from peftcli.report.metrics import task_of
+from peftcli.report.metrics import BY_KEY, task_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -123,7 +123,23 @@ def log_plots(stages: Stages) -> Plots | None:
         points = log_points(stages.log, key)
         if len(points) > 1:
             small.append(Plot(title, partial(_svg, Curve(title, points, [], from_zero=from_zero)), SMALL))
+    small += _evaluation_plots(stages)
     return Plots(tuple(wide), tuple(small)) if wide or small else None
+
+
+def _evaluation_plots(stages: Stages) -> list[Plot]:
+    """The loss of the evaluations during training, and the metric that chose the best step."""
+    best = None if stages.training is None else stages.training.best
+    keys = dict.fromkeys(("loss", *([best.metric] if best is not None and best.metric else [])))
+    rows = "test" if best is not None and best.rows_from == "test" else "validation"
+    found = []
+    for key in keys:
+        points = log_points(stages.log, f"eval_{key}")
+        if len(points) > 1:
+            name = BY_KEY[key].title.split(",")[0] if key in BY_KEY else key.replace("_", " ")
+            title = f"{name} on the {rows} rows"
+            found.append(Plot(title, partial(_svg, Curve(title, points, [], from_zero=False)), SMALL))
+    return found
 
 
 def _loss_note(stages: Stages, curve: Curve, window: int) -> str:

@@ -34,7 +34,7 @@ from peftcli.report.format import (
     without_home,
 )
 from peftcli.report.load import EarlierStage, Stages
-from peftcli.report.metrics import primary_metric
+from peftcli.report.metrics import BY_KEY, primary_metric
 from peftcli.report.plots import LINE, NARROW, RAW, WIDE, drawing
 from peftcli.results import Calibration, Decision, MergeCandidate, MergeJson, PlanJson, TrainFigures, TrainJson
 
@@ -169,9 +169,29 @@ def training_facts(stages: Stages) -> Block | None:
             ("Speed", None if images else f"{significant(train.tokens_per_second)} tokens/s"),
             ("Peak memory", size(train.peak_memory_bytes)),
             ("Training loss", losses),
+            ("Best step", best_text(train)),
+            ("Early stopping", _early_text(train)),
             ("Resumed from", resumed),
         )
     )
+
+
+def best_text(train: TrainFigures) -> str | None:
+    """The step with the best metric on the validation rows; None if none was chosen."""
+    best = train.best
+    if best is None:
+        return None
+    known = BY_KEY.get(best.metric or "")
+    name, value = (known.title.split(",")[0], known.write(best.value)) if known else (best.metric, compact(best.value))
+    kept = "its adapter is kept" if best.kept else "the adapter of the last step is kept"
+    return f"step {count(best.step)}: {name} ({text(best.metric)}) {value} on the {best.rows_from} rows; {kept}"
+
+
+def _early_text(train: TrainJson) -> str | None:
+    if train.stopped_early is None:
+        return None
+    steps = f"step {count(train.steps)} of {count(train.planned_steps)}"
+    return f"stopped at {steps}" if train.stopped_early else "did not stop"
 
 
 def _tokens(train: TrainJson, of_rows: bool) -> str:
@@ -219,7 +239,12 @@ def _within(met: bool | None) -> str:
 def _compared(merge: MergeJson) -> str | None:
     if merge.rows is None and merge.positions is None:
         return None
-    kinds = {"training": "training rows, because none were held out", "test": "rows", None: "rows"}
+    kinds = {
+        "training": "training rows, because none were held out",
+        "validation": "validation rows",
+        "test": "rows",
+        None: "rows",
+    }
     what = kinds.get(merge.rows_from, f"rows of {merge.rows_from}")
     place = f", on {merge.compared_on}" if merge.compared_on else ""
     partly = place and merge.rows_from == "test" and merge.metrics is None

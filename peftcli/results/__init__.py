@@ -94,6 +94,7 @@ from peftcli.results.schema import (
     Counts,
 )
 from peftcli.results.training import (
+    BestStep,
     Calibration,
     Device,
     EnvironmentJson,
@@ -107,6 +108,7 @@ from peftcli.results.training import (
 __all__ = [
     "SCHEMA",
     "AnswerFigures",
+    "BestStep",
     "Calibration",
     "ClassFigures",
     "CompareJson",

@@ -71,6 +71,7 @@ class ComparedQuality:
         key: a metric of `metrics.json`.
         better: `higher` or `lower`.
         rows: the fewest held-out rows that a variant was scored on.
+        rows_from: `validation` if all runs have validation rows, otherwise `test`.
         comparable: all variants were scored on the same rows; otherwise there is no best one.
     """
 
@@ -78,6 +79,7 @@ class ComparedQuality:
     better: str
     rows: int | None = None
     comparable: bool = True
+    rows_from: str = "test"
 
 
 @dataclass(frozen=True, kw_only=True)

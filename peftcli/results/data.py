@@ -252,11 +252,24 @@ class TemplateMismatch:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ValidationRows:
+    """The validation rows: their tokens, the hash of the rows, and those that are also in another split."""
+
+    tokens: int | None = None
+    fingerprint: str | None = None
+    trained_rows: int | None = None
+    trained_examples: tuple[str, ...] = ()
+    tested_rows: int | None = None
+    tested_examples: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataFigures:
     """Numbers of rows, as `metrics.json` repeats them."""
 
     train_rows: int | None = None
     test_rows: int | None = None
+    validation_rows: int | None = field(default=None, metadata=OMIT_NONE)
     dropped_rows: int | None = None
     truncated_rows: int | None = None
     leaked_rows: int | None = None
@@ -297,6 +310,7 @@ class DataJson(DataFigures):
     length_histogram: Histogram | None = None
     max_length: int | None = None
     fingerprint: Fingerprints = field(default_factory=Fingerprints)
+    validation: ValidationRows | None = field(default=None, metadata=OMIT_NONE)
     file_state: str | None = field(default=None, metadata=OMIT_NONE)
     leaked_examples: tuple[HeldOutPair, ...] = ()
     leaked_prompts: int | None = None

@@ -88,6 +88,10 @@ class DecodingSettings:
     seed: int | None = None
 
 
+VALIDATED = ("validation", "validation_answered", "validation_sha256")
+"""Keys of `eval.json` about the validation rows, which only a training measures."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class EvalJson:
     """`eval.json`: the metrics of each model that was measured.
@@ -97,6 +101,9 @@ class EvalJson:
         generated_rows: how many of them were answered.
         generated_rows_sha256: tells which rows these are, see `plan.answered_rows.rows_digest`; None where none were
             answered, and in files of versions that answered the first rows.
+        validation: of the adapter on the validation rows, for choices between runs; None without these rows.
+        validation_answered: how many validation rows were answered.
+        validation_sha256: tells which rows these are, as `generated_rows_sha256`.
         baseline_seconds: that measuring the base took in the training; None where that did not measure it.
         seconds: that an `eval` took.
     """
@@ -108,6 +115,9 @@ class EvalJson:
     base: Scores | None = None
     adapter: Scores | None = None
     merged: Scores | None = field(default=None, metadata=OMIT_NONE)
+    validation: Scores | None = field(default=None, metadata=OMIT_NONE)
+    validation_answered: int | None = field(default=None, metadata=OMIT_NONE)
+    validation_sha256: str | None = field(default=None, metadata=OMIT_NONE)
     samples: tuple[Sample, ...] = ()
     decoding: DecodingSettings | None = None
     retention: Retention | None = field(default=None, metadata=OMIT_NONE)

@@ -9,6 +9,7 @@ from peftcli.results.merge import MergeFigures
 from peftcli.results.plan import Parameters
 from peftcli.results.schema import SCHEMA
 from peftcli.results.training import TrainFigures
+from peftcli.typed_json import OMIT_NONE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +41,12 @@ class AnswerFigures:
 
 @dataclass(frozen=True, kw_only=True)
 class MetricsJson:
-    """`metrics.json`: the summary that a script reads."""
+    """`metrics.json`: the summary that a script reads.
+
+    Attributes:
+        validation: of the adapter on the validation rows, by which runs are compared.
+        test_rows_used_for: everything that has read the test rows, in order; None without test rows.
+    """
 
     schema: int = SCHEMA
     status: str | None = None
@@ -49,9 +55,11 @@ class MetricsJson:
     base: Scores | None = None
     adapter: Scores | None = None
     merged: Scores | None = None
+    validation: Scores | None = field(default=None, metadata=OMIT_NONE)
     answers: AnswerFigures | None = None
     retention: RetentionFigures | None = None
     train: TrainFigures | None = None
+    test_rows_used_for: tuple[str, ...] | None = field(default=None, metadata=OMIT_NONE)
     data: DataFigures = field(default_factory=DataFigures)
     parameters: Parameters = field(default_factory=Parameters)
     bytes: SizeBytes = field(default_factory=SizeBytes)

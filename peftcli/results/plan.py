@@ -55,6 +55,8 @@ class EvaluationTime:
         scored_rows: rows whose loss is computed, None where the test rows were not read.
         answered_rows: generated answers of a pass, at most.
         answer_tokens: of an answer, at most.
+        evaluations: of the validation rows, during training.
+        seconds: of all passes, of the evaluations during training, and of the adapter on the validation rows.
     """
 
     estimated: bool = True
@@ -64,6 +66,9 @@ class EvaluationTime:
     answers_at_once: int = 1
     answer_tokens: int = 0
     pass_seconds: float = 0.0
+    evaluations: int = 0
+    validation_rows: int | None = None
+    during_seconds: float = 0.0
     seconds: float = 0.0
 
 

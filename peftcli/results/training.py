@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from peftcli.results.schema import SCHEMA
-from peftcli.typed_json import renamed_from
+from peftcli.typed_json import OMIT_NONE, renamed_from
 
 TRAIN_SCHEMA = 2
 """Schema 1 has `levers` instead of `optimizations`, and `pieces` instead of `micro_batches`."""
@@ -42,8 +42,30 @@ class EnvironmentJson:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BestStep:
+    """The step with the best metric of the evaluations during training.
+
+    Attributes:
+        kept: the adapter is that of this step; otherwise it is that of the last one.
+        rows_from: `validation`, or `test` in runs of earlier versions.
+    """
+
+    step: int | None = None
+    metric: str | None = None
+    value: float | None = None
+    greater_is_better: bool | None = None
+    kept: bool | None = None
+    rows_from: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainFigures:
-    """What training took, as `metrics.json` repeats it."""
+    """What training took, as `metrics.json` repeats it.
+
+    Attributes:
+        best: None if no metric of an evaluation during training was chosen by.
+        stopped_early: early stopping ended the training before its last planned step.
+    """
 
     steps: int | None = None
     rows: int | None = None
@@ -54,6 +76,8 @@ class TrainFigures:
     seconds: float | None = None
     peak_memory_bytes: int | None = None
     resumed_from_step: int | None = None
+    best: BestStep | None = field(default=None, metadata=OMIT_NONE)
+    stopped_early: bool | None = field(default=None, metadata=OMIT_NONE)
 
 
 @dataclass(frozen=True, kw_only=True)

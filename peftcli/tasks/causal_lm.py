@@ -10,6 +10,8 @@ CAUSAL_LM = Task(
     unused_keys={
         ("dataset", "labels"): "only classification and tagging have labels",
         ("evaluation", "positive_label"): "only classification has one",
+        ("evaluation", "threshold"): "only classification has one",
+        ("model", "class_weights"): "only classification and tagging have classes",
         ("model", "problem_type"): "it is for sequence-classification",
     },
     metrics=("loss", "perplexity", "token_accuracy", "exact_match", "chrf", "unfinished_answers"),

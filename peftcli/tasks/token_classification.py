@@ -10,6 +10,7 @@ TOKEN_CLASSIFICATION = Task(
     columns=("tokens", "tags"),
     unused_keys={
         **UNUSED_BY_LABELED_TEXT,
+        ("evaluation", "threshold"): "a word has exactly one tag",
         ("model", "problem_type"): "it is for sequence-classification",
     },
     metrics=("loss", *CLASS_METRICS, *ENTITY_METRICS),

@@ -171,7 +171,8 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]  # transformers' callb
         logs = logs or {}
         if "loss" not in logs:
             if "eval_loss" in logs and self._writes:
-                self._append({"step": state.global_step, "eval_loss": logs["eval_loss"]})
+                found = {f"eval_{name}": _finite(value) for name, value in self._trainer.evaluated.items()}
+                self._append({"step": state.global_step, **found})
             return
         now = time.monotonic()
         since, tokens_before = self._last_logged

@@ -322,7 +322,8 @@ def keep_base(run: RunDir, *, same_test_rows: bool) -> None:
         return
     retention = before.retention and replace(before.retention, adapter_loss=None, change=None)
     samples = tuple(replace(sample, adapter=None, merged=None) for sample in before.samples)
-    save(run.eval, replace(before, adapter=None, merged=None, samples=samples, retention=retention, seconds=None))
+    base = replace(before, adapter=None, merged=None, samples=samples, retention=retention, seconds=None)
+    save(run.eval, replace(base, validation=None, validation_answered=None, validation_sha256=None))
 
 
 def _has_trained(run: RunDir) -> bool:
@@ -467,6 +468,7 @@ def run_fingerprint(data: Mapping[str, Any], base: str | None, versions: Mapping
     """
     return {
         "data.train": data["fingerprint"]["train"],
+        "data.validation": (data.get("validation") or {}).get("fingerprint"),
         "data.test": data["fingerprint"]["test"],
         "data.template": json.dumps(data["template"], sort_keys=True) if data.get("template") else None,
         "base": base,
@@ -476,10 +478,12 @@ def run_fingerprint(data: Mapping[str, Any], base: str | None, versions: Mapping
 
 def accepted_stamp(run: RunDir, stamp: Mapping[str, Any]) -> dict[str, Any]:
     """The fingerprint of a checkpoint with the rows that an earlier session accepted since then, if any."""
-    rows = load_or_default(DataJson, run.data).fingerprint
+    stored = load_or_default(DataJson, run.data)
+    rows = stored.fingerprint
     if not stamp or rows.train is None:
         return dict(stamp)
-    return {**stamp, "data.train": rows.train, "data.test": rows.test}
+    validation = None if stored.validation is None else stored.validation.fingerprint
+    return {**stamp, "data.train": rows.train, "data.validation": validation, "data.test": rows.test}
 
 
 def accepted_data(beginning: OpenedRun) -> list[str]:

@@ -15,6 +15,7 @@ from trl import SFTConfig
 from peftcli.data.prepare import PreparedData
 from peftcli.errors import Diverged
 from peftcli.model.adapter_files import save_adapter, write_card
+from peftcli.model.classification import tune_threshold
 from peftcli.model.distributed import from_first, gather
 from peftcli.model.evaluate import (
     Evaluation,
@@ -27,11 +28,12 @@ from peftcli.model.evaluate import (
     evaluation_json,
     load_retention,
     sampling_note,
+    with_threshold,
 )
 from peftcli.model.hardware import peak_memory_bytes
 from peftcli.model.init_from import check_initial_weights, load_initial_weights
 from peftcli.model.load import DTYPES, load_adapter, load_base
-from peftcli.model.manifest import check_adapter, refuse_unknown_tokens
+from peftcli.model.manifest import check_adapter, read_manifest, refuse_unknown_tokens, stated_base
 from peftcli.model.padding_free import RowCheck, check_rows, enable_padding_free, kernels_used
 from peftcli.model.varlen_attention import rejected
 from peftcli.plan.answered_rows import answered_digest, rows_digest
@@ -56,6 +58,7 @@ from peftcli.train import checkpoint
 from peftcli.train.arguments import naming_arguments
 from peftcli.train.callbacks import CalibrationCallback, ForwardCallback, RunCallback
 from peftcli.train.disk import Forecast, forecast
+from peftcli.train.evaluations import EarlyStopping, best_step
 from peftcli.train.machines import on_this_machine
 from peftcli.train.module_selection import select_modules
 from peftcli.train.precision import downcast_saved_modules, free_trained_base
@@ -163,16 +166,25 @@ def train(
     trainer.add_callback(callback)  # its clock starts after the calibration
     if trainer.ranks is not None:
         trainer.add_callback(trainer.ranks)
+    stop = plan.early_stop
+    early = None if stop is None else EarlyStopping(stop.patience, stop.threshold, restarts=session.extends)
+    if early is not None:
+        trainer.add_callback(early)
     with naming_arguments(session.trainer):
         trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
     reason = callback.stop_reason
     steps = trainer.state.global_step
+    stopped_early = early is not None and early.stopped
+    if reason is None:
+        _note_best(trainer, progress, stopped_early=stopped_early)
     if reason is not None and not callback.stopped_by_clock:
-        write_train(run, trainer, callback, forward.optimizations)
+        write_train(run, trainer, callback, forward.optimizations, stopped_early=stopped_early)
         return TrainResult(steps, reason)
-    tuned = _save_adapter(trainer, run)
+    tuned = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    plan = _with_threshold(plan, data, tokenizer, tuned, progress)
+    _save_adapter(trainer, run, plan)
     # After the adapter: a finished training implies that its adapter exists.
-    write_train(run, trainer, callback, forward.optimizations)
+    write_train(run, trainer, callback, forward.optimizations, stopped_early=stopped_early)
     downcast_saved_modules(tuned, plan.base.dtype)
     final: Progress = StoppableProgress(progress, stops, "during the final evaluation") if reason is None else progress
     _measure_adapter(plan, run, data, tokenizer, tuned, final, baseline.found)
@@ -194,7 +206,9 @@ def _build_trainer(
         enable_full_determinism(plan.seed)
     model = load_base(plan.base, shards=plan.shards)
     if not TASKS[plan.task].images:
-        refuse_unknown_tokens(model, max(side.store.largest_token() for side in (data.train, data.test_split)))
+        refuse_unknown_tokens(
+            model, max(side.store.largest_token() for side in (data.train, data.test_split, data.validation_split))
+        )
     plan, chosen = select_modules(plan, run, data, tokenizer, model, resuming=resume_from is not None)
     if chosen is not None:
         progress.note(chosen)
@@ -216,8 +230,43 @@ def _build_trainer(
     return trainer
 
 
-def _save_adapter(trainer: StepTrainer, run: RunDir) -> Any:
-    """Save the trained adapter; returns the model without the wrappers of accelerate."""
+def _note_best(trainer: StepTrainer, progress: Progress, *, stopped_early: bool) -> None:
+    """Say which step is kept, and whether training stopped early."""
+    state, best = trainer.state, best_step(trainer)
+    stop = trainer.setup.plan.early_stop
+    if stopped_early and stop is not None and state.global_step < state.max_steps:
+        progress.note(
+            f"  stopped early at step {state.global_step} of {state.max_steps}: no improvement in {stop.patience} "
+            "evaluations"
+        )
+    if best is not None:
+        kept = "its adapter is kept" if best.kept else f"the adapter of step {state.global_step} is kept"
+        progress.note(f"  best step {best.step}: {best.metric} {best.value:.4g} on the {best.rows_from} rows; {kept}")
+
+
+def _with_threshold(
+    plan: Plan, data: PreparedData, tokenizer: PreTrainedTokenizerBase, model: Any, progress: Progress
+) -> Plan:
+    """The plan with the threshold of the trained model, if the recipe asks to choose it on the validation rows."""
+    if plan.evaluation.threshold != "auto":
+        return plan
+    rows = plan.evaluation_batch
+    found, score = tune_threshold(model, tokenizer, data, batch_rows=rows, progress=progress)
+    progress.note(f"  threshold {found:.4g}: the best micro F1 on the validation rows, {score:.4g}")
+    return _decided(plan, found)
+
+
+def _decided(plan: Plan, threshold: float | None) -> Plan:
+    base = replace(plan.base, threshold=threshold)
+    return replace(plan, base=base, evaluation=with_threshold(plan.evaluation, base))
+
+
+def _save_adapter(trainer: StepTrainer, run: RunDir, plan: Plan) -> None:
+    """Save the trained adapter.
+
+    Args:
+        plan: with the threshold of the trained model.
+    """
     setup = trainer.setup
     tuned = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     if trainer.residual is not None:
@@ -225,8 +274,7 @@ def _save_adapter(trainer: StepTrainer, run: RunDir) -> Any:
     if is_first_process():
         if trainer.ranks is not None:
             trainer.ranks.write(run.ranks)
-        save_adapter(tuned, setup.tokenizer, setup.plan, setup.data, run.adapter)
-    return tuned
+        save_adapter(tuned, setup.tokenizer, plan, setup.data, run.adapter)
 
 
 def _check_rows(plan: Plan, model: PreTrainedModel, progress: Progress) -> RowCheck:
@@ -265,6 +313,9 @@ def evaluate_trained(
     model = load_adapter(load_base(plan.base, shards=plan.shards), adapter)
     known = _known_baseline(run, session, resuming=True)
     baseline = _baseline(plan, run, data, tokenizer, model, stoppable, known=known)
+    stated = read_manifest(adapter)
+    if stated is not None:
+        plan = _decided(plan, stated_base(stated).threshold)
     _measure_adapter(plan, run, data, tokenizer, model, stoppable, baseline.found)
     return TrainResult(from_first(lambda: load_or_default(TrainJson, run.train).steps or 0), None)
 
@@ -366,7 +417,7 @@ def _evaluation_reserve(
     session: Session,
     baseline: Baseline,
 ) -> float:
-    """Seconds to set aside for the last evaluation, half as many again as were measured.
+    """Seconds to set aside for the last evaluation, half as many again as were measured or estimated.
 
     Args:
         model: before the first step, with its adapter.
@@ -375,16 +426,18 @@ def _evaluation_reserve(
     if not any(gather(session.stops.seconds_left is not None)):
         return 0.0  # there is no clock to set time aside for
     seconds = baseline.seconds
-    if not baseline.on_test and data.holds_out:
+    tested = data.holds_out and not baseline.on_test
+    for asked in [*([data] if tested else []), *([data.scored_on_validation()] if data.validates else [])]:
         seconds += estimate_evaluation(
             model,
             tokenizer,
-            data,
+            asked,
             plan.evaluation,
-            decoding_for(plan.evaluation, data, tokenizer, plan.seed),
+            decoding_for(plan.evaluation, asked, tokenizer, plan.seed),
             batch_rows=plan.evaluation_batch,
             progress=progress,
         )
+    if tested:
         progress.note(f"  the last evaluation will take at most about {duration(seconds)}, measured on its first rows")
     return 1.5 * seconds
 
@@ -449,12 +502,19 @@ def _measure_adapter(
     before: EvalJson | None,
 ) -> None:
     """Evaluate the adapter, and write it with its baseline into `eval.json` and the model card."""
+    asked = data.scored_on_validation()
+    validated = _measure(plan, asked, tokenizer, model, progress, "validation rows") if data.validates else None
     after = _measure(plan, data, tokenizer, model, progress, "adapter") if data.holds_out else None
     retention = adapter_retention(plan, tokenizer, model, progress, before)
     _check_losses(plan, after, retention, trained=True)
     if not is_first_process():
         return
     value = _evaluation(plan, data, tokenizer, {"base": None, "adapter": after})
+    if validated is not None:
+        rows = answered_rows(plan.evaluation, asked, plan.seed)
+        value = replace(
+            value, validation=validated.scores(), validation_answered=len(rows), validation_sha256=rows_digest(rows)
+        )
     if before is not None:
         value = replace(value, base=before.base, baseline_seconds=before.baseline_seconds)
         if before.base is not None:
@@ -477,11 +537,19 @@ def rows_seen(epochs: float, rows: int, arguments: SFTConfig) -> int:
     return whole * rows + int(min(steps * step, rows))
 
 
-def write_train(run: RunDir, trainer: StepTrainer, callback: RunCallback, optimizations: frozenset[str]) -> None:
+def write_train(
+    run: RunDir,
+    trainer: StepTrainer,
+    callback: RunCallback,
+    optimizations: frozenset[str],
+    *,
+    stopped_early: bool = False,
+) -> None:
     """Write `train.json`; the counts are of all processes, and the first one writes.
 
     Args:
         optimizations: names of those in use.
+        stopped_early: early stopping ended the training.
     """
     plan, resume_from = trainer.setup.plan, trainer.setup.resume_from
     state = trainer.state
@@ -504,6 +572,8 @@ def write_train(run: RunDir, trainer: StepTrainer, callback: RunCallback, optimi
         peak_memory_bytes=peak_memory_bytes(trainer.args.device.type),
         resident_before_bytes=callback.resident_before,
         resumed_from_step=None if resume_from is None else int(resume_from.name.rsplit("-", 1)[1]),
+        best=best_step(trainer),
+        stopped_early=stopped_early if plan.early_stop is not None else None,
         first_loss=callback.losses[0][1] if callback.losses else None,
         last_loss=callback.losses[-1][1] if callback.losses else None,
         out_of_memory=tuple(

@@ -90,6 +90,7 @@ class StepTrainer(transformers.Trainer):  # type: ignore[misc]  # transformers' 
         optimizations: names of those in use, as `performance.disable` names them.
         calibration: measurements of one micro-batch before the first step; None without.
         schedule_change: how the learning rate of this session differs from that of its checkpoint; None if it does not.
+        evaluated: metrics of the last evaluation during training, by name; None for one that is undefined.
         notes: for the user, about parts of the plan that this model or machine does not support.
     """
 
@@ -103,6 +104,7 @@ class StepTrainer(transformers.Trainer):  # type: ignore[misc]  # transformers' 
         self.seconds = 0.0
         self.optimizations = setup.plan.optimizations
         self.notes: list[str] = []
+        self.evaluated: dict[str, float | None] = {}
         self.schedule_change: ScheduleChange | None = None
         self.calibration: dict[str, Any] | None = None
         self.micro_batches = self._micro_batches()
@@ -330,17 +332,47 @@ class StepTrainer(transformers.Trainer):  # type: ignore[misc]  # transformers' 
         self.model.eval()
         nll = torch.zeros((), dtype=torch.float64, device=self.args.device)
         tokens = torch.zeros((), dtype=torch.float64, device=self.args.device)
-        rows = 0
+        rows, seen = 0, []
         for inputs, own in self._evaluated(dataloader):
-            loss = self.prediction_step(self.model, inputs, prediction_loss_only=True)[0]
+            loss, outputs = self.evaluate_batch(inputs)
             if own:
                 count = self.targets(inputs["labels"]).to(nll)
                 nll += loss.double() * count
                 tokens += count
                 rows += own
+                seen.append(outputs)
         total = self.accelerator.reduce(torch.stack([nll, tokens]), "sum")
-        metrics = {f"{metric_key_prefix}_loss": (total[0] / total[1]).item()}
+        loss_value = (total[0] / total[1]).item()
+        self.evaluated = {"loss": loss_value, **self.task_metrics(loss_value, seen)}
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self._comparable(self.evaluated).items()}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=rows)
+
+    def evaluate_batch(self, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
+        """The mean loss of a micro-batch, and what `task_metrics` needs of it."""
+        raise NotImplementedError
+
+    def task_metrics(self, loss: float, seen: Sequence[Any]) -> dict[str, float | None]:
+        """The metrics of the task besides the loss, of all processes; None for one that is undefined.
+
+        Args:
+            seen: what `evaluate_batch` returned for the micro-batches of this process.
+        """
+        raise NotImplementedError
+
+    def _comparable(self, found: Mapping[str, float | None]) -> dict[str, float]:
+        """The metrics that are defined; the one that chooses is the worst possible where it is undefined."""
+        metrics = {name: value for name, value in found.items() if value is not None}
+        name = self.args.metric_for_best_model
+        if name in found and found[name] is None:
+            metrics[name] = -math.inf if self.args.greater_is_better else math.inf
+        return metrics
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Save every step that is the best so far: with `save_steps` above `eval_steps`, it could otherwise be lost."""
+        is_best = bool(super()._determine_best_metric(metrics, trial))
+        if is_best and self.args.load_best_model_at_end:
+            self.control.should_save = True
+        return is_best
 
     def _evaluated(self, dataloader: DataLoader[Any]) -> Iterator[tuple[dict[str, Any], int]]:
         """The micro-batches of this process without rows that accelerate repeats, and the number of rows in each.

@@ -19,11 +19,21 @@ from trl import SFTConfig, SFTTrainer
 from peftcli.adapters.build import peft_config
 from peftcli.data.tokenize import IGNORED
 from peftcli.errors import RecipeError
-from peftcli.model.classification import TaskHead, forward, make_batch, task_head
+from peftcli.metrics.language import perplexity
+from peftcli.model.classification import (
+    TaskHead,
+    forward,
+    label_figures,
+    make_batch,
+    predicted_and_actual,
+    task_head,
+)
+from peftcli.model.distributed import gather
 from peftcli.model.fused_loss import replace_broken_loss, score_targets
 from peftcli.model.heads import freeze_statistics
 from peftcli.model.load import DTYPES
 from peftcli.model.new_tokens import expose_output_bias
+from peftcli.train.evaluations import answer_metrics
 from peftcli.train.step import StepTrainer, TrainerSetup
 
 SMOOTHED = ("single-label", "tagging")
@@ -118,6 +128,24 @@ class Trainer(StepTrainer, DeferredTrainer):
         """The number of trained tokens; the first token of a row is not predicted."""
         return (labels[..., 1:] != IGNORED).sum()
 
+    def evaluate_batch(self, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """The mean loss, and the trained tokens and those with the highest probability: (2,)."""
+        loss = self.prediction_step(self.model, inputs, prediction_loss_only=True)[0]
+        if self._is_plain():
+            return loss, self._metrics["eval"]["sums"][-1][[0, 2]]
+        # TRL has only the mean over all processes, with rows that accelerate repeats.
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            outputs = self.model(**{**inputs, "use_cache": False}, fused_lm_head=True)
+        return loss, torch.stack([outputs.label_mask.sum().float(), outputs.is_top1.sum().float()])
+
+    def task_metrics(self, loss: float, seen: Sequence[Tensor]) -> dict[str, float | None]:
+        """Perplexity and token accuracy, and the metrics of answers if one of them chooses the best step."""
+        counted = torch.stack([torch.zeros(2, device=self.args.device), *seen]).double().sum(0)
+        tokens, right = self.accelerator.reduce(counted, "sum").tolist()
+        accuracy = right / tokens if tokens else None
+        return {"perplexity": perplexity(loss), "token_accuracy": accuracy, **answer_metrics(self)}
+
     def random_baseline(self) -> str:
         """The loss of guessing uniformly among all tokens."""
         vocabulary = self.model.config.get_text_config().vocab_size
@@ -125,6 +153,19 @@ class Trainer(StepTrainer, DeferredTrainer):
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write none: the adapter folder gets a model card with the metrics of this run."""
+
+
+def evaluated_rows(setup: TrainerSetup, columns: list[str]) -> Dataset | None:
+    """The validation rows, which are evaluated during training; None without.
+
+    A run that an earlier version started without validation rows is still evaluated on its test rows when it resumes.
+    """
+    data = setup.data
+    if data.validates:
+        return Dataset(data.validation_split.store.examples.select(columns)).select(data.validation_split.rows)
+    if setup.plan.evaluates_test_rows and data.holds_out:
+        return Dataset(data.test.select(columns))
+    return None
 
 
 def make_trainer(setup: TrainerSetup, checkpoints: Path, model: Any) -> Trainer:
@@ -143,7 +184,7 @@ def make_trainer(setup: TrainerSetup, checkpoints: Path, model: Any) -> Trainer:
         model=model,
         args=arguments,
         train_dataset=Dataset(data.train.store.examples.select(["input_ids", "labels"])).select(data.train.rows),
-        eval_dataset=Dataset(data.test.select(["input_ids", "labels"])) if data.holds_out else None,
+        eval_dataset=evaluated_rows(setup, ["input_ids", "labels"]),
         processing_class=setup.tokenizer,
         peft_config=peft_config(plan.adapter, plan.task, tokenizer=plan.base.path),
     )
@@ -159,9 +200,15 @@ class HeadTrainer(transformers.Trainer):  # type: ignore[misc]  # transformers' 
     loss_is_scaled_for_ga = True  # by the rows or tokens of the whole step
     aux_loss_enabled = False
 
-    def __init__(self, head: TaskHead, **kwargs: Any) -> None:
+    def __init__(self, head: TaskHead, class_weights: Sequence[float] = (), **kwargs: Any) -> None:
+        """
+        Args:
+            class_weights: of the training loss, by class id; empty without.
+        """
         super().__init__(**kwargs)
         self.head = head
+        weights = torch.tensor(list(class_weights), dtype=torch.float32, device=self.args.device)
+        self.class_weights = weights if len(weights) else None
         self.counts = "tokens" if head.images is None else "images"
 
     def targets(self, labels: Tensor) -> Tensor:
@@ -171,7 +218,8 @@ class HeadTrainer(transformers.Trainer):  # type: ignore[misc]  # transformers' 
     def _get_num_items_in_batch(self, batch_samples: Sequence[Any], device: torch.device) -> Tensor | None:
         if not batch_samples:
             return None
-        mine = torch.stack([self.targets(batch["labels"]) for batch in batch_samples]).sum().to(device)
+        labels = [batch["labels"].to(device) for batch in batch_samples]
+        mine = torch.stack([self.head.weight_sum(one, self.class_weights) for one in labels]).sum().to(device)
         total: Tensor = self.accelerator.reduce(mine, "sum")
         return total
 
@@ -182,12 +230,18 @@ class HeadTrainer(transformers.Trainer):  # type: ignore[misc]  # transformers' 
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """The loss of a micro-batch as its part of the step's mean; without a count, the mean of the micro-batch."""
+        """The loss of a micro-batch as its part of the step's mean; without a count, the mean of the micro-batch.
+
+        With class weights it is the weighted mean, as of `torch.nn.CrossEntropyLoss(weight=...)`; the mean of an
+        evaluation is unweighted.
+        """
         logits = forward(model, inputs)
         smoothing = self.args.label_smoothing_factor if model.training else 0.0
-        losses = self.head.losses(logits, inputs["labels"], smoothing=smoothing)
-        count = self.targets(inputs["labels"]) if num_items_in_batch is None else num_items_in_batch
-        loss = losses.sum() / torch.as_tensor(count).clamp(min=1)
+        weights = self.class_weights if model.training else None
+        losses = self.head.losses(logits, inputs["labels"], smoothing=smoothing, weights=weights)
+        own = self.head.weight_sum(inputs["labels"], weights) if num_items_in_batch is None else num_items_in_batch
+        count = torch.as_tensor(own)
+        loss = losses.sum() / torch.where(count > 0, count, 1)  # a batch of tags may have no label
         if num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # because gradients are averaged
         return (loss, {"logits": logits}) if return_outputs else loss
@@ -210,6 +264,20 @@ class LabelTrainer(StepTrainer, HeadTrainer):
 
     targets = HeadTrainer.targets
 
+    def evaluate_batch(self, inputs: dict[str, Any]) -> tuple[Tensor, tuple[list[Any], list[list[float]]]]:
+        """The mean loss, without class weights or label smoothing, and the predicted and the actual labels."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, outputs = self.compute_loss(self.model, inputs, return_outputs=True)
+        return loss.detach(), predicted_and_actual(self.head, outputs["logits"], inputs["labels"])
+
+    def task_metrics(self, loss: float, seen: Sequence[tuple[list[Any], list[list[float]]]]) -> dict[str, float | None]:
+        """The metrics of the final evaluation that are numbers."""
+        pairs = [pair for one in gather(list(seen)) for pair in one]
+        chosen, labels = ([value for pair in pairs for value in pair[side]] for side in (0, 1))
+        figures = label_figures(self.head, chosen, labels, positive=self.setup.plan.evaluation.positive_label)
+        return {name: value for name, value in figures.items() if value is None or isinstance(value, int | float)}
+
 
 def make_label_trainer(setup: TrainerSetup, checkpoints: Path, model: Any) -> LabelTrainer:
     """Add the adapter of a plan to a model with a head, and build its trainer.
@@ -222,7 +290,7 @@ def make_label_trainer(setup: TrainerSetup, checkpoints: Path, model: Any) -> La
         RecipeError: an argument does not apply to this kind of labels.
     """
     plan, data, tokenizer = setup.plan, setup.data, setup.tokenizer
-    head = task_head(plan.base.labels, plan.base.problem_type, model, tokenizer)
+    head = task_head(plan.base.labels, plan.base.problem_type, model, tokenizer, threshold=plan.base.threshold)
     arguments = TrainingArguments(
         output_dir=str(checkpoints), remove_unused_columns=False, label_names=["labels"], **plan.trainer
     )
@@ -245,10 +313,11 @@ def make_label_trainer(setup: TrainerSetup, checkpoints: Path, model: Any) -> La
     return LabelTrainer(
         setup,
         head=head,
+        class_weights=plan.class_weights if isinstance(plan.class_weights, tuple) else (),
         model=wrapped,
         args=arguments,
         data_collator=collate,
         train_dataset=Dataset(data.train.store.examples.select(columns)).select(data.train.rows),
-        eval_dataset=Dataset(data.test.select(columns)) if data.holds_out else None,
+        eval_dataset=evaluated_rows(setup, columns),
         processing_class=tokenizer if head.images is None else head.images.processor,
     )

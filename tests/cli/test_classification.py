@@ -422,8 +422,10 @@ def test_running_text_is_parted_into_words_and_signs() -> None:
 
 
 @pytest.mark.numeric
-def test_the_loss_while_training_is_that_of_all_test_rows(label_recipe: Write, tmp_path: Path) -> None:
-    trainer = trainer_of(label_recipe("token-classification"), tmp_path / "run")
+def test_the_loss_while_training_is_that_of_all_validation_rows(label_recipe: Write, tmp_path: Path) -> None:
+    split = {"split": {"test_size": 0.25, "validation_size": 0.25, "seed": 1}}
+    trainer = trainer_of(label_recipe("token-classification", dataset=split), tmp_path / "run")
+    assert len(trainer.eval_dataset) == len(trainer.setup.data.validation_split.rows) > 5
     found = trainer.evaluate()["eval_loss"]
     rows = trainer.eval_dataset
     logits = row_logits(

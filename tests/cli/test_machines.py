@@ -163,7 +163,8 @@ def test_a_stop_on_one_machine_stops_both_and_both_go_on_from_the_checkpoint_of_
 def test_the_best_checkpoint_and_the_adapter_of_the_first_machine_reach_the_other(machines: Any, cli_in: Cli) -> None:
     saving = {"max_steps": 8, "save_steps": 4, "eval_strategy": "steps", "eval_steps": 4}
     best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": False}
-    first, _ = both = machines(trainer=saving | best)  # its file lies on the first machine only
+    split = {"split": {"test_size": 12, "validation_size": 4, "seed": 1}}
+    first, _ = both = machines(trainer=saving | best, dataset=split)  # its file lies on the first machine only
     found = []
     for _ in range(2):
         port = free_port()

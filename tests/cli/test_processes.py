@@ -53,9 +53,11 @@ def losses(run: Path) -> list[float]:
 def runs(recipe_in: Write, cli_in: Cli, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """The runs that most tests here look at; their gate is not met, so that the exit code is another one than 0."""
     folder = tmp_path_factory.mktemp("processes")
+    lines = [f"{number},new thing {number},{('red', 'green')[number % 2]} thing" for number in range(100, 108)]
+    (folder / "more.csv").write_text("\n".join(["id,thing,kind", *lines]), encoding="utf-8")
     recipe = recipe_in(
         folder,
-        dataset={"split": {"test_size": 16, "seed": 1}},
+        dataset={"split": {"test_size": 16, "seed": 1}, "validation": {"path": str(folder / "more.csv")}},
         trainer={
             "max_steps": LAST,
             "save_steps": 7,
@@ -63,7 +65,10 @@ def runs(recipe_in: Write, cli_in: Cli, tmp_path_factory: pytest.TempPathFactory
             "eval_strategy": "steps",
             "eval_steps": LAST,
         },
-        evaluation={"samples": 0, "batch_size": 3},  # 16 rows are no multiple of it, so accelerate takes some twice
+        evaluation={
+            "samples": 0,
+            "batch_size": 3,
+        },  # 16 and 8 rows are no multiple of it, so accelerate takes some twice
         gates={"loss": "<= 0.0001"},
     )
     by_one = {"wide": "trainer.per_device_train_batch_size=8", "whole": "trainer.gradient_accumulation_steps=2"}
@@ -118,12 +123,10 @@ def test_two_processes_give_the_metrics_of_one(runs: Runs) -> None:
 
 @pytest.mark.numeric
 def test_an_evaluation_on_the_way_counts_each_row_once(runs: Runs) -> None:
-    found = [
-        [row["eval_loss"] for row in read_log(run / "log.jsonl") if "eval_loss" in row] for run in (runs.wide, runs.two)
-    ]
-    assert len(found[0]) == len(found[1]) == 1
-    assert found[1] == pytest.approx(found[0], abs=1e-5)
-    assert found[1][0] == pytest.approx(read_json(runs.wide / "metrics.json")["adapter"]["loss"], abs=1e-4)
+    one, two = ([row for row in read_log(run / "log.jsonl") if "eval_loss" in row] for run in (runs.wide, runs.two))
+    assert len(one) == len(two) == 1
+    for name in ("eval_loss", "eval_token_accuracy"):
+        assert two[0][name] == pytest.approx(one[0][name], abs=1e-5)
 
 
 @pytest.mark.numeric

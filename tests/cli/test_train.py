@@ -136,7 +136,8 @@ def test_sigterm_to_the_parent_stops_all_processes_with_a_checkpoint(write_recip
 def test_an_evaluation_leaves_the_gradients_of_4bit_as_they_were(write_recipe: Write, tmp_path: Path) -> None:
     def gradients(*, evaluate: bool) -> dict[str, torch.Tensor]:
         torch.manual_seed(0)
-        trainer = trainer_of(write_recipe(), tmp_path / "run")
+        split = {"split": {"test_size": 0.25, "validation_size": 0.25, "seed": 1}}
+        trainer = trainer_of(write_recipe(dataset=split), tmp_path / "run")
         torch.manual_seed(1)
         for name, parameter in trainer.model.named_parameters():
             if "lora_B" in name:  # zero at the start, which would hide every gradient of A

@@ -16,6 +16,7 @@ ACCUMULATED = {
     "trainer.max_steps": 6,
     "trainer.eval_strategy": "steps",
     "trainer.eval_steps": 2,
+    "dataset.split": {"test_size": 0.125, "validation_size": 0.125, "seed": 1},
     "trainer.save_steps": 3,
 }
 """Steps of four micro-batches, of two at the end of the epoch; evaluations after steps 2, 4 and 6, saves at 3 and 6."""

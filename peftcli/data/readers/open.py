@@ -15,7 +15,7 @@ from peftcli.data.readers.text import read_conll, read_text
 from peftcli.data.readers.text_stream import check_head, reading
 from peftcli.data.rows import Rows, Source, listed
 from peftcli.errors import DataError
-from peftcli.recipe.schema import FilesSection, SourceSection, TestSection
+from peftcli.recipe.schema import FilesSection, SourceSection, TestSection, ValidationSection
 
 
 def _read_parquet(file: DataFile) -> Iterator[Rows]:
@@ -118,7 +118,8 @@ def open_source(section: FilesSection, *, without: frozenset[Path] = frozenset()
     if isinstance(section, SourceSection) and (section.url is not None or section.url_env is not None):
         return open_database(section, key)
     if isinstance(section, SourceSection | TestSection) and section.path is None:
-        split = section.hub_split or ("test" if isinstance(section, TestSection) else "train")
+        default = "validation" if isinstance(section, ValidationSection) else "test"
+        split = section.hub_split or (default if isinstance(section, TestSection) else "train")
         assert section.name is not None  # checked by the recipe
         from peftcli.data.readers.hub import HubSource
 

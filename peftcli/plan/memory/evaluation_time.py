@@ -4,15 +4,20 @@ A step of generation reads all weights once for all answers of a batch, so few l
 weights are unpacked in every step, whatever the batch.
 """
 
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 from peftcli.plan.answered_rows import AUTO_ROWS, answered_count
+from peftcli.plan.evaluations import ANSWER_METRICS, MOST_ANSWERS
 from peftcli.plan.gpus import GPU
 from peftcli.plan.memory.estimate import MicroBatchMemory, weight_bytes
 from peftcli.plan.memory.model_shape import ModelDimensions
 from peftcli.plan.memory.step_time import LAUNCH_SECONDS, WRITTEN_BYTES
 from peftcli.plan.memory.training_setup import TrainingSetup
 from peftcli.plan.plan import Plan
+from peftcli.recipe.best_model import metric_name
 from peftcli.results import EvaluationTime
 from peftcli.tasks.registry import TASKS
 
@@ -43,30 +48,86 @@ class EvaluationWork:
     processes: int = 1
 
 
+@dataclass(frozen=True)
+class HeldOutRows:
+    """The rows that are evaluated, and the steps between evaluations during training.
+
+    Attributes:
+        test, validation: numbers of rows; None where the data were not read.
+        mean: tokens of a row.
+        steps: of the training; None if unknown.
+        epoch_steps: of an epoch; None if unknown.
+    """
+
+    test: int | None
+    validation: int | None
+    mean: float
+    steps: int | None = None
+    epoch_steps: int | None = None
+
+
 def evaluation_time(
-    plan: Plan, load: MicroBatchMemory, gpu: GPU | None, memory: int | None, *, test_rows: int | None, mean: float
+    plan: Plan, load: MicroBatchMemory, gpu: GPU | None, memory: int | None, rows: HeldOutRows
 ) -> EvaluationTime | None:
     """What the forecast says of evaluation; None where no row is held out or the GPU's speed is not known.
 
     Args:
         memory: bytes of the GPU.
-        test_rows: None where the data were not read.
-        mean: tokens of a row.
     """
-    if gpu is None or not plan.dataset.holds_out:
+    during = evaluations_during(plan.trainer, rows.steps, rows.epoch_steps)
+    if gpu is None or not (plan.dataset.holds_out or during):
         return None
-    work = evaluation_work(plan, load, memory or 0, test_rows, mean)
+    test_rows = rows.test if plan.dataset.holds_out else 0
+    work = evaluation_work(plan, load, memory or 0, test_rows, rows.mean)
     passes = 1 + plan.evaluation.baseline
     seconds = pass_seconds(load.shape, load.setting, gpu, work)
+    validation = replace(
+        work,
+        scored_tokens=None if rows.validation is None else rows.validation * rows.mean,
+        answers=_answers_during(plan, rows.validation),
+    )
+    one = pass_seconds(load.shape, load.setting, gpu, validation) if during else 0.0
+    last = replace(validation, answers=_answers(plan, rows.validation)) if plan.dataset.validates else None
+    seconds_last = 0.0 if last is None else pass_seconds(load.shape, load.setting, gpu, last)
     return EvaluationTime(
+        evaluations=during,
+        validation_rows=rows.validation,
+        during_seconds=during * one,
         passes=passes,
         scored_rows=test_rows,
         answered_rows=work.answers,
         answers_at_once=work.at_once,
         answer_tokens=work.new_tokens,
         pass_seconds=seconds,
-        seconds=passes * seconds,
+        seconds=passes * seconds + during * one + seconds_last,
     )
+
+
+def evaluations_during(trainer: Mapping[str, Any], steps: int | None, epoch_steps: int | None) -> int:
+    """Number of evaluations during a training; 0 if it is unknown.
+
+    Source: `DefaultFlowCallback` of transformers.
+
+    >>> evaluations_during({"eval_strategy": "steps", "eval_steps": 50, "eval_delay": 100}, 320, None)
+    5
+    >>> evaluations_during({"eval_strategy": "epoch"}, 25, 10)
+    3
+    """
+    strategy = str(trainer.get("eval_strategy", "no"))
+    if strategy == "no" or steps is None:
+        return 0
+    delay = float(trainer.get("eval_delay") or 0)
+    if strategy == "epoch":
+        return max(0, math.ceil(steps / epoch_steps) - max(0, math.ceil(delay) - 1)) if epoch_steps else 0
+    every = float(trainer.get("eval_steps") or trainer["logging_steps"])
+    every = max(1, math.ceil(steps * every) if every < 1 else int(every))
+    return sum(step >= delay for step in range(every, steps + 1, every))
+
+
+def _answers_during(plan: Plan, rows: int | None) -> int:
+    if not TASKS[plan.task].generates or metric_name(plan.trainer) not in ANSWER_METRICS:
+        return 0
+    return min(MOST_ANSWERS, MOST_ANSWERS if rows is None else rows)
 
 
 def evaluation_work(

@@ -9,7 +9,7 @@ from peftcli.methods.registry import METHODS
 from peftcli.plan.gpus import GPU, gpu_of
 from peftcli.plan.machine import Machine
 from peftcli.plan.memory.estimate import INT8_BITS, NF4_BITS, MicroBatchMemory
-from peftcli.plan.memory.evaluation_time import evaluation_time
+from peftcli.plan.memory.evaluation_time import HeldOutRows, evaluation_time
 from peftcli.plan.memory.model_shape import Linear, ModelDimensions
 from peftcli.plan.memory.step_time import step_seconds, token_flops
 from peftcli.plan.memory.suggestions import suggest
@@ -59,7 +59,7 @@ class Rows:
         count: number of rows; None if the data was not read.
         known: False if both lengths are the recipe's `max_length`.
         lengths: tokens of the longest rows, in descending order; may be fewer than a batch, and empty if unknown.
-        test: number of test rows; None if the data was not read.
+        test, validation: numbers of test and validation rows; None if the data was not read.
     """
 
     longest: int
@@ -68,6 +68,7 @@ class Rows:
     known: bool = True
     lengths: tuple[int, ...] = ()
     test: int | None = None
+    validation: int | None = None
 
     def step_tokens(self, rows: int) -> int:
         """Maximum number of tokens of a step with a number of rows.
@@ -94,7 +95,8 @@ def rows_of(plan: Plan, data: Mapping[str, Any] | None, lengths: Sequence[int] =
     rows = int(data["train_rows"])
     # These lengths are before truncation.
     longest = min(most, int(data["length"]["max"]))
-    return Rows(longest, data["tokens"]["train"] / rows, rows, lengths=tuple(lengths), test=data.get("test_rows"))
+    held_out = {"test": data.get("test_rows"), "validation": data.get("validation_rows", 0)}
+    return Rows(longest, data["tokens"]["train"] / rows, rows, lengths=tuple(lengths), **held_out)
 
 
 def make_forecast(
@@ -332,8 +334,13 @@ def _time(plan: Plan, load: MicroBatchMemory, machine: Machine, rows: Rows) -> F
         step_seconds=seconds,
         seconds=None if seconds is None or steps is None else seconds * steps,
         gpu=None if gpu is None else gpu.key,
-        evaluation=evaluation_time(plan, load, gpu, machine.memory_bytes, test_rows=rows.test, mean=rows.mean),
+        evaluation=evaluation_time(plan, load, gpu, machine.memory_bytes, _held_out(plan, rows, steps)),
     )
+
+
+def _held_out(plan: Plan, rows: Rows, steps: int | None) -> HeldOutRows:
+    epoch_steps = None if rows.count is None else -(-rows.count // plan.batch.effective)
+    return HeldOutRows(rows.test, rows.validation, rows.mean, steps, epoch_steps)
 
 
 def _steps(plan: Plan, rows: Rows) -> int | None:

@@ -1,6 +1,7 @@
 """Whatever is done to a data file after a training, no row that was trained on is scored as held out."""
 
 import csv
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -58,10 +59,11 @@ def read(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> R
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
     file = tmp_path / "rows.csv"
 
-    def make(rows: list[Row], *, deduplicate: bool, **records: Any) -> PreparedData:
+    def make(rows: list[Row], *, deduplicate: bool, validation: int = 0, **records: Any) -> PreparedData:
         with file.open("w", newline="") as stream:
             csv.writer(stream).writerows([("name", "color"), *rows])
-        keys = {"path": str(file), "prompt": "{name}:", "completion": " {color}", "split": {"test_size": 4}}
+        keys = {"path": str(file), "prompt": "{name}:", "completion": " {color}"}
+        keys |= {"split": {"test_size": 4, "validation_size": validation}}
         section = DatasetSection.model_validate(keys | {"deduplicate": deduplicate})
         return prepare(section, tokenizer, RULE, 0, Silent(), **records)
 
@@ -93,13 +95,17 @@ def saved(record: SplitRecord, file: Path) -> SplitRecord:
 
 
 @settings(max_examples=50, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(edits=EDITS, more=EDITS, deduplicate=st.booleans())
+@given(edits=EDITS, more=EDITS, deduplicate=st.booleans(), validation=st.sampled_from((0, 3)))
 def test_no_edit_of_a_file_makes_a_trained_row_a_test_row(
-    read: Read, tmp_path: Path, edits: list[Any], more: list[Any], deduplicate: bool
+    read: Read, tmp_path: Path, edits: list[Any], more: list[Any], deduplicate: bool, validation: int
 ) -> None:
+    read = functools.partial(read, validation=validation)
     first = read(ROWS, deduplicate=deduplicate)
-    trained, tested = rows_of(first.train), rows_of(first.test_split)
-    record = saved(SplitRecord.of(first.train, first.test_split), tmp_path / "rows.npz")
+    chosen_with = rows_of(first.validation_split)
+    assert len(chosen_with) == validation
+    trained, tested = rows_of(first.train) + chosen_with, rows_of(first.test_split)
+    assert not set(tested) & set(trained) and not set(chosen_with) & set(rows_of(first.train))
+    record = saved(SplitRecord.of(first.train, first.test_split, first.validation_split), tmp_path / "rows.npz")
     rows = edited(ROWS, edits)
     if not rows:
         return
@@ -126,14 +132,18 @@ def test_no_edit_of_a_file_makes_a_trained_row_a_test_row(
         test = rows_of(again.test_split)
         assert left <= set(test) and not set(test) & set(trained)
         assert not names([row for row in test if row not in tested]) & names(trained)
+        validated = {row for row in used if row in chosen_with}
+        assert validated <= set(rows_of(again.validation_split))
+        assert not set(rows_of(again.validation_split)) & {*rows_of(first.train), *test, *rows_of(again.train)}
         if earlier is not None and earlier.closed and left:
-            assert set(test) == left and set(rows_of(again.train)) == set(used) - left
+            assert set(test) == left and set(rows_of(again.train)) == set(used) - left - validated
 
     # what was trained on in any of the sessions is not scored after further edits
     after, seen = record, list(trained)
     if left:
-        after = saved(SplitRecord.of(again.train, again.test_split).extended(record), tmp_path / "rows.npz")
-        seen += rows_of(again.train)
+        record_now = SplitRecord.of(again.train, again.test_split, again.validation_split)
+        after = saved(record_now.extended(record), tmp_path / "rows.npz")
+        seen = [*rows_of(first.train), *rows_of(again.train), *rows_of(again.validation_split)]
     later = edited(rows, more)
     try:
         scored = rows_of(read(later, deduplicate=deduplicate, record=after).test_split) if later else []

@@ -222,7 +222,8 @@ def test_the_schedule_of_adalora_is_checked_for_the_real_steps_and_left_out_of_a
 
 def test_evaluations_and_checkpoints_come_within_the_few_steps_of_a_rehearsal(recipe: Any) -> None:
     asked = "trainer: {load_best_model_at_end: true, eval_strategy: steps, eval_steps: 100, save_steps: 200}\n"
-    trainer = smoke_recipe(recipe(asked)).trainer
+    dataset = "dataset: {path: a.csv, text: '{a}', split: {validation_size: 0.1}}\n"
+    trainer = smoke_recipe(recipe(dataset + asked)).trainer
     assert trainer["eval_steps"] == trainer["save_steps"] < trainer["max_steps"]
 
 

@@ -22,12 +22,6 @@ OF_ROWS = ("base", "adapter", "merged")
     [
         ({"gates": {"exact_match": ">= 0.1"}}, "gates.exact_match is measured on test rows"),
         ({"dataset": {"split": {"test_size": 0.0, "group": "kind"}}}, "dataset.split.group controls how test rows are"),
-        ({"trainer": {"eval_strategy": "steps"}}, "trainer.eval_strategy needs test rows"),
-        ({"trainer": {"load_best_model_at_end": True}}, "trainer.load_best_model_at_end needs test rows"),
-        (
-            {"stages": [{"name": "a", "trainer": {"eval_strategy": "epoch"}}, {"name": "b"}]},
-            "stages[0].trainer.eval_strategy needs test rows",
-        ),
     ],
 )
 def test_what_needs_test_rows_is_refused_beside_none(

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from peftcli.errors import RecipeError
+from peftcli.recipe.best_model import EARLY_STOPPING
 from peftcli.recipe.dump import changed_keys, dump_recipe, fingerprint
 from peftcli.recipe.fields import Gate, duration_text, parse_duration, parse_gate
 from peftcli.recipe.library_args import installed_arguments
@@ -402,9 +403,9 @@ def test_ordinary_names_are_no_secrets(tmp_path: Path, text: str) -> None:
     ("given", "kept", "notice"),
     [
         (
-            "evaluation_strategy: steps",
-            {"eval_strategy": "steps"},
-            'evaluation_strategy is now eval_strategy; "steps"',
+            "evaluation_strategy: no",
+            {"eval_strategy": "no"},
+            'evaluation_strategy is now eval_strategy; "no"',
         ),
         (
             "warmup_ratio: 0.03",
@@ -468,7 +469,7 @@ def test_the_tables_of_trainer_names_agree_with_the_installed_version() -> None:
     arguments = installed_arguments()
     assert arguments is not None
     assert {rule.new for rule in RENAMED.values()} <= set(arguments)
-    assert set(BOUNDS) <= set(arguments)
+    assert set(BOUNDS) <= {*arguments, *EARLY_STOPPING}
     assert set(WHOLE_FROM_ONE) <= set(arguments)
     assert not set(OWNED) & (set(RENAMED) | set(REMOVED))
 

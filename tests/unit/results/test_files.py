@@ -2,6 +2,7 @@
 
 import json
 import types
+from collections.abc import Callable
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -45,10 +46,31 @@ NOT_IN_SAMPLES = {"Calibration", "EvaluationTime", "ForecastChange", "OutOfMemor
 """What this short run has none of; their writers name the fields, so mypy or the constructor finds another one."""
 
 
+@pytest.fixture(scope="module")
+def validated(
+    recipe_in: Callable[..., Path], cli_in: Callable[..., int], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A run that chose its best step with validation rows."""
+    folder = tmp_path_factory.mktemp("validated")
+    evaluated = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "load_best_model_at_end": True}
+    recipe = recipe_in(
+        folder,
+        dataset={"split": {"test_size": 0.25, "validation_size": 0.25, "seed": 1}},
+        trainer=evaluated | {"max_steps": 2, "early_stopping_patience": 2},
+        evaluation={"baseline": False, "rows": 2},
+    )
+    assert cli_in(folder, "train", recipe, "--output-dir", "run") == 0
+    return folder / "run"
+
+
 @pytest.mark.parametrize("name", FILES)
-def test_a_file_that_a_run_wrote_is_the_same_after_reading_and_writing(real_run: Path, name: str) -> None:
-    value = read_json(real_run / name)
-    assert dump(parse(FILES[name], value)) == value
+def test_a_file_that_a_run_wrote_is_the_same_after_reading_and_writing(
+    real_run: Path, validated: Path, name: str
+) -> None:
+    for run in (real_run, validated):
+        if (run / name).exists():
+            value = read_json(run / name)
+            assert dump(parse(FILES[name], value)) == value
 
 
 def test_the_data_of_every_task_are_the_same_after_reading_and_writing(label_data: list[dict[str, Any]]) -> None:
@@ -94,7 +116,7 @@ def all_classes(hint: Any) -> set[type]:
 
 
 def test_every_field_is_a_key_that_something_writes(
-    real_run: Path, label_data: list[dict[str, Any]], tmp_path: Path
+    real_run: Path, validated: Path, label_data: list[dict[str, Any]], tmp_path: Path
 ) -> None:
     history = [{"step": step, "ranks": [step, 2]} for step in (1, 2)]
     allocation = SimpleNamespace(_config=SimpleNamespace(init_r=6, target_r=4), modules=["a", "b"], history=history)
@@ -102,6 +124,7 @@ def test_every_field_is_a_key_that_something_writes(
     chosen = choose_modules({"a.q": 2.0, "a.v": 1.0}, {"a.q": 10, "a.v": 10}, 1000, 0.01, 4)
     save(tmp_path / "selection.json", chosen.as_json())
     found: list[tuple[type, Any]] = [(kind, read_json(real_run / name)) for name, kind in FILES.items()]
+    found += [(kind, read_json(validated / name)) for name, kind in FILES.items() if (validated / name).exists()]
     found += [(DataJson, facts) for facts in label_data]
     found += [(RanksJson, read_json(tmp_path / "ranks.json")), (Selection, read_json(tmp_path / "selection.json"))]
     found += [

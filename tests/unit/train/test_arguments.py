@@ -35,6 +35,7 @@ Cli = Callable[..., int]
 Write = Callable[..., Path]
 
 EVALUATED = {"eval_strategy": "steps", "eval_steps": 1}
+VALIDATED = {"split": {"test_size": 0.25, "validation_size": 0.25, "seed": 1}}
 SCHEDULER_KWARGS: dict[str, dict[str, Any]] = {
     "cosine_with_min_lr": {"min_lr_rate": 0.1},
     "cosine_warmup_with_min_lr": {"min_lr": 1e-5},
@@ -48,13 +49,13 @@ def recipe(write_recipe: Write) -> Callable[..., Recipe]:
     """A function that loads a recipe with these trainer arguments."""
 
     def load(**arguments: Any) -> Recipe:
-        return load_recipe(write_recipe(trainer=arguments)).recipe
+        return load_recipe(write_recipe(trainer=arguments, dataset=VALIDATED)).recipe
 
     return load
 
 
 def refused(write: Write, arguments: dict[str, Any]) -> str:
-    path = write(trainer=arguments)
+    path = write(trainer=arguments, dataset=VALIDATED)
     with pytest.raises(RecipeError) as caught:
         load_recipe(path)
     return str(caught.value)
@@ -63,8 +64,18 @@ def refused(write: Write, arguments: dict[str, Any]) -> str:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"metric_for_best_model": "f1"}, "must be loss or eval_loss"),
-        ({"greater_is_better": True}, "highest loss"),
+        ({"metric_for_best_model": "f1"}, "causal-lm has no such metric; use one of loss, perplexity"),
+        ({"metric_for_best_model": "eval_exact_mach"}, "did you mean exact_match?"),
+        ({"greater_is_better": True}, "would choose the worst loss, of which lower is better"),
+        (
+            {"metric_for_best_model": "exact_match", "greater_is_better": False},
+            "would choose the worst exact_match, of which higher is better",
+        ),
+        ({"early_stopping_patience": 2}, "counts evaluations during training; add eval_strategy"),
+        ({"early_stopping_threshold": 0.1, **EVALUATED}, "has no effect without early_stopping_patience"),
+        ({"early_stopping_patience": 0, **EVALUATED}, "must be at least 1"),
+        ({"early_stopping_patience": 1.5, **EVALUATED}, "must be a whole number"),
+        ({"early_stopping_pacience": 2, **EVALUATED}, "did you mean trainer.early_stopping_patience?"),
         ({"lr_scheduler_type": "cosine_with_min_lr"}, "needs min_lr or min_lr_rate; add lr_scheduler_kwargs"),
         (
             {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 0, "min_lr_rate": 0.1}},
@@ -259,7 +270,7 @@ def test_a_rehearsal_keeps_the_evaluation_that_other_arguments_need(
     write_recipe: Write, run_cli: Cli, tmp_path: Path
 ) -> None:
     asked = {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "epoch", "save_strategy": "epoch"}
-    path = write_recipe(trainer=asked | {"load_best_model_at_end": True})
+    path = write_recipe(trainer=asked | {"load_best_model_at_end": True}, dataset=VALIDATED)
     assert run_cli("train", path, "--smoke") == 0
     train = read_json(tmp_path / "runs" / "things-smoke" / "plan.json")["trainer"]
     assert (train["eval_strategy"], train["eval_steps"], train["save_steps"]) == ("steps", 3, 3)
@@ -336,6 +347,7 @@ def test_a_training_uses_nothing_that_the_libraries_call_deprecated(
 ) -> None:
     path = write_recipe(
         quantization={"bits": 4} if quantized else None,
+        dataset=VALIDATED,
         trainer={"activation_checkpointing": True, "max_steps": 2, "save_steps": 1, **EVALUATED},
     )
     with warnings.catch_warnings(record=True) as heard:
@@ -392,6 +404,7 @@ def test_every_argument_of_the_installed_trainer_is_tried() -> None:
 
 
 SMALL: dict[str, Any] = {
+    "dataset": VALIDATED,
     "adapter": {"r": 2, "target_modules": ["q_proj"]},
     "quantization": None,
     "evaluation": {"rows": 1, "max_new_tokens": 1, "baseline": False},

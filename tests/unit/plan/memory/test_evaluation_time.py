@@ -45,9 +45,10 @@ NF4 = TrainingSetup(
 WORK = EvaluationWork(scored_tokens=None, answers=1000, at_once=64, prompt_tokens=200, new_tokens=256)
 
 
-def planned(path: Path, more: str, machine: Machine) -> Any:
+def planned(path: Path, more: str, machine: Machine, split: str = "") -> Any:
     path.write_text(
-        "model: {name: org/model}\ndataset: {path: a.csv, prompt: '{a}', completion: '{b}', max_length: 512}\n"
+        "model: {name: org/model}\n"
+        f"dataset:\n  path: a.csv\n  prompt: '{{a}}'\n  completion: '{{b}}'\n  max_length: 512\n{split}"
         f"quantization: {{bits: 4}}\n{more}",
         encoding="utf-8",
     )
@@ -56,9 +57,11 @@ def planned(path: Path, more: str, machine: Machine) -> Any:
     return make_plan(load_recipe(path).recipe, machine, facts, lambda adapter: Trained(41_943_040))
 
 
-def forecast(path: Path, more: str = "", gpu: str = "t4", data: dict[str, Any] | None = None) -> EvaluationTime:
+def forecast(
+    path: Path, more: str = "", gpu: str = "t4", data: dict[str, Any] | None = None, split: str = ""
+) -> EvaluationTime:
     machine = machine_with(find_gpu(gpu))
-    plan = planned(path, more, machine)
+    plan = planned(path, more, machine, split)
     found = make_forecast(plan, LLAMA_8B, machine, rows_of(plan, data), ForecastDisk(total=1))
     assert found is not None and found.time.evaluation is not None
     return found.time.evaluation
@@ -99,6 +102,27 @@ def test_the_forecast_counts_passes_rows_and_memory(tmp_path: Path) -> None:
     # Keys and values of 64 rows of 4096 tokens take 34 GB: fewer are answered at once where memory does not hold them.
     long = "evaluation: {max_new_tokens: 3584}"
     assert forecast(file, long, "t4").answers_at_once < forecast(file, long, "h100").answers_at_once == 64
+
+
+def test_the_forecast_counts_evaluations_during_training(tmp_path: Path) -> None:
+    file = tmp_path / "r.yaml"
+    data = {"train_rows": 800, "test_rows": 100, "length": {"max": 512}, "tokens": {"train": 800 * 100}}
+    plain = forecast(file, data=data)
+    split = "  split: {test_size: 100, validation_size: 50}\n"
+    held_out = data | {"validation_rows": 50}
+
+    def validated(trainer: str) -> EvaluationTime:
+        return forecast(file, f"trainer: {{max_steps: 1000, {trainer}}}\n", data=held_out, split=split)
+
+    last = validated("eval_strategy: no").seconds - plain.seconds  # the adapter, once on the validation rows
+    assert plain.evaluations == 0 and 0 < last < plain.seconds
+    losses = validated("eval_strategy: steps, eval_steps: 100")
+    assert (losses.evaluations, losses.validation_rows) == (10, 50)
+    assert losses.seconds - losses.during_seconds == pytest.approx(plain.seconds + last)
+    best = "eval_strategy: steps, eval_steps: 100, save_steps: 100, load_best_model_at_end: true"
+    answers = validated(f"{best}, metric_for_best_model: exact_match")
+    assert answers.during_seconds > 2 * losses.during_seconds > 0
+    assert validated("eval_strategy: epoch").evaluations == 10  # an epoch is 100 steps of 8 rows
 
 
 def test_plan_prints_an_evaluation_time_that_is_labelled_as_an_estimate(
