@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from peftcli.data.chat_formats import ChatRules, is_chat, is_sharegpt
 from peftcli.data.class_labels import Names
@@ -20,9 +21,15 @@ from peftcli.data.examples import (
     from_templates,
 )
 from peftcli.data.loss_flags import flag_columns, flag_keys
-from peftcli.data.other_tasks import refuse_other_tasks, refuse_ratings_and_media, template_pair
+from peftcli.data.other_tasks import (
+    rating,
+    refuse_other_tasks,
+    refuse_ratings_and_media,
+    template_pair,
+    text_path,
+)
 from peftcli.data.rows import LONG_NAME, Rows, first_value, listed, shown
-from peftcli.data.values import InvalidValue, SkipRow
+from peftcli.data.values import InvalidValue, SkipRow, parsed_list
 from peftcli.errors import DataError
 from peftcli.nearest import nearest
 from peftcli.plan.plan import LossMask
@@ -44,6 +51,7 @@ LABELLED = ("classification", "tagging", "images")
 _LONE_SURROGATE = "with a lone surrogate (half a character)"
 _QUESTION_CONTEXT = ("context", "passage", "choices", "options", "system", "system_prompt")
 _LEARNED = re.compile(r"answer|response|output|completion|reply|target|label|summary|translation", re.IGNORECASE)
+_ASKED = re.compile(r"prompt|question|instruction|query|input|source|sentence|request", re.IGNORECASE)
 _SENTENCE = re.compile(r"\S\s+\S+\s+\S+\s+\S|\S\s.*[.?!]\s*$", re.DOTALL)
 _NO_EXAMPLE = re.compile(r"(^|_)(id|index|idx)$|^\s*$|[{}\[\]:!]", re.IGNORECASE)
 """Columns that are not used for the example in a message: row numbers, and names that a template cannot contain."""
@@ -410,16 +418,20 @@ def _unused_context(first: Rows, found: ColumnFormat, context: str) -> str:
 def _unknown(first: Rows, section: SourceSection) -> str:
     usable = list(filter(_fits_a_template, first.columns))
     names = [name for name in usable if not _NO_EXAMPLE.search(name)] or usable
-    chat = next((name for name in first.columns if is_chat(first_value(first, name))), None)
-    texts = [name for name in names if isinstance(first_value(first, name), str | int | float)] or names
+    chat = next((name for name in first.columns if _holds_chat(first_value(first, name))), None)
+    paths = {name: name + text_path(first_value(first, name)) for name in names}
+    texts = [name for name in names if paths[name] != name or _is_scalar(first_value(first, name))] or names
     learned = next((name for name in texts if _LEARNED.search(name)), "".join(texts[-1:]))
-    prompt = next((name for name in texts if name != learned), None)
+    others = [name for name in texts if name != learned]
+    prompt = next((name for name in others if _ASKED.search(name)), others[0] if others else None)
     if chat is not None:
-        example = f"columns: {{messages: {chat}}}"
+        example = f"{{columns: {{messages: {chat}}}}}"
     elif prompt is not None:
-        example = f'{{prompt: "{{{prompt}}} ->", completion: " {{{learned}}}"}}'
+        rated = rating(first)
+        only = f", where: {{{rated[0]}: {rated[1]}}}" if rated is not None else ""
+        example = f'{{prompt: "{{{paths[prompt]}}} ->", completion: " {{{paths[learned]}}}"{only}}}'
     else:
-        example = f'{{text: "{{{learned}}}"}}'
+        example = f'{{text: "{{{paths.get(learned, learned)}}}"}}'
     hint = _header_hint(first, section) if any(map(_is_like_a_cell, first.columns)) else _edge_hint(first)
     if hint:
         return f"{first.file}: its columns ({listed(first.columns)}) do not match a known format{hint}"
@@ -434,6 +446,18 @@ def _unknown(first: Rows, section: SourceSection) -> str:
         "dataset.prompt and dataset.completion (or dataset.text) to templates with these columns, or set "
         f"dataset.columns, for example\n  dataset: {example}"
     )
+
+
+def _holds_chat(value: Any) -> bool:
+    """Whether a value is a list of messages, or a string with one."""
+    try:
+        return is_chat(list(parsed_list(value, "")))
+    except SkipRow:
+        return False
+
+
+def _is_scalar(value: Any) -> bool:
+    return isinstance(value, str | int | float)
 
 
 def _fits_a_template(name: str) -> bool:

@@ -107,7 +107,7 @@ def matches(value: Any, wanted: Any) -> bool:
     except ValueError:
         return str(value).strip() == str(wanted).strip()
     number = _number(value)
-    return number is not None and limit.met(number)
+    return number is not None and bool(limit.met(number))
 
 
 def _number(value: Any) -> float | None:

@@ -202,7 +202,7 @@ def test_an_unknown_table_gets_an_example_of_its_own_columns() -> None:
     assert message.endswith('dataset: {prompt: "{question_text} ->", completion: " {reply}"}')
     with pytest.raises(DataError, match=r'dataset: \{text: "\{body\}"\}$'):
         choose(rows_of([{"body": "x"}]))
-    with pytest.raises(DataError, match=r"dataset: columns: \{messages: dialog\}$"):
+    with pytest.raises(DataError, match=r"dataset: \{columns: \{messages: dialog\}\}$"):
         choose(rows_of([{"dialog": [user(), assistant()]}]))
 
 
