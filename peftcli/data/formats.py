@@ -19,6 +19,7 @@ from peftcli.data.examples import (
     from_instructions,
     from_questions,
     from_templates,
+    inner_value,
 )
 from peftcli.data.loss_flags import flag_columns, flag_keys
 from peftcli.data.other_tasks import (
@@ -207,7 +208,8 @@ def _by_templates(first: Rows, section: SourceSection, kind: str, templates: dic
 
 def _by_columns(first: Rows, section: SourceSection, named: ColumnsSection, rules: ChatRules) -> RowFormat:
     chosen = named.model_dump(exclude_none=True)
-    missing = [name for name in chosen.values() if name not in first.columns]
+    paths = [named.messages] if named.messages is not None and split_path(named.messages, first.columns) else []
+    missing = [name for name in chosen.values() if name not in (*first.columns, *paths)]
     if missing:
         keys = [f"dataset.columns.{key}" for key, name in chosen.items() if name in missing]
         raise missing_columns(first, missing, len(chosen), joined(keys), section)
@@ -231,19 +233,23 @@ def _plain(first: Rows, names: Sequence[str], name: str, why: str, rules: ChatRu
 
 
 def _chats(first: Rows, column: str, name: str | None, rules: ChatRules) -> RowFormat:
-    sharegpt = is_sharegpt(first_value(first, column))
+    """Chats in a column, or under a key of the objects in a column."""
+    root, steps = split_path(column, first.columns) or (column, ())
+    given = [value for value in (inner_value(value, steps) for value in first.columns[root]) if value is not None]
+    sharegpt = is_sharegpt(given[0] if given else None)
     said = f"chats in {column} ({'from, value' if sharegpt else 'role, content'})"
     if "system" in first.columns:
         said += ", with system as the first message"
     tools = next((tools for tools in ("tools", "functions") if tools in first.columns), None)
     said += f", with the tools in {tools}" if tools is not None else ""
     flags = _flag_columns(first)
-    marked = [*flags, *(f"{key} of a message" for key in flag_keys(first.columns[column]))]
+    marked = [*flags, *(f"{key} of a message" for key in flag_keys(given))]
     said += f", with the loss flags in {joined(marked)}" if marked else ""
     said += ", with the last answer trained" if rules.mask_history else ""
     name = name or ("sharegpt" if sharegpt else "messages")
-    reads = (column, "system", "tools", "functions", *flags)
-    return RowFormat("messages", name, said, _present(first, reads), None, reads, from_chats(rules, flags))
+    reads = (root, "system", "tools", "functions", *flags)
+    make = from_chats(rules, flags, steps)
+    return RowFormat("messages", name, said, _present(first, reads), None, reads, make)
 
 
 def _flag_columns(first: Rows) -> list[str]:
@@ -418,7 +424,8 @@ def _unused_context(first: Rows, found: ColumnFormat, context: str) -> str:
 def _unknown(first: Rows, section: SourceSection) -> str:
     usable = list(filter(_fits_a_template, first.columns))
     names = [name for name in usable if not _NO_EXAMPLE.search(name)] or usable
-    chat = next((name for name in first.columns if _holds_chat(first_value(first, name))), None)
+    chats = ((name, first_value(first, name)) for name in first.columns)
+    chat = next((path for name, value in chats if (path := _chat_path(name, value)) is not None), None)
     paths = {name: name + text_path(first_value(first, name)) for name in names}
     texts = [name for name in names if paths[name] != name or _is_scalar(first_value(first, name))] or names
     learned = next((name for name in texts if _LEARNED.search(name)), "".join(texts[-1:]))
@@ -446,6 +453,14 @@ def _unknown(first: Rows, section: SourceSection) -> str:
         "dataset.prompt and dataset.completion (or dataset.text) to templates with these columns, or set "
         f"dataset.columns, for example\n  dataset: {example}"
     )
+
+
+def _chat_path(name: str, value: Any) -> str | None:
+    """The path of the chat in a column: the column, or a key of its objects; None if there is none."""
+    if _holds_chat(value):
+        return name
+    keys = [key for key, item in value.items() if _holds_chat(item)] if isinstance(value, dict) else []
+    return f"{name}.{keys[0]}" if keys else None
 
 
 def _holds_chat(value: Any) -> bool:

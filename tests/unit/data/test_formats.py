@@ -419,6 +419,17 @@ def test_the_parts_of_anthropic_messages_are_calls_and_their_results() -> None:
     ]
 
 
+def test_messages_inside_objects_are_named_by_a_path() -> None:
+    row = {"input": {"messages": [user(), assistant()]}}
+    with pytest.raises(DataError, match=r"columns: \{messages: input\.messages\}"):
+        choose(rows_of([row]))
+    made = read([row, {"input": {}}], columns={"messages": "input.messages"})
+    assert json.loads(made.columns["messages"][0]) == [user(), assistant()]
+    assert made.dropped == [(1, "with no messages")]
+    with pytest.raises(DataError, match=r"no column output\.messages"):
+        choose(rows_of([row]), columns={"messages": "output.messages"})
+
+
 def test_a_result_without_a_call_is_read() -> None:
     assert read_chat(user(), {"role": "tool", "content": "It rains."}, assistant())[1]["content"] == "It rains."
 
