@@ -235,9 +235,9 @@ _CALLS = ("function_call", "tool_call")
 _PASSED_ON = ("name", "tool_call_id", "reasoning_content", "thinking")
 """Further text keys of a message for chat templates; they are only trained if the template renders them."""
 MESSAGE_KEYS = frozenset(("role", "from", "content", "value", "tool_calls", "function_call", *_PASSED_ON, *FLAGS))
-PART_KEYS = frozenset(("type", "text", "value"))
-CALL_KEYS = frozenset(("id", "type", "function", "name", "arguments"))
-FUNCTION_KEYS = frozenset(("name", "arguments"))
+PART_KEYS = frozenset(("type", "text", "value", "content", "id", "name", "input", "tool_use_id"))
+CALL_KEYS = frozenset(("id", "type", "function", "name", "arguments", "parameters", "input", "args"))
+FUNCTION_KEYS = frozenset(("name", "arguments", "parameters", "input", "args"))
 """The keys of a message, of a part of its content, of a tool call and of its function that are read here; others are
 reported as not read."""
 
