@@ -29,7 +29,7 @@ from peftcli.recipe.load import load_recipe
 from peftcli.report.compare import make_comparison
 from peftcli.report.markdown import render_markdown
 from peftcli.results import CompareJson, VariantRow, save
-from peftcli.run_dir import RunDir, write_json, write_text
+from peftcli.run_dir import RunDir, read_json, write_json, write_text
 from peftcli.summary import write_metrics
 from peftcli.train.baseline import reuse_blocker
 
@@ -188,6 +188,7 @@ def sample_run(folder: Path, *, exact: float = 0.5, rows: int = 100, data: Path,
         (run.environment, {"device": {"name": "a card", "count": 1}}),
     ):
         write_json(path, {"schema": 1, **value})
+    write_text(run.log, "")
     run.adapter.mkdir(exist_ok=True)
     with (run.adapter / "adapter_model.safetensors").open("wb") as file:
         file.truncate(4000 * rank)
@@ -206,7 +207,7 @@ def three_runs(tmp_path: Path, things: Path) -> list[Path]:
 
 
 def compared(folder: Path) -> Any:
-    return json.loads((folder / "compare.json").read_text(encoding="utf-8"))
+    return read_json(folder / "compare.json")
 
 
 def test_runs_that_are_there_are_compared_without_training(
