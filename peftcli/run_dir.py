@@ -152,10 +152,14 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write one JSON object; a non-finite float is an error, since JSON cannot represent it."""
+    """Write one JSON object with its checksum; a non-finite float is an error, since JSON cannot represent it."""
     content = {key: part for key, part in value.items() if key != CHECKSUM}
-    whole = content | {CHECKSUM: _checksum(content)}
-    write_text(path, json.dumps(whole, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_plain_json(path, content | {CHECKSUM: _checksum(content)})
+
+
+def write_plain_json(path: Path, value: dict[str, Any]) -> None:
+    """The same without a checksum, for a file of another program."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:

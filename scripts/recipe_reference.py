@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator
+from pydantic import BaseModel, BeforeValidator, PlainValidator
 from pydantic.fields import FieldInfo
 
 from peftcli.recipe.fields import GATE_NAMES
@@ -43,9 +43,10 @@ READERS = {
     "read_encoding": "name of an encoding",
     "read_delimiter": "one character",
     "read_quote": "one character or `none`",
-    "read_target_modules": "`all-linear`, list of names, or `{select: gradient, budget: 0.5%}`",
+    "read_target_modules": "`all-linear`, list of names, regular expression, or `{select: gradient, budget: 0.5%}`",
     "read_layers": "list of numbers, or `{select: gradient, budget: 0.5%}`",
     "freeze_names": "name or list of names",
+    "read_where": "columns with a value, a list of values, or a limit",
 }
 """What the readers of values that have a notation of their own accept."""
 DEFAULTS = {("", "name"): "name of the file"}
@@ -160,7 +161,7 @@ def _type_text(annotation: Any, metadata: Any = ()) -> str:
 
 def _reader(metadata: Any) -> str | None:
     for one in metadata:
-        if isinstance(one, BeforeValidator):
+        if isinstance(one, BeforeValidator | PlainValidator):
             known = READERS.get(getattr(one.func, "__name__", ""))
             if known is not None:
                 return known

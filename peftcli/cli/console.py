@@ -191,20 +191,32 @@ def plan_lines(plan: PlanJson, data: DataJson | None) -> list[str]:
     lines.append("  " + ", ".join(f"{key} {chosen[key].value}" for key in short if key in chosen))
     lines.append(f"  batch {batch.value} {batch.reason}")
     lines += [f"  sharding {chosen[key].value}: {chosen[key].reason}" for key in ("sharding",) if key in chosen]
-    return lines + ([data_line(data)] if data is not None else [])
+    return lines + ([data_line(data), *unread_lines(data)] if data is not None else [])
+
+
+def unread_lines(data: DataJson) -> list[str]:
+    """What nothing reads of each source that has such columns or keys."""
+    several = len(data.sources) > 1
+    return [
+        f"  not read{f' of {source.path}' if several else ''}: {unread}"
+        for source in data.sources
+        if (unread := source.not_read()) is not None
+    ]
 
 
 def data_line(data: DataJson) -> str:
     """The statistics of the data on one line."""
-    from peftcli.data.stats import EQUAL  # here, because the light commands import this module
+    from peftcli.data.stats import EQUAL, is_wanted  # here, because the light commands import this module
 
     tested = f"{data.test_rows:,}" if data.test_rows else "no"
     read_as = data.format if data.problem in (None, "single-label") else f"{data.format}, {data.problem}"
     duplicates = data.dropped.get(EQUAL) or 0
+    wanted = sum(count or 0 for reason, count in data.dropped.items() if is_wanted(reason))
     parts = [
         f"{data.train_rows:,} train and {tested} test rows of {data.rows:,} ({read_as})",
         *([f"{duplicates:,} duplicates left out"] if duplicates else []),
-        f"{(data.dropped_rows or 0) - duplicates:,} dropped",
+        *([f"{wanted - duplicates:,} left out by dataset.where"] if wanted > duplicates else []),
+        f"{(data.dropped_rows or 0) - wanted:,} dropped",
         f"{data.truncated_rows:,} truncated",
         *([f"{data.leaked_rows:,} test rows also in training"] if data.test_rows else []),
     ]

@@ -6,8 +6,9 @@ import sys
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from typer._click.exceptions import ClickException, NoArgsIsHelpError, UsageError
+import typer
 
 from peftcli.cli.text import JSON_OUTPUT, printable, say
 from peftcli.errors import MachineError, MemoryExhausted, PeerLost, PeftcliError, RecipeError, Stopped
@@ -15,6 +16,9 @@ from peftcli.train.stop import is_first_of_machine, is_first_process
 
 BUG = "this is a bug in peftcli; please report it with the lines above and the output of `pip list`"
 TRACEBACK = "--traceback"
+USAGE_ERROR: type[Any] = typer.BadParameter.__bases__[0]
+COMMAND_LINE_ERROR: type[Any] = USAGE_ERROR.__bases__[0]
+"""Errors of a command line; typer exports only their subclass, from a module that differs between its versions."""
 
 
 @dataclass(frozen=True)
@@ -45,15 +49,15 @@ class Failures:
         self._print_object(error.exit_code, error.kind, str(error))
         return error.exit_code
 
-    def usage(self, error: ClickException) -> int:
-        """Report a wrong command line."""
-        if isinstance(error, NoArgsIsHelpError):
+    def usage(self, error: Any) -> int:
+        """Report a wrong command line, a `COMMAND_LINE_ERROR`."""
+        if type(error).__name__ == "NoArgsIsHelpError":
             message = "no command given"
             error.show()
         else:
             message = error.format_message()
             if not message.endswith("?"):
-                command = error.ctx.command_path if isinstance(error, UsageError) and error.ctx else "peftcli"
+                command = error.ctx.command_path if isinstance(error, USAGE_ERROR) and error.ctx else "peftcli"
                 message = f"{message.rstrip('.')}; see `{command} --help`"
             say(f"error: {message}", sys.stderr)
         self._print_object(RecipeError.exit_code, "usage", message)

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer._click.exceptions import ClickException
 from typer.core import TyperGroup
 from typer.main import get_command
 
 from peftcli.cli.environment import set_variables
-from peftcli.cli.failure import TRACEBACK, Failures
+from peftcli.cli.failure import COMMAND_LINE_ERROR, TRACEBACK, Failures
 from peftcli.cli.paths import expanded
 from peftcli.cli.pointers import Pointers
 from peftcli.cli.text import JSON_OUTPUT, say
@@ -143,8 +142,10 @@ def validate(
     """Check a recipe and the columns of its data files, and report every problem. No model is loaded."""
     from peftcli.cli.recipes import find_recipe
     from peftcli.recipe.load import load_recipe
+    from peftcli.recipe.local_config import check_local_config
 
     loaded = load_recipe(find_recipe(recipe), set_ or ())
+    check_local_config(loaded.recipe)
     if data:
         from peftcli.data.first_rows import check_first_rows
 
@@ -565,7 +566,7 @@ def _run(argv: Sequence[str] | None) -> int:
         return ended.code if isinstance(ended.code, int) else 0
     except PeftcliError as error:
         return failures.known(error)
-    except ClickException as error:
+    except COMMAND_LINE_ERROR as error:
         return failures.usage(error)
     except OSError as problem:
         if problem.errno not in MACHINE_FAULTS:

@@ -22,6 +22,7 @@ from peftcli.model.heads import positions_of
 from peftcli.model.init_from import adapter_folder
 from peftcli.model.inspect import TINY, inspect_model, resolve_model, trainable_counter
 from peftcli.model.load import load_tokenizer
+from peftcli.model.new_tokens import extend_config, ids_of, train_rows
 from peftcli.model.rehearsal import Rehearsal
 from peftcli.model.target import Target
 from peftcli.plan.heads import first_labels, keep_labels, resolve_labels
@@ -81,9 +82,17 @@ def plan_recipe(
     path, config = located.path, located.config
     trust = recipe.model.trust_remote_code
     task, labels = recipe.model.task, first_labels(recipe)
+    new = recipe.model.add_tokens
+    if new:
+        choice = TokenizerChoice(path, recipe.model.revision, None, None, trust, add_tokens=new)
+        ids = ids_of(load_tokenizer(choice), new)
+        config = extend_config(config, ids)
     facts = inspect_model(path, config, task, labels=labels, trust_remote_code=trust)
     if located.rehearsal is not None:
         recipe, facts = _on_stand_in(recipe, facts, located.rehearsal)
+    if new:
+        tied = bool(getattr(config.get_text_config(), "tie_word_embeddings", False))
+        recipe = recipe.model_copy(update={"adapter": train_rows(recipe.adapter, ids, facts, tied=tied)})
     counter = partial(trainable_counter, path, config, task, trust_remote_code=trust)
     plan = make_plan(
         recipe,
@@ -271,7 +280,9 @@ def inspect_data(recipe: Recipe, progress: Progress, *, smoke: bool, preview: in
     trust = model.trust_remote_code
     own = made is None or made.own_tokenizer
     settings = template_settings(recipe) if own else None
-    choice = TokenizerChoice(path, model.revision, model.chat_template, model.eos_token, trust, images, settings)
+    choice = TokenizerChoice(
+        path, model.revision, model.chat_template, model.eos_token, trust, images, model.add_tokens, settings
+    )
     tokenizer = load_tokenizer(choice)
     data = prepare(recipe.dataset, tokenizer, rule, recipe.seed, progress, smoke=smoke, own_tokenizer=own)
     if made is not None:
@@ -316,7 +327,7 @@ def check_ends(
     """Check that the base's embeddings of end tokens and added tokens are trained; skipped without local weights."""
     if data.format in LABELLED:
         return []
-    added = set(tokenizer.get_added_vocab().values()) & data.used_ids()
+    added = set(tokenizer.get_added_vocab().values()) & data.used_ids() - set(ids_of(tokenizer, choice.add_tokens))
     found = embedding_rows(choice.path, choice.revision, sorted(data.stop_ids | added))
     if found is None:
         return []

@@ -24,7 +24,7 @@ CACHE_BYTES = 20 * 2**30
 """Maximum size of the cache; the least recently used data are removed first."""
 PRIVATE = 0o700
 """Permissions of the folder: training data are private on a shared machine."""
-VERSION = 3
+VERSION = 4
 """Increase it with every change that gives different rows, reasons or warnings for the same sources."""
 
 
@@ -62,7 +62,18 @@ def _key(
     request: DataRequest,
 ) -> str:
     """Hexadecimal hash of everything that the result of one pass depends on."""
-    keys = ("format", "text", "prompt", "completion", "columns", "weight")
+    keys = (
+        "format",
+        "text",
+        "prompt",
+        "completion",
+        "columns",
+        "where",
+        "ignore_columns",
+        "turns",
+        "mask_history",
+        "weight",
+    )
     parts = {
         "version": [VERSION, transformers.__version__, tokenizers.__version__],
         "sources": [

@@ -1,16 +1,18 @@
 """Normalizes the messages of a chat; the format is detected from the keys of each message."""
 
-import itertools
 import json
-from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
 from typing import Any, TypeAlias
 
+from peftcli.data.loss_flags import FLAGS, agreed_flags, message_flag, row_flags
+from peftcli.data.turn_order import arrange, check_turns, is_empty
 from peftcli.data.values import SkipRow, parsed_list
 from peftcli.recipe.problems import printable
 
 Turn: TypeAlias = dict[str, Any]
 """`role` (system, user, assistant or tool) and `content` (text); optionally `tool_calls`, `name`, `tool_call_id`,
-`reasoning_content`, and `train`, which is False for an assistant message that is not trained."""
+`reasoning_content`, and `train`, which is False for a message that is not trained although its role is."""
 
 _NO_LIST = "with messages that are not a list"
 _BAD_CALL = "with a tool call that is not JSON with a name and arguments"
@@ -24,64 +26,137 @@ _ROLES = {
     "model": "assistant",
     "bot": "assistant",
     "chatgpt": "assistant",
+    "ai": "assistant",
     "function_call": "assistant",
+    "tool_call": "assistant",
     "tool": "tool",
+    "tool_response": "tool",
     "function": "tool",
     "observation": "tool",
     "function_response": "tool",
 }
 
 
-def chat_example(turns: list[Turn], tools: list[Any]) -> tuple[str, str, str]:
+@dataclass(frozen=True)
+class ChatRules:
+    """How the messages of a chat are arranged, and which are trained.
+
+    Attributes:
+        turns: `dataset.turns`: refuse, join or keep.
+        mask_history: only the last assistant message is trained.
+        assistant_only: only assistant messages are trained.
+    """
+
+    turns: str = "refuse"
+    mask_history: bool = False
+    assistant_only: bool = True
+
+
+DEFAULT_RULES = ChatRules()
+
+
+def chat_example(turns: list[Turn], tools: list[Any], rules: ChatRules = DEFAULT_RULES) -> tuple[str, str, str]:
     """The columns `messages` and `tools` of an example, and its text.
 
     Raises:
         SkipRow: the order of the messages is not valid, or none of them can be trained.
     """
-    _check_order(turns)
+    turns = arrange(turns, rules.turns)
+    if rules.mask_history:
+        turns = _mask_history(turns)
+    check_turns(turns)
     content = "\n".join(turn["content"] for turn in turns if turn["role"] != "system")
     written = [json.dumps(value, ensure_ascii=False, default=str) for value in (turns, tools)]
     return written[0], written[1] if tools else "", content
 
 
-def chat_prompt(turns: list[Turn]) -> list[Turn]:
+def chat_prompt(turns: list[Turn], mode: str = DEFAULT_RULES.turns) -> list[Turn]:
     """The messages to answer: all, or those before the last answer if the chat ends with one.
 
     Evaluation asks for the last answer of a chat in the same way.
+
+    Args:
+        turns: normalized messages.
+        mode: `dataset.turns`.
 
     Raises:
         SkipRow: the order of the messages is not valid, or the assistant would begin.
     """
     turns = [{key: value for key, value in turn.items() if key != "train"} for turn in turns]
-    if turns[-1]["role"] == "assistant" and not turns[-1]["content"].strip() and "tool_calls" not in turns[-1]:
+    if turns[-1]["role"] == "assistant" and is_empty(turns[-1]):
         turns = turns[:-1]  # an empty place for the answer
     if not turns or turns[-1]["role"] != "assistant":
-        _check_order([*turns, {"role": "assistant", "content": "answer"}])
-        return turns
-    _check_order(turns)
+        asked = arrange(turns, mode)
+        _check_asked([*asked, {"role": "assistant", "content": "answer"}])
+        return asked
+    turns = arrange(turns, mode)
+    _check_asked(turns)
     answers = [at for at, turn in enumerate(turns) if turn["role"] == "assistant"]
     return turns[: next((at for at in reversed(answers) if turns[at]["content"].strip()), answers[-1])]
 
 
-def normalize_messages(value: Any, *, train: bool = True) -> list[Turn]:
+def _check_asked(turns: list[Turn]) -> None:
+    """Check the order of the messages of a prompt and its answer; earlier answers may be empty."""
+    check_turns([*({**turn, "train": False} for turn in turns[:-1]), turns[-1]])
+
+
+def normalize_messages(
+    value: Any, *, train: bool = True, flags: dict[str, Any] | None = None, rules: ChatRules = DEFAULT_RULES
+) -> list[Turn]:
     """The messages of a list, or of a JSON string with one.
 
     Args:
         value: the value of the column.
-        train: False excludes the assistant messages from training.
+        train: False excludes the messages from training.
+        flags: the values of columns with one loss flag per message, by name.
+        rules: which messages can be trained.
 
     Raises:
-        SkipRow: a message has no known role, or no text.
+        SkipRow: a message has no known role or no text, or a loss flag cannot be followed.
     """
     given = parsed_list(value, _NO_LIST)
     if not given:
         raise SkipRow("with no messages")
-    turns = [_normalize_message(turn) for turn in given]
-    if not train:
-        for turn in turns:
-            if turn["role"] == "assistant":
-                turn["train"] = False
-    return turns
+    turns = [[_normalize_message(part) for part in _split_tool_parts(message)] for message in given]
+    roles = [parts[-1]["role"] for parts in turns]
+    own = [message_flag(message) for message in given]
+    beside = [row_flags(values, name, roles) for name, values in (flags or {}).items()]
+    for parts, flag in zip(turns, agreed_flags([own, *beside], len(turns)), strict=True):
+        for turn in parts:
+            _mark(turn, flag if train else False, rules)
+    return list(chain.from_iterable(turns))
+
+
+def _mark(turn: Turn, flag: bool | None, rules: ChatRules) -> None:
+    if flag and rules.assistant_only and turn["role"] != "assistant":
+        raise SkipRow(
+            f"with a {turn['role']} message that is marked to be trained (set trainer.assistant_only_loss: false)"
+        )
+    if flag is False and (turn["role"] == "assistant" or not rules.assistant_only):
+        turn["train"] = False
+
+
+def _split_tool_parts(message: Any) -> list[Any]:
+    """An Anthropic message in OpenAI's form: tool calls under their key, and the result of each in a message."""
+    parts = message.get("content") if isinstance(message, dict) else None
+    kinds = [part.get("type") if isinstance(part, dict) else None for part in parts] if isinstance(parts, list) else []
+    if not isinstance(parts, list) or not {"tool_use", "tool_result"} & set(kinds):
+        return [message]
+    of = {kind: [part for part, one in zip(parts, kinds, strict=True) if one == kind] for kind in set(kinds)}
+    calls, results = of.pop("tool_use", []), of.pop("tool_result", [])
+    rest = [part for part, kind in zip(parts, kinds, strict=True) if kind in of]
+    made = [
+        {"role": "tool", "content": part.get("content") or "", "tool_call_id": part.get("tool_use_id")}
+        for part in results
+    ]
+    if rest or calls:
+        made.append({**message, "content": rest or "", **({"tool_calls": calls} if calls else {})})
+    return made
+
+
+def _mask_history(turns: list[Turn]) -> list[Turn]:
+    answers = [number for number, turn in enumerate(turns) if turn["role"] == "assistant"]
+    return [turn if number not in answers[:-1] else {**turn, "train": False} for number, turn in enumerate(turns)]
 
 
 def normalize_tools(tools: Any, functions: Any) -> list[Any]:
@@ -116,6 +191,18 @@ def is_sharegpt(value: Any) -> bool:
     return is_chat(list(turns[:1])) and turns[0].get("role") is None
 
 
+def is_message(value: Any) -> bool:
+    """Whether a value is a message and nothing else: a known role and a content.
+
+    >>> is_message({"role": "user", "content": "Hi"}), is_message({"role": "user", "content": "Hi", "label": 1})
+    (True, False)
+    """
+    if not isinstance(value, dict) or not set(value) <= MESSAGE_KEYS | {"id"}:
+        return False
+    name = _first(value, "role", "from")
+    return isinstance(name, str) and name.strip().lower() in _ROLES and not {"content", "value"}.isdisjoint(value)
+
+
 def _has_speaker(turn: Any) -> bool:
     return isinstance(turn, dict) and any(isinstance(turn.get(key), str) for key in ("role", "from"))
 
@@ -128,8 +215,10 @@ def _normalize_message(turn: Any) -> Turn:
     role = _ROLES.get(name) or _ROLES.get(name.strip().lower())
     if role is None:
         raise SkipRow(f"with the unknown role {printable(name, 20)}")
+    if role != "assistant" and turn.get("tool_calls"):
+        raise SkipRow(f"with tool calls in a {role} message")
     content = _first(turn, "content", "value")
-    if name == "function_call":
+    if name.strip().lower() in _CALLS:
         calls = _sharegpt_calls(content)
         content = ""
     else:
@@ -140,8 +229,6 @@ def _normalize_message(turn: Any) -> Turn:
     made.update({key: turn[key] for key in _PASSED_ON if isinstance(turn.get(key), str) and turn[key]})
     if role == "assistant":
         _separate_reasoning(made, turn)
-    if role == "assistant" and _is_untrained(turn):
-        made["train"] = False
     return made
 
 
@@ -149,6 +236,16 @@ _PASSED_ON = ("name", "tool_call_id")
 """Further text keys of a message for chat templates."""
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 """Names under which the reasoning of an answer is given; or it is in the content, in a think block."""
+_CALLS = ("function_call", "tool_call")
+"""Roles of messages whose content is the tool calls: those of ShareGPT files and of ms-swift."""
+MESSAGE_KEYS = frozenset(
+    ("role", "from", "content", "value", "tool_calls", "function_call", *_PASSED_ON, *_REASONING, *FLAGS)
+)
+PART_KEYS = frozenset(("type", "text", "value"))
+CALL_KEYS = frozenset(("id", "type", "function", "name", "arguments"))
+FUNCTION_KEYS = frozenset(("name", "arguments"))
+"""The keys of a message, of a part of its content, of a tool call and of its function that are read here; others are
+reported as not read."""
 
 
 def _separate_reasoning(made: Turn, turn: Turn) -> None:
@@ -189,20 +286,20 @@ def _text(content: Any, has_calls: bool) -> str:
     return "".join(map(_part_text, content))
 
 
+_TEXT_PARTS = ("text", "input_text", "output_text")
+_PART_KEYS = ("text", "value", "content")
+"""Keys of the text of a typed part: OpenAI's, that of ShareGPT files, and that of some exports."""
+
+
 def _part_text(part: Any) -> str:
     if isinstance(part, str):
         return part
-    if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
-        return str(part["text"])
+    if isinstance(part, dict) and part.get("type", "text") in _TEXT_PARTS:
+        text = next((part[key] for key in _PART_KEYS if isinstance(part.get(key), str)), None)
+        if text is not None:
+            return str(text)
     kind = part.get("type") if isinstance(part, dict) else None
     raise SkipRow(f"with a part that is not text ({printable(str(kind), 20)})")
-
-
-def _is_untrained(turn: Turn) -> bool:
-    weight = turn.get("weight")
-    if weight is not None and weight not in (0, 1):
-        raise SkipRow("with a message weight that is neither 0 nor 1")
-    return weight == 0 or turn.get("train") is False
 
 
 def _calls(turn: Turn) -> list[Turn]:
@@ -225,12 +322,16 @@ def _sharegpt_calls(value: Any) -> list[Turn]:
     return found
 
 
+_ARGUMENTS = ("arguments", "parameters", "input", "args")
+"""Keys of the arguments of a call: OpenAI's, Llama's, Anthropic's and LangChain's."""
+
+
 def _call(call: Any) -> Turn:
     """One call, with its arguments as an object: templates serialize them as JSON themselves."""
     function = call.get("function") if isinstance(call, dict) and call.get("function") is not None else call
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise SkipRow(_BAD_CALL)
-    arguments = function.get("arguments")
+    arguments = next((function[key] for key in _ARGUMENTS if function.get(key) is not None), None)
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments) if arguments.strip() else {}
@@ -248,23 +349,3 @@ def _normalize_tool(tool: Any) -> Any:
     if isinstance(tool, dict) and isinstance(tool.get("name"), str):
         return {"type": "function", "function": tool}
     raise SkipRow("with a tool without a name")
-
-
-def _check_order(turns: Sequence[Turn]) -> None:
-    roles = [turn["role"] for turn in turns]
-    if "system" in roles[1:]:
-        raise SkipRow("with a system message after the beginning")
-    for role in ("user", "assistant"):
-        if any(one == two == role for one, two in itertools.pairwise(roles)):
-            raise SkipRow(f"with two consecutive {role} messages")
-    answers = [
-        number
-        for number, turn in enumerate(turns)
-        if turn["role"] == "assistant" and (turn["content"].strip() or "tool_calls" in turn)
-    ]
-    if not answers:
-        raise SkipRow("without an assistant message")
-    if not any("train" not in turns[number] for number in answers):
-        raise SkipRow("without an assistant message to train")
-    if set(roles[: answers[-1]]) <= {"system"}:
-        raise SkipRow("with no user message before the assistant message")

@@ -3,8 +3,9 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Any
+from uuid import uuid4
 
 from transformers import PreTrainedTokenizerBase
 
@@ -18,7 +19,8 @@ from peftcli.data.shown_answers import (
     TemplateProblem,
     render_chat,
 )
-from peftcli.data.template_settings import has_settings, marked_template, settle
+from peftcli.data.template_settings import has_settings, marked_template, settings_of, settle
+from peftcli.data.turn_order import is_irregular
 
 
 @dataclass(frozen=True)
@@ -59,9 +61,11 @@ def training_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 
 def last_answer(chat: Chat) -> int:
-    """Index of the last assistant message with content."""
-    answers = [index for index, turn in enumerate(chat) if turn["role"] == "assistant" and turn["content"].strip()]
-    return answers[-1] if answers else max(index for index, turn in enumerate(chat) if turn["role"] == "assistant")
+    """Index of the last assistant message with content that is trained; of the last one if there is none."""
+    answers = [index for index, turn in enumerate(chat) if turn["role"] == "assistant"]
+    learned = [index for index in answers if chat[index].get("train", True)]
+    texts = [index for index in learned if chat[index]["content"].strip()]
+    return (texts or learned or answers)[-1]
 
 
 class ChatEncoder:
@@ -78,7 +82,9 @@ class ChatEncoder:
                 "Jinja file, or use dataset.prompt and dataset.completion"
             )
         self._tokenizer = tokenizer
+        self._assistant_only = assistant_only
         self._finder = AnswerFinder(tokenizer, assistant_only=assistant_only)
+        self._omits_system = settings_of(tokenizer.chat_template).get("system") == "drop"
         self._background = BackgroundEncoder(tokenizer)
 
     def start(self, chats: Sequence[Chat], tools: Sequence[Any]) -> Callable[[], list[EncodedChat | str]]:
@@ -104,15 +110,32 @@ class ChatEncoder:
 
     def _find(self, chat: Chat, tools: Any) -> ShownChat | str:
         try:
-            return self._finder.find(chat, tools)
+            if _may_be_left_out(chat) and (left_out := self._left_out(chat, tools)) is not None:
+                return f"with {left_out} that the chat template leaves out"
+            found = self._finder.find(chat, tools)
+            if self._assistant_only or all(turn.get("train", True) for turn in chat):
+                return found
+            return ShownChat(*show_without_turns(chat, tools, self._tokenizer), mismatch=found.mismatch)
         except TemplateProblem:
             raise
         except REJECTED as problem:
             reason = " ".join(str(problem).split())[:100]
             return f"rejected by the chat template ({reason}{self._advice(chat, tools)})"
 
+    def _left_out(self, chat: Chat, tools: Any) -> str | None:
+        """What the template does not render: the message of a role, or a tool call; None if everything is there."""
+        text = render(chat, tools, self._tokenizer)
+        for turn in chat:
+            if _visible(turn) not in text and not (turn["role"] == "system" and self._omits_system):
+                return f"{'an' if turn['role'] == 'assistant' else 'a'} {turn['role']} message"
+        named, names = _with_unique_names(chat)
+        text = render(named, tools, self._tokenizer) if names else ""
+        return None if all(name in text for name in names) else "a tool call"
+
     def _advice(self, chat: Chat, tools: Any) -> str:
-        """The key that makes the template take a system message, if that is why it rejects the chat."""
+        """The key that makes the template take the chat, if one does."""
+        if is_irregular([turn["role"] for turn in chat]):
+            return "; set dataset.turns: join"
         template = str(self._tokenizer.get_chat_template(None, tools))
         if chat[0]["role"] != "system" or has_settings(template):
             return ""
@@ -121,6 +144,63 @@ class ChatEncoder:
         except REJECTED:
             return ""
         return "; set dataset.system: fold"
+
+
+def show_without_turns(chat: Chat, tools: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[Span]]:
+    """The text of a chat and its trained characters: all but the messages with `train: false`.
+
+    They are found by rendering prefixes of the chat.
+
+    Raises:
+        TemplateProblem: a prefix of the chat does not render as a prefix of the text, so the mask is ambiguous.
+        TemplateError: the template rejects the chat.
+    """
+    whole = render(chat, tools, tokenizer)
+    spans: list[Span] = []
+    start = 0
+    for trained, group in groupby(range(len(chat)), key=lambda number: chat[number].get("train", True)):
+        last = list(group)[-1]
+        if last + 1 == len(chat):
+            end = len(whole)
+        else:
+            # A generation prompt belongs to what the assistant reads.
+            answers = chat[last + 1]["role"] == "assistant" and not trained
+            text = render(chat[: last + 1], tools, tokenizer, prompt=answers)
+            if not whole.startswith(text):
+                raise TemplateProblem(
+                    "the chat template renders earlier messages differently in a longer chat, so it is ambiguous which "
+                    "tokens a loss flag excludes; remove trainer.assistant_only_loss: false, or the loss flags"
+                )
+            end = len(text)
+        spans += [(start, end)] if trained else []
+        start = end
+    return whole, spans
+
+
+def _may_be_left_out(chat: Chat) -> bool:
+    """Whether the chat has messages that some templates skip: in an unusual order, with tool calls or their results."""
+    roles = [turn["role"] for turn in chat]
+    return is_irregular(roles) or "tool" in roles or any(turn.get("tool_calls") for turn in chat)
+
+
+def _visible(turn: Mapping[str, Any]) -> str:
+    """The text of a message that a template renders, which may remove its reasoning."""
+    return str(turn["content"]).rpartition("</think>")[2].strip()
+
+
+def _with_unique_names(chat: Chat) -> tuple[Chat, list[str]]:
+    """The chat with a unique name for each tool call, and these names."""
+    names: list[str] = []
+
+    def renamed(call: dict[str, Any]) -> dict[str, Any]:
+        names.append(f"call_{len(names)}_of_{uuid4().hex[:8]}")
+        return {**call, "function": {**call["function"], "name": names[-1]}}
+
+    turns = [
+        {**turn, "tool_calls": [renamed(call) for call in turn["tool_calls"]]} if turn.get("tool_calls") else turn
+        for turn in chat
+    ]
+    return turns, names
 
 
 def encode_shown(shown: Sequence[ShownChat], tokenizer: PreTrainedTokenizerBase) -> list[EncodedChat | str]:

@@ -1,7 +1,9 @@
 """Reads a label column (one class, several classes, or a number) and the class names."""
 
+import ast
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,7 +34,7 @@ class LabelColumn:
         problem_type: single-label, multi-label or regression.
         names: class names by id, if the recipe or the dataset has them.
         separator: between classes in a string such as `toxic|insult`.
-        switches: the lists are multi-hot (0 or 1 for each class) instead of class names.
+        width: length of multi-hot lists (0 or 1 for each class); None if the lists have classes.
         unlabelled: -1 means no label, as in Hub datasets.
     """
 
@@ -40,7 +42,7 @@ class LabelColumn:
     problem_type: str
     names: Names | None = None
     separator: str | None = None
-    switches: bool = False
+    width: int | None = None
     unlabelled: bool = False
 
     def text(self, value: Any) -> str:
@@ -72,18 +74,25 @@ class LabelColumn:
             raise SkipRow(f"with {self.name} null")
         if not isinstance(value, list | tuple):
             value = [value]
-        if self.switches:
-            return self._switched_on(value)
+        if self.width is not None:
+            return self._switched_on(value, self.width)
         return list(dict.fromkeys(self.one(one) for one in value))
 
-    def _switched_on(self, value: Sequence[Any]) -> list[str]:
-        wanted = None if self.names is None else len(self.names)
-        if (wanted is not None and len(value) != wanted) or any(
-            class_text(one, self.name) not in "01" for one in value
-        ):
+    def _switched_on(self, value: Sequence[Any], width: int) -> list[str]:
+        """The classes at the positions that are not 0."""
+        if len(value) != width or any(one not in (0, 1) for one in value):
             raise SkipRow(f"with {self.name} not a 0 or 1 for each class")
-        names = self.names or tuple(str(number) for number in range(len(value)))
-        return [name for name, one in zip(names, value, strict=True) if class_text(one, self.name) == "1"]
+        names = self.names or numbered(width)
+        return [name for name, one in zip(names, value, strict=True) if one]
+
+
+def numbered(count: int) -> Names:
+    """Names of classes that have none: their ids.
+
+    >>> numbered(3)
+    ('0', '1', '2')
+    """
+    return tuple(map(str, range(count)))
 
 
 def class_text(value: Any, name: str) -> str:
@@ -130,7 +139,7 @@ def read_labels(
     texts = [value for value in present if isinstance(value, str) and not value.lstrip().startswith("[")]
     separator = _separator(texts, name, names, where)
     lists = [_parsed(value, separator) if isinstance(value, str) else value for value in present]
-    return LabelColumn(name, problem_type, names, separator, _are_switches(lists))
+    return LabelColumn(name, problem_type, names, separator, _multi_hot_width(lists, name, names, where))
 
 
 def label_said(label: str, problem_type: str) -> str:
@@ -194,12 +203,43 @@ def _separator(texts: Sequence[str], name: str, names: Names | None, where: str)
     return found[0] if found else SEPARATORS[0]
 
 
-def _are_switches(lists: Sequence[Any]) -> bool:
-    """Whether the lists are multi-hot: all of the same length, only 0 and 1, and some with a repeated number."""
-    given = [value for value in lists if isinstance(value, list | tuple)]
-    if len({len(value) for value in given}) != 1 or any(not isinstance(one, int) for value in given for one in value):
-        return False
-    return all(one in (0, 1) for value in given for one in value) and any(len(set(v)) < len(v) for v in given)
+def _multi_hot_width(lists: Sequence[Any], name: str, names: Names | None, where: str) -> int | None:
+    """The length of multi-hot lists; None if the lists have names or ids of classes.
+
+    Lists of one length that have only 0 and 1 are multi-hot: as ids, each list would have a class twice or all classes.
+    Where floats, booleans or repeated numbers make that certain, a few other lists are allowed; their rows are dropped.
+    """
+    given = [value for value in lists if isinstance(value, list | tuple) and value]
+    _refuse_soft_labels(given, name, where)
+    switches = [value for value in given if all(isinstance(one, int | float) and one in (0, 1) for one in value)]
+    if not switches:
+        return None
+    ((width, count),) = Counter(map(len, switches)).most_common(1)
+    certain = any(isinstance(one, float | bool) for v in switches for one in v) or any(
+        len(set(value)) < len(value) for value in switches
+    )
+    if count < (MOSTLY if certain else 1) * len(given) or not (certain or width > 1):
+        return None
+    if names is None or len(names) == width:
+        return width
+    if not certain:
+        return None  # ids of some of the named classes
+    raise DataError(
+        f"{where}: {name} has a 0 or 1 for each of {width} classes, but dataset.labels names {len(names)} "
+        f"({listed(names)}); name all {width}, in the order of the positions"
+    )
+
+
+def _refuse_soft_labels(lists: Sequence[Sequence[Any]], name: str, where: str) -> None:
+    """Raise an error for probabilities, which would otherwise be read as the names of classes."""
+    found = next(
+        (one for v in lists for one in v if isinstance(one, float) and not one.is_integer() and one == one), None
+    )
+    if found is not None:
+        raise DataError(
+            f"{where}: {name} has {found:g} in a list; the labels of several classes are 0 or 1 for each class, or the "
+            "names or ids of the classes; round probabilities to 0 and 1"
+        )
 
 
 def _parsed(text: str, separator: str | None) -> Any:
@@ -207,8 +247,16 @@ def _parsed(text: str, separator: str | None) -> Any:
         try:
             return json.loads(text)
         except (ValueError, RecursionError):  # RecursionError: thousands of nested brackets
-            return text
+            return _python_list(text)
     return [part for part in text.split(separator or SEPARATORS[0]) if part.strip()]
+
+
+def _python_list(text: str) -> Any:
+    """A list as Python prints it, such as a cell that pandas wrote: ['a', 'b']; the text itself if it is none."""
+    try:
+        return ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError, RecursionError, MemoryError):  # the last two: thousands of nested brackets
+        return text
 
 
 def _is_list(text: str) -> bool:

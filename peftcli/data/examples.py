@@ -7,7 +7,14 @@ text without templates.
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
-from peftcli.data.chat_formats import Turn, chat_example, normalize_messages, normalize_tools
+from peftcli.data.chat_formats import (
+    DEFAULT_RULES,
+    ChatRules,
+    Turn,
+    chat_example,
+    normalize_messages,
+    normalize_tools,
+)
 from peftcli.data.values import (
     EMPTY,
     EMPTY_PROMPT,
@@ -58,28 +65,44 @@ def from_columns(names: Sequence[str]) -> Maker:
     return make
 
 
-def from_chats(values: tuple[Any, ...]) -> tuple[str, ...]:
-    """The example of a list of messages, from the columns: messages, system, tools, functions."""
-    turns, system, tools, functions = values
-    return chat_example(_system(system) + normalize_messages(turns), normalize_tools(tools, functions))
+def from_chats(rules: ChatRules, flags: Sequence[str] = ()) -> Maker:
+    """A maker for chats, from the columns: messages, system, tools, functions, and those with loss flags.
 
-
-def from_chat_pairs(values: tuple[Any, ...]) -> tuple[str, ...]:
-    """The example of a prompt and a completion that are lists of messages, from the columns: prompt, completion, tools.
-
-    The assistant messages of the prompt are not trained.
+    Args:
+        rules: how messages are arranged, and which are trained.
+        flags: names of the columns with one loss flag per message.
     """
-    prompt, completion, tools = values
-    turns = normalize_messages(prompt, train=False) + normalize_messages(completion)
-    return chat_example(turns, normalize_tools(tools, None))
+
+    def make(values: tuple[Any, ...]) -> tuple[str, ...]:
+        turns, system, tools, functions, *given = values
+        marked = normalize_messages(turns, flags=dict(zip(flags, given, strict=True)), rules=rules)
+        return chat_example(_system(system) + marked, normalize_tools(tools, functions), rules)
+
+    return make
 
 
-def from_instructions(names: Sequence[str], *, chats: bool) -> Maker:
+def from_chat_pairs(rules: ChatRules) -> Maker:
+    """A maker for a prompt and a completion that are lists of messages, from the columns: prompt, completion, tools.
+
+    The messages of the prompt are not trained.
+    """
+
+    def make(values: tuple[Any, ...]) -> tuple[str, ...]:
+        prompt, completion, tools = values
+        answer = [completion] if isinstance(completion, dict) else completion  # a single message, as in preference data
+        turns = normalize_messages(prompt, train=False, rules=rules) + normalize_messages(answer, rules=rules)
+        return chat_example(turns, normalize_tools(tools, None), rules)
+
+    return make
+
+
+def from_instructions(names: Sequence[str], *, chats: bool, rules: ChatRules = DEFAULT_RULES) -> Maker:
     """A maker for rows with the columns: instruction, input, output, system, history.
 
     Args:
         names: of the columns, for the reasons.
         chats: build messages; otherwise a prompt with the headings of Stanford Alpaca, without its opening sentence.
+        rules: whether the answers in the history are trained.
     """
 
     def make(values: tuple[Any, ...]) -> tuple[str, ...]:
@@ -88,7 +111,7 @@ def from_instructions(names: Sequence[str], *, chats: bool) -> Maker:
         answer = whole_text(values[2], names[2])
         history = [_pair(pair) for pair in parsed_list(values[4], _BAD_HISTORY)]
         if chats:
-            return _messages(_system(values[3]) + _history(history), "\n\n".join(prompt), answer)
+            return _messages(_system(values[3]) + _history(history), "\n\n".join(prompt), answer, rules)
         if history:
             raise SkipRow("with a history, which needs a chat template")
         _check(bool(prompt), answer)
@@ -131,9 +154,10 @@ def _reach(value: Any, steps: tuple[str, ...], path: str) -> Any:
         raise SkipRow(f"without {path}") from None
 
 
-def _messages(before: list[Turn], prompt: str, answer: str) -> tuple[str, ...]:
+def _messages(before: list[Turn], prompt: str, answer: str, rules: ChatRules = DEFAULT_RULES) -> tuple[str, ...]:
     _check(bool(prompt.strip()), answer)
-    return chat_example([*before, {"role": "user", "content": prompt}, {"role": "assistant", "content": answer}], [])
+    turns = [*before, {"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+    return chat_example(turns, [], rules)
 
 
 def _system(value: Any) -> list[Turn]:

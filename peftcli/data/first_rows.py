@@ -13,6 +13,7 @@ from peftcli.data.join import Join
 from peftcli.data.readers.images import open_images
 from peftcli.data.readers.open import open_source
 from peftcli.data.rows import Rows, listed
+from peftcli.data.selection import Selection
 from peftcli.errors import DataError
 from peftcli.nearest import nearest
 from peftcli.plan.plan import LossMask
@@ -80,6 +81,8 @@ def _column_problems(source: Any, section: SourceSection, joins: Sequence[Join],
         first = next((rows for rows in source.batches() if rows.numbers), None)
         for join in joins:
             first = first and join.apply(first)[0]
+        if first is not None and first.numbers:
+            Selection(section).check(first)
     except DataError as problem:
         yield str(problem)
     if first is None or not first.numbers:
@@ -94,7 +97,7 @@ def _column_problems(source: Any, section: SourceSection, joins: Sequence[Join],
     # Whether instructions become chats depends on the tokenizer, but not which columns are needed.
     given = Given(rule, recipe.dataset.labels, getattr(source, "class_names", {}), chats=True)
     try:
-        implementation(task.row_format)(first, section, given)
+        implementation(task.row_format)(Selection(section).offered(first), section, given)
     except DataError as problem:
         yield str(problem)
 

@@ -7,9 +7,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from peftcli.data.chat_formats import is_chat, is_sharegpt
+from peftcli.data.chat_formats import ChatRules, is_chat, is_sharegpt
 from peftcli.data.class_labels import Names
 from peftcli.data.examples import (
     Maker,
@@ -20,7 +19,9 @@ from peftcli.data.examples import (
     from_questions,
     from_templates,
 )
-from peftcli.data.rows import LONG_NAME, Rows, listed, shown
+from peftcli.data.loss_flags import flag_columns, flag_keys
+from peftcli.data.other_tasks import refuse_other_tasks, refuse_ratings_and_media, template_pair
+from peftcli.data.rows import LONG_NAME, Rows, first_value, listed, shown
 from peftcli.data.values import InvalidValue, SkipRow
 from peftcli.errors import DataError
 from peftcli.nearest import nearest
@@ -41,8 +42,6 @@ KINDS = {
 LABELLED = ("classification", "tagging", "images")
 
 _LONE_SURROGATE = "with a lone surrogate (half a character)"
-_TAGS = ("tags", "ner_tags", "pos_tags", "labels")
-_LABELLED = ("text", "sentence")
 _QUESTION_CONTEXT = ("context", "passage", "choices", "options", "system", "system_prompt")
 _LEARNED = re.compile(r"answer|response|output|completion|reply|target|label|summary|translation", re.IGNORECASE)
 _SENTENCE = re.compile(r"\S\s+\S+\s+\S+\s+\S|\S\s.*[.?!]\s*$", re.DOTALL)
@@ -146,23 +145,31 @@ def choose_text_format(first: Rows, section: SourceSection, given: Given) -> Row
         given: whether the tokenizer has a chat template.
 
     Raises:
-        DataError: a column is missing, or no format or more than one fits.
+        DataError: a column is missing, no format or more than one fits, or the rows are for another task.
     """
     if section.text is not None:
         return _by_templates(first, section, "text", {"text": section.text})
     if section.prompt is not None and section.completion is not None:
         templates = {"prompt": section.prompt, "completion": section.completion}
         return _by_templates(first, section, "prompt_completion", templates)
+    rules = ChatRules(section.turns, section.mask_history, given.rule.assistant_only)
     if section.columns is not None:
-        return _by_columns(first, section, section.columns)
+        chosen = _by_columns(first, section, section.columns, rules)
+    else:
+        chosen = _detected(first, section, given, rules)
+    refuse_ratings_and_media(first, chosen.kind, {*chosen.reads, *(section.where or ())})
+    return chosen
+
+
+def _detected(first: Rows, section: SourceSection, given: Given, rules: ChatRules) -> RowFormat:
     found = detect_format(first, section)
     if found.format in ("messages", "sharegpt"):
-        return _chats(first, found.needs[0], None)
+        return _chats(first, found.needs[0], None, rules)
     if found.format == "alpaca":
-        return _instructions(first, found, given.chats)
+        return _instructions(first, found, given.chats, rules)
     if found.format == "question_answer":
         return _questions(found, given.chats)
-    return _plain(first, found.needs, found.name, "")
+    return _plain(first, found.needs, found.name, "", rules)
 
 
 def _by_templates(first: Rows, section: SourceSection, kind: str, templates: dict[str, str]) -> RowFormat:
@@ -190,40 +197,52 @@ def _by_templates(first: Rows, section: SourceSection, kind: str, templates: dic
     )
 
 
-def _by_columns(first: Rows, section: SourceSection, named: ColumnsSection) -> RowFormat:
+def _by_columns(first: Rows, section: SourceSection, named: ColumnsSection, rules: ChatRules) -> RowFormat:
     chosen = named.model_dump(exclude_none=True)
     missing = [name for name in chosen.values() if name not in first.columns]
     if missing:
         keys = [f"dataset.columns.{key}" for key, name in chosen.items() if name in missing]
         raise missing_columns(first, missing, len(chosen), joined(keys), section)
     if named.messages is not None:
-        return _chats(first, named.messages, "columns")
+        return _chats(first, named.messages, "columns", rules)
     kind = "text" if named.text is not None else "prompt_completion"
-    return _plain(first, [chosen[column] for column in KINDS[kind]], "columns", ", from dataset.columns")
+    return _plain(first, [chosen[column] for column in KINDS[kind]], "columns", ", from dataset.columns", rules)
 
 
-def _plain(first: Rows, names: Sequence[str], name: str, why: str) -> RowFormat:
+def _plain(first: Rows, names: Sequence[str], name: str, why: str, rules: ChatRules) -> RowFormat:
     """Columns without templates: a text, or a prompt and a completion, which may be lists of messages."""
-    if len(names) == 2 and all(is_chat(first_value(first, column)) for column in names):
+    values = [first_value(first, column) for column in names]
+    if len(names) == 2 and is_chat(values[0]) and (is_chat(values[1]) or is_chat([values[1]])):
         reads = (*names, "tools")
         said = f"chats: the messages of {names[0]}, then those of {names[1]}, which are trained{why}"
-        return RowFormat("messages", name, said, _present(first, reads), None, reads, from_chat_pairs)
+        return RowFormat("messages", name, said, _present(first, reads), None, reads, from_chat_pairs(rules))
     kind = "text" if len(names) == 1 else "prompt_completion"
     prompt = "{prompt}" if kind == "prompt_completion" else None
     said = f"{joined(names)}{why}"
     return RowFormat(kind, name, said, tuple(names), prompt, tuple(names), from_columns(names))
 
 
-def _chats(first: Rows, column: str, name: str | None) -> RowFormat:
+def _chats(first: Rows, column: str, name: str | None, rules: ChatRules) -> RowFormat:
     sharegpt = is_sharegpt(first_value(first, column))
     said = f"chats in {column} ({'from, value' if sharegpt else 'role, content'})"
     if "system" in first.columns:
         said += ", with system as the first message"
     tools = next((tools for tools in ("tools", "functions") if tools in first.columns), None)
     said += f", with the tools in {tools}" if tools is not None else ""
+    flags = _flag_columns(first)
+    marked = [*flags, *(f"{key} of a message" for key in flag_keys(first.columns[column]))]
+    said += f", with the loss flags in {joined(marked)}" if marked else ""
+    said += ", with the last answer trained" if rules.mask_history else ""
     name = name or ("sharegpt" if sharegpt else "messages")
-    reads = (column, "system", "tools", "functions")
-    return RowFormat("messages", name, said, _present(first, reads), None, reads, from_chats)
+    reads = (column, "system", "tools", "functions", *flags)
+    return RowFormat("messages", name, said, _present(first, reads), None, reads, from_chats(rules, flags))
+
+
+def _flag_columns(first: Rows) -> list[str]:
+    try:
+        return flag_columns(first.columns, {name: first_value(first, name) for name in first.columns})
+    except InvalidValue as problem:
+        raise DataError(f"{first.file}: {problem}") from problem
 
 
 @dataclass(frozen=True)
@@ -241,12 +260,12 @@ class ColumnFormat:
     needs: tuple[str, ...]
 
 
-def _instructions(first: Rows, found: ColumnFormat, chats: bool) -> RowFormat:
+def _instructions(first: Rows, found: ColumnFormat, chats: bool, rules: ChatRules) -> RowFormat:
     instruction, answer = found.needs
     more = "context" if found.name == "dolly" else "input"
     reads = (instruction, more, answer, "system", "history")
     used = _present(first, reads)
-    make = from_instructions(reads, chats=chats)
+    make = from_instructions(reads, chats=chats, rules=rules)
     said = f"{found.name} rows ({', '.join(used)}) "
     if chats:
         both = joined([name for name in (instruction, more) if name in used])
@@ -309,7 +328,7 @@ def detect_format(first: Rows, section: SourceSection) -> ColumnFormat:
     if section.format is not None:
         return _named(first, section.format)
     fits = [one for one in COLUMN_FORMATS if set(one.needs) <= set(first.columns)]
-    _refuse_other_tasks(first)
+    refuse_other_tasks(first)
     if len(fits) > 1:
         raise DataError(_several(first, fits))
     if not fits:
@@ -340,13 +359,8 @@ def missing_columns(first: Rows, missing: Sequence[str], wanted: int, key: str, 
         if near
         else f"set {key} to one of these"
     )
-    hint = (_header_hint(first, section) if len(missing) == wanted else "") or _edge_hint(first)
+    hint = (_header_hint(first, section) if len(missing) == wanted and not near else "") or _edge_hint(first)
     return DataError(f"{first.file}: no column {listed(missing)}; it has {listed(first.columns)}; {fix}{hint}")
-
-
-def first_value(first: Rows, name: str) -> Any:
-    """The first non-null value of a column."""
-    return next((value for value in first.columns.get(name, ()) if value is not None), None)
 
 
 def joined(names: Sequence[str]) -> str:
@@ -380,7 +394,7 @@ def _several(first: Rows, fits: Sequence[ColumnFormat]) -> str:
     if len(formats) == len(fits):
         fix = f"set dataset.format: {choice_text(formats)}"
     else:
-        fix = f"choose the columns with templates, such as {_pair(*fits[0].needs)}"
+        fix = f"choose the columns with templates, such as {template_pair(*fits[0].needs)}"
     return f"{first.file}: its columns ({listed(first.columns)}) fit {len(fits)} formats: {shown}; {fix}"
 
 
@@ -394,10 +408,11 @@ def _unused_context(first: Rows, found: ColumnFormat, context: str) -> str:
 
 
 def _unknown(first: Rows, section: SourceSection) -> str:
-    names = [name for name in first.columns if not _NO_EXAMPLE.search(name)] or ["column"]
+    usable = list(filter(_fits_a_template, first.columns))
+    names = [name for name in usable if not _NO_EXAMPLE.search(name)] or usable
     chat = next((name for name in first.columns if is_chat(first_value(first, name))), None)
     texts = [name for name in names if isinstance(first_value(first, name), str | int | float)] or names
-    learned = next((name for name in texts if _LEARNED.search(name)), texts[-1])
+    learned = next((name for name in texts if _LEARNED.search(name)), "".join(texts[-1:]))
     prompt = next((name for name in texts if name != learned), None)
     if chat is not None:
         example = f"columns: {{messages: {chat}}}"
@@ -408,6 +423,11 @@ def _unknown(first: Rows, section: SourceSection) -> str:
     hint = _header_hint(first, section) if any(map(_is_like_a_cell, first.columns)) else _edge_hint(first)
     if hint:
         return f"{first.file}: its columns ({listed(first.columns)}) do not match a known format{hint}"
+    if not names:
+        return (
+            f"{first.file}: its columns ({listed(first.columns)}) do not match a known format; give them names without "
+            "brackets, colons, exclamation marks and control characters"
+        )
     return (
         f"{first.file}: its columns ({listed(first.columns)}) do not match a known format; known are text, prompt with "
         "completion, messages, conversations, instruction with output or response, and question with answer;\n  set "
@@ -416,53 +436,13 @@ def _unknown(first: Rows, section: SourceSection) -> str:
     )
 
 
+def _fits_a_template(name: str) -> bool:
+    return name.isprintable() and bool(name.strip()) and not set(name) & set("{}[]:!")
+
+
 def _is_like_a_cell(name: str) -> bool:
     """Whether a column name looks like a number or a sentence from the first row."""
     return len(name) > LONG_NAME or name.replace(".", "", 1).isdecimal() or _SENTENCE.search(name) is not None
-
-
-def _refuse_other_tasks(first: Rows) -> None:
-    """Raise an error for data of another kind of training, with a way to use it."""
-    names = set(first.columns)
-    tags = next((name for name in _TAGS if name in names), None)
-    labelled = next((name for name in _LABELLED if name in names), None)
-    if {"chosen", "rejected"} <= names:
-        what = "chosen and rejected answers (preference data)"
-        fix = f"to train on the chosen ones, set {_chosen(first)}"
-    elif {"prompt", "completion", "label"} <= names and _is_true_or_false(first_value(first, "label")):
-        what = "completions labeled as good or bad (KTO data)"
-        fix = (
-            "all completions would be trained as good ones; keep only the rows whose label is true, and set "
-            "dataset.format: prompt_completion"
-        )
-    elif "tokens" in names and tags is not None:
-        what = f"a tag for each word ({tags}; token classification)"
-        fix = f"set model.task: token-classification, or, to train on the tags as text, {_pair('tokens', tags)}"
-        if isinstance(first_value(first, tags), list) and not all(isinstance(v, str) for v in first_value(first, tags)):
-            fix += f", with names instead of numbers in {tags}"
-    elif labelled is not None and "label" in names and not {"prompt", "completion"} <= names:
-        what = f"a label for each {labelled} (classification)"
-        fix = f"set model.task: sequence-classification, or, to train on the label as text, {_pair(labelled, 'label')}"
-        fix += "; to train on the text only, dataset.format: text" if labelled == "text" else ""
-    else:
-        return
-    raise DataError(f"{first.file}: its columns ({listed(first.columns)}) have {what}; {fix}")
-
-
-def _chosen(first: Rows) -> str:
-    prompted = "prompt" in first.columns
-    if is_chat(first_value(first, "chosen")):
-        both = prompted and is_chat(first_value(first, "prompt"))
-        return "dataset.columns: " + ("{prompt: prompt, completion: chosen}" if both else "{messages: chosen}")
-    return 'dataset: {prompt: "{prompt}", completion: "{chosen}"}' if prompted else 'dataset.text: "{chosen}"'
-
-
-def _is_true_or_false(value: Any) -> bool:
-    return isinstance(value, bool) or (isinstance(value, str) and value.strip().lower() in ("true", "false"))
-
-
-def _pair(prompt: str, learned: str) -> str:
-    return f'dataset: {{prompt: "{{{prompt}}}\\n{learned}:", completion: " {{{learned}}}"}}'
 
 
 def _edge_hint(first: Rows) -> str:

@@ -1,14 +1,15 @@
 """Row formats with labels: texts with classes, or words with tags."""
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from peftcli.data.class_labels import LabelColumn, Names, read_labels, tag_names
+from peftcli.data.class_labels import MOSTLY, LabelColumn, Names, numbered, read_labels, tag_names
 from peftcli.data.examples import Maker, from_templates
 from peftcli.data.formats import Given, RowFormat, joined, missing_columns
-from peftcli.data.rows import Rows, listed
+from peftcli.data.rows import Rows, first_value, listed
 from peftcli.data.values import SkipRow, is_null, parsed_list, template_text, whole_text
 from peftcli.errors import DataError
 from peftcli.recipe.schema import SourceSection
@@ -26,6 +27,7 @@ PAIRS = (
 LABELS = ["label", "labels", "target", "class", "category", "sentiment", "intent", "emotion", "topic"]
 WORDS = ("tokens", "words")
 TAGS = ("tags", "ner_tags", "labels")
+_TAG = re.compile(r"O|[BIESLU]-\S+")
 EMPTY_TEXT = "with an empty text"
 LABEL_WORDS = {"single-label": "class", "multi-label": "classes", "regression": "number"}
 
@@ -52,12 +54,23 @@ def choose_tagging(first: Rows, section: SourceSection, given: Given) -> RowForm
     """
     check_named(first, section)
     named = section.columns
+    if list(first.columns) == ["text"] and _is_conll(first):
+        raise DataError(
+            f"{first.file}: is read as plain text, but its lines have a word and a tag; set dataset.file_format: conll"
+        )
     words = (named.tokens if named else None) or only_column(first, WORDS, "tokens", "the words", ())
     tags = (named.tags if named else None) or only_column(first, TAGS, "tags", "their tags", ())
     names = given.names or given.of_columns.get(tags)
     said = f"the words in {words} with the tags in {tags}{_source_of(named)}"
     reads = (words, tags)
     return RowFormat("tagging", "tags", said, reads, None, reads, _from_words(words, tags, names), names=names)
+
+
+def _is_conll(first: Rows) -> bool:
+    """Whether the lines of a text end with a tag such as O or B-PER after a word."""
+    lines = [line.split() for line in str(first_value(first, "text") or "").splitlines()[:200] if line.strip()]
+    tagged = sum(len(fields) > 1 and _TAG.fullmatch(fields[-1]) is not None for fields in lines)
+    return len(lines) > 1 and tagged >= MOSTLY * len(lines)
 
 
 def choose_classification(first: Rows, section: SourceSection, given: Given) -> RowFormat:
@@ -99,7 +112,10 @@ def choose_label(
     names = given.names or given.of_columns.get(label)
     of_hub = given.names is None and names is not None
     problem_type = problem_type or given.rule.problem_type
-    return read_labels(first.columns[label], label, problem_type, names, first.file, unlabelled=of_hub), names
+    column = read_labels(first.columns[label], label, problem_type, names, first.file, unlabelled=of_hub)
+    if names is None and column.width is not None:
+        names = numbered(column.width)  # each position is a class, also one that no row has
+    return column, names
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from typing import Any, TypeAlias
 
 from peftcli.data.chat_formats import chat_prompt, is_chat, normalize_messages, normalize_tools
 from peftcli.data.examples import from_instructions, from_questions, from_templates
-from peftcli.data.formats import COLUMN_FORMATS, ColumnFormat, first_value, joined, missing_columns
+from peftcli.data.formats import COLUMN_FORMATS, ColumnFormat, joined, missing_columns
 from peftcli.data.image_rows import IMAGES, file_name
 from peftcli.data.label_formats import TEXTS, WORDS, choose_texts, only_column, word_items, word_text
-from peftcli.data.rows import Rows, listed
+from peftcli.data.rows import Rows, first_value, listed
 from peftcli.data.values import EMPTY, SkipRow, optional_text, whole_text
 from peftcli.errors import DataError
 from peftcli.recipe.schema import SourceSection
@@ -161,11 +161,11 @@ def _choose_prompt(first: Rows, section: SourceSection, asked: Asked) -> InputFo
     _check_named(first, section, ("messages", "text", "prompt"))
     named = section.columns
     if named is not None and named.messages is not None:
-        return _chats(named.messages)
+        return _chats(named.messages, section.turns)
     column = (named.text or named.prompt) if named is not None else None
     if column is None:
         return _detected(first, section, asked)
-    return _pairs(column) if is_chat(first_value(first, column)) else _text(column)
+    return _pairs(column, section.turns) if is_chat(first_value(first, column)) else _text(column)
 
 
 def _by_template(first: Rows, template: str, key: str, section: SourceSection) -> InputFormat:
@@ -189,21 +189,21 @@ def _text(column: str) -> InputFormat:
     return InputFormat((column,), make)
 
 
-def _chats(column: str) -> InputFormat:
+def _chats(column: str, mode: str) -> InputFormat:
     def make(values: tuple[Any, ...]) -> Chat:
         text = optional_text(values[1], "system")
         system = [{"role": "system", "content": text}] if text else []
-        return Chat(chat_prompt(system + normalize_messages(values[0])), normalize_tools(values[2], values[3]))
+        return Chat(chat_prompt(system + normalize_messages(values[0]), mode), normalize_tools(values[2], values[3]))
 
     return InputFormat((column, "system", "tools", "functions"), make)
 
 
-def _pairs(column: str) -> InputFormat:
+def _pairs(column: str, mode: str) -> InputFormat:
     """Prompts that are lists of messages; the completion is another column."""
 
     def make(values: tuple[Any, ...]) -> Chat:
         turns = [*normalize_messages(values[0]), {"role": "assistant", "content": PLACEHOLDER}]
-        return Chat(chat_prompt(turns), normalize_tools(values[1], None))
+        return Chat(chat_prompt(turns, mode), normalize_tools(values[1], None))
 
     return InputFormat((column, "tools"), make)
 
@@ -218,9 +218,9 @@ def _detected(first: Rows, section: SourceSection, asked: Asked) -> InputFormat:
     found = _detect(first, section, asked)
     chats = asked.kind == "messages"
     if found is None:
-        return _undetected(first, asked)
+        return _undetected(first, section, asked)
     if found.format in ("messages", "sharegpt"):
-        return _chats(found.needs[0])
+        return _chats(found.needs[0], section.turns)
     if found.format == "alpaca":
         more = "context" if found.name == "dolly" else "input"
         names = (found.needs[0], more, found.needs[1], "system", "history")
@@ -230,7 +230,8 @@ def _detected(first: Rows, section: SourceSection, asked: Asked) -> InputFormat:
     if found.format == "question_answer":
         question = from_questions(found.needs, chats=chats)
         return InputFormat(found.needs[:1], lambda one: _asked_of(question((*one, PLACEHOLDER)), chats=chats))
-    return _pairs(found.needs[0]) if is_chat(first_value(first, found.needs[0])) else _text(found.needs[0])
+    chat = is_chat(first_value(first, found.needs[0]))
+    return _pairs(found.needs[0], section.turns) if chat else _text(found.needs[0])
 
 
 def _asked_of(example: tuple[str, ...], *, chats: bool) -> Input:
@@ -266,10 +267,10 @@ def _is_of(found: ColumnFormat, first: Rows, kind: str | None) -> bool:
     return kind == ("text" if found.format == "text" else "messages")
 
 
-def _undetected(first: Rows, asked: Asked) -> InputFormat:
+def _undetected(first: Rows, section: SourceSection, asked: Asked) -> InputFormat:
     chats = [name for name in first.columns if is_chat(first_value(first, name))]
     if asked.kind in (None, "messages") and len(chats) == 1:
-        return _chats(chats[0])
+        return _chats(chats[0], section.turns)
     texts = [name for name in first.columns if name.strip().lower() in ASKED]
     if len(texts) == 1:
         return _question(texts[0]) if asked.kind == "messages" else _text(texts[0])

@@ -1,6 +1,6 @@
 """One pass over the sources: read, join, build examples, tokenize, collect statistics, and store the rows on disk."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,12 +14,15 @@ from peftcli.data.image_rows import ImageClasses
 from peftcli.data.join import Join
 from peftcli.data.label_stats import TagCounts
 from peftcli.data.label_tokenize import Classes, TextClasses, WordTags
+from peftcli.data.other_tasks import MediaMarks
 from peftcli.data.quality import ColumnScan
 from peftcli.data.row_index import row_hashes, signatures_of
 from peftcli.data.rows import Dropped, Rows, Source
+from peftcli.data.selection import Selection
 from peftcli.data.special_tokens import SpecialTexts
 from peftcli.data.store import Writer
 from peftcli.data.tokenize import TokenizedBatch, TokenizeStep
+from peftcli.data.unread import Unread
 from peftcli.errors import DataError
 from peftcli.plan.plan import LossMask
 from peftcli.progress import Progress
@@ -27,6 +30,8 @@ from peftcli.recipe.schema import DatasetSection, SourceSection
 from peftcli.tasks.base import implementation
 from peftcli.tasks.registry import TASKS
 
+TOOLS = ("tools", "functions")
+"""Columns with the tools of a chat, which go to the chat template as a whole."""
 MANY_LABELS = 5000
 """With more distinct completions than this, they are not treated as labels and their distribution is not counted."""
 
@@ -87,6 +92,7 @@ class TokenizePipeline:
         self._files: dict[str, int] = {}
         self._labels: dict[str, int] | None = {}
         self._special = SpecialTexts(self.tokenizer)
+        self._marks = MediaMarks()
         self._read = 0
 
     def run(self) -> None:
@@ -97,28 +103,31 @@ class TokenizePipeline:
         self.progress.start("reading rows", 0)
         try:
             for number, (source, section) in enumerate(self.sources):
-                row_format, scan, before = None, None, self._read
+                row_format, scan, unread, before = None, None, None, self._read
+                selection = Selection(section)
                 finish: Callable[[], None] = _nothing
-                for rows in self._limited(source):
-                    self._dropped.add_unread(rows)
-                    rows = self._join(rows)
-                    if not rows.numbers:
-                        continue
+                for rows in self._selected(source, selection):
+                    offered = selection.offered(rows)
                     if row_format is None:
-                        row_format = self._choose(rows, source, section)
+                        row_format = self._choose(offered, source, section)
                         scan = ColumnScan(source.name, row_format.columns)
+                        unread = self._unread(row_format, section)
                     writer = writer or Writer(
                         self.folder, KINDS[row_format.kind], numbers=row_format.problem_type == "regression"
                     )
-                    assert scan is not None  # created with the format
+                    assert scan is not None and unread is not None  # created with the format
                     scan.add(rows)
-                    started = self._start(writer, number, rows, row_format.examples(rows))
+                    unread.add(rows)
+                    started = self._start(writer, number, rows, row_format.examples(offered))
                     finish()  # the previous batch, which was encoded while this one was read
                     finish = started
                 finish()
                 if self._read == before:
                     raise DataError(f"{source.name}: no rows")
+                if selection.filters and not selection.kept:
+                    raise selection.nothing_left(source.name)
                 facts.append(self._source_facts(source, section, row_format, self._read - before))
+                facts[-1] |= {} if unread is None else unread.facts()
                 if scan is not None:
                     columns += scan.facts()
                     warnings += scan.warnings()
@@ -128,13 +137,33 @@ class TokenizePipeline:
                 writer.__exit__(None, None, None)
         if writer is None or not writer.rows:
             raise DataError(self._nothing_left())
-        warnings += self._special.warnings()
+        warnings += [*self._special.warnings(), *self._marks.warnings()]
         writer.write_facts(self._facts() | {"sources": facts, "columns": columns, "warnings": warnings})
 
-    def _limited(self, source: Source) -> Any:
-        """The batches of a source up to the limit; counts the rows that were read."""
+    def _selected(self, source: Source, selection: Selection) -> Iterator[Rows]:
+        """The batches of a source after the joins, with the rows that the recipe selects; none is empty."""
+        limit, taken, checked = self.request.limit, 0, False
+        # The first rows of a sorted file may all be left out, so a limit is for the rows that are selected.
+        for rows in self._limited(source, None if selection.filters else limit):
+            self._dropped.add_unread(rows)
+            rows = self._join(rows)
+            if rows.numbers and not checked:
+                selection.check(rows)
+                checked = True
+            before = rows
+            rows, left_out = selection.apply(rows)
+            self._dropped.add(before, left_out)
+            if limit is not None and selection.filters:
+                rows = _head(rows, limit - taken)
+            taken += len(rows)
+            if rows.numbers:
+                yield rows
+            if limit is not None and taken >= limit:
+                return
+
+    def _limited(self, source: Source, limit: int | None) -> Iterator[Rows]:
+        """The batches of a source up to a limit; counts the rows that were read."""
         seen = 0
-        limit = self.request.limit
         for rows in source.batches():
             if limit is not None and seen + len(rows) > limit:
                 rows = _head(rows, limit - seen)
@@ -151,6 +180,13 @@ class TokenizePipeline:
             rows, lost = join.apply(rows)
             self._dropped.add(before, lost)
         return rows
+
+    def _unread(self, row_format: RowFormat, section: SourceSection) -> Unread:
+        split = self.request.dataset.split
+        other = [name for name in (split.group, split.stratify) if name is not None]
+        keys = [name for join in self.joins for name in join.facts().on]
+        chats = [name for name in row_format.reads if name not in TOOLS] if row_format.kind == "messages" else []
+        return Unread([*row_format.reads, *other, *keys, *(section.where or ())], chats)
 
     def _choose(self, rows: Rows, source: Source, section: SourceSection) -> RowFormat:
         row_format = self._detect(rows, source, section)
@@ -206,6 +242,8 @@ class TokenizePipeline:
         if isinstance(self._tokens, WordTags):
             self._tags.add(rows, examples)
         self._special.add(rows, examples)
+        if isinstance(self._tokens, TokenizeStep):
+            self._marks.add(rows, examples.kept, examples.content)
         known = row_hashes(rows, examples, batch, self.request.dataset)
         known["source"] = np.full(len(batch.of), source, np.int32)
         known["file"] = np.full(len(batch.of), self._files.setdefault(rows.file, len(self._files)), np.int32)
@@ -272,10 +310,16 @@ class TokenizePipeline:
                 return join.no_partner()
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in self._dropped.counts.most_common(6))
         first = next(iter(self._dropped.places.values()), [""])[0]
-        fix = "; raise dataset.max_length" if any("max_length" in reason for reason in self._dropped.counts) else ""
-        return (
-            f"{names}: none of {self._read:,} rows is usable: {reasons}" + (f" (first {first})" if first else "") + fix
-        )
+        where = f" (first {first})" if first else ""
+        return f"{names}: none of {self._read:,} rows is usable: {reasons}{where}; {self._fix()}"
+
+    def _fix(self) -> str:
+        reasons = list(self._dropped.counts)
+        if any("max_length" in reason for reason in reasons):
+            return "raise dataset.max_length"
+        if any("the unknown role" in reason for reason in reasons):
+            return "rename the roles to system, user, assistant or tool"
+        return "fix the rows, or read other columns"
 
 
 def _nothing() -> None:

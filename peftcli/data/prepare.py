@@ -19,12 +19,13 @@ from peftcli.data.class_labels import label_said
 from peftcli.data.encode import as_lists, encode, encode_prompts, flatten, stop_ids
 from peftcli.data.formats import LABELLED
 from peftcli.data.label_stats import check_classes, class_names, label_stats, label_warnings
+from peftcli.data.mixing import mixed_rows
 from peftcli.data.pipeline import DataRequest
 from peftcli.data.readers.images import open_images
 from peftcli.data.readers.open import open_source
 from peftcli.data.rows import BATCH_ROWS, Source
 from peftcli.data.shown_answers import Chat, TemplateProblem
-from peftcli.data.split import drop_duplicates_of_test, rehearsed_split, split_rows, weighted
+from peftcli.data.split import drop_duplicates_of_test, rehearsed_split, split_rows
 from peftcli.data.split_record import SplitRecord, find_test_rows
 from peftcli.data.stats import (
     EQUAL,
@@ -64,7 +65,7 @@ class PreparedData:
     """The training and test rows.
 
     Attributes:
-        train: the training rows; rows of a source with a weight above 1 are repeated.
+        train: the training rows; mixed as the weights or shares of the sources say.
         test_split: the test rows; empty if the recipe trains on all rows.
         format: `prompt_completion`, `messages`, `text`, `classification`, `tagging` or `images`.
         stop_ids: token ids that end an answer; empty for rows with labels.
@@ -135,7 +136,7 @@ class PreparedData:
         if self.crossed:
             lines = "".join(f"\n  {line}" for line in self.crossed)
             raise DataError(
-                f"a data limit was exceeded; run `{shown_by}` to see the rows, or raise the key shown{lines}"
+                f"a data limit was exceeded; run `{shown_by}` to see the rows, or change the limit shown{lines}"
             )
 
 
@@ -256,9 +257,7 @@ def _prepare(
     if smoke:
         crossed, notes = _rehearsed(sources, dataset, facts, crossed, own_tokenizer=own_tokenizer)
         facts["warnings"][:0] = [*notes, *([scaled] if scaled else [])]
-    order = weighted(
-        train.rows, [section["weight"] for section in store.facts["sources"]], train.column("source"), seed
-    )
+    order, facts["sources"] = mixed_rows(dataset, train, facts["sources"], seed)
     return PreparedData(
         train=Split(store, order),
         test_split=test,

@@ -100,6 +100,11 @@ def listed(names: Iterable[str]) -> str:
     return ", ".join([*given[:MOST_NAMES], *more])
 
 
+def first_value(first: Rows, name: str) -> Any:
+    """The first non-null value of a column."""
+    return next((value for value in first.columns.get(name, ()) if value is not None), None)
+
+
 @dataclass
 class Dropped:
     """Dropped rows: counts and the first locations, by reason."""

@@ -229,7 +229,9 @@ class AnswerFinder:
         spans = []
         for place, number in enumerate(one.answers):
             following = starts[place + 1] if place + 1 < len(starts) else len(text)
-            inside = [(max(start, starts[place]), end) for start, end in marks if starts[place] < end <= following]
+            inside = [mark for mark in marks if starts[place] < mark[1] <= following]
+            if not self._own_markers:  # those of a training template may begin in the prompt
+                inside = [(max(start, starts[place]), end) for start, end in inside]
             if not inside or not self._is_generated(text, starts[place], inside, one.chat[number]):
                 return None
             if one.chat[number].get("train", True):
@@ -238,7 +240,7 @@ class AnswerFinder:
 
     def _is_generated(self, text: str, start: int, marks: Sequence[Span], turn: dict[str, Any]) -> bool:
         """Whether the marked text follows the prompt, with the reasoning of the answer and without an empty block."""
-        if marks[0][0] != start:  # the text between them would be neither asked nor generated
+        if marks[0][0] > start:  # the text between them would be neither asked nor generated
             return False
         if reasoning := turn.get("reasoning_content"):
             return _contains(text[start : marks[-1][1]], str(reasoning))
@@ -246,16 +248,16 @@ class AnswerFinder:
 
     def _by_prompts(self, one: _Renders) -> ShownChat:
         """From the prompt of each answer, and the answer as it is generated after it."""
-        last = one.answers[-1]
-        text, mismatch = self._generated(one, last)
+        last = max(number for number in one.answers if one.chat[number].get("train", True) or number == one.answers[0])
+        text, mismatch = self._generated(one, last)  # what follows the last trained answer is not needed
         if self._own_markers:
-            return self._within_markers(one, mismatch)
+            return self._within_markers(one, last, mismatch)
         prompt = one.prompt(last) or ""
         if mismatch is not None:
             self._refuse_ambiguous(text + prompt)
         spans = []
         context_only = False
-        for number in one.answers[:-1]:
+        for number in [number for number in one.answers if number < last]:
             if not one.chat[number].get("train", True):
                 continue
             shown, problem = self._generated(one, number)
@@ -268,7 +270,7 @@ class AnswerFinder:
             spans.append((len(prompt) if mismatch is None else self._start(text, prompt), len(text)))
         return ShownChat(text, spans, context_only, mismatch)
 
-    def _within_markers(self, one: _Renders, mismatch: Mismatch | None) -> ShownChat:
+    def _within_markers(self, one: _Renders, last: int, mismatch: Mismatch | None) -> ShownChat:
         """The marks of the template's own markers, without answers whose reasoning it leaves out."""
         assert self._marked is not None  # the template's own
         text, marks = one.marked(self._marked)
@@ -283,7 +285,7 @@ class AnswerFinder:
                 context_only = True
             elif one.chat[number].get("train", True):
                 spans += inside
-        gap = self._gap(text, spans, one.prompt(one.answers[-1]), one.answers[-1])
+        gap = self._gap(text, spans, one.prompt(last), last)
         return ShownChat(text, spans, context_only, mismatch or gap, by_markers=True)
 
     def _gap(self, text: str, spans: Sequence[Span], prompt: str | None, turn: int) -> Mismatch | None:

@@ -14,6 +14,7 @@ from peftcli.data.encode import stop_ids
 from peftcli.data.formats import LABELLED
 from peftcli.data.quality import hide_keys
 from peftcli.data.rows import FIRST_PLACES
+from peftcli.data.selection import FILTERED
 from peftcli.data.store import Store, StoredSignatures
 from peftcli.data.tokenize import IGNORED
 from peftcli.plan.plan import LossMask
@@ -25,6 +26,11 @@ SHOWN_LABELS = 50
 
 EQUAL = "equal to an earlier row"
 """Reason of rows dropped by `dataset.deduplicate`; they do not count for a limit."""
+
+
+def is_wanted(reason: str) -> bool:
+    """Whether rows are dropped because the recipe asks for it; the reason of test rows has words before it."""
+    return reason == EQUAL or reason.endswith(FILTERED)
 
 
 @dataclass(frozen=True)
@@ -206,6 +212,8 @@ def data_warnings(facts: Mapping[str, Any], train: Split, tokenizer: PreTrainedT
         where = _place(facts["dropped_examples"].get(reason))
         if reason == EQUAL:
             warnings.append(f"{counted(count, 'duplicate row', 'duplicate rows')} left out{where}")
+        elif reason.endswith(FILTERED):
+            warnings.append(f"{counted(count, 'row', 'rows')} {reason}{where}")
         else:
             row, is_ = ("row", "is") if count == 1 else ("rows", "are")
             warnings.append(f"{count:,} {row} {reason} {is_} dropped{where}")
@@ -270,8 +278,9 @@ def crossed_limits(facts: Mapping[str, Any], limits: LimitsSection) -> list[str]
         The measured and the allowed share, the location of the first rows, and the fix with the key of the limit.
     """
     found = []
-    rows, kept = facts["rows"], facts["train_rows"] + facts["test_rows"]
-    dropped = facts["dropped_rows"] - facts["dropped"].get(EQUAL, 0)
+    wanted = sum(count for reason, count in facts["dropped"].items() if is_wanted(reason))
+    rows, kept = facts["rows"] - wanted, facts["train_rows"] + facts["test_rows"]
+    dropped = facts["dropped_rows"] - wanted
     if _above(dropped, rows, limits.max_dropped):
         reasons = sorted(_counted(facts), key=lambda item: -item[1])[:3]
         named = "; ".join(f"{count:,} {reason}{_first(facts, reason)}" for reason, count in reasons)
@@ -318,7 +327,7 @@ def _against_leaks(facts: Mapping[str, Any]) -> str:
 
 
 def _counted(facts: Mapping[str, Any]) -> list[tuple[str, int]]:
-    return [(reason, count) for reason, count in facts["dropped"].items() if reason != EQUAL]
+    return [(reason, count) for reason, count in facts["dropped"].items() if not is_wanted(reason)]
 
 
 def _above(part: int, whole: int, limit: float) -> bool:

@@ -1,5 +1,6 @@
 """Compares the outputs of a merged model with those of its adapter on real test rows."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -24,6 +25,9 @@ LOGITS_BYTES = 512 * 2**20
 """Memory for reference logits; rows beyond it are not compared."""
 MOST_ROWS = 2048
 """Maximum number of rows that are compared; the metrics of the merged model cover all rows."""
+
+ROUNDING_MARGIN = 8.0
+"""How much larger than the estimate of `rounding_limit` a difference may be."""
 
 SAME_NUMBER = 0.01
 """Regression outputs that differ by less than this share of their standard deviation count as equal."""
@@ -196,6 +200,32 @@ def compare(reference: list[Tensor], merged: list[Tensor]) -> Drift:
         kl += (log_before.exp() * (log_before - log_after)).sum().item()
         agree += int((before.argmax(-1) == after.argmax(-1)).sum())
     return Drift(len(reference), positions, largest, total / positions, kl / positions, agree / positions)
+
+
+def rounding_limit(model: PreTrainedModel, dtype: torch.dtype, reference: Sequence[Tensor]) -> float:
+    """The largest mean difference of logits that rounding explains between an adapter and its merge.
+
+    A merge rounds each changed weight once, and its products are rounded apart from those of the adapter: a relative
+    error of about u in each of the M matrices that a token passes, u being half of `torch.finfo(dtype).eps`. Errors of
+    different matrices add up like a random walk, by sqrt(M). In float32 a product of n terms is accumulated in the
+    same precision, which adds sqrt(n) (Higham and Mary 2019, doi:10.1137/18M1226312, probabilistic bound); narrower
+    dtypes are accumulated in float32. `ROUNDING_MARGIN` covers what nonlinear layers amplify.
+
+    Args:
+        model: the base, for its matrices.
+        dtype: of the computation and of the merged weights.
+        reference: logits of the adapter, for their scale.
+
+    Returns:
+        In the unit of the logits.
+    """
+    matrices = [weight for weight in model.parameters() if weight.dim() > 1]
+    terms = max((weight[0].numel() // (weight.shape[1] if weight.dim() == 3 else 1) for weight in matrices), default=1)
+    relative = ROUNDING_MARGIN * torch.finfo(dtype).eps / 2 * math.sqrt(max(len(matrices), 1))
+    if dtype == torch.float32:
+        relative *= math.sqrt(terms)
+    squares = sum(float(one.double().square().sum()) for one in reference)
+    return relative * math.sqrt(squares / max(1, sum(one.numel() for one in reference)))
 
 
 def compare_labels(head: TaskHead, reference: Sequence[Tensor], merged: Sequence[Tensor]) -> Drift:

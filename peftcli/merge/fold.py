@@ -6,7 +6,7 @@ Adapters that cannot be merged are refused before the base model is loaded.
 import copy
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,7 +65,8 @@ def fold(base: PreTrainedModel, adapter: Path, source: Source) -> FoldedWeights:
     if method is not None and method.from_weights:
         _check_room_to_fill(base, method)
         _fill(skeleton, source)
-    layers = _layers(PeftModel.from_pretrained(skeleton, str(adapter), torch_device="cpu"))
+    wrapped = PeftModel.from_pretrained(skeleton, str(adapter), torch_device="cpu")
+    layers = _layers(wrapped)
     names = skeleton_names(base)
     # From the configuration, because unloading an adapter leaves a trained layer in place of the tied one.
     tied = getattr(base.config.get_text_config(), "tie_word_embeddings", False)  # image models have no such layers
@@ -76,17 +77,21 @@ def fold(base: PreTrainedModel, adapter: Path, source: Source) -> FoldedWeights:
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         merged: tuple[str, dict[str, Tensor]] = ("", {})
+        done: set[int] = set()
         for name in names:
-            owner, _, leaf = name.rpartition(".")
+            owner, _, leaf = _place(name, layers)
             layer = layers.get(owner)
+            if layer is not None:
+                done |= _adapter_weights(layer).keys()
             if layer is None:
                 yield name, source(name)
             elif isinstance(layer, ModulesToSaveWrapper):
-                yield name, getattr(layer.modules_to_save[layer.active_adapters[0]], leaf).detach()
+                yield name, layer.modules_to_save[layer.active_adapters[0]].state_dict()[leaf].detach()
             else:
                 if merged[0] != owner:
                     merged = (owner, _merge_layer(layer, owner, source))
                 yield name, merged[1][leaf]
+        _refuse_leftovers(wrapped, done)
 
     state = dict(base.state_dict(keep_vars=True))
     sizes = {name: _elements(state[name]) for name in names}
@@ -153,6 +158,57 @@ def _layers(wrapped: PeftModel) -> dict[str, BaseTunerLayer | ModulesToSaveWrapp
     return found
 
 
+def _place(name: str, layers: Mapping[str, object]) -> tuple[str, str, str]:
+    """Split a tensor's name after its module, or after the module around it that was trained as a whole."""
+    above = name
+    while above := above.rpartition(".")[0]:
+        if isinstance(layers.get(above), ModulesToSaveWrapper):
+            return above, ".", name[len(above) + 1 :]
+    return name.rpartition(".")
+
+
+def _nested(layer: BaseTunerLayer) -> Iterator[BaseTunerLayer]:
+    """A layer and the layers that it wraps: PEFT nests one wrapper per parameter of a module (`target_parameters`)."""
+    inner: object = layer
+    while isinstance(inner, BaseTunerLayer):
+        yield inner
+        inner = getattr(inner, "base_layer", None)
+
+
+def _adapter_weights(layer: BaseTunerLayer | ModulesToSaveWrapper) -> dict[int, str]:
+    """The trained weights of a layer, by id, with the last parts of their names."""
+    if isinstance(layer, ModulesToSaveWrapper):
+        return {id(weight): name for name, weight in layer.modules_to_save.named_parameters(prefix="modules_to_save")}
+    found: dict[int, str] = {}
+    for part in _nested(layer):
+        for kind in part.adapter_layer_names:
+            holder = getattr(part, kind, None)
+            if isinstance(holder, torch.nn.Module):
+                found |= {id(weight): name for name, weight in holder.named_parameters(prefix=kind)}
+    return found
+
+
+def _refuse_leftovers(wrapped: PeftModel, done: set[int]) -> None:
+    """Refuse a merge that left out a part of the adapter, which a comparison of outputs can miss.
+
+    Args:
+        done: ids of the weights that were merged; tied layers share theirs.
+
+    Raises:
+        MachineError: a layer of the adapter was not merged.
+    """
+    left = []
+    for name, module in wrapped.get_base_model().named_modules():
+        if isinstance(module, (BaseTunerLayer, ModulesToSaveWrapper)):
+            weights = _adapter_weights(module)
+            left += [f"{name}.{leaf}" for key, leaf in weights.items() if key not in done]
+    if left:
+        raise MachineError(
+            f"{len(left)} tensors of the adapter did not take part in the merge, such as {left[0]}; the merged model "
+            "was not saved; use the adapter unmerged"
+        )
+
+
 def _merge_layer(layer: BaseTunerLayer, owner: str, source: Source) -> dict[str, Tensor]:
     """The merged tensors of a layer, by the last part of their names."""
     # A copy, since each method replaces modules or weights in its own way when it merges.
@@ -162,7 +218,8 @@ def _merge_layer(layer: BaseTunerLayer, owner: str, source: Source) -> dict[str,
         real = source(f"{owner}.{name}").to("cpu", torch.float32)
         setattr(inner, name, torch.nn.Parameter(real.clone(), requires_grad=False))
     try:
-        own.merge(safe_merge=True)
+        for part in _nested(own):
+            part.merge(safe_merge=True)
     except (NotImplementedError, ValueError) as problem:
         raise MachineError(f"this adapter cannot be merged: {owner}: {problem or type(problem).__name__}") from problem
     merged: dict[str, Tensor] = dict(own.get_base_layer().named_parameters(recurse=False))

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peftcli.data.prepare import PreparedData
 from peftcli.errors import GateNotMet, MemoryExhausted, RecipeError
-from peftcli.merge.drift import Comparison, Drift
-from peftcli.merge.fold import bare_base, fold
+from peftcli.merge.drift import Comparison, Drift, rounding_limit
+from peftcli.merge.fold import bare_base, fold, skeleton_names
 from peftcli.merge.placement import (
     FreeMemory,
     Placement,
@@ -26,7 +26,7 @@ from peftcli.merge.placement import (
 from peftcli.merge.save import folding_bytes, write_config, write_weights
 from peftcli.model.adapter_files import replace_folder, write_companions
 from peftcli.model.evaluate import Evaluation, answered_rows, decoding_for, evaluate_model
-from peftcli.model.files import Source, loaded_weights, original_weights
+from peftcli.model.files import Source, end_names, loaded_weights, original_weights, stored_names
 from peftcli.model.load import DTYPES, load_base
 from peftcli.model.manifest import MANIFEST, build_merged_manifest
 from peftcli.model.oom import is_out_of_memory
@@ -46,6 +46,8 @@ FEW_POSITIONS = 200
 KINDS = ("dequantized", "original")
 """Base weights that an adapter can be merged into."""
 LIMITS_OF_FEW = (Gate("merge_kl_nats", "<=", 0.01),)
+ROUNDING = "merge_mean_abs_logit_difference"
+"""The drift that is limited to what rounding explains."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ class Candidate:
     measured: Evaluation | None
     bytes: int
     compared_on: str
+    dtype: str
 
     @property
     def loss(self) -> float | None:
@@ -120,6 +123,7 @@ def merge(target: Target, data: PreparedData, final: Path, settings: MergeSettin
     comparison = Comparison(data, tokenizer, settings.batch_rows, progress)
     try:
         reference = comparison.logits(model, "adapter")
+        rounding = _rounding(target, model, reference, settings)
         with _explained_out_of_memory("while the adapter was folded into its base"):
             written = _write_all(target, model, tokenizer, data, final, settings)
         del model
@@ -129,7 +133,9 @@ def merge(target: Target, data: PreparedData, final: Path, settings: MergeSettin
         ]
         by_loss = all(one.loss is not None for one in candidates)
         best = min(candidates, key=lambda one: one.worse(by_loss=by_loss))
-        value = _merge_json(best, candidates, comparison, settings, time.monotonic() - begun, target)
+        limits = _limits(best.drift, settings, rounding)
+        value = _merge_json(best, candidates, comparison, settings, limits)
+        value = replace(value, seconds=round(time.monotonic() - begun, 3))
         if not value.met:
             _fail(best, value, quantized=target.base.quantization is not None)
         replace_folder(best.folder, final)
@@ -137,6 +143,27 @@ def merge(target: Target, data: PreparedData, final: Path, settings: MergeSettin
         for into in KINDS:
             shutil.rmtree(_staging(final, into), ignore_errors=True)
     return value
+
+
+def _rounding(
+    target: Target, model: PreTrainedModel, reference: list[torch.Tensor], settings: MergeSettings
+) -> Gate | None:
+    """The limit that rounding sets; None where the base weights change too, because they were quantized or narrowed."""
+    stored = settings.dtype or target.base.dtype
+    wider = DTYPES[stored].itemsize >= DTYPES[target.base.dtype].itemsize
+    if target.base.quantization is not None or not wider:
+        return None
+    limit = rounding_limit(model, DTYPES[target.base.dtype], reference)
+    return Gate(ROUNDING, "<=", float(f"{limit:.3g}"))
+
+
+def _limits(drift: Drift, settings: MergeSettings, rounding: Gate | None) -> tuple[Gate, ...]:
+    """The merge gates of the recipe, or the default limits."""
+    asked = tuple(gate for gate in settings.gates if gate.name.startswith("merge_"))
+    if asked:
+        return asked
+    few = drift.positions < FEW_POSITIONS and drift.kl_nats is not None
+    return (*(LIMITS_OF_FEW if few else DEFAULT_LIMITS), *(() if rounding is None else (rounding,)))
 
 
 def _staging(final: Path, into: str) -> Path:
@@ -177,10 +204,13 @@ def _fail(best: Candidate, value: MergeJson, *, quantized: bool) -> None:
         if value.limits_met[name] is False
     ]
     others = [one for one in ("dequantized", "original") if one != best.into] if quantized else []
-    fixes = [*(f"--into {one}" for one in others), "a wider --dtype", "another limit in gates"]
+    wider = [] if best.dtype == "float32" else ["a wider --dtype"]
+    fixes = [*(f"try --into {one}" for one in others), *wider, "set another limit in gates"]
+    unexplained = ROUNDING.removeprefix("merge_") in value.limit and not (quantized or wider)
+    why = " (more than float32 rounding explains, so a part of the adapter may be missing)" if unexplained else ""
     raise DriftTooLarge(
-        f"the model merged into the {best.into} base is too far from the adapter: {'; '.join(exceeded)}; it was not "
-        f"saved; try {', '.join(fixes[:-1])} or {fixes[-1]}",
+        f"the model merged into the {best.into} base is too far from the adapter: {'; '.join(exceeded)}{why}; it was "
+        f"not saved; use the adapter unmerged, or {', or '.join(fixes)}",
         value,
     )
 
@@ -223,9 +253,15 @@ def _write_all(
 
 
 def _original(base: Base, bare: PreTrainedModel) -> Source:
-    """The unquantized weights of a base model; an image model is loaded completely, since its files may use the names
-    of earlier versions of transformers."""
-    if not TASKS[base.task].images:
+    """The unquantized weights of a base model, from its files if these have all of them under the names of the model.
+
+    Otherwise the model is loaded completely: transformers renames weights of earlier versions and fuses experts, and
+    new tokens have no rows in the files.
+    """
+    stored, ends = stored_names(base.path, base.revision), end_names(bare)
+    tied = f"{ends[1]}.weight" if ends else ""
+    converted = stored is not None and any(name not in stored for name in skeleton_names(bare) if name != tied)
+    if not TASKS[base.task].images and not base.add_tokens and not converted:
         return original_weights(base, bare)
     return loaded_weights(load_base(replace(base, device="cpu"), quantized=False))
 
@@ -278,7 +314,15 @@ def _measure_on(
     into, folder, weights = written
     data, tokenizer = comparison.data, comparison.tokenizer
     stored = settings.dtype or target.base.dtype
-    merged = replace(target.base, path=str(folder), revision=None, quantization=None, absorbed=(), dtype=stored)
+    merged = replace(
+        target.base,
+        path=str(folder),
+        revision=None,
+        quantization=None,
+        absorbed=(),
+        add_tokens=(),
+        dtype=stored,
+    )
     with _explained_out_of_memory(f"while the merged model was loaded on {place.name}"):
         model = load_base(replace(merged, device=place.device), max_memory=place.max_memory)
     if not place.offloads and "disk" in (getattr(model, "hf_device_map", None) or {}).values():
@@ -291,7 +335,7 @@ def _measure_on(
     del model
     _free_memory()
     drift = comparison.drift(reference[: len(logits)], logits)
-    return Candidate(into, folder, drift, measured, weights, place.name)
+    return Candidate(into, folder, drift, measured, weights, place.name, stored)
 
 
 def _scored(
@@ -318,17 +362,13 @@ def _merge_json(
     candidates: list[Candidate],
     comparison: Comparison,
     settings: MergeSettings,
-    seconds: float,
-    target: Target,
+    limits: tuple[Gate, ...],
 ) -> MergeJson:
     drift = asdict(best.drift)
-    few = best.drift.positions < FEW_POSITIONS and best.drift.kl_nats is not None
-    default = LIMITS_OF_FEW if few else DEFAULT_LIMITS
-    limits = tuple(gate for gate in settings.gates if gate.name.startswith("merge_")) or default
     met = {name: _met(gate, drift[name]) for gate in limits for name in (gate.name.removeprefix("merge_"),)}
     return MergeJson(
         into=best.into,
-        dtype=settings.dtype or target.base.dtype,
+        dtype=best.dtype,
         rows_from=settings.rows_from or comparison.rows_from,
         compared_on=best.compared_on,
         **drift,
@@ -339,7 +379,6 @@ def _merge_json(
         candidates=tuple(MergeCandidate(into=one.into, loss=one.loss, **asdict(one.drift)) for one in candidates),
         samples=_samples(best, comparison.data, settings),
         bytes=best.bytes,
-        seconds=round(seconds, 3),
     )
 
 

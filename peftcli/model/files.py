@@ -71,6 +71,9 @@ def damaged_weights(file: Path, problem: Exception) -> MachineError:
 def weights_damage(folder: Path) -> str | None:
     """What is wrong with the safetensors files of a model, None where they can be read."""
     try:
+        wrong = next((file for file in _weight_files(folder) if not file.is_file()), None)
+        if wrong is not None:
+            return f"{wrong}: {'a folder, not a file' if wrong.is_dir() else 'no such file'}; download or copy it again"
         _tensors(folder)
     except MachineError as problem:
         return str(problem)
@@ -175,14 +178,18 @@ def _said(content: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in content.items() if key not in UNSAID}
 
 
-def _tensors(folder: Path) -> dict[str, tuple[Path, list[int]]]:
-    """File and shape of each tensor by name; empty if a file of the model is missing."""
+def _weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model, there or not; empty if it names none."""
     if (folder / INDEX).is_file():
         # Not every *.safetensors: some repositories contain the same weights again under other names.
         names = set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
-        files = [folder / name for name in sorted(names)]
-    else:
-        files = [folder / SINGLE] if (folder / SINGLE).is_file() else sorted(folder.glob("*.safetensors"))
+        return [folder / name for name in sorted(names)]
+    return [folder / SINGLE] if (folder / SINGLE).exists() else sorted(folder.glob("*.safetensors"))
+
+
+def _tensors(folder: Path) -> dict[str, tuple[Path, list[int]]]:
+    """File and shape of each tensor by name; empty if a file of the model is missing."""
+    files = _weight_files(folder)
     if not all(file.is_file() for file in files):
         return {}
     tensors: dict[str, tuple[Path, list[int]]] = {}

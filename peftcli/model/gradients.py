@@ -1,6 +1,7 @@
 """Gradient norms of each layer's weight, without storing the gradients."""
 
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -143,3 +144,34 @@ def _begin(_: nn.Module, __: Any, output: Tensor) -> Tensor:
 
 def _dtype(model: nn.Module) -> torch.dtype:
     return next((weight.dtype for weight in model.parameters() if weight.is_floating_point()), torch.float32)
+
+
+MOST_NAMED = 3
+"""Number of tensors to name in a notice."""
+_EXPERT = re.compile(r"\.experts\.\d+\.")
+
+
+def missing_gradients(model: nn.Module) -> str | None:
+    """Which trained tensors got no gradient in a step; None if all did.
+
+    Args:
+        model: after the backward pass of a step, before the gradients are removed.
+    """
+    trained = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
+    without = [name for name, weight in trained if weight.grad is None]
+    if len(without) in (0, len(trained)):  # some optimizers step and remove gradients within the backward pass
+        return None
+    experts = [name for name in without if _EXPERT.search(name)]
+    others = [name for name in without if name not in experts]
+    parts = []
+    if others:
+        parts.append(f"{_first(others)}: the loss does not depend on them, so they stay as they are")
+    if experts:
+        parts.append(f"{_first(experts)} of experts that no token of this step was routed to")
+    return f"{len(without)} of {len(trained)} trained tensors had no gradient in the first step: {'; '.join(parts)}"
+
+
+def _first(names: Sequence[str]) -> str:
+    plain = [name.removeprefix("module.").removeprefix("base_model.model.") for name in names[:MOST_NAMED]]
+    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+    return f"{', '.join(plain)}{more}"

@@ -21,6 +21,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from peftcli.adapters.build import peft_config
+from peftcli.adapters.fused_experts import expert_weights, fused_names
 from peftcli.adapters.module_layout import all_widths, end_name, hidden_width, parameter_owners
 from peftcli.errors import MachineError, RecipeError
 from peftcli.methods.registry import METHODS
@@ -28,10 +29,12 @@ from peftcli.model.flat_rows import why_not_flat
 from peftcli.model.fused_norms import is_rms_norm, norm_problem
 from peftcli.model.heads import build_empty, head_modules, is_within, keeps_statistics, positions_of
 from peftcli.model.hub import explain_missing, look_for_network
+from peftcli.model.quantized_files import stored_quantization
 from peftcli.model.rehearsal import Rehearsal, rehearse
 from peftcli.plan.machine import ModelFacts
 from peftcli.plan.memory.model_shape import Experts, Linear, ModelDimensions, Norm
 from peftcli.plan.optimizer import SMALL, Trained
+from peftcli.recipe.local_config import refuse_encoder_decoder
 from peftcli.recipe.schema import AdapterSection, ModelSection
 from peftcli.tasks.registry import DEFAULT, TASKS
 from peftcli.tiny.build import tiny_model
@@ -77,13 +80,7 @@ def inspect_model(
         RecipeError: the weights are already quantized.
     """
     _refuse_pickles(path, needs_weights=needs_weights)
-    packed = getattr(config, "quantization_config", None)
-    if packed is not None:
-        method = packed.get("quant_method") if isinstance(packed, dict) else getattr(packed, "quant_method", None)
-        raise RecipeError(
-            f"model.name {path}: its weights are already quantized ({method}); use the repository with the full "
-            "weights and let `quantization: {bits: 4}` quantize them"
-        )
+    stored = stored_quantization(path, config)
     model = build_empty(path, config, task, labels, trust_remote_code=trust_remote_code)
     head = head_modules(model, task, path)
     output = model.get_output_embeddings()
@@ -92,6 +89,10 @@ def inspect_model(
     output_layer = next((name for name, module in names.items() if module is output), None)
     text = config.get_text_config()
     beside = {name: one for name, one in names.items() if name != output_layer and not is_within(name, head)}
+    several = text is not config and not TASKS[task].images
+    kept = (*head, *filter(None, (embedding, output_layer)))
+    towers = _towers(model, text.model_type, kept) if several else ()
+    beside = {name: one for name, one in beside.items() if not is_within(name, towers)}
     linear = tuple(name for name, module in beside.items() if isinstance(module, (torch.nn.Linear, Conv1D)))
     convolutions = () if linear else _convolutions(beside)
     return ModelFacts(
@@ -116,7 +117,37 @@ def inspect_model(
         checkpointing=bool(model.supports_gradient_checkpointing),
         divisible=_is_divisible(model, names),
         not_flat=why_not_flat(config) if TASKS[task].generates else "",
+        weights=tuple(name for name, _ in model.named_parameters()),
+        experts=expert_weights(model),
+        fused=fused_names(config),
+        towers=towers,
+        stored=stored,
     )
+
+
+def _towers(model: PreTrainedModel, text_type: str, kept: tuple[str, ...]) -> tuple[str, ...]:
+    """Names of the parts beside the text model that own weights, such as a vision tower and its projector.
+
+    Args:
+        text_type: model type of the text model.
+        kept: modules outside the text model that rows of text pass.
+    """
+    modules = {name: module for name, module in model.named_modules() if name}
+    roots = tuple(
+        name
+        for name, module in modules.items()
+        if isinstance(module, PreTrainedModel) and module.config.model_type == text_type
+    )
+    if not roots:
+        return ()
+    needed = (*roots, *kept)
+    found: list[str] = []
+    for name, module in modules.items():
+        around = any(one.startswith(f"{name}.") for one in needed)
+        if around or is_within(name, (*needed, *found)) or next(module.parameters(), None) is None:
+            continue
+        found.append(name)
+    return tuple(found)
 
 
 def _is_divisible(model: torch.nn.Module, names: Mapping[str, torch.nn.Module]) -> bool:
@@ -185,14 +216,16 @@ def resolve_model(model: ModelSection, *, smoke: bool, longest: int = 0) -> Loca
 
     Raises:
         MachineError: the model cannot be loaded.
-        RecipeError: there is no tiny model of that name.
+        RecipeError: there is no tiny model of that name, or it is an encoder-decoder model.
     """
     if model.name.startswith(TINY):
         path = str(tiny_model(model.name))
         return Located(path, load_config(path, None))
     if not smoke:
         trust = model.trust_remote_code
-        return Located(model.name, load_config(model.name, model.revision, trust_remote_code=trust))
+        config = load_config(model.name, model.revision, trust_remote_code=trust)
+        refuse_encoder_decoder(model, bool(config.is_encoder_decoder), config.model_type)
+        return Located(model.name, config)
     made = rehearse(model, longest)
     return Located(made.path, load_config(made.path, None), made)
 

@@ -14,6 +14,7 @@ from jinja2 import TemplateSyntaxError
 from peft import PeftModel, PeftType
 from safetensors import SafetensorError, safe_open
 from transformers import (
+    AutoConfig,
     AutoImageProcessor,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -32,7 +33,9 @@ from peftcli.model.distributed import disable_accelerate_fsdp
 from peftcli.model.files import weights_damage
 from peftcli.model.heads import auto_class, load_with_head, unquantized_modules
 from peftcli.model.hub import explain_missing, look_for_network
+from peftcli.model.new_tokens import extend_embeddings, extend_tokenizer, ids_of
 from peftcli.model.padding_free import use_fused_attention
+from peftcli.model.quantized_files import dequantizing
 from peftcli.nearest import nearest
 from peftcli.plan.plan import Base, TokenizerChoice
 from peftcli.tasks.registry import TASKS
@@ -79,6 +82,8 @@ def load_tokenizer(choice: TokenizerChoice, path: str | None = None) -> PreTrain
         _check_syntax(tokenizer.chat_template, choice.chat_template)
     if path is None or choice.template:
         tokenizer.chat_template = _settled(tokenizer.chat_template, choice)
+    if choice.add_tokens and path is None:
+        extend_tokenizer(tokenizer, choice.add_tokens)
     if choice.eos_token is not None and path is None:
         _set_end(tokenizer, choice.eos_token)
     if tokenizer.pad_token is None:
@@ -157,6 +162,10 @@ def load_base(
         arguments["quantization_config"] = quantization_config(base)
     look_for_network(base.path)
     try:
+        if base.quantization is None:
+            trust = base.trust_remote_code
+            config = AutoConfig.from_pretrained(base.path, revision=base.revision, trust_remote_code=trust)
+            arguments |= dequantizing(config)
         model = _load(base, arguments, shards)
     except ImportError as problem:
         raise MachineError(f"{base.name}: a package is missing: {' '.join(str(problem).split())[:300]}") from problem
@@ -170,6 +179,8 @@ def load_base(
         if not re.search("size mismatch|SafetensorError|corrupt", str(problem)):
             raise
         raise MachineError(f"{base.path}: the weights do not match the configuration: {problem}") from problem
+    if base.add_tokens:
+        extend_embeddings(model, ids_of(load_tokenizer(base.tokenizer), base.add_tokens))
     keep_gradients_of_4bit(model)
     if eight_bit(base):
         # It imports bitsandbytes, which takes seconds on a CUDA machine.

@@ -116,14 +116,15 @@ def build_merged_manifest(found: dict[str, Any], dtype: str, folder: Path, choic
     """
     kept = {key: value for key, value in found.items() if key not in ("tensors", "files")}
     merged = {"kind": "merged", "base": found["base"] | {"dtype": dtype, "absorbed": []}}
-    merged[MODEL_FILES] = {file.name: file_hash(file) for file in _model_files(folder)}
+    merged[MODEL_FILES] = hash_model_files(folder)
     return kept | merged | {"tokenizer": tokenizer_record(folder, choice)}
 
 
-def _model_files(folder: Path) -> list[Path]:
-    """The files of a merged model that determine its results, besides those of its tokenizer."""
+def hash_model_files(folder: Path) -> dict[str, str]:
+    """Hashes of the files of a merged model that determine its results, besides those of its tokenizer."""
     apart = {MANIFEST, "README.md", *(file.name for file in tokenizer_files(folder))}
-    return [file for file in sorted(folder.iterdir()) if file.is_file() and file.name not in apart]
+    files = [file for file in sorted(folder.iterdir()) if file.is_file() and file.name not in apart]
+    return {file.name: file_hash(file) for file in files}
 
 
 def check_merged(folder: Path, found: dict[str, Any]) -> None:

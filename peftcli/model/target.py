@@ -222,5 +222,6 @@ def _merged_base(folder: Path, found: dict[str, Any], device: str) -> Base:
         eos_token=None,
         template=None,  # written into the template of the merged model
         absorbed=(),
+        add_tokens=(),
         device=device,
     )

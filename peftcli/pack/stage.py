@@ -11,7 +11,7 @@ from typing import Any
 from peftcli.data.input_files import content_hash
 from peftcli.errors import DataError, MachineError
 from peftcli.model.adapter_weights import hash_files
-from peftcli.model.manifest import MANIFEST, read_manifest
+from peftcli.model.manifest import MANIFEST, MODEL_FILES, hash_model_files, read_manifest
 from peftcli.pack.archive import packed_files
 from peftcli.pack.private import Private
 from peftcli.recipe.dump import dump_recipe
@@ -21,7 +21,7 @@ from peftcli.recipe.problems import KeyPath, dotted
 from peftcli.recipe.schema import Recipe
 from peftcli.report.build import write_report
 from peftcli.results import InputFile, InputsJson, PackedBase, PackJson, load_or_default, save
-from peftcli.run_dir import RunDir, read_json, write_json, write_text
+from peftcli.run_dir import RunDir, read_json, write_json, write_plain_json, write_text
 from peftcli.tiny.build import NAMES as TINY_NAMES
 from peftcli.tiny.tokenizer_files import tokenizer_files
 
@@ -104,11 +104,21 @@ def _copy_model(source: Path, target: Path, private: Private) -> None:
         if any(part.startswith(".") for part in Path(name).parts):
             continue
         if file.name in CLEANED:
-            write_json(copy, private.clean_json(read_json(file)))
+            _copy_json(file, copy, private)
         elif file.name == "README.md":
             write_text(copy, private.clean(file.read_text(encoding="utf-8")))
         else:
             shutil.copyfile(file, copy)
+
+
+def _copy_json(file: Path, copy: Path, private: Private) -> None:
+    """Copy a JSON file; one that names nothing private keeps its bytes, and so its hash."""
+    value = read_json(file)
+    cleaned = private.clean_json(value)
+    if cleaned == value:
+        shutil.copyfile(file, copy)
+    else:
+        write_plain_json(copy, cleaned)
 
 
 def _rewrite_manifest(folder: Path, manifest: dict[str, Any], private: Private) -> None:
@@ -120,6 +130,8 @@ def _rewrite_manifest(folder: Path, manifest: dict[str, Any], private: Private) 
     found = private.clean_json(manifest) | {"base": base}
     if manifest["kind"] == "adapter":
         found["files"] = hash_files(folder)
+    elif MODEL_FILES in manifest:
+        found[MODEL_FILES] = hash_model_files(folder)
     if manifest.get("tokenizer") is not None:
         hashes = {str(file.relative_to(folder)): _sha256(file) for file in tokenizer_files(folder)}
         found["tokenizer"] = manifest["tokenizer"] | {"files": hashes}

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from peftcli.errors import RecipeError
 from peftcli.methods.base import Method
 from peftcli.methods.registry import METHODS
+from peftcli.plan.adapter_targets import exclude_towers, resolve_pattern
 from peftcli.plan.machine import ModelFacts
 from peftcli.plan.plan import Decision
 from peftcli.plan.targets import ALL_LINEAR, named_targets, stand_in_layers, structural_targets
@@ -31,11 +32,12 @@ def resolve_adapter(adapter: AdapterSection, facts: ModelFacts) -> tuple[Adapter
         RecipeError: the model has no module for the method.
     """
     method = METHODS[adapter.method]
+    adapter = resolve_pattern(adapter, facts)
     if method.targets == "whole" or (method.targets == "writers" and adapter.target_modules is None):
         return structural_targets(adapter, facts), ()
     if adapter.target_modules is None and not method.prompts:
         adapter = adapter.model_copy(update={"target_modules": _own_targets(method, facts)})
-    adapter = stand_in_layers(adapter, facts)
+    adapter = exclude_towers(stand_in_layers(adapter, facts), facts)
     if method.targets == "scaled" and "feedforward_modules" not in adapter.arguments:
         assert adapter.target_modules is not None  # set above
         inputs = [name for name in _names(adapter, facts) if any(_ends(name, one) for one in SCALED_INPUTS)]

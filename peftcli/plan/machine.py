@@ -81,6 +81,11 @@ class ModelFacts:
         statistics: it has running statistics, as batch norms do.
         checkpointing: it supports activation checkpointing.
         not_flat: why it does not support padding-free batches; empty if it does, or if unknown.
+        weights: names of the parameters.
+        experts: names of the parameters that hold all experts of a block.
+        fused: names of modules that PEFT turns into such a parameter, with the last part of its name.
+        towers: names of the parts that rows of text do not pass, such as a vision tower.
+        stored: how the weights of the files are quantized; they are dequantized when loaded. Empty if they are not.
         divisible: transformers knows its blocks, so that it can be sharded with FSDP.
     """
 
@@ -107,3 +112,8 @@ class ModelFacts:
     checkpointing: bool = True
     divisible: bool = True
     not_flat: str = ""
+    weights: tuple[str, ...] = ()
+    experts: tuple[str, ...] = ()
+    fused: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    towers: tuple[str, ...] = ()
+    stored: str = ""

@@ -42,6 +42,7 @@ class TokenizerChoice:
         trust_remote_code: run code that comes with the model.
         images: it is an image processor instead of a tokenizer.
         template: settings of the chat template, see `data.template_settings.settle`; None for none.
+        add_tokens: tokens that the recipe adds to the vocabulary.
     """
 
     path: str
@@ -50,6 +51,7 @@ class TokenizerChoice:
     eos_token: str | None
     trust_remote_code: bool
     images: bool = False
+    add_tokens: tuple[str, ...] = ()
     template: Mapping[str, Any] | None = None
 
 
@@ -75,6 +77,7 @@ class Base:
         head: names of the modules that are fully trained for the task and not quantized.
         seed: of a randomly initialized head.
         template: settings of the chat template, see `template_settings`; None for none.
+        add_tokens: tokens that the recipe adds to the vocabulary.
     """
 
     name: str
@@ -94,12 +97,20 @@ class Base:
     head: tuple[str, ...] = ()
     seed: int = 0
     template: Mapping[str, Any] | None = None
+    add_tokens: tuple[str, ...] = ()
 
     @property
     def tokenizer(self) -> TokenizerChoice:
         images = TASKS[self.task].images
         return TokenizerChoice(
-            self.path, self.revision, self.chat_template, self.eos_token, self.trust_remote_code, images, self.template
+            self.path,
+            self.revision,
+            self.chat_template,
+            self.eos_token,
+            self.trust_remote_code,
+            images,
+            self.add_tokens,
+            self.template,
         )
 
 

@@ -12,6 +12,7 @@ from peftcli.methods.prompt import VIRTUAL_TOKENS
 from peftcli.methods.registry import METHODS
 from peftcli.plan.adalora import check_ranks
 from peftcli.plan.adapter import resolve_adapter
+from peftcli.plan.adapter_targets import AdapterTargets, find_targets, target_decisions
 from peftcli.plan.choices import Choices, choose, choose_trained_dtype, count_batch
 from peftcli.plan.heads import base_with_head, head_decisions, head_notices, with_head
 from peftcli.plan.machine import Machine, ModelFacts
@@ -24,7 +25,7 @@ from peftcli.plan.optimizer import Trained
 from peftcli.plan.parallelism import Sharding, choose_sharding
 from peftcli.plan.plan import BATCHING, DTYPE_BYTES, Base, Batch, Batching, Decision, LossMask, Plan, template_settings
 from peftcli.plan.smoke import ROW_TOKENS
-from peftcli.plan.targets import choice_decisions, choice_of, match_saved, match_targets, named_targets, within_choice
+from peftcli.plan.targets import choice_decisions, choice_of, match_saved, within_choice
 from peftcli.recipe.schedulers import LEARNING_RATE
 from peftcli.recipe.schema import AdapterSection, QuantizationSection, Recipe
 from peftcli.recipe.trainer_together import default_logging_steps, save_strategy
@@ -94,11 +95,14 @@ def make_plan(
         RecipeError: an adapter target matches no module.
         MachineError: this machine does not support the recipe.
     """
+    _refuse_quantized_twice(recipe, facts)
     choices = choose(recipe, machine, facts)
     widest, choice = choice_of(recipe.adapter, facts)
     resolved, sizes = resolve_adapter(widest, facts)
     check_ranks(resolved, recipe.trainer.get("max_steps"))
-    targets = match_targets(named_targets(resolved), facts)
+    found = find_targets(resolved, facts)
+    if choice is not None:
+        found = replace(found, experts=())  # only linear layers are selected
     match_saved(recipe.adapter.modules_to_save or (), facts)
     labels = loss_mask(recipe, facts.positions, smoke=smoke)
     sharding = choose_sharding(recipe, machine, facts, choices)
@@ -130,14 +134,15 @@ def make_plan(
         evaluation_batch=_evaluation_batch(recipe, choices.on_gpu, sharding.shards),
         gates=recipe.gates,
         budget=recipe.budget,
-        targets=targets,
+        targets=found.counts,
         trained=trained,
         choice=choice,
         optimizations=optimizations,
         total_parameters=total,
         decisions=(
-            *_decisions(recipe, choices, batch, targets, trainable, total),
+            *_decisions(recipe, choices, batch, found, trainable, total),
             *sizes,
+            *target_decisions(recipe, resolved, found, facts, choices.dtype.value),
             *choice_decisions(choice),
             *head_decisions(recipe, facts),
             how,
@@ -182,6 +187,7 @@ def _base(recipe: Recipe, facts: ModelFacts, choices: Choices, merged_adapters: 
         absorbed=merged_adapters,
         # The template of a stand-in has other variables.
         template=template_settings(recipe) if facts.own_tokenizer else None,
+        add_tokens=recipe.model.add_tokens,
     )
 
 
@@ -202,7 +208,7 @@ def _decisions(
     recipe: Recipe,
     choices: Choices,
     batch: Batch,
-    targets: dict[str, int],
+    found: AdapterTargets,
     trainable: int,
     total: int,
 ) -> tuple[Decision, ...]:
@@ -219,8 +225,9 @@ def _decisions(
         ),
         Decision(
             "adapter",
-            _adapter_summary(recipe.adapter, sum(targets.values())),
-            ", ".join(f"{name} x {count}" for name, count in targets.items()) or METHODS[recipe.adapter.method].what,
+            _adapter_summary(recipe.adapter, found),
+            ", ".join(f"{name} x {count}" for name, count in found.counts.items())
+            or METHODS[recipe.adapter.method].what,
         ),
         Decision("trainable", f"{trainable:,} parameters", _share(recipe.adapter, trainable, total)),
     )
@@ -233,11 +240,13 @@ def _share(adapter: AdapterSection, trainable: int, total: int) -> str:
     return f"{trainable / total:.2%} of {total:,}"
 
 
-def _adapter_summary(adapter: AdapterSection, modules: int) -> str:
+def _adapter_summary(adapter: AdapterSection, found: AdapterTargets) -> str:
     rank = "" if adapter.r is None else f" r {adapter.r}"
     if METHODS[adapter.method].prompts:
         return f"{adapter.method}, {adapter.arguments.get('num_virtual_tokens', VIRTUAL_TOKENS)} virtual tokens"
-    return f"{adapter.method}{rank} on {modules} modules"
+    modules = sum(found.counts.values()) - found.parameters
+    beside = f" and {found.parameters} parameters" if found.parameters else ""
+    return f"{adapter.method}{rank} on {modules} modules{beside}"
 
 
 def check_recipe(recipe: Recipe, facts: ModelFacts, count_trainable: Callable[[AdapterSection], Trained]) -> None:
@@ -251,12 +260,23 @@ def check_recipe(recipe: Recipe, facts: ModelFacts, count_trainable: Callable[[A
         RecipeError: the model lacks a module or layer of the recipe, does not support rows of that length, or does not
             support the adapter.
     """
+    _refuse_quantized_twice(recipe, facts)
     widest, choice = choice_of(recipe.adapter, facts)
     resolved, _ = resolve_adapter(widest, facts)
-    match_targets(named_targets(resolved), facts)
+    find_targets(resolved, facts)
     match_saved(recipe.adapter.modules_to_save or (), facts)
     within_choice(count_trainable(with_head(resolved, facts, recipe.model.task)), choice)
     loss_mask(recipe, facts.positions)
+
+
+def _refuse_quantized_twice(recipe: Recipe, facts: ModelFacts) -> None:
+    if facts.stored and recipe.quantization is not None:
+        raise RecipeError(
+            f"quantization: the files of {recipe.model.name} are {facts.stored}, and transformers cannot dequantize "
+            f"them and quantize them to {recipe.quantization.bits} bits in one load; remove `quantization` (the "
+            f"weights then take {facts.parameters * 2 / 2**30:.1f} GiB in 16 bits), or use a repository with the full "
+            "weights"
+        )
 
 
 def loss_mask(recipe: Recipe, positions: int | None, *, smoke: bool = False) -> LossMask:

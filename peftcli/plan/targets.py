@@ -53,7 +53,8 @@ def match_targets(wanted: Sequence[str] | str | None, facts: ModelFacts) -> dict
                 f"adapter.target_modules: {facts.architecture} has no linear layer for {ALL_LINEAR}; list modules"
             )
         return counts
-    adaptable = [module for module in facts.modules if not of_head(module, facts)]  # the head is fully trained
+    # The head is fully trained.
+    adaptable = [one for one in facts.modules if not of_head(one, facts) and not is_within(one, facts.towers)]
     counts = {name: sum(matches(module, name) for module in adaptable) for name in wanted}
     nothing = [name for name, count in counts.items() if count == 0]
     if nothing:
@@ -107,7 +108,12 @@ def matches(module: str, name: str) -> bool:
 
 def of_head(module: str, facts: ModelFacts) -> bool:
     """Whether a module is in the head that a task adds."""
-    return any(module == name or module.startswith(f"{name}.") for name in facts.head)
+    return is_within(module, facts.head)
+
+
+def is_within(module: str, names: Iterable[str]) -> bool:
+    """Whether a module is one of some modules, or in one of them."""
+    return any(module == name or module.startswith(f"{name}.") for name in names)
 
 
 def _nearest(wanted: list[str], known: list[str]) -> list[str]:
@@ -227,7 +233,7 @@ def structural_targets(adapter: AdapterSection, facts: ModelFacts) -> AdapterSec
 
 
 def _whole(adapter: AdapterSection, method: Method, layers: Sequence[int] | None, facts: ModelFacts) -> AdapterSection:
-    inner = [name for name in facts.owners if not any(within(name, head) for head in facts.head)]
+    inner = [name for name in facts.owners if not any(within(name, one) for one in (*facts.head, *facts.towers))]
     embedding = facts.embeddings[0] if facts.embeddings else None
     parts = layout_of(inner, embedding, facts.output_layer)
     names = full_targets(

@@ -1,5 +1,6 @@
 """Checks the `adapter` section: shared keys, and the arguments of the method."""
 
+import re
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -114,11 +115,31 @@ def _check_argument(method: Method, key: str, value: Any, tree: Tree, problems: 
     elif key not in known:
         problems.add(where, f"{name} of {method.name}", partial(_unknown, method, key))
     else:
-        fault = type_error(known[key], value) or nested_type_error(value)
+        fault = type_error(known[key], value) or nested_type_error(value) or _pattern_fault(key, value)
         if fault is None:
             return True
         problems.add(where, f"{name} = {show(value)}: {fault}")
     return False
+
+
+def _pattern_fault(key: str, value: Any) -> str | None:
+    """What is wrong with the regular expressions of an argument; None if nothing is."""
+    if key in ("rank_pattern", "alpha_pattern") and isinstance(value, Mapping):
+        patterns = list(value)
+    elif key == "exclude_modules" and isinstance(value, str):
+        patterns = [value]
+    else:
+        return None
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as problem:
+            return f"{pattern} is not a regular expression ({problem}); fix it"
+        if isinstance(value, Mapping) and pattern.startswith("^"):
+            # PEFT searches `(.*\\.)?(KEY)$` from the start, so that ^ is not at the start of the key.
+            bare = pattern.removeprefix("^")
+            return f"{pattern} matches no module, because a key is compared with the end of a full name; write {bare}"
+    return None
 
 
 def _unknown(method: Method, key: str) -> str:
@@ -173,6 +194,9 @@ def check_together(method: Method, tree: Tree, trainer: Mapping[str, Any], probl
     if isinstance(task, str) and task not in method.tasks:
         text = f"model.task: {task} is not supported by {title}, only {choice_text(method.tasks)}; change one of them"
         problems.add(tree.place(("model", "task")), text)
+    if tree.get("model", "add_tokens") and method.config != "LoraConfig" and not method.trains_all:
+        text = f"model.add_tokens: {title} cannot train the embedding rows of new tokens; set adapter.method: lora"
+        problems.add(tree.place(("model", "add_tokens")), text)
     bits = quantized_bits(tree)
     why = method.on_bits(bits) if bits is not None else ""
     if why:

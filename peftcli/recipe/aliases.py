@@ -52,6 +52,13 @@ _BY_KEY: dict[str, str] = {
     "dataset.text": "template text_template",
     "dataset.split.test_size": "val_set_size test_split validation_split val_size eval_size test_ratio",
     "dataset.test.path": "test_file eval_file validation_file test_data eval_data eval_path test_path",
+    "dataset.mask_history": (
+        "train_on_last_turn_only train_on_last_assistant_only train_only_last_turn last_turn_only last_round loss_scale"
+    ),
+    "dataset.sources.share": "interleave_probs interleave_prob probabilities probability sampling_proportion",
+    "dataset.sources.weight": "repeat repeats num_repeats upsample oversample",
+    "dataset.stopping_strategy": "mix_strategy interleave_strategy",
+    "dataset.turns": "merge_turns join_turns consecutive_turns merge_consecutive_messages",
     "dataset.max_length": "max_seq_length max_seq_len sequence_len cutoff_len seq_len model_max_length",
     "dataset.max_train_samples": "max_samples num_train_samples limit",
     "trainer": "training train training_arguments training_args trainer_args sft sft_config args",
@@ -106,6 +113,8 @@ VALUE_ALIASES: dict[str, str] = {
     "multi_label_classification": "multi-label",
     "multi_label": "multi-label",
     "multilabel": "multi-label",
+    "interleave_under": "first_exhausted",
+    "interleave_over": "all_exhausted",
     "tb": "tensorboard",
     "comet": "comet_ml",
     "weights_and_biases": "wandb",

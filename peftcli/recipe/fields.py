@@ -75,13 +75,20 @@ def read_trained_dtype(value: Any) -> Any:
 
 
 def read_targets(value: Any) -> tuple[str, ...] | str | None:
-    """Read `adapter.target_modules`: all-linear or a list of names."""
+    """Read `adapter.target_modules`: all-linear, a regular expression or a list of names."""
     if value is None:
         return None
     if value == "all-linear":
         return "all-linear"
     if isinstance(value, str):
-        raise wrong(f"must be all-linear or a list of module names, such as [{value or 'q_proj'}]")
+        if re.fullmatch(r"[\w.-]*", value):
+            # PEFT would compare it with full names, which no short name equals.
+            raise wrong(f"must be all-linear or a list of module names, such as [{value or 'q_proj'}]")
+        try:
+            re.compile(value)
+        except re.error as problem:
+            raise wrong(f"is not a regular expression ({problem}); fix it, or list module names") from None
+        return value
     try:
         return freeze_names(value)
     except PydanticCustomError:
@@ -107,6 +114,20 @@ def read_method(value: Any) -> str:
 def freeze_mapping(value: Mapping[str, Any]) -> Mapping[str, Any]:
     """Make a read-only copy of a mapping."""
     return MappingProxyType(dict(value))
+
+
+def read_where(value: Any) -> Mapping[str, Any] | None:
+    """Read `dataset.where`: the wanted values of columns; a list is stored as a tuple."""
+    if value is None:
+        return None
+    scalar = (str, int, float, type(None))
+    if not isinstance(value, Mapping) or not value:
+        raise wrong("must be columns with the values to keep, such as {label: true}")
+    for name, wanted in value.items():
+        values = wanted if isinstance(wanted, list | tuple) else [wanted]
+        if not values or not all(isinstance(one, scalar) for one in values):
+            raise wrong(f'needs a value or a list of values for {name}, such as true, [en, de] or ">= 4"')
+    return freeze_mapping({str(name): tuple(one) if isinstance(one, list) else one for name, one in value.items()})
 
 
 def read_template(value: Any) -> str:

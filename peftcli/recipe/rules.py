@@ -1,6 +1,7 @@
 """Rules between recipe keys: keys that exclude or need each other, and keys that a task does not use."""
 
 import itertools
+import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -31,7 +32,12 @@ _APART: tuple[tuple[str, str, str], ...] = (
     *((key, "format", "the recipe defines the row format twice; keep one") for key in ("text", "prompt", "columns")),
 )
 _OWN_SOURCE = ("path", "name", "url", "url_env", "config", "revision", "hub_split", "table", "query", "file_format")
-_OF_THE_SOURCES = (*_OWN_SOURCE, "encoding", "csv", "format", "text", "prompt", "completion", "columns")
+_OF_THE_SOURCES = (
+    *(*_OWN_SOURCE, "encoding", "csv", "format"),
+    *("text", "prompt", "completion", "columns", "where", "ignore_columns", "turns", "mask_history"),
+)
+SHARE_ERROR = 0.001
+"""Largest error of a sum of shares, for shares such as 0.333 of three sources."""
 _PLACES = ("path", "name", "url", "url_env")
 
 ASKED = "performance.sharding: full"
@@ -97,8 +103,12 @@ def _check_dataset(dataset: dict[str, Any], tree: Tree, problems: Problems) -> N
             if dataset.get(key) is not None:
                 text = f"dataset.{key} cannot be combined with dataset.sources; set it in each source that needs it"
                 problems.add(tree.place((*section, key)), text)
+        _check_shares(sources, tree, problems)
     else:
         _check_source(section, dataset, tree, problems)
+    if dataset.get("stopping_strategy") is not None and not _have_shares(sources):
+        text = "dataset.stopping_strategy needs sources with a share; set dataset.sources[0].share and the others"
+        problems.add(tree.place((*section, "stopping_strategy")), text)
     if dataset.get("split") is not None and dataset.get("test") is not None:
         why = "test rows are split off or have their own source; keep one"
         _apart((*section, "split"), (*section, "test"), why, tree, problems)
@@ -107,6 +117,32 @@ def _check_dataset(dataset: dict[str, Any], tree: Tree, problems: Problems) -> N
     if isinstance(split, dict) and split.get("stratify") is not None and split.get("group") is not None:
         why = "a split by groups cannot preserve the class distribution; keep one"
         _apart((*section, "split", "stratify"), (*section, "split", "group"), why, tree, problems)
+
+
+def _have_shares(sources: Any) -> bool:
+    return isinstance(sources, list) and any(isinstance(one, dict) and one.get("share") is not None for one in sources)
+
+
+def _check_shares(sources: list[Any], tree: Tree, problems: Problems) -> None:
+    """Report shares that do not add up to 1, and sources that mix them with weights."""
+    sections = [source for source in sources if isinstance(source, dict)]
+    shares = [source.get("share") for source in sections]
+    if not _have_shares(sources) or any(
+        ("dataset", "sources", at, "share") in tree.spoiled for at in range(len(shares))
+    ):
+        return
+    for at, source in enumerate(sections):
+        path: KeyPath = ("dataset", "sources", at)
+        if source.get("share") is None:
+            problems.add(tree.place(path), f"{dotted(path)} has no share, but other sources have one; add it")
+        elif source.get("weight") is not None:
+            _apart(
+                (*path, "share"), (*path, "weight"), "rows are used by shares or by weights; keep one", tree, problems
+            )
+    numbers = [share for share in shares if isinstance(share, int | float) and not isinstance(share, bool)]
+    if len(numbers) == len(sections) and not math.isclose(sum(numbers), 1, abs_tol=SHARE_ERROR):
+        text = f"the shares of dataset.sources add up to {sum(numbers):g}; change them so that they add up to 1"
+        problems.add(tree.place(("dataset", "sources")), text)
 
 
 def _check_test(dataset: dict[str, Any], tree: Tree, problems: Problems) -> None:
@@ -195,9 +231,10 @@ def _check_task(path: KeyPath, source: dict[str, Any], task: Task, tree: Tree, p
         if columns[key] and needed and task.name not in needed and ("dataset", "columns", key) not in task.unused_keys:
             text = f"{dotted((*path, 'columns', key))} is for model.task: {needed[0]}, but the task is {task.name}"
             problems.add(tree.place((*path, "columns", key)), f"{text}; change the task or remove the column")
-    if not task.generates and source.get("format") is not None:
-        text = f"{dotted((*path, 'format'))} is for language models, but model.task is {task.name}; remove it"
-        problems.add(tree.place((*path, "format")), text)
+    for key in ("format", "turns", "mask_history"):
+        if not task.generates and source.get(key) is not None:
+            text = f"{dotted((*path, key))} is for language models, but model.task is {task.name}; remove it"
+            problems.add(tree.place((*path, key)), text)
     if task.label_of == "token" and source.get("text") is not None:
         text = f"{dotted((*path, 'text'))} builds one text, but model.task: {task.name} needs words with tags; "
         problems.add(tree.place((*path, "text")), text + f"name their columns in {dotted((*path, 'columns'))}")
@@ -214,6 +251,8 @@ def _check_labels(tree: Tree, problems: Problems) -> None:
 
 
 def _check_model(tree: Tree, problems: Problems) -> None:
+    if tree.get("model", "add_tokens") and tree.get("model", "task") == "image-classification":
+        problems.add(tree.place(("model", "add_tokens")), "model.add_tokens: images have no tokens; remove it")
     revision = tree.get("model", "revision")
     if tree.get("model", "trust_remote_code") is not True or ("model", "trust_remote_code") in tree.spoiled:
         return

@@ -40,6 +40,7 @@ from peftcli.recipe.fields import (
     read_test_size,
     read_tokens,
     read_trained_dtype,
+    read_where,
     wrong,
 )
 from peftcli.tasks.registry import DEFAULT, TASKS
@@ -103,6 +104,8 @@ class ModelSection(Section):
     """Values for variables of the chat template, such as `{enable_thinking: false}`; also in the saved template."""
     eos_token: Text | None = None
     """Token that ends an answer, if the model uses another one than the tokenizer's end token."""
+    add_tokens: Annotated[tuple[str, ...], BeforeValidator(freeze_names)] = ()
+    """New tokens for the vocabulary, such as `[<tool>]`; only their embedding rows are trained, beside the adapter."""
     trust_remote_code: bool = False
     """Run Python code from the model repository; requires `revision` to be a commit."""
 
@@ -192,7 +195,7 @@ class SelectSection(Section):
 
 
 def read_target_modules(value: Any) -> Any:
-    """Read `adapter.target_modules`: names, all-linear, or a selection by gradient."""
+    """Read `adapter.target_modules`: names, all-linear, a regular expression, or a selection by gradient."""
     return read_select(value) if isinstance(value, Mapping | SelectSection) else read_targets(value)
 
 
@@ -220,11 +223,9 @@ class AdapterSection(Section):
     """Scaling of the update: alpha / r, or alpha / sqrt(r) with `use_rslora`."""
     dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
     """Dropout probability of the adapter's inputs."""
-    target_modules: Annotated[
-        tuple[str, ...] | Literal["all-linear"] | SelectSection | None, BeforeValidator(read_target_modules)
-    ] = None
-    """Names of the modules that get an adapter, all linear layers except the output layer, or a selection by gradient;
-    null for the method's default."""
+    target_modules: Annotated[tuple[str, ...] | str | SelectSection | None, BeforeValidator(read_target_modules)] = None
+    """Names of the modules that get an adapter, a regular expression for their full names, `all-linear` for all linear
+    layers except the output layer, or a selection by gradient; null for the method's default."""
     layers: Annotated[tuple[int, ...] | SelectSection | None, BeforeValidator(read_layers)] = None
     """Indices of the layers that get an adapter, or a selection by gradient; null for all."""
     use_rslora: bool = False
@@ -353,6 +354,16 @@ class SourceSection(FilesSection):
     """Template of the completion to learn."""
     columns: ColumnsSection | None = None
     """Columns to use directly, instead of templates."""
+    turns: Literal["refuse", "join", "keep"] = "refuse"
+    """Chats with consecutive messages of one role: drop the row (`refuse`), `join` them with a blank line, or `keep`
+    them; `join` and `keep` also pass a later system message to the chat template, and drop a row if the template
+    rejects it or leaves a message out."""
+    mask_history: bool = False
+    """Train only the last assistant message of a chat."""
+    where: Annotated[Mapping[str, Any], PlainValidator(read_where), PlainSerializer(dict)] | None = None
+    """Use only the rows with these values, such as `{label: true}`, `{lang: [en, de]}` or `{score: ">= 4"}`."""
+    ignore_columns: Annotated[tuple[str, ...], BeforeValidator(freeze_names)] = ()
+    """Columns to treat as if the source did not have them, such as labels for another task."""
 
 
 class WeightedSection(SourceSection):
@@ -360,6 +371,9 @@ class WeightedSection(SourceSection):
 
     weight: Annotated[float, Field(gt=0, le=100)] = 1.0
     """How often each training row of this source is used per epoch; 0.5 uses a random half of them."""
+    share: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Share of the training rows per epoch that come from this source, instead of a weight; the shares of all sources
+    add up to 1."""
 
 
 class SplitSection(Section):
@@ -410,6 +424,9 @@ class DatasetSection(SourceSection):
 
     sources: Annotated[tuple[WeightedSection, ...], BeforeValidator(freeze_rows)] = ()
     """Several sources, instead of one."""
+    stopping_strategy: Literal["first_exhausted", "all_exhausted"] = "first_exhausted"
+    """With shares of sources: stop when one source is used up, so that no row is repeated, or use all rows of every
+    source, repeating those of the others."""
     join: Annotated[tuple[JoinSection, ...], BeforeValidator(freeze_rows)] = ()
     """Tables to join, in order."""
     thinking: Literal["keep", "last", "drop"] = "last"

@@ -105,6 +105,7 @@ def data_section(stages: Stages) -> Section | None:
     blocks: list[Block | None] = [
         _warnings(data),
         SideBySide((_present(left), _present(right))),
+        _unread(data),
         None if stages.is_images else length_plots(data),
         label_table(data),
         number_table(data),
@@ -148,19 +149,39 @@ def _row_table(data: DataJson) -> Table:
 def _sources(data: DataJson) -> Table | None:
     if not data.sources:
         return None
-    read_as = any(source.read_as is not None for source in data.sources)
-    weight = any(source.weight is not None for source in data.sources)
-    rows = [
-        [
-            without_home(text(source.path)),
-            count(source.rows),
-            *([without_home(text(source.read_as)).replace("_", " ")] if read_as else []),
-            *([text(source.weight)] if weight else []),
-        ]
+    mixed = sum(source.mixed_rows or 0 for source in data.sources)
+    columns: dict[str, list[str]] = {
+        "Source": [without_home(text(source.path)) for source in data.sources],
+        "Rows": [count(source.rows) for source in data.sources],
+        "Read as": [without_home(text(source.read_as)).replace("_", " ") for source in data.sources],
+        "Weight": [text(source.weight) for source in data.sources],
+        "Share": [text(source.share) for source in data.sources],
+        "Training": [count(source.train_rows) for source in data.sources],
+        "Used per epoch": [count(source.mixed_rows) for source in data.sources],
+        "of all": [share(source.mixed_rows, mixed) for source in data.sources],
+    }
+    of_shares = any(source.share is not None for source in data.sources)
+    given = {
+        "Read as": any(source.read_as is not None for source in data.sources),
+        "Weight": not of_shares and any(source.weight is not None for source in data.sources),
+        "Share": of_shares,
+        **dict.fromkeys(("Training", "Used per epoch", "of all"), mixed > 0),
+    }
+    titles = [title for title in columns if given.get(title, True)]
+    rows = [list(row) for row in zip(*(columns[title] for title in titles), strict=True)]
+    numeric = tuple(at for at, title in enumerate(titles) if title not in ("Source", "Read as", "Weight", "Share"))
+    return table(tuple(titles), rows, numeric=numeric)
+
+
+def _unread(data: DataJson) -> Block | None:
+    """The columns and keys that nothing reads, for each source that has some."""
+    several_sources = len(data.sources) > 1
+    pairs = [
+        (f"Not read of {without_home(text(source.path))}" if several_sources else "Not read", unread)
         for source in data.sources
+        if (unread := source.not_read()) is not None
     ]
-    titles = ("Source", "Rows", *(["Read as"] if read_as else []), *(["Weight"] if weight else []))
-    return table(titles, rows, numeric=(1,))
+    return facts(tuple(pairs)) if pairs else None
 
 
 def _joins(data: DataJson) -> Table | None:

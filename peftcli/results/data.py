@@ -7,15 +7,45 @@ from typing import Any
 from peftcli.results.schema import SCHEMA, Counts
 from peftcli.typed_json import OMIT_NONE
 
+MOST_SHOWN = 20
+"""Maximum number of columns, and of keys, in a line about what is not read."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataSource:
-    """A source of rows; `read_as` says how its rows were understood."""
+    """A source of rows.
+
+    Attributes:
+        read_as: how its rows were understood.
+        weight: how often its training rows are used per epoch.
+        share: asked share of the training rows, instead of a weight.
+        train_rows: its training rows; None if it is the only source, or has no training rows.
+        mixed_rows: training rows per epoch, with those that are repeated.
+        unread: types of the values of the first columns that nothing reads, by column.
+        unread_columns: number of all such columns.
+        unread_keys: number of rows with a key of a message that nothing reads, by key.
+    """
 
     path: str | None = None
     rows: int | None = None
     read_as: str | None = None
     weight: float | None = None
+    share: float | None = None
+    train_rows: int | None = None
+    mixed_rows: int | None = None
+    unread: Mapping[str, str] = field(default_factory=dict)
+    unread_columns: int | None = None
+    unread_keys: Counts = field(default_factory=dict)
+
+    def not_read(self) -> str | None:
+        """The columns and keys that nothing reads; None if everything is read."""
+        names = [f"{name} ({types})" for name, types in self.unread.items()]
+        keys = [f"{key} in {rows:,} {'row' if rows == 1 else 'rows'}" for key, rows in self.unread_keys.items()]
+        more = (self.unread_columns or len(names)) - min(len(names), MOST_SHOWN)
+        shown = [", ".join([*names[:MOST_SHOWN], *([f"and {more} more"] if more > 0 else [])])]
+        others = len(keys) - MOST_SHOWN
+        shown.append(", ".join([*keys[:MOST_SHOWN], *([f"and {others} more"] if others > 0 else [])]))
+        return "; ".join(filter(None, shown)) or None
 
 
 @dataclass(frozen=True, kw_only=True)

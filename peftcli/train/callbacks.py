@@ -21,6 +21,7 @@ from peftcli.model.checkpoint_random import save_random_states, skip_random_stat
 from peftcli.model.distributed import gather, is_fsdp
 from peftcli.model.fused_lora import disable_fused_lora, enable_fused_lora
 from peftcli.model.fused_norms import disable_fused_norms, enable_fused_norms
+from peftcli.model.gradients import missing_gradients
 from peftcli.model.hardware import peak_memory_bytes, resident_bytes
 from peftcli.model.liger_layers import LigerLayers, enable_liger_layers
 from peftcli.plan.plan import Plan
@@ -88,6 +89,7 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]  # transformers' callb
         self._longest_step = 0.0
         self._shrunk = 0
         self._last_logged = (0.0, 0.0)
+        self._gradients_checked = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -111,6 +113,11 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]  # transformers' callb
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._trainer.check_step(state.global_step + 1)
+        if not self._gradients_checked and not is_fsdp(kwargs["model"]):
+            missing = missing_gradients(kwargs["model"])
+            if missing is not None:
+                self._progress.note(f"  note: {missing}")
+        self._gradients_checked = True
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         now = time.monotonic()

@@ -23,6 +23,7 @@ from peftcli.model.classification import TaskHead, forward, make_batch, task_hea
 from peftcli.model.fused_loss import replace_broken_loss, score_targets
 from peftcli.model.heads import freeze_statistics
 from peftcli.model.load import DTYPES
+from peftcli.model.new_tokens import expose_output_bias
 from peftcli.train.step import StepTrainer, TrainerSetup
 
 SMOOTHED = ("single-label", "tagging")
@@ -98,6 +99,7 @@ class Trainer(StepTrainer, DeferredTrainer):
     def _choose_loss(self) -> None:
         """Use the fused loss if the plan has it, or if TRL's loss fails its check on this GPU."""
         base = self.model.get_base_model()
+        expose_output_bias(base)
         if "fused_loss" in self.optimizations and not score_targets(base):
             self.optimizations -= {"fused_loss"}
             self.notes.append("fused loss disabled: the output layer is sharded or not a plain Linear")

@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import sqlite3
 import zipfile
 from collections.abc import Callable
@@ -18,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from advice import Offer, nested_keys, offers
 
 from peftcli.cli.main import main
 
@@ -170,10 +172,10 @@ def look(
 
     def run(case: dict[str, Any], *flags: str) -> tuple[int, str, str]:
         make = MADE.get(case["file"])
-        path = (tmp_path if make else FOLDER) / case["file"]
-        if make:
+        path = case.get("path") or (tmp_path if make else FOLDER) / case["file"]
+        if make and "path" not in case:
             make(path)
-        keys = json.loads(json.dumps(case).replace("DIR", str(FOLDER)))
+        keys = json.loads(json.dumps(case, default=str).replace("DIR", str(FOLDER)))
         split = {} if "test" in keys.get("dataset", {}) else {"split": {"seed": 1}}
         sections = {
             "name": "broken",
@@ -255,3 +257,151 @@ def test_without_permission_a_file_is_named(look: Look, monkeypatch: pytest.Monk
     code, _, err = look({"file": "closed.csv"})
     assert code == 3
     assert err == "error: FILE: cannot be read: Permission denied; check its permissions, or download it again\n"
+
+
+# Advice: each fix that a message offers is applied, and must lead to success or to another problem.
+
+Fixes = list[tuple[str, dict[str, Any], Path]]
+"""What was done, the keys of the recipe afterwards, and the file that it names."""
+
+
+def _key_fixes(case: dict[str, Any], path: Path) -> Fixes:
+    """Keys that the message says to set, remove or correct."""
+    error, keys = case["error"], {name: case[name] for name in ("model", "dataset", "trainer") if name in case}
+    found = offers(error, keys)
+    for match in re.finditer(r"(dataset\.\w+) \((?:for example )?([\w-]+)(?: or|,) ([\w-]+)", error):
+        found += [
+            Offer(f"{match[1]}: {value}", nested_keys(match[1].split("."), value)) for value in match.groups()[1:]
+        ]
+    if match := re.search(r"name (?:the columns in|every column).*", error):
+        found.append(Offer(match[0], nested_keys(["dataset", "csv", "column_names"], ["prompt", "completion"])))
+    if match := re.search(r"DIR/([\w.]+): no such file; did you mean ([\w.]+)\?", error):
+        found.append(Offer(match[0], json.loads(json.dumps(keys).replace(match[1], match[2]))))
+    if match := re.search(r"([a-z]+\.\w+) is set, .*; remove it$|; remove ([a-z.]+\.[a-z_]+)$", error):
+        found.append(Offer(match[0], nested_keys((match[1] or match[2]).split("."), None)))
+    if match := re.search(r"the longest has (\d+) tokens: raise it", error):
+        found.append(Offer(match[0], nested_keys(["dataset", "max_length"], int(match[1]))))
+    if "change the limit shown" in error:
+        for key in re.findall(r"dataset\.limits\.(\w+)", error):
+            found.append(Offer(f"limit {key}", nested_keys(["dataset", "limits", key], 0 if key[:3] == "min" else 1)))
+    if match := re.search(r"it has ([\w, ]+); set (dataset\.\w+) or", error):
+        found += [Offer(one, nested_keys(match[2].split("."), one)) for one in match[1].split(", ")]
+    if match := re.search(r"has no column \w+; it has ([\w, ]+); use one of these", error):
+        (key,) = re.findall(r"dataset\.split\.\w+", error)
+        found += [Offer(one, nested_keys(key.split("."), one)) for one in match[1].split(", ")]
+    if match := re.search(r"no (?:column|table) (\w+); it has .*; did you mean \"?([^?\"]*)\"?\?", error):
+        corrected = json.loads(re.sub(rf"(?<![\w])(?<!\"){match[1]}(?!\w|\":)", match[2], json.dumps(keys)))
+        corrected = json.loads(re.sub(rf'": "{match[1]}"', f'": "{match[2]}"', json.dumps(corrected)))
+        found.append(Offer(match[0], corrected))
+    return [(one.said, one.applied(keys), path) for one in found]
+
+
+def _renamed(path: Path, name: str) -> Path:
+    other = path.with_name(name)
+    other.write_bytes(path.read_bytes())
+    return other
+
+
+def _file_fixes(case: dict[str, Any], path: Path) -> Fixes:
+    """Files and folders that the message says to use, rename or rewrite."""
+    error, keys = case["error"], {name: case[name] for name in ("model", "dataset", "trainer") if name in case}
+    found: dict[str, Path] = {}
+    if match := re.search(r"such as FILE(/[\w*.]+)", error):
+        found[match[0]] = Path(f"{path}{match[1]}")
+    if match := re.search(r"FILE: no such file; did you mean ([\w.]+)\?", error):
+        found[match[0]] = FOLDER / match[1]
+    if match := re.search(r"rename a file with one list to (\.\w+)|change its extension to (\.\w+)", error):
+        found[match[0]] = _renamed(path, f"renamed{match[1] or match[2]}")
+    if match := re.search(r"add the extension (\.\w+)", error):
+        found[match[0]] = _renamed(path, f"{path.name}{match[1]}")
+    if match := re.search(r"save the list under (\w+) to a separate file", error):
+        found[match[0]] = path.with_name("separate.json")
+        found[match[0]].write_text(json.dumps(json.loads(path.read_text())[match[1]]))
+    if match := re.search(r"one object per line$|write the file as one list and rename it to \.json", error):
+        whole, decoder, rows = path.read_text(), json.JSONDecoder(), []
+        while whole := whole.strip():
+            row, end = decoder.raw_decode(whole)
+            rows, whole = [*rows, row], whole[end:]
+        found[match[0]] = path.with_name("listed.json")
+        found[match[0]].write_text(json.dumps(rows))
+    if match := re.search(r"has the extension (\.\w+), but is not compressed like this; fix its name", error):
+        found[match[0]] = _renamed(path, path.name.removesuffix(match[1]))
+    if match := re.search(r"FILE:(\d+): .*(?:fix or remove the (?:line|row)|fix or remove it)$", error):
+        found[match[0]] = _without_line(path, int(match[1]))
+    if match := re.search(r"FILE:(\d+): this line is a hint for Excel; remove it", error):
+        found[match[0]] = _without_line(path, 1)
+    if match := re.search(r"remove white space around the names", error):
+        head, _, rest = path.read_text().partition("\n")
+        found[match[0]] = path.with_name("stripped.csv")
+        found[match[0]].write_text(",".join(name.strip() for name in head.split(",")) + "\n" + rest)
+    return [(said, keys, other) for said, other in found.items()]
+
+
+def _without_line(path: Path, number: int) -> Path:
+    lines = path.read_bytes().split(b"\n")
+    other = path.with_name(f"shorter{path.suffix}")
+    other.write_bytes(b"\n".join(lines[: number - 1] + lines[number:]))
+    return other
+
+
+BY_HAND = re.compile(
+    r"(download|write|compress|export|save|use|read|give|add|omit|remove|rename|fix|close|unpack"
+    r"|set model\.chat_template|set dataset\.encoding to|known extensions are|keys of a joined table must be"
+    r"|files of one source need)[^;]*$|link is broken|first line must be a header"
+)
+"""Fixes of the rows or files that only a person can make; each message still ends with one."""
+
+
+@pytest.fixture
+def following(tmp_path: Path) -> Callable[[dict[str, Any]], Fixes]:
+    """A function that gives the fixes of a case; its file is copied, so that it can be changed."""
+
+    def fixes(case: dict[str, Any]) -> Fixes:
+        name = case["file"]
+        source = FOLDER / name
+        path = tmp_path / "copy" / name
+        path.parent.mkdir()
+        if name in MADE:
+            MADE[name](path)
+        elif source.is_dir():
+            shutil.copytree(source, path)
+        elif source.is_file():
+            shutil.copy(source, path)
+        of_keys, of_files = _key_fixes(case, path), _file_fixes(case, path)
+        if of_keys and of_files and "; remove it, and set" in case["error"]:  # two halves of one fix
+            return [(said, keys, other) for _, keys, _ in of_keys for said, _, other in of_files]
+        return [*of_keys, *of_files]
+
+    return fixes
+
+
+FAULTY = [case for case in CASES if "error" in case]
+
+
+@pytest.mark.parametrize("case", FAULTY, ids=lambda case: case.get("name", case["file"]))
+def test_the_advice_of_a_message_leads_to_success_or_to_another_problem(
+    case: dict[str, Any], look: Look, following: Callable[[dict[str, Any]], Fixes]
+) -> None:
+    fixes = following(case)
+    if not fixes:
+        assert BY_HAND.search(case["error"]), f"what should a person do? {case['error']}"
+    for said, keys, path in fixes:
+        code, _, err = look({"file": case["file"], "path": path, **keys})
+        assert code in (0, 2, 3), (said, err)
+        assert code == 0 or _problem(err) != _problem(f"error: {case['error']}"), (said, err)
+
+
+def _problem(message: str) -> str:
+    """The problem of a message: without the place, the values, and the fix."""
+    text = re.sub(r"\b(FILE|DIR)\S*|\S+\.(csv|jsonl?|tsv|parquet)\S*", "", message)
+    return re.sub(r"[\d.,]+", "0", text).partition("; ")[0].strip()
+
+
+def test_most_messages_about_data_have_a_fix_that_is_followed(
+    following: Callable[[dict[str, Any]], Fixes], tmp_path: Path
+) -> None:
+    followed = 0
+    for case in FAULTY:
+        shutil.rmtree(tmp_path / "copy", ignore_errors=True)
+        followed += bool(following(case))
+    assert followed >= 45

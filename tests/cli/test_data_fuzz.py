@@ -170,8 +170,11 @@ def data(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capf
         shutil.rmtree(tmp_path / "cache", ignore_errors=True)
         assert code in (0, 2, 3, 4), err
         assert "Traceback" not in err and len(err.splitlines()) <= 8 and "\x1b" not in out + err
-        if as_json and out:
-            facts = json.loads(out)
+        assert bool(out) == (as_json or code == 0)
+        facts = json.loads(out) if as_json else {}
+        if code and as_json and "error" in facts:  # a crossed limit comes after the data
+            assert facts["error"]["exit_code"] == code and facts["error"]["message"]
+        elif as_json:
             # A text becomes several rows.
             kept = facts["train_rows"] + facts["test_rows"]
             assert facts["format"] == "text" or facts["rows"] == kept + facts["dropped_rows"]

@@ -77,6 +77,20 @@ def test_another_schedule_is_followed_from_the_next_step_and_stated(
     assert sorted(after) == list(range(1, 9))
 
 
+def test_a_lower_learning_rate_is_the_rate_of_every_further_step(
+    write_recipe: Write, run_cli: Cli, tmp_path: Path, capfd: Any
+) -> None:
+    trainer = {"max_steps": 3, "lr_scheduler_type": "constant", "learning_rate": 5e-3}
+    recipe = write_recipe(quantization=None, trainer=trainer)
+    assert run_cli("train", recipe, "--output-dir", "run") == 0
+    capfd.readouterr()
+    lower = ("--set", "trainer.max_steps=6", "--set", "trainer.learning_rate=1e-4", "--force", "trainer.learning_rate")
+    assert run_cli("train", recipe, "--output-dir", "run", *lower) == 0
+    assert "now constant over 6 steps: 1.00e-04 at step 4" in capfd.readouterr().err
+    found = rates(RunDir(tmp_path / "run"))
+    assert found == pytest.approx({step: 5e-3 if step <= 3 else 1e-4 for step in range(1, 7)})
+
+
 def test_nothing_of_before_is_left_as_if_of_the_new_adapter(
     copied: tuple[Path, RunDir], run_cli: Cli, tmp_path: Path, capfd: Any
 ) -> None:

@@ -214,8 +214,9 @@ def test_other_architectures_merge(run_cli: Cli, tmp_path: Path, family: str) ->
     assert run_cli("train", "s.yaml", "--smoke") == 0
     assert run_cli("merge", "runs/s-smoke") == 0
     found = read_json(tmp_path / "runs" / "s-smoke" / "merge.json")
-    # A random mixture of experts turns rounding into another choice of expert; the others agree to rounding.
-    assert found["kl_nats"] <= (0.01 if "Mixtral" in family else 1e-9)
+    assert found["kl_nats"] <= 1e-9
+    if family.startswith("Mixtral"):  # its files store each expert by itself
+        assert run_cli("merge", "runs/s-smoke", "--into", "original") == 0
 
 
 @pytest.mark.parametrize("saved", ["[lm_head]", "[embed_tokens]", "[embed_tokens, lm_head]"])

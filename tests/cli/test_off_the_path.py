@@ -48,6 +48,22 @@ def test_a_cut_off_weights_file_is_named(
     assert "cut off or damaged" in shown.out + shown.err
 
 
+@pytest.mark.parametrize("wrong", ["a folder, not a file", "no such file"])
+def test_doctor_names_weights_that_are_no_file(
+    own_base: Path, write_recipe: Write, run_cli: Cli, capfd: pytest.CaptureFixture[str], wrong: str
+) -> None:
+    weights = own_base / "model.safetensors"
+    weights.unlink()
+    if wrong == "no such file":
+        weights = own_base / "model-00001-of-00001.safetensors"
+        (own_base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": weights.name}}))
+    else:
+        weights.mkdir()
+    assert run_cli("doctor", write_recipe(model={"name": str(own_base)})) == 4
+    shown = capfd.readouterr()
+    assert f"{weights.name}: {wrong}; download or copy it again" in " ".join((shown.out + shown.err).split())
+
+
 def test_a_token_without_a_row_in_the_embedding_is_refused(
     own_base: Path, write_recipe: Write, run_cli: Cli, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

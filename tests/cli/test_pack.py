@@ -172,11 +172,11 @@ def test_a_packed_run_without_its_base_says_what_it_needs(
 
 @pytest.mark.usefixtures("on_machine")
 def test_a_test_row_with_a_private_path_is_refused(
-    run: Path, home: Path, tmp_path: Path, run_cli: Cli, capfd: pytest.CaptureFixture[str]
+    run: Path, tmp_path: Path, run_cli: Cli, capfd: pytest.CaptureFixture[str]
 ) -> None:
     project = tmp_path / "project"
     shutil.copytree(run.parent.parent, project, ignore=shutil.ignore_patterns("runs"))
-    text = (project / "things.csv").read_text().replace("big", f"{home}/big")
+    text = (project / "things.csv").read_text().replace("big", f"/u/{USER}/big")
     (project / "things.csv").write_text(text)
     assert run_cli("train", project / "recipe.yaml", "--output-dir", "run") == 0
     capfd.readouterr()

@@ -62,7 +62,7 @@ def recipes(examples: int, ground: Workspace) -> Iterator[Row]:
     for number in range(examples):
         path.write_bytes(spoil(healthy, chance).encode("utf-8", "surrogatepass"))
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as err:
-            code = main(["validate", str(path)])
+            code = main(["validate", str(path), "--no-data"])
         said = err.getvalue()
         codes[code] += 1
         fine = code in (0, 2) and "Traceback" not in said and len(said.splitlines()) <= LONGEST and "\x1b" not in said

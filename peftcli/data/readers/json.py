@@ -4,9 +4,11 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TextIO
 
+from peftcli.data.chat_formats import is_chat, is_message
 from peftcli.data.readers.batches import Item, UnreadableRow, gather
 from peftcli.data.readers.files import DataFile
 from peftcli.data.readers.text_stream import open_text
@@ -69,7 +71,7 @@ class JsonObjects:
 
 
 class RowRule:
-    """The valid type of rows in a file: objects, or strings if the first row is one."""
+    """The valid type of rows in a file: objects, or strings or chats (lists of messages) if the first row is one."""
 
     def __init__(self) -> None:
         self._kind: type | None = None
@@ -82,19 +84,22 @@ class RowRule:
             DataError: the value has an invalid type, or another type than the previous rows.
         """
         kind = type(value)
+        if kind is list and not is_chat(value):
+            kind = object  # an invalid row
         if kind is not self._kind:
             place = f"{file.path}:{number}"
-            found = _NAMES.get(kind, "null")
+            found = _NAMES.get(type(value), "null")
             if self._kind is not None:
+                found += " without messages" if self._kind is list and kind is object else ""
                 raise DataError(
                     f"{place}: is {found}, but the previous rows are {_NAMES[self._kind]}; use one type for all rows"
                 )
-            if kind not in (dict, str):
-                one_list = kind is list and file.kind == "jsonl"
+            if kind not in (dict, str, list):
+                one_list = isinstance(value, list) and file.kind == "jsonl"
                 hint = "; rename a file with one list to .json" if one_list else "; write {...} for each row"
                 raise DataError(f"{place}: is {found}, but each row must be an object with columns{hint}")
             self._kind = kind
-        return value if kind is dict else {"text": value}
+        return value if kind is dict else {"messages" if kind is list else "text": value}
 
     def columns(self, rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
         """The columns of a batch; every batch has at least those of the first."""
@@ -116,17 +121,17 @@ def read_json(file: DataFile) -> Iterator[Rows]:
     """The rows of a list of objects, or of a file with one object per line.
 
     Raises:
-        DataError: the file is a single object, or not JSON.
+        DataError: the file is a single object that is not a row, or not JSON.
     """
     with open_text(file) as text:
         start = Window(text, file.path).next_char()
     if start == "[":
         rule = RowRule()
-        return gather(file.name, _list_items(file, rule), rule.columns)
+        return gather(file.name, _one_chat(file) or _list_items(file, rule), rule.columns)
     if start == "{" and _has_lines(file):
         return read_lines(file)
     if start == "{":
-        raise _one_object(file)
+        return gather(file.name, iter([_one_row(file)]), RowRule().columns)
     raise DataError(
         f"{file.path}: "
         + (f"starts with {start}; it must be a list of rows" if start else "the file is blank; add rows")
@@ -169,14 +174,25 @@ def _line_fix(line: str, problem: json.JSONDecodeError, number: int) -> str:
 
 
 def _list_items(file: DataFile, rule: RowRule) -> Iterator[Item[dict[str, Any]]]:
+    """The rows of a list with their lines, or with their numbers if the first two are on the same line."""
+    items = _lined_items(file, rule)
+    first = list(islice(items, 2))
+    found = chain(first, items)
+    if len({line for line, _, _ in first}) == len(first):
+        return found
+    return ((number, row, size) for number, (_, row, size) in enumerate(found, start=1))
+
+
+def _lined_items(file: DataFile, rule: RowRule) -> Iterator[Item[dict[str, Any]]]:
     objects = JsonObjects()
     with open_text(file) as text:
         window = Window(text, file.path)
         window.next_char()
         window.step()
-        char = window.next_char()
+        char, number = window.next_char(), 0
         while char != "]":
-            number = window.line
+            # Rows on the first line are counted: it is the only line of most files that begin like this.
+            number = number + 1 if window.line == 1 else window.line
             value, start = window.value(objects.decode)
             row = rule.row(value, file, number)
             yield number, _checked(row, window.text, start, window.at, objects), window.at - start
@@ -190,6 +206,26 @@ def _list_items(file: DataFile, rule: RowRule) -> Iterator[Item[dict[str, Any]]]
         window.step()
         if window.next_char():
             raise window.wrong("extra data after the list")
+
+
+def _one_chat(file: DataFile) -> Iterator[Item[dict[str, Any]]] | None:
+    """The row of a file with a single list of messages; None for any other list."""
+    if file.path.stat().st_size > DESCRIBED_BYTES:
+        return None
+    objects = JsonObjects()
+    with open_text(file) as text:
+        window = Window(text, file.path)
+        window.next_char()
+        window.step()
+        if window.next_char() != "{" or not is_message(window.value(objects.decode)[0]):
+            return None
+    items = list(_lined_items(file, RowRule()))
+    turns = [row for _, row, _ in items]
+    unreadable = next((row for row in turns if isinstance(row, UnreadableRow)), None)
+    size = sum(size for _, _, size in items)
+    if unreadable is not None:
+        return iter([(1, unreadable, size)])
+    return iter([(1, {"messages": turns}, size)]) if all(map(is_message, turns)) else None
 
 
 def _checked(
@@ -220,30 +256,50 @@ def _has_lines(file: DataFile) -> bool:
     return second is not None
 
 
-def _one_object(file: DataFile) -> DataError:
+def _one_row(file: DataFile) -> Item[dict[str, Any]]:
+    """The only row of a file with a single object: a chat, or plain values.
+
+    Raises:
+        DataError: the object contains the rows, or the file has several objects.
+    """
     expected = "use a list of rows, or one object per line"
     if file.path.stat().st_size > DESCRIBED_BYTES:
-        return DataError(f"{file.path}: has objects that span several lines; {expected}")
+        raise DataError(f"{file.path}: has objects that span several lines; {expected}")
+    objects = JsonObjects()
     with open_text(file) as text:
         content = text.read()
+    start = len(content) - len(content.lstrip())
     try:
-        value = json.loads(content)
+        value, end = objects.decode(content, start)
     except json.JSONDecodeError as problem:
-        if problem.msg == "Extra data":
-            return DataError(f"{file.path}: has several objects that span several lines; {expected}")
-        return DataError(
-            f"{file.path}:{problem.lineno}: not JSON at column {problem.colno}: {describe(problem)}; {expected}"
-        )
+        place = f"{file.path}:{problem.lineno}"
+        raise DataError(f"{place}: not JSON at column {problem.colno}: {describe(problem)}; {expected}") from problem
     except (ValueError, RecursionError) as problem:
-        return unusable(str(file.path), problem)
-    keys = ", ".join(f"{shown(key)}: {_described(item)}" for key, item in list(value.items())[:8])
-    fix = "rename the file to .jsonl if it is one row"
+        raise unusable(str(file.path), problem) from problem
+    if content[end:].strip():
+        raise DataError(f"{file.path}: has several objects that span several lines; {expected}")
+    if not _is_row(value):
+        raise DataError(f"{file.path}: is one object ({_keys_of(value)}); {expected}; {_object_fix(value)}")
+    return 1, _checked(value, content, start, end, objects), len(content)
+
+
+def _is_row(value: dict[str, Any]) -> bool:
+    """Whether an object is a chat with what belongs to it, or has plain values only."""
+    items = value.values()
+    return any(map(is_chat, items)) or (bool(value) and not any(isinstance(item, list | dict) for item in items))
+
+
+def _keys_of(value: dict[str, Any]) -> str:
+    return ", ".join(f"{shown(key)}: {_described(item)}" for key, item in list(value.items())[:8])
+
+
+def _object_fix(value: dict[str, Any]) -> str:
     lists = [key for key, item in value.items() if isinstance(item, list)]
     if lists:
-        fix = f"save the list under {shown(lists[0])} to a separate file"
-    elif value and all(isinstance(item, dict) for item in value.values()):
-        fix = 'save it by rows (in pandas, to_json with orient="records")'
-    return DataError(f"{file.path}: is one object ({keys}); {expected}; {fix}")
+        return f"save the list under {shown(lists[0])} to a separate file"
+    if value and all(isinstance(item, dict) for item in value.values()):
+        return 'save it by rows (in pandas, to_json with orient="records")'
+    return "put it in [ ] if it is one row"
 
 
 def _described(value: Any) -> str:

@@ -95,7 +95,8 @@ def _names_of(kind: Any) -> list[str] | None:
 def _values(column: pa.Array, place: str, name: str, number: int) -> list[Any]:
     where = f"{place}: rows {number} to {number + len(column) - 1}: "
     try:
-        return column.to_pylist()  # type: ignore[no-any-return]
+        values: list[Any] = column.to_pylist()
+        return _without_nulls(values) if pa.types.is_nested(column.type) else values
     except UnicodeDecodeError as problem:
         raise DataError(f"{where}a string in column {shown(name)} is not UTF-8; write the file again") from problem
     except (ValueError, OverflowError, LookupError):  # a time outside Python's range or precision
@@ -105,6 +106,17 @@ def _values(column: pa.Array, place: str, name: str, number: int) -> list[Any]:
             raise DataError(
                 f"{where}column {shown(name)} has a {column.type} that cannot be read; write it as a string"
             ) from problem
+
+
+def _without_nulls(value: Any) -> Any:
+    """A nested value without the null fields of its structs.
+
+    All structs of a column have the same fields, so a field that only other rows have is null; for example, the
+    arguments of a tool call would get those of every other tool.
+    """
+    if isinstance(value, dict):
+        return {name: _without_nulls(item) for name, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def _arrow_batches(source: pa.MemoryMappedFile) -> Iterator[pa.RecordBatch]:

@@ -151,7 +151,6 @@ def training_setup(plan: Plan, shape: ModelDimensions, machine: Machine, *, one_
         one_row: each micro-batch is one row, so that there is no padding.
     """
     targets = match_linears(plan.targets, shape)
-    of_linears = sum((plan.adapter.r or 0) * (linear.inputs + linear.outputs) * linear.count for linear in targets)
     saved = plan.adapter.modules_to_save or ()
     return TrainingSetup(
         on_gpu=plan.base.device == "cuda",
@@ -165,14 +164,15 @@ def training_setup(plan: Plan, shape: ModelDimensions, machine: Machine, *, one_
         trainable=plan.trainable_parameters,
         dropout=plan.adapter.dropout or 0.0,
         dora=plan.adapter.use_dora,
-        expert_adapters=shape.experts is not None and not saved and plan.trainable_parameters > 1.05 * of_linears,
+        expert_adapters=shape.experts is not None and any(".experts." in name for name in plan.targets),
         checkpointing=_checkpointed(plan, shape),
         casts=_casts(plan),
         offloading=bool(plan.trainer.get("activation_offloading")),
         attention=_attention(plan, shape, machine, one_row),
         filling=_filling(plan, one_row),
         head=_head(plan, shape),
-        head_trained=any(name in ("lm_head", "embed_out") for name in saved),
+        head_trained=any(name in ("lm_head", "embed_out") for name in saved)
+        or bool(plan.adapter.arguments.get("trainable_token_indices")),
         processes=plan.batch.processes,
         shards=plan.shards,
         activation_fit=plan.activation_fit,

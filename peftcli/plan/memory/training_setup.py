@@ -105,7 +105,7 @@ class TrainingSetup:
             repeated for all query heads), `math` and `eager` (probabilities of that size).
         filling: padded positions per token in attention, 1 if all rows have the same length.
         head: the logits that exist at once.
-        head_trained: the output layer is fully trained.
+        head_trained: the output layer is trained, or rows of it, for which PEFT computes the gradient of the whole.
         processes: number of processes that average the gradients.
         shards: number of processes across which the base is sharded.
         activation_fit: memory of adapters of methods other than LoRA, by the last part of the layer name, "" for all

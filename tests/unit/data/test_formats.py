@@ -2,7 +2,6 @@
 
 import csv
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -143,19 +142,6 @@ def test_a_template_without_a_column_is_refused() -> None:
         choose(rows_of([{"a": "x"}]), prompt="{a}", completion="yes")
 
 
-def test_templates_are_filled_fast() -> None:
-    rows = rows_of([{"name": f"Cookies {number}", "department": "snacks"} for number in range(2000)])
-    reading = choose(rows, prompt="{name} ->:", completion=" {department}")
-    seconds = min(_seconds(reading, rows) for _ in range(20))
-    assert len(rows) / seconds > 60_000  # some 400,000 on an idle core
-
-
-def _seconds(reading: RowFormat, rows: Rows) -> float:
-    start = time.process_time()
-    reading.examples(rows)
-    return time.process_time() - start
-
-
 # Columns by name
 
 
@@ -225,7 +211,7 @@ def test_an_unknown_table_gets_an_example_of_its_own_columns() -> None:
     [
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, r'preference data.*prompt: "\{prompt\}", .*"\{chosen\}"'),
         ({"chosen": [user(), assistant()], "rejected": []}, r"preference data.*dataset\.columns: \{messages: chosen\}"),
-        ({"prompt": "a", "completion": "b", "label": True}, r"KTO.*dataset\.format: prompt_completion"),
+        ({"prompt": "a", "completion": "b", "label": True}, r"KTO.*dataset\.where: \{label: true\}"),
         ({"tokens": ["a"], "tags": ["O"]}, r'token classification.*"\{tokens\}\\ntags:", completion: " \{tags\}"'),
         ({"tokens": ["a"], "ner_tags": [0]}, r"with names instead of numbers in ner_tags"),
         ({"text": "a", "label": 1}, r'classification.*"\{text\}\\nlabel:", .*" \{label\}".*dataset\.format: text'),
@@ -330,12 +316,18 @@ def test_questions_without_a_chat_template_are_marked_as_such() -> None:
         ([user(3), assistant()], "with a message whose content is not text"),
         ([user([{"type": "image_url"}]), assistant()], "with a part that is not text (image_url)"),
         ([user()], "without an assistant message"),
-        ([user(), assistant(" ")], "without an assistant message"),
+        ([user(), assistant(" ")], "with an empty assistant message"),
         ([assistant()], "with no user message before the assistant message"),
         ([{"role": "system", "content": "a"}, assistant()], "with no user message before the assistant message"),
-        ([user(), user(), assistant()], "with two consecutive user messages"),
-        ([user(), assistant(), assistant()], "with two consecutive assistant messages"),
-        ([user(), {"role": "system", "content": "a"}, assistant()], "with a system message after the beginning"),
+        ([user(), user(), assistant()], "with two consecutive user messages (set dataset.turns: join or keep)"),
+        (
+            [user(), assistant(), assistant()],
+            "with two consecutive assistant messages (set dataset.turns: join or keep)",
+        ),
+        (
+            [user(), {"role": "system", "content": "a"}, assistant()],
+            "with a system message after the beginning (set dataset.turns: join or keep)",
+        ),
         ([user(), assistant(weight=0)], "without an assistant message to train"),
         ([user(), assistant(weight=0.5)], "with a message weight that is neither 0 nor 1"),
         ([user(), assistant(tool_calls=[{"x": 1}])], "with a tool call that is not JSON with a name and arguments"),
@@ -368,6 +360,67 @@ def test_openai_turns_become_regular() -> None:
         assistant("3", train=False),
         user("Thanks"),
     ]
+
+
+@pytest.mark.parametrize("key", ["text", "value", "content"])
+def test_typed_parts_have_their_text_under_any_usual_key(key: str) -> None:
+    assert read_chat(user([{"type": "text", key: "1 "}, {"type": "input_text", key: "2"}]), assistant())[0] == user(
+        "1 2"
+    )
+
+
+@pytest.mark.parametrize("arguments", [{"a": None, "b": 1}, '{"a": null, "b": 1}'])
+@pytest.mark.parametrize("key", ["arguments", "parameters", "input", "args"])
+def test_arguments_are_an_object_or_json_and_keep_their_nulls(key: str, arguments: Any) -> None:
+    call = {"name": "add", key: arguments}
+    turns = read_chat(user(), assistant(None, tool_calls=[call]), {"role": "tool", "content": "3"}, assistant("3"))
+    assert turns[1]["tool_calls"][0]["function"] == {"name": "add", "arguments": {"a": None, "b": 1}}
+
+
+@pytest.mark.parametrize("arguments", ["null", "", None, {}])
+def test_a_call_without_arguments_has_an_empty_object(arguments: Any) -> None:
+    turns = read_chat(user(), assistant("", tool_calls=[{"function": {"name": "now", "arguments": arguments}}]))
+    assert turns[1]["tool_calls"][0]["function"] == {"name": "now", "arguments": {}}
+
+
+def test_the_roles_of_ms_swift_agents_are_calls_and_their_results() -> None:
+    call = '{"name": "aqi", "arguments": {"city": "Bonn"}}'
+    turns = [
+        user(),
+        {"role": "tool_call", "content": call},
+        {"role": "tool_call", "content": call},
+        {"role": "tool_response", "content": "72"},
+        {"role": "tool_response", "content": "64"},
+        assistant("Good."),
+    ]
+    made = read([{"messages": turns}], turns="join")
+    chat = json.loads(made.columns["messages"][0])
+    assert [turn["role"] for turn in chat] == ["user", "assistant", "tool", "tool", "assistant"]
+    assert [one["function"]["name"] for one in chat[1]["tool_calls"]] == ["aqi", "aqi"]
+    assert read([{"messages": turns[:2]}]).dropped == []  # the call is the last answer
+
+
+def test_the_parts_of_anthropic_messages_are_calls_and_their_results() -> None:
+    use = {"type": "tool_use", "id": "t1", "name": "aqi", "input": {"city": "Bonn"}}
+    result = {"type": "tool_result", "tool_use_id": "t1", "content": [{"type": "text", "text": "72"}]}
+    turns = [
+        user(),
+        assistant([{"type": "text", "text": "Let me look."}, use], weight=0),
+        user([result, {"type": "text", "text": "Well?"}]),
+        assistant("Good."),
+    ]
+    arguments = {"name": "aqi", "arguments": {"city": "Bonn"}}
+    assert json.loads(read([{"messages": turns}]).columns["messages"][0]) == [
+        user(),
+        assistant("Let me look.", tool_calls=[{"type": "function", "id": "t1", "function": arguments}], train=False),
+        {"role": "tool", "content": "72", "tool_call_id": "t1"},
+        user("Well?"),
+        assistant("Good."),
+    ]
+
+
+def test_a_result_without_a_call_is_read() -> None:
+    assert read_chat(user(), {"role": "tool", "content": "It rains."}, assistant())[1]["content"] == "It rains."
 
 
 def test_the_older_function_calls_become_tool_calls() -> None:

@@ -337,12 +337,57 @@ def test_lists_are_several_classes_unless_the_recipe_says_otherwise(prepared: Pr
     assert prepared(path=file(rows)).problem_type == "multi-label"
 
 
-def test_a_zero_or_one_for_each_class_is_read_as_such(prepared: Prepare, file: Any) -> None:
-    rows = [row | {"label": [number % 2, 0, 1]} for number, row in enumerate(animals())]
+@pytest.mark.parametrize("kind", [int, float, bool])
+@pytest.mark.parametrize("write", [list, json.dumps, str], ids=["lists", "json", "python"])
+def test_multi_hot_labels_are_the_classes_that_are_not_zero(
+    prepared: Prepare, file: Any, kind: Any, write: Any
+) -> None:
+    hot = [[1, 0, 0], [0, 1, 0], [1, 1, 0], [0, 0, 0]]
+    rows = [row | {"label": write([kind(one) for one in hot[number % 4]])} for number, row in enumerate(animals())]
     data = prepared(path=file(rows), labels=["cat", "dog", "eel"])
-    assert sorted(map(tuple, labelled(data).values()))[::20] == [(0, 2), (2,)]
-    unnamed = prepared(path=file(rows))
-    assert unnamed.labels == ("0", "2")
+    assert data.labels == ("cat", "dog", "eel"), "a class that no row has is a class too"
+    assert sorted(map(tuple, labelled(data).values()))[::10] == [(), (0,), (0, 1), (1,)]
+    assert prepared(path=file(rows)).labels == ("0", "1", "2")
+
+
+def test_two_positions_are_a_zero_or_one_for_each_class(prepared: Prepare, file: Any) -> None:
+    rows = [row | {"label": [[0, 1], [1, 0]][number % 2]} for number, row in enumerate(animals())]
+    assert sorted(map(tuple, labelled(prepared(path=file(rows))).values()))[::20] == [(0,), (1,)]
+    assert (
+        sorted(map(tuple, labelled(prepared(path=file(rows), labels=["a", "b", "c"])).values()))[::39] == [(0, 1)] * 2
+    )
+
+
+def test_ids_of_classes_are_no_switches(prepared: Prepare, file: Any) -> None:
+    sets: list[list[int]] = [[0], [1], [0, 2], []]
+    rows = [row | {"label": sets[number % 4]} for number, row in enumerate(animals())]
+    data = prepared(path=file(rows), labels=["cat", "dog", "eel"])
+    assert sorted(map(tuple, labelled(data).values()))[::10] == [(), (0,), (0, 2), (1,)]
+
+
+def test_a_row_that_lacks_a_switch_is_dropped_and_its_ones_are_no_classes(prepared: Prepare, file: Any) -> None:
+    rows = [row | {"label": [1.0, 0.0, float(number % 2)]} for number, row in enumerate(animals())]
+    rows[3]["label"], rows[4]["label"] = [1.0, None, 0.0], [1.0, 0.0]
+    data = prepared(path=file(rows), limits={"max_dropped": 0.1})
+    assert data.facts["dropped"] == {"with label not a 0 or 1 for each class": 2}
+    assert data.labels == ("0", "1", "2")
+
+
+def test_labels_of_several_classes_that_are_neither_names_nor_switches_are_refused(
+    prepared: Prepare, file: Any
+) -> None:
+    rows = [row | {"label": [1.0, 0.0, number % 2 / 2]} for number, row in enumerate(animals())]
+    with pytest.raises(DataError, match=r"rows.jsonl: label has 0.5 in a list; .*round probabilities to 0 and 1"):
+        prepared(path=file(rows))
+    rows = [row | {"label": [1.0, 0.0, number % 2]} for number, row in enumerate(animals())]
+    with pytest.raises(DataError, match=r"for each of 3 classes, but dataset.labels names 2 \(a, b\); name all 3"):
+        prepared(path=file(rows), labels=["a", "b"])
+
+
+def test_a_list_as_python_prints_it_is_a_list_of_classes(prepared: Prepare, file: Any) -> None:
+    rows = [row | {"label": str([row["label"], "pet"])} for row in animals()]
+    data = prepared(path=file(rows))
+    assert (data.problem_type, data.labels) == ("multi-label", ("cat", "dog", "pet"))
 
 
 def test_two_signs_that_may_part_classes_are_refused(prepared: Prepare, file: Any) -> None:

@@ -5,7 +5,6 @@ import os
 import string
 import subprocess
 import sys
-import time
 import warnings
 from pathlib import Path
 from types import MappingProxyType
@@ -149,10 +148,8 @@ def test_utf_16_is_named(tmp_path: Path) -> None:
     ],
     ids=["alias bomb", "cycle", "deep lists", "deep mappings", "deep blocks", "more than 1 MB"],
 )
-def test_a_hostile_file_is_refused_at_once(tmp_path: Path, text: str) -> None:
-    start = time.perf_counter()
-    refused(tmp_path, text)
-    assert time.perf_counter() - start < 1
+def test_a_hostile_file_is_refused(tmp_path: Path, text: str) -> None:
+    refused(tmp_path, text)  # a file that is expanded first takes all memory, or hours
 
 
 def test_a_missing_file_names_the_nearest(tmp_path: Path) -> None:

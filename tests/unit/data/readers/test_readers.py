@@ -260,7 +260,8 @@ def test_a_json_row_that_would_lose_something_is_not_read(tmp_path: Path, ending
         ("a.json", "[[1]]", "a.json:1: is a list, but each row must be an object"),
         ("a.json", '{"v": "x", "data": [1, 2]}', "is one object (v: a text, data: a list of 2)"),
         ("a.json", '{\n "v": 1,\n "data": [\n]}', "save the list under data to a separate file"),
-        ("a.json", '{"text": "x"}', "rename the file to .jsonl if it is one row"),
+        ("a.json", '{"text": {"a": 1, "b": "x"}, "n": 1}', "put it in [ ] if it is one row"),
+        ("a.json", '{"text": "x", "meta": {"n": 1}}', "put it in [ ] if it is one row"),
         ("a.json", '{\n"a": 1}\n{\n"a": 2}', "a.json: has several objects that span several lines"),
         ("a.json", '{\n"a": 1,\n', "a.json:3: not JSON at column 1"),
     ],
@@ -268,6 +269,23 @@ def test_a_json_row_that_would_lose_something_is_not_read(tmp_path: Path, ending
 def test_a_json_file_that_cannot_be_read_says_where(tmp_path: Path, name: str, content: str, message: str) -> None:
     path = write(tmp_path / name, content)
     assert message in error_of(path) and str(path) in error_of(path)
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_a_file_with_one_object_is_one_row(tmp_path: Path, indent: int | None) -> None:
+    chat = {"id": 7, "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Good day"}]}
+    write(tmp_path / "a.json", json.dumps(chat, indent=indent))
+    write(tmp_path / "b.json", json.dumps({"text": "x", "n": 1}, indent=indent))
+    assert rows_of(opened(tmp_path / "a.json")) == [chat]
+    rows = rows_of(opened(tmp_path))
+    assert [row.get("conversations") or row["text"] for row in rows] == [chat["conversations"], "x"]
+    twice = write(tmp_path / "c.json", json.dumps(chat, indent=indent).replace('"id": 7', '"id": 7, "id": 8'))
+    assert unread_of(opened(twice)) == [(1, "with the duplicate key id")]
+
+
+def test_rows_on_one_line_have_numbers_of_their_own(tmp_path: Path) -> None:
+    source = opened(write(tmp_path / "a.json", json.dumps([{"a": at} for at in range(5)])))
+    assert numbers_of(source) == [1, 2, 3, 4, 5]
 
 
 def test_a_long_element_of_a_list_is_read_in_proportion_to_its_length(tmp_path: Path) -> None:
@@ -291,7 +309,61 @@ def test_a_list_is_read_alike_wherever_its_stretches_end(
     assert "b.json:9: not JSON at column 7: a value is expected" in error_of(broken)
 
 
+CHAT = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Good day"}]
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_a_file_with_one_chat_is_one_row(tmp_path: Path, indent: int | None) -> None:
+    row = {"id": "a", "conversations": CHAT}
+    one = write(tmp_path / "a.json", json.dumps(row, indent=indent))
+    assert rows_of(opened(one)) == [row] and numbers_of(opened(one)) == [1]
+    (tmp_path / "chats").mkdir()
+    for name in ("a", "b"):
+        write(tmp_path / "chats" / f"{name}.json", json.dumps(row, indent=indent))
+    assert rows_of(opened(tmp_path / "chats")) == [row, row]
+    bare = write(tmp_path / "b.json", json.dumps(CHAT, indent=indent))
+    assert rows_of(opened(bare)) == [{"messages": CHAT}] and numbers_of(opened(bare)) == [1]
+
+
+def test_a_row_may_be_a_chat_without_a_column(tmp_path: Path) -> None:
+    for name, text in (("a.json", json.dumps([CHAT, CHAT])), ("a.jsonl", f"{json.dumps(CHAT)}\n" * 2)):
+        assert rows_of(opened(write(tmp_path / name, text))) == [{"messages": CHAT}] * 2
+    mixed = write(tmp_path / "b.json", json.dumps([CHAT, [1]]))
+    assert "is a list without messages, but the previous rows are a list" in error_of(mixed)
+
+
+def test_rows_that_only_look_like_messages_stay_rows(tmp_path: Path) -> None:
+    rows = [{"role": "user", "content": "Hi", "label": 1}, {"role": "user", "content": "Ho", "label": 0}]
+    assert rows_of(opened(write(tmp_path / "a.json", json.dumps(rows)))) == rows
+    rows = [{"role": "doctor", "content": "Hi"}, {"role": "nurse", "content": "Ho"}]
+    assert rows_of(opened(write(tmp_path / "b.json", json.dumps(rows)))) == rows
+
+
+def test_rows_on_one_line_are_named_by_their_number(tmp_path: Path) -> None:
+    rows = [{"a": "x"}, {"a": "y"}, {"a": "z"}]
+    assert numbers_of(opened(write(tmp_path / "a.json", json.dumps(rows)))) == [1, 2, 3]
+    assert numbers_of(opened(write(tmp_path / "b.json", "[\n" + json.dumps(rows)[1:]))) == [1, 2, 3]
+    assert numbers_of(opened(write(tmp_path / "c.json", json.dumps(rows, indent=1)))) == [2, 5, 8]
+    assert numbers_of(opened(write(tmp_path / "d.json", json.dumps(rows[:1])))) == [1]
+
+
 # --- columnar files
+
+
+@pytest.mark.parametrize("ending", ["parquet", "arrow"])
+def test_the_nulls_of_a_merged_schema_are_left_out(tmp_path: Path, ending: str) -> None:
+    """Arrow gives the arguments of one tool call those of every other; JSON keeps a null that was written."""
+    calls = [{"north": 1, "flags": [1, None]}, {"order": {"kind": "flat white"}}]
+    rows = [{"note": None, "messages": [{"role": "assistant", "call": call}]} for call in calls]
+    table = pa.Table.from_pylist(rows)
+    assert table.column("messages").to_pylist()[0][0]["call"]["order"] is None
+    if ending == "parquet":
+        pa.parquet.write_table(table, tmp_path / "a.parquet")
+    else:
+        pa.feather.write_feather(table, str(tmp_path / "a.arrow"), compression="uncompressed")
+    assert rows_of(opened(tmp_path / f"a.{ending}")) == rows
+    written = write(tmp_path / "a.jsonl", json.dumps({"a": {"b": None}}))
+    assert rows_of(opened(written)) == [{"a": {"b": None}}]
 
 
 def test_a_parquet_row_is_named_by_its_number_and_batches_are_bounded(tmp_path: Path) -> None:
