@@ -76,7 +76,7 @@ def built_once(
         raise _full(folder, error) from error
     except NotImplementedError as error:  # a file system without locks
         return _build_unstored(name, build, note, error)
-    with lock:
+    try:  # not `with lock`, which would acquire it a second time and release it once
         damage = entry_damage(folder) if folder.is_dir() else ""  # another process may have built it meanwhile
         if damage:
             note(f"note: the cache entry {folder} is damaged ({damage}) and is rebuilt")
@@ -85,6 +85,8 @@ def built_once(
                 _build(root, folder, build)
             except OSError as error:
                 raise _full(folder, error) from error
+    finally:
+        lock.release()
     return folder
 
 

@@ -62,18 +62,8 @@ def _key(
     request: DataRequest,
 ) -> str:
     """Hexadecimal hash of everything that the result of one pass depends on."""
-    keys = (
-        "format",
-        "text",
-        "prompt",
-        "completion",
-        "columns",
-        "where",
-        "ignore_columns",
-        "turns",
-        "mask_history",
-        "weight",
-    )
+    rows = ("format", "text", "prompt", "completion", "columns", "where", "ignore_columns")
+    keys = (*rows, "turns", "mask_history", "weight")
     parts = {
         "version": [VERSION, transformers.__version__, tokenizers.__version__],
         "sources": [

@@ -232,18 +232,18 @@ def _normalize_message(turn: Any) -> Turn:
     return made
 
 
+_CALLS = ("function_call", "tool_call")
+"""Roles of messages whose content is the tool calls: those of ShareGPT files and of ms-swift."""
 _PASSED_ON = ("name", "tool_call_id")
 """Further text keys of a message for chat templates."""
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 """Names under which the reasoning of an answer is given; or it is in the content, in a think block."""
-_CALLS = ("function_call", "tool_call")
-"""Roles of messages whose content is the tool calls: those of ShareGPT files and of ms-swift."""
 MESSAGE_KEYS = frozenset(
     ("role", "from", "content", "value", "tool_calls", "function_call", *_PASSED_ON, *_REASONING, *FLAGS)
 )
-PART_KEYS = frozenset(("type", "text", "value"))
-CALL_KEYS = frozenset(("id", "type", "function", "name", "arguments"))
-FUNCTION_KEYS = frozenset(("name", "arguments"))
+PART_KEYS = frozenset(("type", "text", "value", "content", "id", "name", "input", "tool_use_id"))
+CALL_KEYS = frozenset(("id", "type", "function", "name", "arguments", "parameters", "input", "args"))
+FUNCTION_KEYS = frozenset(("name", "arguments", "parameters", "input", "args"))
 """The keys of a message, of a part of its content, of a tool call and of its function that are read here; others are
 reported as not read."""
 

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
 from typing import Any
 from uuid import uuid4
@@ -84,7 +84,6 @@ class ChatEncoder:
         self._tokenizer = tokenizer
         self._assistant_only = assistant_only
         self._finder = AnswerFinder(tokenizer, assistant_only=assistant_only)
-        self._omits_system = settings_of(tokenizer.chat_template).get("system") == "drop"
         self._background = BackgroundEncoder(tokenizer)
 
     def start(self, chats: Sequence[Chat], tools: Sequence[Any]) -> Callable[[], list[EncodedChat | str]]:
@@ -115,7 +114,7 @@ class ChatEncoder:
             found = self._finder.find(chat, tools)
             if self._assistant_only or all(turn.get("train", True) for turn in chat):
                 return found
-            return ShownChat(*show_without_turns(chat, tools, self._tokenizer), mismatch=found.mismatch)
+            return replace(found, spans=self._flagged_spans(chat, tools, found.text), by_markers=False)
         except TemplateProblem:
             raise
         except REJECTED as problem:
@@ -124,16 +123,41 @@ class ChatEncoder:
 
     def _left_out(self, chat: Chat, tools: Any) -> str | None:
         """What the template does not render: the message of a role, or a tool call; None if everything is there."""
-        text = render(chat, tools, self._tokenizer)
+        text = render_chat(chat, tools, self._tokenizer)
+        drops = settings_of(str(self._tokenizer.get_chat_template(None, tools))).get("system") == "drop"
         for turn in chat:
-            if _visible(turn) not in text and not (turn["role"] == "system" and self._omits_system):
+            if turn["content"].strip() not in text and not (drops and turn["role"] == "system"):
                 return f"{'an' if turn['role'] == 'assistant' else 'a'} {turn['role']} message"
         named, names = _with_unique_names(chat)
-        text = render(named, tools, self._tokenizer) if names else ""
+        text = render_chat(named, tools, self._tokenizer) if names else ""
         return None if all(name in text for name in names) else "a tool call"
 
+    def _flagged_spans(self, chat: Chat, tools: Any, text: str) -> list[Span]:
+        """All of the text, except the messages with `train: false`, found by rendering the chat up to each of them.
+
+        Raises:
+            TemplateProblem: a part of the chat does not render as the beginning of the text.
+        """
+        spans, start = [], 0
+        for trained, group in groupby(range(len(chat)), key=lambda number: chat[number].get("train", True)):
+            last = list(group)[-1]
+            end = len(text)
+            if last + 1 < len(chat):
+                # A generation prompt belongs to what the assistant reads.
+                answers = chat[last + 1]["role"] == "assistant" and not trained
+                shown = render_chat(chat[: last + 1], tools, self._tokenizer, prompt=answers)
+                if not text.startswith(shown):
+                    raise TemplateProblem(
+                        "the chat template renders earlier messages differently in a longer chat, so it is ambiguous "
+                        "which tokens a loss flag excludes; remove trainer.assistant_only_loss: false, or the flags"
+                    )
+                end = len(shown)
+            spans += [(start, end)] if trained else []
+            start = end
+        return spans
+
     def _advice(self, chat: Chat, tools: Any) -> str:
-        """The key that makes the template take the chat, if one does."""
+        """The key that makes the template take the order of the messages, or a system message."""
         if is_irregular([turn["role"] for turn in chat]):
             return "; set dataset.turns: join"
         template = str(self._tokenizer.get_chat_template(None, tools))
@@ -146,46 +170,10 @@ class ChatEncoder:
         return "; set dataset.system: fold"
 
 
-def show_without_turns(chat: Chat, tools: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[Span]]:
-    """The text of a chat and its trained characters: all but the messages with `train: false`.
-
-    They are found by rendering prefixes of the chat.
-
-    Raises:
-        TemplateProblem: a prefix of the chat does not render as a prefix of the text, so the mask is ambiguous.
-        TemplateError: the template rejects the chat.
-    """
-    whole = render(chat, tools, tokenizer)
-    spans: list[Span] = []
-    start = 0
-    for trained, group in groupby(range(len(chat)), key=lambda number: chat[number].get("train", True)):
-        last = list(group)[-1]
-        if last + 1 == len(chat):
-            end = len(whole)
-        else:
-            # A generation prompt belongs to what the assistant reads.
-            answers = chat[last + 1]["role"] == "assistant" and not trained
-            text = render(chat[: last + 1], tools, tokenizer, prompt=answers)
-            if not whole.startswith(text):
-                raise TemplateProblem(
-                    "the chat template renders earlier messages differently in a longer chat, so it is ambiguous which "
-                    "tokens a loss flag excludes; remove trainer.assistant_only_loss: false, or the loss flags"
-                )
-            end = len(text)
-        spans += [(start, end)] if trained else []
-        start = end
-    return whole, spans
-
-
 def _may_be_left_out(chat: Chat) -> bool:
     """Whether the chat has messages that some templates skip: in an unusual order, with tool calls or their results."""
     roles = [turn["role"] for turn in chat]
     return is_irregular(roles) or "tool" in roles or any(turn.get("tool_calls") for turn in chat)
-
-
-def _visible(turn: Mapping[str, Any]) -> str:
-    """The text of a message that a template renders, which may remove its reasoning."""
-    return str(turn["content"]).rpartition("</think>")[2].strip()
 
 
 def _with_unique_names(chat: Chat) -> tuple[Chat, list[str]]:

@@ -1,6 +1,5 @@
 """Reads a label column (one class, several classes, or a number) and the class names."""
 
-import ast
 import json
 import re
 from collections import Counter
@@ -9,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from peftcli.data.rows import listed
-from peftcli.data.values import InvalidValue, SkipRow, is_null, type_name
+from peftcli.data.values import InvalidValue, SkipRow, is_null, python_list, type_name
 from peftcli.errors import DataError
 from peftcli.tasks.labels import OUTSIDE
 
@@ -21,6 +20,8 @@ MOSTLY = 0.9
 """Share of numeric labels, some with decimals, from which on the problem is regression; other labels are dropped."""
 SEPARATORS = ("|", ";", ",")
 _WHOLE = re.compile(r"[+-]?\d+")
+_SWITCHES = re.compile(r"[01](\.0*)?((\s*[,;|]\s*|\s+)[01](\.0*)?){2,}")
+"""At least three 0 or 1 in a string; two could be a number with a decimal comma."""
 
 Names = tuple[str, ...]
 
@@ -80,10 +81,11 @@ class LabelColumn:
 
     def _switched_on(self, value: Sequence[Any], width: int) -> list[str]:
         """The classes at the positions that are not 0."""
-        if len(value) != width or any(one not in (0, 1) for one in value):
+        switches = list(map(_switch, value))
+        if len(switches) != width or None in switches:
             raise SkipRow(f"with {self.name} not a 0 or 1 for each class")
         names = self.names or numbered(width)
-        return [name for name, one in zip(names, value, strict=True) if one]
+        return [name for name, one in zip(names, switches, strict=True) if one]
 
 
 def numbered(count: int) -> Names:
@@ -170,6 +172,8 @@ def _detect_problem(present: Sequence[Any], name: str, names: Names | None, wher
         return "multi-label"
     if any(isinstance(value, str) and value.lstrip().startswith("[") and _is_list(value) for value in present):
         return "multi-label"
+    if present and all(isinstance(value, str) and _SWITCHES.fullmatch(value.strip()) for value in present):
+        return "multi-label"
     numbers = [_as_number(value) for value in present]
     known = [number for number in numbers if number is not None]
     if names is not None or not known or len(known) < MOSTLY * len(numbers):
@@ -192,6 +196,8 @@ def _separator(texts: Sequence[str], name: str, names: Names | None, where: str)
     if not texts:
         return None
     found = [sign for sign in SEPARATORS if any(sign in text for text in texts)]
+    if not found and all(_SWITCHES.fullmatch(text.strip()) for text in texts):
+        return None  # white space
     if len(found) > 1 and names is not None:
         fits = [sign for sign in found if all(part.strip() in names for text in texts for part in text.split(sign))]
         found = fits or found
@@ -211,12 +217,12 @@ def _multi_hot_width(lists: Sequence[Any], name: str, names: Names | None, where
     """
     given = [value for value in lists if isinstance(value, list | tuple) and value]
     _refuse_soft_labels(given, name, where)
-    switches = [value for value in given if all(isinstance(one, int | float) and one in (0, 1) for one in value)]
+    switches = [value for value in given if all(_switch(one) is not None for one in value)]
     if not switches:
         return None
     ((width, count),) = Counter(map(len, switches)).most_common(1)
     certain = any(isinstance(one, float | bool) for v in switches for one in v) or any(
-        len(set(value)) < len(value) for value in switches
+        len(set(map(_switch, value))) < len(value) for value in switches
     )
     if count < (MOSTLY if certain else 1) * len(given) or not (certain or width > 1):
         return None
@@ -228,6 +234,13 @@ def _multi_hot_width(lists: Sequence[Any], name: str, names: Names | None, where
         f"{where}: {name} has a 0 or 1 for each of {width} classes, but dataset.labels names {len(names)} "
         f"({listed(names)}); name all {width}, in the order of the positions"
     )
+
+
+def _switch(value: Any) -> bool | None:
+    """Whether a class is switched on; None for what is no 0 or 1."""
+    if isinstance(value, str):
+        return {"0": False, "1": True}.get(re.sub(r"\.0*$", "", value.strip()))
+    return bool(value) if isinstance(value, int | float) and value in (0, 1) else None
 
 
 def _refuse_soft_labels(lists: Sequence[Sequence[Any]], name: str, where: str) -> None:
@@ -247,16 +260,10 @@ def _parsed(text: str, separator: str | None) -> Any:
         try:
             return json.loads(text)
         except (ValueError, RecursionError):  # RecursionError: thousands of nested brackets
-            return _python_list(text)
+            return python_list(text)
+    if separator is None and _SWITCHES.fullmatch(text.strip()):
+        return text.split()
     return [part for part in text.split(separator or SEPARATORS[0]) if part.strip()]
-
-
-def _python_list(text: str) -> Any:
-    """A list as Python prints it, such as a cell that pandas wrote: ['a', 'b']; the text itself if it is none."""
-    try:
-        return ast.literal_eval(text.strip())
-    except (ValueError, SyntaxError, RecursionError, MemoryError):  # the last two: thousands of nested brackets
-        return text
 
 
 def _is_list(text: str) -> bool:

@@ -65,17 +65,18 @@ def from_columns(names: Sequence[str]) -> Maker:
     return make
 
 
-def from_chats(rules: ChatRules, flags: Sequence[str] = ()) -> Maker:
+def from_chats(rules: ChatRules, flags: Sequence[str] = (), steps: tuple[str, ...] = ()) -> Maker:
     """A maker for chats, from the columns: messages, system, tools, functions, and those with loss flags.
 
     Args:
         rules: how messages are arranged, and which are trained.
         flags: names of the columns with one loss flag per message.
+        steps: from the value of the first column to the messages.
     """
 
     def make(values: tuple[Any, ...]) -> tuple[str, ...]:
         turns, system, tools, functions, *given = values
-        marked = normalize_messages(turns, flags=dict(zip(flags, given, strict=True)), rules=rules)
+        marked = normalize_messages(inner_value(turns, steps), flags=dict(zip(flags, given, strict=True)), rules=rules)
         return chat_example(_system(system) + marked, normalize_tools(tools, functions), rules)
 
     return make
@@ -145,6 +146,14 @@ def _check(has_prompt: bool, learned: str) -> None:
         raise SkipRow(EMPTY)
     if not has_prompt:
         raise SkipRow(EMPTY_PROMPT)
+
+
+def inner_value(value: Any, steps: tuple[str, ...]) -> Any:
+    """The value that the steps lead to; None if there is none."""
+    try:
+        return reach(value, steps)
+    except LookupError:
+        return None
 
 
 def _reach(value: Any, steps: tuple[str, ...], path: str) -> Any:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from peftcli.data.chat_formats import ChatRules, is_chat, is_sharegpt
 from peftcli.data.class_labels import Names
@@ -18,11 +19,18 @@ from peftcli.data.examples import (
     from_instructions,
     from_questions,
     from_templates,
+    inner_value,
 )
 from peftcli.data.loss_flags import flag_columns, flag_keys
-from peftcli.data.other_tasks import refuse_other_tasks, refuse_ratings_and_media, template_pair
+from peftcli.data.other_tasks import (
+    rating,
+    refuse_other_tasks,
+    refuse_ratings_and_media,
+    template_pair,
+    text_path,
+)
 from peftcli.data.rows import LONG_NAME, Rows, first_value, listed, shown
-from peftcli.data.values import InvalidValue, SkipRow
+from peftcli.data.values import InvalidValue, SkipRow, parsed_list
 from peftcli.errors import DataError
 from peftcli.nearest import nearest
 from peftcli.plan.plan import LossMask
@@ -44,6 +52,7 @@ LABELLED = ("classification", "tagging", "images")
 _LONE_SURROGATE = "with a lone surrogate (half a character)"
 _QUESTION_CONTEXT = ("context", "passage", "choices", "options", "system", "system_prompt")
 _LEARNED = re.compile(r"answer|response|output|completion|reply|target|label|summary|translation", re.IGNORECASE)
+_ASKED = re.compile(r"prompt|question|instruction|query|input|source|sentence|request", re.IGNORECASE)
 _SENTENCE = re.compile(r"\S\s+\S+\s+\S+\s+\S|\S\s.*[.?!]\s*$", re.DOTALL)
 _NO_EXAMPLE = re.compile(r"(^|_)(id|index|idx)$|^\s*$|[{}\[\]:!]", re.IGNORECASE)
 """Columns that are not used for the example in a message: row numbers, and names that a template cannot contain."""
@@ -199,7 +208,8 @@ def _by_templates(first: Rows, section: SourceSection, kind: str, templates: dic
 
 def _by_columns(first: Rows, section: SourceSection, named: ColumnsSection, rules: ChatRules) -> RowFormat:
     chosen = named.model_dump(exclude_none=True)
-    missing = [name for name in chosen.values() if name not in first.columns]
+    paths = [named.messages] if named.messages is not None and split_path(named.messages, first.columns) else []
+    missing = [name for name in chosen.values() if name not in (*first.columns, *paths)]
     if missing:
         keys = [f"dataset.columns.{key}" for key, name in chosen.items() if name in missing]
         raise missing_columns(first, missing, len(chosen), joined(keys), section)
@@ -223,19 +233,23 @@ def _plain(first: Rows, names: Sequence[str], name: str, why: str, rules: ChatRu
 
 
 def _chats(first: Rows, column: str, name: str | None, rules: ChatRules) -> RowFormat:
-    sharegpt = is_sharegpt(first_value(first, column))
+    """Chats in a column, or under a key of the objects in a column."""
+    root, steps = split_path(column, first.columns) or (column, ())
+    given = [value for value in (inner_value(value, steps) for value in first.columns[root]) if value is not None]
+    sharegpt = is_sharegpt(given[0] if given else None)
     said = f"chats in {column} ({'from, value' if sharegpt else 'role, content'})"
     if "system" in first.columns:
         said += ", with system as the first message"
     tools = next((tools for tools in ("tools", "functions") if tools in first.columns), None)
     said += f", with the tools in {tools}" if tools is not None else ""
     flags = _flag_columns(first)
-    marked = [*flags, *(f"{key} of a message" for key in flag_keys(first.columns[column]))]
+    marked = [*flags, *(f"{key} of a message" for key in flag_keys(given))]
     said += f", with the loss flags in {joined(marked)}" if marked else ""
     said += ", with the last answer trained" if rules.mask_history else ""
     name = name or ("sharegpt" if sharegpt else "messages")
-    reads = (column, "system", "tools", "functions", *flags)
-    return RowFormat("messages", name, said, _present(first, reads), None, reads, from_chats(rules, flags))
+    reads = (root, "system", "tools", "functions", *flags)
+    make = from_chats(rules, flags, steps)
+    return RowFormat("messages", name, said, _present(first, reads), None, reads, make)
 
 
 def _flag_columns(first: Rows) -> list[str]:
@@ -410,16 +424,21 @@ def _unused_context(first: Rows, found: ColumnFormat, context: str) -> str:
 def _unknown(first: Rows, section: SourceSection) -> str:
     usable = list(filter(_fits_a_template, first.columns))
     names = [name for name in usable if not _NO_EXAMPLE.search(name)] or usable
-    chat = next((name for name in first.columns if is_chat(first_value(first, name))), None)
-    texts = [name for name in names if isinstance(first_value(first, name), str | int | float)] or names
+    chats = ((name, first_value(first, name)) for name in first.columns)
+    chat = next((path for name, value in chats if (path := _chat_path(name, value)) is not None), None)
+    paths = {name: name + text_path(first_value(first, name)) for name in names}
+    texts = [name for name in names if paths[name] != name or _is_scalar(first_value(first, name))] or names
     learned = next((name for name in texts if _LEARNED.search(name)), "".join(texts[-1:]))
-    prompt = next((name for name in texts if name != learned), None)
+    others = [name for name in texts if name != learned]
+    prompt = next((name for name in others if _ASKED.search(name)), others[0] if others else None)
     if chat is not None:
-        example = f"columns: {{messages: {chat}}}"
+        example = f"{{columns: {{messages: {chat}}}}}"
     elif prompt is not None:
-        example = f'{{prompt: "{{{prompt}}} ->", completion: " {{{learned}}}"}}'
+        rated = rating(first)
+        only = f", where: {{{rated[0]}: {rated[1]}}}" if rated is not None else ""
+        example = f'{{prompt: "{{{paths[prompt]}}} ->", completion: " {{{paths[learned]}}}"{only}}}'
     else:
-        example = f'{{text: "{{{learned}}}"}}'
+        example = f'{{text: "{{{paths.get(learned, learned)}}}"}}'
     hint = _header_hint(first, section) if any(map(_is_like_a_cell, first.columns)) else _edge_hint(first)
     if hint:
         return f"{first.file}: its columns ({listed(first.columns)}) do not match a known format{hint}"
@@ -434,6 +453,26 @@ def _unknown(first: Rows, section: SourceSection) -> str:
         "dataset.prompt and dataset.completion (or dataset.text) to templates with these columns, or set "
         f"dataset.columns, for example\n  dataset: {example}"
     )
+
+
+def _chat_path(name: str, value: Any) -> str | None:
+    """The path of the chat in a column: the column, or a key of its objects; None if there is none."""
+    if _holds_chat(value):
+        return name
+    keys = [key for key, item in value.items() if _holds_chat(item)] if isinstance(value, dict) else []
+    return f"{name}.{keys[0]}" if keys else None
+
+
+def _holds_chat(value: Any) -> bool:
+    """Whether a value is a list of messages, or a string with one."""
+    try:
+        return is_chat(list(parsed_list(value, "")))
+    except SkipRow:
+        return False
+
+
+def _is_scalar(value: Any) -> bool:
+    return isinstance(value, str | int | float)
 
 
 def _fits_a_template(name: str) -> bool:

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from peftcli.data.chat_formats import is_chat
 from peftcli.data.class_labels import MOSTLY, LabelColumn, Names, numbered, read_labels, tag_names
 from peftcli.data.examples import Maker, from_templates
 from peftcli.data.formats import Given, RowFormat, joined, missing_columns
+from peftcli.data.other_tasks import text_path
 from peftcli.data.rows import Rows, first_value, listed
 from peftcli.data.values import SkipRow, is_null, parsed_list, template_text, whole_text
 from peftcli.errors import DataError
@@ -169,8 +171,21 @@ def choose_texts(first: Rows, section: SourceSection) -> Texts:
     own = named.text if named is not None else None
     if own is None and pair is None and (both := _pair(first)) is not None:
         return Texts(both, joined(both), None, True)
+    if own is None:
+        _refuse_chats(first)
     reads = (own or only_column(first, TEXTS, "text", "the text", second), *second)
     return Texts(reads, joined(reads), None, pair is not None)
+
+
+def _refuse_chats(first: Rows) -> None:
+    """Raise an error with a template if the texts are in messages."""
+    chat = next((name for name in first.columns if is_chat(first_value(first, name))), None)
+    if chat is not None and not any(name.strip().lower() in TEXTS for name in first.columns):
+        path = f"{chat}{text_path(first_value(first, chat))}"
+        raise DataError(
+            f"{first.file}: no column has a usual name for the text; for the first message in {chat}, set "
+            f'dataset.text: "{{{path}}}"'
+        )
 
 
 def _pair(first: Rows) -> tuple[str, str] | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from peftcli.data.chat_formats import chat_prompt, is_chat, normalize_messages, normalize_tools
-from peftcli.data.examples import from_instructions, from_questions, from_templates
+from peftcli.data.examples import from_instructions, from_questions, from_templates, inner_value
 from peftcli.data.formats import COLUMN_FORMATS, ColumnFormat, joined, missing_columns
 from peftcli.data.image_rows import IMAGES, file_name
 from peftcli.data.label_formats import TEXTS, WORDS, choose_texts, only_column, word_items, word_text
@@ -158,10 +158,10 @@ def _choose_prompt(first: Rows, section: SourceSection, asked: Asked) -> InputFo
     if template is not None:
         key = "dataset.text" if section.text is not None else "dataset.prompt"
         return _by_template(first, template, key, section)
-    _check_named(first, section, ("messages", "text", "prompt"))
     named = section.columns
-    if named is not None and named.messages is not None:
-        return _chats(named.messages, section.turns)
+    if named is not None and named.messages is not None and (way := split_path(named.messages, first.columns)):
+        return _chats(way[0], section.turns, way[1])
+    _check_named(first, section, ("messages", "text", "prompt"))
     column = (named.text or named.prompt) if named is not None else None
     if column is None:
         return _detected(first, section, asked)
@@ -189,11 +189,12 @@ def _text(column: str) -> InputFormat:
     return InputFormat((column,), make)
 
 
-def _chats(column: str, mode: str) -> InputFormat:
+def _chats(column: str, mode: str, steps: tuple[str, ...] = ()) -> InputFormat:
     def make(values: tuple[Any, ...]) -> Chat:
         text = optional_text(values[1], "system")
         system = [{"role": "system", "content": text}] if text else []
-        return Chat(chat_prompt(system + normalize_messages(values[0]), mode), normalize_tools(values[2], values[3]))
+        turns = normalize_messages(inner_value(values[0], steps))
+        return Chat(chat_prompt(system + turns, mode), normalize_tools(values[2], values[3]))
 
     return InputFormat((column, "system", "tools", "functions"), make)
 

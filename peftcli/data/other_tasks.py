@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from peftcli.data.chat_formats import is_chat
@@ -18,12 +19,24 @@ _PAIRS = (
     ("response_chosen", "response_rejected"),
     ("preferred", "rejected"),
     ("preferred", "dispreferred"),
+    ("accepted", "rejected"),
+    ("pos_answer", "neg_answer"),
+    ("positive_answer", "negative_answer"),
+    ("better", "worse"),
+    ("win", "lose"),
+    ("winner", "loser"),
 )
 """Columns with the better and the worse answer."""
 _PROMPTS = ("prompt", "question", "instruction", "query", "input", "conversations", "messages", "context")
 """Columns with the prompt of preference data, the most likely first."""
-_LIKED = ("label", "kto_tag", "liked", "is_liked", "thumbs_up", "desirable", "is_desirable", "accepted", "preferred")
+_LIKED = (
+    *("label", "kto_tag", "liked", "is_liked", "thumbs_up", "desirable", "is_desirable", "accepted", "preferred"),
+    *("is_good", "good", "is_correct", "correct"),
+)
 """Columns that say whether an answer is good."""
+_TEXT_KEYS = ("content", "value", "text", "answer", "response", "output")
+"""Keys of an object with its text, the most likely first."""
+_DEEPEST = 4
 _TRUE, _FALSE = ("true", "1"), ("false", "0")
 _EMBEDDINGS = (("anchor", "positive"), ("query", "pos", "neg"), ("query", "positive", "negative"))
 _MEDIA = {
@@ -56,7 +69,7 @@ class MediaMarks:
         """One sentence for each mark."""
         return [
             f"{count:,} {'row has' if count == 1 else 'rows have'} {mark}, which is trained as text, without what it "
-            f"stands for (first {self._found.places[mark][0]})"
+            f"refers to (first {self._found.places[mark][0]})"
             for mark, count in self._found.counts.items()
         ]
 
@@ -93,7 +106,7 @@ def refuse_ratings_and_media(first: Rows, kind: str, read: Collection[str]) -> N
         mark = "<audio>" if what == "audio" else f"<{what.removesuffix('s')}>"
         marks = f", and {mark} in their text" if _has_mark(first, read, mark) else ""
         raise DataError(
-            f"{first.file}: its rows are about {what} (the column {listed(media)}{marks}); model.task: causal-lm reads "
+            f"{first.file}: its rows are about {what} (the column {listed(media)}{marks}); the task causal-lm reads "
             f"only text, and peftcli has no task that reads {what} together with text; to train on the text alone, set "
             f"dataset.ignore_columns: [{', '.join(media)}]"
         )
@@ -111,7 +124,9 @@ def _recognized(first: Rows) -> tuple[str, str] | None:
     pair = next((pair for pair in _PAIRS if set(pair) <= names), None)
     if pair is not None:
         better, worse = pair
-        what = f"{better} and {worse} answers (preference data), and peftcli has no preference tuning"
+        what = (
+            f"better and worse answers in {better} and {worse} (preference data), and peftcli has no preference tuning"
+        )
         return what, f"to train on the better ones, set {_better(first, better)}"
     if "tokens" in names and tags is not None:
         return _tagged(first, tags)
@@ -136,6 +151,11 @@ def _unsupported(first: Rows) -> tuple[str, str] | None:
     names = set(first.columns)
     if {"image", "label"} <= names and not names & {"text", "messages", "prompt", "question"}:
         return "an image and its label (classification)", "set model.task: image-classification"
+    if "input_ids" in names:
+        return (
+            "token ids (rows that were tokenized before)",
+            "use the texts or chats that they were made from: peftcli tokenizes them with the model's own tokenizer",
+        )
     if {"prompt", "completions", "labels"} <= names:
         return (
             "a label for each step of an answer (a process reward model), and peftcli has no task for it",
@@ -160,21 +180,44 @@ def _better(first: Rows, better: str) -> str:
         return f"dataset.columns: {{prompt: {prompt}, completion: {better}}}"
     if is_chat(answer) and any(_speaker(turn) in ("user", "human") for turn in answer):
         return f"dataset.columns: {{messages: {better}}}"
-    path = better + _steps(answer)
+    path = better + text_path(answer)
     if prompt is None:
         return f'dataset.text: "{{{path}}}"'
     if prompt == "instruction" and "input" in first.columns:
         return f'dataset: {{prompt: "{{instruction}}\\n{{input}}\\n", completion: "{{{path}}}"}}'
-    return f'dataset: {{prompt: "{{{prompt}{_steps(asked)}}}", completion: "{{{path}}}"}}'
+    return f'dataset: {{prompt: "{{{prompt}{text_path(asked)}}}", completion: "{{{path}}}"}}'
 
 
-def _steps(value: Any) -> str:
-    """The path to the text in a value: that of a message, or of the only message of a list."""
-    if isinstance(value, list) and value:
-        return f".0{_steps(value[0])}"
+def text_path(value: Any, *, inner: int = 0) -> str:
+    """The path to the text in a value, for a template: that of a message, or of the first item of a list.
+
+    Args:
+        inner: number of lists and objects around the value; deeper values than a few have no path.
+
+    >>> text_path("a"), text_path([{"role": "user", "content": "a"}]), text_path({"text": ["a"], "start": [0]})
+    ('', '.0.content', '.text.0')
+    """
+    if inner > _DEEPEST:
+        return ""
+    if isinstance(value, list) and value and (inner or not isinstance(value[0], str)):
+        return f".0{text_path(value[0], inner=inner + 1)}"
     if isinstance(value, Mapping):
-        return next((f".{key}" for key in ("content", "value") if isinstance(value.get(key), str)), "")
+        found = next((key for key in (*_TEXT_KEYS, *value) if key in value and _has_text(value[key])), None)
+        return "" if found is None else f".{found}{text_path(value[found], inner=inner + 1)}"
     return ""
+
+
+def _has_text(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, list) and bool(value) and isinstance(value[0], str))
+
+
+def rating(first: Rows) -> tuple[str, str] | None:
+    """The column that says whether a row is good, and the value of the good ones; None without such a column."""
+    name = next((name for name in first.columns if name in _LIKED and _rates(name, first.columns[name])), None)
+    if name is None:
+        return None
+    value = next(value for value in first.columns[name] if not is_null(value))
+    return name, "1" if not isinstance(value, bool) and str(value).strip() in ("0", "1") else "true"
 
 
 def _speaker(turn: Any) -> str:
@@ -182,11 +225,10 @@ def _speaker(turn: Any) -> str:
 
 
 def _refuse_ratings(first: Rows, beside: Sequence[str]) -> None:
-    name = next((name for name in beside if name in _LIKED and _rates(name, first.columns[name])), None)
-    if name is None:
+    found = rating(replace(first, columns={name: first.columns[name] for name in beside}))
+    if found is None:
         return
-    value = next(value for value in first.columns[name] if not is_null(value))
-    liked = "1" if not isinstance(value, bool) and str(value).strip() in ("0", "1") else "true"
+    name, liked = found
     raise DataError(
         f"{first.file}: the column {name} says whether an answer is good (KTO data), but all would be trained as good "
         f"ones, because peftcli has no preference tuning; for the good ones, set dataset.where: {{{name}: {liked}}}; "
@@ -213,7 +255,7 @@ def _refuse_parts(first: Rows, read: Collection[str]) -> None:
         if len(found) * 2 > len(chats):
             what = _PARTS[found[0]]
             raise DataError(
-                f"{first.file}: its rows are about {what} (parts of the type {found[0]} in {name}); model.task: "
+                f"{first.file}: its rows are about {what} (parts of the type {found[0]} in {name}); the task "
                 f"causal-lm reads only text, and peftcli has no task that reads {what} together with text; remove "
                 "these parts from the messages to train on the text alone, or use other rows"
             )

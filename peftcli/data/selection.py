@@ -101,11 +101,11 @@ def matches(value: Any, wanted: Any) -> bool:
         return str(value).strip().lower() in (("true", "1", "1.0") if wanted else ("false", "0", "0.0"))
     if isinstance(wanted, int | float):
         number = _number(value)
-        return bool(number is not None and number == wanted)
+        return number is not None and bool(number == wanted)
     try:
         limit = parse_gate("where", wanted)
     except ValueError:
-        return str(value).strip() == wanted.strip()
+        return str(value).strip() == str(wanted).strip()
     number = _number(value)
     return number is not None and bool(limit.met(number))
 

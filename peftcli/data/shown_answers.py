@@ -229,9 +229,7 @@ class AnswerFinder:
         spans = []
         for place, number in enumerate(one.answers):
             following = starts[place + 1] if place + 1 < len(starts) else len(text)
-            inside = [mark for mark in marks if starts[place] < mark[1] <= following]
-            if not self._own_markers:  # those of a training template may begin in the prompt
-                inside = [(max(start, starts[place]), end) for start, end in inside]
+            inside = [(max(start, starts[place]), end) for start, end in marks if starts[place] < end <= following]
             if not inside or not self._is_generated(text, starts[place], inside, one.chat[number]):
                 return None
             if one.chat[number].get("train", True):
@@ -240,7 +238,7 @@ class AnswerFinder:
 
     def _is_generated(self, text: str, start: int, marks: Sequence[Span], turn: dict[str, Any]) -> bool:
         """Whether the marked text follows the prompt, with the reasoning of the answer and without an empty block."""
-        if marks[0][0] > start:  # the text between them would be neither asked nor generated
+        if marks[0][0] != start:  # the text between them would be neither asked nor generated
             return False
         if reasoning := turn.get("reasoning_content"):
             return _contains(text[start : marks[-1][1]], str(reasoning))

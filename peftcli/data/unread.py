@@ -1,13 +1,12 @@
 """Names the columns of a source, and the keys of its chat messages, that nothing reads."""
 
-import json
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from peftcli.data.chat_formats import CALL_KEYS, FUNCTION_KEYS, MESSAGE_KEYS, PART_KEYS, is_chat
 from peftcli.data.rows import LONG_NAME, Rows
-from peftcli.data.values import is_null, type_name
+from peftcli.data.values import SkipRow, is_null, parsed_list, type_name
 from peftcli.recipe.problems import printable
 
 MOST_UNREAD = 100
@@ -52,13 +51,11 @@ class Unread:
 
 def _unread_keys(value: Any) -> set[str]:
     """The keys of the messages of one row that nothing reads and that have a value."""
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            return set()  # the row is dropped with its reason
-    turns = [value] if isinstance(value, dict) else value
-    if not isinstance(turns, list | tuple) or not is_chat(list(turns[:1])):
+    try:
+        turns = parsed_list([value] if isinstance(value, dict) else value, "")
+    except SkipRow:
+        return set()  # the row is dropped with its reason
+    if not is_chat(list(turns[:1])):
         return set()
     return {key for turn in turns if isinstance(turn, dict) for key in _of_message(turn)}
 

@@ -1,9 +1,11 @@
 """Converts single values of a row to text."""
 
+import ast
 import datetime
 import decimal
 import json
 import math
+import re
 import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,6 +15,8 @@ from peftcli.recipe.template import written
 EMPTY = "with nothing to learn (empty)"
 EMPTY_PROMPT = "with an empty prompt"
 
+_ARRAY = re.compile(r"\[[\d.\s+-]*\]")
+"""An array of numbers as numpy prints it, without commas."""
 _DATES = (datetime.date, datetime.time, datetime.timedelta)
 _SCALARS = (bool, int, float, decimal.Decimal, uuid.UUID, *_DATES)
 
@@ -93,7 +97,7 @@ def template_text(value: Any, name: str) -> str:
 
 
 def parsed_list(value: Any, reason: str) -> Sequence[Any]:
-    """A list, or a list in a JSON string; empty for null and for an empty string.
+    """A list, or a list in a string, as JSON or as Python prints it; empty for null and for an empty string.
 
     Raises:
         SkipRow: with the given reason, if it is neither.
@@ -102,12 +106,29 @@ def parsed_list(value: Any, reason: str) -> Sequence[Any]:
         try:
             value = json.loads(value)
         except (ValueError, RecursionError):  # RecursionError: thousands of nested brackets
-            raise SkipRow(reason) from None
+            value = python_list(value)
     if value is None or value == "" or is_null(value) or (isinstance(value, str) and not value.strip()):
         return []
     if not isinstance(value, list | tuple):
         raise SkipRow(reason)
     return value
+
+
+def python_list(text: str) -> Any:
+    """A list as Python or numpy prints it, such as a cell that pandas wrote: ['a', 'b'], [0 1 0]; or the text itself.
+
+    >>> python_list("['a', 'b']"), python_list("[0. 1.]"), python_list("a")
+    (['a', 'b'], [0.0, 1.0], 'a')
+    """
+    text = text.strip()
+    if not text.startswith("["):
+        return text
+    if _ARRAY.fullmatch(text):
+        text = ", ".join(text.split()).replace("[, ", "[").replace(", ]", "]")
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, RecursionError, MemoryError):  # the last two: thousands of nested brackets
+        return text
 
 
 def _not_text(value: Any, name: str) -> str:

@@ -219,7 +219,8 @@ def rounding_limit(model: PreTrainedModel, dtype: torch.dtype, reference: Sequen
     Returns:
         In the unit of the logits.
     """
-    matrices = [weight for weight in model.parameters() if weight.dim() > 1]
+    # A factor of rank 0, which AdaLoRA may leave, has no terms.
+    matrices = [weight for weight in model.parameters() if weight.dim() > 1 and weight.numel()]
     terms = max((weight[0].numel() // (weight.shape[1] if weight.dim() == 3 else 1) for weight in matrices), default=1)
     relative = ROUNDING_MARGIN * torch.finfo(dtype).eps / 2 * math.sqrt(max(len(matrices), 1))
     if dtype == torch.float32:

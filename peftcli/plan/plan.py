@@ -41,8 +41,8 @@ class TokenizerChoice:
         eos_token: token that replaces the tokenizer's EOS token, or None.
         trust_remote_code: run code that comes with the model.
         images: it is an image processor instead of a tokenizer.
-        template: settings of the chat template, see `data.template_settings.settle`; None for none.
         add_tokens: tokens that the recipe adds to the vocabulary.
+        template: settings of the chat template, see `data.template_settings.settle`; None for none.
     """
 
     path: str
@@ -76,8 +76,8 @@ class Base:
         problem_type: for whole texts and images: `single-label`, `multi-label` or `regression`.
         head: names of the modules that are fully trained for the task and not quantized.
         seed: of a randomly initialized head.
-        template: settings of the chat template, see `template_settings`; None for none.
         add_tokens: tokens that the recipe adds to the vocabulary.
+        template: settings of the chat template, see `template_settings`; None for none.
     """
 
     name: str
@@ -96,8 +96,8 @@ class Base:
     problem_type: str | None = None
     head: tuple[str, ...] = ()
     seed: int = 0
-    template: Mapping[str, Any] | None = None
     add_tokens: tuple[str, ...] = ()
+    template: Mapping[str, Any] | None = None
 
     @property
     def tokenizer(self) -> TokenizerChoice:

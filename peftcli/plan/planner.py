@@ -185,9 +185,9 @@ def _base(recipe: Recipe, facts: ModelFacts, choices: Choices, merged_adapters: 
         trust_remote_code=recipe.model.trust_remote_code,
         eos_token=recipe.model.eos_token,
         absorbed=merged_adapters,
+        add_tokens=recipe.model.add_tokens,
         # The template of a stand-in has other variables.
         template=template_settings(recipe) if facts.own_tokenizer else None,
-        add_tokens=recipe.model.add_tokens,
     )
 
 

@@ -33,8 +33,8 @@ _APART: tuple[tuple[str, str, str], ...] = (
 )
 _OWN_SOURCE = ("path", "name", "url", "url_env", "config", "revision", "hub_split", "table", "query", "file_format")
 _OF_THE_SOURCES = (
-    *(*_OWN_SOURCE, "encoding", "csv", "format"),
-    *("text", "prompt", "completion", "columns", "where", "ignore_columns", "turns", "mask_history"),
+    *(*_OWN_SOURCE, "encoding", "csv", "format", "turns", "mask_history"),
+    *("text", "prompt", "completion", "columns", "where", "ignore_columns"),
 )
 SHARE_ERROR = 0.001
 """Largest error of a sum of shares, for shares such as 0.333 of three sources."""

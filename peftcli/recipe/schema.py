@@ -316,7 +316,7 @@ class ColumnsSection(Section):
     completion: Text | None = None
     """Column with the completion to learn."""
     messages: Text | None = None
-    """Column with a list of chat messages."""
+    """Column with a list of chat messages, or a path to them inside its objects, such as `input.messages`."""
     text_pair: Text | None = None
     """Column with the second text of a text pair."""
     label: Text | None = None

@@ -11,6 +11,7 @@ from typing import Any
 from peftcli.nearest import nearest
 from peftcli.recipe.aliases import NAME_ALIASES
 from peftcli.recipe.argument_values import limit_fault, nested_type_error, type_error
+from peftcli.recipe.idle_args import without_effect
 from peftcli.recipe.library_args import Argument, installed_arguments
 from peftcli.recipe.messages import type_hint
 from peftcli.recipe.problems import KeyPath, Problems, Where, choice_text, dotted, show
@@ -387,6 +388,9 @@ class _Section:
             for path, text in together_faults(effective):
                 if not any(name in text for name in self.refused):  # their values are invalid and not known here
                     self.problems.add(self._place(path), text)
+        for path, text in without_effect(effective):
+            if path[0] in self.arguments:
+                self.problems.note(self._place(path), text)
         for path, text in deprecations(self.arguments, self.tree.get("model", "task")):
             self.problems.note(self._place(path), text)
         warmup = self.arguments.get("warmup_steps", 0)

@@ -30,9 +30,9 @@ class DataSource:
     rows: int | None = None
     read_as: str | None = None
     weight: float | None = None
-    share: float | None = None
-    train_rows: int | None = None
-    mixed_rows: int | None = None
+    share: float | None = field(default=None, metadata=OMIT_NONE)
+    train_rows: int | None = field(default=None, metadata=OMIT_NONE)
+    mixed_rows: int | None = field(default=None, metadata=OMIT_NONE)
     unread: Mapping[str, str] = field(default_factory=dict)
     unread_columns: int | None = None
     unread_keys: Counts = field(default_factory=dict)

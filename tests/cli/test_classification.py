@@ -122,6 +122,32 @@ def test_plain_peft_loads_the_adapter_to_the_same_outputs(label_recipe: Write, r
 
 
 @pytest.mark.numeric
+@pytest.mark.parametrize("labels", [None, ["printer", "network", "mail"]])
+def test_multi_hot_floats_have_the_loss_of_plain_transformers(
+    label_recipe: Write, run_cli: Cli, tmp_path: Path, labels: list[str] | None
+) -> None:
+    recipe = label_recipe(column="hot", dataset={"labels": labels}, trainer={"max_steps": 4})
+    rows = [row | {"hot": [float(at % 2), float(at % 3 == 0), 0.0]} for at, row in enumerate(rows_of_reviews())]
+    (tmp_path / "reviews.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    assert run_cli("train", recipe) == 0
+    adapter = tmp_path / "runs" / "reviews" / "adapter"
+    names = labels or ["0", "1", "2"]
+    config = AutoConfig.from_pretrained(adapter)
+    assert config.id2label == dict(enumerate(names)) and config.problem_type == "multi_label_classification"
+    plan, data, _ = prepare_labels(recipe)
+    model = AutoModelForSequenceClassification.from_pretrained(plan.base.path, config=config)
+    tuned, tokenizer = PeftModel.from_pretrained(model, adapter).eval(), AutoTokenizer.from_pretrained(adapter)
+    hot = {row["text"]: row["hot"] for row in rows}
+    losses = []
+    for text in data.test.column("prompt").to_pylist():
+        with torch.no_grad():
+            losses.append(tuned(**tokenizer(text, return_tensors="pt"), labels=torch.tensor([hot[text]])).loss.item())
+    measured = read_json(tmp_path / "runs" / "reviews" / "metrics.json")["adapter"]["loss"]
+    # Means of float32 losses of about 0.7, each rounded to 6e-8, in another order and with padding.
+    assert sum(losses) / len(losses) == pytest.approx(measured, abs=1e-5)
+
+
+@pytest.mark.numeric
 @pytest.mark.parametrize("task", ["sequence-classification", "token-classification"])
 def test_batch_by_accumulation_and_batch_alone_give_the_same_losses(
     label_recipe: Write, run_cli: Cli, tmp_path: Path, task: str

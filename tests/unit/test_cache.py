@@ -127,3 +127,13 @@ def test_who_waits_for_another_builder_says_so(tmp_path: Path, monkeypatch: pyte
     first.join()
     assert (found / "a.txt").read_text() == "a"
     assert said == [f"note: another process is building {tmp_path / 'entry'} in the cache; waiting for it to finish"]
+
+
+def test_a_failed_build_releases_the_entry_while_its_error_is_kept(tmp_path: Path) -> None:
+    def fail(_: Path) -> None:
+        raise MachineError("not now")
+
+    with pytest.raises(MachineError) as kept:
+        built_once(tmp_path, "e", fail)
+    assert entry_damage(built_once(tmp_path, "e", build)) is None
+    assert str(kept.value) == "not now"

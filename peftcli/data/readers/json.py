@@ -189,10 +189,9 @@ def _lined_items(file: DataFile, rule: RowRule) -> Iterator[Item[dict[str, Any]]
         window = Window(text, file.path)
         window.next_char()
         window.step()
-        char, number = window.next_char(), 0
+        char = window.next_char()
         while char != "]":
-            # Rows on the first line are counted: it is the only line of most files that begin like this.
-            number = number + 1 if window.line == 1 else window.line
+            number = window.line
             value, start = window.value(objects.decode)
             row = rule.row(value, file, number)
             yield number, _checked(row, window.text, start, window.at, objects), window.at - start

@@ -8,11 +8,14 @@ from peftcli.data.readers.batches import Item, UnreadableRow, gather
 from peftcli.data.readers.files import DataFile
 from peftcli.data.readers.text_stream import open_text
 from peftcli.data.rows import Rows
+from peftcli.errors import DataError
 
 PIECE_CHARACTERS = 64 * 1024
 """Maximum length of a piece of text that becomes one row."""
 BATCH_PIECES = 32
 
+_JSON = re.compile(r'\s*(\[\s*)?\{\s*"[^"]{1,60}"\s*:')
+"""The beginning of a list of objects, or of an object."""
 _LAST_GAP = re.compile(r"\s\S*\Z")
 
 
@@ -21,6 +24,12 @@ def read_text(file: DataFile) -> Iterator[Rows]:
     numbers: list[int] = []
     texts: list[str] = []
     for number, piece in _pieces(file):
+        if number == 1 and file.section.file_format is None and (match := _JSON.match(piece)):
+            kind = "json" if match[1] else "jsonl"
+            raise DataError(
+                f"{file.path}: has rows in JSON, which would be trained as one text; set {file.key}.file_format: "
+                f"{kind}, or {file.key}.file_format: text to train on it as it is"
+            )
         # Hold one piece back, because only the next one shows that it is not the last.
         if len(texts) > BATCH_PIECES:
             yield Rows(file.name, numbers[:-1], {"text": texts[:-1]}, ends=[False] * (len(texts) - 1))

@@ -202,7 +202,7 @@ def test_an_unknown_table_gets_an_example_of_its_own_columns() -> None:
     assert message.endswith('dataset: {prompt: "{question_text} ->", completion: " {reply}"}')
     with pytest.raises(DataError, match=r'dataset: \{text: "\{body\}"\}$'):
         choose(rows_of([{"body": "x"}]))
-    with pytest.raises(DataError, match=r"dataset: columns: \{messages: dialog\}$"):
+    with pytest.raises(DataError, match=r"dataset: \{columns: \{messages: dialog\}\}$"):
         choose(rows_of([{"dialog": [user(), assistant()]}]))
 
 
@@ -417,6 +417,17 @@ def test_the_parts_of_anthropic_messages_are_calls_and_their_results() -> None:
         user("Well?"),
         assistant("Good."),
     ]
+
+
+def test_messages_inside_objects_are_named_by_a_path() -> None:
+    row = {"input": {"messages": [user(), assistant()]}}
+    with pytest.raises(DataError, match=r"columns: \{messages: input\.messages\}"):
+        choose(rows_of([row]))
+    made = read([row, {"input": {}}], columns={"messages": "input.messages"})
+    assert json.loads(made.columns["messages"][0]) == [user(), assistant()]
+    assert made.dropped == [(1, "with no messages")]
+    with pytest.raises(DataError, match=r"no column output\.messages"):
+        choose(rows_of([row]), columns={"messages": "output.messages"})
 
 
 def test_a_result_without_a_call_is_read() -> None:

@@ -165,10 +165,15 @@ def test_the_mask_is_that_of_transformers_without_the_untrained_message(
     whole = tokenizer.apply_chat_template(
         chat, tools=tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
     )
+    answers = [at for at, turn in enumerate(chat) if turn["role"] == "assistant"]
+    # Two of these templates also mark the end of the generation prompt, which is read and not generated.
+    prompt = tokenizer.apply_chat_template(
+        chat[: answers[1 - untrained]], tools=tools, add_generation_prompt=True, return_dict=True
+    )["input_ids"]
+    first = len(prompt) if name in ("qwen2_5", "gptoss") else 0
     expected = [0] * len(whole["input_ids"])
     for at in runs(whole["assistant_masks"])[1 - untrained]:
-        expected[at] = 1
-    answers = [at for at, turn in enumerate(chat) if turn["role"] == "assistant"]
+        expected[at] = int(at >= first)
     marked = [turn | ({"weight": 0} if at == answers[untrained] else {}) for at, turn in enumerate(chat)]
     made = read({"messages": marked, "tools": tools or []})
     batch = TokenizeStep("messages", tokenizer, LossMask(True, True, (), 4096)).batch(made.columns, None, None)

@@ -102,6 +102,22 @@ def test_kept_messages_are_rendered_and_trained_one_by_one(
     assert batch.loss_mask.tolist() == [bool(bit) for bit in whole["assistant_masks"]]
 
 
+def test_one_call_per_message_is_kept_for_a_template_that_renders_no_more(
+    tokenized: Callable[[str, Examples], TokenizedBatch], tokenizer: Any
+) -> None:
+    calls = [{"role": "assistant", "content": "", "tool_calls": [call(north)]} for north in (1, 2)]
+    results = [{"role": "tool", "name": "drive", "content": text} for text in ("rain", "sun")]
+    apart = read([HI, *calls, *results, YES], turns="keep")
+    text = tokenizer.decode(tokenized("gptoss", apart).flat)
+    assert '{"north": 1}' in text and '{"north": 2}' in text
+    ((_, reason),) = tokenized("gptoss", read([HI, *calls, *results, YES], turns="join")).dropped
+    assert reason == "with a tool call that the chat template leaves out"
+
+
+def test_a_chat_that_ends_with_two_questions_trains_its_answer() -> None:
+    assert chat_of(read([HI, YES, THERE, HI], turns="join"))[-1]["content"] == "Are you there?\n\nHi"
+
+
 def test_kept_messages_that_the_template_refuses_name_the_key(
     tokenized: Callable[[str, Examples], TokenizedBatch],
 ) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import trl
 import yaml
 
 from peftcli.cli.console import plan_lines
@@ -26,6 +27,8 @@ from peftcli.results import DataJson
 from peftcli.typed_json import parse
 
 CHATS = Path(__file__).parents[2] / "fixtures" / "broken_data" / "with_end.jinja"
+CALLS = Path(trl.__file__).parent / "chat_templates" / "qwen2_5.jinja"
+"""A template that renders tool calls."""
 Facts = dict[str, Any]
 
 
@@ -129,7 +132,7 @@ UNREAD = {
 @pytest.mark.parametrize("write", [list, json.dumps], ids=["lists", "text"])
 def test_keys_of_messages_parts_and_tool_calls_are_named(write: Any, look: Any) -> None:
     given = [{"messages": write([*CHAT[:3], CHAT[3] | {"content": f"It is {at}"}])} for at in range(24)]
-    facts = look(given, {"chat_template": str(CHATS)}, limits={"max_leaked": 1})
+    facts = look(given, {"chat_template": str(CALLS)}, limits={"max_leaked": 1})
     assert facts["sources"][0]["unread_keys"] == dict.fromkeys(UNREAD, 24)
 
 

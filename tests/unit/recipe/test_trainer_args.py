@@ -1,5 +1,6 @@
 """Arguments of a pasted trainer section that are keys of other sections: taken over, dropped, or refused."""
 
+import re
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -155,3 +156,86 @@ def test_a_stage_cannot_change_what_all_stages_share(tmp_path: Path) -> None:
     assert [line.split(" cannot be set in a stage")[0] for line in lines] == [
         f"FILE:{number}: trainer.{name}" for number, name in enumerate([*VALUES][:9], start=4)
     ]
+
+
+@pytest.mark.parametrize(
+    ("section", "said"),
+    [
+        ("eval_steps: 10", "trainer.eval_steps has no effect without eval_strategy; add eval_strategy: steps"),
+        (
+            "eval_steps: 10, eval_strategy: epoch",
+            "trainer.eval_steps has no effect with eval_strategy: epoch; set eval",
+        ),
+        ("eval_delay: 5", "trainer.eval_delay has no effect without eval_strategy; add eval_strategy: steps"),
+        ("save_steps: 10, save_strategy: epoch", "trainer.save_steps has no effect with save_strategy: epoch"),
+        (
+            "logging_steps: 5, logging_strategy: epoch",
+            "trainer.logging_steps has no effect with logging_strategy: epoch",
+        ),
+        ("max_steps: 5, num_train_epochs: 3", "trainer.num_train_epochs has no effect with max_steps: 5"),
+        ("packing_strategy: bfd", "trainer.packing_strategy has no effect without packing: true"),
+        ("optim: sgd, adam_beta2: 0.95", "trainer.adam_beta2 has no effect with optim: sgd"),
+        ("optim: adafactor, adam_epsilon: 1e-6", "trainer.adam_epsilon has no effect with optim: adafactor"),
+    ],
+)
+def test_an_argument_that_the_libraries_accept_and_do_not_use_is_said(tmp_path: Path, section: str, said: str) -> None:
+    (notice,) = load(tmp_path, f"trainer: {{{section}}}\n").notices
+    assert notice.startswith(f"{tmp_path / 'recipe.yaml'}:3: {said}")
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        "eval_steps: 10, eval_strategy: steps, eval_delay: 1",
+        "save_steps: 10",
+        "logging_steps: 5",
+        "max_steps: -1, num_train_epochs: 3",
+        "packing_strategy: bfd, packing: true",
+        "optim: adamw_torch, adam_beta2: 0.95",
+    ],
+)
+def test_an_argument_that_is_used_gets_no_notice(tmp_path: Path, section: str) -> None:
+    assert load(tmp_path, f"trainer: {{{section}}}\n").notices == ()
+
+
+def test_the_notice_of_a_stage_names_its_own_argument_only(tmp_path: Path) -> None:
+    text = "trainer: {eval_strategy: epoch}\nstages: [{name: a, trainer: {eval_steps: 5}}, {name: b}]\n"
+    notices = load(tmp_path, text).notices
+    assert [notice.partition(": ")[2][:36] for notice in notices] == ["trainer.eval_steps has no effect wit"]
+
+
+@pytest.mark.parametrize("optimizer", sorted({"sgd", "adagrad", "rmsprop", "adafactor"}))
+def test_transformers_gives_these_optimizers_no_arguments_of_adam(tmp_path: Path, optimizer: str) -> None:
+    import torch
+    from transformers import Trainer, TrainingArguments
+
+    model = torch.nn.Linear(2, 2)
+    arguments = TrainingArguments(str(tmp_path), optim=optimizer, adam_beta2=0.123, adam_epsilon=0.123, use_cpu=True)
+    options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)[1]
+    assert "0.123" not in repr(options)
+
+
+def _followed(folder: Path, trainer: str) -> int:
+    """Add what the messages about a trainer section ask for, until there are none; gives the number of messages."""
+    for count in range(4):
+        try:
+            load(folder, f"trainer:\n{trainer}")
+        except RecipeError as problem:
+            (name, value) = re.findall(r"(?:; add|; use) (\w+)(?:: (\{.*\}|[\w-]+))?", str(problem))[-1]
+            key = name if value else "optim"
+            kept = [line for line in trainer.splitlines() if not line.strip().startswith(f"{key}:")]
+            trainer = "\n".join([*kept, f"  {key}: {value or name}"])
+        else:
+            return count
+    raise AssertionError(f"the advice has no end: {trainer}")
+
+
+def test_the_advice_for_every_scheduler_and_optimizer_ends_in_a_valid_recipe(tmp_path: Path) -> None:
+    from transformers.trainer_utils import SchedulerType
+    from transformers.training_args import OptimizerNames
+
+    asked = {kind.value: _followed(tmp_path, f"  lr_scheduler_type: {kind.value}") for kind in SchedulerType}
+    needs = {"cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay", "reduce_lr_on_plateau", "greedy"}
+    assert {name for name, count in asked.items() if count} == needs
+    asked = {one.value: _followed(tmp_path, f"  optim: {one.value}") for one in OptimizerNames}
+    assert asked["galore_adamw"] == asked["lomo"] == 1 and asked["adamw_torch"] == asked["sgd"] == 0
