@@ -246,16 +246,16 @@ class AnswerFinder:
 
     def _by_prompts(self, one: _Renders) -> ShownChat:
         """From the prompt of each answer, and the answer as it is generated after it."""
-        last = one.answers[-1]
-        text, mismatch = self._generated(one, last)
+        last = max(number for number in one.answers if one.chat[number].get("train", True) or number == one.answers[0])
+        text, mismatch = self._generated(one, last)  # what follows the last trained answer is not needed
         if self._own_markers:
-            return self._within_markers(one, mismatch)
+            return self._within_markers(one, last, mismatch)
         prompt = one.prompt(last) or ""
         if mismatch is not None:
             self._refuse_ambiguous(text + prompt)
         spans = []
         context_only = False
-        for number in one.answers[:-1]:
+        for number in [number for number in one.answers if number < last]:
             if not one.chat[number].get("train", True):
                 continue
             shown, problem = self._generated(one, number)
@@ -268,7 +268,7 @@ class AnswerFinder:
             spans.append((len(prompt) if mismatch is None else self._start(text, prompt), len(text)))
         return ShownChat(text, spans, context_only, mismatch)
 
-    def _within_markers(self, one: _Renders, mismatch: Mismatch | None) -> ShownChat:
+    def _within_markers(self, one: _Renders, last: int, mismatch: Mismatch | None) -> ShownChat:
         """The marks of the template's own markers, without answers whose reasoning it leaves out."""
         assert self._marked is not None  # the template's own
         text, marks = one.marked(self._marked)
@@ -283,7 +283,7 @@ class AnswerFinder:
                 context_only = True
             elif one.chat[number].get("train", True):
                 spans += inside
-        gap = self._gap(text, spans, one.prompt(one.answers[-1]), one.answers[-1])
+        gap = self._gap(text, spans, one.prompt(last), last)
         return ShownChat(text, spans, context_only, mismatch or gap, by_markers=True)
 
     def _gap(self, text: str, spans: Sequence[Span], prompt: str | None, turn: int) -> Mismatch | None:

@@ -82,7 +82,7 @@ def load_tokenizer(choice: TokenizerChoice, path: str | None = None) -> PreTrain
         _check_syntax(tokenizer.chat_template, choice.chat_template)
     if choice.add_tokens and path is None:
         extend_tokenizer(tokenizer, choice.add_tokens)
-    if path is None:
+    if path is None or choice.template:
         tokenizer.chat_template = _settled(tokenizer.chat_template, choice)
     if choice.eos_token is not None and path is None:
         _set_end(tokenizer, choice.eos_token)

@@ -11,6 +11,8 @@ _BY_KEY: dict[str, str] = {
     "model.task": "task_type task_name",
     "model.attention": "attn_implementation attn_impl flash_attention flash_attn use_flash_attention_2",
     "model.chat_template": "chat_template_path chat_template_jinja",
+    "model.template": "chat_template_kwargs template_kwargs enable_thinking",
+    "dataset.thinking": "preserve_thinking train_on_reasoning",
     "quantization": "quant bnb bitsandbytes quantization_config bnb_config",
     "quantization.bits": "quantization_bit",
     "quantization.bits: 4": "load_in_4bit bnb_4bit",

@@ -61,6 +61,8 @@ RARE_ROWS = (
     ("A token across the end of the prompt", "merged_boundary_rows", "train_rows"),
     ("Doubled start token", "doubled_bos_rows", "rows"),
     ("With an unknown token", "unknown_token_rows", "rows"),
+    ("Trained with another text than is asked", "template_mismatch_rows", "rows"),
+    ("With earlier answers as context only", "context_only_rows", "rows"),
 )
 """Shown if not zero."""
 LABELLED = ("classification", "tagging", "images")
