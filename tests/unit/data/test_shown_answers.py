@@ -223,3 +223,14 @@ def test_a_flagged_turn_is_rendered_like_any_other(tokenizer: Any) -> None:
 
 def test_every_template_of_the_table_is_one_of_trl() -> None:
     assert all((Path(FOLDER) / f"{name}.jinja").is_file() for name in TEMPLATES) and len(TEMPLATES) >= 10
+
+
+def test_a_last_answer_that_is_not_trained_leaves_the_one_before_as_it_is_asked(tokenizer: Any) -> None:
+    with_template(tokenizer, "qwen3")
+    chat = [*REASONED[:3], REASONED[3] | {"train": False}]
+    batch = encoded(tokenizer, chat)
+    assert not batch.flags["mismatched"].any() and not batch.flags["context_only"].any()
+    asked = encode([render(chat[: last_answer(chat)], None, tokenizer, prompt=True)], tokenizer, special=False)[0]
+    assert batch.flat[: len(asked)].tolist() == asked and not batch.loss_mask[: len(asked)].any()
+    trained = trained_text(tokenizer, batch)
+    assert "One and one more." in trained and "Two." in trained and "Twice" not in trained
