@@ -24,7 +24,7 @@ CACHE_BYTES = 20 * 2**30
 """Maximum size of the cache; the least recently used data are removed first."""
 PRIVATE = 0o700
 """Permissions of the folder: training data are private on a shared machine."""
-VERSION = 3
+VERSION = 4
 """Increase it with every change that gives different rows, reasons or warnings for the same sources."""
 
 
