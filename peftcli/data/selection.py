@@ -101,13 +101,13 @@ def matches(value: Any, wanted: Any) -> bool:
         return str(value).strip().lower() in (("true", "1", "1.0") if wanted else ("false", "0", "0.0"))
     if isinstance(wanted, int | float):
         number = _number(value)
-        return number is not None and bool(number == wanted)
+        return number is not None and number == float(wanted)
     try:
         limit = parse_gate("where", wanted)
     except ValueError:
         return str(value).strip() == str(wanted).strip()
     number = _number(value)
-    return number is not None and bool(limit.met(number))
+    return number is not None and limit.met(number)
 
 
 def _number(value: Any) -> float | None:

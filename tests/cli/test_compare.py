@@ -217,7 +217,8 @@ def test_runs_that_are_there_are_compared_without_training(
     said = capfd.readouterr().out
     found = compared(tmp_path / "runs" / "compare")
     assert found["status"] == "finished" and found["schema"] == 1 and found["doubts"] == []
-    assert found["quality"] == {"key": "exact_match", "better": "higher", "rows": 200, "comparable": True}
+    expected = {"key": "exact_match", "better": "higher", "rows": 200, "comparable": True, "rows_from": "test"}
+    assert found["quality"] == expected
     by_name = {one["name"]: one for one in found["variants"]}
     assert by_name["r4"]["adapter_bytes"] == 16000 and by_name["r4"]["trainable_share"] == 4000 / 1_004_000
     assert by_name["r4"]["retention_change"] == 0.3 and by_name["r4"]["adapter_share"] == 0.004
