@@ -183,8 +183,10 @@ def best_text(train: TrainFigures) -> str | None:
         return None
     known = BY_KEY.get(best.metric or "")
     name, value = (known.title.split(",")[0], known.write(best.value)) if known else (best.metric, compact(best.value))
+    if known and known.key != known.title.lower().replace(" ", "_").split(",")[0]:
+        name = f"{name} ({known.key})"
     kept = "its adapter is kept" if best.kept else "the adapter of the last step is kept"
-    return f"step {count(best.step)}: {name} ({text(best.metric)}) {value} on the {best.rows_from} rows; {kept}"
+    return f"step {count(best.step)}: {name} {value} on the {best.rows_from} rows; {kept}"
 
 
 def _early_text(train: TrainJson) -> str | None:

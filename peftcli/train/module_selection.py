@@ -153,9 +153,13 @@ def label_batches(
         found = read(rows)
         return _on(model, make_batch(found[head.column], found["labels"], head))
 
+    given = torch.tensor(plan.class_weights) if isinstance(plan.class_weights, tuple) else None
+
     def loss(one: Any, batch: Inputs) -> Tensor:
-        losses = head.losses(forward(one, dict(batch)), batch["labels"])
-        return losses.sum() / head.targets(batch["labels"]).clamp(min=1)
+        weights = None if given is None else given.to(batch["labels"].device)
+        losses = head.losses(forward(one, dict(batch)), batch["labels"], weights=weights)
+        count = head.weight_sum(batch["labels"], weights)
+        return losses.sum() / torch.where(count > 0, count, 1)
 
     return read_batch, loss
 

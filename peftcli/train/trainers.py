@@ -129,15 +129,16 @@ class Trainer(StepTrainer, DeferredTrainer):
         return (labels[..., 1:] != IGNORED).sum()
 
     def evaluate_batch(self, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """The mean loss, and the trained tokens and those with the highest probability: (2,)."""
-        loss = self.prediction_step(self.model, inputs, prediction_loss_only=True)[0]
+        """The mean negative log-likelihood, and the trained tokens and those with the highest probability: (2,)."""
         if self._is_plain():
+            loss = self.prediction_step(self.model, inputs, prediction_loss_only=True)[0]
             return loss, self._metrics["eval"]["sums"][-1][[0, 2]]
-        # TRL has only the mean over all processes, with rows that accelerate repeats.
+        # TRL's loss has terms of the training, such as label smoothing, and its accuracy counts repeated rows.
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             outputs = self.model(**{**inputs, "use_cache": False}, fused_lm_head=True)
-        return loss, torch.stack([outputs.label_mask.sum().float(), outputs.is_top1.sum().float()])
+        counted = torch.stack([outputs.label_mask.sum().float(), outputs.is_top1.sum().float()])
+        return -outputs.log_probs.sum() / counted[0].clamp(min=1), counted
 
     def task_metrics(self, loss: float, seen: Sequence[Tensor]) -> dict[str, float | None]:
         """Perplexity and token accuracy, and the metrics of answers if one of them chooses the best step."""

@@ -203,15 +203,19 @@ def test_a_resumed_run_continues_the_count_of_early_stopping(stopped_early: Path
 
 
 @pytest.mark.numeric
-@pytest.mark.parametrize("disabled", [[], ["deferred_metrics", "fused_loss"]])
+@pytest.mark.filterwarnings("ignore:.label_smoothing_factor:FutureWarning")
+@pytest.mark.parametrize(
+    ("disabled", "trainer"),
+    [([], {}), (["deferred_metrics", "fused_loss"], {}), ([], {"label_smoothing_factor": 0.2})],
+)
 def test_an_evaluation_during_training_has_the_metrics_of_the_final_one(
-    write_recipe: Write, things: Path, run_cli: Cli, tmp_path: Path, disabled: list[str]
+    write_recipe: Write, things: Path, run_cli: Cli, tmp_path: Path, disabled: list[str], trainer: dict[str, Any]
 ) -> None:
     lines = things.read_text().splitlines()
     (tmp_path / "other.csv").write_text("\n".join([lines[0], *lines[1:12]]))
     recipe = write_recipe(
         dataset={"test": {"path": "other.csv"}, "validation": {"path": "other.csv"}},
-        trainer=EVALUATED | {"early_stopping_patience": 9, "metric_for_best_model": "exact_match"},
+        trainer=EVALUATED | {"early_stopping_patience": 9, "metric_for_best_model": "exact_match"} | trainer,
         evaluation={"batch_size": 4, "baseline": False},
         performance={"disable": disabled},
         quantization=None,
