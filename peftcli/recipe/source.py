@@ -66,8 +66,11 @@ def apply_overrides(tree: Tree, overrides: Sequence[str], problems: Problems) ->
             problems.add(where, "must have the form section.key=value")
             continue
         if not text.strip():
-            fix = f"give a value (is a shell variable unset?), or write {name}=null for the default"
-            problems.add(where, f"{name} has an empty value; {fix}")
+            problems.add(
+                where,
+                f"{name} has an empty value; give a value (is a shell variable unset?), or write {name}=null for the "
+                "default",
+            )
             continue
         if name in seen:
             problems.add(where, "is given twice; remove one")
