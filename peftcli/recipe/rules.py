@@ -167,7 +167,11 @@ def _check_held_out(name: str, dataset: dict[str, Any], tree: Tree, problems: Pr
     if section.get("path") is not None and section.get("name") is not None:
         why = f"{name} rows come from files or the Hub; keep one"
         _apart((*path, "path"), (*path, "name"), why, tree, problems)
-    if all(section.get(key) is None for key in ("path", "name", "table", "query")) and (
+    stored = next((key for key in ("table", "query") if section.get(key) is not None), None)
+    if stored is not None and section.get("path") is None:
+        text = f"{dotted(path)}.{stored} needs {dotted(path)}.path, the SQLite file with the {name} rows"
+        problems.add(tree.place((*path, stored)), text)
+    elif all(section.get(key) is None for key in ("path", "name")) and (
         section.get("hub_split") is None or dataset.get("name") is None
     ):
         text = f"{dotted(path)} has no source; set {dotted(path)}.path, or {dotted(path)}.hub_split for a Hub dataset"
@@ -273,7 +277,8 @@ def _check_labels(tree: Tree, problems: Problems) -> None:
 
 
 def _check_model(tree: Tree, problems: Problems) -> None:
-    if tree.get("model", "add_tokens") and tree.get("model", "task") == "image-classification":
+    task = find_task(tree.get("model", "task"))
+    if tree.get("model", "add_tokens") and task is not None and task.images:
         problems.add(tree.place(("model", "add_tokens")), "model.add_tokens: images have no tokens; remove it")
     revision = tree.get("model", "revision")
     if tree.get("model", "trust_remote_code") is not True or ("model", "trust_remote_code") in tree.spoiled:

@@ -125,7 +125,9 @@ def test_steps_that_no_scale_helps_name_float16() -> None:
         Diverged, match=r"inf for 30 steps.*at every scale; this model overflows float16.*model\.dtype: float32"
     ):
         guard.check(MOST_SKIPPED_STEPS, 1.0, float("inf"), scaled=True, random_baseline="")
-    with pytest.raises(Diverged, match=r"lower trainer\.learning_rate or trainer\.max_grad_norm"):
+    with pytest.raises(
+        Diverged, match=r"lower trainer\.learning_rate, trainer\.weight_decay or trainer\.max_grad_norm"
+    ):
         NanGuard().check(1, 1.0, float("inf"), scaled=False, random_baseline="")
     with pytest.raises(Diverged, match=r"the loss is nan.*overflows float16 .maximum 65504"):
         NanGuard().check(1, float("nan"), 1.0, scaled=True, random_baseline="")

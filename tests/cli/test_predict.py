@@ -351,7 +351,10 @@ def test_chats_are_answered_from_their_last_question(run_cli: Cli, tmp_path: Pat
     found = read_lines(tmp_path / "out.jsonl")
     assert [row["messages"] for row in found] == [row["messages"] for row in rows]
     assert found[0]["answer"] == found[1]["answer"], "the answer in the file is not read"
-    assert [row["error"] for row in found[2:]] == ["two consecutive assistant messages", "no messages"]
+    assert [row["error"] for row in found[2:]] == [
+        "two consecutive assistant messages (set dataset.turns: join or keep)",
+        "no messages",
+    ]
     (tmp_path / "asked.csv").write_text("question,id\nis 3 even,a\n")
     assert run_cli("predict", run, tmp_path / "asked.csv", *words, "--overwrite") == 0
     (row,) = read_lines(tmp_path / "out.jsonl")

@@ -27,6 +27,8 @@ def refused(folder: Path, text: str, *overrides: str) -> str:
     return str(caught.value).replace(str(folder / "recipe.yaml"), "FILE")
 
 
+VALIDATED = "dataset.split.validation_size=0.2"
+"""Evaluation during training needs validation rows."""
 VALUES = {
     "seed": ("7", 7, "8"),
     "output_dir": ("out", "out", "runs/x"),
@@ -179,7 +181,7 @@ def test_a_stage_cannot_change_what_all_stages_share(tmp_path: Path) -> None:
     ],
 )
 def test_an_argument_that_the_libraries_accept_and_do_not_use_is_said(tmp_path: Path, section: str, said: str) -> None:
-    (notice,) = load(tmp_path, f"trainer: {{{section}}}\n").notices
+    (notice,) = load(tmp_path, f"trainer: {{{section}}}\n", VALIDATED).notices
     assert notice.startswith(f"{tmp_path / 'recipe.yaml'}:3: {said}")
 
 
@@ -195,12 +197,12 @@ def test_an_argument_that_the_libraries_accept_and_do_not_use_is_said(tmp_path: 
     ],
 )
 def test_an_argument_that_is_used_gets_no_notice(tmp_path: Path, section: str) -> None:
-    assert load(tmp_path, f"trainer: {{{section}}}\n").notices == ()
+    assert load(tmp_path, f"trainer: {{{section}}}\n", VALIDATED).notices == ()
 
 
 def test_the_notice_of_a_stage_names_its_own_argument_only(tmp_path: Path) -> None:
     text = "trainer: {eval_strategy: epoch}\nstages: [{name: a, trainer: {eval_steps: 5}}, {name: b}]\n"
-    notices = load(tmp_path, text).notices
+    notices = load(tmp_path, text, VALIDATED).notices
     assert [notice.partition(": ")[2][:36] for notice in notices] == ["trainer.eval_steps has no effect wit"]
 
 
@@ -219,7 +221,7 @@ def _followed(folder: Path, trainer: str) -> int:
     """Add what the messages about a trainer section ask for, until there are none; gives the number of messages."""
     for count in range(4):
         try:
-            load(folder, f"trainer:\n{trainer}")
+            load(folder, f"trainer:\n{trainer}", VALIDATED)
         except RecipeError as problem:
             (name, value) = re.findall(r"(?:; add|; use) (\w+)(?:: (\{.*\}|[\w-]+))?", str(problem))[-1]
             key = name if value else "optim"

@@ -42,7 +42,12 @@ FILES: dict[str, type[Any]] = {
     "merge.json": MergeJson,
     "metrics.json": MetricsJson,
 }
-NOT_IN_SAMPLES = {"Calibration", "EvaluationTime", "ForecastChange", "OutOfMemory", "HeldOutPair"}
+OF_CHATS = {
+    *("template", "template_mismatch_rows", "template_mismatch_examples", "template_mismatch_fix"),
+    *("context_only_rows", "context_only_examples", "context_only_fix"),
+}
+"""Keys of `data.json` that only rows with messages have; tests/unit/data/test_shown_answers.py covers them."""
+NOT_IN_SAMPLES = {"Calibration", "EvaluationTime", "ForecastChange", "OutOfMemory", "HeldOutPair", "TemplateMismatch"}
 """What this short run has none of; their writers name the fields, so mypy or the constructor finds another one."""
 
 
@@ -142,6 +147,7 @@ def test_every_field_is_a_key_that_something_writes(
     written_elsewhere = {
         **{"EvalJson": {"merged", "seconds"}, "Sample": {"merged"}},  # by `eval` of a merged model
         "DataSource": {"share", "train_rows", "mixed_rows"},  # of several sources
+        "DataJson": OF_CHATS,
     }
     for kind, keys in seen.items():
         expected = {one.name for one in fields(kind) if "other_keys" not in one.metadata}

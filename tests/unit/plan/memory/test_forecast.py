@@ -47,6 +47,7 @@ from peftcli.plan.planner import make_plan
 from peftcli.recipe.load import load_recipe
 from peftcli.report.forecast import forecast_line, suggestion_table, verdict
 from peftcli.results import Forecast, ForecastDisk, ForecastRows
+from peftcli.run_dir import write_json
 from peftcli.typed_json import dump, parse
 
 GIB = 2**30
@@ -765,6 +766,6 @@ def test_a_run_keeps_its_forecast_and_the_report_holds_it_against_the_measuremen
     line = next(line for line in (run / "report.md").read_text().splitlines() if line.startswith("| Peak memory |"))
     assert len(line.split("|")) == 7
     del plan["forecast"]
-    (run / "plan.json").write_text(json.dumps(plan))
+    write_json(run / "plan.json", plan)
     assert run_cli("report", run) == 0
     assert "Measured / forecast" not in (run / "report.md").read_text()
