@@ -68,7 +68,7 @@ COMBINATIONS = (
     Combination("torch 2.10", DATE, "3.11.7", _versions("2.10.0", *PIN), Tests(33, 0, ATTENTION)),
     Combination("torch 2.11", DATE, "3.11.7", _versions("2.11.0", *PIN), Tests(33, 0, ATTENTION)),
     Combination("torch 2.12", DATE, "3.11.7", _versions("2.12.1", *PIN), Tests(33, 0, ATTENTION)),
-    Combination("pinned", DATE, "3.11.7", _versions("2.13.0", *PIN), Tests(33, 0, ATTENTION), Tests(3950, 0)),
+    Combination("pinned", DATE, "3.11.7", _versions("2.13.0", *PIN), Tests(33, 0, ATTENTION), Tests(4906, 0)),
     Combination("pinned, Python 3.12", DATE, "3.12.1", _versions("2.13.0", *PIN), Tests(271, 0, PYTHONS)),
     Combination("pinned, Python 3.13", DATE, "3.13.0", _versions("2.13.0", *PIN), Tests(271, 0, PYTHONS)),
     Combination("torch 2.14", DATE, "3.11.7", _versions("2.14.1", *PIN), Tests(33, 0, ATTENTION)),

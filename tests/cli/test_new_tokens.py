@@ -32,7 +32,10 @@ def base(source: Path, folder: Path, *, tied: bool) -> str:
     return str(folder)
 
 
-@pytest.mark.parametrize(("tied", "bits"), [(True, None), (False, 4)], ids=["tied", "separate-4bit"])
+@pytest.mark.parametrize(
+    ("tied", "bits"),
+    [pytest.param(True, None, id="tied", marks=pytest.mark.slow), pytest.param(False, 4, id="separate-4bit")],
+)
 def test_new_tokens_are_trained_saved_merged_and_opened(
     write_recipe: Write, run_cli: Cli, tmp_path: Path, tiny_llama: Path, capfd: Any, tied: bool, bits: int | None
 ) -> None:

@@ -365,7 +365,7 @@ def by_two(folder: Path, recipe: Path, name: str) -> subprocess.CompletedProcess
 
 
 @pytest.mark.numeric
-@pytest.mark.parametrize("generates", [True, False])
+@pytest.mark.parametrize("generates", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_two_processes_evaluate_and_choose_as_one_does(
     recipe_in: Write, run_cli: Cli, tmp_path: Path, generates: bool
 ) -> None:

@@ -15,7 +15,7 @@ pytestmark = [
     pytest.mark.xdist_group("values"),
     pytest.mark.filterwarnings("ignore:This process.*is multi-threaded:DeprecationWarning"),
 ]
-SAMPLE, TRAINED, SEED = 150, 8, 5
+SAMPLE, TRAINED, SEED = 60, 4, 5
 TRAINED_PER_KEY = 3
 
 
