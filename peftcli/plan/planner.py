@@ -102,11 +102,7 @@ def make_plan(
     choices = choose(recipe, machine, facts)
     widest, choice = choice_of(recipe.adapter, facts)
     resolved, sizes = resolve_adapter(widest, facts)
-    check_ranks(resolved, recipe.trainer.get("max_steps"))
-    found = find_targets(resolved, facts)
-    if choice is not None:
-        found = replace(found, experts=())  # only linear layers are selected
-    match_saved(recipe.adapter.modules_to_save or (), facts)
+    found = _find_targets(recipe, resolved, facts, selects=choice is not None)
     labels = loss_mask(recipe, facts.positions, smoke=smoke)
     sharding = choose_sharding(recipe, machine, facts, choices)
     _check_room(recipe, facts, machine, choices, sharding)
@@ -147,20 +143,12 @@ def make_plan(
             *sizes,
             *target_decisions(recipe, resolved, found, facts, choices.dtype.value),
             *choice_decisions(choice),
-            *head_decisions(recipe, facts),
-            *class_weight_decisions(recipe.model.class_weights),
-            *evaluation_decisions(recipe),
+            *_recipe_decisions(recipe, facts),
             how,
             *switched,
             *((sharding.decision,) if sharding.decision else ()),
         ),
-        notices=(
-            *notices,
-            *facts.notes,
-            *_notices(recipe, machine, choices.on_gpu),
-            *head_notices(recipe),
-            *sharding.notices,
-        ),
+        notices=(*notices, *facts.notes, *_notices(recipe, machine, choices.on_gpu), *sharding.notices),
         shards=sharding.shards,
         possible_shards=sharding.possible,
         own_tokenizer=facts.own_tokenizer,
@@ -170,6 +158,27 @@ def make_plan(
     if fit_activations is not None:
         plan = _with_activations(plan, fit_activations(plan))
     return choose_micro_batch(plan, facts.shape, machine, recipe, rows_of(plan, None))
+
+
+def _find_targets(recipe: Recipe, adapter: AdapterSection, facts: ModelFacts, *, selects: bool) -> AdapterTargets:
+    """The modules that an adapter trains.
+
+    Args:
+        selects: modules are selected by gradient, which only looks at linear layers.
+    """
+    check_ranks(adapter, recipe.trainer.get("max_steps"))
+    found = find_targets(adapter, facts)
+    match_saved(recipe.adapter.modules_to_save or (), facts)
+    return replace(found, experts=()) if selects else found
+
+
+def _recipe_decisions(recipe: Recipe, facts: ModelFacts) -> tuple[Decision, ...]:
+    """The decisions about the head, the loss and evaluation, which only depend on the recipe and the model."""
+    return (
+        *head_decisions(recipe, facts),
+        *class_weight_decisions(recipe.model.class_weights),
+        *evaluation_decisions(recipe),
+    )
 
 
 def _with_activations(plan: Plan, fitted: Mapping[str, ActivationFit] | None) -> Plan:
@@ -424,7 +433,7 @@ def _notices(recipe: Recipe, machine: Machine, on_gpu: bool) -> tuple[str, ...]:
         notices.append(ROUNDED)
     if recipe.adapter.dropout and recipe.quantization is None and not on_gpu:
         notices.append(f"adapter.dropout {recipe.adapter.dropout} takes extra time and memory on a CPU")
-    return tuple(notices)
+    return (*notices, *head_notices(recipe))
 
 
 def choose_batching(
